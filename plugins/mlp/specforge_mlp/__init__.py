@@ -1,0 +1,1 @@
+"""The MLP speculator for specforge; registered, but contributing no algorithm yet."""

@@ -1,0 +1,69 @@
+"""The ``specforge`` command: choose the subcommand, import only what it needs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from specforge import __version__
+from specforge.errors import SpecforgeError
+from specforge.hookspecs import Algorithm, Command
+from specforge.registry import Registry, installed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        arguments: The words after ``specforge``; those of the process by default.
+
+    Returns:
+        The exit status: 0 for success, 1 for a failure at run time, 2 for wrong usage or configuration.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = words[0] if words else "--help"
+    try:
+        if name in ("-h", "--help"):
+            print(help_text(installed()))
+            return 0
+        if name == "--version":
+            print(f"specforge {__version__}")
+            return 0
+        command = installed().find(Command, name)
+        return int(installed().load(command, "run")(words[1:]))
+    except SpecforgeError as error:
+        print(f"specforge {name}: error: {error}", file=sys.stderr)
+        return error.exit_status
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; leave quietly instead of failing once more at the flush on exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def help_text(registry: Registry) -> str:
+    """Return what ``specforge --help`` prints: the commands, how to start, and plugins that failed to load."""
+    commands = registry.all(Command)
+    width = max((len(name) for name in commands), default=0)
+    lines = [
+        "usage: specforge COMMAND [options]",
+        "",
+        "Train draft models for speculative decoding, measure them, and write checkpoints that engines load.",
+        "",
+        "commands:",
+        *(f"  {name:<{width}}  {commands[name].summary}" for name in sorted(commands)),
+        "",
+        "start here:",
+        "  specforge fit --config configs/quickstart.yaml   train a small draft in about a minute",
+        "  specforge fit --algorithm NAME --help            every setting of an algorithm"
+        f" ({', '.join(sorted(registry.all(Algorithm)))})",
+        "  specforge COMMAND --help                         what a command does",
+    ]
+    broken = [plugin for plugin in registry.plugins if plugin.faults]
+    if broken:
+        lines += ["", f"{len(broken)} of {len(registry.plugins)} plugins have faults; see: specforge plugins"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""``specforge fit | validate | test``: one algorithm's module and data under a Lightning trainer."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+from specforge.errors import SpecforgeError, UsageError
+from specforge.hookspecs import Algorithm
+from specforge.registry import installed
+
+
+def fit(arguments: list[str]) -> int:
+    """Train a draft."""
+    return _run("fit", arguments)
+
+
+def validate(arguments: list[str]) -> int:
+    """Measure a trained draft on the validation data."""
+    return _run("validate", arguments)
+
+
+def test(arguments: list[str]) -> int:
+    """Measure a trained draft on the test data."""
+    return _run("test", arguments)
+
+
+def _run(subcommand: str, arguments: list[str]) -> int:
+    algorithms = installed().all(Algorithm)
+    from specforge.training.config_files import choose_algorithm
+
+    name = choose_algorithm(arguments)
+    if name is None:
+        if {"-h", "--help"} & set(arguments):
+            print(_help(subcommand, algorithms))
+            return 0
+        raise UsageError(f"no algorithm is chosen; give --config FILE, or --algorithm with one of: {', '.join(algorithms)}")
+    algorithm = installed().find(Algorithm, name)
+    if algorithm.module is None or algorithm.data is None:
+        raise UsageError(f"the algorithm {name!r} can be loaded, but its plugin does not train it yet")
+    _quieten()
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from specforge.training.cli import TrainingCLI
+
+    try:
+        TrainingCLI(algorithm, arguments, subcommand).run()
+    except MisconfigurationException as error:
+        raise UsageError(str(error)) from error
+    except OSError as error:
+        raise SpecforgeError(f"{error}") from error
+    return 0
+
+
+def _help(subcommand: str, algorithms: dict[str, Algorithm]) -> str:
+    rows = [f"  {name:<12} {one.summary}" for name, one in sorted(algorithms.items())]
+    return "\n".join(
+        [
+            f"usage: specforge {subcommand} --config FILE [--config FILE ...] [--KEY VALUE ...]",
+            "",
+            "A configuration names an algorithm, a verifier, and the settings of trainer, model and data. Later files",
+            "go over earlier ones, flags over files: --model.ttt_steps 5, --trainer.max_epochs 2.",
+            "",
+            "algorithms:",
+            *rows,
+            "",
+            f"All settings of one:        specforge {subcommand} --algorithm NAME --help",
+            f"A whole configuration:      specforge {subcommand} --config FILE --print_config",
+        ]
+    )
+
+
+def _quieten() -> None:
+    """Leave out what concerns neither the user's data nor their settings."""
+    # Lightning advertises other products on each run (issue 21294 of its repository).
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.getMessage())
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")

@@ -1,0 +1,229 @@
+"""What is stored in a checkpoint's ``config.json``, in the field's ``speculators`` layout.
+
+A speculator's configuration holds the algorithm's own fields, the ``transformer_layer_config`` of its decoder layers
+and a ``speculators_config``: which algorithm, which proposal methods, which verifier. Fields that specforge does not
+know are kept and written back; fields with a wrong type or value are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from specforge.errors import UsageError, describe_invalid
+from specforge.hookspecs import Algorithm, ProposalMethod
+from specforge.registry import installed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+CONFIG_NAME = "config.json"
+
+
+class StoredConfig(BaseModel):
+    """Base of everything stored in ``config.json``: keeps unknown fields, checks known ones."""
+
+    model_config = ConfigDict(extra="allow", validate_assignment=True, arbitrary_types_allowed=True)
+
+
+class VerifierConfig(StoredConfig):
+    """Which verifier a speculator belongs to.
+
+    Attributes:
+        name_or_path: Hub id or folder of the verifier; None when it is not known.
+        architectures: Class names of the verifier, as its own ``config.json`` gives them.
+    """
+
+    name_or_path: str | None = None
+    architectures: list[str] = Field(default_factory=list)
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, name_or_path: str | None = None) -> Self:
+        """Describe a verifier by its transformers configuration.
+
+        Args:
+            config: The verifier's configuration.
+            name_or_path: Hub id or folder; by default what the configuration was loaded from.
+        """
+        name = name_or_path or getattr(config, "_name_or_path", None) or None
+        return cls(name_or_path=name, architectures=list(config.architectures or []))
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> Self:
+        """Describe the verifier in a folder or on the hub.
+
+        Args:
+            name_or_path: Hub id or folder.
+            **options: Passed to ``transformers.AutoConfig.from_pretrained`` (``revision``, ``trust_remote_code``, ...).
+        """
+        from transformers import AutoConfig
+
+        return cls.from_config(AutoConfig.from_pretrained(name_or_path, **options), str(name_or_path))
+
+
+class TokenProposalConfig(StoredConfig):
+    """How a draft turns into candidate tokens; each proposal method has a subclass.
+
+    Attributes:
+        proposal_type: Name of the proposal method.
+    """
+
+    proposal_type: str
+
+
+class SpeculatorsConfig(StoredConfig):
+    """The part of a speculator's configuration that says how and for whom it speculates.
+
+    Attributes:
+        algorithm: Name of the algorithm that the draft was trained with.
+        proposal_methods: The proposal methods that the draft is meant for, each with its settings.
+        default_proposal_method: ``proposal_type`` of the one to use when nothing else is asked for.
+        verifier: The verifier that the draft belongs to.
+    """
+
+    algorithm: str
+    proposal_methods: list[SerializeAsAny[TokenProposalConfig]]
+    default_proposal_method: str
+    verifier: VerifierConfig
+
+    @field_validator("proposal_methods", mode="before")
+    @classmethod
+    def _typed_proposal_methods(cls, value: Any) -> Any:
+        return [_typed_proposal(one) if isinstance(one, dict) else one for one in value]
+
+    @model_validator(mode="after")
+    def _default_is_listed(self) -> Self:
+        listed = [one.proposal_type for one in self.proposal_methods]
+        if self.default_proposal_method not in listed:
+            raise ValueError(f"default_proposal_method {self.default_proposal_method!r} is not one of {listed}")
+        return self
+
+
+class SpeculatorModelConfig(StoredConfig):
+    """Base of every speculator's configuration; an algorithm's subclass adds its own fields.
+
+    Attributes:
+        speculators_model_type: Which subclass this is; the name of the algorithm whose plugin provides it.
+        architectures: Class names of the draft network.
+        speculators_version: Version of the layout's writer.
+        dtype: Data type of the stored weights, such as ``"bfloat16"``.
+        tie_word_embeddings: Always false: a draft never ties its head to its embeddings.
+        speculators_config: How and for whom the draft speculates; None when it is not known.
+    """
+
+    model_type_name: ClassVar[str] = ""
+
+    speculators_model_type: str = ""
+    architectures: list[str] = Field(default_factory=list)
+    speculators_version: str = "0.9.0"
+    dtype: str | None = None
+    tie_word_embeddings: bool = False
+    speculators_config: SpeculatorsConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_type(cls, values: Any) -> Any:
+        if isinstance(values, dict) and cls.model_type_name:
+            given = values.setdefault("speculators_model_type", cls.model_type_name)
+            if given != cls.model_type_name:
+                raise ValueError(f"speculators_model_type is {given!r}, but {cls.__name__} is {cls.model_type_name!r}")
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> Self:
+        """Build the configuration from a parsed ``config.json``.
+
+        Called on the base class, it finds the subclass by ``speculators_model_type`` among the installed plugins.
+
+        Args:
+            values: The parsed file.
+            where: What to name in error messages.
+
+        Raises:
+            UsageError: A field is missing or wrong, or no installed plugin provides the type.
+        """
+        target = cls if cls.model_type_name else _subclass_for(values, where)
+        try:
+            return target.model_validate(dict(values))
+        except ValidationError as error:
+            raise UsageError(f"{where}: {describe_invalid(error)}") from None
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> Self:
+        """Read ``config.json`` from a folder or from the hub.
+
+        Args:
+            name_or_path: Folder or hub id.
+            **options: Passed to ``huggingface_hub.hf_hub_download`` (``revision``, ``token``, ``cache_dir``, ...).
+
+        Raises:
+            UsageError: There is no such folder, file or repository, or the file is not a valid configuration.
+        """
+        path = find_file(name_or_path, CONFIG_NAME, **options)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise UsageError(f"{path} must hold a JSON object, not a {type(values).__name__}")
+        return cls.from_dict(values, where=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``save_pretrained`` writes, as plain JSON values."""
+        return self.model_dump(mode="json")
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` into a folder, which is created if need be; the file is never half written."""
+        target = Path(folder) / CONFIG_NAME
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{CONFIG_NAME}.{os.getpid()}")
+        beside.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(beside, target)
+
+
+def find_file(name_or_path: str | os.PathLike[str], file_name: str, **options: Any) -> Path:
+    """Return the local path of a file of a folder or of a hub repository, downloading it in the latter case.
+
+    Raises:
+        UsageError: Neither the folder nor the hub has it.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if not (folder / file_name).is_file():
+            raise UsageError(f"{folder} holds no {file_name}")
+        return folder / file_name
+    if folder.is_absolute() or not _looks_like_hub_id(str(name_or_path)):
+        raise UsageError(f"{name_or_path} is not a folder (working directory {Path.cwd()}), nor a hub id like 'owner/name'")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(str(name_or_path), file_name, **options))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{name_or_path} is no folder here, and {file_name} cannot be had from the hub: {reason}") from error
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) <= 2 and all(part and not part.startswith(".") for part in parts)
+
+
+def _subclass_for(values: dict[str, Any], where: str) -> Any:
+    model_type = values.get("speculators_model_type")
+    if not isinstance(model_type, str):
+        raise UsageError(f"{where}: speculators_model_type is missing; this is not a checkpoint in the speculators layout")
+    return installed().load(installed().find(Algorithm, model_type), "config")
+
+
+def _typed_proposal(values: dict[str, Any]) -> TokenProposalConfig:
+    methods = installed().all(ProposalMethod)
+    name = values.get("proposal_type")
+    if name not in methods:
+        # A method that only another tool knows is kept as it is.
+        return TokenProposalConfig.model_validate(values)
+    proposal: TokenProposalConfig = installed().load(methods[name], "config").model_validate(values)
+    return proposal

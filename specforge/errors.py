@@ -1,0 +1,41 @@
+"""The errors that a person can cause or mend: one message, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+
+class SpecforgeError(Exception):
+    """Something failed at run time; ``specforge`` prints the message and exits with status 1."""
+
+    exit_status = 1
+
+
+class UsageError(SpecforgeError):
+    """The command line, the configuration or the input is wrong; exit status 2.
+
+    The message says what is wrong, where (file and line, or configuration key), what is allowed and what to do.
+    """
+
+    exit_status = 2
+
+
+def nearest_name(name: str, allowed: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest allowed name, or an empty string when none is close."""
+    matches = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def describe_invalid(error: ValidationError) -> str:
+    """Return one line for each fault of a pydantic validation: the key's path, the value and what is allowed."""
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"]) or "(whole)"
+        value = "" if fault["type"] == "missing" else f" (got {fault['input']!r:.80})"
+        lines.append(f"{key}: {fault['msg'].removeprefix('Value error, ')}{value}")
+    return "; ".join(lines)

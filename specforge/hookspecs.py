@@ -1,0 +1,137 @@
+"""The plugin contract: what a package may add to specforge, as pluggy hooks that return plain descriptors.
+
+A descriptor names classes and functions as ``"package.module:Name"``, so that a plugin module imports nothing heavy
+and ``specforge --help`` answers without loading torch. Every hook is called once, when the registry is built; an
+empty answer means that the plugin adds nothing of that kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pluggy
+
+PROJECT = "specforge"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A way to train a draft.
+
+    Attributes:
+        name: What ``algorithm:`` in a configuration says, and ``speculators_config.algorithm`` in a checkpoint.
+        summary: One line for ``specforge plugins`` and ``--help``.
+        config: The ``SpeculatorModelConfig`` subclass that is stored in a checkpoint.
+        model: The ``SpeculatorModel`` subclass: the network.
+        module: The ``DraftModule`` subclass (LightningModule) that trains it; None where it can only be loaded.
+        data: The ``DraftDataModule`` subclass (LightningDataModule) that feeds it; None where it can only be loaded.
+        proposals: Names of the proposal methods that its drafts can serve.
+    """
+
+    name: str
+    summary: str
+    config: str
+    model: str
+    module: str | None = None
+    data: str | None = None
+    proposals: tuple[str, ...] = ("greedy",)
+
+
+@dataclass(frozen=True)
+class ProposalMethod:
+    """A way to turn a draft into candidate tokens.
+
+    Attributes:
+        name: ``proposal_type`` in a checkpoint.
+        summary: One line for ``specforge plugins``.
+        config: The ``TokenProposalConfig`` subclass.
+    """
+
+    name: str
+    summary: str
+    config: str
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A training loss over draft and verifier distributions.
+
+    Attributes:
+        name: What ``model.objective`` in a configuration says.
+        summary: One line for ``specforge plugins``.
+        function: Maps ``specforge.training.objectives.Distributions`` of n rows to n loss values.
+        uses_mean_acceptance: Whether the function reads ``Distributions.mean_acceptance``, which costs one more pass.
+    """
+
+    name: str
+    summary: str
+    function: str
+    uses_mean_acceptance: bool = False
+
+
+@dataclass(frozen=True)
+class CheckpointFormat:
+    """A layout of a draft on disk.
+
+    Attributes:
+        name: The format's name.
+        summary: One line for ``specforge plugins``.
+        reads: ``function(folder, verifier) -> SpeculatorModel``, or None.
+        writes: ``function(model, folder) -> None``, or None.
+    """
+
+    name: str
+    summary: str
+    reads: str | None = None
+    writes: str | None = None
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand of ``specforge``.
+
+    Attributes:
+        name: The word after ``specforge``.
+        summary: One line for ``specforge --help``.
+        run: ``function(arguments: list[str]) -> int``; the result is the exit status.
+    """
+
+    name: str
+    summary: str
+    run: str
+
+
+Descriptor = Algorithm | ProposalMethod | Objective | CheckpointFormat | Command
+
+
+@hookspec
+def specforge_algorithms() -> Iterable[Algorithm]:
+    """Describe the algorithms that this plugin contributes."""
+    raise NotImplementedError
+
+
+@hookspec
+def specforge_proposals() -> Iterable[ProposalMethod]:
+    """Describe proposal methods that serve several algorithms."""
+    raise NotImplementedError
+
+
+@hookspec
+def specforge_objectives() -> Iterable[Objective]:
+    """Describe training losses."""
+    raise NotImplementedError
+
+
+@hookspec
+def specforge_checkpoint_formats() -> Iterable[CheckpointFormat]:
+    """Describe checkpoint formats to export to or convert from."""
+    raise NotImplementedError
+
+
+@hookspec
+def specforge_commands() -> Iterable[Command]:
+    """Describe subcommands of ``specforge``."""
+    raise NotImplementedError

@@ -1,0 +1,207 @@
+"""Finds the installed plugins and what they contribute, without importing anything heavy.
+
+A plugin is an entry point of the group ``specforge.plugins``. One that fails to import, or clashes with another, is
+kept with its fault: commands that do not need it go on working, and the one that needs it says what is wrong.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.util
+import itertools
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any, TypeVar
+
+import pluggy
+
+from specforge import hookspecs
+from specforge.errors import UsageError, nearest_name
+from specforge.hookspecs import Algorithm, CheckpointFormat, Command, Descriptor, Objective, ProposalMethod
+
+GROUP = "specforge.plugins"
+KINDS = {
+    "algorithm": Algorithm,
+    "proposal method": ProposalMethod,
+    "objective": Objective,
+    "checkpoint format": CheckpointFormat,
+    "command": Command,
+}
+KindOfDescriptor = TypeVar("KindOfDescriptor", Algorithm, ProposalMethod, Objective, CheckpointFormat, Command)
+
+
+@dataclass
+class Plugin:
+    """One entry point: who ships it, what it contributes, and what is wrong with it."""
+
+    name: str
+    package: str
+    version: str
+    descriptors: list[Descriptor] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"plugin {self.name!r} ({self.package} {self.version})"
+
+
+class Registry:
+    """The plugins of a process and a lookup of their descriptors by kind and name."""
+
+    def __init__(self, found: Iterable[EntryPoint]) -> None:
+        self.plugins: list[Plugin] = []
+        manager = pluggy.PluginManager(hookspecs.PROJECT)
+        manager.add_hookspecs(hookspecs)
+        for entry_point in sorted(found, key=lambda point: point.name):
+            self.plugins.append(_load(manager, entry_point))
+        self._mark_clashes()
+
+    def _mark_clashes(self) -> None:
+        for first, second in itertools.combinations(self.plugins, 2):
+            if first.name == second.name:
+                _record_clash("plugin", first.name, first, second)
+            shared = {(_kind(one), one.name) for one in first.descriptors} & {
+                (_kind(one), one.name) for one in second.descriptors
+            }
+            for kind, name in sorted(shared):
+                _record_clash(kind, name, first, second)
+
+    def all(self, kind: type[KindOfDescriptor]) -> dict[str, KindOfDescriptor]:
+        """Return every descriptor of a kind by name; those that two plugins claim are included once."""
+        return {one.name: one for plugin in self.plugins for one in plugin.descriptors if isinstance(one, kind)}
+
+    def find(self, kind: type[KindOfDescriptor], name: str) -> KindOfDescriptor:
+        """Return the descriptor of that kind and name.
+
+        Raises:
+            UsageError: No working plugin provides it, or two plugins claim it. The message lists what is installed
+                and the faults of the plugins that could not be used.
+        """
+        word = _kind(kind)
+        owners = [
+            (plugin, one)
+            for plugin in self.plugins
+            for one in plugin.descriptors
+            if isinstance(one, kind) and one.name == name
+        ]
+        if len({id(plugin) for plugin, _ in owners}) > 1:
+            raise UsageError(_clash(word, name, owners[0][0], owners[1][0]))
+        if owners:
+            return owners[0][1]
+        known = sorted(self.all(kind))
+        message = f"no installed plugin provides the {word} {name!r}; installed: {', '.join(known) or 'none'}."
+        faults = [f"\n{plugin} is broken: {plugin.faults[0]}" for plugin in self.plugins if plugin.faults]
+        raise UsageError(message + nearest_name(name, known) + "".join(faults))
+
+    def load(self, descriptor: Descriptor, attribute: str) -> Any:
+        """Import the class or function that a descriptor names in one of its attributes.
+
+        Raises:
+            UsageError: The descriptor names nothing there, or what it names cannot be imported.
+        """
+        reference = getattr(descriptor, attribute)
+        owner = next(plugin for plugin in self.plugins if descriptor in plugin.descriptors)
+        what = f"{owner}: {_kind(descriptor)} {descriptor.name!r}"
+        if reference is None:
+            raise UsageError(f"{what} has no {attribute}")
+        module_name, _, name = reference.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:
+            raise UsageError(f"{what} names {reference}, which fails to import: {_last_line(error)}") from error
+        if not hasattr(module, name):
+            raise UsageError(f"{what} names {reference}, which does not exist." + nearest_name(name, dir(module)))
+        return getattr(module, name)
+
+
+@functools.cache
+def installed() -> Registry:
+    """Return the registry of the plugins installed in this environment."""
+    return Registry(entry_points(group=GROUP))
+
+
+def _load(manager: pluggy.PluginManager, entry_point: EntryPoint) -> Plugin:
+    package, version = ("?", "?")
+    if entry_point.dist is not None:
+        package, version = entry_point.dist.name, entry_point.dist.version
+    plugin = Plugin(entry_point.name, package, version)
+    registered_as = f"{entry_point.name} of {package}"
+    try:
+        module = entry_point.load()
+        manager.register(module, registered_as)
+        manager.check_pending()
+        plugin.descriptors.extend(_contributions(manager, module))
+    except Exception as error:
+        plugin.faults.append(_last_line(error))
+        # A plugin that stays registered with a misspelt hook would make every later check fail.
+        if manager.has_plugin(registered_as):
+            manager.unregister(name=registered_as)
+    plugin.faults.extend(fault for one in plugin.descriptors for fault in _missing_targets(one))
+    return plugin
+
+
+def _contributions(manager: pluggy.PluginManager, module: ModuleType) -> Iterable[Descriptor]:
+    for caller in manager.get_hookcallers(module) or []:
+        for implementation in caller.get_hookimpls():
+            if implementation.plugin is not module:
+                continue
+            for descriptor in implementation.function():
+                if not isinstance(descriptor, tuple(KINDS.values())):
+                    raise TypeError(f"{caller.name} must return descriptors of specforge.hookspecs, got {descriptor!r}")
+                yield descriptor
+
+
+def _missing_targets(descriptor: Descriptor) -> Iterable[str]:
+    """Find references to names that do not exist by reading the source, so that nothing heavy is imported."""
+    for attribute in fields(descriptor):
+        reference = getattr(descriptor, attribute.name)
+        if attribute.name in ("name", "summary") or not isinstance(reference, str):
+            continue
+        module_name, _, name = reference.partition(":")
+        try:
+            spec = importlib.util.find_spec(module_name)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None or not name:
+            yield f"{_kind(descriptor)} {descriptor.name!r} names {reference}, which does not exist"
+        elif spec.origin and spec.origin.endswith(".py") and name not in _names_in(spec.origin):
+            yield f"{_kind(descriptor)} {descriptor.name!r} names {reference}, which does not exist"
+
+
+def _names_in(path: str) -> set[str]:
+    with open(path, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+def _kind(descriptor: Descriptor | type) -> str:
+    wanted = descriptor if isinstance(descriptor, type) else type(descriptor)
+    return next(word for word, kind in KINDS.items() if kind is wanted)
+
+
+def _clash(kind: str, name: str, first: Plugin, second: Plugin) -> str:
+    return (
+        f"two installed packages provide the {kind} {name!r}: {first.package} {first.version} and "
+        f"{second.package} {second.version}; uninstall one of them"
+    )
+
+
+def _record_clash(kind: str, name: str, first: Plugin, second: Plugin) -> None:
+    for plugin in (first, second):
+        plugin.faults.append(_clash(kind, name, first, second))
+
+
+def _last_line(error: BaseException) -> str:
+    return traceback.format_exception_only(error)[-1].strip()
