@@ -1,0 +1,131 @@
+"""Capturing what a draft reads from a verifier: the residual stream at chosen depths.
+
+Layer id k is the residual stream *before* decoder layer k: 0 is the embedding output, k the output of layer k - 1, and
+the number of layers N the output of the last layer. It is taken by hooks, before the final norm; transformers'
+``hidden_states[-1]`` is after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specforge.errors import UsageError
+from specforge.verifier.parts import decoder
+
+
+@dataclass(frozen=True)
+class Features:
+    """States of a verifier over a batch.
+
+    Attributes:
+        aux: Residual stream at the aux layers in ascending order, [B, T, n, H].
+        last: Output of the last decoder layer, before the final norm, [B, T, H].
+    """
+
+    aux: Tensor
+    last: Tensor
+
+
+def default_aux_layers(num_layers: int) -> list[int]:
+    """Return the published choice of aux layers: a low, a middle and a high one.
+
+    Args:
+        num_layers: Number N of the verifier's decoder layers.
+
+    Returns:
+        ``[2, N // 2, N - 3]`` (EAGLE-3, https://arxiv.org/abs/2503.01840, section 3).
+
+    Raises:
+        UsageError: The verifier has fewer than 7 layers, so that the three are not distinct and ascending.
+    """
+    chosen = [2, num_layers // 2, num_layers - 3]
+    if num_layers < 7:
+        raise UsageError(
+            f"the verifier has {num_layers} decoder layers, so the default aux layers {chosen} are not three distinct "
+            f"ascending ones; choose some of 0..{num_layers}, for example {[1, num_layers // 2, num_layers - 1]}"
+        )
+    return chosen
+
+
+def check_aux_layers(layer_ids: Sequence[int], num_layers: int) -> None:
+    """Refuse layer ids that are not ascending or out of bounds.
+
+    Raises:
+        UsageError: With the ids, the verifier's number of layers and what is allowed.
+    """
+    in_bounds = all(0 <= layer <= num_layers for layer in layer_ids)
+    ascending = all(low < high for low, high in zip(layer_ids, layer_ids[1:], strict=False))
+    if not layer_ids or not in_bounds or not ascending:
+        raise UsageError(
+            f"aux layers {list(layer_ids)} must be ascending ids in 0..{num_layers}: id k is the state before decoder "
+            f"layer k, and {num_layers} is the output of the last layer"
+        )
+
+
+@torch.no_grad()
+def capture(
+    verifier: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, aux_layers: Sequence[int]
+) -> Features:
+    """Run a verifier's decoder over packed rows and keep the asked-for states; no logits are computed.
+
+    Args:
+        verifier: Any transformers causal language model.
+        input_ids: Tokens [B, T].
+        position_ids: Positions [B, T] that restart at 0 with each document; attention stays within a document, which
+            transformers derives from them.
+        aux_layers: Ascending layer ids.
+
+    Returns:
+        The states, in the verifier's type.
+    """
+    body = decoder(verifier)
+    layers = decoder_layers(verifier)
+    states: dict[int, Tensor] = {}
+    wanted = {*aux_layers, len(layers)}
+    with _recording(layers, wanted, states):
+        body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    return Features(torch.stack([states[layer] for layer in aux_layers], dim=2), states[len(layers)])
+
+
+def decoder_layers(verifier: PreTrainedModel) -> nn.ModuleList:
+    """Return the list of a verifier's decoder layers.
+
+    Raises:
+        UsageError: The model keeps no list of that length, so that its features cannot be captured.
+    """
+    number = verifier.config.get_text_config().num_hidden_layers
+    for module in decoder(verifier).children():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return module
+    raise UsageError(f"{type(verifier).__name__} keeps no list of its {number} decoder layers; it cannot be a verifier")
+
+
+@contextmanager
+def _recording(layers: nn.ModuleList, wanted: set[int], states: dict[int, Tensor]) -> Iterator[None]:
+    def before(layer_id: int) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            states[layer_id] = arguments[0] if arguments else keywords["hidden_states"]
+
+        return hook
+
+    def after_last(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        states[len(layers)] = output if isinstance(output, Tensor) else output[0]
+
+    handles = [
+        layers[layer].register_forward_pre_hook(before(layer), with_kwargs=True)
+        for layer in wanted
+        if layer < len(layers)
+    ]
+    handles.append(layers[-1].register_forward_hook(after_last))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,181 @@
+"""The parts of a verifier that a draft needs beside its features: token embeddings, final norm and head.
+
+They are taken from a loaded verifier, where they are shared, or read tensor by tensor from its files, without
+building the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from specforge.config import find_file
+from specforge.errors import UsageError
+from specforge.verifier.loading import VerifierLoading, load_config
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f")
+
+
+@dataclass(frozen=True)
+class VerifierParts:
+    """A verifier's embeddings, final norm and head, frozen.
+
+    Attributes:
+        config: The verifier's text configuration.
+        embed_tokens: Token embeddings [V, H].
+        norm: The norm between the last decoder layer and the head.
+        lm_head: The head, H -> V.
+    """
+
+    config: PreTrainedConfig
+    embed_tokens: nn.Embedding
+    norm: nn.Module
+    lm_head: nn.Linear
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Self:
+        """Share the parts of a loaded verifier.
+
+        Raises:
+            UsageError: The model has no final norm under a known name.
+        """
+        return cls(
+            config=model.config.get_text_config(),
+            embed_tokens=model.get_input_embeddings(),
+            norm=getattr(decoder(model), _final_norm_name(model)),
+            lm_head=model.get_output_embeddings(),
+        )
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, loading: VerifierLoading | None = None) -> Self:
+        """Read only the parts from a verifier's files; sharded files are opened only where needed.
+
+        Args:
+            name_or_path: Folder or hub id.
+            loading: Type, revision and trust; the defaults when None.
+
+        Raises:
+            UsageError: There is no such verifier, or a tensor is missing or cannot be read.
+        """
+        loading = loading or VerifierLoading()
+        config = load_config(name_or_path, loading)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=loading.trust_remote_code)
+        parts = cls.of(skeleton.eval().requires_grad_(False))
+        names = {module: name for name, module in skeleton.named_modules()}
+        tied = parts.lm_head.weight is parts.embed_tokens.weight or parts.config.tie_word_embeddings
+        dtype = loading.torch_dtype(parts.config.dtype)
+        for module in (parts.embed_tokens, parts.norm) if tied else (parts.embed_tokens, parts.norm, parts.lm_head):
+            wanted = [f"{names[module]}.{key}" for key in module.state_dict()]
+            tensors = read_tensors(name_or_path, wanted, revision=loading.revision)
+            state = {name.rpartition(".")[2]: tensor.to(dtype) for name, tensor in tensors.items()}
+            module.load_state_dict(state, assign=True)
+            _restore_constants(module)
+        if tied:
+            parts.lm_head.weight = parts.embed_tokens.weight
+        for module in (parts.embed_tokens, parts.norm, parts.lm_head):
+            module.requires_grad_(False)
+        return parts
+
+    def to(self, device: torch.device) -> Self:
+        """Move the parts to a device, in place."""
+        for module in (self.embed_tokens, self.norm, self.lm_head):
+            module.to(device)
+        return self
+
+    def logits(self, last: Tensor) -> Tensor:
+        """Turn states before the final norm into the verifier's logits.
+
+        Args:
+            last: Output of the last decoder layer, [..., H].
+
+        Returns:
+            Logits [..., V] in the head's type, with the scaling and soft cap of the model family.
+        """
+        return self.head(self.norm(last))
+
+    def head(self, states: Tensor) -> Tensor:
+        """Turn states after the final norm [..., H] into the verifier's logits [..., V]."""
+        logits: Tensor = self.lm_head(states)
+        if scale := getattr(self.config, "logits_scaling", None):
+            logits = logits / scale
+        if scale := getattr(self.config, "logit_scale", None):
+            logits = logits * scale
+        if cap := getattr(self.config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """Return the module that holds a model's decoder layers and final norm."""
+    get_decoder = getattr(model, "get_decoder", None)
+    found = get_decoder() if get_decoder is not None else None
+    return found if isinstance(found, nn.Module) else model.base_model
+
+
+def read_tensors(name_or_path: str, wanted: Iterable[str], revision: str | None = None) -> dict[str, Tensor]:
+    """Read some tensors of a checkpoint by name, from one safetensors file or from shards with an index.
+
+    Raises:
+        UsageError: The checkpoint has no safetensors, lacks one of the tensors, or a file is damaged.
+    """
+    wanted = list(wanted)
+    files = _files_of(name_or_path, revision)
+    tensors: dict[str, Tensor] = {}
+    for file_name in sorted({files.get(name, WEIGHTS) for name in wanted}):
+        path = find_file(name_or_path, file_name, revision=revision)
+        try:
+            with safe_open(path, framework="pt") as file:
+                available = set(file.keys())
+                for name in wanted:
+                    if name in available:
+                        tensors[name] = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path} is damaged or not a safetensors file: {error}") from None
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise UsageError(f"{name_or_path} has no tensor {', '.join(missing)}")
+    return tensors
+
+
+def _files_of(name_or_path: str, revision: str | None) -> dict[str, str]:
+    """Map tensor names to shard files; empty when the checkpoint is one file."""
+    folder = Path(name_or_path)
+    if folder.is_dir() and (folder / WEIGHTS).is_file():
+        return {}
+    try:
+        index = find_file(name_or_path, WEIGHTS_INDEX, revision=revision)
+    except UsageError:
+        return {}
+    weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return weight_map
+
+
+def _final_norm_name(model: PreTrainedModel) -> str:
+    for name in FINAL_NORM_NAMES:
+        if isinstance(getattr(decoder(model), name, None), nn.Module):
+            return name
+    raise UsageError(
+        f"{type(model).__name__} has no final norm under a known name ({', '.join(FINAL_NORM_NAMES)}); "
+        "it cannot be used as a verifier"
+    )
+
+
+def _restore_constants(module: nn.Module) -> None:
+    """Give a value to constants that no checkpoint stores and a skeleton on the meta device lacks."""
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if buffer.is_meta:
+            scale = getattr(module, "scalar_embed_scale", None)
+            if scale is None:
+                raise UsageError(f"{type(module).__name__} has a buffer {name!r} that no checkpoint holds")
+            module.register_buffer(name, torch.tensor(scale), persistent=False)
