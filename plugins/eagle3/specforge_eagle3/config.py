@@ -1,0 +1,88 @@
+"""What an EAGLE-3 checkpoint's ``config.json`` holds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import Field, GetPydanticSchema, field_serializer, field_validator, model_validator
+from transformers import LlamaConfig, PreTrainedConfig
+
+from specforge.config import SpeculatorModelConfig
+from specforge.errors import UsageError
+from specforge.models.base_components import family
+
+# Pydantic must not take transformers' configuration apart field by field: the validator below checks it.
+LayerConfig = Annotated[PreTrainedConfig, GetPydanticSchema(lambda _, handler: handler(Any))]
+
+
+class Eagle3SpeculatorConfig(SpeculatorModelConfig):
+    """Configuration of an EAGLE-3 draft.
+
+    Attributes:
+        transformer_layer_config: Configuration of the draft's decoder layers; its ``vocab_size`` is the verifier's.
+        draft_vocab_size: Number of tokens that the draft can propose.
+        norm_before_residual: The residual stream of the first layer starts from the normalised feature.
+        norm_before_fc: One RMS norm over the concatenated aux features, before they are fused.
+        fc_norm: One RMS norm for each aux feature, before they are fused (EAGLE-3.1).
+        norm_output: The state fed back between steps is the one after the final norm (EAGLE-3.1).
+        target_hidden_size: Width of the verifier's states; the draft's own width when None.
+        eagle_aux_hidden_state_layer_ids: Verifier layers *before* which features are taken, ascending; None for
+            ``[2, N // 2, N - 3]``.
+        embed_requires_grad: The draft has token embeddings of its own that are trained.
+    """
+
+    model_type_name: ClassVar[str] = "eagle3"
+
+    speculators_model_type: str = "eagle3"
+    architectures: list[str] = Field(default_factory=lambda: ["Eagle3DraftModel"])
+    transformer_layer_config: LayerConfig = Field(default_factory=LlamaConfig)
+    draft_vocab_size: int = Field(default=32000, ge=1)
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    target_hidden_size: int | None = Field(default=None, ge=1)
+    eagle_aux_hidden_state_layer_ids: list[int] | None = None
+    embed_requires_grad: bool = False
+
+    @property
+    def target_vocab_size(self) -> int:
+        """Size of the verifier's vocabulary."""
+        return int(self.transformer_layer_config.vocab_size)
+
+    @property
+    def num_aux_layers(self) -> int:
+        """Number n of verifier layers that features are taken from."""
+        return len(self.eagle_aux_hidden_state_layer_ids or (0, 0, 0))
+
+    @field_validator("transformer_layer_config", mode="before")
+    @classmethod
+    def validate_transformer_config(cls, value: Any) -> Any:
+        """Accept a dict with a ``model_type`` or a transformers configuration; refuse anything else."""
+        if isinstance(value, PreTrainedConfig):
+            return value
+        if not isinstance(value, dict):
+            raise ValueError("must be a dict or a transformers configuration")
+        try:
+            return family(value.get("model_type", "llama")).config(**value)
+        except UsageError as error:
+            raise ValueError(f"model_type: {error}") from None
+
+    @field_serializer("transformer_layer_config")
+    def serialize_transformer_config(self, value: PreTrainedConfig) -> dict[str, Any]:
+        """Store the layers' whole configuration, without what concerns transformers alone."""
+        stored = value.to_dict()
+        for name in ("_name_or_path", "transformers_version", "architectures", "dtype"):
+            stored.pop(name, None)
+        return stored
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.norm_before_fc and self.fc_norm:
+            raise ValueError("norm_before_fc and fc_norm exclude each other")
+        if self.draft_vocab_size > self.target_vocab_size:
+            raise ValueError(
+                f"draft_vocab_size {self.draft_vocab_size} exceeds the verifier's vocabulary of "
+                f"{self.target_vocab_size} tokens"
+            )
+        return self

@@ -1,0 +1,227 @@
+"""The EAGLE-3 draft network (https://arxiv.org/abs/2503.01840), with the norm options of EAGLE-3.1.
+
+Letters in shapes: B rows, T tokens a row, n aux layers, H width, S TTT steps, V verifier and D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from specforge_eagle3.alignment import step_tokens
+from specforge_eagle3.config import Eagle3SpeculatorConfig
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
+from specforge.models.base_components import Family, draft_layer_config, family
+from specforge.models.documents import DocumentLayout
+from specforge.models.speculator import SpeculatorModel
+from specforge.models.ttt_attention import IMPLEMENTATION, TrainingTimeTest
+from specforge.models.vocabulary import DraftVocabulary
+from specforge.proposals import GreedyTokenProposalConfig
+
+
+class FirstLayer(nn.Module):
+    """The draft's first decoder layer: it attends over the token's embedding beside the feature.
+
+    Args:
+        config: Configuration of the decoder layers.
+        blocks: The building blocks of their family.
+        norm_before_residual: The residual stream starts from the normalised feature.
+    """
+
+    def __init__(self, config: PreTrainedConfig, blocks: Family, norm_before_residual: bool) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm_before_residual = norm_before_residual
+        self.input_layernorm = blocks.norm(width, eps=config.rms_norm_eps)
+        self.hidden_norm = blocks.norm(width, eps=config.rms_norm_eps)
+        self.self_attn = blocks.attention(config, layer_idx=0)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            narrow = getattr(self.self_attn, name)
+            wide = nn.Linear(2 * width, narrow.out_features, bias=narrow.bias is not None)
+            setattr(self.self_attn, name, wide)
+        self.post_attention_layernorm = blocks.norm(width, eps=config.rms_norm_eps)
+        self.mlp = blocks.mlp(config)
+
+    def forward(self, embedded: Tensor, feature: Tensor, **attention: Any) -> Tensor:
+        """Compute the layer's output [B, T, H] from token embeddings and features [B, T, H]."""
+        normalised = self.hidden_norm(feature)
+        residual = normalised if self.norm_before_residual else feature
+        both = torch.cat([self.input_layernorm(embedded), normalised], dim=-1)
+        attended, _ = self.self_attn(both, attention_mask=None, **attention)
+        hidden = residual + attended
+        return cast(Tensor, hidden + self.mlp(self.post_attention_layernorm(hidden)))
+
+
+class Eagle3DraftModel(SpeculatorModel):
+    """EAGLE-3: fuses features of several verifier layers and drafts with one or more decoder layers.
+
+    Args:
+        config: The speculator's configuration.
+        own_embeddings: Whether the draft has token embeddings of its own; otherwise it borrows the verifier's.
+            By default, what ``config.embed_requires_grad`` says.
+    """
+
+    config_class: ClassVar[type[SpeculatorModelConfig]] = Eagle3SpeculatorConfig
+    config: Eagle3SpeculatorConfig
+
+    def __init__(self, config: Eagle3SpeculatorConfig, own_embeddings: bool | None = None) -> None:
+        super().__init__(config)
+        layers = config.transformer_layer_config
+        layers._attn_implementation = IMPLEMENTATION
+        blocks = family(layers.model_type)
+        width, eps, aux = layers.hidden_size, layers.rms_norm_eps, config.num_aux_layers
+        feature_width = config.target_hidden_size or width
+        own = config.embed_requires_grad if own_embeddings is None else own_embeddings
+
+        self.embed_tokens = nn.Embedding(layers.vocab_size, width) if own else None
+        self.input_norm = blocks.norm(aux * feature_width, eps=eps) if config.norm_before_fc else None
+        self.fc_norm = (
+            nn.ModuleList(blocks.norm(feature_width, eps=eps) for _ in range(aux)) if config.fc_norm else None
+        )
+        self.fc = nn.Linear(aux * feature_width, width, bias=False)
+        first = FirstLayer(layers, blocks, config.norm_before_residual)
+        others = (blocks.decoder_layer(layers, index) for index in range(1, layers.num_hidden_layers))
+        self.layers = nn.ModuleList([first, *others])
+        self.norm = blocks.norm(width, eps=eps)
+        self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
+        self.rotary_emb = blocks.rotary(layers)
+        if config.draft_vocab_size != config.target_vocab_size:
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+            self.register_buffer("t2d", torch.zeros(config.target_vocab_size, dtype=torch.bool))
+        self._initialise(layers.initializer_range)
+
+    @classmethod
+    def for_state(cls, config: SpeculatorModelConfig, state: Mapping[str, Tensor]) -> Self:
+        """Build the network with embeddings of its own where the checkpoint holds some."""
+        return cls(cast(Eagle3SpeculatorConfig, config), own_embeddings="embed_tokens.weight" in state)
+
+    @classmethod
+    def from_training_args(cls, verifier_config: PreTrainedConfig, **kwargs: Any) -> Self:
+        """Create the draft for a verifier from training arguments.
+
+        Args:
+            verifier_config: The verifier's transformers configuration.
+            **kwargs: ``num_layers`` (1), ``norm_before_residual`` (False), ``norm_before_fc``, ``fc_norm``,
+                ``norm_output``, ``t2d`` and ``d2t`` (the draft vocabulary; the verifier's whole one when absent),
+                ``ttt_steps`` (7), ``verifier_name_or_path``, ``layer_type`` (``"llama"``), ``intermediate_size``,
+                ``aux_layer_ids``, ``embed_requires_grad``.
+
+        Returns:
+            The draft with random weights; its maps hold the given vocabulary.
+        """
+        layers = draft_layer_config(
+            verifier_config,
+            kwargs.get("layer_type", "llama"),
+            kwargs.get("num_layers", 1),
+            kwargs.get("intermediate_size"),
+        )
+        t2d = kwargs.get("t2d")
+        config = Eagle3SpeculatorConfig(
+            transformer_layer_config=layers,
+            draft_vocab_size=layers.vocab_size if t2d is None else int(t2d.sum()),
+            **{
+                flag: kwargs.get(flag, False)
+                for flag in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
+            },
+            eagle_aux_hidden_state_layer_ids=kwargs.get("aux_layer_ids"),
+            speculators_config=SpeculatorsConfig(
+                algorithm="eagle3",
+                proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=kwargs.get("ttt_steps", 7))],
+                default_proposal_method="greedy",
+                verifier=VerifierConfig.from_config(verifier_config, kwargs.get("verifier_name_or_path")),
+            ),
+        )
+        model = cls(config)
+        if t2d is not None and config.draft_vocab_size != config.target_vocab_size:
+            vocabulary = DraftVocabulary.from_t2d(t2d)
+            model.t2d.copy_(vocabulary.t2d)
+            model.d2t.copy_(kwargs.get("d2t", vocabulary.d2t))
+        return model
+
+    @staticmethod
+    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the arguments of ``forward`` that training settings decide, for training and for validation.
+
+        Args:
+            **kwargs: Training arguments; ``ttt_steps`` (7) is read.
+        """
+        steps = {"steps": kwargs.get("ttt_steps", 7)}
+        return steps, dict(steps)
+
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """The verifier's id of each draft token, int64 [D]; None where the vocabularies are the same."""
+        d2t = getattr(self, "d2t", None)
+        return None if d2t is None else d2t + torch.arange(d2t.numel(), device=d2t.device)
+
+    def borrow_weights(self) -> None:
+        """Start from the attached verifier: its head's rows, and its embeddings where the draft has its own."""
+        parts = self.verifier_parts
+        rows = parts.lm_head.weight if self.draft_ids is None else parts.lm_head.weight[self.draft_ids.cpu()]
+        with torch.no_grad():
+            self.lm_head.weight.copy_(rows)
+            if self.embed_tokens is not None:
+                self.embed_tokens.weight.copy_(parts.embed_tokens.weight)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embed the verifier's tokens [...] as [..., H], by the draft's own embeddings or the verifier's."""
+        table = self.embed_tokens if self.embed_tokens is not None else self.verifier_parts.embed_tokens
+        return nn.functional.embedding(tokens, table.weight).to(self.fc.weight.dtype)
+
+    def fuse(self, aux: Tensor) -> Tensor:
+        """Fuse features of the aux layers [B, T, n, H] into one [B, T, H]."""
+        aux = aux.to(self.fc.weight.dtype)
+        if self.fc_norm is not None:
+            aux = torch.stack([norm(aux[..., index, :]) for index, norm in enumerate(self.fc_norm)], dim=-2)
+        joined = aux.flatten(-2)
+        return cast(Tensor, self.fc(joined if self.input_norm is None else self.input_norm(joined)))
+
+    def forward(
+        self, input_ids: Tensor, aux: Tensor, position_ids: Tensor, document_ids: Tensor, steps: int = 7
+    ) -> Tensor:
+        """Run the training-time test over packed documents, fed with the true tokens (see ``alignment``).
+
+        Args:
+            input_ids: The verifier's tokens x, [B, T].
+            aux: Features of the aux layers in ascending order, [B, T, n, H].
+            position_ids: Positions that restart at 0 with each document, [B, T].
+            document_ids: Which document a token belongs to, -1 for padding, [B, T].
+            steps: Number S of TTT steps.
+
+        Returns:
+            States after the final norm, [S, B, T, H]: ``lm_head`` maps them to logits over the draft vocabulary;
+            those of row t at step k predict x_{t+2+k}.
+        """
+        tokens = step_tokens(input_ids, steps)
+        attention = TrainingTimeTest(DocumentLayout.of(document_ids))
+        feature = self.fuse(aux)
+        outputs = []
+        for step in range(steps):
+            hidden = self._step(self.embed(tokens[step]), feature, position_ids + 1 + step, attention)
+            normalised = self.norm(hidden)
+            outputs.append(normalised)
+            feature = normalised if self.config.norm_output else hidden
+            attention.next_step()
+        return torch.stack(outputs)
+
+    def reset_constants(self) -> None:
+        """Recompute the rotary frequencies, which no checkpoint holds."""
+        layers = self.config.transformer_layer_config
+        self.rotary_emb = family(layers.model_type).rotary(layers)
+
+    def _step(self, embedded: Tensor, feature: Tensor, positions: Tensor, attention: TrainingTimeTest) -> Tensor:
+        rotary = self.rotary_emb(feature, positions)
+        shared = {"position_embeddings": rotary, "training_time_test": attention}
+        hidden = self.layers[0](embedded, feature, **shared)
+        for layer in self.layers[1:]:
+            hidden = layer(hidden, **shared)
+        return cast(Tensor, hidden)
+
+    def _initialise(self, deviation: float) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=deviation)

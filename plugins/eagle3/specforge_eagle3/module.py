@@ -1,0 +1,136 @@
+"""Training EAGLE-3: the network's settings, and one batch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from jsonargparse.typing import PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from specforge_eagle3.alignment import Supervision, align
+from specforge_eagle3.model import Eagle3DraftModel
+
+from specforge.data.module import DraftDataModule
+from specforge.errors import UsageError
+from specforge.models.vocabulary import DraftVocabulary
+from specforge.training.distillation import DraftSteps, Teacher, distill
+from specforge.training.module import Batch, DraftModule
+from specforge.verifier.features import Features, check_aux_layers, default_aux_layers
+from specforge.verifier.parts import VerifierParts
+
+
+class Eagle3DraftSettings(BaseModel):
+    """The draft network; its widths, heads and positions are the verifier's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer_type: Literal["llama", "qwen3"] = Field(default="llama", description="Family of the draft's layers.")
+    num_layers: int = Field(default=1, ge=1, description="Number of decoder layers.")
+    intermediate_size: int | None = Field(default=None, ge=1, description="Width of the MLPs; null: the verifier's.")
+    draft_vocab_size: int | None = Field(
+        default=32000, ge=1, description="Most frequent tokens that the draft can propose; null: all of them."
+    )
+    aux_layers: list[int] | None = Field(
+        default=None, description="Verifier layers before which features are taken, ascending; null: [2, N//2, N-3]."
+    )
+    norm_before_residual: bool = Field(default=False, description="Start the residual stream normalised.")
+    norm_before_fc: bool = Field(default=False, description="One norm over all features before they are fused.")
+    fc_norm: bool = Field(default=False, description="One norm for each feature before fusing (EAGLE-3.1).")
+    norm_output: bool = Field(default=False, description="Feed back the normalised state (EAGLE-3.1).")
+    train_head: bool = Field(default=True, description="Train the draft's head, which starts as the verifier's.")
+    train_embeddings: bool = Field(default=False, description="Train token embeddings, from the verifier's.")
+
+    @model_validator(mode="after")
+    def _one_norm(self) -> Eagle3DraftSettings:
+        if self.norm_before_fc and self.fc_norm:
+            raise ValueError("norm_before_fc and fc_norm exclude each other")
+        return self
+
+
+class Eagle3Module(DraftModule):
+    """Trains an EAGLE-3 draft by teacher-forced training-time test.
+
+    Args:
+        draft: The draft network.
+        ttt_steps: Number of steps of training-time test.
+        supervision: Which positions count: those where a round of decoding can start and get to (exact), or those
+            that the published trainers count (compat).
+    """
+
+    draft: Eagle3DraftModel
+
+    def __init__(
+        self,
+        draft: Eagle3DraftSettings = Eagle3DraftSettings(),
+        ttt_steps: PositiveInt = 7,
+        supervision: Supervision = "exact",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.settings = draft
+        self.ttt_steps = ttt_steps
+        self.supervision = supervision
+        verifier = self.verifier_config.get_text_config()
+        try:
+            self._aux_layers = draft.aux_layers or default_aux_layers(verifier.num_hidden_layers)
+            check_aux_layers(self._aux_layers, verifier.num_hidden_layers)
+        except UsageError as error:
+            raise UsageError(f"model.draft.aux_layers: {error}") from None
+        if draft.draft_vocab_size is not None and draft.draft_vocab_size > verifier.vocab_size:
+            raise UsageError(
+                f"model.draft.draft_vocab_size is {draft.draft_vocab_size}, but the verifier has only "
+                f"{verifier.vocab_size} tokens; give at most that, or null for all of them"
+            )
+
+    @property
+    def aux_layers(self) -> list[int]:
+        """Ids of the verifier layers that features are taken from, ascending."""
+        return self._aux_layers
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps of training-time test."""
+        return self.ttt_steps
+
+    def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> Eagle3DraftModel:
+        """Create the network: head and embeddings start as the verifier's, the rest at random."""
+        settings = self.settings
+        vocabulary = None
+        if settings.draft_vocab_size not in (None, parts.config.vocab_size):
+            vocabulary = DraftVocabulary.most_frequent(data.vocabulary_counts(), settings.draft_vocab_size)
+        draft = Eagle3DraftModel.from_training_args(
+            self.verifier_config,
+            verifier_name_or_path=self.verifier_name,
+            layer_type=settings.layer_type,
+            num_layers=settings.num_layers,
+            intermediate_size=settings.intermediate_size,
+            aux_layer_ids=self._aux_layers,
+            norm_before_residual=settings.norm_before_residual,
+            norm_before_fc=settings.norm_before_fc,
+            fc_norm=settings.fc_norm,
+            norm_output=settings.norm_output,
+            embed_requires_grad=settings.train_embeddings,
+            ttt_steps=self.ttt_steps,
+            t2d=None if vocabulary is None else vocabulary.t2d,
+        )
+        draft.attach_verifier(parts)
+        draft.borrow_weights()
+        draft.lm_head.requires_grad_(settings.train_head)
+        return draft
+
+    def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
+        """Run the training-time test over a packed batch and compare each step with the verifier."""
+        alignment = align(batch["loss_mask"], batch["document_ids"], self.ttt_steps, self.supervision)
+        hidden = self.draft(
+            batch["input_ids"], features.aux, batch["position_ids"], batch["document_ids"], steps=self.ttt_steps
+        )
+        supervised = alignment.supervised.flatten(1)
+        return distill(
+            hidden.flatten(1, 2),
+            self.draft.lm_head.weight,
+            Teacher(features.last.flatten(0, 1), self.parts, self.draft.draft_ids),
+            alignment.targets.flatten(1),
+            supervised,
+            self.terms,
+            self.step_weights(supervised),
+            skip_targets_outside=self.supervision == "compat",
+        )

@@ -1,0 +1,27 @@
+"""Draft networks: what all of them share, and the classes that the installed plugins contribute.
+
+``from specforge.models import Eagle3DraftModel`` finds the class by its name in whichever plugin provides it, on first
+use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from specforge.errors import nearest_name
+from specforge.hookspecs import Algorithm
+from specforge.models.speculator import SpeculatorModel
+from specforge.registry import installed
+
+__all__ = ["SpeculatorModel"]
+
+
+def __getattr__(name: str) -> Any:
+    references = {}
+    for algorithm in installed().all(Algorithm).values():
+        for attribute in ("model", "config"):
+            references[getattr(algorithm, attribute).rpartition(":")[2]] = (algorithm, attribute)
+    if name not in references:
+        hint = nearest_name(name, references)
+        raise AttributeError(f"no installed plugin provides {name!r}; installed: {', '.join(sorted(references))}.{hint}")
+    return installed().load(*references[name])

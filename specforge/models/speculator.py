@@ -1,0 +1,204 @@
+"""The base of every draft network: how it is stored, loaded, and attached to its verifier."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specforge.config import SpeculatorModelConfig, find_file
+from specforge.errors import SpecforgeError, UsageError
+from specforge.hookspecs import Algorithm
+from specforge.registry import installed
+from specforge.verifier.loading import load_verifier
+from specforge.verifier.parts import WEIGHTS, VerifierParts
+
+AttachmentMode = Literal["detached", "full", "train_only"]
+
+
+class SpeculatorModel(nn.Module):
+    """A draft network with its configuration.
+
+    The verifier, or the parts of it that the draft borrows, is held outside the module tree: it is never trained,
+    never moved or cast with the draft, and never saved.
+
+    Args:
+        config: The speculator's configuration.
+    """
+
+    config_class: ClassVar[type[SpeculatorModelConfig]] = SpeculatorModelConfig
+
+    def __init__(self, config: SpeculatorModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._attached: tuple[PreTrainedModel | None, VerifierParts] | None = None
+
+    @property
+    def verifier(self) -> PreTrainedModel | None:
+        """The whole verifier, where it is attached in full."""
+        return self._attached[0] if self._attached else None
+
+    @property
+    def verifier_parts(self) -> VerifierParts:
+        """The attached verifier's embeddings, norm and head.
+
+        Raises:
+            ValueError: No verifier is attached.
+        """
+        if self._attached is None:
+            raise ValueError("no verifier is attached; call attach_verifier() before using the draft")
+        return self._attached[1]
+
+    def attach_verifier(
+        self,
+        verifier: str | os.PathLike[str] | PreTrainedModel | VerifierParts,
+        mode: Literal["full", "train_only"] | None = None,
+    ) -> PreTrainedModel | VerifierParts:
+        """Attach the verifier whose embeddings, norm and head the draft uses.
+
+        Args:
+            verifier: A folder, a hub id, a loaded model, or its parts.
+            mode: ``"full"`` (the default) keeps the whole model; ``"train_only"`` only the parts that a forward pass
+                of the draft needs, read from its files without building the model.
+
+        Returns:
+            What was attached: the whole model, or its parts.
+        """
+        if isinstance(verifier, str | os.PathLike):
+            name = str(verifier)
+            verifier = VerifierParts.from_pretrained(name) if mode == "train_only" else load_verifier(name)
+        if isinstance(verifier, VerifierParts):
+            self._attached = (None, verifier)
+            return verifier
+        self._attached = (verifier if mode != "train_only" else None, VerifierParts.of(verifier))
+        return verifier
+
+    def detach_verifier(self) -> None:
+        """Let go of the attached verifier; the draft cannot run until another is attached."""
+        self._attached = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        verifier: str | os.PathLike[str] | PreTrainedModel | VerifierParts | None = None,
+        verifier_attachment_mode: AttachmentMode | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a draft in the ``speculators`` layout from a folder or the hub.
+
+        Called on ``SpeculatorModel``, it finds the network's class by the checkpoint's ``speculators_model_type``.
+
+        Args:
+            name_or_path: Folder or hub id.
+            verifier: What to attach; by default nothing, and the draft is loaded detached.
+            verifier_attachment_mode: How to attach it: ``"full"`` by default.
+            dtype: Type to cast the weights to; as stored when None.
+            **options: Passed to ``huggingface_hub.hf_hub_download``.
+
+        Raises:
+            UsageError: The checkpoint is missing or damaged, or its tensors are not those of the network.
+        """
+        config = cls.config_class.from_pretrained(name_or_path, **options)
+        path = find_file(name_or_path, WEIGHTS, **options)
+        model_class = cls if cls is not SpeculatorModel else _class_for(config)
+        model = model_class.from_state(config, read_weights(path), where=str(path))
+        if dtype is not None:
+            model.to(dtype)
+        if verifier is not None and verifier_attachment_mode != "detached":
+            model.attach_verifier(verifier, verifier_attachment_mode)
+        return model
+
+    @classmethod
+    def from_state(cls, config: SpeculatorModelConfig, state: Mapping[str, Tensor], where: str = "weights") -> Self:
+        """Build the network and fill it with tensors under its own names; nothing is left at random.
+
+        Args:
+            config: The speculator's configuration.
+            state: Tensors by name.
+            where: What to name in error messages.
+
+        Raises:
+            UsageError: Tensors are missing, unknown or of the wrong shape; they are named.
+        """
+        with torch.device("meta"):
+            model = cls.for_state(config, state)
+        own = model.state_dict()
+        faults = [f"missing: {name}" for name in sorted(own.keys() - state.keys())]
+        faults += [f"unknown: {name}" for name in sorted(state.keys() - own.keys())]
+        faults += [
+            f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
+            for name in sorted(own.keys() & state.keys())
+            if own[name].shape != state[name].shape
+        ]
+        if faults:
+            more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+            raise UsageError(f"{where} does not fit {cls.__name__}: {'; '.join(faults[:8])}{more}")
+        model.load_state_dict(state, assign=True)
+        model.reset_constants()
+        return model
+
+    @classmethod
+    def for_state(cls, config: SpeculatorModelConfig, state: Mapping[str, Tensor]) -> Self:
+        """Build the network that stored tensors belong to; overridden where they decide its structure."""
+        return cls(config)
+
+    def reset_constants(self) -> None:
+        """Compute buffers that no checkpoint holds, such as rotary frequencies; overridden where there are any."""
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` and ``model.safetensors``.
+
+        The files are written into a folder beside, which then takes the place of an earlier one.
+
+        Raises:
+            SpecforgeError: They cannot be written; an earlier checkpoint in the folder is left as it was.
+        """
+        target = Path(folder).absolute()
+        beside = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            beside.mkdir(parents=True)
+            self.config.save_pretrained(beside)
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+            save_file(state, beside / WEIGHTS, metadata={"format": "pt"})
+            replace_folder(beside, target)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise SpecforgeError(f"the draft cannot be written to {target}: {error}") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file.
+
+    Raises:
+        UsageError: The file is damaged or truncated.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+def replace_folder(beside: Path, target: Path) -> None:
+    """Put a finished folder in the place of another, which is removed only afterwards."""
+    if target.exists():
+        old = target.with_name(f".{target.name}.old.{os.getpid()}")
+        os.rename(target, old)
+        os.rename(beside, target)
+        shutil.rmtree(old)
+    else:
+        os.rename(beside, target)
+
+
+def _class_for(config: SpeculatorModelConfig) -> Any:
+    return installed().load(installed().find(Algorithm, config.speculators_model_type), "model")

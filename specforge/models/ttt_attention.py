@@ -1,0 +1,154 @@
+"""Attention for training-time test, without a mask.
+
+At TTT step k, row t attends causally to the step-0 keys of its document and to its own key of each later step 1..k
+(EAGLE-3, https://arxiv.org/abs/2503.01840, section 3.2). A mask of L x (k + 1) L would say so at a cost that grows
+with the square of the length. Here each later step is one extra *selector* key, shared by all rows: a row carries its
+own logit for that step in an extra feature, the selector is one-hot in that feature, and its value is one-hot too, so
+that the output reports the weight which the softmax gave it. The weight times the row's own value is then added.
+Selectors stand before the step-0 keys, so plain causal attention lets every row see all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from specforge.models.documents import DocumentLayout
+
+IMPLEMENTATION = "specforge_ttt"
+
+
+class TrainingTimeTest:
+    """Keys and values of the steps so far, and the attention of the current step over them.
+
+    Pass one as ``training_time_test`` to transformers attention layers whose configuration says
+    ``_attn_implementation = IMPLEMENTATION``; call ``next_step`` between steps.
+
+    Args:
+        layout: The documents of the batch.
+    """
+
+    def __init__(self, layout: DocumentLayout) -> None:
+        self.layout = layout
+        self.step = 0
+        self._keys: dict[int, list[Tensor]] = {}
+        self._values: dict[int, list[Tensor]] = {}
+
+    def next_step(self) -> None:
+        """Begin the next TTT step."""
+        self.step += 1
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
+        """Attend in one layer at the current step, and remember its keys and values.
+
+        Args:
+            layer: Index of the layer, once a step.
+            query: [B, heads, T, D], with rotary positions applied.
+            key: [B, key-value heads, T, D], with rotary positions applied.
+            value: [B, key-value heads, T, D].
+            scale: Factor of the logits.
+            window: A row sees only the last so many step-0 rows; None for all.
+
+        Returns:
+            [B, heads, T, D].
+        """
+        keys = self._keys.setdefault(layer, [])
+        values = self._values.setdefault(layer, [])
+        keys.append(key)
+        values.append(value)
+        repeats = query.shape[1] // key.shape[1]
+        own_logits = [(query * k.repeat_interleave(repeats, dim=1)).sum(-1) for k in keys[1:]]
+
+        def attention(*tensors: Tensor) -> Tensor:
+            return _selector_attention(*tensors, scale=scale, window=window)
+
+        carried = _high_and_low(own_logits, query)
+        output = self.layout.attend(attention, query, keys[0], values[0], carried)
+        attended = output[..., : query.shape[-1]]
+        for number, own_value in enumerate(values[1:]):
+            weight = output[..., query.shape[-1] + number, None]
+            attended = attended + weight * own_value.repeat_interleave(repeats, dim=1)
+        return attended
+
+
+def _high_and_low(logits: list[Tensor], query: Tensor) -> Tensor:
+    """Stack one logit a later step as features [..., 2n]; in short types, a second half carries the rounding rest."""
+    if not logits:
+        return query.new_zeros(*query.shape[:-1], 0)
+    exact = torch.stack(logits, dim=-1).float()
+    high = exact.to(query.dtype)
+    low = (exact - high.float()).to(query.dtype)
+    return torch.cat([high, low], dim=-1)
+
+
+def _selector_attention(
+    query: Tensor, key: Tensor, value: Tensor, carried: Tensor, *, scale: float, window: int | None
+) -> Tensor:
+    """Causal attention with selectors in front.
+
+    Args:
+        query: [G, heads, L, D].
+        key: [G, key-value heads, L, D].
+        value: [G, key-value heads, L, D].
+        carried: Own logits of n later steps as high and low halves, [G, heads, L, 2n].
+        scale: Factor of the logits.
+        window: Sliding window over step-0 rows, or None.
+
+    Returns:
+        [G, heads, L, D + n]: attended step-0 values, then the weights of the n later steps.
+    """
+    length, width = key.shape[2], key.shape[3]
+    steps = carried.shape[3] // 2
+    # Fused kernels want head sizes in multiples of 8.
+    extra = -(-2 * steps // 8) * 8
+    queries = F.pad(torch.cat([query, carried], dim=-1), (0, extra - 2 * steps, steps, 0))
+    keys = F.pad(key, (0, extra, steps, 0))
+    values = F.pad(value, (0, extra, steps, 0))
+    if steps:
+        selector = torch.arange(steps, device=key.device)
+        keys[:, :, selector, width + selector] = 1
+        keys[:, :, selector, width + steps + selector] = 1
+        values[:, :, selector, width + selector] = 1
+    mask = None
+    if window is not None and window < length:
+        mask = _window_mask(length, steps, window, query.device)
+    output = F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
+    return output[:, :, steps:, : width + steps]
+
+
+def _window_mask(length: int, steps: int, window: int, device: torch.device) -> Tensor:
+    """Causal mask [n + L, n + L] with a sliding window over the step-0 rows; only for documents beyond the window."""
+    rows = torch.arange(-steps, length, device=device)
+    causal = rows[None, :] <= rows[:, None]
+    near = rows[None, :] > rows[:, None] - window
+    return causal & (near | (rows[None, :] < 0))
+
+
+def _transformers_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    training_time_test: TrainingTimeTest,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    config: Any = module.config
+    layer: Any = module.layer_idx
+    kinds = getattr(config, "layer_types", None) or []
+    slides = layer < len(kinds) and kinds[layer] == "sliding_attention"
+    window = config.sliding_window if slides else None
+    output = training_time_test.attend(layer, query, key, value, scaling, window)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register(IMPLEMENTATION, _transformers_attention)
