@@ -1,0 +1,1 @@
+"""Conversations to batches: sources -> chat -> template -> encoding -> rows (cached) -> packing -> loader -> module."""

@@ -1,0 +1,210 @@
+"""The LightningDataModule that every algorithm's data starts from."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from specforge.data.bounds import RowLength, Share
+from specforge.data.loader import PackedSampler, ResumableLoader
+from specforge.data.packing import PackedRows, collate, pack
+from specforge.data.rows import RowSettings, TokenRows, build_rows
+from specforge.data.sources import check_source
+from specforge.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class DraftDataModule(LightningDataModule):
+    """Rows of text for training a draft: tokenised once, cached, packed and batched.
+
+    A source is a .jsonl file, a folder of datasets.save_to_disk, or a hub data set as owner/name or owner/name:split.
+    A row holds `messages`, ShareGPT `conversations`, `prompt` and `response`, `text`, or `input_ids` and `loss_mask`.
+
+    Args:
+        verifier: Hub name or folder of the verifier, for its tokenizer, chat template and vocabulary size.
+        train: Source of the training rows.
+        validation: Source of the validation rows. Without one, a share of the training rows is held out.
+        test: Source of the test rows.
+        validation_share: Share of the training rows to hold out without a validation source, below 1. 0 holds out none.
+        max_length: Longest row in tokens, at least 2, and how many tokens a packed row takes.
+        long_rows: What to do with longer rows: truncate cuts them at the end, drop leaves them out. Both are counted.
+        packing: Whether to join several documents in one row. No attention and no training step crosses a document.
+        batch_size: Rows a batch, on each device. With packing, packed rows.
+        num_workers: Processes that load batches, on each device. 0 loads in the training process.
+        seed: Seed of the order of the training rows and of what is held out.
+        cache_dir: Folder of the tokenised rows. Default: rows below $SPECFORGE_CACHE, or below ~/.cache/specforge.
+        trust_remote_code: Whether to run code that comes with the verifier's tokenizer and configuration.
+    """
+
+    def __init__(
+        self,
+        verifier: str,
+        train: str,
+        validation: str | None = None,
+        test: str | None = None,
+        validation_share: Share = 0.05,
+        max_length: RowLength = 2048,
+        long_rows: Literal["truncate", "drop"] = "truncate",
+        packing: bool = True,
+        batch_size: PositiveInt = 1,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 42,
+        cache_dir: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self._sources = {"train": train, "validation": validation, "test": test}
+        for split, source in self._sources.items():
+            if source is not None:
+                check_source(source, f"data.{split}")
+        self.verifier = verifier
+        self.validation_share = validation_share
+        self.row_settings = RowSettings(max_length, long_rows)
+        self.packing = packing
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache() / "rows"
+        self.trust_remote_code = trust_remote_code
+        self._packed: dict[str, PackedRows] = {}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The verifier's tokenizer, loaded when first needed: rows of tokens do without."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.verifier, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # hub, parsing and remote code each raise their own classes
+            raise self._not_loaded("tokenizer", error) from error
+
+    @cached_property
+    def vocabulary_size(self) -> int:
+        """Number of ids of the verifier, V."""
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.verifier, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # as above
+            raise self._not_loaded("config.json", error) from error
+        return int(config.get_text_config().vocab_size)
+
+    @property
+    def train_rows(self) -> TokenRows:
+        """The training rows, without those held out; there after `setup`."""
+        return self._packed["train"].rows
+
+    @property
+    def validation_rows(self) -> TokenRows | None:
+        """The validation rows, or None when there are none."""
+        return self._packed["validation"].rows if "validation" in self._packed else None
+
+    @property
+    def test_rows(self) -> TokenRows | None:
+        """The test rows, or None when there are none."""
+        return self._packed["test"].rows if "test" in self._packed else None
+
+    def prepare_data(self) -> None:
+        """Build the caches; Lightning calls it in one process a node."""
+        for split in self._sources:
+            self._build(split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the caches and pack the rows."""
+        if self._packed:
+            return
+        rows = {split: built for split in self._sources if (built := self._build(split)) is not None}
+        if "validation" not in rows and self.validation_share > 0:
+            rows["train"], rows["validation"] = self._hold_out(rows["train"])
+        self._packed = {split: PackedRows(documents, self._bins(documents)) for split, documents in rows.items()}
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the training batches of this rank, shuffled anew each epoch."""
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
+        """Return the validation batches of this rank; an empty list, which Lightning takes for none, without any."""
+        return self._loader("validation", shuffle=False) if "validation" in self._packed else []
+
+    def test_dataloader(self) -> ResumableLoader:
+        """Return the test batches of this rank.
+
+        Raises:
+            UsageError: there is no test source.
+        """
+        if "test" not in self._packed:
+            raise UsageError("data.test is not set; give a source of test rows")
+        return self._loader("test", shuffle=False)
+
+    def vocabulary_counts(self) -> Tensor:
+        """Return how often each id is supervised in the training rows, int64 [V]."""
+        return self.train_rows.supervised_counts
+
+    def summary_text(self) -> str:
+        """Return a few lines for a person: what was kept, cut and dropped, and how full the packed rows are."""
+        return "\n".join(self._split_summary(split, packed) for split, packed in self._packed.items())
+
+    def _split_summary(self, split: str, packed: PackedRows) -> str:
+        summary = packed.rows.summary
+        share = summary.supervised_tokens / summary.tokens
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in summary.dropped.items()) or "none"
+        fill_share = packed.fill_share(self.row_settings.max_length)
+        packing = f"; {len(packed):,} packed rows, {fill_share:.1%} full" if self.packing else ""
+        return (
+            f"{split}: {summary.rows:,} rows, {summary.tokens:,} tokens, {share:.1%} supervised{packing}\n"
+            f"  of {self._sources[split] or self._sources['train']}: {summary.truncated:,} truncated to "
+            f"{self.row_settings.max_length:,} tokens; dropped: {dropped}"
+        )
+
+    def _build(self, split: str) -> TokenRows | None:
+        source = self._sources[split]
+        if source is None:
+            return None
+        return build_rows(source, lambda: self.tokenizer, self.vocabulary_size, self.row_settings, self.cache_dir)
+
+    def _hold_out(self, rows: TokenRows) -> tuple[TokenRows, TokenRows]:
+        """Split off the last share of a seeded shuffle, at least one row."""
+        if len(rows) < 2:
+            raise UsageError("data.validation_share: one row cannot be split; set it to 0, or give data.validation")
+        order = np.random.default_rng(self.seed).permutation(len(rows))
+        kept = min(len(rows) - 1, round(len(rows) * (1 - self.validation_share)))
+        # In the order of the file, neighbours are read from one place of the disk.
+        return rows.select(np.sort(order[:kept])), rows.select(np.sort(order[kept:]))
+
+    def _bins(self, rows: TokenRows) -> list[list[int]]:
+        return pack(rows.lengths, self.row_settings.max_length) if self.packing else [[row] for row in range(len(rows))]
+
+    def _loader(self, split: str, shuffle: bool) -> ResumableLoader:
+        items = self._packed[split]
+        # Lightning knows which ranks take different data: under tensor parallelism several share theirs.
+        ranks = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"rank": 0, "num_replicas": 1}
+        sampler = PackedSampler(
+            items, shuffle=shuffle, seed=self.seed, rank=ranks["rank"], world_size=ranks["num_replicas"]
+        )
+        return ResumableLoader(
+            items,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _not_loaded(self, part: str, error: Exception) -> UsageError:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return UsageError(f"verifier: the {part} of {self.verifier} cannot be loaded: {reason}")
+
+
+def default_cache() -> Path:
+    """Return the folder of all caches: $SPECFORGE_CACHE, or ~/.cache/specforge."""
+    return Path(os.environ.get("SPECFORGE_CACHE") or "~/.cache/specforge").expanduser()

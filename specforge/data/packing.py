@@ -1,0 +1,109 @@
+"""Several documents a row: which go together, and the tensors they make."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from specforge.data.rows import TokenRows
+
+_PADDING = {"input_ids": 0, "loss_mask": False, "document_ids": -1, "position_ids": 0}
+
+
+def pack(lengths: npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
+    """Pack documents into rows, longest first, each into the fullest row that still takes it.
+
+    Args:
+        lengths: tokens of each document.
+        capacity: tokens that a row takes.
+
+    Returns:
+        Documents of each row. Every document is in exactly one; the same lengths always give the same rows.
+
+    Raises:
+        ValueError: a document is longer than a row.
+    """
+    if len(lengths) and lengths.max() > capacity:
+        raise ValueError(f"a document of {lengths.max()} tokens does not fit into a row of {capacity}")
+    bins: list[list[int]] = []
+    bins_with: dict[int, list[int]] = {}  # free tokens -> bins that have just so many
+    free_sizes: list[int] = []  # the keys, ascending: at most one for each free size, however many bins there are
+    for document in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[document])
+        place = bisect_left(free_sizes, length)
+        if place == len(free_sizes):
+            chosen, free = len(bins), capacity
+            bins.append([])
+        else:
+            free = free_sizes[place]
+            chosen = bins_with[free].pop()
+            if not bins_with[free]:
+                del bins_with[free], free_sizes[place]
+        bins[chosen].append(document)
+        free -= length
+        if free and free not in bins_with:
+            bins_with[free] = []
+            insort(free_sizes, free)
+        if free:
+            bins_with[free].append(chosen)
+    return bins
+
+
+class PackedRows(Dataset[dict[str, Tensor]]):
+    """Token rows as they enter a batch: each item joins the documents of one bin.
+
+    Args:
+        rows: the documents.
+        bins: documents of each item.
+    """
+
+    def __init__(self, rows: TokenRows, bins: list[list[int]]) -> None:
+        self.rows = rows
+        self.bins = bins
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Join the documents of a bin.
+
+        Args:
+            index: number of the bin. A negative index `-1 - i` is bin `i` with nothing supervised: evaluation fills up
+                with it, so that every rank has as many batches and every document counts once.
+
+        Returns:
+            `input_ids` int64 [T], `loss_mask` bool [T], `document_ids` int64 [T] (0, 1, ... in the row) and
+            `position_ids` int64 [T], which restart at each document.
+        """
+        documents = [self.rows[document] for document in self.bins[index if index >= 0 else -1 - index]]
+        lengths = torch.tensor([len(document["input_ids"]) for document in documents])
+        loss_mask = torch.cat([document["loss_mask"] for document in documents])
+        starts = lengths.cumsum(0) - lengths
+        return {
+            "input_ids": torch.cat([document["input_ids"] for document in documents]),
+            "loss_mask": loss_mask if index >= 0 else torch.zeros_like(loss_mask),
+            "document_ids": torch.arange(len(documents)).repeat_interleave(lengths),
+            "position_ids": torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths),
+        }
+
+    def fill_share(self, capacity: int) -> float:
+        """Return the share of the items' tokens that documents fill, were every item `capacity` tokens long."""
+        return float(self.rows.lengths.sum()) / (len(self.bins) * capacity)
+
+
+def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack items to a batch of [B, T] tensors, padded on the right to the longest.
+
+    Padding has `input_ids` 0, `loss_mask` False, `document_ids` -1 and `position_ids` 0.
+    """
+    return {
+        key: pad_sequence([item[key] for item in items], batch_first=True, padding_value=padding)
+        for key, padding in _PADDING.items()
+    }

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from specforge.data.encoding import RowEncoder, tokens_inside
+from specforge.data.sources import Record
+from specforge.errors import UsageError
+
+VOCABULARY_SIZE = 320
+TEXT = st.text(st.sampled_from("ab one two\n    é😀中\u00a0<|>"), max_size=30)
+CHAT = st.lists(st.tuples(TEXT, TEXT.filter(str.strip)), min_size=1, max_size=3)
+
+
+def messages_of(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def reference(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
+    """Write ChatML by hand with a flag for each character; a token is supervised if all its characters are."""
+    text, flags = "", []
+    for message in messages:
+        head, body = f"<|im_start|>{message['role']}\n", message["content"] + "<|im_end|>"
+        text += head + body + "\n"
+        flags += [False] * len(head) + [message["role"] == "assistant"] * len(body) + [False]
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded["input_ids"], [all(flags[start:end]) for start, end in encoded["offset_mapping"]]
+
+
+@pytest.fixture(scope="module")
+def encoders(load_tokenizer: Callable[..., PreTrainedTokenizerBase], templates: dict[str, str]) -> list[RowEncoder]:
+    """Boundaries, generation tags, and a tokenizer whose offsets leave out blanks: all must agree."""
+    tokenizers = [
+        load_tokenizer(templates["chatml"]),
+        load_tokenizer(templates["generation"]),
+        load_tokenizer(templates["chatml"], trim_offsets=True),
+    ]
+    return [RowEncoder(tokenizer, VOCABULARY_SIZE) for tokenizer in tokenizers]
+
+
+@given(turns=CHAT)
+def test_the_mask_of_a_chat_equals_a_slow_reference(
+    encoders: list[RowEncoder], tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]]
+) -> None:
+    messages = messages_of(turns)
+    ids, mask = reference(tokenizer, messages)
+    assert ids == tokenizer.apply_chat_template(messages, return_dict=False)
+    for encoder in encoders:
+        (row,) = encoder.encode([Record({"messages": messages}, "here")])
+        assert row.input_ids.tolist() == ids
+        assert row.loss_mask.tolist() == mask
+
+
+@given(
+    lengths=st.lists(st.integers(0, 4), max_size=20),
+    boundaries=st.lists(st.integers(0, 40), unique=True, max_size=8).map(sorted),
+)
+def test_tokens_inside_equals_a_loop(lengths: list[int], boundaries: list[int]) -> None:
+    ends = np.cumsum(lengths, dtype=np.int64)
+    offsets = np.stack([ends - lengths, ends], axis=1) if lengths else np.empty((0, 2), np.int64)
+    spans = list(zip(boundaries[::2], boundaries[1::2], strict=False))
+    expected = [
+        start < end and any(start >= first and end <= last for first, last in spans) for start, end in offsets.tolist()
+    ]
+    assert tokens_inside(offsets.astype(np.int64), spans).tolist() == expected
+
+
+def test_layouts_mixed_in_one_source_keep_their_order(
+    tokenizer: PreTrainedTokenizerBase, chat: Callable[..., dict[str, Any]]
+) -> None:
+    values = [
+        {"text": "one two"},
+        chat("one", "two"),
+        {"input_ids": [5, 6, 7], "loss_mask": [0, 1, True]},
+        {"prompt": "one", "response": "two"},
+        {"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]},
+        {"input_ids": [5], "loss_mask": [1], "text": "not used"},
+    ]
+    rows = RowEncoder(tokenizer, VOCABULARY_SIZE).encode([Record(value, "here") for value in values])
+    assert tokenizer.decode(rows[0].input_ids) == "one two"
+    assert rows[0].loss_mask.all()
+    assert rows[2].input_ids.tolist() == [5, 6, 7]
+    assert rows[2].loss_mask.tolist() == [False, True, True]
+    for same in (rows[3], rows[4]):
+        assert same.input_ids.tolist() == rows[1].input_ids.tolist()
+        assert same.loss_mask.tolist() == rows[1].loss_mask.tolist()
+    assert rows[5].input_ids.tolist() == [5]
+    assert all(row.input_ids.dtype == np.int32 and row.loss_mask.dtype == np.bool_ for row in rows)
+
+
+def test_a_prompt_without_chat_template_supervises_the_response(
+    load_tokenizer: Callable[..., PreTrainedTokenizerBase],
+) -> None:
+    plain = load_tokenizer(None)
+    (row,) = RowEncoder(plain, VOCABULARY_SIZE).encode([Record({"prompt": "one", "response": " two three"}, "here")])
+    assert plain.decode(row.input_ids) == "one two three"
+    assert plain.decode(row.input_ids[row.loss_mask]) == " two three"
+
+
+def test_the_tokenizers_own_truncation_is_not_used(load_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> None:
+    tokenizer = load_tokenizer()
+    before = RowEncoder(tokenizer, VOCABULARY_SIZE)
+    tokenizer("one two", truncation=True, max_length=1)
+    after = RowEncoder(tokenizer, VOCABULARY_SIZE)
+    assert after.identity == before.identity
+    assert len(after.encode([Record({"text": "one two three four"}, "here")])[0].input_ids) > 1
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"input_ids": [1, 2], "loss_mask": [1]}, "'input_ids' has 2 entries, 'loss_mask' 1"),
+        ({"input_ids": [1, 320], "loss_mask": [1, 1]}, "id 320 at position 1 is outside .* 320 ids"),
+        ({"input_ids": [-1], "loss_mask": [1]}, "id -1 at position 0"),
+        ({"input_ids": [2**32 + 1], "loss_mask": [1]}, "id 4294967297 at position 0"),
+        ({"input_ids": [1.5], "loss_mask": [1]}, "'input_ids' must be a list of integers"),
+        ({"input_ids": [[1], [2, 3]], "loss_mask": [1, 1]}, "'input_ids' must be a list of integers"),
+        ({"input_ids": ["a"], "loss_mask": [1]}, "'input_ids' must be a list of integers"),
+        ({"input_ids": [], "loss_mask": []}, "'input_ids' must be a list of integers that is not empty"),
+        ({"input_ids": [1], "loss_mask": [2]}, "'loss_mask' holds values other than 0 and 1"),
+        ({"input_ids": [1], "loss_mask": [None]}, "'loss_mask' must be a list of integers"),
+        ({"input_ids": [1]}, "without a usable turn"),
+        ({"text": "half \ud83d"}, "half a character"),
+    ],
+)
+def test_bad_rows_are_refused_with_their_place(
+    tokenizer: PreTrainedTokenizerBase, value: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UsageError, match=reason) as refused:
+        RowEncoder(tokenizer, VOCABULARY_SIZE).encode([Record(value, "train.jsonl:7")])
+    assert str(refused.value).startswith("train.jsonl:7: ")
+
+
+def test_text_among_rows_of_tokens_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"train.jsonl:2: a row of text in a source whose first row"):
+        RowEncoder(None, VOCABULARY_SIZE).encode([Record({"text": "one"}, "train.jsonl:2")])

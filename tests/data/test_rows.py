@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from specforge.data import rows as rows_module
+from specforge.data.encoding import RowEncoder, TokenRow
+from specforge.data.rows import RowSettings, TokenRows, build_rows
+from specforge.errors import SpecforgeError, UsageError
+
+VOCABULARY_SIZE = 320
+Write = Callable[..., str]
+Build = Callable[..., TokenRows]
+CUT = RowSettings(max_length=6, long_rows="truncate")
+
+
+def token_rows(number: int) -> list[dict[str, Any]]:
+    return [{"input_ids": [8, 7, row % 100, 9], "loss_mask": [0, 0, 1, 1]} for row in range(number)]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    def refuse() -> PreTrainedTokenizerBase:
+        raise AssertionError("rows of tokens need no tokenizer")
+
+    def build(source: str, settings: RowSettings = CUT, tokenizer: PreTrainedTokenizerBase | None = None) -> TokenRows:
+        return build_rows(source, lambda: tokenizer or refuse(), VOCABULARY_SIZE, settings, tmp_path / "cache" / "rows")
+
+    return build
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Callable[[], list[Path]]:
+    return lambda: sorted((tmp_path / "cache" / "rows").iterdir())
+
+
+def test_rows_come_back_as_they_were_written(write_lines: Write, build: Build) -> None:
+    built = build(write_lines(token_rows(600)))
+    assert len(built) == 600
+    assert built[321]["input_ids"].tolist() == [8, 7, 21, 9]
+    assert built[321]["loss_mask"].tolist() == [False, False, True, True]
+    assert built[321]["input_ids"].dtype == torch.int64
+    assert built[321]["loss_mask"].dtype == torch.bool
+    assert built.lengths.tolist() == [4] * 600
+    assert (built.summary.rows, built.summary.tokens, built.summary.supervised_tokens) == (600, 2400, 1200)
+
+
+def test_counts_are_over_supervised_tokens(write_lines: Write, build: Build) -> None:
+    built = build(write_lines(token_rows(600)))
+    expected = torch.zeros(VOCABULARY_SIZE, dtype=torch.int64)
+    expected[:100] = 6
+    expected[9] += 600
+    assert torch.equal(built.supervised_counts, expected)
+
+
+def test_a_selection_counts_its_own_rows(write_lines: Write, build: Build) -> None:
+    chosen = build(write_lines(token_rows(10))).select(np.array([2, 5]))
+    assert [chosen[index]["input_ids"][2].item() for index in range(len(chosen))] == [2, 5]
+    assert (chosen.summary.rows, chosen.summary.tokens, chosen.summary.supervised_tokens) == (2, 8, 4)
+    assert chosen.supervised_counts.nonzero().flatten().tolist() == [2, 5, 9]
+
+
+def test_long_rows_are_cut_or_left_out_and_counted(write_lines: Write, build: Build) -> None:
+    source = write_lines(
+        [
+            {"input_ids": [1] * 6, "loss_mask": [0] * 5 + [1]},
+            {"input_ids": [2] * 7, "loss_mask": [0] * 5 + [1] * 2},
+            {"input_ids": [3] * 7, "loss_mask": [0] * 6 + [1]},
+            {"input_ids": [4] * 3, "loss_mask": [0] * 3},
+        ]
+    )
+    cut = build(source, CUT)
+    assert [cut[index]["input_ids"].tolist() for index in range(len(cut))] == [[1] * 6, [2] * 6]
+    assert cut.summary.truncated == 1
+    assert cut.summary.dropped == {"no supervised token within max_length": 1, "no supervised token": 1}
+    left_out = build(source, RowSettings(max_length=6, long_rows="drop"))
+    assert left_out.lengths.tolist() == [6]
+    assert left_out.summary.truncated == 0
+    assert left_out.summary.dropped == {"longer than max_length": 2, "no supervised token": 1}
+
+
+def test_nothing_supervised_is_an_error_that_leaves_no_cache(
+    write_lines: Write, build: Build, folders: Callable[[], list[Path]]
+) -> None:
+    source = write_lines([{"input_ids": [1, 2], "loss_mask": [0, 0]}])
+    with pytest.raises(UsageError, match=r"no supervised token in the whole set.*'no supervised token': 1"):
+        build(source)
+    assert folders() == []
+
+
+def test_a_file_of_blank_lines_is_an_error(tmp_path: Path, build: Build) -> None:
+    (tmp_path / "blank.jsonl").write_text("\n \n")
+    with pytest.raises(UsageError, match="holds no rows"):
+        build(str(tmp_path / "blank.jsonl"))
+
+
+def test_everything_supervised_is_a_warning_also_from_the_cache(write_lines: Write, build: Build) -> None:
+    source = write_lines([{"input_ids": [1, 2, 3], "loss_mask": [1, 1, 1]}])
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="every token is supervised"):
+            build(source)
+
+
+def test_a_second_run_reads_the_cache(write_lines: Write, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_lines(token_rows(5))
+    first = build(source)
+    monkeypatch.setattr(RowEncoder, "encode", lambda *_: pytest.fail("tokenised again"))
+    assert build(source)[3]["input_ids"].tolist() == first[3]["input_ids"].tolist()
+
+
+def test_the_cache_depends_on_all_that_rows_depend_on(
+    write_lines: Write,
+    build: Build,
+    folders: Callable[[], list[Path]],
+    load_tokenizer: Callable[..., PreTrainedTokenizerBase],
+    templates: dict[str, str],
+    chat: Callable[..., dict[str, Any]],
+) -> None:
+    source, chatml = write_lines([chat("one", "two")]), load_tokenizer(templates["chatml"])
+    wide = RowSettings(max_length=100, long_rows="truncate")
+    build(source, wide, chatml)
+    build(write_lines([chat("one", "two")], "copy.jsonl"), wide, load_tokenizer(templates["chatml"]))
+    assert len(folders()) == 1
+    build(source, wide, load_tokenizer(templates["generation"]))
+    build(source, RowSettings(max_length=99, long_rows="truncate"), chatml)
+    build(source, RowSettings(max_length=100, long_rows="drop"), chatml)
+    build(write_lines([chat("one", "three")], "other.jsonl"), wide, chatml)
+    chatml.backend_tokenizer.add_special_tokens(["one"])
+    build(source, wide, chatml)
+    assert len(folders()) == 6
+
+
+def stop_after(chunks: int, stop: Callable[[], None]) -> Callable[..., list[TokenRow]]:
+    """Return an `encode` that stops the build after some chunks were written."""
+    encode, done = RowEncoder.encode, []
+
+    def encode_and_stop(self: RowEncoder, records: Any) -> list[TokenRow]:
+        if len(done) == chunks:
+            stop()
+        done.append(len(records))
+        return encode(self, records)
+
+    return encode_and_stop
+
+
+@pytest.mark.parametrize(
+    ("fault", "shown"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(errno.ENOSPC, "No space left on device"), SpecforgeError),
+    ],
+)
+def test_an_interrupted_build_leaves_nothing(
+    write_lines: Write,
+    build: Build,
+    folders: Callable[[], list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: BaseException,
+    shown: type[BaseException],
+) -> None:
+    def stop() -> None:
+        assert len(folders()) == 1
+        raise fault
+
+    source = write_lines(token_rows(600))
+    with monkeypatch.context() as patch, pytest.raises(shown):
+        patch.setattr(RowEncoder, "encode", stop_after(2, stop))
+        build(source)
+    assert folders() == []
+    assert len(build(source)) == 600
+
+
+def test_a_killed_build_leaves_nothing_that_a_later_one_would_take(
+    write_lines: Write, build: Build, folders: Callable[[], list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_lines(token_rows(600))
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(RowEncoder, "encode", stop_after(2, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+        build(source)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert [folder.name[0] for folder in folders()] == ["."]
+    assert len(build(source)) == 600
+    assert [folder.name[0] == "." for folder in folders()] == [True, False]
+
+
+@pytest.mark.parametrize("damage", ["cut", "no rows", "no summary", "broken summary", "no schema"])
+def test_a_damaged_cache_is_built_again(
+    write_lines: Write, build: Build, folders: Callable[[], list[Path]], caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    source = write_lines(token_rows(600))
+    build(source)
+    (folder,) = folders()
+    content, summary = folder / "rows.arrow", folder / "summary.json"
+    match damage:
+        case "cut":
+            os.truncate(content, content.stat().st_size // 2)
+        case "no rows":
+            content.unlink()
+        case "no summary":
+            summary.unlink()
+        case "broken summary":
+            summary.write_text(summary.read_text()[:-5])
+        case "no schema":
+            content.write_bytes(bytes(content.stat().st_size))
+    with caplog.at_level(logging.WARNING):
+        assert len(build(source)) == 600
+    assert "is damaged and is built again" in caplog.text
+    assert folders() == [folder]
+
+
+def test_of_two_builds_at_once_the_first_wins(
+    write_lines: Write, build: Build, folders: Callable[[], list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_lines(token_rows(600))
+    write_rows = rows_module._write_rows
+
+    def write_after_another(*arguments: Any) -> None:
+        monkeypatch.setattr(rows_module, "_write_rows", write_rows)
+        build(source)
+        write_rows(*arguments)
+
+    monkeypatch.setattr(rows_module, "_write_rows", write_after_another)
+    assert len(build(source)) == 600
+    assert len(folders()) == 1
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path, write_lines: Write, build: Build) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(SpecforgeError, match=r"cannot write below .*data.cache_dir"):
+        build(write_lines(token_rows(1)))
