@@ -1,0 +1,140 @@
+"""The LightningCLI of ``specforge fit | validate | test``, built around the classes of one algorithm."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from specforge.errors import UsageError
+from specforge.hookspecs import Algorithm
+from specforge.registry import installed
+from specforge.training.callbacks import fit_callbacks, progress_bar
+from specforge.training.config_errors import explain
+from specforge.training.config_files import config_files
+from specforge.training.runs import resolve_checkpoint, version_of
+from specforge.verifier.loading import VerifierType
+
+# What a run needs to be set otherwise than Lightning does by itself.
+TRAINER_DEFAULTS = {"max_epochs": 1, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+
+
+class TrainingCLI(LightningCLI):
+    """Parses the configuration, builds trainer, module and data, and leaves running to the command.
+
+    Args:
+        algorithm: Whose classes to build.
+        arguments: The words after the subcommand.
+        subcommand: ``"fit"``, ``"validate"`` or ``"test"``.
+
+    Raises:
+        UsageError: The configuration is wrong; nothing has been loaded.
+    """
+
+    def __init__(self, algorithm: Algorithm, arguments: list[str], subcommand: str) -> None:
+        self.algorithm = algorithm
+        self.arguments = arguments
+        self.subcommand_name = subcommand
+        super().__init__(
+            model_class=installed().load(algorithm, "module"),
+            datamodule_class=installed().load(algorithm, "data"),
+            save_config_callback=RunRecord,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=42,
+            parser_kwargs={"exit_on_error": False, "prog": f"specforge {subcommand} --algorithm {algorithm.name}"},
+            run=False,
+            args=arguments,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what belongs to the whole run, and hand it on to module and data."""
+        parser.add_argument("--algorithm", type=str, default=self.algorithm.name, help="Which algorithm to train.")
+        parser.add_argument("--verifier", type=str, required=True, help="Folder or hub id of the verifier.")
+        parser.add_argument(
+            "--verifier_dtype",
+            type=VerifierType,
+            default="auto",
+            help="Type of its weights; auto: as stored, but float32 where there is no accelerator.",
+        )
+        parser.add_argument("--verifier_revision", type=str | None, default=None, help="Its branch, tag or commit.")
+        parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with it.")
+        parser.add_argument(
+            "--output_dir",
+            type=str,
+            default=f"runs/{self.algorithm.name}",
+            help="Folder of the runs; each run gets a folder version_N there.",
+        )
+        parser.add_argument(
+            "--save_every_n_steps", type=PositiveInt, default=500, help="Optimizer steps between two savings."
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Checkpoint to go on from or to measure: a file, or last or best of the newest run.",
+        )
+        for name in ("verifier", "trust_remote_code"):
+            parser.link_arguments(name, f"model.{name}")
+            parser.link_arguments(name, f"data.{name}")
+        parser.link_arguments("verifier_revision", "model.verifier_revision")
+        parser.link_arguments("verifier_dtype", "model.verifier_dtype")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; a fault becomes one message that names the key, what is allowed and the nearest right name."""
+        try:
+            self.config = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            raise UsageError(explain(str(error), parser, config_files(self.arguments))) from None
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint before anything is built."""
+        wanted = self.config.ckpt_path
+        if wanted is None and self.subcommand_name != "fit":
+            wanted = "best"
+        self.checkpoint = resolve_checkpoint(wanted, Path(self.config.output_dir)) if wanted else None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Create the trainer with a TensorBoard logger in the run's folder, unless the configuration says otherwise."""
+        settings = self.config_init["trainer"]
+        if settings.get("default_root_dir") is None:
+            kwargs["default_root_dir"] = self.config.output_dir
+        if self.subcommand_name != "fit":
+            kwargs["logger"] = False
+        elif settings.get("logger") in (None, True):
+            version = version_of(self.checkpoint, Path(self.config.output_dir))
+            kwargs["logger"] = TensorBoardLogger(self.config.output_dir, name="", version=version)
+        callbacks = list(settings.get("callbacks") or [])
+        if self.subcommand_name == "fit":
+            callbacks += fit_callbacks(self.arguments, self.config.save_every_n_steps)
+            callbacks.append(RunRecord(self._parser(None), self.config, **self.save_config_kwargs))
+        else:
+            callbacks.append(progress_bar())
+        return self.trainer_class(**{**settings, **kwargs, "callbacks": callbacks})
+
+    def run(self) -> None:
+        """Fit, validate or test."""
+        method = getattr(self.trainer, self.subcommand_name)
+        method(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint, weights_only=True)
+
+
+class RunRecord(SaveConfigCallback):
+    """Stores the resolved configuration with the run, as a file that reproduces it, and as text for TensorBoard."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        config = config.clone()
+        config.ckpt_path = None
+        super().__init__(parser, config, **kwargs)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Show the configuration in TensorBoard."""
+        text = self.parser.dump(self.config, skip_none=False)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("configuration", f"```yaml\n{text}\n```")

@@ -1,0 +1,283 @@
+"""From hidden states and heads to losses, acceptance and gradients, in chunks of rows.
+
+Neither the draft's logits nor the verifier's are ever stored for more than one chunk. The verifier's distribution of
+a target is formed once and serves every step that is trained towards it. Gradients are formed in the forward pass,
+chunk by chunk, so that the backward pass only scales them.
+
+Letters in shapes: S steps, N rows (a flattened batch), H width, V verifier and D draft vocabulary, M pairs of row and
+step that count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specforge.training.objectives import Distributions, acceptance
+from specforge.verifier.parts import VerifierParts
+
+# Logits of one chunk, draft and verifier together: 64 MiB in float32.
+LOGITS_PER_CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the objective.
+
+    Attributes:
+        name: The objective's name.
+        weight: Its factor.
+        function: Maps ``Distributions`` of n rows to n values.
+        uses_mean_acceptance: Whether it reads ``Distributions.mean_acceptance``.
+    """
+
+    name: str
+    weight: float
+    function: Callable[[Distributions], Tensor]
+    uses_mean_acceptance: bool = False
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The verifier's side.
+
+    Attributes:
+        last: Its states before the final norm, [N, H].
+        parts: Its norm and head.
+        draft_ids: The verifier's ids of the D draft tokens, int64 [D]; None where the vocabularies are the same.
+    """
+
+    last: Tensor
+    parts: VerifierParts
+    draft_ids: Tensor | None
+
+
+@dataclass(frozen=True)
+class DraftSteps:
+    """What a draft did at every step and row; every metric follows from it.
+
+    Attributes:
+        loss: The weighted loss, a scalar with gradient.
+        terms: For each objective, the sum over supervised rows at each step, [S].
+        supervised: Which rows count, bool [S, N].
+        acceptance: Probability that a sampled draft token is accepted, [S, N]; 0 where not supervised.
+        agreement: Whether the most probable tokens of draft and verifier agree, [S, N]; 0 where not supervised.
+    """
+
+    loss: Tensor
+    terms: Mapping[str, Tensor]
+    supervised: Tensor
+    acceptance: Tensor
+    agreement: Tensor
+
+
+def distill(
+    hidden: Tensor,
+    head: Tensor,
+    teacher: Teacher,
+    targets: Tensor,
+    supervised: Tensor,
+    terms: list[Term],
+    step_weights: Tensor,
+    skip_targets_outside: bool = False,
+) -> DraftSteps:
+    """Compare a draft's steps with the verifier.
+
+    Args:
+        hidden: What the draft's head reads, [S, N, H].
+        head: The draft's head, [D, H].
+        teacher: The verifier's side.
+        targets: Row of ``teacher.last`` that each row and step is compared with, int64 [S, N].
+        supervised: Which rows count, bool [S, N].
+        terms: The summands of the objective.
+        step_weights: Factor of each step's sum over rows, [S]: its decay over its denominator.
+        skip_targets_outside: Leave out of the loss rows whose most probable verifier token is no draft token.
+    """
+    work = _Work(teacher, targets, supervised, terms, step_weights.to(hidden.device), skip_targets_outside)
+    loss, sums, accepted, agreed = _Distill.apply(hidden, head, work)
+    names = [term.name for term in terms]
+    return DraftSteps(loss, dict(zip(names, sums, strict=True)), supervised, accepted, agreed)
+
+
+@dataclass(frozen=True)
+class _Work:
+    teacher: Teacher
+    targets: Tensor
+    supervised: Tensor
+    terms: list[Term]
+    step_weights: Tensor
+    skip_targets_outside: bool
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some targets and all pairs of step and row that are compared with them.
+
+    Attributes:
+        targets: Rows of the teacher, [R].
+        steps: Step of each pair, [M].
+        rows: Row of each pair, [M].
+        target_of: Index of each pair's target within ``targets``, [M].
+    """
+
+    targets: Tensor
+    steps: Tensor
+    rows: Tensor
+    target_of: Tensor
+
+
+class _Distill(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, work: _Work) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        compute_type = _compute_type(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            run = _Run(hidden, head, work, compute_type, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+            for chunk in _chunks(work, head.shape[0]):
+                run.add(chunk)
+        ctx.gradients = run.hidden_gradient, run.head_gradient
+        ctx.mark_non_differentiable(run.sums, run.acceptance, run.agreement)
+        return run.loss, run.sums, run.acceptance, run.agreement
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        of_hidden, of_head = ctx.gradients
+        return (
+            None if of_hidden is None else of_hidden * scale.to(of_hidden.dtype),
+            None if of_head is None else of_head * scale,
+            None,
+        )
+
+
+class _Run:
+    """One pass over the chunks, and what it has summed up so far."""
+
+    def __init__(
+        self, hidden: Tensor, head: Tensor, work: _Work, compute_type: torch.dtype, train_hidden: bool, train_head: bool
+    ) -> None:
+        self.work = work
+        self.hidden = hidden.detach()
+        self.head = head.detach().to(compute_type).requires_grad_(train_head)
+        self.train_hidden = train_hidden
+        shape = work.supervised.shape
+        zeros = partial(torch.zeros, device=hidden.device, dtype=_wide_type(hidden.dtype))
+        self.loss = zeros(())
+        self.sums = zeros(len(work.terms), shape[0])
+        self.acceptance = zeros(shape)
+        self.agreement = zeros(shape)
+        self.hidden_gradient = torch.zeros_like(self.hidden) if train_hidden else None
+        self.head_gradient = zeros(head.shape) if train_head else None
+        self.mean_acceptance = self._mean_acceptance() if any(t.uses_mean_acceptance for t in work.terms) else None
+
+    def add(self, chunk: _Chunk) -> None:
+        """Add a chunk to the loss, the sums, the per-row results and the gradients."""
+        states = self.hidden[chunk.steps, chunk.rows].to(self.head.dtype).requires_grad_(self.train_hidden)
+        with torch.enable_grad():
+            target = _target(self.work.teacher, chunk)
+            log_q = _log_softmax(F.linear(states, self.head))
+            mean = None if self.mean_acceptance is None else self.mean_acceptance[chunk.steps]
+            rows = Distributions(log_q, target.log_p, target.log_p_full, mean)
+            loss = self._loss(rows, target, chunk)
+        self.loss += loss.detach()
+        self.acceptance[chunk.steps, chunk.rows] = acceptance(replace(rows, log_q=log_q.detach()))
+        self.agreement[chunk.steps, chunk.rows] = (log_q.argmax(-1) == target.top).to(self.agreement.dtype)
+        self._accumulate(loss, states, chunk)
+
+    def _loss(self, rows: Distributions, target: _Target, chunk: _Chunk) -> Tensor:
+        weights = self.work.step_weights[chunk.steps]
+        if self.work.skip_targets_outside:
+            weights = weights * (target.top >= 0)
+        loss = rows.log_q.new_zeros(())
+        for number, term in enumerate(self.work.terms):
+            values = term.function(rows)
+            self.sums[number].index_add_(0, chunk.steps, values.detach())
+            loss = loss + term.weight * (weights * values).sum()
+        return loss
+
+    def _accumulate(self, loss: Tensor, states: Tensor, chunk: _Chunk) -> None:
+        inputs = [one for one in (states, self.head) if one.requires_grad]
+        if not inputs:
+            return
+        gradients = dict(zip(map(id, inputs), torch.autograd.grad(loss, inputs), strict=True))
+        if self.hidden_gradient is not None:
+            self.hidden_gradient[chunk.steps, chunk.rows] = gradients[id(states)].to(self.hidden_gradient.dtype)
+        if self.head_gradient is not None:
+            self.head_gradient += gradients[id(self.head)]
+
+    def _mean_acceptance(self) -> Tensor:
+        """Mean acceptance probability of each step over the batch, [S], by a pass without gradients."""
+        sums = torch.zeros_like(self.sums[0])
+        for chunk in _chunks(self.work, self.head.shape[0]):
+            target = _target(self.work.teacher, chunk)
+            states = self.hidden[chunk.steps, chunk.rows].to(self.head.dtype)
+            log_q = _log_softmax(F.linear(states, self.head.detach()))
+            sums.index_add_(0, chunk.steps, acceptance(Distributions(log_q, target.log_p, target.log_p_full)))
+        return sums / self.work.supervised.sum(1).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The verifier's distributions for the M pairs of a chunk.
+
+    Attributes:
+        log_p: Normalised over the draft vocabulary, [M, D].
+        log_p_full: Normalised over the whole vocabulary, at the draft tokens, [M, D].
+        top: Draft id of the most probable verifier token, [M]; -1 where it is no draft token.
+    """
+
+    log_p: Tensor
+    log_p_full: Tensor
+    top: Tensor
+
+
+@torch.no_grad()
+def _target(teacher: Teacher, chunk: _Chunk) -> _Target:
+    norm = teacher.parts.norm
+    logits = teacher.parts.head(norm(teacher.last[chunk.targets]))
+    log_p_full = _log_softmax(logits)
+    top = logits.argmax(-1)
+    if teacher.draft_ids is None:
+        log_p_full = log_p_full[chunk.target_of]
+        return _Target(log_p_full, log_p_full, top[chunk.target_of])
+    log_p_full = log_p_full[:, teacher.draft_ids]
+    log_p = log_p_full.log_softmax(-1)
+    # Draft ids ascend with the verifier's ids, so a binary search finds the draft token of a verifier token.
+    place = torch.searchsorted(teacher.draft_ids, top).clamp(max=teacher.draft_ids.numel() - 1)
+    top = torch.where(teacher.draft_ids[place] == top, place, -1)
+    return _Target(log_p[chunk.target_of], log_p_full[chunk.target_of], top[chunk.target_of])
+
+
+def _chunks(work: _Work, draft_size: int) -> Iterator[_Chunk]:
+    """Split the supervised pairs by target, so that each target's distribution is formed once."""
+    steps, rows = work.supervised.nonzero(as_tuple=True)
+    targets, target_of = work.targets[steps, rows].unique(return_inverse=True)
+    order = target_of.argsort(stable=True)
+    steps, rows, target_of = steps[order], rows[order], target_of[order]
+    verifier_size = work.teacher.parts.lm_head.weight.shape[0]
+    size = max(1, LOGITS_PER_CHUNK // (verifier_size + work.supervised.shape[0] * draft_size))
+    begins = torch.arange(0, targets.numel() + size, size, device=targets.device)
+    bounds = torch.searchsorted(target_of, begins).tolist()
+    for number, (begin, end) in enumerate(pairwise(bounds)):
+        first = number * size
+        yield _Chunk(targets[first : first + size], steps[begin:end], rows[begin:end], target_of[begin:end] - first)
+
+
+def _compute_type(hidden: Tensor) -> torch.dtype:
+    """Return the type of the matrix products: autocast's where it is on."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _wide_type(dtype: torch.dtype) -> torch.dtype:
+    """Return at least float32: short types are for matrix products alone."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(_wide_type(logits.dtype)).log_softmax(-1)

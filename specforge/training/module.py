@@ -1,0 +1,258 @@
+"""The base of every algorithm's LightningModule: the frozen verifier, the optimizer, the metrics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jsonargparse.typing import restricted_number_type
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specforge.data.module import DraftDataModule
+from specforge.errors import SpecforgeError, UsageError
+from specforge.hookspecs import Objective
+from specforge.models.speculator import SpeculatorModel
+from specforge.registry import installed
+from specforge.training.distillation import DraftSteps, Term
+from specforge.training.metrics import StepMeans, step_sums
+from specforge.training.optimizers import OptimizerSettings, build_optimizer
+from specforge.training.schedules import ScheduleSettings, build_schedule
+from specforge.verifier.features import Features, capture
+from specforge.verifier.loading import VerifierLoading, VerifierType, load_config, load_verifier
+from specforge.verifier.parts import VerifierParts
+
+Batch = Mapping[str, Tensor]
+
+if TYPE_CHECKING:
+    Decay = float
+else:
+    Decay = restricted_number_type("Decay", float, [(">", 0), ("<=", 1)])
+
+
+class DraftModule(LightningModule, ABC):
+    """Trains a draft towards a verifier; a plugin supplies the network and ``draft_steps``.
+
+    Args:
+        verifier: Folder or hub id of the verifier.
+        verifier_dtype: Type of its weights; auto is the stored one, but float32 where there is no accelerator.
+        verifier_revision: Branch, tag or commit of the verifier on the hub.
+        trust_remote_code: Whether to run model code that comes with the verifier.
+        objective: Losses to add up, by name, each with its weight (see ``specforge plugins`` for the names).
+        step_decay: Weight of draft step k is this to the power of k.
+        denominator: What a step's sum of losses is divided by: its supervised positions (valid), or all positions of
+            the batch, padding and prompts included (all).
+        optimizer: How weights are updated.
+        schedule: How the learning rate moves.
+    """
+
+    draft: SpeculatorModel
+
+    def __init__(
+        self,
+        verifier: str,
+        verifier_dtype: VerifierType = "auto",
+        verifier_revision: str | None = None,
+        trust_remote_code: bool = False,
+        objective: dict[str, float] = {"kl": 1.0},  # noqa: B006  (never changed; shown as the default in --help)
+        step_decay: Decay = 0.8,
+        denominator: Literal["valid", "all"] = "valid",
+        optimizer: OptimizerSettings = OptimizerSettings(),
+        schedule: ScheduleSettings = ScheduleSettings(),
+    ) -> None:
+        super().__init__()
+        self.verifier_name = verifier
+        self.verifier_loading = VerifierLoading(verifier_dtype, verifier_revision, trust_remote_code)
+        self.verifier_config = load_config(verifier, self.verifier_loading)
+        self.terms = objective_terms(objective)
+        self.step_decay = step_decay
+        self.denominator = denominator
+        self.optimizer_settings = optimizer
+        self.schedule_settings = schedule
+        # Outside the module tree, so that the verifier is never trained, sharded with the draft, or saved.
+        self._frozen: tuple[PreTrainedModel, VerifierParts] | None = None
+
+    @property
+    @abstractmethod
+    def aux_layers(self) -> list[int]:
+        """Ids of the verifier layers that features are taken from, ascending."""
+
+    @property
+    @abstractmethod
+    def num_steps(self) -> int:
+        """Number S of draft steps that are trained."""
+
+    @abstractmethod
+    def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> SpeculatorModel:
+        """Create the network, with the weights that training starts from.
+
+        Args:
+            parts: The verifier's embeddings, norm and head.
+            data: The data, set up; it knows how often each token is supervised.
+        """
+
+    @abstractmethod
+    def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
+        """Run the draft over a packed batch and compare each step with the verifier.
+
+        Args:
+            batch: ``input_ids``, ``loss_mask``, ``document_ids`` and ``position_ids``, [B, T] each.
+            features: The verifier's states over the batch.
+        """
+
+    @property
+    def verifier(self) -> PreTrainedModel:
+        """The frozen verifier; only once the run has begun."""
+        assert self._frozen is not None
+        return self._frozen[0]
+
+    @property
+    def parts(self) -> VerifierParts:
+        """The verifier's embeddings, norm and head; only once the run has begun."""
+        assert self._frozen is not None
+        return self._frozen[1]
+
+    def configure_model(self) -> None:
+        """Load the verifier and create the draft, once."""
+        if self._frozen is not None:
+            return
+        verifier = load_verifier(self.verifier_name, self.verifier_loading)
+        check_logits(verifier)
+        verifier.to(self.trainer.strategy.root_device)
+        parts = VerifierParts.of(verifier)
+        self._frozen = (verifier, parts)
+        data: DraftDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.draft = self.build_draft(parts, data)
+        self.draft.attach_verifier(parts)
+        self.means = {stage: StepMeans([term.name for term in self.terms], self.num_steps) for stage in ("val", "test")}
+        for stage, metric in self.means.items():
+            self.add_module(f"{stage}_means", metric)
+
+    def features(self, batch: Batch) -> Features:
+        """Capture the verifier's states over a batch."""
+        return capture(self.verifier, batch["input_ids"], batch["position_ids"], self.aux_layers)
+
+    def step_weights(self, supervised: Tensor) -> Tensor:
+        """Return the factor of each step's sum of losses, [S]: decay over denominator.
+
+        Args:
+            supervised: Which positions count, bool [S, N].
+        """
+        steps, rows = supervised.shape
+        decay = self.step_decay ** torch.arange(steps, device=supervised.device)
+        counts = supervised.sum(1) if self.denominator == "valid" else torch.full_like(decay, rows)
+        return decay / counts.clamp(min=1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Run one batch; Lightning updates the draft with the loss that comes back."""
+        outcome = self.draft_steps(batch, self.features(batch))
+        if not torch.isfinite(outcome.loss):
+            raise SpecforgeError(
+                f"the training loss is {outcome.loss.item()} at step {self.trainer.global_step}, before it reached the "
+                "weights. Try a lower model.optimizer.lr, a longer warmup or trainer.gradient_clip_val"
+            )
+        counts = outcome.supervised.sum(1).clamp(min=1)
+        means = step_sums(outcome) / counts
+        names = [*outcome.terms, "acceptance", "agreement"]
+        self.log("train/loss", outcome.loss)
+        self.log_dict(
+            {
+                f"train/{name}/step_{step}": means[row, step]
+                for row, name in enumerate(names)
+                for step in range(self.num_steps)
+            }
+        )
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("loss", outcome.loss.detach(), prog_bar=True, logger=False)
+        self.log("accept", means[-2, 0], prog_bar=True, logger=False)
+        return outcome.loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the validation metrics."""
+        self.means["val"].update(self.draft_steps(batch, self.features(batch)))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_means("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the test metrics."""
+        self.means["test"].update(self.draft_steps(batch, self.features(batch)))
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_means("test")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Create the optimizer and the schedule of the run."""
+        optimizer = build_optimizer(self.draft, self.optimizer_settings)
+        schedule = build_schedule(optimizer, self.schedule_settings, self._total_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+
+    def _total_steps(self) -> int:
+        # Not trainer.estimated_stepping_batches, which makes Lightning forget the loader's position on resuming.
+        if self.trainer.max_steps > 0:
+            return self.trainer.max_steps
+        data: DraftDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        steps_per_epoch = -(-len(data.train_dataloader()) // self.trainer.accumulate_grad_batches)
+        return steps_per_epoch * (self.trainer.max_epochs or 1)
+
+    def _log_means(self, stage: str) -> None:
+        means = self.means[stage].compute()
+        self.means[stage].reset()
+        loss = sum(
+            term.weight * self.step_decay**step * means[f"{term.name}/step_{step}"]
+            for term in self.terms
+            for step in range(self.num_steps)
+            if f"{term.name}/step_{step}" in means
+        )
+        self.log(f"{stage}/loss", torch.as_tensor(loss), prog_bar=True)
+        self.log_dict({f"{stage}/{name}": value for name, value in means.items()})
+
+
+def objective_terms(objective: Mapping[str, float]) -> list[Term]:
+    """Look up the losses of an objective.
+
+    Args:
+        objective: Weights by name.
+
+    Raises:
+        UsageError: A name is unknown, a weight is not positive, or there are none.
+    """
+    if not objective:
+        raise UsageError("model.objective is empty; give at least one loss, for example {kl: 1.0}")
+    terms = []
+    for name, weight in objective.items():
+        if weight <= 0:
+            raise UsageError(f"model.objective.{name} must be positive, got {weight}")
+        try:
+            descriptor = installed().find(Objective, name)
+        except UsageError as error:
+            raise UsageError(f"model.objective: {error}") from None
+        function = installed().load(descriptor, "function")
+        terms.append(Term(name, weight, function, descriptor.uses_mean_acceptance))
+    return terms
+
+
+@torch.no_grad()
+def check_logits(verifier: PreTrainedModel) -> None:
+    """Make sure that norm and head, applied to the captured last state, give the verifier's own logits.
+
+    A family that does something else between its last layer and its logits would train every draft wrong, silently.
+
+    Raises:
+        UsageError: They do not.
+    """
+    vocabulary = verifier.config.get_text_config().vocab_size
+    tokens = torch.arange(1, 9).remainder(vocabulary)[None].to(verifier.device)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    last = capture(verifier, tokens, positions, [0]).last
+    rebuilt, own = VerifierParts.of(verifier).logits(last), verifier(tokens, use_cache=False).logits
+    if not torch.allclose(rebuilt.float(), own.float(), atol=1e-2, rtol=1e-2):
+        raise UsageError(
+            f"{type(verifier).__name__}: its final norm and head do not give its own logits from the last layer's "
+            "output, so drafts cannot be trained for this model family"
+        )

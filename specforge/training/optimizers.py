@@ -1,0 +1,95 @@
+"""Optimizers: AdamW, or Muon for matrices with AdamW for the rest; both torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+
+class OptimizerSettings(BaseModel):
+    """How weights are updated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon: matrices of the layers by Muon, scaled to AdamW's step; the rest by AdamW."
+    )
+    lr: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of matrices.")
+
+
+def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer:
+    """Create the optimizer of a module's trainable parameters.
+
+    Args:
+        module: The draft.
+        settings: Which optimizer, and its constants.
+    """
+    trainable = {name: one for name, one in module.named_parameters() if one.requires_grad}
+    by_muon = [name for name in trainable if settings.name == "muon" and _is_hidden_matrix(module, name)]
+    matrices = [one for name, one in trainable.items() if one.ndim >= 2 and name not in by_muon]
+    vectors = [one for one in trainable.values() if one.ndim < 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+    )
+    if not by_muon:
+        return adamw
+    muon = Muon(
+        [trainable[name] for name in by_muon],
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return JointOptimizer([muon, adamw])
+
+
+class JointOptimizer(Optimizer):
+    """Several optimizers over disjoint parameters that step as one.
+
+    Args:
+        optimizers: They keep their own state; their parameter groups are shared, so that a schedule reaches them.
+    """
+
+    def __init__(self, optimizers: list[Optimizer]) -> None:
+        self.optimizers = optimizers
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        super().__init__([{"params": group["params"], "lr": group["lr"]} for group in groups], defaults={})
+        self.param_groups = groups
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Step every optimizer; the closure, if any, is evaluated once."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of all optimizers."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the states of all optimizers."""
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        # Loading replaces the groups, which a schedule must go on reaching.
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
+def _is_hidden_matrix(module: nn.Module, name: str) -> bool:
+    """Muon is meant for matrices between hidden states, not for embeddings and heads."""
+    owner = module.get_submodule(name.rpartition(".")[0])
+    return isinstance(owner, nn.Linear) and name.endswith(".weight") and not name.startswith("lm_head.")
