@@ -23,7 +23,11 @@ def specforge_commands() -> Iterable[Command]:
 @hookimpl
 def specforge_proposals() -> Iterable[ProposalMethod]:
     """The proposal methods that serve every algorithm."""
-    return [ProposalMethod("greedy", "a chain of the draft's most probable tokens", "specforge.proposals:GreedyTokenProposalConfig")]
+    return [
+        ProposalMethod(
+            "greedy", "a chain of the draft's most probable tokens", "specforge.proposals:GreedyTokenProposalConfig"
+        )
+    ]
 
 
 @hookimpl

@@ -197,14 +197,18 @@ def find_file(name_or_path: str | os.PathLike[str], file_name: str, **options: A
             raise UsageError(f"{folder} holds no {file_name}")
         return folder / file_name
     if folder.is_absolute() or not _looks_like_hub_id(str(name_or_path)):
-        raise UsageError(f"{name_or_path} is not a folder (working directory {Path.cwd()}), nor a hub id like 'owner/name'")
+        raise UsageError(
+            f"{name_or_path} is not a folder (working directory {Path.cwd()}), nor a hub id like 'owner/name'"
+        )
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(str(name_or_path), file_name, **options))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{name_or_path} is no folder here, and {file_name} cannot be had from the hub: {reason}") from error
+        raise UsageError(
+            f"{name_or_path} is no folder here, and {file_name} cannot be had from the hub: {reason}"
+        ) from error
 
 
 def _looks_like_hub_id(name: str) -> bool:
@@ -215,7 +219,9 @@ def _looks_like_hub_id(name: str) -> bool:
 def _subclass_for(values: dict[str, Any], where: str) -> Any:
     model_type = values.get("speculators_model_type")
     if not isinstance(model_type, str):
-        raise UsageError(f"{where}: speculators_model_type is missing; this is not a checkpoint in the speculators layout")
+        raise UsageError(
+            f"{where}: speculators_model_type is missing; this is not a checkpoint in the speculators layout"
+        )
     return installed().load(installed().find(Algorithm, model_type), "config")
 
 

@@ -166,9 +166,7 @@ def _missing_targets(descriptor: Descriptor) -> Iterable[str]:
             spec = importlib.util.find_spec(module_name)
         except (ImportError, ValueError):
             spec = None
-        if spec is None or not name:
-            yield f"{_kind(descriptor)} {descriptor.name!r} names {reference}, which does not exist"
-        elif spec.origin and spec.origin.endswith(".py") and name not in _names_in(spec.origin):
+        if spec is None or not name or (spec.origin and spec.origin.endswith(".py") and name not in _names_in(spec.origin)):
             yield f"{_kind(descriptor)} {descriptor.name!r} names {reference}, which does not exist"
 
 

@@ -34,7 +34,9 @@ def _run(subcommand: str, arguments: list[str]) -> int:
         if {"-h", "--help"} & set(arguments):
             print(_help(subcommand, algorithms))
             return 0
-        raise UsageError(f"no algorithm is chosen; give --config FILE, or --algorithm with one of: {', '.join(algorithms)}")
+        raise UsageError(
+            f"no algorithm is chosen; give --config FILE, or --algorithm with one of: {', '.join(algorithms)}"
+        )
     algorithm = installed().find(Algorithm, name)
     if algorithm.module is None or algorithm.data is None:
         raise UsageError(f"the algorithm {name!r} can be loaded, but its plugin does not train it yet")
@@ -73,7 +75,11 @@ def _help(subcommand: str, algorithms: dict[str, Algorithm]) -> str:
 def _quieten() -> None:
     """Leave out what concerns neither the user's data nor their settings."""
     # Lightning advertises other products on each run (issue 21294 of its repository).
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.getMessage())
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+    _drop("lightning.pytorch.utilities.rank_zero", "💡")
+    _drop("lightning.pytorch.trainer.connectors.checkpoint_connector", "weights_only")
+    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*LightningCLI's args parameter.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _drop(logger: str, text: str) -> None:
+    logging.getLogger(logger).addFilter(lambda record: text not in record.getMessage())

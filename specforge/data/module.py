@@ -13,7 +13,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from specforge.data.bounds import RowLength, Share
+from specforge.bounds import RowLength, Share
 from specforge.data.loader import PackedSampler, ResumableLoader
 from specforge.data.packing import PackedRows, collate, pack
 from specforge.data.rows import RowSettings, TokenRows, build_rows
@@ -43,6 +43,7 @@ class DraftDataModule(LightningDataModule):
         num_workers: Processes that load batches, on each device. 0 loads in the training process.
         seed: Seed of the order of the training rows and of what is held out.
         cache_dir: Folder of the tokenised rows. Default: rows below $SPECFORGE_CACHE, or below ~/.cache/specforge.
+        verifier_revision: Branch, tag or commit of the verifier on the hub.
         trust_remote_code: Whether to run code that comes with the verifier's tokenizer and configuration.
     """
 
@@ -60,6 +61,7 @@ class DraftDataModule(LightningDataModule):
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 42,
         cache_dir: str | None = None,
+        verifier_revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -75,7 +77,7 @@ class DraftDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache() / "rows"
-        self.trust_remote_code = trust_remote_code
+        self._loading = {"revision": verifier_revision, "trust_remote_code": trust_remote_code}
         self._packed: dict[str, PackedRows] = {}
 
     @cached_property
@@ -84,7 +86,7 @@ class DraftDataModule(LightningDataModule):
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.verifier, trust_remote_code=self.trust_remote_code)
+            return AutoTokenizer.from_pretrained(self.verifier, **self._loading)
         except Exception as error:  # hub, parsing and remote code each raise their own classes
             raise self._not_loaded("tokenizer", error) from error
 
@@ -94,7 +96,7 @@ class DraftDataModule(LightningDataModule):
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(self.verifier, trust_remote_code=self.trust_remote_code)
+            config = AutoConfig.from_pretrained(self.verifier, **self._loading)
         except Exception as error:  # as above
             raise self._not_loaded("config.json", error) from error
         return int(config.get_text_config().vocab_size)

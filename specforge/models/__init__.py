@@ -23,5 +23,7 @@ def __getattr__(name: str) -> Any:
             references[getattr(algorithm, attribute).rpartition(":")[2]] = (algorithm, attribute)
     if name not in references:
         hint = nearest_name(name, references)
-        raise AttributeError(f"no installed plugin provides {name!r}; installed: {', '.join(sorted(references))}.{hint}")
+        raise AttributeError(
+            f"no installed plugin provides {name!r}; installed: {', '.join(sorted(references))}.{hint}"
+        )
     return installed().load(*references[name])

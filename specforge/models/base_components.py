@@ -65,7 +65,9 @@ def family(model_type: str) -> Family:
     """
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise UsageError(f"no draft layers of type {model_type!r}; allowed: {known}.{nearest_name(model_type, FAMILIES)}")
+        raise UsageError(
+            f"no draft layers of type {model_type!r}; allowed: {known}.{nearest_name(model_type, FAMILIES)}"
+        )
     return FAMILIES[model_type]
 
 

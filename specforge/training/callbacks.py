@@ -32,7 +32,8 @@ def fit_callbacks(arguments: list[str], save_every_n_steps: int) -> list[Callbac
         save_every_n_steps: Optimizer steps between two savings of the last state.
     """
     return [
-        progress_bar(),
+        ProgressBar(),
+        Summary(),
         Throughput(),
         LastCheckpoint(arguments, save_every_n_steps),
         ModelCheckpoint(filename="best", monitor=MONITOR, enable_version_counter=False, save_on_train_epoch_end=False),
@@ -40,9 +41,26 @@ def fit_callbacks(arguments: list[str], save_every_n_steps: int) -> list[Callbac
     ]
 
 
-def progress_bar() -> RichProgressBar:
-    """Return the progress bar of every run."""
-    return RichProgressBar(leave=True, theme=RichProgressBarTheme(metrics_format=".3f"))
+class ProgressBar(RichProgressBar):
+    """The progress bar of every run."""
+
+    def __init__(self) -> None:
+        super().__init__(leave=True, theme=RichProgressBarTheme(metrics_format=".3f"))
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Leave out the number of the run, which stands in its folder's name."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+
+class Summary(Callback):
+    """Says at the start what is trained on what."""
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the summaries of data and draft."""
+        say(trainer.datamodule.summary_text())  # type: ignore[attr-defined]
+        say(cast(DraftModule, pl_module).summary_text())
+        say(f"run: {checkpoint_folder(trainer).parent}")
 
 
 class Throughput(Callback):
@@ -148,8 +166,9 @@ class DraftWriter(Callback):
         self.arguments = arguments
 
     @rank_zero_only
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the draft of the best validation; the last one where there was no validation."""
+        # Not on_fit_end: the progress bar would be drawn once more below the closing lines.
         module = cast(DraftModule, pl_module)
         best = cast(ModelCheckpoint, trainer.checkpoint_callback)
         draft, which = module.draft, f"the last draft (step {trainer.global_step}; no validation chose a better one)"

@@ -8,21 +8,22 @@ from typing import Any
 
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from pydantic import ValidationError
 
 from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
-from specforge.training.callbacks import fit_callbacks, progress_bar
-from specforge.training.config_errors import explain
-from specforge.training.config_files import config_files
+from specforge.training.callbacks import ProgressBar, fit_callbacks
+from specforge.training.config_errors import check_groups, explain, explain_settings
 from specforge.training.runs import resolve_checkpoint, version_of
 from specforge.verifier.loading import VerifierType
 
 # What a run needs to be set otherwise than Lightning does by itself.
-TRAINER_DEFAULTS = {"max_epochs": 1, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+TRAINER_DEFAULTS = {"max_epochs": 1, "num_sanity_val_steps": 0, "enable_model_summary": False}
 
 
 class TrainingCLI(LightningCLI):
@@ -48,7 +49,11 @@ class TrainingCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=42,
-            parser_kwargs={"exit_on_error": False, "prog": f"specforge {subcommand} --algorithm {algorithm.name}"},
+            parser_kwargs={
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "prog": f"specforge {subcommand} --algorithm {algorithm.name}",
+            },
             run=False,
             args=arguments,
         )
@@ -80,10 +85,9 @@ class TrainingCLI(LightningCLI):
             default=None,
             help="Checkpoint to go on from or to measure: a file, or last or best of the newest run.",
         )
-        for name in ("verifier", "trust_remote_code"):
+        for name in ("verifier", "verifier_revision", "trust_remote_code"):
             parser.link_arguments(name, f"model.{name}")
             parser.link_arguments(name, f"data.{name}")
-        parser.link_arguments("verifier_revision", "model.verifier_revision")
         parser.link_arguments("verifier_dtype", "model.verifier_dtype")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -91,7 +95,15 @@ class TrainingCLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
-            raise UsageError(explain(str(error), parser, config_files(self.arguments))) from None
+            raise UsageError(explain(str(error), parser, self.arguments)) from None
+        check_groups(self.config, parser)
+
+    def instantiate_classes(self) -> None:
+        """Build module, data and trainer; none of them loads anything yet."""
+        try:
+            super().instantiate_classes()
+        except ValidationError as error:
+            raise UsageError(explain_settings(error, self.parser)) from None
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint before anything is built."""
@@ -115,8 +127,11 @@ class TrainingCLI(LightningCLI):
             callbacks += fit_callbacks(self.arguments, self.config.save_every_n_steps)
             callbacks.append(RunRecord(self._parser(None), self.config, **self.save_config_kwargs))
         else:
-            callbacks.append(progress_bar())
-        return self.trainer_class(**{**settings, **kwargs, "callbacks": callbacks})
+            callbacks.append(ProgressBar())
+        try:
+            return self.trainer_class(**{**settings, **kwargs, "callbacks": callbacks})
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise UsageError(f"trainer: {error}") from error
 
     def run(self) -> None:
         """Fit, validate or test."""

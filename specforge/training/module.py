@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import restricted_number_type
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specforge.bounds import Decay
 from specforge.data.module import DraftDataModule
 from specforge.errors import SpecforgeError, UsageError
 from specforge.hookspecs import Objective
@@ -26,11 +26,6 @@ from specforge.verifier.loading import VerifierLoading, VerifierType, load_confi
 from specforge.verifier.parts import VerifierParts
 
 Batch = Mapping[str, Tensor]
-
-if TYPE_CHECKING:
-    Decay = float
-else:
-    Decay = restricted_number_type("Decay", float, [(">", 0), ("<=", 1)])
 
 
 class DraftModule(LightningModule, ABC):
@@ -131,6 +126,12 @@ class DraftModule(LightningModule, ABC):
         for stage, metric in self.means.items():
             self.add_module(f"{stage}_means", metric)
 
+    def summary_text(self) -> str:
+        """Return a few lines for a person: what is trained, towards what."""
+        trained = sum(one.numel() for one in self.draft.parameters() if one.requires_grad)
+        frozen = sum(one.numel() for one in self.verifier.parameters())
+        return f"draft: {trained:,} trained parameters, towards {self.verifier_name} with {frozen:,}"
+
     def features(self, batch: Batch) -> Features:
         """Capture the verifier's states over a batch."""
         return capture(self.verifier, batch["input_ids"], batch["position_ids"], self.aux_layers)
@@ -210,6 +211,7 @@ class DraftModule(LightningModule, ABC):
             if f"{term.name}/step_{step}" in means
         )
         self.log(f"{stage}/loss", torch.as_tensor(loss), prog_bar=True)
+        self.log(f"{stage}/accept", means["acceptance/step_0"], prog_bar=True, logger=False)
         self.log_dict({f"{stage}/{name}": value for name, value in means.items()})
 
 

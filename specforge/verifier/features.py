@@ -70,9 +70,7 @@ def check_aux_layers(layer_ids: Sequence[int], num_layers: int) -> None:
 
 
 @torch.no_grad()
-def capture(
-    verifier: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, aux_layers: Sequence[int]
-) -> Features:
+def capture(verifier: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, aux_layers: Sequence[int]) -> Features:
     """Run a verifier's decoder over packed rows and keep the asked-for states; no logits are computed.
 
     Args:

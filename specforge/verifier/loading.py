@@ -52,7 +52,10 @@ def load_config(name_or_path: str, loading: VerifierLoading | None = None) -> Pr
         UsageError: There is no such verifier, or it is not a causal language model of transformers.
     """
     loading = loading or VerifierLoading()
-    find_file(name_or_path, CONFIG_NAME, revision=loading.revision)
+    try:
+        find_file(name_or_path, CONFIG_NAME, revision=loading.revision)
+    except UsageError as error:
+        raise UsageError(f"verifier: {error}") from None
     try:
         config = AutoConfig.from_pretrained(
             name_or_path, revision=loading.revision, trust_remote_code=loading.trust_remote_code

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from specforge_eagle3.config import Eagle3SpeculatorConfig
-from specforge_eagle3.model import Eagle3DraftModel
 
 from specforge.config import CONFIG_NAME, SpeculatorsConfig, VerifierConfig, find_file
 from specforge.errors import UsageError
 from specforge.models.speculator import read_weights
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.parts import WEIGHTS
+from specforge_eagle3.config import Eagle3SpeculatorConfig
+from specforge_eagle3.model import Eagle3DraftModel
 
 OURS, PUBLISHED = "layers.0.", "midlayer."
 ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -60,7 +60,9 @@ def read(folder: Path, verifier: str | None) -> Eagle3DraftModel:
         where=str(path),
     )
     weights = read_weights(find_file(folder, WEIGHTS))
-    state = {OURS + name.removeprefix(PUBLISHED) if name.startswith(PUBLISHED) else name: weights[name] for name in weights}
+    state = {
+        OURS + name.removeprefix(PUBLISHED) if name.startswith(PUBLISHED) else name: weights[name] for name in weights
+    }
     return Eagle3DraftModel.from_state(config, state, where=str(folder))
 
 
@@ -86,7 +88,9 @@ def write(model: Eagle3DraftModel, folder: Path) -> None:
     (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     state = model.state_dict()
     renamed = {PUBLISHED + name.removeprefix(OURS) if name.startswith(OURS) else name: state[name] for name in state}
-    save_file({name: tensor.contiguous() for name, tensor in renamed.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in renamed.items()}, folder / WEIGHTS, metadata={"format": "pt"}
+    )
 
 
 def _layer_config(values: dict[str, Any]) -> dict[str, Any]:

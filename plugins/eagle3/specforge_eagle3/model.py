@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self, cast
 
 import torch
-from specforge_eagle3.alignment import step_tokens
-from specforge_eagle3.config import Eagle3SpeculatorConfig
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -21,6 +19,8 @@ from specforge.models.speculator import SpeculatorModel
 from specforge.models.ttt_attention import IMPLEMENTATION, TrainingTimeTest
 from specforge.models.vocabulary import DraftVocabulary
 from specforge.proposals import GreedyTokenProposalConfig
+from specforge_eagle3.alignment import step_tokens
+from specforge_eagle3.config import Eagle3SpeculatorConfig
 
 
 class FirstLayer(nn.Module):

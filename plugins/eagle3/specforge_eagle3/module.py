@@ -6,8 +6,6 @@ from typing import Any, Literal
 
 from jsonargparse.typing import PositiveInt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from specforge_eagle3.alignment import Supervision, align
-from specforge_eagle3.model import Eagle3DraftModel
 
 from specforge.data.module import DraftDataModule
 from specforge.errors import UsageError
@@ -16,6 +14,8 @@ from specforge.training.distillation import DraftSteps, Teacher, distill
 from specforge.training.module import Batch, DraftModule
 from specforge.verifier.features import Features, check_aux_layers, default_aux_layers
 from specforge.verifier.parts import VerifierParts
+from specforge_eagle3.alignment import Supervision, align
+from specforge_eagle3.model import Eagle3DraftModel
 
 
 class Eagle3DraftSettings(BaseModel):
@@ -69,6 +69,7 @@ class Eagle3Module(DraftModule):
         self.settings = draft
         self.ttt_steps = ttt_steps
         self.supervision = supervision
+        self._coverage = 1.0
         verifier = self.verifier_config.get_text_config()
         try:
             self._aux_layers = draft.aux_layers or default_aux_layers(verifier.num_hidden_layers)
@@ -97,6 +98,7 @@ class Eagle3Module(DraftModule):
         vocabulary = None
         if settings.draft_vocab_size not in (None, parts.config.vocab_size):
             vocabulary = DraftVocabulary.most_frequent(data.vocabulary_counts(), settings.draft_vocab_size)
+            self._coverage = vocabulary.coverage(data.vocabulary_counts())
         draft = Eagle3DraftModel.from_training_args(
             self.verifier_config,
             verifier_name_or_path=self.verifier_name,
@@ -116,6 +118,11 @@ class Eagle3Module(DraftModule):
         draft.borrow_weights()
         draft.lm_head.requires_grad_(settings.train_head)
         return draft
+
+    def summary_text(self) -> str:
+        """Return a few lines for a person, with the coverage of the draft vocabulary."""
+        size = self.draft.lm_head.out_features
+        return f"{super().summary_text()}\n  {size:,} draft tokens cover {self._coverage:.1%} of the supervised ones"
 
     def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
         """Run the training-time test over a packed batch and compare each step with the verifier."""

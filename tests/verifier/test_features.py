@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from specforge.errors import UsageError
+from specforge.verifier.features import capture, check_aux_layers, default_aux_layers
+
+FAMILIES = ["llama", "llama-tied", "qwen3", "gemma2", "gemma3"]
+
+
+def tokens_of(lengths: list[int], vocabulary: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocabulary, (length,), generator=generator) for length in lengths]
+
+
+def reference_states(model: Any, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Run one document alone; return transformers' hidden states and the input of its final norm."""
+    seen: list[Tensor] = []
+    handle = model.model.norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    with torch.no_grad():
+        output = model(tokens[None], output_hidden_states=True, use_cache=False)
+    handle.remove()
+    return list(output.hidden_states), seen[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_captured_states_are_those_of_transformers(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
+    model = tiny_verifiers[name].model
+    (tokens,) = tokens_of([9], model.config.vocab_size)
+    number = model.config.num_hidden_layers
+    layers = list(range(number + 1))
+    features = capture(model, tokens[None], torch.arange(9)[None], layers)
+    hidden, before_norm = reference_states(model, tokens)
+    assert features.aux.shape == (1, 9, number + 1, model.config.hidden_size)
+    for layer in range(number):
+        torch.testing.assert_close(features.aux[:, :, layer], hidden[layer])
+    torch.testing.assert_close(features.last, before_norm)
+    torch.testing.assert_close(features.aux[:, :, number], features.last)
+    # transformers' last hidden state is after the final norm: ours must not be.
+    assert (features.last - hidden[-1]).abs().max() > 0.1
+    torch.testing.assert_close(model.model.norm(features.last), hidden[-1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_documents_do_not_see_each_other(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
+    model = deepcopy(tiny_verifiers[name].model).double()
+    packed = [tokens_of([5, 1, 7, 2], model.config.vocab_size, 1), tokens_of([8, 7], model.config.vocab_size, 2)]
+    ids = torch.stack([torch.cat(row) for row in packed])
+    positions = torch.stack([torch.cat([torch.arange(len(document)) for document in row]) for row in packed])
+    features = capture(model, ids, positions, [0, 2, 5])
+    for row, documents in enumerate(packed):
+        begin = 0
+        for document in documents:
+            alone = capture(model, document[None], torch.arange(len(document))[None], [0, 2, 5])
+            part = slice(begin, begin + len(document))
+            torch.testing.assert_close(features.aux[row, part], alone.aux[0])
+            torch.testing.assert_close(features.last[row, part], alone.last[0])
+            begin += len(document)
+
+
+def number_of_hooks(model: Any) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_capture_leaves_no_hook_and_no_graph(tiny_verifiers: Mapping[str, Any]) -> None:
+    model = tiny_verifiers["llama"].model
+    # transformers installs hooks of its own when it first runs.
+    reference_states(model, torch.ones(3, dtype=torch.int64))
+    before = number_of_hooks(model)
+    features = capture(model, torch.ones(1, 3, dtype=torch.int64), torch.arange(3)[None], [1])
+    assert not features.aux.requires_grad and not features.last.requires_grad
+    assert number_of_hooks(model) == before
+    with pytest.raises(IndexError):
+        capture(model, torch.full((1, 3), 10**6), torch.arange(3)[None], [1])
+    assert number_of_hooks(model) == before
+
+
+@given(number=st.integers(1, 80), layers=st.lists(st.integers(-3, 90), max_size=5))
+def test_only_ascending_layers_in_bounds_are_allowed(number: int, layers: list[int]) -> None:
+    allowed = bool(layers) and sorted(set(layers)) == layers and layers[0] >= 0 and layers[-1] <= number
+    if allowed:
+        check_aux_layers(layers, number)
+    else:
+        with pytest.raises(UsageError, match=rf"0\.\.{number}"):
+            check_aux_layers(layers, number)
+
+
+@given(number=st.integers(1, 200))
+def test_default_layers_are_allowed_or_refused(number: int) -> None:
+    if number < 7:
+        with pytest.raises(UsageError, match=f"{number} decoder layers") as caught:
+            default_aux_layers(number)
+        assume(number >= 3)
+        # The example in the message is one that works.
+        example = caught.value.args[0].rpartition("[")[2].rstrip("]")
+        check_aux_layers([int(one) for one in example.split(",")], number)
+    else:
+        assert default_aux_layers(number) == [2, number // 2, number - 3]
+        check_aux_layers(default_aux_layers(number), number)

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, LlamaConfig
+
+from specforge.errors import UsageError
+from specforge.verifier.loading import VerifierLoading, load_config, load_verifier
+from specforge.verifier.parts import VerifierParts
+
+ALL = ["llama", "llama-sharded", "llama-tied", "qwen3", "gemma2", "gemma3"]
+
+
+@pytest.fixture
+def copy(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> Path:
+    shutil.copytree(tiny_verifiers["llama"].folder, tmp_path / "verifier")
+    return tmp_path / "verifier"
+
+
+@pytest.fixture
+def sharded(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> Path:
+    shutil.copytree(tiny_verifiers["llama-sharded"].folder, tmp_path / "verifier")
+    return tmp_path / "verifier"
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def needed_shards(folder: Path) -> set[str]:
+    return {weight_map(folder)[name] for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_loaded_verifier_is_frozen_and_the_saved_one(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
+    made = tiny_verifiers[name]
+    loaded = load_verifier(str(made.folder))
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert loaded.state_dict().keys() == made.model.state_dict().keys()
+    for key, tensor in made.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_parts_from_files_are_those_of_the_model(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
+    made = tiny_verifiers[name]
+    read = VerifierParts.from_pretrained(str(made.folder))
+    shared = VerifierParts.of(made.model)
+    tokens, states = torch.tensor([[0, 5, 60]]), torch.randn(2, 3, 16)
+    for part in ("embed_tokens", "norm", "lm_head"):
+        module = getattr(read, part)
+        values = list(module.parameters()) + list(module.buffers())
+        assert not any(one.is_meta or one.requires_grad for one in values)
+        for key, tensor in getattr(shared, part).state_dict().items():
+            assert torch.equal(module.state_dict()[key], tensor)
+    with torch.no_grad():
+        torch.testing.assert_close(read.embed_tokens(tokens), shared.embed_tokens(tokens))
+        torch.testing.assert_close(read.norm(states), shared.norm(states))
+        torch.testing.assert_close(read.logits(states), shared.logits(states))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("source", ["model", "files"])
+def test_logits_of_the_last_state_are_the_models(name: str, source: str, tiny_verifiers: Mapping[str, Any]) -> None:
+    made = tiny_verifiers[name]
+    parts = VerifierParts.of(made.model) if source == "model" else VerifierParts.from_pretrained(str(made.folder))
+    last: list[torch.Tensor] = []
+    handle = made.model.model.norm.register_forward_pre_hook(lambda _, arguments: last.append(arguments[0]))
+    with torch.no_grad():
+        expected = made.model(torch.tensor([[3, 9, 27, 4]])).logits
+        handle.remove()
+        torch.testing.assert_close(parts.logits(last[0]), expected)
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma3"])
+def test_a_tied_head_is_the_embedding(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
+    parts = VerifierParts.from_pretrained(str(tiny_verifiers[name].folder))
+    assert parts.lm_head.weight.data_ptr() == parts.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_type_of_the_weights(dtype: Any, copy: Path) -> None:
+    loading = VerifierLoading(dtype=dtype)
+    wanted = getattr(torch, dtype)
+    assert {one.dtype for one in load_verifier(str(copy), loading).parameters()} == {wanted}
+    parts = VerifierParts.from_pretrained(str(copy), loading)
+    assert {one.weight.dtype for one in (parts.embed_tokens, parts.norm, parts.lm_head)} == {wanted}
+
+
+def test_auto_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert VerifierLoading().torch_dtype(torch.bfloat16) == torch.float32
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert VerifierLoading().torch_dtype(torch.float16) == torch.float16
+    assert VerifierLoading().torch_dtype(None) == torch.bfloat16
+
+
+def test_only_needed_shards_are_opened(sharded: Path, tiny_verifiers: Mapping[str, Any]) -> None:
+    unneeded = set(weight_map(sharded).values()) - needed_shards(sharded)
+    assert len(unneeded) >= 3
+    for shard in unneeded:
+        (sharded / shard).unlink()
+    parts = VerifierParts.from_pretrained(str(sharded))
+    assert torch.equal(parts.lm_head.weight, tiny_verifiers["llama-sharded"].model.lm_head.weight)
+    with pytest.raises(UsageError, match=re.escape(str(sharded))):
+        load_verifier(str(sharded))
+
+
+def test_a_missing_needed_shard_is_named(sharded: Path) -> None:
+    shard = weight_map(sharded)["model.norm.weight"]
+    (sharded / shard).unlink()
+    with pytest.raises(UsageError, match=re.escape(shard)):
+        VerifierParts.from_pretrained(str(sharded))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])
+@pytest.mark.parametrize("fixture", ["copy", "sharded"])
+def test_a_damaged_file_is_named(damage: str, fixture: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(fixture)
+    names = ["model.safetensors"] if fixture == "copy" else sorted(needed_shards(folder))
+    path = folder / names[-1]
+    content = path.read_bytes()
+    path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "garbage": b"\xff" * 400}[damage])
+    with pytest.raises(UsageError, match=re.escape(str(path))):
+        VerifierParts.from_pretrained(str(folder))
+    with pytest.raises(UsageError, match=re.escape(str(folder))):
+        load_verifier(str(folder))
+
+
+def test_missing_weights_are_named(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"model\.safetensors"):
+        VerifierParts.from_pretrained(str(copy))
+    with pytest.raises(UsageError, match=re.escape(str(copy))):
+        load_verifier(str(copy))
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
+def test_a_missing_tensor_is_named(name: str, copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=re.escape(name)):
+        VerifierParts.from_pretrained(str(copy))
+    with pytest.raises(UsageError, match=re.escape(name)):
+        load_verifier(str(copy))
+
+
+def test_a_tensor_that_the_index_does_not_list_is_named(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"model\.norm\.weight"):
+        VerifierParts.from_pretrained(str(sharded))
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": {"model.', "{}", "[]"])
+def test_a_broken_index_is_named(content: str, sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UsageError, match=r"model\.safetensors\.index\.json"):
+        VerifierParts.from_pretrained(str(sharded))
+
+
+def test_a_tensor_of_another_shape_is_named(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].clone()
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="lm_head"):
+        VerifierParts.from_pretrained(str(copy))
+    with pytest.raises(UsageError, match=re.escape(str(copy))):
+        load_verifier(str(copy))
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    for read in (load_config, load_verifier, VerifierParts.from_pretrained):
+        with pytest.raises(UsageError, match="nowhere"):
+            read(str(tmp_path / "nowhere"))
+        with pytest.raises(UsageError, match=r"config\.json"):
+            read(str(tmp_path))
+
+
+def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path: Path) -> None:
+    BertConfig(vocab_size=8, hidden_size=8, num_attention_heads=1, num_hidden_layers=1).save_pretrained(tmp_path)
+    assert load_config(str(tmp_path)).model_type == "bert"  # transformers has a causal head for it
+    config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "vit"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="'vit' is not a causal language model"):
+        load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "llama", "hidd', "", "[]", "{}", '{"model_type": "no-such-type"}'])
+def test_a_broken_config_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UsageError, match=re.escape(str(tmp_path))):
+        load_config(str(tmp_path))
+
+
+def test_reading_a_config_touches_no_weights(tmp_path: Path) -> None:
+    LlamaConfig(num_hidden_layers=11).save_pretrained(tmp_path)
+    assert load_config(str(tmp_path)).num_hidden_layers == 11
