@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pluggy
 
@@ -149,10 +149,11 @@ def _contributions(manager: pluggy.PluginManager, module: ModuleType) -> Iterabl
         for implementation in caller.get_hookimpls():
             if implementation.plugin is not module:
                 continue
-            for descriptor in implementation.function():
+            contributed = cast(Iterable[object], implementation.function())
+            for descriptor in contributed:
                 if not isinstance(descriptor, tuple(KINDS.values())):
                     raise TypeError(f"{caller.name} must return descriptors of specforge.hookspecs, got {descriptor!r}")
-                yield descriptor
+                yield cast(Descriptor, descriptor)
 
 
 def _missing_targets(descriptor: Descriptor) -> Iterable[str]:
@@ -162,12 +163,19 @@ def _missing_targets(descriptor: Descriptor) -> Iterable[str]:
         if attribute.name in ("name", "summary") or not isinstance(reference, str):
             continue
         module_name, _, name = reference.partition(":")
-        try:
-            spec = importlib.util.find_spec(module_name)
-        except (ImportError, ValueError):
-            spec = None
-        if spec is None or not name or (spec.origin and spec.origin.endswith(".py") and name not in _names_in(spec.origin)):
+        if not _exists(module_name, name):
             yield f"{_kind(descriptor)} {descriptor.name!r} names {reference}, which does not exist"
+
+
+def _exists(module_name: str, name: str) -> bool:
+    try:
+        spec = importlib.util.find_spec(module_name)
+    except (ImportError, ValueError):
+        return False
+    if spec is None or not name:
+        return False
+    readable = spec.origin is not None and spec.origin.endswith(".py")
+    return not readable or name in _names_in(str(spec.origin))
 
 
 def _names_in(path: str) -> set[str]:

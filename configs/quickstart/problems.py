@@ -324,7 +324,7 @@ def word_simple_equations(entry: dict[str, Any]) -> tuple[str, str] | None:
     match = re.fullmatch(r"(\d+)\*([a-z]) ([+-]) (\d+) = (\d+)", entry["metadata"]["equation"])
     if match is None:
         return None
-    factor, variable, sign, constant, right = match.groups()
+    factor, variable, sign, constant, _ = match.groups()
     product = int(factor) * int(entry["answer"])
     first = f"{'Subtract' if sign == '+' else 'Add'} {constant} on both sides: {factor}*{variable} = {product}."
     return entry["question"], f"{first} Then divide both sides by {factor}: {variable} = {entry['answer']}."

@@ -77,8 +77,8 @@ def _quieten() -> None:
     # Lightning advertises other products on each run (issue 21294 of its repository).
     _drop("lightning.pytorch.utilities.rank_zero", "💡")
     _drop("lightning.pytorch.trainer.connectors.checkpoint_connector", "weights_only")
-    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*LightningCLI's args parameter.*"):
-        warnings.filterwarnings("ignore", message=message)
+    for message in ("LeafSpec", "does not have many workers", "LightningCLI's args parameter", "callbacks used to create"):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 
 def _drop(logger: str, text: str) -> None:

@@ -58,7 +58,7 @@ class Summary(Callback):
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the summaries of data and draft."""
-        say(trainer.datamodule.summary_text())  # type: ignore[attr-defined]
+        say(trainer.datamodule.summary_text())
         say(cast(DraftModule, pl_module).summary_text())
         say(f"run: {checkpoint_folder(trainer).parent}")
 

@@ -11,6 +11,14 @@ from pydantic import ValidationError
 from specforge.errors import UsageError, nearest_name
 from specforge.training.config_files import config_files
 
+# What pydantic adds around the sentence that matters.
+NOISE = (
+    r"^Value error, ",
+    r"\d+ validation errors? for \S+",
+    r"For further information visit \S+",
+    r"\[type=[^\]]*\]",
+)
+
 
 def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
     """Rewrite an error of the parser for the person who wrote the configuration.
@@ -93,10 +101,10 @@ def _reason(text: str) -> str:
     expected = dict.fromkeys(_plain_type(one) for one in re.findall(r"Expected an? ((?:typing\.|<).*?[\]>])", text))
     if expected:
         return f"expected {' or '.join(expected)}{value}"
-    restricted = re.search(r"Not of type \w+: (.*) does not conform to restriction (.*)", text, re.DOTALL)
+    restricted = re.search(r"Not of type \w+: (.*) does not conform to restriction v(.*)", text, re.DOTALL)
     if restricted:
-        return f"must be {restricted[2].strip().replace('v', '')}, got {restricted[1]}"
-    for noise in (r"^Value error, ", r"\d+ validation errors? for \S+", r"For further information visit \S+", r"\[type=[^\]]*\]"):
+        return f"must be {restricted[2].strip().replace('and v', 'and ')}, got {restricted[1]}"
+    for noise in NOISE:
         text = re.sub(noise, "", text.partition("Got value")[0])
     return " ".join(text.split()).rstrip(". ") + value
 

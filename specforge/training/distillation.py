@@ -101,6 +101,9 @@ def distill(
         skip_targets_outside: Leave out of the loss rows whose most probable verifier token is no draft token.
     """
     work = _Work(teacher, targets, supervised, terms, step_weights.to(hidden.device), skip_targets_outside)
+    if not torch.is_grad_enabled():
+        # Without this, a head that is trained would ask for its gradient in validation too.
+        hidden, head = hidden.detach(), head.detach()
     loss, sums, accepted, agreed = _Distill.apply(hidden, head, work)
     names = [term.name for term in terms]
     return DraftSteps(loss, dict(zip(names, sums, strict=True)), supervised, accepted, agreed)
@@ -178,7 +181,7 @@ class _Run:
     def add(self, chunk: _Chunk) -> None:
         """Add a chunk to the loss, the sums, the per-row results and the gradients."""
         states = self.hidden[chunk.steps, chunk.rows].to(self.head.dtype).requires_grad_(self.train_hidden)
-        with torch.enable_grad():
+        with torch.set_grad_enabled(self.train_hidden or self.head.requires_grad):
             target = _target(self.work.teacher, chunk)
             log_q = _log_softmax(F.linear(states, self.head))
             mean = None if self.mean_acceptance is None else self.mean_acceptance[chunk.steps]

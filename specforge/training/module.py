@@ -119,7 +119,7 @@ class DraftModule(LightningModule, ABC):
         verifier.to(self.trainer.strategy.root_device)
         parts = VerifierParts.of(verifier)
         self._frozen = (verifier, parts)
-        data: DraftDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        data: DraftDataModule = self.trainer.datamodule
         self.draft = self.build_draft(parts, data)
         self.draft.attach_verifier(parts)
         self.means = {stage: StepMeans([term.name for term in self.terms], self.num_steps) for stage in ("val", "test")}
@@ -197,7 +197,7 @@ class DraftModule(LightningModule, ABC):
         # Not trainer.estimated_stepping_batches, which makes Lightning forget the loader's position on resuming.
         if self.trainer.max_steps > 0:
             return self.trainer.max_steps
-        data: DraftDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        data: DraftDataModule = self.trainer.datamodule
         steps_per_epoch = -(-len(data.train_dataloader()) // self.trainer.accumulate_grad_batches)
         return steps_per_epoch * (self.trainer.max_epochs or 1)
 

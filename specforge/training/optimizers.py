@@ -35,7 +35,7 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
     by_muon = [name for name in trainable if settings.name == "muon" and _is_hidden_matrix(module, name)]
     matrices = [one for name, one in trainable.items() if one.ndim >= 2 and name not in by_muon]
     vectors = [one for one in trainable.values() if one.ndim < 2]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     adamw = AdamW(
         [group for group in groups if group["params"]],
         lr=settings.lr,
@@ -67,7 +67,7 @@ class JointOptimizer(Optimizer):
         self.param_groups = groups
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every optimizer; the closure, if any, is evaluated once."""
         loss = None
         if closure is not None:

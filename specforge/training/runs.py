@@ -1,7 +1,7 @@
 """Where a run keeps its files, and how a checkpoint is found again.
 
-``<output_dir>/version_N/`` holds ``config.yaml``, the logger's files, ``checkpoints/last.ckpt``, ``checkpoints/best.ckpt``
-and, at the end, the best draft in ``draft/``.
+``<output_dir>/version_N/`` holds ``config.yaml``, the logger's files, ``checkpoints/last.ckpt`` and ``best.ckpt`` and,
+at the end, the best draft in ``draft/``.
 """
 
 from __future__ import annotations

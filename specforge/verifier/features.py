@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def check_aux_layers(layer_ids: Sequence[int], num_layers: int) -> None:
         UsageError: With the ids, the verifier's number of layers and what is allowed.
     """
     in_bounds = all(0 <= layer <= num_layers for layer in layer_ids)
-    ascending = all(low < high for low, high in zip(layer_ids, layer_ids[1:], strict=False))
+    ascending = all(low < high for low, high in pairwise(layer_ids))
     if not layer_ids or not in_bounds or not ascending:
         raise UsageError(
             f"aux layers {list(layer_ids)} must be ascending ids in 0..{num_layers}: id k is the state before decoder "

@@ -180,9 +180,7 @@ def test_a_failed_write_leaves_the_earlier_checkpoint(
     assert contents(tmp_path / "draft") == before
 
 
-def test_a_failed_first_write_leaves_nothing(
-    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_first_write_leaves_nothing(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_in_save_file(monkeypatch)
     with pytest.raises(SpecforgeError, match="No space left"):
         small.save_pretrained(tmp_path / "draft")
@@ -196,9 +194,7 @@ def test_a_file_in_the_way_is_reported(small: Small, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["full", "train_only", None])
-def test_the_verifier_is_no_part_of_the_draft(
-    mode: Any, tiny_verifiers: Mapping[str, Any], tmp_path: Path
-) -> None:
+def test_the_verifier_is_no_part_of_the_draft(mode: Any, tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
     draft = tiny_eagle3(tiny_verifiers)
     names = draft.state_dict().keys()
     attached = draft.attach_verifier(tiny_verifiers["llama"].folder, mode)

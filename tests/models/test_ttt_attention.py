@@ -131,9 +131,7 @@ def test_a_packed_document_equals_itself_alone(documents: Tensor, window: int | 
 def test_bfloat16_stays_close(sharpness: float) -> None:
     """Logits of later steps, which pass through the query's short type, keep their digits."""
     documents = torch.tensor([[0] * 7 + [1] * 9 + [-1] * 2])
-    short = [
-        [leaf.detach().bfloat16() for leaf in step] for step in random_steps(documents, 4, 4, 2, seed=3, width=16)
-    ]
+    short = [[leaf.detach().bfloat16() for leaf in step] for step in random_steps(documents, 4, 4, 2, seed=3, width=16)]
     for step in short:
         step[0] *= sharpness
     reference = dense(documents, [[leaf.double() for leaf in step] for step in short], None, scale=0.25)

@@ -90,8 +90,8 @@ class Eagle3DraftModel(SpeculatorModel):
         self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
         self.rotary_emb = blocks.rotary(layers)
         if config.draft_vocab_size != config.target_vocab_size:
-            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
-            self.register_buffer("t2d", torch.zeros(config.target_vocab_size, dtype=torch.bool))
+            self.d2t = nn.Buffer(torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+            self.t2d = nn.Buffer(torch.zeros(config.target_vocab_size, dtype=torch.bool))
         self._initialise(layers.initializer_range)
 
     @classmethod
@@ -164,6 +164,7 @@ class Eagle3DraftModel(SpeculatorModel):
         rows = parts.lm_head.weight if self.draft_ids is None else parts.lm_head.weight[self.draft_ids.cpu()]
         with torch.no_grad():
             self.lm_head.weight.copy_(rows)
+            self.norm.weight.copy_(parts.norm.weight)
             if self.embed_tokens is not None:
                 self.embed_tokens.weight.copy_(parts.embed_tokens.weight)
 

@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from specforge.training import distillation
+from specforge.training.distillation import DraftSteps, Teacher, distill
+from specforge.training.module import objective_terms
+from specforge.verifier.parts import VerifierParts
+
+H, V = 5, 13
+PRUNED = [1, 2, 5, 8, 12]
+NAMES = ["kl", "reverse_kl", "cross_entropy", "total_variation", "jsd", "lk_alpha", "lk_lambda"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    hidden: Tensor
+    head: Tensor
+    teacher: Teacher
+    targets: Tensor
+    supervised: Tensor
+    weights: Tensor
+
+
+def make_problem(
+    seed: int = 0, steps: int = 3, rows: int = 7, pruned: bool = True, dtype: torch.dtype = torch.float64
+) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    norm, head = nn.RMSNorm(H, eps=1e-6), nn.Linear(H, V, bias=False)
+    norm.weight = nn.Parameter(1 + 0.3 * random(H), requires_grad=False)
+    head.weight = nn.Parameter(random(V, H), requires_grad=False)
+    config: Any = SimpleNamespace(final_logit_softcapping=4.0)
+    parts = VerifierParts(config, nn.Embedding(V, H), norm, head)
+    draft_ids = torch.tensor(PRUNED) if pruned else None
+    ahead = torch.arange(rows) + 1 + torch.arange(steps)[:, None]
+    supervised = (torch.rand(steps, rows, generator=generator) < 0.7) & (ahead < rows)
+    return Problem(
+        hidden=random(steps, rows, H).requires_grad_(),
+        head=random(len(PRUNED) if pruned else V, H).requires_grad_(),
+        teacher=Teacher(3 * random(rows, H), parts, draft_ids),
+        targets=ahead.clamp(max=rows - 1),
+        supervised=supervised,
+        weights=torch.rand(steps, generator=generator, dtype=torch.float64).to(dtype),
+    )
+
+
+def run(problem: Problem, objective: dict[str, float], skip: bool = False) -> DraftSteps:
+    return distill(
+        problem.hidden,
+        problem.head,
+        problem.teacher,
+        problem.targets,
+        problem.supervised,
+        objective_terms(objective),
+        problem.weights,
+        skip_targets_outside=skip,
+    )
+
+
+def plain_value(name: str, q: Tensor, p: Tensor, full: Tensor, mean_acceptance: float) -> Tensor:
+    """The losses of one row, from probabilities."""
+    accepted = torch.minimum(full, q).sum()
+    middle = (p + q) / 2
+    fading = float(torch.tensor(-3 * mean_acceptance).double().exp())
+    kl = (p * (p / q).log()).sum()
+    return {
+        "kl": kl,
+        "reverse_kl": (q * (q / p).log()).sum(),
+        "cross_entropy": -(p * q.log()).sum(),
+        "total_variation": 1 - accepted,
+        "jsd": ((p * (p / middle).log()).sum() + (q * (q / middle).log()).sum()) / 2,
+        "lk_alpha": -accepted.log(),
+        "lk_lambda": fading * kl + (1 - fading) * (1 - accepted),
+    }[name]
+
+
+def plain(problem: Problem, objective: dict[str, float], skip: bool = False) -> dict[str, Any]:
+    """Row by row and without chunks: the loss with its graph, sums of terms, acceptance and agreement."""
+    teacher = problem.teacher
+    ids = range(V) if teacher.draft_ids is None else teacher.draft_ids.tolist()
+    steps, rows = problem.supervised.shape
+    pairs = [(k, i) for k in range(steps) for i in range(rows) if problem.supervised[k, i]]
+    norm: Any = teacher.parts.norm
+    verifier = {}
+    for row in range(rows):
+        state = teacher.last[row]
+        normalised = state / (state.square().mean() + norm.eps).sqrt() * norm.weight
+        logits = torch.tanh(teacher.parts.lm_head.weight @ normalised / 4.0) * 4.0
+        verifier[row] = logits.softmax(-1)
+    draft = {pair: (problem.head @ problem.hidden[pair]).softmax(-1) for pair in pairs}
+    acceptance, agreement = torch.zeros(steps, rows), torch.zeros(steps, rows)
+    for k, i in pairs:
+        whole = verifier[int(problem.targets[k, i])]
+        acceptance[k, i] = torch.minimum(whole[list(ids)], draft[k, i]).sum().detach()
+        agreement[k, i] = float(ids[int(draft[k, i].argmax())] == int(whole.argmax()))
+    means = [float(acceptance[k].sum()) / max(1, int(problem.supervised[k].sum())) for k in range(steps)]
+    loss = (problem.hidden.sum() + problem.head.sum()) * 0
+    sums = {name: torch.zeros(steps) for name in objective}
+    for k, i in pairs:
+        whole = verifier[int(problem.targets[k, i])]
+        full = whole[list(ids)]
+        counted = not (skip and int(whole.argmax()) not in ids)
+        for name, weight in objective.items():
+            value = plain_value(name, draft[k, i], full / full.sum(), full, means[k])
+            sums[name][k] += value.detach()
+            if counted:
+                loss = loss + weight * problem.weights[k] * value
+    return {"loss": loss, "terms": sums, "acceptance": acceptance, "agreement": agreement}
+
+
+def assert_same(problem: Problem, outcome: DraftSteps, expected: dict[str, Any]) -> None:
+    torch.testing.assert_close(outcome.loss, expected["loss"])
+    ours = torch.autograd.grad(outcome.loss, [problem.hidden, problem.head])
+    theirs = torch.autograd.grad(expected["loss"], [problem.hidden, problem.head])
+    for gradient, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, wanted)
+    assert outcome.terms.keys() == expected["terms"].keys()
+    for name, sums in outcome.terms.items():
+        torch.testing.assert_close(sums.float(), expected["terms"][name])
+    torch.testing.assert_close(outcome.acceptance.float(), expected["acceptance"])
+    torch.testing.assert_close(outcome.agreement.float(), expected["agreement"])
+
+
+@pytest.mark.parametrize("chunk", [1, 60, 2**24])
+@pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "full"])
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_and_gradients_are_the_plain_ones(
+    name: str, pruned: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", chunk)
+    problem = make_problem(pruned=pruned)
+    assert_same(problem, run(problem, {name: 1.0}), plain(problem, {name: 1.0}))
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    steps=st.integers(1, 4),
+    rows=st.integers(1, 9),
+    pruned=st.booleans(),
+    skip=st.booleans(),
+    chunk=st.sampled_from([1, 30, 65, 100, 200, 2**24]),
+    objective=st.dictionaries(st.sampled_from(NAMES), st.floats(0.1, 3), min_size=1, max_size=3),
+)
+def test_any_mixture_in_any_chunks(
+    seed: int, steps: int, rows: int, pruned: bool, skip: bool, chunk: int, objective: dict[str, float]
+) -> None:
+    problem = make_problem(seed, steps, rows, pruned)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", chunk)
+        outcome = run(problem, objective, skip)
+    assert outcome.supervised is problem.supervised
+    assert not outcome.acceptance[~problem.supervised].any()
+    assert not outcome.agreement[~problem.supervised].any()
+    assert_same(problem, outcome, plain(problem, objective, skip))
+
+
+def test_some_targets_lie_outside_the_draft_vocabulary() -> None:
+    """Otherwise the tests of what happens to them would test nothing."""
+    problem = make_problem()
+    kept, skipped = run(problem, {"kl": 1.0}), run(problem, {"kl": 1.0}, skip=True)
+    assert 0 < float(skipped.loss) < float(kept.loss)
+    assert torch.equal(kept.terms["kl"], skipped.terms["kl"])
+    assert torch.equal(kept.agreement, skipped.agreement)
+
+
+def test_the_gradient_agrees_with_finite_differences() -> None:
+    problem = make_problem(steps=2, rows=5)
+    objective = {name: 1.0 for name in NAMES if name != "lk_lambda"}
+    assert torch.autograd.gradcheck(
+        lambda hidden, head: run(replace(problem, hidden=hidden, head=head), objective).loss,
+        (problem.hidden, problem.head),
+    )
+
+
+@pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "full"])
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_supervised_costs_nothing(name: str, pruned: bool) -> None:
+    problem = make_problem(pruned=pruned)
+    problem = replace(problem, supervised=torch.zeros_like(problem.supervised))
+    outcome = run(problem, {name: 1.0})
+    assert float(outcome.loss) == 0
+    outcome.loss.backward()
+    for leaf in (problem.hidden, problem.head):
+        assert leaf.grad is not None and not leaf.grad.any() and leaf.grad.isfinite().all()
+    assert not outcome.terms[name].any() and not outcome.acceptance.any() and not outcome.agreement.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_row_reaches_the_last_step(name: str) -> None:
+    problem = make_problem()
+    problem.supervised[-1] = False
+    problem.supervised[0, 0] = True
+    outcome = run(problem, {name: 1.0})
+    assert_same(problem, outcome, plain(problem, {name: 1.0}))
+    (gradient,) = torch.autograd.grad(outcome.loss, problem.hidden, retain_graph=True)
+    assert not gradient[-1].any() and gradient[0].any() and gradient.isfinite().all()
+
+
+def test_only_what_is_trained_gets_a_gradient() -> None:
+    problem = make_problem()
+    expected = torch.autograd.grad(run(problem, {"kl": 1.0}).loss, [problem.hidden, problem.head])
+    frozen_head = replace(problem, head=problem.head.detach())
+    torch.testing.assert_close(
+        torch.autograd.grad(run(frozen_head, {"kl": 1.0}).loss, problem.hidden)[0], expected[0]
+    )
+    frozen_hidden = replace(problem, hidden=problem.hidden.detach())
+    torch.testing.assert_close(
+        torch.autograd.grad(run(frozen_hidden, {"kl": 1.0}).loss, problem.head)[0], expected[1]
+    )
+    with torch.no_grad():
+        outcome = run(problem, {"kl": 1.0, "lk_lambda": 1.0})
+    assert not outcome.loss.requires_grad and outcome.loss > 0
+
+
+def test_backward_scales_the_gradient() -> None:
+    problem = make_problem()
+    expected = torch.autograd.grad(run(problem, {"kl": 1.0}).loss, [problem.hidden, problem.head])
+    scaled = torch.autograd.grad(run(problem, {"kl": 1.0}).loss * -7, [problem.hidden, problem.head])
+    for gradient, wanted in zip(scaled, expected, strict=True):
+        torch.testing.assert_close(gradient, -7 * wanted)
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "stored"])
+def test_bfloat16_stays_close(autocast: bool) -> None:
+    exact = make_problem(dtype=torch.float32)
+    expected = run(exact, {"kl": 1.0, "total_variation": 1.0})
+    wanted = torch.autograd.grad(expected.loss, [exact.hidden, exact.head])
+    problem = exact
+    if not autocast:
+        problem = replace(
+            exact,
+            hidden=exact.hidden.detach().bfloat16().requires_grad_(),
+            head=exact.head.detach().bfloat16().requires_grad_(),
+        )
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outcome = run(problem, {"kl": 1.0, "total_variation": 1.0})
+    assert outcome.loss.dtype == torch.float32
+    torch.testing.assert_close(outcome.loss, expected.loss, rtol=0.03, atol=0)
+    gradients = torch.autograd.grad(outcome.loss, [problem.hidden, problem.head])
+    for gradient, leaf, correct in zip(gradients, (problem.hidden, problem.head), wanted, strict=True):
+        assert gradient.dtype == leaf.dtype
+        assert (gradient.float() - correct).norm() < 0.05 * correct.norm()
+
+
+class Rows(TorchDispatchMode):
+    """Keep the largest number of rows of any tensor whose last dimension is a vocabulary."""
+
+    def __init__(self, sizes: set[int]) -> None:
+        super().__init__()
+        self.sizes, self.most, self.seen = sizes, 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for one in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(one, Tensor) and one.ndim and one.shape[-1] in self.sizes:
+                self.seen += 1
+                self.most = max(self.most, one.numel() // one.shape[-1])
+        return output
+
+
+@pytest.mark.parametrize("objective", [{"kl": 1.0}, {"lk_lambda": 1.0, "jsd": 1.0}], ids=str)
+@pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "full"])
+def test_logits_exist_for_one_chunk_at_most(
+    pruned: bool, objective: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, targets = 3, 8
+    problem = make_problem(steps=steps, rows=500, pruned=pruned)
+    draft_size = problem.head.shape[0]
+    monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", targets * (V + steps * draft_size))
+    # The head and its gradient, [D, H], do not count: H is neither vocabulary's size in the full case.
+    problem = widen(problem, 17)
+    with Rows({V, draft_size}) as largest:
+        run(problem, objective).loss.backward()
+    assert largest.seen > 100
+    assert largest.most <= targets * steps
+
+
+def widen(problem: Problem, width: int) -> Problem:
+    """The same problem with wider states, so that no width is the size of a vocabulary."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    parts = problem.teacher.parts
+    head = nn.Linear(width, V, bias=False, dtype=torch.float64).requires_grad_(False)
+    norm = nn.RMSNorm(width, dtype=torch.float64).requires_grad_(False)
+    wide = replace(parts, norm=norm, lm_head=head)
+    return replace(
+        problem,
+        hidden=random(*problem.hidden.shape[:2], width).requires_grad_(),
+        head=random(problem.head.shape[0], width).requires_grad_(),
+        teacher=replace(problem.teacher, last=random(problem.hidden.shape[1], width), parts=wide),
+    )
+
+
+def test_the_verifiers_distribution_is_formed_once_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    problem = make_problem(steps=3, rows=40)
+    problem.teacher.parts.lm_head.register_forward_hook(lambda _, __, output: rows.append(output.shape[0]))
+    monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", 100)
+    run(problem, {"kl": 1.0})
+    assert len(rows) > 5
+    assert sum(rows) == problem.targets[problem.supervised].unique().numel()
