@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 from specforge.errors import SpecforgeError, UsageError
@@ -40,6 +41,8 @@ def _run(subcommand: str, arguments: list[str]) -> int:
     algorithm = installed().find(Algorithm, name)
     if algorithm.module is None or algorithm.data is None:
         raise UsageError(f"the algorithm {name!r} can be loaded, but its plugin does not train it yet")
+    # Threads that spin while they wait make training many times slower on a processor that anything else uses too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _quieten()
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -77,7 +80,12 @@ def _quieten() -> None:
     # Lightning advertises other products on each run (issue 21294 of its repository).
     _drop("lightning.pytorch.utilities.rank_zero", "💡")
     _drop("lightning.pytorch.trainer.connectors.checkpoint_connector", "weights_only")
-    for message in ("LeafSpec", "does not have many workers", "LightningCLI's args parameter", "callbacks used to create"):
+    for message in (
+        "LeafSpec",
+        "does not have many workers",
+        "LightningCLI's args parameter",
+        "callbacks used to create",
+    ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 

@@ -6,6 +6,7 @@ import shlex
 import signal
 import time
 from collections.abc import Mapping
+from itertools import count, takewhile
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -53,7 +54,7 @@ class ProgressBar(RichProgressBar):
 
 
 class Summary(Callback):
-    """Says at the start what is trained on what."""
+    """Says at the start what is trained on what, and after each validation how far it has come."""
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,6 +62,17 @@ class Summary(Callback):
         say(trainer.datamodule.summary_text())
         say(cast(DraftModule, pl_module).summary_text())
         say(f"run: {checkpoint_folder(trainer).parent}")
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print one line a validation, so that a log file shows how the draft learns."""
+        metrics = trainer.callback_metrics
+        if trainer.sanity_checking or MONITOR not in metrics:
+            return
+        by_step = (metrics.get(f"val/acceptance/step_{step}") for step in count())
+        accepted = " ".join(f"{float(one):.3f}" for one in takewhile(lambda one: one is not None, by_step))
+        loss = float(metrics[MONITOR])
+        say(f"step {trainer.global_step:>6}  {MONITOR} {loss:.4f}  accepted by draft step: {accepted}")
 
 
 class Throughput(Callback):

@@ -52,14 +52,17 @@ class TrainingCLI(LightningCLI):
             parser_kwargs={
                 "exit_on_error": False,
                 "allow_abbrev": False,
-                "prog": f"specforge {subcommand} --algorithm {algorithm.name}",
+                "prog": f"specforge {subcommand}",
+                "usage": f"specforge {subcommand} --config FILE [--config FILE ...] [--KEY VALUE ...]",
+                "description": f"Settings of {algorithm.name}. {algorithm.summary}.",
             },
+            auto_configure_optimizers=False,
             run=False,
             args=arguments,
         )
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what belongs to the whole run, and hand it on to module and data."""
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what belongs to the whole run, before trainer, model and data."""
         parser.add_argument("--algorithm", type=str, default=self.algorithm.name, help="Which algorithm to train.")
         parser.add_argument("--verifier", type=str, required=True, help="Folder or hub id of the verifier.")
         parser.add_argument(
@@ -85,6 +88,10 @@ class TrainingCLI(LightningCLI):
             default=None,
             help="Checkpoint to go on from or to measure: a file, or last or best of the newest run.",
         )
+        super().add_core_arguments_to_parser(parser)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Hand on to module and data what both need to know of the verifier."""
         for name in ("verifier", "verifier_revision", "trust_remote_code"):
             parser.link_arguments(name, f"model.{name}")
             parser.link_arguments(name, f"data.{name}")
@@ -125,7 +132,7 @@ class TrainingCLI(LightningCLI):
         callbacks = list(settings.get("callbacks") or [])
         if self.subcommand_name == "fit":
             callbacks += fit_callbacks(self.arguments, self.config.save_every_n_steps)
-            callbacks.append(RunRecord(self._parser(None), self.config, **self.save_config_kwargs))
+            callbacks.append(RunRecord(self.parser, self.config, **self.save_config_kwargs))
         else:
             callbacks.append(ProgressBar())
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -97,6 +98,12 @@ class DraftModule(LightningModule, ABC):
             batch: ``input_ids``, ``loss_mask``, ``document_ids`` and ``position_ids``, [B, T] each.
             features: The verifier's states over the batch.
         """
+
+    @property
+    def stored_verifier_name(self) -> str:
+        """What a checkpoint says of the verifier: a hub id, or a folder as it is found from anywhere."""
+        folder = Path(self.verifier_name)
+        return str(folder.absolute()) if folder.is_dir() else self.verifier_name
 
     @property
     def verifier(self) -> PreTrainedModel:

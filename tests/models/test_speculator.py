@@ -11,8 +11,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from specforge_eagle3.config import Eagle3SpeculatorConfig
-from specforge_eagle3.model import Eagle3DraftModel
 from torch import nn
 
 import specforge.models
@@ -21,6 +19,8 @@ from specforge.errors import SpecforgeError, UsageError
 from specforge.models import speculator
 from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.parts import VerifierParts
+from specforge_eagle3.config import Eagle3SpeculatorConfig
+from specforge_eagle3.model import Eagle3DraftModel
 
 
 class SmallConfig(SpeculatorModelConfig):

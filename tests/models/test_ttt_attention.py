@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -72,6 +72,7 @@ def dense(documents: Tensor, steps: list[Any], window: int | None, scale: float 
     return torch.stack(outputs)
 
 
+@settings(max_examples=100)
 @given(
     documents=document_ids(),
     steps=st.integers(1, 4),
@@ -127,16 +128,17 @@ def test_a_packed_document_equals_itself_alone(documents: Tensor, window: int | 
                 assert not outside.any()
 
 
-@pytest.mark.parametrize("sharpness", [1.0, 8.0])
-def test_bfloat16_stays_close(sharpness: float) -> None:
-    """Logits of later steps, which pass through the query's short type, keep their digits."""
+@pytest.mark.parametrize("common", [0.0, 8.0])
+def test_bfloat16_stays_close(common: float) -> None:
+    """Logits of later steps pass through the query's short type; large ones with small differences keep those."""
     documents = torch.tensor([[0] * 7 + [1] * 9 + [-1] * 2])
-    short = [[leaf.detach().bfloat16() for leaf in step] for step in random_steps(documents, 4, 4, 2, seed=3, width=16)]
-    for step in short:
-        step[0] *= sharpness
-    reference = dense(documents, [[leaf.double() for leaf in step] for step in short], None, scale=0.25)
+    short = [[leaf.detach().bfloat16() for leaf in step] for step in random_steps(documents, 4, 4, 2, 3, width=16)]
+    for query, key, _ in short:
+        query[..., 0] += common
+        key[..., 0] += common
+    reference = dense(documents, [[leaf.double() for leaf in step] for step in short], None)
     real = (documents >= 0)[None, :, None, :, None]
-    error = (ours(documents, short, None, scale=0.25).double() - reference) * real
+    error = (ours(documents, short, None).double() - reference) * real
     assert error.abs().max() < 0.03
 
 

@@ -32,6 +32,9 @@ def test_ties_go_to_the_lowest_ids() -> None:
     assert vocabulary.d2t.tolist() == [1, 1, 1, 1]
     unseen = DraftVocabulary.most_frequent(torch.tensor([0, 0, 0, 3]), 3)
     assert unseen.t2d.tolist() == [True, True, False, True]
+    # Long enough for a sort that is not stable to show.
+    many = DraftVocabulary.most_frequent(torch.arange(20000) % 2, 15000)
+    assert many.t2d[1::2].all() and many.t2d[0:10000:2].all() and not many.t2d[10000::2].any()
 
 
 @given(mask=st.lists(st.booleans(), min_size=1, max_size=30))

@@ -34,9 +34,7 @@ def distributions(draw: st.DrawFn, pruned: bool | None = None) -> Distributions:
         return (sharpness * torch.randn(rows, width, generator=generator)).log_softmax(-1)
 
     full = log_probabilities(size + outside)[:, :size]
-    return Distributions(
-        log_probabilities(size), full.log_softmax(-1), full, torch.rand(rows, generator=generator)
-    )
+    return Distributions(log_probabilities(size), full.log_softmax(-1), full, torch.rand(rows, generator=generator))
 
 
 def test_all_losses_of_the_core_are_known() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -93,15 +93,15 @@ def test_only_ascending_layers_in_bounds_are_allowed(number: int, layers: list[i
             check_aux_layers(layers, number)
 
 
-@given(number=st.integers(1, 200))
-def test_default_layers_are_allowed_or_refused(number: int) -> None:
-    if number < 7:
-        with pytest.raises(UsageError, match=f"{number} decoder layers") as caught:
-            default_aux_layers(number)
-        assume(number >= 3)
-        # The example in the message is one that works.
-        example = caught.value.args[0].rpartition("[")[2].rstrip("]")
-        check_aux_layers([int(one) for one in example.split(",")], number)
-    else:
-        assert default_aux_layers(number) == [2, number // 2, number - 3]
-        check_aux_layers(default_aux_layers(number), number)
+@pytest.mark.parametrize("number", [7, 8, 9, 12, 27, 80])
+def test_default_layers(number: int) -> None:
+    assert default_aux_layers(number) == [2, number // 2, number - 3]
+    check_aux_layers(default_aux_layers(number), number)
+
+
+@pytest.mark.parametrize("number", [3, 4, 5, 6])
+def test_too_few_layers_for_the_default_are_refused_with_an_example_that_works(number: int) -> None:
+    with pytest.raises(UsageError, match=f"has {number} decoder layers") as caught:
+        default_aux_layers(number)
+    example = str(caught.value).rpartition("[")[2].rstrip("]")
+    check_aux_layers([int(one) for one in example.split(",")], number)

@@ -164,7 +164,7 @@ class Eagle3DraftModel(SpeculatorModel):
         rows = parts.lm_head.weight if self.draft_ids is None else parts.lm_head.weight[self.draft_ids.cpu()]
         with torch.no_grad():
             self.lm_head.weight.copy_(rows)
-            self.norm.weight.copy_(parts.norm.weight)
+            self.norm.load_state_dict(parts.norm.state_dict())
             if self.embed_tokens is not None:
                 self.embed_tokens.weight.copy_(parts.embed_tokens.weight)
 

@@ -101,7 +101,7 @@ class Eagle3Module(DraftModule):
             self._coverage = vocabulary.coverage(data.vocabulary_counts())
         draft = Eagle3DraftModel.from_training_args(
             self.verifier_config,
-            verifier_name_or_path=self.verifier_name,
+            verifier_name_or_path=self.stored_verifier_name,
             layer_type=settings.layer_type,
             num_layers=settings.num_layers,
             intermediate_size=settings.intermediate_size,

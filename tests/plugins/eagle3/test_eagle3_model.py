@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from specforge_eagle3.config import Eagle3SpeculatorConfig
-from specforge_eagle3.model import Eagle3DraftModel
 from torch import Tensor
 
 from specforge.errors import UsageError
 from specforge.models.base_components import draft_layer_config
+from specforge_eagle3.config import Eagle3SpeculatorConfig
+from specforge_eagle3.model import Eagle3DraftModel
 
 STEPS = 3
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -238,9 +238,7 @@ def test_training_arguments_of_forward() -> None:
 
 @pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize("own", [False, True])
-def test_weights_are_borrowed_from_the_verifier(
-    pruned: bool, own: bool, tiny_verifiers: Mapping[str, Any]
-) -> None:
+def test_weights_are_borrowed_from_the_verifier(pruned: bool, own: bool, tiny_verifiers: Mapping[str, Any]) -> None:
     made = tiny_verifiers["llama"]
     t2d = torch.arange(61) % 3 == 0 if pruned else None
     draft = Eagle3DraftModel.from_training_args(made.model.config, t2d=t2d, embed_requires_grad=own)
@@ -256,6 +254,19 @@ def test_weights_are_borrowed_from_the_verifier(
         for parameter in draft.parameters():
             parameter.zero_()
     assert torch.equal(made.model.lm_head.weight, draft.verifier_parts.lm_head.weight)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3"])
+def test_norm_and_head_start_as_the_verifiers(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
+    """As functions, not as numbers: some families scale by 1 + weight."""
+    made = tiny_verifiers[name]
+    draft = Eagle3DraftModel.from_training_args(made.model.config)
+    draft.attach_verifier(made.folder, "train_only")
+    draft.borrow_weights()
+    states = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    parts = draft.verifier_parts
+    torch.testing.assert_close(draft.norm(states), parts.norm(states))
+    torch.testing.assert_close(draft.lm_head(draft.norm(states)), parts.lm_head(parts.norm(states)))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3"])

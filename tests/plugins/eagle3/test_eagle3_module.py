@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from specforge_eagle3.module import Eagle3DraftSettings, Eagle3Module
 from torch import Tensor
 
 from specforge.errors import UsageError
 from specforge.verifier.parts import VerifierParts
+from specforge_eagle3.module import Eagle3DraftSettings, Eagle3Module
 
 # Frequent tokens have low ids, so that the draft vocabulary is 0..D-1.
 DATA: Any = SimpleNamespace(vocabulary_counts=lambda: torch.arange(61, 0, -1))
@@ -51,11 +51,8 @@ def reference_loss(module: Eagle3Module, batch: dict[str, Tensor], size: int, co
             hidden = module.draft(x[None], aux, positions, torch.zeros_like(positions), steps=steps)
         for step in range(steps):
             for t in range(len(x) - 1 - step):
-                if compat:
-                    counted = mask[t + step]
-                else:
-                    counted = t + 2 + step < len(x) and all(mask[t + 1 : t + 3 + step])
-                if not counted:
+                response = [mask[t + step]] if compat else mask[t + 1 : t + 3 + step]
+                if not all(response) or len(response) < (1 if compat else 2 + step):
                     continue
                 counts[step] += 1
                 logits = output.logits[0, t + 1 + step].double()

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from specforge_eagle3.midlayer import read, write
-from specforge_eagle3.model import Eagle3DraftModel
 
 from specforge.errors import UsageError
+from specforge_eagle3.midlayer import read, write
+from specforge_eagle3.model import Eagle3DraftModel
 
 
 @pytest.fixture

@@ -1,0 +1,168 @@
+"""The house's rules, read from the source: who may import whom, no algorithm named in the core, everything described."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from specforge.hookspecs import Algorithm
+from specforge.registry import installed
+
+ROOT = Path(__file__).parents[2]
+CORE = sorted((ROOT / "specforge").rglob("*.py"))
+PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
+
+GROUND = {"registry", "hookspecs", "config", "errors", "bounds"}
+FEATURES = GROUND | {"verifier"}
+DRAFTS = FEATURES | {"models", "proposals", "decoding"}
+# Each room, and the other rooms that it may know.
+MAY_KNOW = {
+    **{room: GROUND for room in GROUND},
+    "builtin": {"hookspecs"},
+    "__main__": GROUND,
+    "verifier": GROUND,
+    "data": GROUND,
+    "models": FEATURES,
+    "proposals": FEATURES | {"models"},
+    "decoding": FEATURES | {"models", "proposals"},
+    "training": DRAFTS | {"data"},
+    "checkpoints": DRAFTS | {"data"},
+    "commands": DRAFTS | {"data", "training", "checkpoints"},
+    # The package's front door hands out names of two rooms on first use.
+    "__init__": {"config", "models"},
+}
+# Names that no file of the core may contain, besides those that plugins have registered.
+OTHER_ALGORITHMS = {"eagle", "hass", "mlp"}
+# Not algorithms: a published method that a formula is taken from, and a decoder layer's multilayer perceptron.
+CITATION = re.compile(r"EAGLE-\d,? \(?(?:arXiv \d{4}\.\d{5}|https://arxiv\.org/abs/\d{4}\.\d{5})", re.IGNORECASE)
+LAYER_PART = re.compile(r"\bMLP\b(?!-)|\bmlp: type\[|``mlp\(config\)``|\bmlp: ``|\.mlp\b|\bmlp=")
+LAYERS_FILE = "models/base_components.py"
+
+
+def relative(path: Path) -> str:
+    """Name a file in messages."""
+    return str(path.relative_to(ROOT))
+
+
+def room_of(path: Path) -> str:
+    """Return the room that a file of the core belongs to."""
+    inside = path.relative_to(ROOT / "specforge")
+    return inside.parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield line and dotted name of everything that a module imports, wherever in it; ``from a import b`` is a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide which room is meant"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def known_rooms(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and room of each import of the core in a file; ``__init__`` for the package itself."""
+    for line, name in imported(ast.parse(path.read_text())):
+        parts = name.split(".")
+        if parts[0] == "specforge":
+            inside = parts[1] if len(parts) > 1 else "__init__"
+            is_room = (ROOT / "specforge" / inside).is_dir() or (ROOT / "specforge" / f"{inside}.py").is_file()
+            yield line, inside if is_room else "__init__"
+
+
+def test_there_is_something_to_read():
+    assert {"config.py", "registry.py", "__main__.py"} <= {path.name for path in CORE}
+    assert any(path.name == "model.py" for path in PLUGINS)
+
+
+@pytest.mark.parametrize("path", CORE, ids=relative)
+def test_rooms_know_only_what_stands_below_them(path):
+    room = room_of(path)
+    assert room in MAY_KNOW, f"{relative(path)}: a new room; say here what it may know"
+    allowed = MAY_KNOW[room] | {room}
+    if room == "__main__":
+        allowed = allowed | {"__init__"}  # the version
+    wrong = [f"{relative(path)}:{line} knows {other}" for line, other in known_rooms(path) if other not in allowed]
+    assert not wrong
+
+
+def test_the_core_imports_no_plugin():
+    wrong = [
+        f"{relative(path)}:{line} {name}"
+        for path in CORE
+        for line, name in imported(ast.parse(path.read_text()))
+        if name.startswith("specforge_")
+    ]
+    assert not wrong
+
+
+def test_plugins_know_neither_commands_nor_each_other():
+    wrong = []
+    for path in PLUGINS:
+        own = path.relative_to(ROOT / "plugins").parts[1]
+        for line, name in imported(ast.parse(path.read_text())):
+            other_plugin = name.startswith("specforge_") and name.split(".")[0] != own
+            if other_plugin or name.startswith(("specforge.commands", "specforge.__main__", "specforge.builtin")):
+                wrong.append(f"{relative(path)}:{line} {name}")
+    assert not wrong
+
+
+def test_a_plugin_front_door_imports_only_the_contract():
+    for path in PLUGINS:
+        if path.name == "__init__.py":
+            names = {name for _, name in imported(ast.parse(path.read_text()))}
+            wrong = {
+                name for name in names if not name.startswith(("specforge.hookspecs", "__future__", "collections.abc"))
+            }
+            assert not wrong, relative(path)
+
+
+def test_no_file_of_the_core_names_an_algorithm():
+    names = OTHER_ALGORITHMS | set(installed().all(Algorithm))
+    pattern = re.compile(rf"\b(?:{'|'.join(sorted(names))})\b", re.IGNORECASE)
+    wrong = []
+    for path in CORE:
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            rest = CITATION.sub("", line)
+            if str(path).endswith(LAYERS_FILE):
+                rest = LAYER_PART.sub("", rest)
+            if pattern.search(rest):
+                wrong.append(f"{relative(path)}:{number} {line.strip()}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_search_for_names_would_find_one():
+    assert not CITATION.sub("", "(EAGLE-3, arXiv 2503.01840)").count("EAGLE")
+    assert "EAGLE" in CITATION.sub("", "as in EAGLE-3")
+    assert "mlp" in LAYER_PART.sub("", 'if algorithm == "mlp":')
+
+
+@pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=relative)
+def test_public_functions_and_classes_are_described_and_annotated(path):
+    wrong = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            if not ast.get_docstring(node):
+                wrong.append(f"{node.name} has no docstring")
+            methods = [one for one in node.body if isinstance(one, ast.FunctionDef) and not one.name.startswith("_")]
+            wrong += [f"{node.name}.{one.name} {fault}" for one in methods for fault in _faults(one)]
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            wrong += [f"{node.name} {fault}" for fault in _faults(node)]
+    assert not wrong
+
+
+def _faults(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    overloads = [one for one in function.decorator_list if isinstance(one, ast.Name) and one.id == "overload"]
+    if not ast.get_docstring(function) and not overloads:
+        yield "has no docstring"
+    given = function.args
+    arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+    for argument in arguments:
+        if argument is not None and argument.annotation is None and argument.arg not in ("self", "cls"):
+            yield f"has no annotation of {argument.arg}"
+    if function.returns is None:
+        yield "has no annotation of its result"
