@@ -39,7 +39,7 @@ MAY_KNOW = {
 OTHER_ALGORITHMS = {"eagle", "hass", "mlp"}
 # Not algorithms: a published method that a formula is taken from, and a decoder layer's multilayer perceptron.
 CITATION = re.compile(r"EAGLE-\d,? \(?(?:arXiv \d{4}\.\d{5}|https://arxiv\.org/abs/\d{4}\.\d{5})", re.IGNORECASE)
-LAYER_PART = re.compile(r"\bMLP\b(?!-)|\bmlp: type\[|``mlp\(config\)``|\bmlp: ``|\.mlp\b|\bmlp=")
+LAYER_PART = re.compile(r"\bMLPs?\b|\bmlp: (?:type\[|``mlp\(config\)``)|\.mlp\b|\bmlp=")
 LAYERS_FILE = "models/base_components.py"
 
 

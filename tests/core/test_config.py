@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import LlamaConfig, Qwen3Config
@@ -110,10 +110,10 @@ class TestVerifierConfig:
         assert (described.name_or_path, described.architectures) == (None, [])
 
     @pytest.mark.parametrize("as_text", [True, False])
-    def test_from_pretrained_reads_a_folder(self, tiny_verifiers, as_text):
-        folder = tiny_verifiers["qwen3"].folder
-        described = VerifierConfig.from_pretrained(str(folder) if as_text else folder)
-        assert described.name_or_path == str(folder)
+    def test_from_pretrained_reads_a_folder(self, tmp_path, as_text):
+        Qwen3Config(architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path)
+        described = VerifierConfig.from_pretrained(str(tmp_path) if as_text else tmp_path)
+        assert described.name_or_path == str(tmp_path)
         assert described.architectures == ["Qwen3ForCausalLM"]
 
     def test_changes_are_checked(self):
@@ -198,6 +198,7 @@ class TestSpeculatorsConfig:
 
 
 class TestRoundTrip:
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # each example overwrites the file
     @given(top=EXTRAS, inner=EXTRAS, verifier=EXTRAS, proposal=EXTRAS)
     def test_unknown_fields_are_kept_everywhere(self, tmp_path, top, inner, verifier, proposal):
         values = changed(**top)
