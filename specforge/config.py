@@ -164,13 +164,7 @@ class SpeculatorModelConfig(StoredConfig):
             UsageError: There is no such folder, file or repository, or the file is not a valid configuration.
         """
         path = find_file(name_or_path, CONFIG_NAME, **options)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise UsageError(f"{path} must hold a JSON object, not a {type(values).__name__}")
-        return cls.from_dict(values, where=str(path))
+        return cls.from_dict(read_json(path), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``save_pretrained`` writes, as plain JSON values."""
@@ -209,6 +203,21 @@ def find_file(name_or_path: str | os.PathLike[str], file_name: str, **options: A
         raise UsageError(
             f"{name_or_path} is no folder here, and {file_name} cannot be had from the hub: {reason}"
         ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        UsageError: It holds something else, or is no JSON at all.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must hold a JSON object, not a {type(values).__name__}")
+    return values
 
 
 def _looks_like_hub_id(name: str) -> bool:

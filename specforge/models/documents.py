@@ -71,6 +71,8 @@ class DocumentLayout:
 
 
 def _group(starts: Tensor, lengths: Tensor) -> list[Tensor]:
+    if not lengths.numel():
+        return [starts.new_empty(0, 1)]
     groups = []
     order = torch.argsort(lengths, descending=True, stable=True)
     # Group by powers of two of the length: few groups, and at most as much padding as tokens.

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specforge.config import SpeculatorModelConfig, find_file
-from specforge.errors import SpecforgeError, UsageError
+from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
+from specforge.models.storage import read_weights, write_checkpoint
 from specforge.registry import installed
 from specforge.verifier.loading import load_verifier
 from specforge.verifier.parts import WEIGHTS, VerifierParts
@@ -115,6 +113,8 @@ class SpeculatorModel(nn.Module):
         model = model_class.from_state(config, read_weights(path), where=str(path))
         if dtype is not None:
             model.to(dtype)
+            # Rotary frequencies lose too much in a short type.
+            model.reset_constants()
         if verifier is not None and verifier_attachment_mode != "detached":
             model.attach_verifier(verifier, verifier_attachment_mode)
         return model
@@ -157,47 +157,14 @@ class SpeculatorModel(nn.Module):
         """Compute buffers that no checkpoint holds, such as rotary frequencies; overridden where there are any."""
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` and ``model.safetensors``.
-
-        The files are written into a folder beside, which then takes the place of an earlier one.
+        """Write ``config.json`` and ``model.safetensors``; other files in the folder are left alone.
 
         Raises:
             SpecforgeError: They cannot be written; an earlier checkpoint in the folder is left as it was.
         """
-        target = Path(folder).absolute()
-        beside = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            beside.mkdir(parents=True)
-            self.config.save_pretrained(beside)
-            state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-            save_file(state, beside / WEIGHTS, metadata={"format": "pt"})
-            replace_folder(beside, target)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise SpecforgeError(f"the draft cannot be written to {target}: {error}") from error
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file.
-
-    Raises:
-        UsageError: The file is damaged or truncated.
-    """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is damaged or not a safetensors file: {error}") from None
-
-
-def replace_folder(beside: Path, target: Path) -> None:
-    """Put a finished folder in the place of another, which is removed only afterwards."""
-    if target.exists():
-        old = target.with_name(f".{target.name}.old.{os.getpid()}")
-        os.rename(target, old)
-        os.rename(beside, target)
-        shutil.rmtree(old)
-    else:
-        os.rename(beside, target)
+        state = self.state_dict()
+        self.config.dtype = next(str(one.dtype) for one in state.values() if one.is_floating_point()).split(".")[-1]
+        write_checkpoint(Path(folder), self.config.to_dict(), state)
 
 
 def _class_for(config: SpeculatorModelConfig) -> Any:

@@ -63,7 +63,9 @@ class TrainingTimeTest:
         keys.append(key)
         values.append(value)
         repeats = query.shape[1] // key.shape[1]
-        own_logits = [(query * k.repeat_interleave(repeats, dim=1)).sum(-1) for k in keys[1:]]
+        # In short types, the logits of the row's own keys must not be rounded before the softmax sees them.
+        wide = query.to(torch.promote_types(query.dtype, torch.float32))
+        own_logits = [(wide * k.repeat_interleave(repeats, dim=1)).sum(-1) for k in keys[1:]]
 
         def attention(*tensors: Tensor) -> Tensor:
             return _selector_attention(*tensors, scale=scale, window=window)
@@ -81,9 +83,9 @@ def _high_and_low(logits: list[Tensor], query: Tensor) -> Tensor:
     """Stack one logit a later step as features [..., 2n]; in short types, a second half carries the rounding rest."""
     if not logits:
         return query.new_zeros(*query.shape[:-1], 0)
-    exact = torch.stack(logits, dim=-1).float()
+    exact = torch.stack(logits, dim=-1)
     high = exact.to(query.dtype)
-    low = (exact - high.float()).to(query.dtype)
+    low = (exact - high).to(query.dtype)
     return torch.cat([high, low], dim=-1)
 
 

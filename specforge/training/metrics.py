@@ -26,9 +26,10 @@ class StepMeans(Metric):
     def __init__(self, terms: Sequence[str], steps: int) -> None:
         super().__init__()
         self.quantities = (*terms, "acceptance", "agreement")
-        # Means over millions of rows lose digits when they are summed in float32.
-        self.add_state("sums", torch.zeros(len(self.quantities), steps, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("counts", torch.zeros(steps, dtype=torch.float64), dist_reduce_fx="sum")
+        # Means over millions of rows lose digits when they are summed in float32, but Apple's GPUs know no more.
+        wide = torch.float32 if torch.backends.mps.is_available() else torch.float64
+        self.add_state("sums", torch.zeros(len(self.quantities), steps, dtype=wide), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(steps, dtype=wide), dist_reduce_fx="sum")
 
     def update(self, outcome: DraftSteps) -> None:
         """Add a batch."""

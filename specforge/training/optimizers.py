@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSettings(BaseModel):
@@ -20,7 +22,7 @@ class OptimizerSettings(BaseModel):
         default="adamw", description="muon: matrices of the layers by Muon, scaled to AdamW's step; the rest by AdamW."
     )
     lr: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of matrices.")
 
 

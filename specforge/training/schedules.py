@@ -38,7 +38,7 @@ def build_schedule(optimizer: Optimizer, settings: ScheduleSettings, total_steps
 
 def learning_rate_factor(step: int, settings: ScheduleSettings, total_steps: int) -> float:
     """Return the learning rate of a step, counted from 0, as a share of the peak."""
-    warmup = settings.warmup if settings.warmup >= 1 else math.ceil(settings.warmup * total_steps)
+    warmup = settings.warmup if settings.warmup >= 1 else round(settings.warmup * total_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if settings.name == "constant":

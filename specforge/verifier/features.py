@@ -48,9 +48,10 @@ def default_aux_layers(num_layers: int) -> list[int]:
     """
     chosen = [2, num_layers // 2, num_layers - 3]
     if num_layers < 7:
+        example = sorted({1, num_layers // 2, num_layers - 1})
         raise UsageError(
             f"the verifier has {num_layers} decoder layers, so the default aux layers {chosen} are not three distinct "
-            f"ascending ones; choose some of 0..{num_layers}, for example {[1, num_layers // 2, num_layers - 1]}"
+            f"ascending ones; choose some of 0..{num_layers}, for example {example}"
         )
     return chosen
 

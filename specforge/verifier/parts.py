@@ -6,7 +6,6 @@ building the model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from specforge.config import find_file
+from specforge.config import find_file, read_json
 from specforge.errors import UsageError
 from specforge.verifier.loading import VerifierLoading, load_config
 
@@ -79,7 +78,7 @@ class VerifierParts:
             wanted = [f"{names[module]}.{key}" for key in module.state_dict()]
             tensors = read_tensors(name_or_path, wanted, revision=loading.revision)
             state = {name.rpartition(".")[2]: tensor.to(dtype) for name, tensor in tensors.items()}
-            module.load_state_dict(state, assign=True)
+            _assign(module, names[module], state, name_or_path)
             _restore_constants(module)
         if tied:
             parts.lm_head.weight = parts.embed_tokens.weight
@@ -131,6 +130,9 @@ def read_tensors(name_or_path: str, wanted: Iterable[str], revision: str | None 
     """
     wanted = list(wanted)
     files = _files_of(name_or_path, revision)
+    unlisted = [name for name in wanted if files and name not in files]
+    if unlisted:
+        raise UsageError(f"{name_or_path}: its {WEIGHTS_INDEX} has no tensor {', '.join(unlisted)}")
     tensors: dict[str, Tensor] = {}
     for file_name in sorted({files.get(name, WEIGHTS) for name in wanted}):
         path = find_file(name_or_path, file_name, revision=revision)
@@ -157,8 +159,19 @@ def _files_of(name_or_path: str, revision: str | None) -> dict[str, str]:
         index = find_file(name_or_path, WEIGHTS_INDEX, revision=revision)
     except UsageError:
         return {}
-    weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UsageError(f"{index} has no weight_map, which says what file each tensor is in")
     return weight_map
+
+
+def _assign(module: nn.Module, name: str, state: dict[str, Tensor], where: str) -> None:
+    for key, own in module.state_dict().items():
+        if state[key].shape != own.shape:
+            raise UsageError(
+                f"{where}: {name}.{key} is {list(state[key].shape)}, but config.json says {list(own.shape)}"
+            )
+    module.load_state_dict(state, assign=True)
 
 
 def _final_norm_name(model: PreTrainedModel) -> str:

@@ -21,7 +21,7 @@ FEATURES = GROUND | {"verifier"}
 DRAFTS = FEATURES | {"models", "proposals", "decoding"}
 # Each room, and the other rooms that it may know.
 MAY_KNOW = {
-    **{room: GROUND for room in GROUND},
+    **dict.fromkeys(GROUND, GROUND),
     "builtin": {"hookspecs"},
     "__main__": GROUND,
     "verifier": GROUND,

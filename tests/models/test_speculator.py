@@ -16,7 +16,7 @@ from torch import nn
 import specforge.models
 from specforge.config import SpeculatorModelConfig
 from specforge.errors import SpecforgeError, UsageError
-from specforge.models import speculator
+from specforge.models import storage
 from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.parts import VerifierParts
 from specforge_eagle3.config import Eagle3SpeculatorConfig
@@ -134,33 +134,28 @@ def fail_in_save_file(monkeypatch: pytest.MonkeyPatch) -> None:
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(speculator, "save_file", half_written)
+    monkeypatch.setattr(storage, "save_file", half_written)
 
 
 def fail_in_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
+    def half_written(path: Path, *_: Any, **__: Any) -> None:
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(SmallConfig, "save_pretrained", refuse)
+    monkeypatch.setattr(Path, "write_text", half_written)
 
 
-def fail_in_rename(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    rename, calls = os.rename, [0]
+def fail_in_rename(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
 
-    def refuse(*paths: Any) -> None:
-        calls[0] += 1
-        if calls[0] == call:
-            raise OSError(errno.EACCES, "Permission denied")
-        rename(*paths)
-
-    monkeypatch.setattr(speculator.os, "rename", refuse)
+    monkeypatch.setattr(storage.os, "replace", refuse)
 
 
 FAILURES = {
     "weights": fail_in_save_file,
     "config": fail_in_config,
-    "first rename": lambda monkeypatch: fail_in_rename(monkeypatch, 1),
-    "second rename": lambda monkeypatch: fail_in_rename(monkeypatch, 2),
+    "rename": fail_in_rename,
 }
 
 
@@ -184,7 +179,7 @@ def test_a_failed_first_write_leaves_nothing(small: Small, tmp_path: Path, monke
     fail_in_save_file(monkeypatch)
     with pytest.raises(SpecforgeError, match="No space left"):
         small.save_pretrained(tmp_path / "draft")
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path / "draft") == []
 
 
 def test_a_file_in_the_way_is_reported(small: Small, tmp_path: Path) -> None:

@@ -83,11 +83,12 @@ def write(path: Path, values: Any) -> Path:
 
 
 def line_of(file: Path, key: str) -> int:
-    """Return the line of a configuration file on which a key stands, by its last part."""
-    name = key.rpartition(".")[2]
-    return next(
-        number for number, line in enumerate(file.read_text().splitlines(), 1) if line.strip().startswith(f"{name}:")
-    )
+    """Return the line of a configuration file on which the last part of a key's path stands."""
+    node, line = yaml.compose(file.read_text(encoding="utf-8")), 0
+    for part in key.split("."):
+        at, node = next((name, value) for name, value in node.value if name.value == part)
+        line = at.start_mark.line + 1
+    return line
 
 
 def flag(path: str, value: Any) -> list[str]:

@@ -5,15 +5,12 @@ SafeAILab's EAGLE and SGLang write and read it; vLLM reads it too.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
-from specforge.config import CONFIG_NAME, SpeculatorsConfig, VerifierConfig, find_file
+from specforge.config import CONFIG_NAME, SpeculatorsConfig, VerifierConfig, find_file, read_json
 from specforge.errors import UsageError
-from specforge.models.speculator import read_weights
+from specforge.models.storage import read_weights, write_checkpoint
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.parts import WEIGHTS
 from specforge_eagle3.config import Eagle3SpeculatorConfig
@@ -39,7 +36,7 @@ def read(folder: Path, verifier: str | None) -> Eagle3DraftModel:
         UsageError: A file is missing or damaged, or a tensor is missing, unknown or of the wrong shape.
     """
     path = find_file(folder, CONFIG_NAME)
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     if LAYER_IDS in values.get("eagle_config", {}):
         raise UsageError(
             f"{path}: engines disagree on what layer ids inside eagle_config mean; move them to a top-level "
@@ -84,13 +81,9 @@ def write(model: Eagle3DraftModel, folder: Path) -> None:
     values |= {flag: getattr(config, flag) for flag in FLAGS if getattr(config, flag)}
     if config.eagle_aux_hidden_state_layer_ids is not None:
         values[LAYER_IDS] = config.eagle_aux_hidden_state_layer_ids
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     state = model.state_dict()
     renamed = {PUBLISHED + name.removeprefix(OURS) if name.startswith(OURS) else name: state[name] for name in state}
-    save_file(
-        {name: tensor.contiguous() for name, tensor in renamed.items()}, folder / WEIGHTS, metadata={"format": "pt"}
-    )
+    write_checkpoint(folder, values, renamed)
 
 
 def _layer_config(values: dict[str, Any]) -> dict[str, Any]:

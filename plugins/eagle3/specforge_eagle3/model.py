@@ -78,6 +78,8 @@ class Eagle3DraftModel(SpeculatorModel):
         own = config.embed_requires_grad if own_embeddings is None else own_embeddings
 
         self.embed_tokens = nn.Embedding(layers.vocab_size, width) if own else None
+        if self.embed_tokens is not None:
+            self.embed_tokens.requires_grad_(config.embed_requires_grad)
         self.input_norm = blocks.norm(aux * feature_width, eps=eps) if config.norm_before_fc else None
         self.fc_norm = (
             nn.ModuleList(blocks.norm(feature_width, eps=eps) for _ in range(aux)) if config.fc_norm else None
@@ -139,7 +141,7 @@ class Eagle3DraftModel(SpeculatorModel):
         if t2d is not None and config.draft_vocab_size != config.target_vocab_size:
             vocabulary = DraftVocabulary.from_t2d(t2d)
             model.t2d.copy_(vocabulary.t2d)
-            model.d2t.copy_(kwargs.get("d2t", vocabulary.d2t))
+            model.d2t.copy_(vocabulary.d2t if kwargs.get("d2t") is None else kwargs["d2t"])
         return model
 
     @staticmethod
@@ -164,14 +166,17 @@ class Eagle3DraftModel(SpeculatorModel):
         rows = parts.lm_head.weight if self.draft_ids is None else parts.lm_head.weight[self.draft_ids.cpu()]
         with torch.no_grad():
             self.lm_head.weight.copy_(rows)
-            self.norm.load_state_dict(parts.norm.state_dict())
+            # The scale itself, as seen on a vector of unit size: families store it as weight or as 1 + weight.
+            unit = torch.ones_like(parts.lm_head.weight[0])
+            self.norm.load_state_dict({"weight": parts.norm(unit)})
             if self.embed_tokens is not None:
                 self.embed_tokens.weight.copy_(parts.embed_tokens.weight)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed the verifier's tokens [...] as [..., H], by the draft's own embeddings or the verifier's."""
-        table = self.embed_tokens if self.embed_tokens is not None else self.verifier_parts.embed_tokens
-        return nn.functional.embedding(tokens, table.weight).to(self.fc.weight.dtype)
+        own = self.embed_tokens
+        table = self.verifier_parts.embed_tokens.weight.detach() if own is None else own.weight
+        return nn.functional.embedding(tokens, table).to(self.fc.weight.dtype)
 
     def fuse(self, aux: Tensor) -> Tensor:
         """Fuse features of the aux layers [B, T, n, H] into one [B, T, H]."""

@@ -72,7 +72,8 @@ class Eagle3Module(DraftModule):
         self._coverage = 1.0
         verifier = self.verifier_config.get_text_config()
         try:
-            self._aux_layers = draft.aux_layers or default_aux_layers(verifier.num_hidden_layers)
+            chosen = draft.aux_layers
+            self._aux_layers = default_aux_layers(verifier.num_hidden_layers) if chosen is None else chosen
             check_aux_layers(self._aux_layers, verifier.num_hidden_layers)
         except UsageError as error:
             raise UsageError(f"model.draft.aux_layers: {error}") from None
