@@ -93,6 +93,8 @@ class SpeculatorsConfig(StoredConfig):
     @field_validator("proposal_methods", mode="before")
     @classmethod
     def _typed_proposal_methods(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
         return [_typed_proposal(one) if isinstance(one, dict) else one for one in value]
 
     @model_validator(mode="after")
@@ -128,7 +130,8 @@ class SpeculatorModelConfig(StoredConfig):
     @classmethod
     def _own_type(cls, values: Any) -> Any:
         if isinstance(values, dict) and cls.model_type_name:
-            given = values.setdefault("speculators_model_type", cls.model_type_name)
+            values = {"speculators_model_type": cls.model_type_name, **values}
+            given = values["speculators_model_type"]
             if given != cls.model_type_name:
                 raise ValueError(f"speculators_model_type is {given!r}, but {cls.__name__} is {cls.model_type_name!r}")
         return values
@@ -231,7 +234,10 @@ def _subclass_for(values: dict[str, Any], where: str) -> Any:
         raise UsageError(
             f"{where}: speculators_model_type is missing; this is not a checkpoint in the speculators layout"
         )
-    return installed().load(installed().find(Algorithm, model_type), "config")
+    try:
+        return installed().load(installed().find(Algorithm, model_type), "config")
+    except UsageError as error:
+        raise UsageError(f"{where}: speculators_model_type: {error}") from None
 
 
 def _typed_proposal(values: dict[str, Any]) -> TokenProposalConfig:

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import itertools
 import traceback
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from importlib.metadata import EntryPoint, entry_points
@@ -61,6 +62,11 @@ class Registry:
         self._mark_clashes()
 
     def _mark_clashes(self) -> None:
+        for plugin in self.plugins:
+            claims = Counter((_kind(one), one.name) for one in plugin.descriptors)
+            plugin.faults.extend(
+                f"it has {number} of the {kind} {name!r}" for (kind, name), number in claims.items() if number > 1
+            )
         for first, second in itertools.combinations(self.plugins, 2):
             if first.name == second.name:
                 _record_clash("plugin", first.name, first, second)
@@ -135,7 +141,7 @@ def _load(manager: pluggy.PluginManager, entry_point: EntryPoint) -> Plugin:
         manager.register(module, registered_as)
         manager.check_pending()
         plugin.descriptors.extend(_contributions(manager, module))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         plugin.faults.append(_last_line(error))
         # A plugin that stays registered with a misspelt hook would make every later check fail.
         if manager.has_plugin(registered_as):
@@ -149,7 +155,9 @@ def _contributions(manager: pluggy.PluginManager, module: ModuleType) -> Iterabl
         for implementation in caller.get_hookimpls():
             if implementation.plugin is not module:
                 continue
-            contributed = cast(Iterable[object], implementation.function())
+            contributed = implementation.function()
+            if not isinstance(contributed, Iterable):
+                raise TypeError(f"{caller.name} must return descriptors of specforge.hookspecs, got {contributed!r}")
             for descriptor in contributed:
                 if not isinstance(descriptor, tuple(KINDS.values())):
                     raise TypeError(f"{caller.name} must return descriptors of specforge.hookspecs, got {descriptor!r}")
@@ -163,24 +171,30 @@ def _missing_targets(descriptor: Descriptor) -> Iterable[str]:
         if attribute.name in ("name", "summary") or not isinstance(reference, str):
             continue
         module_name, _, name = reference.partition(":")
-        if not _exists(module_name, name):
-            yield f"{_kind(descriptor)} {descriptor.name!r} names {reference}, which does not exist"
+        if fault := _fault_of(module_name, name):
+            yield f"{_kind(descriptor)} {descriptor.name!r} names {reference}, {fault}"
 
 
-def _exists(module_name: str, name: str) -> bool:
+def _fault_of(module_name: str, name: str) -> str | None:
     try:
         spec = importlib.util.find_spec(module_name)
     except (ImportError, ValueError):
-        return False
+        spec = None
+    except Exception as error:  # the package around the module is imported, and may fail in any way
+        return f"whose package fails to import: {_last_line(error)}"
     if spec is None or not name:
-        return False
-    readable = spec.origin is not None and spec.origin.endswith(".py")
-    return not readable or name in _names_in(str(spec.origin))
+        return "which does not exist"
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    try:
+        with open(spec.origin, encoding="utf-8") as file:
+            names = _names_in(ast.parse(file.read()))
+    except (SyntaxError, ValueError, OSError) as error:
+        return f"which cannot be read: {_last_line(error)}"
+    return None if name in names else "which does not exist"
 
 
-def _names_in(path: str) -> set[str]:
-    with open(path, encoding="utf-8") as file:
-        tree = ast.parse(file.read())
+def _names_in(tree: ast.Module) -> set[str]:
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef):

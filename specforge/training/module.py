@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -202,11 +203,15 @@ class DraftModule(LightningModule, ABC):
 
     def _total_steps(self) -> int:
         # Not trainer.estimated_stepping_batches, which makes Lightning forget the loader's position on resuming.
-        if self.trainer.max_steps > 0:
-            return self.trainer.max_steps
-        data: DraftDataModule = self.trainer.datamodule
-        steps_per_epoch = -(-len(data.train_dataloader()) // self.trainer.accumulate_grad_batches)
-        return steps_per_epoch * (self.trainer.max_epochs or 1)
+        trainer = self.trainer
+        if trainer.max_steps > 0:
+            return int(trainer.max_steps)
+        if trainer.max_epochs is None or trainer.max_epochs < 1:
+            raise UsageError("set trainer.max_epochs or trainer.max_steps: a schedule needs to know where the run ends")
+        batches = len(trainer.datamodule.train_dataloader())
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return math.ceil(batches / trainer.accumulate_grad_batches) * int(trainer.max_epochs)
 
     def _log_means(self, stage: str) -> None:
         means = self.means[stage].compute()

@@ -1,4 +1,4 @@
-"""The house's rules, read from the source: who may import whom, no algorithm named in the core, everything described."""
+"""The rules of the house, read from the source: who may import whom, no algorithm in the core, all described."""
 
 from __future__ import annotations
 

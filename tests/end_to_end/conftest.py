@@ -53,13 +53,13 @@ def fit(workshop: Workshop) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Make Ctrl-C arrive while the n-th training batch from now on is under way."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make Ctrl-C arrive while the n-th batch from now on is under way, of training or of another stage."""
     from specforge.training.module import DraftModule
 
-    original = DraftModule.training_step
+    originals = {name: getattr(DraftModule, name) for name in ("training_step", "validation_step")}
 
-    def arm(batch_number: int) -> None:
+    def arm(batch_number: int, stage: str = "training_step") -> None:
         seen = 0
 
         def step(self: DraftModule, batch: Any, batch_idx: int) -> Any:
@@ -67,8 +67,8 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             seen += 1
             if seen == batch_number:
                 os.kill(os.getpid(), signal.SIGINT)
-            return original(self, batch, batch_idx)
+            return originals[stage](self, batch, batch_idx)
 
-        monkeypatch.setattr(DraftModule, "training_step", step)
+        monkeypatch.setattr(DraftModule, stage, step)
 
     return arm

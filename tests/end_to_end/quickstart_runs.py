@@ -50,7 +50,12 @@ class Workshop:
             "verifier": str(VERIFIER),
             "output_dir": str(self.folder / "runs"),
             "trainer": {"accelerator": "cpu", "max_steps": 12, "max_epochs": 9, "log_every_n_steps": 1},
-            "model": {"ttt_steps": TTT_STEPS, "draft": {"draft_vocab_size": 256}, "optimizer": {"lr": 4e-3}},
+            "model": {
+                "ttt_steps": TTT_STEPS,
+                "draft": {"draft_vocab_size": 256},
+                "optimizer": {"lr": 4e-3},
+                "schedule": {"warmup": 0.25},
+            },
             "data": {
                 "train": str(train),
                 "validation": str(validation),

@@ -1,4 +1,4 @@
-"""Faults of a configuration: one message that names the key, what is allowed and the nearest name; nothing is loaded."""
+"""Faults of a configuration: one message that names the key, what is allowed and the nearest name; nothing loads."""
 
 from __future__ import annotations
 

@@ -1,0 +1,396 @@
+"""Stopping and going on: by Ctrl-C, by a crash, in the middle of an epoch; damaged checkpoints and full disks."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quickstart_runs import QUICKSTART, Workshop, assert_same_weights, scalars, weights
+from safetensors.torch import load_file
+
+from specforge.__main__ import main
+from specforge.training.module import DraftModule
+
+Arm = Callable[..., None]
+# Without accumulation an epoch has 8 steps and a validation at its end; with accumulation of 2 it has 4.
+VARIANTS = {
+    "plain": [],
+    "accumulated": ["--trainer.accumulate_grad_batches=2", "--trainer.max_steps=7"],
+    "muon": ["--model.optimizer.name=muon"],
+    "mid-epoch validation": ["--trainer.val_check_interval=4"],
+    "chosen by the running mean": ['--model.objective={"lk_lambda": 1.0}'],
+}
+
+
+class Crash(Exception):
+    """Something that no part of the program expects."""
+
+
+@pytest.fixture(scope="module")
+def straight(shared: Workshop) -> Callable[[str], Path]:
+    """Run a variant without a stop, once."""
+
+    def run(variant: str) -> Path:
+        output = f"straight {variant}"
+        if not shared.run_folder(output).exists():
+            assert main(["fit", *shared.words(output, *VARIANTS[variant])]) == 0
+        return shared.run_folder(output)
+
+    return run
+
+
+def assert_same_run(resumed: Path, whole: Path) -> None:
+    """Compare everything that two finished runs leave behind, bit for bit."""
+    for name in ("last", "best"):
+        first, second = (
+            torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True) for run in (resumed, whole)
+        )
+        assert first["global_step"] == second["global_step"], name
+        assert_same_weights(first["state_dict"], second["state_dict"])
+        assert_same_values(first["optimizer_states"], second["optimizer_states"])
+        assert_same_values(first["lr_schedulers"], second["lr_schedulers"])
+    first, second = (load_file(run / "draft" / "model.safetensors") for run in (resumed, whole))
+    assert_same_weights(first, second)
+    # A step that ran twice, before a crash and after it, is logged twice with the same value. A step may be missing
+    # here, see test_every_step_is_logged; a validation may not.
+    assert set(scalars(resumed, "train/loss")) <= set(scalars(whole, "train/loss"))
+    assert set(scalars(resumed, "val/loss")) == set(scalars(whole, "val/loss"))
+
+
+def assert_same_values(first: Any, second: Any) -> None:
+    """Compare nested states, tensors bit for bit."""
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same_values(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same_values(one, other)
+    else:
+        assert first == second
+
+
+def interrupt(workshop: Workshop, *words: str) -> None:
+    """Run ``specforge fit`` until Ctrl-C ends it."""
+    with pytest.raises(SystemExit) as left:
+        main(["fit", *workshop.words("runs", *words)])
+    assert left.value.code == 130
+
+
+class TestInterruptAndGoOn:
+    @pytest.mark.parametrize("batch", [1, 3, 7, 8, 9, 12])
+    def test_at_any_batch(self, workshop, straight, interrupt_at, batch):
+        whole = straight("plain")
+        interrupt_at(batch)
+        interrupt(workshop)
+        run = workshop.run_folder("runs")
+        assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == batch
+        assert main(["fit", *workshop.words("runs", "--ckpt_path", "last")]) == 0
+        assert_same_run(run, whole)
+
+    @pytest.mark.parametrize(
+        ("variant", "batch", "step"),
+        [
+            ("accumulated", 3, 2),
+            ("accumulated", 4, 2),
+            ("accumulated", 11, 6),
+            ("muon", 5, 5),
+            ("mid-epoch validation", 4, 4),
+            ("mid-epoch validation", 6, 6),
+            ("chosen by the running mean", 5, 5),
+        ],
+    )
+    def test_with_other_settings(self, workshop, straight, interrupt_at, variant, batch, step):
+        whole = straight(variant)
+        interrupt_at(batch)
+        interrupt(workshop, *VARIANTS[variant])
+        run = workshop.run_folder("runs")
+        assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step
+        assert main(["fit", *workshop.words("runs", *VARIANTS[variant], "--ckpt_path", "last")]) == 0
+        assert_same_run(run, whole)
+
+    def test_twice(self, workshop, straight, interrupt_at):
+        whole = straight("plain")
+        interrupt_at(3)
+        interrupt(workshop)
+        interrupt_at(3)
+        interrupt(workshop, "--ckpt_path", "last")
+        run = workshop.run_folder("runs")
+        assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
+        assert main(["fit", *workshop.words("runs", "--ckpt_path", "last")]) == 0
+        assert_same_run(run, whole)
+
+    @pytest.mark.parametrize("variant", ["plain", "mid-epoch validation"])
+    def test_during_a_validation(self, workshop, straight, interrupt_at, variant):
+        whole = straight(variant)
+        interrupt_at(1, "validation_step")
+        interrupt(workshop, *VARIANTS[variant])
+        interrupt_at(-1, "validation_step")
+        assert main(["fit", *workshop.words("runs", *VARIANTS[variant], "--ckpt_path", "last")]) == 0
+        assert_same_run(workshop.run_folder("runs"), whole)
+
+    def test_every_step_is_logged(self, workshop, straight, interrupt_at):
+        interrupt_at(3)
+        interrupt(workshop)
+        assert main(["fit", *workshop.words("runs", "--ckpt_path", "last")]) == 0
+        steps = [step for step, _ in scalars(workshop.run_folder("runs"), "train/loss")]
+        assert steps == [step for step, _ in scalars(straight("plain"), "train/loss")]
+
+    def test_with_loading_processes(self, workshop, straight, interrupt_at):
+        whole = straight("plain")
+        interrupt_at(3)
+        interrupt(workshop, "--data.num_workers=1")
+        assert main(["fit", *workshop.words("runs", "--data.num_workers=1", "--ckpt_path", "last")]) == 0
+        assert_same_run(workshop.run_folder("runs"), whole)
+
+    def test_ctrl_c_is_given_back(self, workshop, interrupt_at):
+        handler = signal.getsignal(signal.SIGINT)
+        interrupt_at(2)
+        interrupt(workshop)
+        assert signal.getsignal(signal.SIGINT) is handler
+
+    def test_a_moved_checkpoint_begins_a_new_run(self, workshop, straight, interrupt_at):
+        interrupt_at(3)
+        interrupt(workshop)
+        moved = workshop.folder / "moved.ckpt"
+        (workshop.run_folder("runs") / "checkpoints" / "last.ckpt").rename(moved)
+        assert main(["fit", *workshop.words("runs", "--ckpt_path", str(moved))]) == 0
+        assert_same_weights(
+            weights(workshop.run_folder("runs", 1) / "checkpoints" / "last.ckpt"),
+            weights(straight("plain") / "checkpoints" / "last.ckpt"),
+        )
+
+
+class TestCrash:
+    @pytest.fixture
+    def crash_at(self, monkeypatch) -> Arm:
+        original = DraftModule.training_step
+
+        def arm(batch_number: int) -> None:
+            seen = 0
+
+            def step(self: DraftModule, batch: Any, batch_idx: int) -> Any:
+                nonlocal seen
+                seen += 1
+                if seen == batch_number:
+                    raise Crash
+                return original(self, batch, batch_idx)
+
+            monkeypatch.setattr(DraftModule, "training_step", step)
+
+        return arm
+
+    @pytest.mark.parametrize(("every", "saved"), [(3, 9), (4, 8), (500, 8)])
+    def test_goes_on_from_the_last_saving(self, workshop, straight, crash_at, every, saved):
+        whole = straight("plain")
+        crash_at(11)
+        words = [f"--save_every_n_steps={every}"]
+        with pytest.raises(Crash):
+            main(["fit", *workshop.words("runs", *words)])
+        run = workshop.run_folder("runs")
+        assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == saved
+        crash_at(-1)
+        assert main(["fit", *workshop.words("runs", *words, "--ckpt_path", "last")]) == 0
+        assert_same_run(run, whole)
+
+    def test_in_the_middle_of_an_accumulation(self, workshop, straight, crash_at):
+        whole = straight("accumulated")
+        words = [*VARIANTS["accumulated"], "--save_every_n_steps=1"]
+        crash_at(6)
+        with pytest.raises(Crash):
+            main(["fit", *workshop.words("runs", *words)])
+        crash_at(-1)
+        assert main(["fit", *workshop.words("runs", *words, "--ckpt_path", "last")]) == 0
+        assert_same_run(workshop.run_folder("runs"), whole)
+
+
+def start(words: list[str]) -> subprocess.Popen[str]:
+    """Start the real command."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "specforge", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+    )
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """Read lines of a process until one holds a text; return all of them."""
+    assert process.stdout is not None
+    shown = ""
+    for line in process.stdout:
+        shown += line
+        if text in line:
+            return shown
+    pytest.fail(f"ended without {text!r}:\n{shown}")
+
+
+class TestRealProcess:
+    def test_ctrl_c_and_the_printed_command(self, workshop):
+        process = start(["fit", *workshop.words("runs", "--trainer.max_steps=40", "--trainer.val_check_interval=4")])
+        read_until(process, "val/loss")  # after four steps of the first epoch, of eight
+        process.send_signal(signal.SIGINT)
+        shown, _ = process.communicate(timeout=60)
+        assert process.returncode == 130, shown
+        assert "Traceback" not in shown
+        run = workshop.run_folder("runs")
+        last = run / "checkpoints" / "last.ckpt"
+        step = torch.load(last, weights_only=True)["global_step"]
+        assert 4 < step < 40
+        assert f"Interrupted at step {step}" in shown and str(last) in shown
+        command = re.search(r"To go on: +(specforge fit .*)", shown)
+        assert command is not None
+        words = shlex.split(command[1])
+        goes_on = start(words[1:])
+        shown, _ = goes_on.communicate(timeout=120)
+        assert goes_on.returncode == 0, shown
+        assert torch.load(last, weights_only=True)["global_step"] == 40
+        assert [path.name for path in run.parent.iterdir()] == ["version_0"]
+        logged = [one for one, _ in scalars(run, "train/loss")]
+        assert logged == sorted(set(logged)) and (logged[0], logged[-1]) == (0, 39)
+
+    def test_second_ctrl_c_stops_at_once(self, workshop):
+        # One optimizer step of some 350 batches: the first Ctrl-C has to wait for it.
+        words = ["--trainer.accumulate_grad_batches=1000", "--data.train", str(QUICKSTART / "train.jsonl")]
+        process = start(["fit", *workshop.words("runs", *words)])
+        read_until(process, "run:")
+        time.sleep(1.5)
+        process.send_signal(signal.SIGINT)
+        read_until(process, "press Ctrl-C again")
+        process.send_signal(signal.SIGINT)
+        begun = time.monotonic()
+        shown, _ = process.communicate(timeout=60)
+        assert time.monotonic() - begun < 10
+        assert process.returncode in (1, 130, -signal.SIGINT), shown
+        assert "Traceback" not in shown
+        assert not (workshop.run_folder("runs") / "draft").exists()
+
+    def test_ctrl_c_before_training_has_begun(self, workshop):
+        process = start(["fit", *workshop.words("runs")])
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        shown, _ = process.communicate(timeout=60)
+        assert process.returncode in (130, -signal.SIGINT)
+        assert "Traceback" not in shown
+
+
+class TestDamagedCheckpoints:
+    @pytest.fixture(scope="class")
+    def whole(self, straight) -> Path:
+        return straight("plain") / "checkpoints" / "last.ckpt"
+
+    def refused(self, workshop: Workshop, capfd: pytest.CaptureFixture[str], command: str, path: Path) -> None:
+        """Check that one message names the file."""
+        status = main([command, *workshop.words("runs", "--ckpt_path", str(path))])
+        shown = capfd.readouterr().err
+        assert status in (1, 2)
+        message = next(line for line in shown.splitlines() if line.startswith(f"specforge {command}: error: "))
+        assert str(path) in message
+        assert "Traceback" not in shown
+
+    @pytest.mark.parametrize("command", ["fit", "validate"])
+    @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+    def test_truncated(self, workshop, whole, capfd, command, share):
+        path = workshop.folder / "damaged.ckpt"
+        content = whole.read_bytes()
+        path.write_bytes(content[: int(len(content) * share)])
+        self.refused(workshop, capfd, command, path)
+
+    @pytest.mark.parametrize(
+        "content", [{"a": 1}, [1], {"state_dict": {}}, torch.zeros(2)], ids=["dict", "list", "empty", "tensor"]
+    )
+    def test_a_file_of_torch_that_is_no_checkpoint(self, workshop, capfd, content):
+        path = workshop.folder / "other.ckpt"
+        torch.save(content, path)
+        self.refused(workshop, capfd, "fit", path)
+
+    def test_a_file_of_something_else(self, workshop, capfd):
+        path = workshop.folder / "text.ckpt"
+        path.write_text("hello")
+        self.refused(workshop, capfd, "fit", path)
+
+    @pytest.mark.parametrize("command", ["fit", "validate"])
+    def test_a_checkpoint_of_another_network(self, workshop, whole, capfd, command):
+        words = ["--ckpt_path", str(whole), "--model.draft.num_layers=2"]
+        status = main([command, *workshop.words("runs", *words)])
+        shown = capfd.readouterr().err
+        assert status in (1, 2)
+        assert str(whole) in shown and "Traceback" not in shown
+
+    def test_a_checkpoint_of_another_optimizer(self, workshop, whole, capfd):
+        words = ["--ckpt_path", str(whole), "--model.optimizer.name=muon", "--trainer.max_steps=14"]
+        status = main(["fit", *workshop.words("runs", *words)])
+        shown = capfd.readouterr().err
+        assert status in (1, 2)
+        assert "optimizer" in shown and "Traceback" not in shown
+
+
+class TestFullDisk:
+    """A limit on the size of files stands for a disk that takes no more: the system refuses the same writes."""
+
+    @pytest.fixture
+    def fill_at(self, monkeypatch) -> Iterator[Arm]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        original = DraftModule.training_step
+
+        def arm(batch_number: int) -> None:
+            seen = 0
+
+            def step(self: DraftModule, batch: Any, batch_idx: int) -> Any:
+                nonlocal seen
+                seen += 1
+                if seen == batch_number:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+                return original(self, batch, batch_idx)
+
+            monkeypatch.setattr(DraftModule, "training_step", step)
+
+        yield arm
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    def test_earlier_checkpoint_stays_whole(self, workshop, straight, fill_at, capfd):
+        whole = straight("plain")
+        fill_at(5)
+        status = main(["fit", *workshop.words("runs", "--save_every_n_steps=3")])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        shown = capfd.readouterr().err
+        assert status == 1
+        assert "specforge fit: error: " in shown and "Traceback" not in shown
+        checkpoints = workshop.run_folder("runs") / "checkpoints"
+        assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 3
+        assert [path.name for path in checkpoints.iterdir()] == ["last.ckpt"]
+        fill_at(-1)
+        assert main(["fit", *workshop.words("runs", "--ckpt_path", "last")]) == 0
+        assert_same_run(workshop.run_folder("runs"), whole)
+
+    def test_message_names_the_file(self, workshop, fill_at, capfd):
+        fill_at(1)
+        assert main(["fit", *workshop.words("runs", "--save_every_n_steps=2")]) == 1
+        assert "last.ckpt" in capfd.readouterr().err
+
+    def test_while_writing_the_draft(self, workshop, fill_at, capfd):
+        # Checkpoints are over: the last step's batch fills the disk, and only the draft is left to write.
+        words = ["--trainer.max_steps=2", "--data.validation=null", "--data.validation_share=0"]
+        fill_at(2)
+        assert main(["fit", *workshop.words("runs", *words)]) == 1
+        shown = capfd.readouterr()
+        assert "Traceback" not in shown.err and "Done:" not in shown.out
+        run = workshop.run_folder("runs")
+        assert not (run / "draft").exists()
+        assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
