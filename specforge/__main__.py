@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SpecforgeError as error:
         print(f"specforge {name}: error: {error}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:
+        print(f"specforge {name}: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader (`| head`) has gone; leave quietly instead of failing once more at the flush on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import warnings
 
-from specforge.errors import SpecforgeError, UsageError
+from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
 
@@ -52,8 +53,6 @@ def _run(subcommand: str, arguments: list[str]) -> int:
         TrainingCLI(algorithm, arguments, subcommand).run()
     except MisconfigurationException as error:
         raise UsageError(str(error)) from error
-    except OSError as error:
-        raise SpecforgeError(f"{error}") from error
     return 0
 
 
@@ -75,6 +74,7 @@ def _help(subcommand: str, algorithms: dict[str, Algorithm]) -> str:
     )
 
 
+@functools.cache
 def _quieten() -> None:
     """Leave out what concerns neither the user's data nor their settings."""
     # Lightning advertises other products on each run (issue 21294 of its repository).

@@ -25,21 +25,38 @@ MONITOR = "val/loss"
 INTERRUPTED = 130
 
 
-def fit_callbacks(arguments: list[str], save_every_n_steps: int) -> list[Callback]:
+def fit_callbacks(arguments: list[str], save_every_n_steps: int, folder: Path | None) -> list[Callback]:
     """Return the callbacks of a training run.
 
     Args:
         arguments: The words after ``specforge fit``, to tell a person how to go on.
         save_every_n_steps: Optimizer steps between two savings of the last state.
+        folder: Folder of the checkpoints; by default ``checkpoints`` in the logger's folder.
     """
     return [
-        ProgressBar(),
         Summary(),
         Throughput(),
         LastCheckpoint(arguments, save_every_n_steps),
-        ModelCheckpoint(filename="best", monitor=MONITOR, enable_version_counter=False, save_on_train_epoch_end=False),
+        BestCheckpoint(folder),
         DraftWriter(arguments),
     ]
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Saves the state of the best validation as ``checkpoints/best.ckpt``.
+
+    Args:
+        folder: Folder of the checkpoints; by default ``checkpoints`` in the logger's folder.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="best",
+            monitor=MONITOR,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        )
 
 
 class ProgressBar(RichProgressBar):
@@ -118,12 +135,23 @@ class LastCheckpoint(Callback):
         self.every_n_steps = every_n_steps
         self._saved_step = 0
         self._interrupted = False
+        self._leaving = False
+        self._epoch_is_over = False
         self._earlier_handler: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over Ctrl-C: the step under way is finished and saved first."""
+        epochs = trainer.fit_loop.epoch_progress.current
+        if epochs.completed == epochs.ready:
+            # Going on from the end of an epoch, there is no epoch to take up in its middle.
+            trainer.fit_loop.epoch_loop.restarting = False
         self._saved_step = trainer.global_step
         self._earlier_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Leave, once the last step has been saved and logged."""
+        if self._leaving:
+            self._leave(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -131,16 +159,25 @@ class LastCheckpoint(Callback):
         """Save when it is time, or when a person wants to stop."""
         # Between optimizer steps there are gradients that a checkpoint does not hold.
         stepped = trainer.global_step > self._saved_step and not trainer.fit_loop._should_accumulate()
-        if self._interrupted and stepped:
-            self._stop(trainer)
-        if stepped and trainer.global_step % self.every_n_steps == 0:
+        # A validation that is due would be left out on going on, so it is waited for.
+        self._leaving = self._interrupted and stepped and not _validation_is_due(trainer, batch_idx)
+        if self._leaving or (stepped and trainer.global_step % self.every_n_steps == 0):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after each epoch."""
+        self._epoch_is_over = True
         self._save(trainer)
+        self._epoch_is_over = False
         if self._interrupted:
-            self._stop(trainer)
+            self._leave(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store an epoch that has ended as one that is complete."""
+        # Lightning stores it as one under way, and where max_steps is set it goes on one epoch too far.
+        if self._epoch_is_over:
+            for scope in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+                scope["completed"] = scope["processed"]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give Ctrl-C back."""
@@ -149,11 +186,14 @@ class LastCheckpoint(Callback):
             self._earlier_handler = None
 
     def _save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(checkpoint_folder(trainer) / "last.ckpt")
+        path = checkpoint_folder(trainer) / "last.ckpt"
+        try:
+            trainer.save_checkpoint(path)
+        except OSError as error:
+            raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
         self._saved_step = trainer.global_step
 
-    def _stop(self, trainer: Trainer) -> None:
-        self._save(trainer)
+    def _leave(self, trainer: Trainer) -> None:
         say(
             f"\nInterrupted at step {trainer.global_step}; everything up to it is saved in "
             f"{checkpoint_folder(trainer) / 'last.ckpt'}.\nTo go on:  {command('fit', self.arguments, 'last')}"
@@ -182,19 +222,19 @@ class DraftWriter(Callback):
         """Write the draft of the best validation; the last one where there was no validation."""
         # Not on_fit_end: the progress bar would be drawn once more below the closing lines.
         module = cast(DraftModule, pl_module)
-        best = cast(ModelCheckpoint, trainer.checkpoint_callback)
-        draft, which = module.draft, f"the last draft (step {trainer.global_step}; no validation chose a better one)"
-        if best.best_model_path:
-            draft = draft_of_checkpoint(Path(best.best_model_path), draft)
-            which = f"the best draft ({MONITOR} {float(best.best_model_score or 0):.4f})"
+        best = _best(trainer)
         run = checkpoint_folder(trainer).parent
+        next_steps = [f"look at it   tensorboard --logdir {run.parent}"]
+        if best.best_model_path and best.best_model_score is not None:
+            draft = draft_of_checkpoint(Path(best.best_model_path), module.draft)
+            which = f"the best draft ({MONITOR} {float(best.best_model_score):.4f})"
+            next_steps.append(f"measure it   {command('validate', self.arguments, 'best')}")
+        else:
+            draft = module.draft
+            which = f"the last draft (step {trainer.global_step}; no validation chose a better one)"
+        next_steps.append(f"load it      SpeculatorModel.from_pretrained({str(run / 'draft')!r})")
         draft.save_pretrained(run / "draft")
-        say(
-            f"\nDone: {run / 'draft'} holds {which}.\n"
-            f"  look at it   tensorboard --logdir {run.parent}\n"
-            f"  measure it   {command('validate', self.arguments, 'best')}\n"
-            f"  load it      SpeculatorModel.from_pretrained({str(run / 'draft')!r})"
-        )
+        say("\n  ".join([f"\nDone: {run / 'draft'} holds {which}.", *next_steps]))
 
 
 def draft_of_checkpoint(path: Path, like: SpeculatorModel) -> SpeculatorModel:
@@ -212,8 +252,17 @@ def draft_of_checkpoint(path: Path, like: SpeculatorModel) -> SpeculatorModel:
 
 def checkpoint_folder(trainer: Trainer) -> Path:
     """Return the folder of a run's checkpoints; its parent is the run's folder."""
-    callback = cast(ModelCheckpoint, trainer.checkpoint_callback)
-    return Path(str(callback.dirpath))
+    return Path(str(_best(trainer).dirpath))
+
+
+def _best(trainer: Trainer) -> BestCheckpoint:
+    return next(one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint))
+
+
+def _validation_is_due(trainer: Trainer, batch_idx: int) -> bool:
+    by_epoch = trainer.check_val_every_n_epoch is not None
+    batches = (batch_idx if by_epoch else trainer.fit_loop.total_batch_idx) + 1
+    return bool(trainer.is_last_batch or batches % trainer.val_check_batch == 0)
 
 
 def command(subcommand: str, arguments: list[str], checkpoint: str) -> str:

@@ -14,12 +14,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from pydantic import ValidationError
 
-from specforge.errors import UsageError
+from specforge.errors import SpecforgeError, UsageError
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
 from specforge.training.callbacks import ProgressBar, fit_callbacks
-from specforge.training.config_errors import check_groups, explain, explain_settings
-from specforge.training.runs import resolve_checkpoint, version_of
+from specforge.training.config_errors import check_files, check_values, explain, explain_settings
+from specforge.training.runs import CHECKPOINTS, check_checkpoint, next_version, resolve_checkpoint, version_of
 from specforge.verifier.loading import VerifierType
 
 # What a run needs to be set otherwise than Lightning does by itself.
@@ -99,18 +99,19 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; a fault becomes one message that names the key, what is allowed and the nearest right name."""
+        check_files(parser, self.arguments)
         try:
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
             raise UsageError(explain(str(error), parser, self.arguments)) from None
-        check_groups(self.config, parser)
+        check_values(self.config)
 
     def instantiate_classes(self) -> None:
         """Build module, data and trainer; none of them loads anything yet."""
         try:
             super().instantiate_classes()
         except ValidationError as error:
-            raise UsageError(explain_settings(error, self.parser)) from None
+            raise UsageError(explain_settings(error, self.parser, self.arguments)) from None
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint before anything is built."""
@@ -118,23 +119,30 @@ class TrainingCLI(LightningCLI):
         if wanted is None and self.subcommand_name != "fit":
             wanted = "best"
         self.checkpoint = resolve_checkpoint(wanted, Path(self.config.output_dir)) if wanted else None
+        if self.checkpoint is not None:
+            check_checkpoint(self.checkpoint)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Create the trainer with a TensorBoard logger in the run's folder, unless the configuration says otherwise."""
         settings = self.config_init["trainer"]
-        if settings.get("default_root_dir") is None:
-            kwargs["default_root_dir"] = self.config.output_dir
+        output_dir = Path(self.config.output_dir)
+        folder = None
+        callbacks = list(settings["callbacks"] or [])
+        if settings["enable_progress_bar"] is not False:
+            callbacks.append(ProgressBar())
         if self.subcommand_name != "fit":
             kwargs["logger"] = False
-        elif settings.get("logger") in (None, True):
-            version = version_of(self.checkpoint, Path(self.config.output_dir))
-            kwargs["logger"] = TensorBoardLogger(self.config.output_dir, name="", version=version)
-        callbacks = list(settings.get("callbacks") or [])
-        if self.subcommand_name == "fit":
-            callbacks += fit_callbacks(self.arguments, self.config.save_every_n_steps)
+        elif settings["logger"] in (None, True):
+            kwargs["logger"] = TensorBoardLogger(output_dir, name="", version=version_of(self.checkpoint, output_dir))
+        elif settings["logger"] is False:
+            run = output_dir / (version_of(self.checkpoint, output_dir) or next_version(output_dir))
+            folder, output_dir = run / CHECKPOINTS, run
+        # A trial run of a few batches stores nothing.
+        if self.subcommand_name == "fit" and not settings["fast_dev_run"]:
+            callbacks += fit_callbacks(self.arguments, self.config.save_every_n_steps, folder)
             callbacks.append(RunRecord(self.parser, self.config, **self.save_config_kwargs))
-        else:
-            callbacks.append(ProgressBar())
+        if settings["default_root_dir"] is None:
+            kwargs["default_root_dir"] = output_dir
         try:
             return self.trainer_class(**{**settings, **kwargs, "callbacks": callbacks})
         except (ValueError, TypeError, MisconfigurationException) as error:
@@ -143,7 +151,13 @@ class TrainingCLI(LightningCLI):
     def run(self) -> None:
         """Fit, validate or test."""
         method = getattr(self.trainer, self.subcommand_name)
-        method(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint, weights_only=True)
+        try:
+            method(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint, weights_only=True)
+        except OSError as error:
+            raise SpecforgeError(
+                f"the run in {self.config.output_dir} stopped: {error}. Checkpoints written before are whole; when "
+                "there is room and leave to write, go on with --ckpt_path last"
+            ) from error
 
 
 class RunRecord(SaveConfigCallback):

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+from argparse import Action
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from pydantic import ValidationError
 
 from specforge.errors import UsageError, nearest_name
-from specforge.training.config_files import config_files
+from specforge.training.config_files import config_files, read_yaml
+
+# Keys of the whole run that module and data both get from the top level.
+SHARED = ("verifier", "verifier_dtype", "verifier_revision", "trust_remote_code")
+MISSING = object()
 
 # What pydantic adds around the sentence that matters.
 NOISE = (
@@ -40,28 +46,68 @@ def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
     return " ".join(message.split())
 
 
-def explain_settings(error: ValidationError, parser: ArgumentParser) -> str:
-    """Say which group of keys holds settings that do not go together."""
-    groups = (
-        one.dest for one in parser._actions if getattr(getattr(one, "basetype", None), "__name__", "") == error.title
-    )
-    return f"{next(groups, error.title)}: {'; '.join(_reason(fault['msg']) for fault in error.errors())}"
+def explain_settings(error: ValidationError, parser: ArgumentParser, arguments: list[str]) -> str:
+    """Name the keys of settings whose values are wrong, or do not go together."""
+    groups = (one.dest for one in _groups(parser) if getattr(one, "basetype", type(None)).__name__ == error.title)
+    group = next(groups, error.title)
+    lines = []
+    for fault in error.errors():
+        key = ".".join([group, *(str(part) for part in fault["loc"])])
+        value = f", got {fault['input']!r}" if fault["loc"] else ""
+        lines.append(f"{key}: {_reason(fault['msg'])}{value}{_place(key, arguments)}")
+    return "; ".join(lines)
 
 
-def check_groups(config: Namespace, parser: ArgumentParser) -> None:
-    """Refuse a plain value where a group of keys belongs, which the parser lets through.
+def check_files(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Refuse what the parser would let through in a configuration file.
 
     Raises:
-        UsageError: With the group's key and the value.
+        UsageError: A plain value stands where a group of keys belongs, or a key where a top-level key decides.
     """
-    for action in parser._actions:
-        if hasattr(action, "basetype") and not isinstance(value := config.get(action.dest), Namespace):
-            raise UsageError(f"{action.dest}: expected keys and values, got {value!r}")
+    groups = ["trainer", "model", "data", *(one.dest for one in _groups(parser))]
+    decided = [f"{group}.{name}" for group in ("model", "data") for name in SHARED]
+    for path in config_files(arguments):
+        values = read_yaml(path)
+        for key in sorted(set(groups), key=lambda one: one.count(".")):
+            value = _value(values, key)
+            if value is not MISSING and not isinstance(value, dict):
+                raise UsageError(f"{key}: expected keys and values, got {value!r}{_place(key, arguments)}")
+        for key in decided:
+            if _value(values, key) is not MISSING:
+                name = key.rpartition(".")[2]
+                raise UsageError(
+                    f"{key}{_place(key, arguments)}: set {name} at the top level, for model and data alike"
+                )
+
+
+def check_values(config: Namespace) -> None:
+    """Refuse values that the parser lets through and Lightning would fail on.
+
+    Raises:
+        UsageError: With the key, the value and what is allowed.
+    """
+    seed = config.seed_everything
+    if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        raise UsageError(f"seed_everything: expected a number from 0 to {2**32 - 1}, true or false, got {seed}")
+    if not config.output_dir:
+        raise UsageError(f"output_dir: expected a folder, got {config.output_dir!r}")
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:
     """Return the paths of all keys that a configuration may hold."""
-    return [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
+    return [one.dest for one in parser._actions if one.dest not in ("help", "config", "print_config", "print_shtab")]
+
+
+def _groups(parser: ArgumentParser) -> list[Action]:
+    return [action for action in parser._actions if hasattr(action, "basetype")]
+
+
+def _value(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return MISSING
+        values = values[part]
+    return values
 
 
 def _unknown_key(message: str) -> str | None:
@@ -98,7 +144,13 @@ def _reason(text: str) -> str:
     # One given value after one or several types that it could have had.
     got = re.search(r"(?:Got value|got|Given value): (.*)", text, re.DOTALL)
     value = f", got {got[1].strip()!r}" if got else ""
+    if "Unable to load config" in text:
+        return f"expected keys and values, or a file of them, got {text.split(chr(39))[1]!r}"
     expected = dict.fromkeys(_plain_type(one) for one in re.findall(r"Expected an? ((?:typing\.|<).*?[\]>])", text))
+    if list(expected) == ["null"]:
+        # The other type was a class, whose own fault says more.
+        others = re.findall(r"^\s*- (?!Expected a)(.+)", text, re.MULTILINE)
+        return f"{' '.join(others[-1].split())}{value}" if others else f"is not accepted{value}"
     if expected:
         return f"expected {' or '.join(expected)}{value}"
     restricted = re.search(r"Not of type \w+: (.*) does not conform to restriction v(.*)", text, re.DOTALL)

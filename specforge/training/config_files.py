@@ -17,21 +17,32 @@ def choose_algorithm(arguments: list[str]) -> str | None:
     Raises:
         UsageError: A configuration file is missing or not YAML.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--algorithm")
-    flag: str | None = parser.parse_known_args(arguments)[0].algorithm
-    named = [values["algorithm"] for values in map(_read_yaml, config_files(arguments)) if "algorithm" in values]
+    flag: str | None = _flags(arguments).algorithm
+    named = [values["algorithm"] for values in map(read_yaml, config_files(arguments)) if values.get("algorithm")]
     return flag or (str(named[-1]) if named else None)
 
 
 def config_files(arguments: list[str]) -> list[Path]:
     """Return the files that ``--config`` names, in order."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    return list(_flags(arguments).config)
+
+
+def _flags(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--algorithm")
     parser.add_argument("-c", "--config", action="append", default=[], type=Path)
-    return list(parser.parse_known_args(arguments)[0].config)
+    try:
+        return parser.parse_known_args(arguments)[0]
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error).removeprefix("argument ")) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a configuration file.
+
+    Raises:
+        UsageError: It is missing, is not YAML, or does not hold keys and values.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -41,6 +52,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise UsageError(f"{path}:{line} is not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} must hold keys and values, for example 'algorithm: NAME'")
     return values

@@ -195,6 +195,28 @@ class DraftModule(LightningModule, ABC):
         """Log the test metrics."""
         self._log_means("test")
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which optimizer the states belong to."""
+        checkpoint["optimizer_name"] = self.optimizer_settings.name
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another network or, in training, of another optimizer.
+
+        Raises:
+            UsageError: With the first tensors that differ, or both optimizers.
+        """
+        stored, own = checkpoint["state_dict"], self.state_dict()
+        different = [name for name in own.keys() | stored.keys() if _shape(own, name) != _shape(stored, name)]
+        if different:
+            shown = [f"{name} ({_shape(stored, name)}, not {_shape(own, name)})" for name in sorted(different)[:3]]
+            raise UsageError(f"{self.trainer.ckpt_path} is of another network than this: {', '.join(shown)}")
+        name = checkpoint.get("optimizer_name")
+        if self.trainer.training and name != self.optimizer_settings.name:
+            raise UsageError(
+                f"{self.trainer.ckpt_path} was trained with the optimizer {name!r}, but model.optimizer.name is "
+                f"{self.optimizer_settings.name!r}; go on with the same one"
+            )
+
     def configure_optimizers(self) -> dict[str, Any]:
         """Create the optimizer and the schedule of the run."""
         optimizer = build_optimizer(self.draft, self.optimizer_settings)
@@ -225,6 +247,10 @@ class DraftModule(LightningModule, ABC):
         self.log(f"{stage}/loss", torch.as_tensor(loss), prog_bar=True)
         self.log(f"{stage}/accept", means["acceptance/step_0"], prog_bar=True, logger=False)
         self.log_dict({f"{stage}/{name}": value for name, value in means.items()})
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> list[int] | None:
+    return list(state[name].shape) if name in state else None
 
 
 def objective_terms(objective: Mapping[str, float]) -> list[Term]:

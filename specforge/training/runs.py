@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+
 from specforge.errors import UsageError
 
 CHECKPOINTS = "checkpoints"
@@ -39,6 +41,21 @@ def resolve_checkpoint(wanted: str, output_dir: Path) -> Path:
     return found[-1]
 
 
+def check_checkpoint(path: Path) -> None:
+    """Refuse a file that is no whole checkpoint of a run, before anything else is loaded.
+
+    Raises:
+        UsageError: The file is damaged, or something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # damaged files fail in many ways
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UsageError(f"{path} is damaged or not a checkpoint of a run: {reason}") from error
+    if not isinstance(content, dict) or not {"state_dict", "loops", "pytorch-lightning_version"} <= content.keys():
+        raise UsageError(f"{path} is not a checkpoint of a run; runs write checkpoints/last.ckpt and best.ckpt")
+
+
 def runs(output_dir: Path) -> list[Path]:
     """Return the folders of the runs in a folder, oldest first."""
     numbered = {
@@ -47,6 +64,12 @@ def runs(output_dir: Path) -> list[Path]:
         if (match := re.fullmatch(r"version_(\d+)", path.name))
     }
     return [numbered[number] for number in sorted(numbered)]
+
+
+def next_version(output_dir: Path) -> str:
+    """Return the name of the next new run."""
+    numbers = [int(run.name.removeprefix("version_")) for run in runs(output_dir)]
+    return f"version_{max(numbers, default=-1) + 1}"
 
 
 def version_of(checkpoint: Path | None, output_dir: Path) -> str | None:

@@ -110,7 +110,7 @@ class TestInterruptAndGoOn:
             ("accumulated", 4, 2),
             ("accumulated", 11, 6),
             ("muon", 5, 5),
-            ("mid-epoch validation", 4, 4),
+            ("mid-epoch validation", 4, 5),
             ("mid-epoch validation", 6, 6),
             ("chosen by the running mean", 5, 5),
         ],
