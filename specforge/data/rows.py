@@ -180,7 +180,8 @@ def _write_rows(folder: Path, source: str, encoder: RowEncoder, settings: RowSet
             summary.supervised_tokens += sum(int(row.loss_mask.sum()) for row in kept)
     summary.dropped = dict(dropped)
     if not summary.supervised_tokens:
-        raise UsageError(f"{source}: no supervised token in the whole set; rows dropped: {summary.dropped}")
+        reasons = ", ".join(f"{count:,} with {reason}" for reason, count in summary.dropped.items())
+        raise UsageError(f"{source}: no supervised token in the whole set; rows dropped: {reasons or 'none'}")
     stored: dict[str, Any] = {"bytes": (folder / _ROWS_FILE).stat().st_size, "summary": asdict(summary)}
     (folder / _SUMMARY_FILE).write_text(json.dumps(stored))
 

@@ -161,14 +161,16 @@ class LastCheckpoint(Callback):
         stepped = trainer.global_step > self._saved_step and not trainer.fit_loop._should_accumulate()
         # A validation that is due would be left out on going on, so it is waited for.
         self._leaving = self._interrupted and stepped and not _validation_is_due(trainer, batch_idx)
-        if self._leaving or (stepped and trainer.global_step % self.every_n_steps == 0):
+        is_last_step = trainer.global_step == trainer.max_steps
+        if self._leaving or (stepped and (is_last_step or trainer.global_step % self.every_n_steps == 0)):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after each epoch."""
-        self._epoch_is_over = True
-        self._save(trainer)
-        self._epoch_is_over = False
+        """Save after each epoch; where the run ends inside one, its last step has been saved already."""
+        if _epoch_is_complete(trainer):
+            self._epoch_is_over = True
+            self._save(trainer)
+            self._epoch_is_over = False
         if self._interrupted:
             self._leave(trainer)
 
@@ -259,10 +261,15 @@ def _best(trainer: Trainer) -> BestCheckpoint:
     return next(one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint))
 
 
+def _epoch_is_complete(trainer: Trainer) -> bool:
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return bool(trainer.is_last_batch or batches >= trainer.num_training_batches)
+
+
 def _validation_is_due(trainer: Trainer, batch_idx: int) -> bool:
     by_epoch = trainer.check_val_every_n_epoch is not None
     batches = (batch_idx if by_epoch else trainer.fit_loop.total_batch_idx) + 1
-    return bool(trainer.is_last_batch or batches % trainer.val_check_batch == 0)
+    return _epoch_is_complete(trainer) or bool(batches % trainer.val_check_batch == 0)
 
 
 def command(subcommand: str, arguments: list[str], checkpoint: str) -> str:

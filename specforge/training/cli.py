@@ -114,13 +114,15 @@ class TrainingCLI(LightningCLI):
             raise UsageError(explain_settings(error, self.parser, self.arguments)) from None
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint before anything is built."""
+        """Find the checkpoint and the test data before anything is built."""
         wanted = self.config.ckpt_path
         if wanted is None and self.subcommand_name != "fit":
             wanted = "best"
         self.checkpoint = resolve_checkpoint(wanted, Path(self.config.output_dir)) if wanted else None
         if self.checkpoint is not None:
             check_checkpoint(self.checkpoint)
+        if self.subcommand_name == "test" and not self.config.data.get("test"):
+            raise UsageError("data.test is not set; give a source of test rows")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Create the trainer with a TensorBoard logger in the run's folder, unless the configuration says otherwise."""

@@ -208,6 +208,15 @@ class TestCrash:
         assert main(["fit", *workshop.words("runs", *words, "--ckpt_path", "last")]) == 0
         assert_same_run(run, whole)
 
+    @pytest.mark.parametrize("steps", [5, 8, 11])
+    def test_a_finished_run_can_be_made_longer(self, workshop, steps):
+        words = ["--model.schedule.name=constant", "--model.schedule.warmup=0"]
+        assert main(["fit", *workshop.words("whole", *words)]) == 0
+        assert main(["fit", *workshop.words("runs", *words, f"--trainer.max_steps={steps}")]) == 0
+        assert main(["fit", *workshop.words("runs", *words, "--ckpt_path", "last")]) == 0
+        resumed, whole = (workshop.run_folder(name) / "checkpoints" / "last.ckpt" for name in ("runs", "whole"))
+        assert_same_weights(weights(resumed), weights(whole))
+
     def test_in_the_middle_of_an_accumulation(self, workshop, straight, crash_at):
         whole = straight("accumulated")
         words = [*VARIANTS["accumulated"], "--save_every_n_steps=1"]
