@@ -1,6 +1,6 @@
 """Draft networks: what all of them share, and the classes that the installed plugins contribute.
 
-``from specforge.models import Eagle3DraftModel`` finds the class by its name in whichever plugin provides it, on first
+``from specforge.models import NAME`` finds a class by its name in whichever plugin provides it, on first
 use.
 """
 

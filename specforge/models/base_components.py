@@ -1,7 +1,7 @@
 """The building blocks of draft layers, taken from transformers by model family.
 
-A draft layer is made of a family's own attention, MLP, norm and rotary embedding, so that it computes what a serving
-engine's implementation of that family computes.
+A draft layer is made of a family's own attention, feed-forward block, norm and rotary embedding, so that it computes
+what a serving engine's implementation of that family computes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Family:
     Attributes:
         config: Its configuration class.
         attention: ``attention(config, layer_idx)``.
-        mlp: ``mlp(config)``.
+        feed_forward: ``feed_forward(config)``.
         norm: ``norm(width, eps=...)``.
         rotary: ``rotary(config)``; called with states and positions, gives cosines and sines.
         decoder_layer: ``decoder_layer(config, layer_idx)``: an ordinary layer.
@@ -31,7 +31,7 @@ class Family:
 
     config: type[PreTrainedConfig]
     attention: type[nn.Module]
-    mlp: type[nn.Module]
+    feed_forward: type[nn.Module]
     norm: type[nn.Module]
     rotary: type[nn.Module]
     decoder_layer: type[nn.Module]
@@ -80,7 +80,7 @@ def draft_layer_config(
         verifier: The verifier's configuration.
         model_type: Family of the draft's layers.
         num_layers: Number of draft layers.
-        intermediate_size: Width of their MLPs; the verifier's when None.
+        intermediate_size: Width of their feed-forward blocks; the verifier's when None.
     """
     source = verifier.get_text_config()
     rope = dict(getattr(source, "rope_parameters", None) or {})

@@ -1,7 +1,7 @@
 """Attention for training-time test, without a mask.
 
 At TTT step k, row t attends causally to the step-0 keys of its document and to its own key of each later step 1..k
-(EAGLE-3, https://arxiv.org/abs/2503.01840, section 3.2). A mask of L x (k + 1) L would say so at a cost that grows
+(https://arxiv.org/abs/2503.01840, section 3.2). A mask of L x (k + 1) L would say so at a cost that grows
 with the square of the length. Here each later step is one extra *selector* key, shared by all rows: a row carries its
 own logit for that step in an extra feature, the selector is one-hot in that feature, and its value is one-hot too, so
 that the output reports the weight which the softmax gave it. The weight times the row's own value is then added.
@@ -26,7 +26,7 @@ class TrainingTimeTest:
     """Keys and values of the steps so far, and the attention of the current step over them.
 
     Pass one as ``training_time_test`` to transformers attention layers whose configuration says
-    ``_attn_implementation = IMPLEMENTATION``; call ``next_step`` between steps.
+    ``_attn_implementation = IMPLEMENTATION``. A layer's first call is step 0, its next one step 1, and so on.
 
     Args:
         layout: The documents of the batch.
@@ -34,21 +34,16 @@ class TrainingTimeTest:
 
     def __init__(self, layout: DocumentLayout) -> None:
         self.layout = layout
-        self.step = 0
         self._keys: dict[int, list[Tensor]] = {}
         self._values: dict[int, list[Tensor]] = {}
-
-    def next_step(self) -> None:
-        """Begin the next TTT step."""
-        self.step += 1
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
-        """Attend in one layer at the current step, and remember its keys and values.
+        """Attend in one layer at its next step, and remember its keys and values.
 
         Args:
-            layer: Index of the layer, once a step.
+            layer: Index of the layer.
             query: [B, heads, T, D], with rotary positions applied.
             key: [B, key-value heads, T, D], with rotary positions applied.
             value: [B, key-value heads, T, D].

@@ -54,7 +54,7 @@ def reverse_kl(rows: Distributions) -> Tensor:
 
 
 def cross_entropy(rows: Distributions) -> Tensor:
-    """Soft cross-entropy, -sum_v p log q, over the draft vocabulary (EAGLE-3, arXiv 2503.01840)."""
+    """Soft cross-entropy, -sum_v p log q, over the draft vocabulary (arXiv 2503.01840)."""
     return -(rows.log_p.exp() * rows.log_q).sum(-1)
 
 

@@ -41,7 +41,7 @@ def default_aux_layers(num_layers: int) -> list[int]:
         num_layers: Number N of the verifier's decoder layers.
 
     Returns:
-        ``[2, N // 2, N - 3]`` (EAGLE-3, https://arxiv.org/abs/2503.01840, section 3).
+        ``[2, N // 2, N - 3]`` (https://arxiv.org/abs/2503.01840, section 3).
 
     Raises:
         UsageError: The verifier has fewer than 7 layers, so that the three are not distinct and ascending.

@@ -44,7 +44,7 @@ class FirstLayer(nn.Module):
             wide = nn.Linear(2 * width, narrow.out_features, bias=narrow.bias is not None)
             setattr(self.self_attn, name, wide)
         self.post_attention_layernorm = blocks.norm(width, eps=config.rms_norm_eps)
-        self.mlp = blocks.mlp(config)
+        self.mlp = blocks.feed_forward(config)
 
     def forward(self, embedded: Tensor, feature: Tensor, **attention: Any) -> Tensor:
         """Compute the layer's output [B, T, H] from token embeddings and features [B, T, H]."""
@@ -211,7 +211,6 @@ class Eagle3DraftModel(SpeculatorModel):
             normalised = self.norm(hidden)
             outputs.append(normalised)
             feature = normalised if self.config.norm_output else hidden
-            attention.next_step()
         return torch.stack(outputs)
 
     def reset_constants(self) -> None:
