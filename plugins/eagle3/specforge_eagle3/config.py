@@ -14,6 +14,9 @@ from specforge.models.base_components import family
 # Pydantic must not take transformers' configuration apart field by field: the validator below checks it.
 LayerConfig = Annotated[PreTrainedConfig, GetPydanticSchema(lambda _, handler: handler(Any))]
 
+# What every configuration of transformers has and readers of a draft want to know.
+KEPT = {"model_type"}
+
 
 class Eagle3SpeculatorConfig(SpeculatorModelConfig):
     """Configuration of an EAGLE-3 draft.
@@ -71,10 +74,8 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
     @field_serializer("transformer_layer_config")
     def serialize_transformer_config(self, value: PreTrainedConfig) -> dict[str, Any]:
         """Store the layers' whole configuration, without what concerns transformers alone."""
-        stored = value.to_dict()
-        for name in ("_name_or_path", "transformers_version", "architectures", "dtype"):
-            stored.pop(name, None)
-        return stored
+        general = PreTrainedConfig().to_dict().keys() - KEPT
+        return {name: one for name, one in value.to_dict().items() if name not in general}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
