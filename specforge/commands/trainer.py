@@ -44,11 +44,11 @@ def _run(subcommand: str, arguments: list[str]) -> int:
         raise UsageError(f"the algorithm {name!r} can be loaded, but its plugin does not train it yet")
     # Threads that spin while they wait make training many times slower on a processor that anything else uses too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _quieten()
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from specforge.training.cli import TrainingCLI
 
+    _quieten()
     try:
         TrainingCLI(algorithm, arguments, subcommand).run()
     except MisconfigurationException as error:
@@ -85,6 +85,7 @@ def _quieten() -> None:
         "does not have many workers",
         "LightningCLI's args parameter",
         "callbacks used to create",
+        "sync_dist=True",
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
 
