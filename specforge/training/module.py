@@ -84,7 +84,7 @@ class DraftModule(LightningModule, ABC):
 
     @abstractmethod
     def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> SpeculatorModel:
-        """Create the network, with the weights that training starts from.
+        """Create the network, attached to the verifier's parts, with the weights that training starts from.
 
         Args:
             parts: The verifier's embeddings, norm and head.
@@ -129,7 +129,6 @@ class DraftModule(LightningModule, ABC):
         self._frozen = (verifier, parts)
         data: DraftDataModule = self.trainer.datamodule
         self.draft = self.build_draft(parts, data)
-        self.draft.attach_verifier(parts)
         self.means = {stage: StepMeans([term.name for term in self.terms], self.num_steps) for stage in ("val", "test")}
         for stage, metric in self.means.items():
             self.add_module(f"{stage}_means", metric)
@@ -164,19 +163,18 @@ class DraftModule(LightningModule, ABC):
                 "weights. Try a lower model.optimizer.lr, a longer warmup or trainer.gradient_clip_val"
             )
         counts = outcome.supervised.sum(1).clamp(min=1)
-        means = step_sums(outcome) / counts
-        names = [*outcome.terms, "acceptance", "agreement"]
+        means = dict(zip(self.means["val"].quantities, step_sums(outcome) / counts, strict=True))
         self.log("train/loss", outcome.loss)
         self.log_dict(
             {
-                f"train/{name}/step_{step}": means[row, step]
-                for row, name in enumerate(names)
+                f"train/{name}/step_{step}": by_step[step]
+                for name, by_step in means.items()
                 for step in range(self.num_steps)
             }
         )
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         self.log("loss", outcome.loss.detach(), prog_bar=True, logger=False)
-        self.log("accept", means[-2, 0], prog_bar=True, logger=False)
+        self.log("accept", means["acceptance"][0], prog_bar=True, logger=False)
         return outcome.loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -238,6 +236,8 @@ class DraftModule(LightningModule, ABC):
     def _log_means(self, stage: str) -> None:
         means = self.means[stage].compute()
         self.means[stage].reset()
+        if not means:
+            raise UsageError(f"no position of the {stage} data can be drafted: every response is a single token")
         loss = sum(
             term.weight * self.step_decay**step * means[f"{term.name}/step_{step}"]
             for term in self.terms

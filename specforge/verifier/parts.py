@@ -86,12 +86,6 @@ class VerifierParts:
             module.requires_grad_(False)
         return parts
 
-    def to(self, device: torch.device) -> Self:
-        """Move the parts to a device, in place."""
-        for module in (self.embed_tokens, self.norm, self.lm_head):
-            module.to(device)
-        return self
-
     def logits(self, last: Tensor) -> Tensor:
         """Turn states before the final norm into the verifier's logits.
 

@@ -292,6 +292,14 @@ def test_conversations_go_through_the_chat_template(workshop, fit):
 
 
 class TestWithoutValidation:
+    def test_responses_too_short_to_draft_are_refused(self, workshop, capfd):
+        source = workshop.folder / "single.jsonl"
+        write_rows(source, [{"input_ids": [1, 5, 6, 7, 2], "loss_mask": [0, 0, 0, 0, 1]}] * 3)
+        words = ["--data.validation", str(source), "--trainer.max_steps=2", "--trainer.val_check_interval=1"]
+        assert main(["fit", *workshop.words("runs", *words)]) == 2
+        shown = capfd.readouterr().err
+        assert "every response is a single token" in shown and "Traceback" not in shown
+
     def test_closing_lines_name_what_exists(self, workshop, fit, capfd):
         run = fit("runs", "--data.validation=null", "--data.validation_share=0", "--trainer.max_steps=2")
         closing = capfd.readouterr().out.partition("Done:")[2]
