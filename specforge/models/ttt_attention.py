@@ -10,23 +10,17 @@ Selectors stand before the step-0 keys, so plain causal attention lets every row
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
 from specforge.models.documents import DocumentLayout
-
-IMPLEMENTATION = "specforge_ttt"
 
 
 class TrainingTimeTest:
     """Keys and values of the steps so far, and the attention of the current step over them.
 
-    Pass one as ``training_time_test`` to transformers attention layers whose configuration says
-    ``_attn_implementation = IMPLEMENTATION``. A layer's first call is step 0, its next one step 1, and so on.
+    A layer's first call is step 0, its next one step 1, and so on (see ``draft_attention`` for how layers call it).
 
     Args:
         layout: The documents of the batch.
@@ -127,25 +121,3 @@ def _window_mask(length: int, steps: int, window: int, device: torch.device) -> 
     causal = rows[None, :] <= rows[:, None]
     near = rows[None, :] > rows[:, None] - window
     return causal & (near | (rows[None, :] < 0))
-
-
-def _transformers_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    training_time_test: TrainingTimeTest,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    config: Any = module.config
-    layer: Any = module.layer_idx
-    kinds = getattr(config, "layer_types", None) or []
-    slides = layer < len(kinds) and kinds[layer] == "sliding_attention"
-    window = config.sliding_window if slides else None
-    output = training_time_test.attend(layer, query, key, value, scaling, window)
-    return output.transpose(1, 2), None
-
-
-AttentionInterface.register(IMPLEMENTATION, _transformers_attention)

@@ -23,7 +23,7 @@ from specforge.training.distillation import DraftSteps, Term
 from specforge.training.metrics import StepMeans, step_sums
 from specforge.training.optimizers import OptimizerSettings, build_optimizer
 from specforge.training.schedules import ScheduleSettings, build_schedule
-from specforge.verifier.features import Features, capture
+from specforge.verifier.features import Features, capture, check_logits
 from specforge.verifier.loading import VerifierLoading, VerifierType, load_config, load_verifier
 from specforge.verifier.parts import VerifierParts
 
@@ -275,24 +275,3 @@ def objective_terms(objective: Mapping[str, float]) -> list[Term]:
         function = installed().load(descriptor, "function")
         terms.append(Term(name, weight, function, descriptor.uses_mean_acceptance))
     return terms
-
-
-@torch.no_grad()
-def check_logits(verifier: PreTrainedModel) -> None:
-    """Make sure that norm and head, applied to the captured last state, give the verifier's own logits.
-
-    A family that does something else between its last layer and its logits would train every draft wrong, silently.
-
-    Raises:
-        UsageError: They do not.
-    """
-    vocabulary = verifier.config.get_text_config().vocab_size
-    tokens = torch.arange(1, 9).remainder(vocabulary)[None].to(verifier.device)
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    last = capture(verifier, tokens, positions, [0]).last
-    rebuilt, own = VerifierParts.of(verifier).logits(last), verifier(tokens, use_cache=False).logits
-    if not torch.allclose(rebuilt.float(), own.float(), atol=1e-2, rtol=1e-2):
-        raise UsageError(
-            f"{type(verifier).__name__}: its final norm and head do not give its own logits from the last layer's "
-            "output, so drafts cannot be trained for this model family"
-        )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specforge.errors import UsageError
-from specforge.verifier.parts import decoder
+from specforge.verifier.parts import VerifierParts, decoder
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,28 @@ def capture(verifier: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, 
     with _recording(layers, wanted, states):
         body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     return Features(torch.stack([states[layer] for layer in aux_layers], dim=2), states[len(layers)])
+
+
+@torch.no_grad()
+def check_logits(verifier: PreTrainedModel) -> None:
+    """Make sure that norm and head, applied to the captured last state, give the verifier's own logits.
+
+    A family that does something else between its last layer and its logits would train and measure every draft wrong,
+    silently.
+
+    Raises:
+        UsageError: They do not.
+    """
+    vocabulary = verifier.config.get_text_config().vocab_size
+    tokens = torch.arange(1, 9).remainder(vocabulary)[None].to(verifier.device)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    last = capture(verifier, tokens, positions, [0]).last
+    rebuilt, own = VerifierParts.of(verifier).logits(last), verifier(tokens, use_cache=False).logits
+    if not torch.allclose(rebuilt.float(), own.float(), atol=1e-2, rtol=1e-2):
+        raise UsageError(
+            f"{type(verifier).__name__}: its final norm and head do not give its own logits from the last layer's "
+            "output, so drafts cannot be trained or run for this model family"
+        )
 
 
 def decoder_layers(verifier: PreTrainedModel) -> nn.ModuleList:

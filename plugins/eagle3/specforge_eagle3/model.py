@@ -15,8 +15,9 @@ from transformers import PreTrainedConfig
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
 from specforge.models.base_components import Family, draft_layer_config, family
 from specforge.models.documents import DocumentLayout
+from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention
 from specforge.models.speculator import SpeculatorModel
-from specforge.models.ttt_attention import IMPLEMENTATION, TrainingTimeTest
+from specforge.models.ttt_attention import TrainingTimeTest
 from specforge.models.vocabulary import DraftVocabulary
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge_eagle3.alignment import step_tokens
@@ -218,9 +219,9 @@ class Eagle3DraftModel(SpeculatorModel):
         layers = self.config.transformer_layer_config
         self.rotary_emb = family(layers.model_type).rotary(layers)
 
-    def _step(self, embedded: Tensor, feature: Tensor, positions: Tensor, attention: TrainingTimeTest) -> Tensor:
+    def _step(self, embedded: Tensor, feature: Tensor, positions: Tensor, attention: DraftAttention) -> Tensor:
         rotary = self.rotary_emb(feature, positions)
-        shared = {"position_embeddings": rotary, "training_time_test": attention}
+        shared = {"position_embeddings": rotary, "draft_attention": attention}
         hidden = self.layers[0](embedded, feature, **shared)
         for layer in self.layers[1:]:
             hidden = layer(hidden, **shared)
