@@ -24,9 +24,12 @@ def specforge_commands() -> Iterable[Command]:
 def specforge_proposals() -> Iterable[ProposalMethod]:
     """The proposal methods that serve every algorithm."""
     return [
-        ProposalMethod(
-            "greedy", "a chain of the draft's most probable tokens", "specforge.proposals:GreedyTokenProposalConfig"
-        )
+        _proposal("greedy", "Greedy", "a chain of the draft's most probable tokens"),
+        _proposal("sampling", "Sampling", "a chain of tokens drawn from the draft's distribution"),
+        _proposal("static_tree", "StaticTree", "a tree of a fixed shape"),
+        _proposal("dynamic_tree", "DynamicTree", "a tree that grows where the draft is confident"),
+        _proposal("prompt_lookup", "PromptLookup", "what followed the last tokens earlier on; no draft"),
+        _proposal("bigram", "Bigram", "what mostly followed the last token in training; no draft"),
     ]
 
 
@@ -47,3 +50,8 @@ def specforge_objectives() -> Iterable[Objective]:
             uses_mean_acceptance=True,
         ),
     ]
+
+
+def _proposal(name: str, prefix: str, summary: str) -> ProposalMethod:
+    where = f"specforge.proposals.{name}:{prefix}"
+    return ProposalMethod(name, summary, config=f"{where}TokenProposalConfig", proposer=f"{where}Proposer")

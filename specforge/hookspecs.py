@@ -28,7 +28,7 @@ class Algorithm:
         model: The ``SpeculatorModel`` subclass: the network.
         module: The ``DraftModule`` subclass (LightningModule) that trains it; None where it can only be loaded.
         data: The ``DraftDataModule`` subclass (LightningDataModule) that feeds it; None where it can only be loaded.
-        proposals: Names of the proposal methods that its drafts can serve.
+        proposals: Names of the proposal methods that its drafts can serve; empty where they cannot draft at all.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Algorithm:
     model: str
     module: str | None = None
     data: str | None = None
-    proposals: tuple[str, ...] = ("greedy",)
+    proposals: tuple[str, ...] = ("greedy", "sampling", "static_tree", "dynamic_tree")
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,14 @@ class ProposalMethod:
     Attributes:
         name: ``proposal_type`` in a checkpoint.
         summary: One line for ``specforge plugins``.
-        config: The ``TokenProposalConfig`` subclass.
+        config: The ``TokenProposalConfig`` subclass: its settings, as they are stored.
+        proposer: The ``specforge.proposals.proposal.Proposer`` subclass: the method at work.
     """
 
     name: str
     summary: str
     config: str
+    proposer: str
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from specforge.config import SpeculatorModelConfig, find_file
 from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
+from specforge.models.drafter import Drafter
 from specforge.models.storage import read_weights, write_checkpoint
 from specforge.registry import installed
+from specforge.verifier.features import Features
 from specforge.verifier.loading import load_verifier
 from specforge.verifier.parts import WEIGHTS, VerifierParts
 
@@ -54,6 +56,51 @@ class SpeculatorModel(nn.Module):
         if self._attached is None:
             raise ValueError("no verifier is attached; call attach_verifier() before using the draft")
         return self._attached[1]
+
+    @property
+    def aux_layers(self) -> list[int]:
+        """Ids of the verifier layers that features are taken from, ascending; none where the last state is enough."""
+        return []
+
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """The verifier's id of each draft token, ascending, int64 [D]; None where the vocabularies are the same."""
+        return None
+
+    def drafter(self, batch_size: int) -> Drafter:
+        """Begin to draft for some sequences.
+
+        Args:
+            batch_size: Number of sequences.
+
+        Raises:
+            UsageError: The algorithm does not draft step by step.
+        """
+        raise UsageError(f"{type(self).__name__} cannot draft step by step; no proposal method can use it")
+
+    def unroll(
+        self, input_ids: Tensor, features: Features, position_ids: Tensor, document_ids: Tensor, steps: int
+    ) -> Tensor:
+        """Run the steps of a chain at every row at once, fed with the true tokens.
+
+        Args:
+            input_ids: The verifier's tokens x, [B, T].
+            features: Its states over them.
+            position_ids: Positions that restart at 0 with each document, [B, T].
+            document_ids: Which document a token belongs to, -1 for padding, [B, T].
+            steps: Number S of steps.
+
+        Returns:
+            What ``logits`` reads, [S, B, T, H]; row t at step k predicts x_{t+2+k}.
+
+        Raises:
+            UsageError: The algorithm does not draft step by step.
+        """
+        raise UsageError(f"{type(self).__name__} cannot draft step by step; its acceptance length cannot be replayed")
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Turn what ``unroll`` returns, [..., H], into logits over the draft vocabulary [..., D]."""
+        raise NotImplementedError
 
     def attach_verifier(
         self,

@@ -72,15 +72,18 @@ def check_aux_layers(layer_ids: Sequence[int], num_layers: int) -> None:
 
 
 @torch.no_grad()
-def capture(verifier: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, aux_layers: Sequence[int]) -> Features:
-    """Run a verifier's decoder over packed rows and keep the asked-for states; no logits are computed.
+def capture(
+    verifier: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, aux_layers: Sequence[int], **options: Any
+) -> Features:
+    """Run a verifier's decoder and keep the asked-for states; no logits are computed.
 
     Args:
         verifier: Any transformers causal language model.
         input_ids: Tokens [B, T].
-        position_ids: Positions [B, T] that restart at 0 with each document; attention stays within a document, which
-            transformers derives from them.
+        position_ids: Positions [B, T]. Where they restart at 0 with each document, attention stays within a document,
+            which transformers derives from them.
         aux_layers: Ascending layer ids.
+        **options: Passed to the decoder: a cache, an attention mask.
 
     Returns:
         The states, in the verifier's type.
@@ -90,8 +93,11 @@ def capture(verifier: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, 
     states: dict[int, Tensor] = {}
     wanted = {*aux_layers, len(layers)}
     with _recording(layers, wanted, states):
-        body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    return Features(torch.stack([states[layer] for layer in aux_layers], dim=2), states[len(layers)])
+        body(input_ids=input_ids, position_ids=position_ids, **{"use_cache": False, **options})
+    last = states[len(layers)]
+    if not aux_layers:
+        return Features(last.new_empty(*last.shape[:2], 0, last.shape[2]), last)
+    return Features(torch.stack([states[layer] for layer in aux_layers], dim=2), last)
 
 
 @torch.no_grad()

@@ -20,8 +20,10 @@ from specforge.models.speculator import SpeculatorModel
 from specforge.models.ttt_attention import TrainingTimeTest
 from specforge.models.vocabulary import DraftVocabulary
 from specforge.proposals import GreedyTokenProposalConfig
+from specforge.verifier.features import Features, default_aux_layers
 from specforge_eagle3.alignment import step_tokens
 from specforge_eagle3.config import Eagle3SpeculatorConfig
+from specforge_eagle3.drafter import Eagle3Drafter
 
 
 class FirstLayer(nn.Module):
@@ -156,6 +158,12 @@ class Eagle3DraftModel(SpeculatorModel):
         return steps, dict(steps)
 
     @property
+    def aux_layers(self) -> list[int]:
+        """Ids of the verifier layers that features are taken from, ascending."""
+        chosen = self.config.eagle_aux_hidden_state_layer_ids
+        return default_aux_layers(self.verifier_parts.config.num_hidden_layers) if chosen is None else chosen
+
+    @property
     def draft_ids(self) -> Tensor | None:
         """The verifier's id of each draft token, int64 [D]; None where the vocabularies are the same."""
         d2t = getattr(self, "d2t", None)
@@ -208,24 +216,51 @@ class Eagle3DraftModel(SpeculatorModel):
         feature = self.fuse(aux)
         outputs = []
         for step in range(steps):
-            hidden = self._step(self.embed(tokens[step]), feature, position_ids + 1 + step, attention)
-            normalised = self.norm(hidden)
-            outputs.append(normalised)
-            feature = normalised if self.config.norm_output else hidden
+            state = self.advance(tokens[step], feature, position_ids + 1 + step, attention)
+            outputs.append(self.norm(state))
+            feature = outputs[-1] if self.config.norm_output else state
         return torch.stack(outputs)
+
+    def advance(self, tokens: Tensor, feature: Tensor, position_ids: Tensor, attention: DraftAttention) -> Tensor:
+        """Run the draft's layers once.
+
+        Args:
+            tokens: The verifier's tokens, [B, T].
+            feature: Fused features, or states fed back, [B, T, H].
+            position_ids: Position of each token, [B, T].
+            attention: What the rows see.
+
+        Returns:
+            States before the final norm, [B, T, H].
+        """
+        shared = {"position_embeddings": self.rotary_emb(feature, position_ids), "draft_attention": attention}
+        hidden = self.layers[0](self.embed(tokens), feature, **shared)
+        for layer in self.layers[1:]:
+            hidden = layer(hidden, **shared)
+        return cast(Tensor, hidden)
+
+    def fed_back(self, states: Tensor) -> Tensor:
+        """Return what the next step reads of states before the final norm, [..., H]."""
+        return cast(Tensor, self.norm(states)) if self.config.norm_output else states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Turn states after the final norm [..., H] into logits over the draft vocabulary [..., D]."""
+        return cast(Tensor, self.lm_head(hidden))
+
+    def unroll(
+        self, input_ids: Tensor, features: Features, position_ids: Tensor, document_ids: Tensor, steps: int
+    ) -> Tensor:
+        """Run ``steps`` chained draft steps at every row, fed with the true tokens."""
+        return self(input_ids, features.aux, position_ids, document_ids, steps=steps)
+
+    def drafter(self, batch_size: int) -> Eagle3Drafter:
+        """Begin to draft for some sequences."""
+        return Eagle3Drafter(self, batch_size)
 
     def reset_constants(self) -> None:
         """Recompute the rotary frequencies, which no checkpoint holds."""
         layers = self.config.transformer_layer_config
         self.rotary_emb = family(layers.model_type).rotary(layers)
-
-    def _step(self, embedded: Tensor, feature: Tensor, positions: Tensor, attention: DraftAttention) -> Tensor:
-        rotary = self.rotary_emb(feature, positions)
-        shared = {"position_embeddings": rotary, "draft_attention": attention}
-        hidden = self.layers[0](embedded, feature, **shared)
-        for layer in self.layers[1:]:
-            hidden = layer(hidden, **shared)
-        return cast(Tensor, hidden)
 
     def _initialise(self, deviation: float) -> None:
         for module in self.modules():

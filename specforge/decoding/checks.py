@@ -1,0 +1,65 @@
+"""What decoding asks of verifier, draft and prompts before it begins."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specforge.errors import UsageError
+from specforge.models.speculator import SpeculatorModel
+
+
+def default_stop_tokens(verifier: PreTrainedModel) -> list[int]:
+    """Return the ids that end a verifier's answers, as its ``generation_config`` gives them."""
+    stop = getattr(verifier.generation_config, "eos_token_id", None)
+    if stop is None:
+        return []
+    return list(stop) if isinstance(stop, list) else [int(stop)]
+
+
+def context_length(verifier: PreTrainedModel) -> int:
+    """Return how many tokens a verifier's context takes."""
+    return getattr(verifier.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def check_fit(draft: SpeculatorModel, verifier: PreTrainedModel) -> None:
+    """Refuse a draft that was made for another vocabulary or width.
+
+    Raises:
+        UsageError: With both numbers.
+    """
+    layers = getattr(draft.config, "transformer_layer_config", None)
+    width = getattr(draft.config, "target_hidden_size", None) or getattr(layers, "hidden_size", None)
+    own = verifier.config.get_text_config()
+    for what, expected, found in (
+        ("vocabulary", getattr(layers, "vocab_size", None), own.vocab_size),
+        ("width", width, own.hidden_size),
+    ):
+        if expected is not None and expected != found:
+            name = verifier.config._name_or_path or type(verifier).__name__
+            raise UsageError(
+                f"the draft was made for a verifier with a {what} of {expected:,}; that of {name} is {found:,}"
+            )
+
+
+def check_prompts(prompts: Sequence[Tensor], context: int) -> None:
+    """Refuse prompts that nothing can be said to.
+
+    Args:
+        prompts: Tokens of each, int64 [T].
+        context: How many tokens the verifier's context takes.
+
+    Raises:
+        UsageError: A prompt is empty, or leaves no room in the context.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        which = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+        if not len(prompt):
+            raise UsageError(f"{which} is empty; it needs at least one token")
+        if len(prompt) >= context:
+            raise UsageError(
+                f"{which} has {len(prompt):,} tokens, and the verifier's context takes {context:,}; shorten the prompt"
+            )

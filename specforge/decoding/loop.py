@@ -1,0 +1,289 @@
+"""The loop of speculative decoding: propose, verify in one pass, commit what was accepted.
+
+The verifier has processed the first n tokens of a sequence x_0 .. x_n: x_n, the *root*, is decided but not processed
+yet. A round proposes a tree behind the root, runs the verifier over root and tree, commits root and accepted path, and
+ends with the token that the verifier says next, the new root. The draft takes in the committed tokens' features, each
+beside the token after it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from specforge.config import TokenProposalConfig
+from specforge.decoding.checks import check_fit, check_prompts, context_length, default_stop_tokens
+from specforge.decoding.verification import Verdict, Verification, verify
+from specforge.decoding.verifier import VerifierPasses
+from specforge.errors import UsageError
+from specforge.hookspecs import ProposalMethod
+from specforge.models.drafter import Drafter
+from specforge.models.speculator import SpeculatorModel
+from specforge.proposals.proposal import Proposal, Proposer
+from specforge.registry import installed
+from specforge.sampling import Chance, Sampling
+from specforge.verifier.features import Features, check_logits
+from specforge.verifier.parts import VerifierParts
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What one round adds to one sequence.
+
+    Attributes:
+        sequence: Index of the sequence.
+        tokens: The tokens, cut after a stop token or where the sequence is full.
+        drafted: How many tokens were proposed; None for the first token, which comes with the prompt's pass.
+        path: How many of ``tokens`` were proposed; the one behind them is the verifier's own.
+    """
+
+    sequence: int
+    tokens: list[int]
+    drafted: int | None
+    path: int
+
+    @property
+    def accepted(self) -> int:
+        """Accepted tokens, so that a round always yields 1 + accepted.
+
+        Where a stop token was proposed, it counts as the token of the verifier's pass.
+        """
+        return len(self.tokens) - 1
+
+
+@dataclass
+class Times:
+    """Seconds of one decoding.
+
+    Attributes:
+        draft: Proposing, and taking in features.
+        verifier: The verifier's passes and logits, after the prompt's.
+        prompt: The prompt's pass.
+        total: Everything after the prompt's pass.
+        rounds: Number of rounds.
+    """
+
+    draft: float = 0.0
+    verifier: float = 0.0
+    prompt: float = 0.0
+    total: float = 0.0
+    rounds: int = 0
+
+
+class Decoder:
+    """Decodes with a verifier and, where a proposal method is given, with speculation.
+
+    Args:
+        verifier: Any transformers causal language model.
+        draft: Whose proposals are verified; None for methods that need none.
+        proposal: Settings of the proposal method; None decodes with the verifier alone.
+        sampling: How tokens are chosen.
+        verification: How proposed tokens are verified.
+        stop_tokens: Ids that end a sequence, besides those of the verifier's ``generation_config``.
+
+    Raises:
+        UsageError: Draft, proposal method and verifier do not go together.
+    """
+
+    def __init__(
+        self,
+        verifier: PreTrainedModel,
+        draft: SpeculatorModel | None = None,
+        proposal: TokenProposalConfig | None = None,
+        sampling: Sampling | None = None,
+        verification: Verification | None = None,
+        stop_tokens: Sequence[int] = (),
+    ) -> None:
+        self.verifier = verifier
+        self.draft = draft
+        self.proposal = proposal
+        self.sampling = sampling or Sampling()
+        self.verification = verification or Verification()
+        self.stop_tokens = {*stop_tokens, *default_stop_tokens(verifier)}
+        self.times = Times()
+        self._parts = VerifierParts.of(verifier)
+        self._context = context_length(verifier)
+        check_logits(verifier)
+        if proposal is not None:
+            self._check(proposal)
+
+    def _check(self, proposal: TokenProposalConfig) -> None:
+        method = installed().find(ProposalMethod, proposal.proposal_type)
+        self._proposer: type[Proposer] = installed().load(method, "proposer")
+        if not self._proposer.needs_draft:
+            return
+        if self.draft is None:
+            raise UsageError(f"the proposal method {method.name!r} needs a draft")
+        check_fit(self.draft, self.verifier)
+        depth, most = self._proposer(proposal, self.sampling, Chance()).depth, self.draft.drafter(1).max_depth
+        if most is not None and depth > most:
+            raise UsageError(f"{method.name} proposes {depth} tokens ahead, but this draft can do {most} at most")
+
+    @torch.no_grad()
+    def decode(self, prompts: Sequence[Tensor], max_new_tokens: int, seed: int | None = None) -> Iterator[Emission]:
+        """Decode prompts side by side, round by round.
+
+        Args:
+            prompts: Tokens of each prompt, int64 [T] each; their lengths may differ.
+            max_new_tokens: Most tokens to add to each.
+            seed: Seed of everything random; None takes the device's own state.
+
+        Yields:
+            What each round adds to each sequence that is still going.
+
+        Raises:
+            UsageError: A prompt is empty, or leaves no room in the verifier's context.
+        """
+        check_prompts(prompts, self._context)
+        room = [min(max_new_tokens, self._context - len(prompt)) for prompt in prompts]
+        generator = None if seed is None else torch.Generator(self.verifier.device).manual_seed(seed)
+        self.times = Times()
+        yield from _Batch(self, [one.to(self.verifier.device) for one in prompts], room, Chance(generator)).rounds()
+
+
+class _Batch:
+    """The sequences that are going, and one round after the other over them."""
+
+    def __init__(self, decoder: Decoder, prompts: list[Tensor], room: list[int], chance: Chance) -> None:
+        self.decoder = decoder
+        self.chance = chance
+        self.sequences = prompts
+        self.numbers = list(range(len(prompts)))
+        self.room = room
+        self.root = torch.empty(0)
+        draft = decoder.draft
+        self.passes = VerifierPasses(decoder.verifier, [] if draft is None else draft.aux_layers, len(prompts))
+        self.proposer: Proposer | None = None
+        self.drafter: Drafter | None = None
+        if decoder.proposal is not None:
+            self.proposer = decoder._proposer(decoder.proposal, decoder.sampling, chance)
+            if self.proposer.needs_draft:
+                assert draft is not None
+                self.drafter = draft.drafter(len(prompts))
+
+    def rounds(self) -> Iterator[Emission]:
+        times = self.decoder.times
+        began = _now()
+        emissions = self._begin()
+        times.prompt = _now() - began
+        yield from emissions
+        while self.sequences:
+            began = _now()
+            emissions = self._round()
+            times.total += _now() - began
+            times.rounds += 1
+            yield from emissions
+
+    def _begin(self) -> list[Emission]:
+        """Process the prompts; the first token comes with them."""
+        counts = torch.tensor([len(one) for one in self.sequences], device=self.decoder.verifier.device)
+        tokens = pad_sequence(self.sequences, batch_first=True)
+        features = self.passes.begin(tokens)
+        self.passes.cache.keep_first(counts)
+        rows = torch.arange(len(counts), device=counts.device)
+        self.root = self.decoder.sampling.choose(
+            self.decoder._parts.logits(features.last[rows, counts - 1]), self.chance
+        )
+        following = tokens.roll(-1, dims=1).index_put((rows, counts - 1), self.root)
+        return self._advance(following, features, counts, self.root[:, None], counts.new_zeros(len(counts)), None)
+
+    def _round(self) -> list[Emission]:
+        began = _now()
+        proposal = self._propose()
+        proposed = _now()
+        tokens = torch.cat([self.root[:, None], proposal.tokens], dim=1)
+        parents = torch.cat([torch.full_like(self.root, -1)[:, None], proposal.parents + 1], dim=1)
+        features = self.passes.run(tokens, parents)
+        logits = self.decoder._parts.logits(features.last)
+        verified = _now()
+        self.decoder.times.draft += proposed - began
+        self.decoder.times.verifier += verified - proposed
+        verdict = verify(proposal, logits, self.decoder.sampling, self.decoder.verification, self.chance)
+        return self._commit(proposal, verdict, features)
+
+    def _propose(self) -> Proposal:
+        if self.proposer is None:
+            return _nothing(self.root)
+        proposal = self.proposer.propose(self.sequences, self.drafter)
+        # Tokens behind the last one that there is room for would be verified in vain.
+        return proposal.within(torch.tensor(self.room, device=self.root.device) - 1)
+
+    def _commit(self, proposal: Proposal, verdict: Verdict, features: Features) -> list[Emission]:
+        """Commit the root and the accepted path; the verifier's next token becomes the root."""
+        rows = torch.arange(len(self.root), device=self.root.device)[:, None]
+        path = torch.cat([torch.zeros_like(self.root)[:, None], verdict.nodes + 1], dim=1)
+        self.passes.cache.keep(path, verdict.counts + 1)
+        emitted = torch.cat([proposal.tokens[rows, verdict.nodes], self.root[:, None]], dim=1)
+        emitted = emitted.scatter(1, verdict.counts[:, None], verdict.next_tokens[:, None])
+        self.root = verdict.next_tokens
+        kept = Features(features.aux[rows, path], features.last[rows, path])
+        return self._advance(emitted, kept, verdict.counts + 1, emitted, verdict.counts, proposal.counts)
+
+    def _advance(
+        self,
+        following: Tensor,
+        features: Features,
+        counts: Tensor,
+        emitted: Tensor,
+        path: Tensor,
+        drafted: Tensor | None,
+    ) -> list[Emission]:
+        """Hand out the round's tokens, leave out the sequences that have ended, and let the draft take in the rest."""
+        emissions, going = [], []
+        numbers = zip(emitted.tolist(), path.tolist(), (path if drafted is None else drafted).tolist(), strict=True)
+        for row, (tokens, accepted, proposed) in enumerate(numbers):
+            taken, ended = self._cut(tokens[: accepted + 1], self.room[row])
+            emissions.append(
+                Emission(self.numbers[row], taken, None if drafted is None else proposed, min(accepted, len(taken)))
+            )
+            self.room[row] -= len(taken)
+            new = torch.tensor(taken, device=following.device)
+            self.sequences[row] = torch.cat([self.sequences[row], new])
+            if not ended:
+                going.append(row)
+        if len(going) < len(self.sequences):
+            self._select(going)
+            chosen = torch.tensor(going, dtype=torch.int64, device=following.device)
+            following, counts = following[chosen], counts[chosen]
+            features = Features(features.aux[chosen], features.last[chosen])
+        if self.drafter is not None and going:
+            began = _now()
+            self.drafter.commit(following, features, counts)
+            self.decoder.times.draft += _now() - began
+        return emissions
+
+    def _cut(self, tokens: list[int], room: int) -> tuple[list[int], bool]:
+        """Cut tokens after a stop token and at the end of the room; tell whether the sequence has ended."""
+        stop = next((place for place, token in enumerate(tokens) if token in self.decoder.stop_tokens), None)
+        taken = tokens if stop is None else tokens[: stop + 1]
+        return taken[:room], stop is not None or len(taken) >= room
+
+    def _select(self, going: list[int]) -> None:
+        rows = torch.tensor(going, dtype=torch.int64, device=self.root.device)
+        self.sequences = [self.sequences[row] for row in going]
+        self.numbers = [self.numbers[row] for row in going]
+        self.room = [self.room[row] for row in going]
+        if not going:
+            return
+        self.root = self.root[rows]
+        self.passes.cache.select(rows)
+        if self.drafter is not None:
+            self.drafter.select(rows)
+
+
+def _nothing(root: Tensor) -> Proposal:
+    empty = root.new_empty(len(root), 0)
+    return Proposal(empty, empty, torch.zeros_like(root))
+
+
+def _now() -> float:
+    """Return the time, once the device has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,88 @@
+"""The verifier at work: passes over trees of tokens, with a cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specforge.errors import UsageError
+from specforge.models.tree_cache import TreeCache
+from specforge.verifier.features import Features, capture
+from specforge.verifier.parts import decoder
+
+# Attention implementations of transformers that take any mask.
+MASKED = ("sdpa", "eager")
+
+
+class VerifierPasses:
+    """Runs a verifier over sequences that grow by trees.
+
+    Args:
+        verifier: Any transformers causal language model whose state is keys and values alone.
+        aux_layers: Layers whose states a draft reads, ascending.
+        batch_size: Number B of sequences.
+
+    Raises:
+        UsageError: The verifier keeps a state that cannot be rolled back, or cannot attend to a tree.
+    """
+
+    def __init__(self, verifier: PreTrainedModel, aux_layers: Sequence[int], batch_size: int) -> None:
+        self._verifier = verifier
+        self._aux_layers = aux_layers
+        self._config = verifier.config.get_text_config()
+        self._kinds = _attention_kinds(verifier)
+        # transformers 5.24 renamed the argument.
+        named = inspect.signature(decoder(verifier).forward).parameters
+        self._cache_argument = "cache" if "cache" in named else "past_key_values"
+        self.cache = TreeCache(batch_size, verifier.device)
+
+    def begin(self, tokens: Tensor) -> Features:
+        """Process prompts, int64 [B, Q], padded on the right."""
+        return self._run(tokens, self.cache.extend(tokens.shape[1]))
+
+    def run(self, tokens: Tensor, parents: Tensor) -> Features:
+        """Process a tree of tokens, int64 [B, Q], each behind a parent; -1 is the last committed token."""
+        return self._run(tokens, self.cache.append(parents))
+
+    def _run(self, tokens: Tensor, index: Tensor) -> Features:
+        options: dict[str, Any] = {self._cache_argument: self.cache, "use_cache": True}
+        masks = {kind: self._mask(kind) for kind in self._kinds}
+        # Models with layers of one kind take a mask, those with several a mask for each.
+        options["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
+        if all(mask is None for mask in masks.values()):
+            options["attention_mask"] = None
+        return capture(self._verifier, tokens, index, self._aux_layers, **options)
+
+    def _mask(self, kind: str) -> Tensor | None:
+        window = self._config.sliding_window if kind == "sliding_attention" else None
+        visible = self.cache.visible(window)
+        if visible is None:
+            return None
+        # Added to the logits, which every implementation understands; padding sees only itself, hence no infinity.
+        hidden = torch.finfo(self._verifier.dtype).min
+        return torch.zeros_like(visible, dtype=self._verifier.dtype).masked_fill(~visible, hidden)[:, None]
+
+
+def _attention_kinds(verifier: PreTrainedModel) -> list[str]:
+    """Return the kinds of attention of a verifier's layers."""
+    config = verifier.config.get_text_config()
+    name = type(verifier).__name__
+    kinds = sorted(set(getattr(config, "layer_types", None) or []))
+    if not kinds:
+        kinds = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
+    if unknown or getattr(verifier, "_is_stateful", False):
+        reason = f"it has layers of {', '.join(unknown)}" if unknown else "it keeps a recurrent state"
+        raise UsageError(f"{name} cannot verify drafts: {reason}, and rejected tokens could not be taken back")
+    implementation = config._attn_implementation
+    if implementation not in MASKED:
+        raise UsageError(
+            f"{name} is loaded with attn_implementation={implementation!r}, which cannot attend to a tree of "
+            f"candidates; load it with one of: {', '.join(MASKED)}"
+        )
+    return kinds

@@ -1,0 +1,70 @@
+"""A table of bigrams: after each token, the one that most often followed it in training; no draft.
+
+The second baseline: what a draft without any context knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from specforge.config import TokenProposalConfig
+from specforge.errors import UsageError
+from specforge.models.drafter import Drafter
+from specforge.proposals.proposal import Proposal, Proposer, follow
+
+SUCCESSORS = "successors"
+
+
+class BigramTokenProposalConfig(TokenProposalConfig):
+    """Settings of the bigram table.
+
+    Attributes:
+        proposal_type: Always ``"bigram"``.
+        speculative_tokens: Tokens that are proposed.
+        table: A safetensors file with ``successors``, int64 [V]: the token that follows each; -1 for none.
+    """
+
+    proposal_type: Literal["bigram"] = "bigram"
+    speculative_tokens: int = Field(default=5, ge=1)
+    table: str
+
+
+class BigramProposer(Proposer[BigramTokenProposalConfig]):
+    """Follows the table from token to token."""
+
+    needs_draft = False
+
+    @property
+    def depth(self) -> int:
+        """The chain's length."""
+        return self.config.speculative_tokens
+
+    @cached_property
+    def _successors(self) -> list[int]:
+        path = Path(self.config.table)
+        try:
+            table = load_file(path)[SUCCESSORS]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UsageError(f"bigram: {path} holds no table {SUCCESSORS!r}: {error}") from None
+        return [int(token) for token in table]
+
+    def propose(self, sequences: Sequence[Tensor], drafter: Drafter | None) -> Proposal:
+        """Follow the table from the last token, as long as it knows what follows."""
+        return follow(sequences, self._followed)
+
+    def _followed(self, tokens: Tensor) -> Tensor:
+        chain: list[int] = []
+        token = self._successors[int(tokens[-1])]
+        while token >= 0 and len(chain) < self.config.speculative_tokens:
+            chain.append(token)
+            token = self._successors[token]
+        return torch.tensor(chain, dtype=torch.int64, device=tokens.device)

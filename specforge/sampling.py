@@ -1,0 +1,87 @@
+"""How a next token is chosen from logits: greedily, or sampled at a temperature from the top-k and top-p tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+
+class Sampling(BaseModel):
+    """Settings of sampling; verifier and draft are both subject to them.
+
+    The filters are those of transformers' ``generate``, in its order: temperature, top-k, top-p.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float = Field(default=0.0, ge=0, description="0 takes the most probable token.")
+    top_k: int = Field(default=0, ge=0, description="Sample from the k most probable tokens alone; 0: from all.")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Sample from the fewest tokens that hold this much probability."
+    )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is taken, so that nothing is random."""
+        return self.temperature == 0
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Return the log-probabilities that tokens are drawn with, [..., V], in float32 or wider; not at temperature 0.
+
+        Args:
+            logits: [..., V].
+        """
+        import torch
+        from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scores = wide.flatten(0, -2) / self.temperature
+        if self.top_k:
+            scores = TopKLogitsWarper(self.top_k)(None, scores)
+        if self.top_p < 1:
+            scores = TopPLogitsWarper(self.top_p)(None, scores)
+        return scores.log_softmax(-1).view(logits.shape)
+
+    def choose(self, logits: Tensor, chance: Chance) -> Tensor:
+        """Choose a token for each row, int64 [...]; of equally probable ones, greedy choice takes the lowest id.
+
+        Args:
+            logits: [..., V].
+            chance: Source of randomness.
+        """
+        return logits.argmax(-1) if self.is_greedy else chance.draw(self.log_probs(logits).exp())
+
+
+class Chance:
+    """Everything random in decoding, in three kinds of draws; a test can enumerate them instead.
+
+    Args:
+        generator: Where randomness comes from; the device's own state when None.
+    """
+
+    def __init__(self, generator: Generator | None = None) -> None:
+        self.generator = generator
+
+    def happens(self, probability: Tensor) -> Tensor:
+        """Let events happen with some probability, bool of the same shape."""
+        return probability.new_empty(probability.shape).uniform_(generator=self.generator) < probability
+
+    def draw(self, probabilities: Tensor) -> Tensor:
+        """Draw one of V for each row of probabilities [..., V], int64 [...]."""
+        drawn = probabilities.flatten(0, -2).multinomial(1, generator=self.generator)
+        return drawn.view(probabilities.shape[:-1])
+
+    def draw_several(self, log_probs: Tensor, number: int) -> Tensor:
+        """Draw without replacement, in order, int64 [..., number]; what has no probability comes last.
+
+        Args:
+            log_probs: [..., V].
+            number: How many to draw, at most V.
+        """
+        # The largest sums of log-probabilities and Gumbel noise are such draws; -log of an exponential is Gumbel.
+        noise = log_probs.new_empty(log_probs.shape).double().exponential_(generator=self.generator)
+        return (log_probs - noise.log()).topk(number, dim=-1).indices
