@@ -15,6 +15,8 @@ from problems import Problem, generate
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from specforge.verifier.fingerprint import fingerprint
+
 HERE = Path(__file__).parent
 SEEDS = {"train": 101, "validation": 102}  # far from the seeds that the verifier was trained and validated on
 
@@ -25,13 +27,16 @@ class Verifier:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    origin: dict[str, Any]
 
 
 def load_verifier(folder: Path) -> Verifier:
     """Loads the verifier in float32, in which greedy choices do not depend on how prompts are batched."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return Verifier(model, tokenizer)
+    # With it, specforge knows that acceptance lengths on these rows are exact for this verifier.
+    origin = {"model": "specforge quickstart", "fingerprint": fingerprint(str(folder)), "temperature": 0.0}
+    return Verifier(model, tokenizer, origin)
 
 
 def render(verifier: Verifier, messages: list[dict[str, str]], is_open: bool) -> list[int]:
@@ -73,6 +78,7 @@ def make_row(
     answer = {"role": "assistant", "content": verifier.tokenizer.decode(response, skip_special_tokens=True)}
     return {
         "source": source,
+        "origin": verifier.origin,
         "messages": [*question, answer],
         "input_ids": prompt + response,
         "loss_mask": [0] * len(prompt) + [1] * len(response),

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from specforge.data.chat import read_messages, read_prompt, read_text
+from specforge.data.origin import Origin, read_origin
 from specforge.data.sources import Record
 from specforge.data.template import ChatRenderer, Span, SupervisedText
 from specforge.errors import UsageError
@@ -30,10 +31,12 @@ class TokenRow:
     Attributes:
         input_ids: int32 [T].
         loss_mask: bool [T], True where the verifier would have to produce the token.
+        origin: Who wrote the responses; None where the row does not say.
     """
 
     input_ids: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
+    origin: Origin | None = None
 
 
 def holds_tokens(record: Record) -> bool:
@@ -70,7 +73,7 @@ class RowEncoder:
         texts = {number: self._read(record) for number, record in enumerate(records) if not holds_tokens(record)}
         encoded = dict(zip(texts, self._tokenise(list(texts.values())), strict=True))
         pairs = [encoded[n] if n in encoded else _stored_tokens(record) for n, record in enumerate(records)]
-        return [self._row(*pair, record.location) for pair, record in zip(pairs, records, strict=True)]
+        return [self._row(*pair, record) for pair, record in zip(pairs, records, strict=True)]
 
     def _read(self, record: Record) -> SupervisedText:
         if self._renderer is None:
@@ -96,14 +99,14 @@ class RowEncoder:
                 rows.update((n, _masked_tokens(e, texts[n].spans)) for n, e in zip(chosen, encodings, strict=True))
         return [rows[number] for number in range(len(texts))]
 
-    def _row(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_], location: str) -> TokenRow:
+    def _row(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_], record: Record) -> TokenRow:
         outside = np.flatnonzero((ids < 0) | (ids >= self._vocabulary_size))
         if outside.size:
             raise UsageError(
-                f"{location}: id {ids[outside[0]]} at position {outside[0]} is outside the verifier's "
+                f"{record.location}: id {ids[outside[0]]} at position {outside[0]} is outside the verifier's "
                 f"vocabulary of {self._vocabulary_size} ids; was the row written with another tokenizer?"
             )
-        return TokenRow(ids.astype(np.int32), mask)
+        return TokenRow(ids.astype(np.int32), mask, read_origin(record))
 
 
 def tokens_inside(offsets: npt.NDArray[np.int64], spans: Sequence[Span]) -> npt.NDArray[np.bool_]:

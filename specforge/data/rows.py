@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +24,14 @@ from tqdm import tqdm
 
 from specforge.data.cache import ensure_folder
 from specforge.data.encoding import RowEncoder, TokenRow, holds_tokens
+from specforge.data.origin import Origin
 from specforge.data.sources import read_records, source_fingerprint
 from specforge.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1  # raised when the same source would give other rows, so that old caches are left alone
+FORMAT = 2  # raised when the same source would give other rows, so that old caches are left alone
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))])
 _CHUNK = 256  # rows tokenised and written at once
 _ROWS_FILE = "rows.arrow"
@@ -60,6 +61,7 @@ class RowsSummary:
         supervised_tokens: tokens in them whose loss mask is set.
         truncated: rows of the source that were cut.
         dropped: rows of the source that were left out, by reason.
+        origins: who wrote the responses of the rows kept, each once; None stands for rows that do not say.
     """
 
     rows: int = 0
@@ -67,6 +69,16 @@ class RowsSummary:
     supervised_tokens: int = 0
     truncated: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    origins: list[Origin | None] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Read a summary back."""
+        return cls(**{**values, "origins": [one and Origin.model_validate(one) for one in values["origins"]]})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values that JSON can hold."""
+        return {**asdict(self), "origins": [one and one.model_dump() for one in self.origins]}
 
 
 class TokenRows:
@@ -155,7 +167,9 @@ def build_rows(
 
 def _open_rows(folder: Path, vocabulary_size: int) -> TokenRows:
     stored = json.loads((folder / _SUMMARY_FILE).read_text())
-    return TokenRows(Dataset.from_file(str(folder / _ROWS_FILE)), RowsSummary(**stored["summary"]), vocabulary_size)
+    return TokenRows(
+        Dataset.from_file(str(folder / _ROWS_FILE)), RowsSummary.from_json(stored["summary"]), vocabulary_size
+    )
 
 
 def _is_whole(folder: Path) -> bool:
@@ -176,13 +190,14 @@ def _write_rows(folder: Path, source: str, encoder: RowEncoder, settings: RowSet
             kept = [fitted for row in chunk if (fitted := _fit(row, settings, summary, dropped)) is not None]
             writer.write_batch(_record_batch(kept))
             summary.rows += len(kept)
+            summary.origins = list(dict.fromkeys([*summary.origins, *(row.origin for row in kept)]))
             summary.tokens += sum(len(row.input_ids) for row in kept)
             summary.supervised_tokens += sum(int(row.loss_mask.sum()) for row in kept)
     summary.dropped = dict(dropped)
     if not summary.supervised_tokens:
         reasons = ", ".join(f"{count:,} with {reason}" for reason, count in summary.dropped.items())
         raise UsageError(f"{source}: no supervised token in the whole set; rows dropped: {reasons or 'none'}")
-    stored: dict[str, Any] = {"bytes": (folder / _ROWS_FILE).stat().st_size, "summary": asdict(summary)}
+    stored: dict[str, Any] = {"bytes": (folder / _ROWS_FILE).stat().st_size, "summary": summary.to_json()}
     (folder / _SUMMARY_FILE).write_text(json.dumps(stored))
 
 
@@ -208,7 +223,7 @@ def _fit(row: TokenRow, settings: RowSettings, summary: RowsSummary, dropped: Co
         dropped["no supervised token within max_length"] += 1
         return None
     summary.truncated += 1
-    return TokenRow(row.input_ids[:limit], row.loss_mask[:limit])
+    return replace(row, input_ids=row.input_ids[:limit], loss_mask=row.loss_mask[:limit])
 
 
 def _record_batch(rows: list[TokenRow]) -> pa.RecordBatch:

@@ -21,7 +21,6 @@ from torch import Tensor
 from specforge.models.speculator import SpeculatorModel
 from specforge.training.module import DraftModule
 
-MONITOR = "val/loss"
 INTERRUPTED = 130
 
 
@@ -43,7 +42,7 @@ def fit_callbacks(arguments: list[str], save_every_n_steps: int, folder: Path | 
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Saves the state of the best validation as ``checkpoints/best.ckpt``.
+    """Saves the state of the best validation, by acceptance length, as ``checkpoints/best.ckpt``.
 
     Args:
         folder: Folder of the checkpoints; by default ``checkpoints`` in the logger's folder.
@@ -53,10 +52,15 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(
             dirpath=folder,
             filename="best",
-            monitor=MONITOR,
+            mode="max",
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn what to choose by: the data decide whether the acceptance length is exact or a proxy."""
+        self.monitor = cast(DraftModule, pl_module).monitor
+        super().setup(trainer, pl_module, stage)
 
 
 class ProgressBar(RichProgressBar):
@@ -84,12 +88,16 @@ class Summary(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print one line a validation, so that a log file shows how the draft learns."""
         metrics = trainer.callback_metrics
-        if trainer.sanity_checking or MONITOR not in metrics:
+        module = cast(DraftModule, pl_module)
+        if trainer.sanity_checking or module.monitor not in metrics:
             return
-        by_step = (metrics.get(f"val/acceptance/step_{step}") for step in count())
-        accepted = " ".join(f"{float(one):.3f}" for one in takewhile(lambda one: one is not None, by_step))
-        loss = float(metrics[MONITOR])
-        say(f"step {trainer.global_step:>6}  {MONITOR} {loss:.4f}  accepted by draft step: {accepted}")
+        suffix = module.means["val"].suffix
+        by_position = (metrics.get(f"val/accept_rate_pos_{position}{suffix}") for position in count(1))
+        rates = " ".join(f"{float(one):.3f}" for one in takewhile(lambda one: one is not None, by_position))
+        say(
+            f"step {trainer.global_step:>6}  {module.monitor} {float(metrics[module.monitor]):.3f}  "
+            f"by position {rates}  val/loss {float(metrics['val/loss']):.4f}"
+        )
 
 
 class Throughput(Callback):
@@ -229,7 +237,7 @@ class DraftWriter(Callback):
         next_steps = [f"look at it   tensorboard --logdir {run.parent}"]
         if best.best_model_path and best.best_model_score is not None:
             draft = draft_of_checkpoint(Path(best.best_model_path), module.draft)
-            which = f"the best draft ({MONITOR} {float(best.best_model_score):.4f})"
+            which = f"the best draft ({best.monitor} {float(best.best_model_score):.3f})"
             next_steps.append(f"measure it   {command('validate', self.arguments, 'best')}")
         else:
             draft = module.draft

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specforge.decoding.recorded import acceptance_of_drawn, draft_places, label_log_probs
+from specforge.sampling import Sampling
 from specforge.training.objectives import Distributions, acceptance
 from specforge.verifier.parts import VerifierParts
 
@@ -60,6 +62,19 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """What the text goes on with, to replay decoding on it (see ``specforge.decoding.replay``).
+
+    Attributes:
+        tokens: The token that each row and step drafts, the verifier's id, int64 [S, N].
+        sampling: How the verifier chose the text's tokens.
+    """
+
+    tokens: Tensor
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
 class DraftSteps:
     """What a draft did at every step and row; every metric follows from it.
 
@@ -69,6 +84,8 @@ class DraftSteps:
         supervised: Which rows count, bool [S, N].
         acceptance: Probability that a sampled draft token is accepted, [S, N]; 0 where not supervised.
         agreement: Whether the most probable tokens of draft and verifier agree, [S, N]; 0 where not supervised.
+        matches: Whether the draft's most probable token is the text's, [S, N]; 0 where not supervised or no labels.
+        drawn: Probability that a token drawn by the draft is accepted, seen from the text's, [S, N]; 0 likewise.
     """
 
     loss: Tensor
@@ -76,6 +93,8 @@ class DraftSteps:
     supervised: Tensor
     acceptance: Tensor
     agreement: Tensor
+    matches: Tensor
+    drawn: Tensor
 
 
 def distill(
@@ -87,6 +106,7 @@ def distill(
     terms: list[Term],
     step_weights: Tensor,
     skip_targets_outside: bool = False,
+    labels: Labels | None = None,
 ) -> DraftSteps:
     """Compare a draft's steps with the verifier.
 
@@ -99,14 +119,15 @@ def distill(
         terms: The summands of the objective.
         step_weights: Factor of each step's sum over rows, [S]: its decay over its denominator.
         skip_targets_outside: Leave out of the loss rows whose most probable verifier token is no draft token.
+        labels: What the text goes on with; None where decoding is not replayed.
     """
-    work = _Work(teacher, targets, supervised, terms, step_weights.to(hidden.device), skip_targets_outside)
+    work = _Work(teacher, targets, supervised, terms, step_weights.to(hidden.device), skip_targets_outside, labels)
     if not torch.is_grad_enabled():
         # Without this, a head that is trained would ask for its gradient in validation too.
         hidden, head = hidden.detach(), head.detach()
-    loss, sums, accepted, agreed = _Distill.apply(hidden, head, work)
+    loss, sums, *by_row = _Distill.apply(hidden, head, work)
     names = [term.name for term in terms]
-    return DraftSteps(loss, dict(zip(names, sums, strict=True)), supervised, accepted, agreed)
+    return DraftSteps(loss, dict(zip(names, sums, strict=True)), supervised, *by_row)
 
 
 @dataclass(frozen=True)
@@ -117,6 +138,7 @@ class _Work:
     terms: list[Term]
     step_weights: Tensor
     skip_targets_outside: bool
+    labels: Labels | None
 
 
 @dataclass(frozen=True)
@@ -138,15 +160,16 @@ class _Chunk:
 
 class _Distill(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, work: _Work) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, work: _Work) -> tuple[Tensor, ...]:
         compute_type = _compute_type(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             run = _Run(hidden, head, work, compute_type, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
             for chunk in _chunks(work, head.shape[0]):
                 run.add(chunk)
         ctx.gradients = run.hidden_gradient, run.head_gradient
-        ctx.mark_non_differentiable(run.sums, run.acceptance, run.agreement)
-        return run.loss, run.sums, run.acceptance, run.agreement
+        others = run.sums, run.acceptance, run.agreement, run.matches, run.drawn
+        ctx.mark_non_differentiable(*others)
+        return run.loss, *others
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -174,6 +197,8 @@ class _Run:
         self.sums = zeros(len(work.terms), shape[0])
         self.acceptance = zeros(shape)
         self.agreement = zeros(shape)
+        self.matches = zeros(shape)
+        self.drawn = zeros(shape)
         self.hidden_gradient = torch.zeros_like(self.hidden) if train_hidden else None
         self.head_gradient = zeros(head.shape) if train_head else None
         self.mean_acceptance = self._mean_acceptance() if any(t.uses_mean_acceptance for t in work.terms) else None
@@ -183,14 +208,34 @@ class _Run:
         states = self.hidden[chunk.steps, chunk.rows].to(self.head.dtype).requires_grad_(self.train_hidden)
         with torch.set_grad_enabled(self.train_hidden or self.head.requires_grad):
             target = _target(self.work.teacher, chunk)
-            log_q = _log_softmax(F.linear(states, self.head))
+            logits = F.linear(states, self.head)
+            log_q = _log_softmax(logits)
             mean = None if self.mean_acceptance is None else self.mean_acceptance[chunk.steps]
             rows = Distributions(log_q, target.log_p, target.log_p_full, mean)
             loss = self._loss(rows, target, chunk)
         self.loss += loss.detach()
         self.acceptance[chunk.steps, chunk.rows] = acceptance(replace(rows, log_q=log_q.detach()))
-        self.agreement[chunk.steps, chunk.rows] = (log_q.argmax(-1) == target.top).to(self.agreement.dtype)
+        top = log_q.argmax(-1)
+        self.agreement[chunk.steps, chunk.rows] = (top == target.top).to(self.agreement.dtype)
+        if self.work.labels is not None:
+            self._replay(self.work.labels, logits.detach(), top, chunk)
         self._accumulate(loss, states, chunk)
+
+    def _replay(self, labels: Labels, logits: Tensor, top: Tensor, chunk: _Chunk) -> None:
+        """Note whether the text's token would have been drafted, and how probable that was."""
+        tokens = labels.tokens[chunk.steps, chunk.rows]
+        places = draft_places(tokens, self.work.teacher.draft_ids)
+        matches = (top == places).to(self.matches.dtype)
+        self.matches[chunk.steps, chunk.rows] = matches
+        if labels.sampling.is_greedy:
+            self.drawn[chunk.steps, chunk.rows] = matches
+            return
+        of_verifier = _teacher_logits(self.work.teacher, chunk)
+        # The token of a target is the same for all pairs of step and row that are compared with it.
+        said = tokens.new_zeros(len(chunk.targets)).index_copy(0, chunk.target_of, tokens)
+        log_p = label_log_probs(of_verifier, said, labels.sampling)[chunk.target_of]
+        log_q = label_log_probs(logits, places, labels.sampling)
+        self.drawn[chunk.steps, chunk.rows] = acceptance_of_drawn(log_q, log_p).to(self.drawn.dtype)
 
     def _loss(self, rows: Distributions, target: _Target, chunk: _Chunk) -> Tensor:
         weights = self.work.step_weights[chunk.steps]
@@ -239,10 +284,13 @@ class _Target:
     top: Tensor
 
 
+def _teacher_logits(teacher: Teacher, chunk: _Chunk) -> Tensor:
+    return teacher.parts.logits(teacher.last[chunk.targets])
+
+
 @torch.no_grad()
 def _target(teacher: Teacher, chunk: _Chunk) -> _Target:
-    norm = teacher.parts.norm
-    logits = teacher.parts.head(norm(teacher.last[chunk.targets]))
+    logits = _teacher_logits(teacher, chunk)
     log_p_full = _log_softmax(logits)
     top = logits.argmax(-1)
     if teacher.draft_ids is None:
@@ -250,9 +298,7 @@ def _target(teacher: Teacher, chunk: _Chunk) -> _Target:
         return _Target(log_p_full, log_p_full, top[chunk.target_of])
     log_p_full = log_p_full[:, teacher.draft_ids]
     log_p = log_p_full.log_softmax(-1)
-    # Draft ids ascend with the verifier's ids, so a binary search finds the draft token of a verifier token.
-    place = torch.searchsorted(teacher.draft_ids, top).clamp(max=teacher.draft_ids.numel() - 1)
-    top = torch.where(teacher.draft_ids[place] == top, place, -1)
+    top = draft_places(top, teacher.draft_ids)
     return _Target(log_p[chunk.target_of], log_p_full[chunk.target_of], top[chunk.target_of])
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
+from specforge.data.origin import Origin, why_proxy
+from specforge.data.rows import TokenRows
+from specforge.decoding.replay import AcceptanceLength
+from specforge.sampling import Sampling
 from specforge.training.distillation import DraftSteps
 
 
@@ -45,6 +49,70 @@ class StepMeans(Metric):
             for step in range(means.shape[1])
             if self.counts[step] > 0
         }
+
+
+class StageMetrics(nn.Module):
+    """All metrics of validation or test: means by step, and the acceptance length by replay.
+
+    Args:
+        terms: Names of the objectives.
+        steps: Number S of draft steps.
+        rows: The rows that are measured on; None where there are none.
+        verifier: Fingerprint of the verifier.
+    """
+
+    def __init__(self, terms: Sequence[str], steps: int, rows: TokenRows | None, verifier: str) -> None:
+        super().__init__()
+        origins: list[Origin | None] = rows.summary.origins if rows is not None else [None]
+        self.why_proxy = why_proxy(origins, verifier)
+        origin = origins[0]
+        self.sampling = Sampling() if self.why_proxy or origin is None else origin.sampling
+        self.by_step = StepMeans(terms, steps)
+        # Greedy chains are exact on any text of the verifier's, drawn ones only on text that was sampled as they are.
+        kinds = ("greedy",) if self.sampling.is_greedy else ("greedy", "sampled")
+        self.chains = {kind: AcceptanceLength(steps) for kind in kinds}
+        for kind, metric in self.chains.items():
+            self.add_module(kind, metric)
+
+    @property
+    def suffix(self) -> str:
+        """What the names of figures end in that are not exact."""
+        return "_proxy" if self.why_proxy else ""
+
+    def update(self, outcome: DraftSteps, shape: torch.Size) -> None:
+        """Add a batch.
+
+        Args:
+            outcome: What the draft did.
+            shape: The batch's [B, T], whose rows ``outcome`` has flattened.
+        """
+        self.by_step.update(outcome)
+        reachable = outcome.supervised[0].view(shape)
+        for acceptance, metric in zip((outcome.matches, outcome.drawn), self.chains.values(), strict=False):
+            metric.update(acceptance.unflatten(1, shape), reachable)
+
+    def replayed(self) -> dict[str, Tensor]:
+        """Return the figures of decoding by chains: ``acceptance_length``, ``accept_rate_pos_k``, ...
+
+        Those of the longest chain have the plain names; ``acceptance_length_at_K`` are those of shorter ones. Chains
+        that the draft draws at random follow under names with ``_sampled``, where the text was sampled.
+        """
+        values: dict[str, float] = {}
+        for kind, metric in self.chains.items():
+            mark = self.suffix if kind == "greedy" else f"_{kind}{self.suffix}"
+            by_chain = metric.compute()
+            for chain, figures in by_chain.items():
+                if chain == len(by_chain):
+                    values |= {f"{name}{mark}": value for name, value in figures.items()}
+                else:
+                    values[f"acceptance_length_at_{chain}{mark}"] = figures["acceptance_length"]
+        return {name: torch.tensor(value) for name, value in values.items()}
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.by_step.reset()
+        for metric in self.chains.values():
+            metric.reset()
 
 
 def step_sums(outcome: DraftSteps) -> Tensor:

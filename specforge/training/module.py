@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +20,12 @@ from specforge.errors import SpecforgeError, UsageError
 from specforge.hookspecs import Objective
 from specforge.models.speculator import SpeculatorModel
 from specforge.registry import installed
-from specforge.training.distillation import DraftSteps, Term
-from specforge.training.metrics import StepMeans, step_sums
+from specforge.training.distillation import DraftSteps, Labels, Term
+from specforge.training.metrics import StageMetrics, step_sums
 from specforge.training.optimizers import OptimizerSettings, build_optimizer
 from specforge.training.schedules import ScheduleSettings, build_schedule
 from specforge.verifier.features import Features, capture, check_logits
+from specforge.verifier.fingerprint import fingerprint
 from specforge.verifier.loading import VerifierLoading, VerifierType, load_config, load_verifier
 from specforge.verifier.parts import VerifierParts
 
@@ -129,19 +131,53 @@ class DraftModule(LightningModule, ABC):
         self._frozen = (verifier, parts)
         data: DraftDataModule = self.trainer.datamodule
         self.draft = self.build_draft(parts, data)
-        self.means = {stage: StepMeans([term.name for term in self.terms], self.num_steps) for stage in ("val", "test")}
-        for stage, metric in self.means.items():
-            self.add_module(f"{stage}_means", metric)
+        for stage, metrics in self.means.items():
+            self.add_module(f"{stage}_means", metrics)
+
+    @cached_property
+    def means(self) -> dict[str, StageMetrics]:
+        """The metrics of ``val`` and ``test``; once the data are set up."""
+        data: DraftDataModule = self.trainer.datamodule
+        verifier = fingerprint(self.verifier_name, self.verifier_loading.revision)
+        terms = [term.name for term in self.terms]
+        return {
+            stage: StageMetrics(terms, self.num_steps, rows, verifier)
+            for stage, rows in (("val", data.validation_rows), ("test", data.test_rows))
+        }
+
+    @property
+    def monitor(self) -> str:
+        """The validation metric that checkpoints are chosen by; more is better."""
+        return f"val/acceptance_length{self.means['val'].suffix}"
 
     def summary_text(self) -> str:
         """Return a few lines for a person: what is trained, towards what."""
         trained = sum(one.numel() for one in self.draft.parameters() if one.requires_grad)
         frozen = sum(one.numel() for one in self.verifier.parameters())
-        return f"draft: {trained:,} trained parameters, towards {self.verifier_name} with {frozen:,}"
+        lines = [f"draft: {trained:,} trained parameters, towards {self.verifier_name} with {frozen:,}"]
+        if reason := self.means["val"].why_proxy:
+            lines.append(f"  {self.monitor} is no exact figure: validation {reason}")
+        return "\n".join(lines)
 
     def features(self, batch: Batch) -> Features:
         """Capture the verifier's states over a batch."""
         return capture(self.verifier, batch["input_ids"], batch["position_ids"], self.aux_layers)
+
+    def labels(self, batch: Batch, targets: Tensor) -> Labels | None:
+        """Return what the text goes on with where decoding is replayed, outside training; otherwise None.
+
+        Args:
+            batch: The batch.
+            targets: Index of each target's token in the flattened batch, int64 [S, N]: the drafted one follows it.
+        """
+        if self.training:
+            return None
+        tokens = batch["input_ids"].flatten()
+        return Labels(tokens[(targets + 1).clamp(max=tokens.numel() - 1)], self.means[self._stage].sampling)
+
+    @property
+    def _stage(self) -> str:
+        return "test" if self.trainer.testing else "val"
 
     def step_weights(self, supervised: Tensor) -> Tensor:
         """Return the factor of each step's sum of losses, [S]: decay over denominator.
@@ -163,7 +199,7 @@ class DraftModule(LightningModule, ABC):
                 "weights. Try a lower model.optimizer.lr, a longer warmup or trainer.gradient_clip_val"
             )
         counts = outcome.supervised.sum(1).clamp(min=1)
-        means = dict(zip(self.means["val"].quantities, step_sums(outcome) / counts, strict=True))
+        means = dict(zip(self.means["val"].by_step.quantities, step_sums(outcome) / counts, strict=True))
         self.log("train/loss", outcome.loss)
         self.log_dict(
             {
@@ -179,7 +215,7 @@ class DraftModule(LightningModule, ABC):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the validation metrics."""
-        self.means["val"].update(self.draft_steps(batch, self.features(batch)))
+        self._measure(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
@@ -187,7 +223,7 @@ class DraftModule(LightningModule, ABC):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the test metrics."""
-        self.means["test"].update(self.draft_steps(batch, self.features(batch)))
+        self._measure(batch)
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
@@ -233,9 +269,13 @@ class DraftModule(LightningModule, ABC):
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return math.ceil(batches / trainer.accumulate_grad_batches) * int(trainer.max_epochs)
 
+    def _measure(self, batch: Batch) -> None:
+        self.means[self._stage].update(self.draft_steps(batch, self.features(batch)), batch["input_ids"].shape)
+
     def _log_means(self, stage: str) -> None:
-        means = self.means[stage].compute()
-        self.means[stage].reset()
+        metrics = self.means[stage]
+        means, replayed = metrics.by_step.compute(), metrics.replayed()
+        metrics.reset()
         if not means:
             raise UsageError(f"no position of the {stage} data can be drafted: every response is a single token")
         loss = sum(
@@ -245,8 +285,9 @@ class DraftModule(LightningModule, ABC):
             if f"{term.name}/step_{step}" in means
         )
         self.log(f"{stage}/loss", torch.as_tensor(loss), prog_bar=True)
-        self.log(f"{stage}/accept", means["acceptance/step_0"], prog_bar=True, logger=False)
-        self.log_dict({f"{stage}/{name}": value for name, value in means.items()})
+        tau = f"acceptance_length{metrics.suffix}"
+        self.log(f"{stage}/{tau}", replayed.pop(tau), prog_bar=True)
+        self.log_dict({f"{stage}/{name}": value for name, value in {**means, **replayed}.items()})
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> list[int] | None:

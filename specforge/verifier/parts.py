@@ -123,7 +123,7 @@ def read_tensors(name_or_path: str, wanted: Iterable[str], revision: str | None 
         UsageError: The checkpoint has no safetensors, lacks one of the tensors, or a file is damaged.
     """
     wanted = list(wanted)
-    files = _files_of(name_or_path, revision)
+    files = files_of(name_or_path, revision)
     unlisted = [name for name in wanted if files and name not in files]
     if unlisted:
         raise UsageError(f"{name_or_path}: its {WEIGHTS_INDEX} has no tensor {', '.join(unlisted)}")
@@ -144,8 +144,12 @@ def read_tensors(name_or_path: str, wanted: Iterable[str], revision: str | None 
     return tensors
 
 
-def _files_of(name_or_path: str, revision: str | None) -> dict[str, str]:
-    """Map tensor names to shard files; empty when the checkpoint is one file."""
+def files_of(name_or_path: str, revision: str | None) -> dict[str, str]:
+    """Map a checkpoint's tensor names to its shard files; empty when it is one file.
+
+    Raises:
+        UsageError: There is an index, and it says nothing of files.
+    """
     folder = Path(name_or_path)
     if folder.is_dir() and (folder / WEIGHTS).is_file():
         return {}

@@ -28,7 +28,7 @@ def specforge_checkpoint_formats():
 
 @hookimpl
 def specforge_proposals():
-    return [ProposalMethod("toychain", "a chain for play", "toy_heavy:ToyConfig", "toy_heavy:ToyModel")]
+    return [ProposalMethod("toychain", "a chain for play", "toy_heavy:ToyConfig", "toy_heavy:ToyDraft")]
 
 @hookimpl
 def specforge_commands():

@@ -9,6 +9,7 @@ from specforge.training.distillation import DraftSteps
 from specforge.training.metrics import StepMeans, step_sums
 
 TERMS = ("kl", "jsd")
+BY_ROW = ("acceptance", "agreement", "matches", "drawn")
 
 
 def random_outcome(
@@ -18,9 +19,10 @@ def random_outcome(
     supervised = torch.rand(steps, rows, generator=generator) < 0.6
     supervised[reach:] = False
     values = {name: torch.rand(steps, rows, generator=generator) * supervised for name in (*TERMS, "acceptance")}
-    values["agreement"] = (torch.rand(steps, rows, generator=generator) < 0.5) * supervised * 1.0
+    for name in BY_ROW[1:]:
+        values[name] = (torch.rand(steps, rows, generator=generator) < 0.5) * supervised * 1.0
     sums = {name: values[name].sum(1) for name in TERMS}
-    outcome = DraftSteps(torch.zeros(()), sums, supervised, values["acceptance"], values["agreement"])
+    outcome = DraftSteps(torch.zeros(()), sums, supervised, *(values[name] for name in BY_ROW))
     return outcome, {**values, "supervised": supervised}
 
 
@@ -80,7 +82,7 @@ def test_reset_forgets() -> None:
 def test_sums_of_millions_of_rows_keep_their_digits() -> None:
     supervised = torch.ones(1, 2**20, dtype=torch.bool)
     values = torch.full((1, 2**20), 0.3)
-    outcome = DraftSteps(torch.zeros(()), {"kl": values.double().sum(1)}, supervised, values, values)
+    outcome = DraftSteps(torch.zeros(()), {"kl": values.double().sum(1)}, supervised, *[values] * len(BY_ROW))
     metric = StepMeans(("kl",), 1)
     for _ in range(40):
         metric.update(outcome)

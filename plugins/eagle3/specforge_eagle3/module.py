@@ -52,8 +52,8 @@ class Eagle3Module(DraftModule):
     Args:
         draft: The draft network.
         ttt_steps: Number of steps of training-time test.
-        supervision: Which positions count: those where a round of decoding can start and get to (exact), or those
-            that the published trainers count (compat).
+        supervision: Which positions count in training: those where a round of decoding can start and get to (exact),
+            or those that the published trainers count (compat). Validation counts the exact ones.
     """
 
     draft: Eagle3DraftModel
@@ -127,18 +127,20 @@ class Eagle3Module(DraftModule):
 
     def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
         """Run the training-time test over a packed batch and compare each step with the verifier."""
-        alignment = align(batch["loss_mask"], batch["document_ids"], self.ttt_steps, self.supervision)
+        supervision = self.supervision if self.training else "exact"
+        alignment = align(batch["loss_mask"], batch["document_ids"], self.ttt_steps, supervision)
         hidden = self.draft(
             batch["input_ids"], features.aux, batch["position_ids"], batch["document_ids"], steps=self.ttt_steps
         )
-        supervised = alignment.supervised.flatten(1)
+        targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
         return distill(
             hidden.flatten(1, 2),
             self.draft.lm_head.weight,
             Teacher(features.last.flatten(0, 1), self.parts, self.draft.draft_ids),
-            alignment.targets.flatten(1),
+            targets,
             supervised,
             self.terms,
             self.step_weights(supervised),
-            skip_targets_outside=self.supervision == "compat",
+            skip_targets_outside=supervision == "compat",
+            labels=self.labels(batch, targets),
         )

@@ -1,0 +1,70 @@
+"""Who wrote the responses of a row, and how: what decides whether an acceptance length on them is exact.
+
+A row says so under the key ``origin``. Replay is exact on text that the verifier itself wrote, with the sampling that
+decoding will use; on any other text the same figure is only a proxy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from specforge.data.sources import Record
+from specforge.errors import UsageError, describe_invalid
+from specforge.sampling import Sampling
+
+
+class Origin(Sampling):
+    """What a row says of its responses; keys beyond these, such as ``seed``, are allowed.
+
+    Attributes:
+        model: Name of the model that wrote them, for people.
+        fingerprint: Fingerprint of its weights, as ``specforge.verifier.fingerprint`` gives it.
+        temperature: Temperature that they were sampled at; 0 for greedy ones.
+        top_k: Sampled from the k most probable tokens alone; 0 for all.
+        top_p: Sampled from the fewest tokens that hold this much probability.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    model: str
+    fingerprint: str
+    temperature: float = Field(ge=0)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the tokens were chosen."""
+        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+def read_origin(record: Record) -> Origin | None:
+    """Return what a row says of its responses; None where it says nothing.
+
+    Raises:
+        UsageError: ``origin`` is there, but wrong.
+    """
+    value = record.value.get("origin")
+    if value is None:
+        return None
+    try:
+        return Origin.model_validate(value)
+    except ValidationError as error:
+        raise UsageError(f"{record.location}: origin: {describe_invalid(error)}") from None
+
+
+def why_proxy(origins: Sequence[Origin | None], fingerprint: str) -> str | None:
+    """Return why an acceptance length on some rows is only a proxy; None where it is exact.
+
+    Args:
+        origins: The different origins of the rows.
+        fingerprint: Fingerprint of the verifier that decodes.
+    """
+    if None in origins:
+        return "rows do not say who wrote their responses (key 'origin')"
+    for origin in origins:
+        if origin is not None and origin.fingerprint != fingerprint:
+            return f"responses were written by {origin.model}, which is not this verifier"
+    if len(origins) > 1:
+        return "responses were sampled in different ways"
+    return None
