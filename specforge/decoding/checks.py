@@ -9,7 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specforge.errors import UsageError
+from specforge.hookspecs import Algorithm
 from specforge.models.speculator import SpeculatorModel
+from specforge.registry import installed
 
 
 def default_stop_tokens(verifier: PreTrainedModel) -> list[int]:
@@ -43,6 +45,18 @@ def check_fit(draft: SpeculatorModel, verifier: PreTrainedModel) -> None:
             raise UsageError(
                 f"the draft was made for a verifier with a {what} of {expected:,}; that of {name} is {found:,}"
             )
+
+
+def check_served(draft: SpeculatorModel, method: str) -> None:
+    """Refuse a proposal method that the draft's algorithm does not serve.
+
+    Raises:
+        UsageError: With those that it serves.
+    """
+    algorithm = installed().find(Algorithm, draft.config.speculators_model_type)
+    if method not in algorithm.proposals:
+        served = ", ".join(algorithm.proposals) or "none"
+        raise UsageError(f"drafts of {algorithm.name} do not serve the proposal method {method!r}, but: {served}")
 
 
 def check_prompts(prompts: Sequence[Tensor], context: int) -> None:

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from specforge.config import TokenProposalConfig
-from specforge.decoding.checks import check_fit, check_prompts, context_length, default_stop_tokens
+from specforge.decoding.checks import check_fit, check_prompts, check_served, context_length, default_stop_tokens
 from specforge.decoding.verification import Verdict, Verification, verify
 from specforge.decoding.verifier import VerifierPasses
 from specforge.errors import UsageError
@@ -85,7 +85,7 @@ class Decoder:
         proposal: Settings of the proposal method; None decodes with the verifier alone.
         sampling: How tokens are chosen.
         verification: How proposed tokens are verified.
-        stop_tokens: Ids that end a sequence, besides those of the verifier's ``generation_config``.
+        stop_tokens: Ids that end a sequence; those of the verifier's ``generation_config`` when None.
 
     Raises:
         UsageError: Draft, proposal method and verifier do not go together.
@@ -98,14 +98,14 @@ class Decoder:
         proposal: TokenProposalConfig | None = None,
         sampling: Sampling | None = None,
         verification: Verification | None = None,
-        stop_tokens: Sequence[int] = (),
+        stop_tokens: Sequence[int] | None = None,
     ) -> None:
         self.verifier = verifier
         self.draft = draft
         self.proposal = proposal
         self.sampling = sampling or Sampling()
         self.verification = verification or Verification()
-        self.stop_tokens = {*stop_tokens, *default_stop_tokens(verifier)}
+        self.stop_tokens = set(default_stop_tokens(verifier) if stop_tokens is None else stop_tokens)
         self.times = Times()
         self._parts = VerifierParts.of(verifier)
         self._context = context_length(verifier)
@@ -121,6 +121,7 @@ class Decoder:
         if self.draft is None:
             raise UsageError(f"the proposal method {method.name!r} needs a draft")
         check_fit(self.draft, self.verifier)
+        check_served(self.draft, method.name)
         depth, most = self._proposer(proposal, self.sampling, Chance()).depth, self.draft.drafter(1).max_depth
         if most is not None and depth > most:
             raise UsageError(f"{method.name} proposes {depth} tokens ahead, but this draft can do {most} at most")

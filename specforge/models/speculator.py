@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specforge.config import SpeculatorModelConfig, find_file
+from specforge.config import SpeculatorModelConfig, TokenProposalConfig, find_file
 from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
 from specforge.models.drafter import Drafter
 from specforge.models.storage import read_weights, write_checkpoint
 from specforge.registry import installed
+from specforge.sampling import Sampling
 from specforge.verifier.features import Features
 from specforge.verifier.loading import load_verifier
 from specforge.verifier.parts import WEIGHTS, VerifierParts
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
 
 AttachmentMode = Literal["detached", "full", "train_only"]
 
@@ -129,6 +133,64 @@ class SpeculatorModel(nn.Module):
     def detach_verifier(self) -> None:
         """Let go of the attached verifier; the draft cannot run until another is attached."""
         self._attached = None
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        proposal: str | TokenProposalConfig | None = None,
+        verification: Literal["token", "block", "typical"] = "token",
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        seed: int | None = None,
+        streamer: BaseStreamer | None = None,
+    ) -> Tensor:
+        """Generate text that is the attached verifier's own: token for token at temperature 0, in distribution above.
+
+        Args:
+            input_ids: Prompts, int64 [B, T]; of different lengths with padding on either side.
+            attention_mask: 1 on the prompts' tokens, 0 on padding, [B, T]; all ones when None.
+            max_new_tokens: Most tokens to add.
+            temperature: 0 takes the most probable token.
+            top_k: Sample from the k most probable tokens alone; 0 for all.
+            top_p: Sample from the fewest tokens that hold this much probability.
+            proposal: Settings of the proposal method, its name, or ``"NAME:KEY=VALUE,..."``; the draft's default one
+                when None.
+            verification: ``"token"`` and ``"block"`` are lossless; ``"typical"`` is LOSSY.
+            eos_token_id: Ids that end a sequence; by default those of the verifier's ``generation_config``.
+            pad_token_id: What shorter sequences are filled up with; by default as ``eos_token_id``.
+            seed: Seed of everything random; None takes the device's own state.
+            streamer: A streamer of transformers, for one sequence.
+
+        Returns:
+            Prompts and what was added, int64 [B, T + new].
+
+        Raises:
+            ValueError: No whole verifier is attached.
+            UsageError: Draft, proposal method, verifier and prompts do not go together.
+        """
+        # Decoding stands above the drafts that it runs; this is the one way back, taken when it is called.
+        from specforge.decoding.generation import generate
+        from specforge.decoding.verification import Verification
+
+        return generate(
+            self,
+            input_ids,
+            attention_mask,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
+            proposal=proposal,
+            verification=Verification(method=verification),
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            seed=seed,
+            streamer=streamer,
+        )
 
     @classmethod
     def from_pretrained(
