@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "--version":
             print(f"specforge {__version__}")
             return 0
+        # Threads that spin while they wait make everything many times slower on a processor that others use too.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         command = installed().find(Command, name)
         return int(installed().load(command, "run")(words[1:]))
     except SpecforgeError as error:

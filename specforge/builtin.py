@@ -16,6 +16,8 @@ def specforge_commands() -> Iterable[Command]:
         Command("fit", "train a draft", "specforge.commands.trainer:fit"),
         Command("validate", "measure a trained draft on the validation data", "specforge.commands.trainer:validate"),
         Command("test", "measure a trained draft on the test data", "specforge.commands.trainer:test"),
+        Command("generate", "answer prompts with a draft's help", "specforge.commands.generate:run"),
+        Command("evaluate", "measure drafts on prompt sets, with a report", "specforge.commands.evaluate:run"),
         Command("plugins", "list the installed plugins and their faults", "specforge.commands.plugins:run"),
     ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import warnings
 
 from specforge.errors import UsageError
@@ -42,8 +41,6 @@ def _run(subcommand: str, arguments: list[str]) -> int:
     algorithm = installed().find(Algorithm, name)
     if algorithm.module is None or algorithm.data is None:
         raise UsageError(f"the algorithm {name!r} can be loaded, but its plugin does not train it yet")
-    # Threads that spin while they wait make training many times slower on a processor that anything else uses too.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from specforge.training.cli import TrainingCLI

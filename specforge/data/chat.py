@@ -22,11 +22,12 @@ _SHAREGPT_ROLES = {
 }
 
 
-def read_messages(record: Record) -> list[Message] | None:
+def read_messages(record: Record, needs_reply: bool = True) -> list[Message] | None:
     """Return the messages of a `messages` or `conversations` row, or None for a row of another layout.
 
     Args:
         record: the row; ShareGPT turns (`from`, `value`) come back as `role` and `content`.
+        needs_reply: refuse a chat without any reply, which nothing can be learned from.
 
     Returns:
         Messages as the chat template reads them. Keys beyond `role` and `content`, such as `tool_calls`, are kept.
@@ -43,7 +44,8 @@ def read_messages(record: Record) -> list[Message] | None:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise UsageError(f"{location}: a chat is a list of objects such as {{'role': 'user', 'content': 'Hi'}}")
     messages = [_read_message(turn, f"{location}: message {number}") for number, turn in enumerate(turns)]
-    if not any(message["role"] == "assistant" and message.get("content", "").strip() for message in messages[1:]):
+    replies = (one for one in messages[1:] if one["role"] == "assistant" and one.get("content", "").strip())
+    if needs_reply and not any(replies):
         raise UsageError(
             f"{location}: a row without a usable turn: it needs an assistant message with text as an answer"
         )

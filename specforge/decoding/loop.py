@@ -107,7 +107,7 @@ class Decoder:
         self.verification = verification or Verification()
         self.stop_tokens = set(default_stop_tokens(verifier) if stop_tokens is None else stop_tokens)
         self.times = Times()
-        self._parts = VerifierParts.of(verifier)
+        self.parts = VerifierParts.of(verifier)
         self._context = context_length(verifier)
         check_logits(verifier)
         if proposal is not None:
@@ -189,7 +189,7 @@ class _Batch:
         self.passes.cache.keep_first(counts)
         rows = torch.arange(len(counts), device=counts.device)
         self.root = self.decoder.sampling.choose(
-            self.decoder._parts.logits(features.last[rows, counts - 1]), self.chance
+            self.decoder.parts.logits(features.last[rows, counts - 1]), self.chance
         )
         following = tokens.roll(-1, dims=1).index_put((rows, counts - 1), self.root)
         return self._advance(following, features, counts, self.root[:, None], counts.new_zeros(len(counts)), None)
@@ -201,7 +201,7 @@ class _Batch:
         tokens = torch.cat([self.root[:, None], proposal.tokens], dim=1)
         parents = torch.cat([torch.full_like(self.root, -1)[:, None], proposal.parents + 1], dim=1)
         features = self.passes.run(tokens, parents)
-        logits = self.decoder._parts.logits(features.last)
+        logits = self.decoder.parts.logits(features.last)
         verified = _now()
         self.decoder.times.draft += proposed - began
         self.decoder.times.verifier += verified - proposed

@@ -55,7 +55,7 @@ def replay(acceptance: Tensor, lengths: Tensor) -> Rounds:
         steps + 1, device=acceptance.device
     )
     inside = places < lengths[:, None, None]
-    acceptance = acceptance.double() * inside[..., :steps]
+    acceptance = torch.where(inside[..., :steps], acceptance.double(), 0)
     # Probability that at least k = 0 .. S tokens are accepted.
     joint = torch.cat([torch.ones_like(acceptance[..., :1]), acceptance.cumprod(-1)], dim=-1)
     # Probability that exactly m are, for chains of K = 1 .. S: what more a longer chain would accept ends at K.

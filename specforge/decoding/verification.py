@@ -72,7 +72,7 @@ def verify(
     if verification.method == "typical" and not sampling.is_greedy:
         fits = _is_typical(proposal, sampling.log_probs(logits), verification)
         return _longest_path(proposal, fits, sampling.choose(logits, chance))
-    if proposal.log_q is None:
+    if proposal.log_q is None or not proposal.counts.any():
         choices = sampling.choose(logits, chance)
         matches = proposal.tokens == choices.gather(1, proposal.parents + 1)
         return _longest_path(proposal, matches | _is_tolerated(proposal, logits), choices)

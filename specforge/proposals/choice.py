@@ -13,12 +13,13 @@ from specforge.hookspecs import ProposalMethod
 from specforge.registry import installed
 
 
-def choose_proposal(text: str | None, draft: SpeculatorModelConfig | None) -> TokenProposalConfig:
+def choose_proposal(text: str | None, draft: SpeculatorModelConfig | None, **given: Any) -> TokenProposalConfig:
     """Return the settings of a proposal method.
 
     Args:
         text: ``greedy``, ``dynamic_tree:depth=5,speculative_tokens=32``, ...; None for the draft's default one.
         draft: A draft's configuration: what it says of the method goes before the method's own defaults.
+        **given: Settings that the text need not repeat; those that the method does not have are left out.
 
     Raises:
         UsageError: No such method or setting, a wrong value, or nothing to choose by.
@@ -33,7 +34,7 @@ def choose_proposal(text: str | None, draft: SpeculatorModelConfig | None) -> To
     config: type[TokenProposalConfig] = installed().load(method, "config")
     allowed = [key for key in config.model_fields if key != "proposal_type"]
     known = {one.proposal_type: one.model_dump() for one in (stored.proposal_methods if stored else [])}
-    values = known.get(name, {})
+    values = known.get(name, {}) | {key: value for key, value in given.items() if key in allowed}
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if not equals or key not in allowed:

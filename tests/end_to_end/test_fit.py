@@ -125,7 +125,9 @@ class TestEvents:
     def test_tags(self, events):
         by_step = [f"{name}/step_{step}" for name in ("kl", "acceptance", "agreement") for step in STEPS]
         expected = {f"{stage}/{name}" for stage in ("train", "val") for name in ["loss", *by_step]}
-        expected |= {"train/learning_rate", "train/tokens_per_second", "epoch"}
+        expected |= {"train/learning_rate", "train/tokens_per_second", "epoch", "val/acceptance_length"}
+        expected |= {f"val/accept_rate_{kind}_{position + 1}" for kind in ("pos", "cond") for position in STEPS}
+        expected |= {f"val/acceptance_length_at_{chain}" for chain in range(1, TTT_STEPS)}
         assert set(events.Tags()["scalars"]) == expected
 
     def test_one_value_a_step(self, events):
@@ -319,7 +321,8 @@ def test_a_checkpoint_callback_of_the_person_does_not_replace_ours(workshop, fit
     best = weights(run / "checkpoints" / "best.ckpt")
     stored = load_file(run / "draft" / "model.safetensors")
     assert_same_weights({f"draft.{name}": tensor for name, tensor in stored.items()}, best)
-    assert f"val/loss {scalars(run, 'val/loss')[-1][1]:.4f}" in capfd.readouterr().out.partition("Done:")[2]
+    tau = scalars(run, "val/acceptance_length")[-1][1]
+    assert f"val/acceptance_length {tau:.3f}" in capfd.readouterr().out.partition("Done:")[2]
 
 
 def test_a_run_without_a_logger_can_be_measured(workshop, capfd):

@@ -1,0 +1,179 @@
+"""Replay beside real decoding and beside the estimates of other tools, on the same data.
+
+    python benchmarks/replay.py DRAFT --prompts PROMPTS.jsonl [...] [--verifier VERIFIER] [--temperature 1]
+
+The verifier answers each prompt alone; replay and the estimates read those answers. Then the draft's chains are decoded
+for real, with other random numbers above temperature 0. Standard errors come from resampling prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from specforge import SpeculatorModel
+from specforge.config import SpeculatorModelConfig
+from specforge.data.prompts import prompt_set_name, read_prompts
+from specforge.decoding.loop import Decoder
+from specforge.decoding.recorded import chain_acceptance
+from specforge.decoding.replay import replay
+from specforge.proposals import GreedyTokenProposalConfig, SamplingTokenProposalConfig
+from specforge.sampling import Sampling
+from specforge.verifier.features import capture
+from specforge.verifier.loading import load_verifier
+
+RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One prompt: rounds and tokens of real decoding, and the acceptance of every step at every anchor."""
+
+    rounds: int
+    tokens: int
+    acceptance: Tensor
+
+
+def replayed(prompts: list[Counted], chain: int) -> float:
+    """The exact figure."""
+    found = [replay(one.acceptance.T[None], torch.tensor([one.acceptance.shape[1]])) for one in prompts]
+    return float(sum(one.tokens for one in found) / sum(one.rounds[chain - 1] for one in found))
+
+
+def real(prompts: list[Counted], chain: int) -> float:
+    """What decoding yields."""
+    return sum(one.tokens for one in prompts) / sum(one.rounds for one in prompts)
+
+
+def anchors(prompts: list[Counted], chain: int) -> Tensor:
+    """Anchors from which the whole chain lies inside the response, [K, N]."""
+    whole = [max(one.acceptance.shape[1] - chain + 1, 0) for one in prompts]
+    return torch.cat([one.acceptance[:chain, :number] for one, number in zip(prompts, whole, strict=True)], dim=1)
+
+
+def mean_over_anchors(prompts: list[Counted], chain: int) -> float:
+    """1 + mean over all anchors of the accepted tokens: what the sum of prefix accuracies says (speculators)."""
+    return float(1 + anchors(prompts, chain).cumprod(0).sum(0).mean())
+
+
+def product_of_means(prompts: list[Counted], chain: int) -> float:
+    """1 + a_0 + a_0 a_1 + ... of means over all anchors (NeMo AutoModel's tau_sim)."""
+    return float(1 + anchors(prompts, chain).mean(1).cumprod(0).sum())
+
+
+def without_bonus(prompts: list[Counted], chain: int) -> float:
+    """The same without the verifier's own token (SpecForge of sgl-project: eval/simulated_acc_len)."""
+    return product_of_means(prompts, chain) - 1
+
+
+def one_rate(prompts: list[Counted], chain: int) -> float:
+    """(1 - a^(K+1)) / (1 - a) of one acceptance rate (Leviathan et al., equation 1)."""
+    rate = float(anchors(prompts, chain)[0].mean())
+    return (1 - rate ** (chain + 1)) / (1 - rate)
+
+
+FIGURES: dict[str, Callable[[list[Counted], int], float]] = {
+    "real decoding": real,
+    "replay": replayed,
+    "mean over anchors": mean_over_anchors,
+    "product of means": product_of_means,
+    "same, no bonus": without_bonus,
+    "one rate": one_rate,
+}
+
+
+def standard_errors(prompts: list[Counted], chain: int) -> dict[str, float]:
+    """Standard error of real decoding, and of its difference from replay, by resampling prompts."""
+    generator = np.random.default_rng(0)
+    values = []
+    for _ in range(RESAMPLES):
+        drawn = [prompts[number] for number in generator.integers(len(prompts), size=len(prompts))]
+        values.append((real(drawn, chain), replayed(drawn, chain)))
+    both = np.array(values)
+    return {"real": float(both[:, 0].std()), "difference": float((both[:, 0] - both[:, 1]).std())}
+
+
+def main() -> None:
+    """Print one row of a Markdown table for each prompt set and kind of chain."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("draft")
+    parser.add_argument("--prompts", nargs="+", required=True)
+    parser.add_argument("--verifier")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--chain", type=int, default=5)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=1, help="answers to each prompt, above temperature 0")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    name = arguments.verifier
+    if name is None:
+        name = SpeculatorModelConfig.from_pretrained(arguments.draft).speculators_config.verifier.name_or_path
+    verifier, tokenizer = load_verifier(name), AutoTokenizer.from_pretrained(name)
+    draft = SpeculatorModel.from_pretrained(arguments.draft, verifier=verifier, dtype=verifier.dtype)
+    sampling = Sampling(temperature=arguments.temperature)
+    methods = {"greedy": GreedyTokenProposalConfig(speculative_tokens=arguments.chain)}
+    if not sampling.is_greedy:
+        methods["sampled"] = SamplingTokenProposalConfig(speculative_tokens=arguments.chain)
+    print(f"| prompts | chain | {' | '.join(FIGURES)} | real - replay, standard errors |")
+    print(f"|---|---|{'---|' * len(FIGURES)}---|")
+    for source in arguments.prompts:
+        prompts = [torch.tensor(one.prompt(0, [], tokenizer)) for one in read_prompts(source, limit=arguments.limit)]
+        counted: dict[str, list[Counted]] = {kind: [] for kind in methods}
+        alone = Decoder(verifier, sampling=sampling)
+        decoders = {kind: Decoder(verifier, draft, method, sampling) for kind, method in methods.items()}
+        for sample in range(1 if sampling.is_greedy else arguments.samples):
+            for first in tqdm(range(0, len(prompts), arguments.batch_size), desc=source, disable=None):
+                batch = prompts[first : first + arguments.batch_size]
+                measure(batch, alone, decoders, draft, arguments, counted, seed=10 * sample)
+        for kind, found in counted.items():
+            values = " | ".join(f"{figure(found, arguments.chain):.3f}" for figure in FIGURES.values())
+            error = standard_errors(found, arguments.chain)
+            gap = (real(found, arguments.chain) - replayed(found, arguments.chain)) / max(error["difference"], 1e-9)
+            name = prompt_set_name(source)
+            print(f"| {name} | {kind} | {values} | {gap:+.1f} (s.e. {error['real']:.3f}) |", flush=True)
+
+
+def measure(
+    batch: list[Tensor],
+    alone: Decoder,
+    decoders: dict[str, Decoder],
+    draft: SpeculatorModel,
+    arguments: argparse.Namespace,
+    counted: dict[str, list[Counted]],
+    seed: int,
+) -> None:
+    """Answer a batch of prompts alone and with each kind of chain, and add what was counted."""
+    said: list[list[int]] = [[] for _ in batch]
+    for one in alone.decode(batch, arguments.max_new_tokens, seed):
+        said[one.sequence] += one.tokens
+    rounds = {kind: [[0, 0] for _ in batch] for kind in decoders}
+    for number, (kind, decoder) in enumerate(decoders.items()):
+        for one in decoder.decode(batch, arguments.max_new_tokens, seed + 1 + number):
+            if one.drafted is not None:
+                rounds[kind][one.sequence][0] += 1
+                rounds[kind][one.sequence][1] += len(one.tokens)
+    for row, (prompt, response) in enumerate(zip(batch, said, strict=True)):
+        if len(response) < 2:
+            continue
+        text = torch.cat([prompt, torch.tensor(response)])
+        features = capture(alone.verifier, text[None], torch.arange(len(text))[None], draft.aux_layers)
+        greedy, drawn = chain_acceptance(
+            draft, alone.parts, text, features, len(prompt), arguments.chain, alone.sampling
+        )
+        for kind in decoders:
+            acceptance = (greedy if kind == "greedy" else drawn).double()
+            counted[kind].append(Counted(*rounds[kind][row], acceptance))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What the commands that decode have in common: their flags, and loading what these name."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import get_args
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ValidationError
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from specforge.config import SpeculatorModelConfig
+from specforge.decoding.verification import Verification
+from specforge.errors import UsageError, describe_invalid
+from specforge.models.speculator import SpeculatorModel
+from specforge.sampling import Sampling
+from specforge.training.config_errors import explain
+from specforge.verifier.loading import VerifierLoading, VerifierType, load_verifier
+
+PROPOSAL = "NAME or NAME:KEY=VALUE,...; names: specforge plugins."
+
+
+def decoding_parser(command: str, description: str, max_new_tokens: int) -> ArgumentParser:
+    """Return a parser with the flags of decoding; a command adds its own.
+
+    Args:
+        command: The subcommand's name.
+        description: What it does, for ``--help``.
+        max_new_tokens: Its default.
+    """
+    parser = ArgumentParser(
+        prog=f"specforge {command}",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--verifier",
+        type=str | None,
+        default=None,
+        help="Folder or hub id; by default the draft's own.",
+    )
+    parser.add_argument(
+        "--verifier_dtype", type=VerifierType, default="auto", help="As stored; float32 without an accelerator."
+    )
+    parser.add_argument("--verifier_revision", type=str | None, default=None, help="Its branch, tag or commit.")
+    parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with it.")
+    parser.add_argument("--temperature", type=float, default=0.0, help=_described(Sampling, "temperature"))
+    parser.add_argument("--top_k", type=int, default=0, help=_described(Sampling, "top_k"))
+    parser.add_argument("--top_p", type=float, default=1.0, help=_described(Sampling, "top_p"))
+    methods = Verification.model_fields["method"].annotation
+    parser.add_argument(
+        "--verification", type=methods, default=get_args(methods)[0], help=_described(Verification, "method")
+    )
+    parser.add_argument("--max_new_tokens", type=PositiveInt, default=max_new_tokens, help="Longest response.")
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="Seed of everything random.")
+    return parser
+
+
+def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    """Parse the words of a command; flags may be written with hyphens or underscores.
+
+    Raises:
+        UsageError: They are wrong.
+    """
+    words = [re.sub(r"^--[\w-]+", _underscored, word) for word in arguments]
+    try:
+        return parser.parse_args(words)
+    except argparse.ArgumentError as error:
+        raise UsageError(explain(str(error), parser, words)) from None
+
+
+def sampling_of(found: Namespace) -> Sampling:
+    """Return how tokens are chosen.
+
+    Raises:
+        UsageError: A value is out of bounds.
+    """
+    try:
+        return Sampling(temperature=found.temperature, top_k=found.top_k, top_p=found.top_p)
+    except ValidationError as error:
+        raise UsageError(describe_invalid(error)) from None
+
+
+def find_verifier(found: Namespace, drafts: list[SpeculatorModelConfig]) -> str:
+    """Return the verifier that is asked for, or else the one that the drafts name.
+
+    Raises:
+        UsageError: There is none, or the drafts name several.
+    """
+    if found.verifier:
+        return str(found.verifier)
+    named = {one.speculators_config.verifier.name_or_path for one in drafts if one.speculators_config is not None}
+    named.discard(None)
+    if len(named) != 1:
+        reason = f"the drafts name several: {', '.join(sorted(map(str, named)))}" if named else "nothing names one"
+        raise UsageError(f"which verifier? {reason}; give --verifier FOLDER_OR_HUB_ID")
+    return str(named.pop())
+
+
+def load(found: Namespace, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a verifier onto the accelerator, if there is one, and its tokenizer.
+
+    Raises:
+        UsageError: One of them cannot be loaded.
+    """
+    import torch
+
+    loading = VerifierLoading(found.verifier_dtype, found.verifier_revision, found.trust_remote_code)
+    verifier = load_verifier(name, loading)
+    if torch.accelerator.is_available():
+        verifier.to(torch.accelerator.current_accelerator())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=found.verifier_revision, trust_remote_code=found.trust_remote_code
+        )
+    except Exception as error:  # hub, parsing and remote code each raise their own classes
+        raise UsageError(f"verifier: the tokenizer of {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return verifier, tokenizer
+
+
+def load_draft(name: str, verifier: PreTrainedModel) -> SpeculatorModel:
+    """Load a draft beside its verifier, in float32 unless the verifier computes in a shorter type.
+
+    Raises:
+        UsageError: It cannot be loaded.
+    """
+    draft = SpeculatorModel.from_pretrained(name, verifier=verifier, dtype=verifier.dtype)
+    return draft.to(verifier.device).eval()
+
+
+def _underscored(match: re.Match[str]) -> str:
+    return "--" + match[0].removeprefix("--").replace("-", "_")
+
+
+def _described(settings: type[BaseModel], name: str) -> str:
+    return str(settings.model_fields[name].description)

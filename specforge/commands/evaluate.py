@@ -1,0 +1,166 @@
+"""``specforge evaluate``: drafts and baselines on prompt sets, with and without speculation, and a report."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
+from rich.console import Console
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from specforge.commands.arguments import PROPOSAL, decoding_parser, find_verifier, load, load_draft, parse, sampling_of
+from specforge.config import SpeculatorModelConfig
+from specforge.data.bigrams import bigram_table
+from specforge.data.module import default_cache
+from specforge.data.prompts import Conversation, prompt_set_name, read_prompts
+from specforge.data.rows import RowSettings, build_rows
+from specforge.data.sources import check_source, source_fingerprint
+from specforge.decoding.verification import Verification
+from specforge.errors import UsageError
+from specforge.evaluation.measuring import Contender, Measuring, Settings
+from specforge.evaluation.report import write_report
+from specforge.evaluation.results import Results
+from specforge.evaluation.table import print_table
+from specforge.hookspecs import ProposalMethod
+from specforge.proposals.choice import choose_proposal, describe
+from specforge.registry import installed
+
+DESCRIPTION = """\
+Measure drafts on prompt sets: acceptance length, rates by position, time, and speedup over the verifier alone, which
+answers the same prompts in turn. Baselines that need no draft stand beside them: a draft has to beat them.
+
+  specforge evaluate runs/quickstart/version_0/draft --prompts configs/quickstart/validation.jsonl --limit 20
+  specforge evaluate DRAFT_A DRAFT_B --prompts mt-bench.jsonl gsm8k.jsonl --proposal greedy dynamic_tree:depth=5
+  specforge evaluate DRAFT --prompts mt-bench.jsonl --baselines prompt_lookup bigram --bigram_rows train.jsonl
+
+Writes results.json and report.html, one page with plots, to --output."""
+
+
+def run(arguments: list[str]) -> int:
+    """Measure, print a table and write a report."""
+    found = parse(_parser(), arguments)
+    if not found.drafts and not found.baselines:
+        raise UsageError("nothing to measure: give drafts, or --baselines")
+    configs = [SpeculatorModelConfig.from_pretrained(name) for name in found.drafts]
+    sampling, verification = sampling_of(found), Verification(method=found.verification)
+    names = [prompt_set_name(source) for source in found.prompts]
+    if len(set(names)) < len(names):
+        raise UsageError(f"--prompts: two prompt sets have one name: {', '.join(names)}; rename a file")
+    prompt_sets = {
+        name: read_prompts(source, limit=found.limit) for name, source in zip(names, found.prompts, strict=True)
+    }
+    if "bigram" in " ".join(found.baselines) and not found.bigram_rows:
+        raise UsageError("the baseline bigram is counted from training rows; give them as --bigram_rows")
+    if found.bigram_rows:
+        check_source(found.bigram_rows, "--bigram_rows")
+    for text in found.baselines:
+        _check_baseline(text)
+    verifier_name = find_verifier(found, configs)
+    verifier, tokenizer = load(found, verifier_name)
+    contenders = _contenders(found, configs, verifier, tokenizer)
+    settings = Settings(sampling, verification, found.max_new_tokens, found.batch_size, found.seed)
+    results = Results(
+        verifier=verifier_name,
+        verifier_parameters=sum(one.numel() for one in verifier.parameters()),
+        sampling=sampling,
+        verification=verification.method,
+        max_new_tokens=found.max_new_tokens,
+        batch_size=found.batch_size,
+        seed=found.seed,
+        machine=_machine(verifier),
+        versions={name: version(name) for name in ("specforge-lightning", "torch", "transformers")},
+        prompt_sets=names,
+    )
+    _measure(Measuring(verifier, tokenizer, contenders, settings), prompt_sets)
+    results.contenders = [one.result(verification) for one in contenders]
+    print_table(results, Console())
+    write_report(results, Path(found.output))
+    print(f"\nDone: {found.output} holds results.json and report.html; open the latter in a browser.")
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = decoding_parser("evaluate", DESCRIPTION, max_new_tokens=128)
+    parser.add_argument("drafts", type=str, nargs="*", help="Folders or hub ids of drafts.")
+    parser.add_argument("--prompts", type=str, nargs="+", required=True, help="Prompt sets, JSON lines.")
+    parser.add_argument(
+        "--proposal",
+        type=str,
+        nargs="+",
+        default=[],
+        help=f"For each draft; its own by default. {PROPOSAL}",
+    )
+    parser.add_argument(
+        "--baselines",
+        type=str,
+        nargs="*",
+        default=["prompt_lookup"],
+        help="Methods without a draft.",
+    )
+    parser.add_argument("--bigram_rows", type=str | None, default=None, help="Rows to count bigrams from.")
+    parser.add_argument("--limit", type=PositiveInt | None, default=None, help="Only so many prompts of each set.")
+    parser.add_argument("--batch_size", type=PositiveInt, default=1, help="Responses decoded side by side.")
+    parser.add_argument("--output", type=str, default="evaluation", help="Folder of the report.")
+    return parser
+
+
+def _check_baseline(text: str) -> None:
+    name = text.partition(":")[0]
+    if installed().load(installed().find(ProposalMethod, name), "proposer").needs_draft:
+        raise UsageError(f"--baselines: {name} needs a draft; give it as --proposal")
+
+
+def _contenders(
+    found: Namespace,
+    configs: list[SpeculatorModelConfig],
+    verifier: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Contender]:
+    contenders = []
+    for path, config in zip(found.drafts, configs, strict=True):
+        proposals = [choose_proposal(text, config) for text in found.proposal or [None]]
+        draft = load_draft(path, verifier)
+        contenders += [Contender(f"{_short(path)} {describe(one)}", one, draft, path) for one in proposals]
+    table = _bigram_table(found, verifier, tokenizer) if found.bigram_rows else None
+    for text in found.baselines:
+        proposal = choose_proposal(text, None, **({} if table is None else {"table": str(table)}))
+        contenders.append(Contender(describe(proposal), proposal))
+    names = [one.name for one in contenders]
+    if len(set(names)) < len(names):
+        raise UsageError(f"two contenders have one name: {', '.join(names)}; rename a draft's folder, or drop one")
+    return contenders
+
+
+def _bigram_table(found: Namespace, verifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    cache = default_cache()
+    vocabulary = verifier.config.get_text_config().vocab_size
+    rows = build_rows(found.bigram_rows, lambda: tokenizer, vocabulary, RowSettings(2048, "truncate"), cache / "rows")
+    return bigram_table(rows, f"{source_fingerprint(found.bigram_rows)} {vocabulary}", cache / "bigrams")
+
+
+def _measure(measuring: Measuring, prompt_sets: dict[str, list[Conversation]]) -> None:
+    total = sum(len(one.turns) for conversations in prompt_sets.values() for one in conversations)
+    # disable=None shows the bar on a terminal only.
+    with tqdm(total=total, unit=" responses", disable=None) as bar:
+        for name, conversations in prompt_sets.items():
+            bar.set_description(name)
+            measuring.run(name, conversations, bar.update)
+
+
+def _short(path: str) -> str:
+    """Name a draft for people: a run's draft by its run, others by their last part."""
+    parts = Path(path).parts
+    return "/".join(parts[-3:-1]) if len(parts) > 2 and parts[-1] == "draft" else parts[-1]
+
+
+def _machine(verifier: PreTrainedModel) -> str:
+    if verifier.device.type == "cpu":
+        where = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    else:
+        where = torch.cuda.get_device_name() if verifier.device.type == "cuda" else verifier.device.type
+    return f"{where}, verifier in {str(verifier.dtype).removeprefix('torch.')}"

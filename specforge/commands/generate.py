@@ -1,0 +1,156 @@
+"""``specforge generate``: answer prompts with a draft's help, as the verifier alone would."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from io import TextIOBase
+
+import torch
+from jsonargparse import Namespace
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from specforge.commands.arguments import PROPOSAL, decoding_parser, find_verifier, load, load_draft, parse, sampling_of
+from specforge.config import SpeculatorModelConfig
+from specforge.data.chat import Message
+from specforge.data.prompts import Conversation, read_prompts
+from specforge.decoding.loop import Decoder, Emission
+from specforge.decoding.verification import Verification, is_lossy
+from specforge.errors import UsageError
+from specforge.proposals.choice import choose_proposal
+
+DESCRIPTION = """\
+Answer prompts with a draft's help. The text is the verifier's own: token for token at temperature 0, in distribution
+above. Without --prompt and --file, prompts are read from the terminal, and the chat goes on until an empty line.
+
+  specforge generate runs/quickstart/version_0/draft --prompt "How many days are 3 weeks?" --show-drafts
+  specforge generate DRAFT --file prompts.jsonl --proposal dynamic_tree:depth=5
+  specforge generate --verifier MODEL --proposal prompt_lookup"""
+ACCEPTED = "black on bright_green"
+
+
+def run(arguments: list[str]) -> int:
+    """Answer prompts, streaming."""
+    parser = decoding_parser("generate", DESCRIPTION, max_new_tokens=256)
+    parser.add_argument("draft", type=str, nargs="?", help="Folder or hub id of the draft.")
+    parser.add_argument("--prompt", type=str | None, default=None, help="What to answer.")
+    parser.add_argument("--file", type=str | None, default=None, help="A prompt set, JSON lines.")
+    parser.add_argument("--proposal", type=str | None, default=None, help=PROPOSAL)
+    parser.add_argument("--show_drafts", action="store_true", help="Colour the tokens that the draft had proposed.")
+    found = parse(parser, arguments)
+    if found.prompt is not None and found.file is not None:
+        raise UsageError("--prompt and --file exclude each other; give one of them")
+    if found.prompt is not None and not found.prompt.strip():
+        raise UsageError("--prompt is empty; give a text to answer")
+    conversations = read_prompts(found.file, "--file") if found.file is not None else None
+    decoder, tokenizer = _prepare(found)
+    _Talk(found, decoder, tokenizer).hold(conversations)
+    return 0
+
+
+def _prepare(found: Namespace) -> tuple[Decoder, PreTrainedTokenizerBase]:
+    config = None if found.draft is None else SpeculatorModelConfig.from_pretrained(found.draft)
+    proposal = choose_proposal(found.proposal, config)
+    sampling, verification = sampling_of(found), Verification(method=found.verification)
+    verifier, tokenizer = load(found, find_verifier(found, [] if config is None else [config]))
+    draft = None if found.draft is None else load_draft(found.draft, verifier)
+    if is_lossy(verification, proposal):
+        print("LOSSY: with these settings the text may differ from the verifier's own.", file=sys.stderr)
+    return Decoder(verifier, draft, proposal, sampling, verification), tokenizer
+
+
+class _Talk:
+    """Prompts and replies on the terminal.
+
+    Args:
+        found: The command's settings.
+        decoder: Answers.
+        tokenizer: The verifier's.
+    """
+
+    def __init__(self, found: Namespace, decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.settings = found
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.notes = Console(stderr=True, highlight=False)
+
+    def hold(self, conversations: list[Conversation] | None) -> None:
+        """Answer one prompt, a file of them, or what is typed."""
+        if self.settings.prompt is not None:
+            said: list[Message] = [{"role": "user", "content": self.settings.prompt}]
+            self._answer(Conversation((said,), "--prompt"), [])
+        elif conversations is not None:
+            for conversation in conversations:
+                self._answer_all(conversation)
+        else:
+            self._chat()
+
+    def _answer_all(self, conversation: Conversation) -> None:
+        replies: list[str] = []
+        for turn in conversation.turns:
+            asked = [one["content"] for one in turn if isinstance(one, dict) and one["role"] == "user"]
+            self.console.print(Text(f"> {' '.join(asked) or conversation.location}", style="bold"))
+            self._answer(conversation, replies)
+
+    def _chat(self) -> None:
+        turns: list[list[Message]] = []
+        replies: list[str] = []
+        for typed in _typed(sys.stdin):
+            turns.append([{"role": "user", "content": typed}])
+            self._answer(Conversation(tuple(turns), "what was typed"), replies)
+
+    def _answer(self, conversation: Conversation, replies: list[str]) -> None:
+        """Stream the reply to the next turn, and add it to the replies."""
+        prompt = torch.tensor(conversation.prompt(len(replies), replies, self.tokenizer))
+        emissions = []
+        text = ""
+        tokens: list[int] = []
+        for emission in self.decoder.decode([prompt], self.settings.max_new_tokens, self.settings.seed):
+            emissions.append(emission)
+            text = self._show(tokens, text, emission)
+        self.console.print()
+        self._summarise(emissions)
+        replies.append(text)
+
+    def _show(self, tokens: list[int], shown: str, emission: Emission) -> str:
+        """Print what a round adds to the text, and return the text as far as it is shown."""
+        for number, token in enumerate(emission.tokens):
+            tokens.append(token)
+            text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+            # Bytes of a character that is not whole yet decode to a mark that later tokens replace.
+            if text.endswith("\ufffd"):
+                continue
+            is_drafted = self.settings.show_drafts and number < emission.path
+            self.console.print(Text(text[len(shown) :], style=ACCEPTED if is_drafted else ""), end="")
+            shown = text
+        self.console.file.flush()
+        return shown
+
+    def _summarise(self, emissions: list[Emission]) -> None:
+        rounds = [one for one in emissions if one.drafted is not None]
+        times = self.decoder.times
+        if not rounds or not times.total:
+            return
+        tokens = sum(len(one.tokens) for one in rounds)
+        self.notes.print(
+            f"[{tokens + 1} tokens; {tokens / len(rounds):.2f} tokens a pass of the verifier; "
+            f"{tokens / times.total:.1f} tokens/s]",
+            style="dim",
+            markup=False,
+        )
+
+
+def _typed(lines: Iterable[str]) -> Iterator[str]:
+    """Yield lines until an empty one or the end; a prompt sign is shown to a person."""
+    interactive = isinstance(lines, TextIOBase) and lines.isatty()
+    source = iter(lines)
+    while True:
+        if interactive:
+            print("> ", end="", flush=True)
+        line = next(source, "").strip()
+        if not line:
+            return
+        yield line

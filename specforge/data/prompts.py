@@ -1,0 +1,123 @@
+"""Prompts to answer: conversations whose replies are left to the verifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specforge.data.chat import Message, read_messages
+from specforge.data.sources import Record, check_source, read_records
+from specforge.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a person says, turn by turn.
+
+    Attributes:
+        turns: What comes before each reply: messages of a chat, or one list of tokens for a prompt that is tokenised.
+        location: Place to name in errors, such as ``prompts.jsonl:12``.
+    """
+
+    turns: tuple[list[Message] | list[int], ...]
+    location: str
+
+    def prompt(self, turn: int, replies: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the tokens that a reply follows.
+
+        Args:
+            turn: Which reply, from 0.
+            replies: The replies so far, one before each later turn.
+            tokenizer: The verifier's.
+
+        Raises:
+            UsageError: The tokenizer has no chat template, or it refuses the chat.
+        """
+        said = self.turns[turn]
+        if said and isinstance(said[0], int):
+            return [token for token in said if isinstance(token, int)]
+        chat: list[Any] = []
+        for number, messages in enumerate(self.turns[: turn + 1]):
+            chat += [{"role": "assistant", "content": replies[number - 1]}] if number else []
+            chat += messages
+        try:
+            tokens: list[int] = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # templates are programs, and fail in their own ways
+            raise UsageError(f"{self.location}: the chat cannot be rendered: {str(error).splitlines()[0]}") from error
+        return tokens
+
+
+def read_prompts(source: str, key: str = "--prompts", limit: int | None = None) -> list[Conversation]:
+    """Read a prompt set.
+
+    A row holds ``turns`` (a list of texts, one a turn of the user), ``input_ids`` and ``loss_mask`` (the prompt is what
+    comes before the first supervised token), ``messages`` or ``conversations`` (replies in it are left out), or
+    ``prompt``.
+
+    Args:
+        source: Path or hub name, see ``specforge.data.sources``.
+        key: What to call the source in errors.
+        limit: Read only so many; None for all.
+
+    Raises:
+        UsageError: The source or a row is wrong, or there is none.
+    """
+    check_source(source, key)
+    conversations: list[Conversation] = []
+    for record in read_records(source):
+        if limit is not None and len(conversations) == limit:
+            break
+        conversations.append(Conversation(tuple(_turns(record)), record.location))
+    if not conversations:
+        raise UsageError(f"{key}: {source} holds no prompts")
+    return conversations
+
+
+def prompt_set_name(source: str) -> str:
+    """Return what to call a prompt set: the file's name without its ending, or the source as it is."""
+    return Path(source).stem if Path(source).suffix else source
+
+
+def _turns(record: Record) -> list[list[Message] | list[int]]:
+    value = record.value
+    if "turns" in value:
+        turns = value["turns"]
+        if not isinstance(turns, list) or not turns or not all(isinstance(one, str) and one.strip() for one in turns):
+            raise UsageError(f"{record.location}: 'turns' must be a list of texts that are not empty")
+        return [[{"role": "user", "content": one}] for one in turns]
+    if value.get("input_ids") is not None and value.get("loss_mask") is not None:
+        mask = list(value["loss_mask"])
+        begin = mask.index(1) if 1 in mask else len(mask)
+        if begin == 0 or not all(isinstance(token, int) for token in value["input_ids"]):
+            raise UsageError(f"{record.location}: 'input_ids' holds no prompt before the first supervised token")
+        return [list(value["input_ids"][:begin])]
+    if isinstance(value.get("prompt"), str) and value["prompt"].strip():
+        return [[{"role": "user", "content": value["prompt"]}]]
+    if "messages" in value or "conversations" in value:
+        return _asked(record)
+    raise UsageError(
+        f"{record.location}: a row without a prompt: it has {sorted(value)}, and needs 'turns', 'messages', "
+        "'conversations', 'prompt', or 'input_ids' and 'loss_mask'"
+    )
+
+
+def _asked(record: Record) -> list[list[Message] | list[int]]:
+    """Split a chat at its replies, which are left out; what follows the last one counts only if somebody asks."""
+    messages = read_messages(record, needs_reply=False) or []
+    turns: list[list[Message] | list[int]] = []
+    said: list[Message] = []
+    for message in messages:
+        if message["role"] != "assistant":
+            said.append(message)
+        elif any(one["role"] in ("user", "tool") for one in said):
+            turns.append(said)
+            said = []
+    if any(one["role"] in ("user", "tool") for one in said):
+        turns.append(said)
+    if not turns:
+        raise UsageError(f"{record.location}: a chat in which nobody asks anything")
+    return turns

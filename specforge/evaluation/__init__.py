@@ -1,0 +1,1 @@
+"""Measuring drafts on prompt sets: conversations -> decoding with and without speculation -> results -> report."""

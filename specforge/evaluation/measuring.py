@@ -1,0 +1,211 @@
+"""Decoding prompt sets in turn: the verifier alone, then each contender on the same prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from specforge.config import TokenProposalConfig
+from specforge.data.prompts import Conversation
+from specforge.decoding.loop import Decoder, Emission, Times
+from specforge.decoding.recorded import chain_acceptance, replay_text
+from specforge.decoding.replay import Rounds, replay
+from specforge.decoding.verification import Verification, is_lossy
+from specforge.evaluation.results import ContenderResult
+from specforge.evaluation.tally import Response, Tally
+from specforge.hookspecs import ProposalMethod
+from specforge.models.speculator import SpeculatorModel
+from specforge.proposals.proposal import Proposer
+from specforge.registry import installed
+from specforge.sampling import Chance, Sampling
+from specforge.verifier.features import Features, capture
+
+# Longest chain that is replayed.
+CHAIN = 8
+
+
+@dataclass
+class Contender:
+    """A draft with a proposal method, or a method that needs none.
+
+    Attributes:
+        name: For people.
+        proposal: Settings of the proposal method.
+        draft: The draft; None for a method that needs none.
+        draft_name: Folder or hub id of the draft.
+        tallies: What was counted, by prompt set.
+    """
+
+    name: str
+    proposal: TokenProposalConfig
+    draft: SpeculatorModel | None = None
+    draft_name: str | None = None
+    tallies: dict[str, Tally] = field(default_factory=dict)
+
+    @property
+    def proposer(self) -> type[Proposer]:
+        """The proposal method."""
+        method = installed().find(ProposalMethod, self.proposal.proposal_type)
+        proposer: type[Proposer] = installed().load(method, "proposer")
+        return proposer
+
+    def result(self, verification: Verification) -> ContenderResult:
+        """Return what it came to."""
+        pooled = sum(self.tallies.values(), Tally())
+        return ContenderResult(
+            name=self.name,
+            draft=self.draft_name,
+            proposal=self.proposal.model_dump(mode="json"),
+            is_baseline=self.draft is None,
+            is_lossy=is_lossy(verification, self.proposal),
+            sets=[tally.measurement(name) for name, tally in self.tallies.items()],
+            all_sets=pooled.measurement("all"),
+        )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How responses are decoded."""
+
+    sampling: Sampling
+    verification: Verification
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+
+
+class Measuring:
+    """Decodes conversations with the verifier alone and with each contender.
+
+    Args:
+        verifier: The verifier.
+        tokenizer: Its tokenizer.
+        contenders: Who is measured; their tallies are filled.
+        settings: How responses are decoded.
+
+    Raises:
+        UsageError: A contender does not go with the verifier.
+    """
+
+    def __init__(
+        self,
+        verifier: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        contenders: Sequence[Contender],
+        settings: Settings,
+    ) -> None:
+        self.verifier = verifier
+        self.tokenizer = tokenizer
+        self.contenders = contenders
+        self.settings = settings
+        self.alone = Decoder(verifier, sampling=settings.sampling)
+        self.decoders = [
+            Decoder(verifier, one.draft, one.proposal, settings.sampling, settings.verification) for one in contenders
+        ]
+        self._is_warm = False
+
+    def run(self, name: str, conversations: Sequence[Conversation], report: Callable[[int], object]) -> None:
+        """Measure a prompt set.
+
+        Args:
+            name: Its name.
+            conversations: Its prompts.
+            report: Is told how many responses have been added.
+
+        Raises:
+            UsageError: A prompt is empty, or leaves no room in the verifier's context.
+        """
+        for contender in self.contenders:
+            contender.tallies[name] = Tally()
+        size = self.settings.batch_size
+        for first in range(0, len(conversations), size):
+            self._converse(name, first, conversations[first : first + size], report)
+
+    def _converse(self, name: str, first: int, batch: Sequence[Conversation], report: Callable[[int], object]) -> None:
+        """Answer the conversations of a batch turn by turn; what the verifier alone replies goes on in all of them."""
+        replies: list[list[str]] = [[] for _ in batch]
+        for turn in range(max(len(one.turns) for one in batch)):
+            going = [number for number, one in enumerate(batch) if turn < len(one.turns)]
+            prompts = [torch.tensor(batch[number].prompt(turn, replies[number], self.tokenizer)) for number in going]
+            keys = [(name, first + number) for number in going]
+            for number, response in zip(going, self._answer(keys, prompts), strict=True):
+                replies[number].append(str(self.tokenizer.decode(response, skip_special_tokens=True)))
+            report(len(going))
+
+    def _answer(self, keys: list[tuple[str, int]], prompts: list[Tensor]) -> list[list[int]]:
+        """Answer prompts with the verifier alone and with every contender; return what the verifier alone said."""
+        self._warm_up(prompts)
+        alone = _gather(self.alone, prompts, self.settings)
+        said = [[token for emission in emissions for token in emission.tokens] for emissions in alone]
+        comparable = said if self.settings.sampling.is_greedy else None
+        recorded = [torch.cat([prompt, torch.tensor(response)]) for prompt, response in zip(prompts, said, strict=True)]
+        for contender, decoder in zip(self.contenders, self.decoders, strict=True):
+            emissions = _gather(decoder, prompts, self.settings)
+            tally = Tally(
+                responses=[
+                    Response.of(key, one, None if comparable is None else comparable[row])
+                    for row, (key, one) in enumerate(zip(keys, emissions, strict=True))
+                ],
+                times=decoder.times,
+                alone_tokens=sum(len(tokens) - 1 for tokens in said),
+                alone_seconds=self.alone.times.total,
+                chains=[
+                    self._replay_chains(contender, text.to(self.verifier.device), len(prompt))
+                    for text, prompt in zip(recorded, prompts, strict=True)
+                ],
+            )
+            contender.tallies[keys[0][0]] += tally
+        return said
+
+    def _warm_up(self, prompts: list[Tensor]) -> None:
+        """Let every decoder run once before anything is timed."""
+        if self._is_warm:
+            return
+        self._is_warm = True
+        few = Settings(self.settings.sampling, self.settings.verification, 8, 1, self.settings.seed)
+        for decoder in (self.alone, *self.decoders):
+            _gather(decoder, prompts[:1], few)
+
+    @torch.no_grad()
+    def _replay_chains(self, contender: Contender, text: Tensor, begin: int) -> Rounds:
+        """Replay chains of 1 .. ``CHAIN`` tokens on what the verifier alone said."""
+        lengths = torch.tensor([max(len(text) - 1 - begin, 0)], device=text.device)
+        draft = contender.draft
+        if draft is None:
+            return self._replay_method(contender, text, begin)
+        features = self._features(draft.aux_layers, text)
+        greedy, drawn = chain_acceptance(
+            draft, self.alone.parts, text, features, begin, self._chain(draft), self.settings.sampling
+        )
+        chosen = drawn if contender.proposal.proposal_type == "sampling" else greedy
+        return replay(chosen.T[None], lengths)
+
+    def _replay_method(self, contender: Contender, text: Tensor, begin: int) -> Rounds:
+        """Replay a method that needs no draft, for each length anew."""
+        tokens = torch.tensor(float(len(text) - 1 - begin))
+        no_features = Features(torch.empty(1, 0, 0), torch.empty(1, 0, 0))
+        counts = []
+        for length in range(1, CHAIN + 1):
+            proposal = contender.proposal.model_copy(update={"speculative_tokens": length})
+            proposer = contender.proposer(proposal, self.settings.sampling, Chance())
+            counts.append(len(replay_text(proposer, None, text, no_features, begin)))
+        return Rounds(tokens, torch.tensor(counts, dtype=torch.float64), torch.empty(0))
+
+    def _features(self, aux_layers: list[int], text: Tensor) -> Features:
+        return capture(self.verifier, text[None], torch.arange(len(text), device=text.device)[None], aux_layers)
+
+    def _chain(self, draft: SpeculatorModel) -> int:
+        return min(CHAIN, draft.drafter(1).max_depth or CHAIN)
+
+
+def _gather(decoder: Decoder, prompts: list[Tensor], settings: Settings) -> list[list[Emission]]:
+    """Decode prompts side by side and return the emissions of each."""
+    gathered: list[list[Emission]] = [[] for _ in prompts]
+    decoder.times = Times()
+    for emission in decoder.decode(prompts, settings.max_new_tokens, settings.seed):
+        gathered[emission.sequence].append(emission)
+    return gathered

@@ -1,0 +1,96 @@
+"""Results on the terminal: all contenders side by side, the figures of each in vLLM's words, then the warnings."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from specforge.evaluation import words
+from specforge.evaluation.results import ContenderResult, Measurement, Results
+
+# What the numbers leave of 80 columns; the whole name stands above the contender's figures.
+NAME_WIDTH = 20
+
+
+def print_table(results: Results, console: Console | None = None) -> None:
+    """Print results; a terminal of 80 columns is wide enough.
+
+    Args:
+        results: What to print.
+        console: Where to; standard output when None. Colors are off with ``NO_COLOR`` or where it is no terminal.
+    """
+    console = console or Console()
+    # Names are printed as texts, so that rich takes nothing in them for its markup.
+    console.print(Text(f"{results.verifier}: {words.conditions(results)}"))
+    console.print()
+    console.print(_comparison(results))
+    for contender in results.contenders:
+        console.print()
+        console.print(_heading(contender))
+        console.print(Padding(_figures(contender.all_sets), (0, 0, 0, 2)))
+    warnings = words.warnings(results)
+    if warnings:
+        console.print()
+    for warning in warnings:
+        console.print(Text(f"WARNING: {warning}.", style="bold yellow"))
+
+
+def _comparison(results: Results) -> Table:
+    """Compare all contenders: a row with the name of each, then one for each prompt set."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("Contender\n  prompt set", no_wrap=True)
+    table.add_column("Acceptance length\n[95 % interval]", no_wrap=True)
+    table.add_column("Accepted (%)\nat 1, 2, …", overflow="fold")
+    for header in ("Tokens/s\nwith", "Tokens/s\nwithout", "Speedup"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for contender in results.contenders:
+        table.add_row(Text(words.shortened(contender.name, NAME_WIDTH), style="bold"))
+        for measurement in words.measurements(contender):
+            table.add_row(*(Text(cell) for cell in _row(measurement)))
+    return table
+
+
+def _row(measurement: Measurement) -> list[str]:
+    return [
+        f"  {words.shortened(measurement.prompt_set, NAME_WIDTH - 2)}",
+        f"{words.acceptance_length(measurement)} {words.interval(measurement)}".rstrip(),
+        " ".join(f"{100 * rate:.0f}" for rate in measurement.accept_rate_pos) or words.UNKNOWN,
+        words.decimal(measurement.tokens_per_second, 1),
+        words.decimal(measurement.tokens_per_second_alone, 1),
+        f"{words.decimal(measurement.speedup)}×",
+    ]
+
+
+def _heading(contender: ContenderResult) -> Text:
+    kind = "baseline" if contender.is_baseline else "draft"
+    return Text.assemble((contender.name, "bold"), f" ({kind}: {words.proposal(contender)})")
+
+
+def _figures(pooled: Measurement) -> Table:
+    """Show the figures of one contender over all prompt sets, line by line."""
+    times = (
+        f"{words.decimal(pooled.draft_milliseconds)} draft + {words.decimal(pooled.verifier_milliseconds)} verifier"
+        f" + {words.decimal(pooled.other_milliseconds)} other"
+    )
+    lines = {
+        "Mean acceptance length": words.acceptance_length(pooled),
+        "Drafts": f"{pooled.num_drafts:,}",
+        "Draft tokens": f"{pooled.num_draft_tokens:,}",
+        "Accepted tokens": f"{pooled.num_accepted_tokens:,}",
+        "Per-position acceptance rate": words.series(pooled.accept_rate_pos),
+        "Avg Draft acceptance rate": words.draft_acceptance_rate(pooled),
+        "Milliseconds a round": times,
+        "Other, of the verifier's time": words.other_share(pooled),
+    }
+    if pooled.by_chain_length:
+        lines["Acceptance length, K = 1, 2, …"] = words.series(pooled.by_chain_length, 2)
+    if pooled.identical_responses is not None:
+        lines["Identical responses"] = words.identical(pooled)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for name, value in lines.items():
+        table.add_row(name, Text(value))
+    return table

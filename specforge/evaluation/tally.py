@@ -1,0 +1,161 @@
+"""Counting rounds, and what follows from them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+import torch
+
+from specforge.decoding.loop import Emission, Times
+from specforge.decoding.replay import Rounds, figures
+from specforge.evaluation.results import Measurement, Stretch
+
+# Tokens of a stretch of the response, for acceptance by position in the text.
+STRETCH = 32
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round: where in the response it began, and its proposed and accepted tokens."""
+
+    begin: int
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response of a contender.
+
+    Attributes:
+        conversation: Which conversation it belongs to; the unit of resampling.
+        tokens: Its tokens.
+        rounds: Its rounds; the first token comes with the prompt's pass.
+        identical: Whether it is the verifier's alone, token for token; None where that is not asked.
+    """
+
+    conversation: tuple[str, int]
+    tokens: list[int]
+    rounds: list[Round]
+    identical: bool | None
+
+    @classmethod
+    def of(cls, conversation: tuple[str, int], emissions: Sequence[Emission], alone: Sequence[int] | None) -> Self:
+        """Gather a response from its emissions, and compare it with the verifier's alone."""
+        tokens: list[int] = []
+        rounds = []
+        for emission in emissions:
+            if emission.drafted is not None:
+                rounds.append(Round(len(tokens), emission.drafted, emission.accepted))
+            tokens += emission.tokens
+        return cls(conversation, tokens, rounds, None if alone is None else tokens == list(alone))
+
+
+@dataclass
+class Tally:
+    """All that was counted of one contender on one prompt set.
+
+    Attributes:
+        responses: Its responses.
+        times: Its times.
+        alone_tokens: Tokens that rounds of the verifier alone yielded on the same prompts.
+        alone_seconds: Seconds that they took.
+        chains: Replayed rounds of chains of K = 1, 2, ... tokens.
+    """
+
+    responses: list[Response] = field(default_factory=list)
+    times: Times = field(default_factory=Times)
+    alone_tokens: int = 0
+    alone_seconds: float = 0.0
+    chains: list[Rounds] = field(default_factory=list)
+
+    def __add__(self, other: Tally) -> Tally:
+        times = Times(*(a + b for a, b in zip(vars(self.times).values(), vars(other.times).values(), strict=True)))
+        return Tally(
+            self.responses + other.responses,
+            times,
+            self.alone_tokens + other.alone_tokens,
+            self.alone_seconds + other.alone_seconds,
+            self.chains + other.chains,
+        )
+
+    def measurement(self, prompt_set: str) -> Measurement:
+        """Return the figures."""
+        rounds = [one for response in self.responses for one in response.rounds]
+        accepted = np.array([one.accepted for one in rounds], dtype=np.int64)
+        drafted = sum(one.drafted for one in rounds)
+        yielded = int(accepted.sum()) + len(rounds)
+        longest = int(accepted.max(initial=0))
+        reached = [int((accepted >= position).sum()) for position in range(1, longest + 1)]
+        rates = figures(yielded, len(rounds), reached) if rounds else {"acceptance_length": 1.0}
+        per_second = yielded / self.times.total if self.times.total else 0.0
+        alone = self.alone_tokens / self.alone_seconds if self.alone_seconds else 0.0
+        identical = [one.identical for one in self.responses if one.identical is not None]
+        number = max(self.times.rounds, 1)
+        return Measurement(
+            prompt_set=prompt_set,
+            responses=len(self.responses),
+            tokens=sum(len(one.tokens) for one in self.responses),
+            acceptance_length=rates["acceptance_length"],
+            confidence_interval=self._confidence_interval(),
+            accept_rate_pos=[rates[f"accept_rate_pos_{position}"] for position in range(1, longest + 1)],
+            accept_rate_cond=[rates[f"accept_rate_cond_{position}"] for position in range(1, longest + 1)],
+            histogram=np.bincount(accepted, minlength=1).tolist(),
+            num_drafts=len(rounds),
+            num_draft_tokens=drafted,
+            num_accepted_tokens=int(accepted.sum()),
+            draft_acceptance_rate=int(accepted.sum()) / drafted if drafted else 0.0,
+            draft_milliseconds=1000 * self.times.draft / number,
+            verifier_milliseconds=1000 * self.times.verifier / number,
+            other_milliseconds=1000 * (self.times.total - self.times.draft - self.times.verifier) / number,
+            tokens_per_second=per_second,
+            tokens_per_second_alone=alone,
+            speedup=per_second / alone if alone else 0.0,
+            identical_responses=sum(identical) if identical else None,
+            by_stretch=_by_stretch(rounds),
+            by_chain_length=self._by_chain_length(),
+        )
+
+    def _confidence_interval(self) -> tuple[float, float] | None:
+        """95 % of the acceptance length by resampling conversations: responses to one are not independent."""
+        tokens: Counter[tuple[str, int]] = Counter()
+        rounds: Counter[tuple[str, int]] = Counter()
+        for response in self.responses:
+            tokens[response.conversation] += sum(one.accepted + 1 for one in response.rounds)
+            rounds[response.conversation] += len(response.rounds)
+        counted = np.array([(tokens[key], rounds[key]) for key in tokens if rounds[key]], dtype=np.float64)
+        if len(counted) < 2:
+            return None
+        drawn = np.random.default_rng(0).integers(len(counted), size=(RESAMPLES, len(counted)))
+        sums = counted[drawn].sum(axis=1)
+        low, high = np.quantile(sums[:, 0] / sums[:, 1], (0.025, 0.975))
+        return float(low), float(high)
+
+    def _by_chain_length(self) -> list[float]:
+        if not self.chains:
+            return []
+        tokens = torch.stack([one.tokens for one in self.chains]).sum()
+        rounds = torch.stack([one.rounds for one in self.chains]).sum(0)
+        return [float(one) for one in tokens / rounds] if tokens else []
+
+
+def _by_stretch(rounds: Sequence[Round]) -> list[Stretch]:
+    drafts: Counter[int] = Counter()
+    tokens: Counter[int] = Counter()
+    for one in rounds:
+        drafts[one.begin // STRETCH] += 1
+        tokens[one.begin // STRETCH] += one.accepted + 1
+    return [
+        Stretch(
+            begin=number * STRETCH,
+            end=(number + 1) * STRETCH,
+            drafts=drafts[number],
+            acceptance_length=tokens[number] / drafts[number],
+        )
+        for number in sorted(drafts)
+    ]

@@ -1,0 +1,141 @@
+"""Replay: against a slow reference, real decoding on toys, and what other tools estimate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specforge.decoding.replay import AcceptanceLength, figures, replay, turns_of
+
+
+def slow_rounds(acceptance: list[list[float]], chain: int) -> float:
+    """The renewal equation of one turn, from its end to its begin: expected rounds from each anchor."""
+    anchors = len(acceptance)
+    rounds = [0.0] * (anchors + chain + 2)
+    for anchor in reversed(range(anchors)):
+        reached, expected = 1.0, 1.0
+        for step in range(chain):
+            if anchor + step >= anchors:
+                break
+            accepted = acceptance[anchor][step]
+            expected += reached * (1 - accepted) * rounds[anchor + step + 1]
+            reached *= accepted
+        rounds[anchor] = expected + reached * rounds[min(anchor + chain + 1, anchors)]
+    return rounds[0]
+
+
+def simulated(acceptance: torch.Tensor, chain: int, runs: int) -> tuple[float, list[float]]:
+    """Rounds and, by position, rounds that accepted so many, of decoding one turn again and again."""
+    generator = torch.Generator().manual_seed(0)
+    rounds, reached = 0, [0] * chain
+    for _ in range(runs):
+        place = 0
+        while place < len(acceptance):
+            accepted = 0
+            while accepted < chain and place + accepted < len(acceptance):
+                if torch.rand((), generator=generator) >= acceptance[place, accepted]:
+                    break
+                accepted += 1
+            # The turn's last token counts as the verifier's own.
+            accepted = min(accepted, len(acceptance) - place - 1)
+            rounds += 1
+            for position in range(accepted):
+                reached[position] += 1
+            place += accepted + 1
+    return rounds / runs, [one / runs for one in reached]
+
+
+@given(st.integers(0, 2**31 - 1), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 5))
+def test_rounds_are_those_of_the_renewal_equation(seed, lengths, steps):
+    generator = torch.Generator().manual_seed(seed)
+    acceptance = torch.rand(len(lengths), max(lengths), steps, generator=generator, dtype=torch.float64)
+    acceptance[torch.rand(acceptance.shape, generator=generator) < 0.2] = 1.0
+    found = replay(acceptance, torch.tensor(lengths))
+    for chain in range(1, steps + 1):
+        turns = [one[:length].tolist() for one, length in zip(acceptance, lengths, strict=True)]
+        assert float(found.rounds[chain - 1]) == pytest.approx(sum(slow_rounds(one, chain) for one in turns))
+    assert int(found.tokens) == sum(lengths)
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(1, 12), st.integers(1, 5))
+def test_every_round_yields_one_more_than_it_accepts(seed, length, steps):
+    acceptance = torch.rand(1, length, steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found = replay(acceptance, torch.tensor([length]))
+    for chain in range(1, steps + 1):
+        accepted = found.accepted[chain - 1]
+        assert float(found.rounds[chain - 1] + accepted.sum()) == pytest.approx(length)
+        assert not accepted[chain:].any()
+
+
+def test_rates_by_position_are_those_of_a_simulation():
+    acceptance = torch.rand(7, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found = replay(acceptance[None], torch.tensor([7]))
+    rounds, reached = simulated(acceptance, 3, 4000)
+    assert float(found.rounds[2]) == pytest.approx(rounds, rel=0.03)
+    assert found.accepted[2].tolist() == pytest.approx(reached, rel=0.06)
+
+
+def test_a_certain_draft_needs_a_round_for_every_k_plus_one_tokens():
+    found = replay(torch.ones(1, 10, 4), torch.tensor([10]))
+    assert found.rounds.tolist() == [5, 4, 3, 2]
+    useless = replay(torch.zeros(1, 10, 4), torch.tensor([10]))
+    assert useless.rounds.tolist() == [10, 10, 10, 10] and not useless.accepted.any()
+
+
+def test_what_lies_behind_a_turn_is_not_read():
+    acceptance = torch.rand(2, 6, 3)
+    first = replay(acceptance, torch.tensor([4, 6]))
+    acceptance[0, 4:] = torch.nan
+    acceptance[0, 3, 1:] = torch.nan
+    assert torch.equal(first.rounds, replay(acceptance, torch.tensor([4, 6])).rounds)
+
+
+def test_the_mean_over_all_anchors_is_another_figure():
+    # Text that is hard or easy in stretches: rounds begin more often where it is hard.
+    acceptance = torch.full((1, 200, 4), 0.95, dtype=torch.float64)
+    acceptance[:, 50:150] = 0.1
+    found = replay(acceptance, torch.tensor([200]))
+    exact = float(found.tokens / found.rounds[3])
+    mean_over_anchors = float(1 + acceptance.cumprod(-1).sum(-1).mean())
+    assert mean_over_anchors > 1.3 * exact
+
+
+def test_turns_are_unbroken_runs_within_a_row():
+    reachable = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 0, 1, 1]], dtype=torch.bool)
+    starts, lengths = turns_of(reachable)
+    assert (starts.tolist(), lengths.tolist()) == ([1, 4, 5, 8], [2, 1, 1, 2])
+
+
+def test_batches_add_up_to_the_whole():
+    generator = torch.Generator().manual_seed(5)
+    acceptance = torch.rand(3, 4, 12, generator=generator)
+    reachable = torch.rand(4, 12, generator=generator) < 0.7
+    whole, parts = AcceptanceLength(3), [AcceptanceLength(3), AcceptanceLength(3)]
+    whole.update(acceptance, reachable)
+    parts[0].update(acceptance[:, :1], reachable[:1])
+    parts[1].update(acceptance[:, 1:], reachable[1:])
+    # What torchmetrics does across ranks with states that are summed.
+    for name in ("tokens", "rounds", "accepted"):
+        setattr(parts[0], name, getattr(parts[0], name) + getattr(parts[1], name))
+    for chain, expected in whole.compute().items():
+        assert parts[0].compute()[chain] == pytest.approx(expected)
+
+
+def test_nothing_reachable_gives_no_figures():
+    metric = AcceptanceLength(3)
+    metric.update(torch.rand(3, 2, 5), torch.zeros(2, 5, dtype=torch.bool))
+    assert metric.compute() == {}
+
+
+def test_figures_by_hand():
+    assert figures(tokens=10, rounds=4, accepted=[3, 3, 0]) == {
+        "acceptance_length": 2.5,
+        "accept_rate_pos_1": 0.75,
+        "accept_rate_cond_1": 0.75,
+        "accept_rate_pos_2": 0.75,
+        "accept_rate_cond_2": 1.0,
+        "accept_rate_pos_3": 0.0,
+        "accept_rate_cond_3": 0.0,
+    }

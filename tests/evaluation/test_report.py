@@ -1,0 +1,545 @@
+"""What an evaluation prints and writes: every figure, the warnings that belong there, and nothing from elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from specforge.errors import SpecforgeError
+from specforge.evaluation.plots import plots
+from specforge.evaluation.report import page, write_report
+from specforge.evaluation.results import ContenderResult, Measurement, Results, Stretch
+from specforge.evaluation.table import print_table
+from specforge.sampling import Sampling
+
+VOID = {"meta", "br", "link", "img"}
+LONG_NAME = "runs/a-long-name-without-any-space/version_3/checkpoints/epoch=2-step=12000"
+
+
+def measurement(prompt_set: str, rate: float, depth: int = 5, drafts: int = 1234) -> Measurement:
+    """Made-up figures in which hardly two numbers are alike; ``rate`` of the tokens are accepted at each position."""
+    chance = random.Random(f"{prompt_set} {rate} {depth}")
+    conditional = [rate * chance.uniform(0.9, 1.0) for _ in range(depth)]
+    joint = [1.0]
+    for one in conditional:
+        joint.append(joint[-1] * one)
+    length = sum(joint)
+    accepted = round(drafts * (length - 1))
+    return Measurement(
+        prompt_set=prompt_set,
+        responses=37,
+        tokens=drafts + accepted,
+        acceptance_length=length,
+        confidence_interval=(length - 0.123, length + 0.134),
+        accept_rate_pos=joint[1:],
+        accept_rate_cond=conditional,
+        histogram=[round(drafts * (a - b)) for a, b in zip(joint, [*joint[1:], 0.0], strict=True)],
+        num_drafts=drafts,
+        num_draft_tokens=drafts * depth,
+        num_accepted_tokens=accepted,
+        draft_acceptance_rate=accepted / (drafts * depth),
+        draft_milliseconds=chance.uniform(2, 4),
+        verifier_milliseconds=chance.uniform(11, 13),
+        other_milliseconds=chance.uniform(0.1, 0.9),
+        tokens_per_second=chance.uniform(100, 200),
+        tokens_per_second_alone=chance.uniform(50, 100),
+        speedup=chance.uniform(1, 3),
+        identical_responses=37,
+        by_stretch=[
+            Stretch(
+                begin=begin, end=begin + 32, drafts=chance.randrange(100, 900), acceptance_length=length - begin / 999
+            )
+            for begin in range(0, 160, 32)
+        ],
+        by_chain_length=[sum(joint[: k + 2]) for k in range(depth)],
+    )
+
+
+def contender(name: str, rate: float, sets: tuple[str, ...], depth: int = 5, baseline: bool = False) -> ContenderResult:
+    return ContenderResult(
+        name=name,
+        draft=None if baseline else f"drafts/{name}",
+        proposal={"proposal_type": "chain", "speculative_tokens": depth},
+        is_baseline=baseline,
+        is_lossy=False,
+        sets=[measurement(one, rate, depth) for one in sets],
+        all_sets=measurement("all", rate, depth, drafts=3702),
+    )
+
+
+def results(*contenders: ContenderResult) -> Results:
+    return Results(
+        verifier="some/verifier",
+        verifier_parameters=134_515_008,
+        sampling=Sampling(temperature=0.75, top_k=40, top_p=0.875),
+        verification="token",
+        max_new_tokens=161,
+        batch_size=3,
+        seed=987,
+        machine="cpu, 1 thread, float32",
+        versions={"torch": "2.11.0", "transformers": "5.16.1"},
+        prompt_sets=[one.prompt_set for one in contenders[0].sets] if contenders else [],
+        contenders=list(contenders),
+    )
+
+
+def usual() -> Results:
+    """Four contenders, one of them a baseline, on three prompt sets."""
+    sets = ("chat", "code", "summaries of long articles")
+    return results(
+        contender("good", 0.8, sets),
+        contender("fair", 0.6, sets),
+        contender(LONG_NAME, 0.5, sets),
+        contender("prompt lookup", 0.3, sets, baseline=True),
+    )
+
+
+def bare() -> Results:
+    """One contender on one prompt set, with nothing that may be missing."""
+    one = contender("only", 0.5, ("chat",), depth=1)
+    for each in (one.all_sets, *one.sets):
+        each.confidence_interval = None
+        each.identical_responses = None
+        each.by_stretch = []
+        each.by_chain_length = []
+    return results(one)
+
+
+def without_drafts() -> Results:
+    """A method that never proposed anything, beside one that did."""
+    idle = contender("idle", 0.5, ("chat", "code"))
+    for each in (idle.all_sets, *idle.sets):
+        each.acceptance_length = each.draft_acceptance_rate = 0.0
+        each.confidence_interval = None
+        each.accept_rate_pos = each.accept_rate_cond = each.by_chain_length = []
+        each.histogram = each.by_stretch = []
+        each.num_drafts = each.num_draft_tokens = each.num_accepted_tokens = 0
+        each.draft_milliseconds = each.verifier_milliseconds = each.other_milliseconds = 0.0
+    return results(idle, contender("busy", 0.5, ("chat", "code")))
+
+
+def many() -> Results:
+    """More contenders than colors, more prompt sets than fit side by side, long chains."""
+    sets = tuple(f"prompt set {number}" for number in range(6))
+    return results(*(contender(f"contender {number}", 0.3 + 0.05 * number, sets, depth=16) for number in range(9)))
+
+
+MADE_UP = {"usual": usual, "bare": bare, "without drafts": without_drafts, "many": many, "empty": results}
+
+
+@functools.cache
+def made_up_page(kind: str) -> str:
+    return page(MADE_UP[kind]())
+
+
+@pytest.fixture
+def without_plots(monkeypatch):
+    """Pages are quick without them."""
+    monkeypatch.setattr("specforge.evaluation.report.plots", lambda results: [])
+
+
+class Page(HTMLParser):
+    """A page that has been read: every tag that was opened is closed in turn, or reading fails."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.rows: list[list[str]] = []
+        self.ids: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
+        self._keep(attrs)
+
+    def handle_startendtag(self, tag, attrs):
+        self._keep(attrs)
+
+    def _keep(self, attrs):
+        self.attributes += [(name, value or "") for name, value in attrs]
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.texts.append(data)
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def printed(what: Results, width: int = 80, **options) -> str:
+    stream = StringIO()
+    print_table(what, Console(file=stream, width=width, **options))
+    return stream.getvalue()
+
+
+def unwrapped(text: str) -> str:
+    return " ".join(text.split())
+
+
+def series(values: list[float], digits: int) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in values)
+
+
+class TestPage:
+    @pytest.mark.parametrize("kind", MADE_UP)
+    def test_is_well_formed(self, kind):
+        html = made_up_page(kind)
+        read = Page(html)
+        assert len(read.ids) == len(set(read.ids)), "identifiers are unique in a page"
+        for svg in re.findall(r"<svg .*?</svg>", html, re.DOTALL):
+            ElementTree.fromstring(svg)
+
+    @pytest.mark.parametrize("kind", MADE_UP)
+    def test_needs_nothing_from_elsewhere(self, kind):
+        html = made_up_page(kind)
+        namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+        read = Page(html)
+        assert all(value in namespaces for _, value in read.attributes if "//" in value)
+        assert not re.search(r"//", re.sub(r'xmlns(:\w+)?="[^"]*"', "", html))
+        assert "<script" not in html and "<link" not in html and "@import" not in html
+        assert all(value.startswith("#") for name, value in read.attributes if name in ("href", "xlink:href", "src"))
+
+    @pytest.mark.parametrize("kind", ["usual", "bare", "many"])
+    def test_every_figure_is_there(self, kind):
+        what = MADE_UP[kind]()
+        rows = {(row[0], place): row[1:] for place, row in enumerate(Page(made_up_page(kind)).rows)}
+        tables = [place for name, place in rows if name == "Figure"]
+        assert len(tables) == len(what.contenders)
+        for one, begin in zip(what.contenders, tables, strict=True):
+            measured = one.sets if len(one.sets) == 1 else [*one.sets, one.all_sets]
+            assert rows["Figure", begin] == [each.prompt_set for each in measured]
+            # Tables follow each other, so the next row of a name is this contender's.
+            own = {name: cells for (name, place), cells in reversed(rows.items()) if place > begin}
+            for place, each in enumerate(measured):
+                self.compare({name: cells[place] for name, cells in own.items() if len(cells) == len(measured)}, each)
+
+    def compare(self, shown: dict[str, str], each: Measurement) -> None:
+        interval = each.confidence_interval
+        same = each.identical_responses
+        expected = {
+            "Responses": str(each.responses),
+            "Tokens": f"{each.tokens:,}",
+            "Mean acceptance length": f"{each.acceptance_length:.3f}",
+            "95 % confidence interval": "–" if interval is None else f"[{interval[0]:.3f}, {interval[1]:.3f}]",
+            "Per-position acceptance rate": series(each.accept_rate_pos, 3),
+            "Conditional acceptance rate": series(each.accept_rate_cond, 3),
+            "Drafts": f"{each.num_drafts:,}",
+            "Draft tokens": f"{each.num_draft_tokens:,}",
+            "Accepted tokens": f"{each.num_accepted_tokens:,}",
+            "Avg Draft acceptance rate": f"{100 * each.draft_acceptance_rate:.1f} %",
+            "Drafts by accepted tokens, 0, 1, …": ", ".join(f"{count:,}" for count in each.histogram),
+            "Draft, ms a round": f"{each.draft_milliseconds:.3f}",
+            "Verifier, ms a round": f"{each.verifier_milliseconds:.3f}",
+            "Other, ms a round": f"{each.other_milliseconds:.3f}",
+            "Other, of the verifier's time": f"{100 * each.other_milliseconds / each.verifier_milliseconds:.1f} %",
+            "Tokens a second": f"{each.tokens_per_second:.1f}",
+            "Tokens a second, verifier alone": f"{each.tokens_per_second_alone:.1f}",
+            "Speedup": f"{each.speedup:.3f}×",
+            "Identical responses": "–" if same is None else f"{same} of {each.responses}",
+            "Acceptance length by stretch of the response (drafts)": "\n".join(
+                f"{one.begin}–{one.end - 1}: {one.acceptance_length:.2f} ({one.drafts})" for one in each.by_stretch
+            )
+            or "–",
+            "Acceptance length with chains of K = 1, 2, …": series(each.by_chain_length, 3) or "–",
+        }
+        assert expected == {name: shown[name] for name in expected}
+
+    def test_settings_are_there(self):
+        text = Page(made_up_page("usual")).text
+        for said in (
+            "some/verifier (134.5 M weights)",
+            "temperature 0.75, top-k 40, top-p 0.875",
+            "token verification",
+            "161",
+            "batch size 3",
+            "987",
+            "cpu, 1 thread, float32",
+            "torch 2.11.0, transformers 5.16.1",
+            "drafts/fair; chain, speculative_tokens 5",
+        ):
+            assert said in text
+
+    @pytest.mark.usefixtures("without_plots")
+    def test_the_best_are_named(self):
+        what = usual()
+        what.contenders[1].all_sets.speedup = 9.87
+        length = what.contenders[0].all_sets.acceptance_length
+        said = (
+            f"Accepted most: good, {length:.2f} tokens a verifier pass. Fastest: fair, 9.87 times the verifier alone."
+        )
+        assert said in Page(page(what)).text
+
+    def test_names_are_text(self):
+        name, prompt_set = "<b>&\"'$x_1$</b>", "</text><script>alert(1)</script>"
+        what = results(
+            contender(name, 0.2, (prompt_set, "chat")), contender("look", 0.5, (prompt_set, "chat"), baseline=True)
+        )
+        what.verifier, what.machine = "<i>verifier", "<u>machine"
+        html = page(what)
+        read = Page(html)
+        assert "<b>" not in html and "<i>" not in html and "<u>" not in html and "<script" not in html
+        assert read.text.count(name) >= 6 and read.text.count(prompt_set) >= 3
+        assert "<i>verifier" in read.text and "<u>machine" in read.text
+
+    def test_equal_results_give_equal_pages_in_another_process(self, tmp_path):
+        write_report(usual(), tmp_path)
+        program = (
+            "import sys; from pathlib import Path; from specforge.evaluation.report import write_report;"
+            "from specforge.evaluation.results import Results;"
+            "assert not {'matplotlib', 'torch'} & set(sys.modules), 'importing is cheap';"
+            "here = Path(sys.argv[1]); write_report(Results.read(here / 'results.json'), here / 'again')"
+        )
+        subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)], check=True, env={**os.environ, "PYTHONHASHSEED": "7"}
+        )
+        for name in ("results.json", "report.html"):
+            assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+    def test_a_persons_own_matplotlib_settings_are_neither_used_nor_changed(self):
+        expected = made_up_page("bare")
+        with matplotlib.rc_context({"font.size": 31, "axes.facecolor": "red", "svg.fonttype": "path"}):
+            before = dict(matplotlib.rcParams)
+            assert page(bare()) == expected
+            assert dict(matplotlib.rcParams) == before
+
+
+class TestPlots:
+    def test_all_of_them(self):
+        drawn = plots(usual())
+        assert [plot.title for plot in drawn] == [
+            "Acceptance by position",
+            "Acceptance length by prompt set",
+            "Acceptance length by position in the text",
+            "Acceptance length by chain length",
+            "Accepted tokens a draft",
+            "Time a round",
+        ]
+        assert made_up_page("usual").count("<svg") == len(drawn)
+        names = [one.name for one in usual().contenders]
+        assert all([mark.name for mark in plot.legend] == names for plot in drawn[:-1])
+        assert [mark.name for mark in drawn[-1].legend] == ["draft", "verifier", "other"]
+
+    def test_what_is_not_known_is_not_drawn(self):
+        titles = {plot.title for plot in plots(bare())}
+        assert not titles & {"Acceptance length by position in the text", "Acceptance length by chain length"}
+        assert len(titles) == 4
+
+    def test_who_has_no_chain_length_is_not_in_that_legend(self):
+        what = results(contender("one", 0.5, ("chat",)), contender("other", 0.4, ("chat",)))
+        what.contenders[0].all_sets.by_chain_length = []
+        by_chain_length = plots(what)[3]
+        assert [mark.name for mark in by_chain_length.legend] == ["other"]
+
+    def test_who_never_drafted_is_not_drawn(self):
+        for plot in plots(without_drafts())[:-1]:
+            assert [mark.name for mark in plot.legend] == ["busy"]
+
+    def test_no_two_contenders_look_alike(self):
+        legend = plots(results(*(contender(f"contender {number}", 0.5, ("chat",)) for number in range(9))))[0].legend
+        assert len({(mark.color, mark.sign) for mark in legend}) == len(legend) == 9
+
+    def test_lengths_and_names_are_written_at_the_bars(self):
+        what = usual()
+        svg = made_up_page("usual")
+        for one in what.contenders:
+            for each in (*one.sets, one.all_sets):
+                assert f">{each.acceptance_length:.2f}<" in svg
+        assert all(f">{name}<" in svg for name in (*what.prompt_sets, "all"))
+
+    def test_an_interval_beside_the_estimate(self):
+        """Resampling few prompts can leave the estimate out of the interval."""
+        what = bare()
+        what.contenders[0].sets[0].confidence_interval = (1.6, 1.7)
+        assert len(plots(what)) == 4
+
+    def test_letters_that_matplotlib_has_no_shapes_for(self, recwarn):
+        svg = plots(results(contender("草稿", 0.5, ("问答",))))[1].svg
+        assert ">问答<" in svg and not recwarn.list
+
+
+@pytest.mark.usefixtures("without_plots")
+class TestWarnings:
+    """The terminal and the page say the same."""
+
+    def said(self, what: Results) -> tuple[list[str], str]:
+        text = unwrapped(printed(what, width=1000))
+        html = page(what)
+        shown = re.search(r'<ul class="warnings">(.*?)</ul>', html, re.DOTALL)
+        listed = [] if shown is None else re.findall(r"<li>(.*?)</li>", shown[1])
+        assert text.count("WARNING: ") == len(listed)
+        for one in listed:
+            assert f"WARNING: {one}".replace("&#39;", "'") in text
+        return listed, html
+
+    @pytest.mark.parametrize("kind", MADE_UP)
+    def test_none_where_all_is_well(self, kind):
+        assert self.said(MADE_UP[kind]())[0] == []
+
+    def test_a_draft_that_a_baseline_beats(self):
+        what = usual()
+        best, beaten = what.contenders[3].all_sets, what.contenders[1].all_sets
+        best.acceptance_length, beaten.acceptance_length = 2.5, 2.25
+        what.contenders[2].all_sets.acceptance_length = 2.6
+        listed, html = self.said(what)
+        assert listed == [
+            "fair does not beat the baseline prompt lookup, which needs no draft: "
+            "2.250 tokens a verifier pass against 2.500."
+        ]
+        assert html.index(listed[0]) < html.index("Decoding:") < html.index("<table")
+
+    def test_a_draft_that_a_baseline_equals(self):
+        what = usual()
+        what.contenders[3].all_sets.acceptance_length = what.contenders[2].all_sets.acceptance_length
+        listed, _ = self.said(what)
+        assert len(listed) == 1 and listed[0].startswith(f"{LONG_NAME} does not beat")
+
+    def test_lossy(self):
+        what = usual()
+        what.contenders[1].is_lossy = True
+        what.contenders[1].all_sets.identical_responses = 30
+        assert self.said(what)[0] == ["fair is LOSSY: output may differ from the verifier&#39;s own."]
+
+    def test_lossless_and_yet_different(self):
+        what = usual()
+        what.contenders[0].all_sets.identical_responses = 35
+        listed, _ = self.said(what)
+        assert len(listed) == 1 and listed[0].startswith("good is lossless, and yet 2 of 37 responses differ")
+
+
+class TestTable:
+    @pytest.mark.parametrize("kind", MADE_UP)
+    def test_fits_80_columns(self, kind):
+        assert all(cell_len(line) <= 80 for line in printed(MADE_UP[kind]()).splitlines())
+
+    @pytest.mark.parametrize("kind", ["usual", "bare", "many"])
+    def test_nothing_of_a_row_is_cut_off_at_80_columns(self, kind):
+        what = MADE_UP[kind]()
+        lines = iter(printed(what).splitlines())
+        for one in what.contenders:
+            for each in one.sets if len(one.sets) == 1 else [*one.sets, one.all_sets]:
+                interval = each.confidence_interval
+                length = f"{each.acceptance_length:.2f}"
+                length += "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+                rates = " ".join(f"{100 * rate:.0f}" for rate in each.accept_rate_pos)
+                row = next(line for line in lines if f" {length} " in line)
+                assert row.startswith(f"  {each.prompt_set[:6]}")
+                speeds = f"{each.tokens_per_second:.1f} {each.tokens_per_second_alone:.1f} {each.speedup:.2f}×"
+                assert unwrapped(row).endswith(speeds)
+                # Long chains go on in the lines below.
+                begin = unwrapped(row).split(length)[1].removesuffix(speeds).strip()
+                assert rates.startswith(begin)
+                while begin != rates:
+                    begin += " " + next(lines).strip()
+                    assert rates.startswith(begin)
+
+    def test_pooled_figures_in_the_words_of_vllm(self):
+        what = usual()
+        pooled = what.contenders[0].all_sets
+        text = unwrapped(printed(what))
+        block = text[text.index("good (draft: chain, speculative_tokens 5)") : text.index("fair (draft")]
+        share = 100 * pooled.other_milliseconds / pooled.verifier_milliseconds
+        for said in (
+            f"Mean acceptance length {pooled.acceptance_length:.2f}",
+            f"Drafts {pooled.num_drafts:,}",
+            f"Draft tokens {pooled.num_draft_tokens:,}",
+            f"Accepted tokens {pooled.num_accepted_tokens:,}",
+            f"Per-position acceptance rate {series(pooled.accept_rate_pos, 3)}",
+            f"Avg Draft acceptance rate {100 * pooled.draft_acceptance_rate:.1f} %",
+            f"Milliseconds a round {pooled.draft_milliseconds:.2f} draft + {pooled.verifier_milliseconds:.2f} verifier "
+            f"+ {pooled.other_milliseconds:.2f} other",
+            f"Other, of the verifier's time {share:.1f} %",
+            f"Acceptance length, K = 1, 2, … {series(pooled.by_chain_length, 2)}",
+            "Identical responses 37 of 37",
+        ):
+            assert said in block
+
+    def test_without_drafts_there_is_no_length(self):
+        text = unwrapped(printed(without_drafts()))
+        assert "Mean acceptance length –" in text and not re.search(r"\bnan\b", text)
+
+    def test_names_are_no_markup(self):
+        text = printed(results(contender("[red]a[/red] :smile:", 0.5, ("[bold]b",))))
+        assert "[red]a[/red] :smile: (draft" in text and "  [bold]b" in text
+
+    def test_no_colors_where_it_is_no_terminal(self, capsys):
+        print_table(usual())
+        assert "\x1b" not in capsys.readouterr().out
+
+    def test_no_colors_with_no_color(self, monkeypatch):
+        what = usual()
+        what.contenders[0].is_lossy = True
+        colored = re.compile(r"\x1b\[[\d;]*3\d")
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        assert colored.search(printed(what, force_terminal=True, color_system="standard"))
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert not colored.search(printed(what, force_terminal=True, color_system="standard"))
+
+
+@pytest.mark.usefixtures("without_plots")
+class TestWriting:
+    @pytest.mark.parametrize("kind", MADE_UP)
+    def test_json_is_read_back(self, tmp_path, kind):
+        what = MADE_UP[kind]()
+        write_report(what, tmp_path / "new" / "folder")
+        assert Results.read(tmp_path / "new" / "folder" / "results.json") == what
+        assert (tmp_path / "new" / "folder" / "report.html").read_text(encoding="utf-8") == page(what)
+
+    def test_a_file_in_the_folders_place(self, tmp_path):
+        (tmp_path / "report").write_text("mine")
+        with pytest.raises(SpecforgeError) as caught:
+            write_report(bare(), tmp_path / "report")
+        assert str(tmp_path / "report") in str(caught.value) and "cannot be written" in str(caught.value)
+        assert (tmp_path / "report").read_text() == "mine"
+
+    @pytest.mark.parametrize("failing", ["results.json", "report.html"])
+    def test_a_full_disk_leaves_an_earlier_report_whole(self, tmp_path, monkeypatch, failing):
+        write_report(bare(), tmp_path)
+        (tmp_path / "notes.txt").write_text("mine")
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        write_text = Path.write_text
+
+        def fill_up(path: Path, text: str, **options: str) -> int:
+            if failing not in path.name:
+                return write_text(path, text, **options)
+            write_text(path, text[:100], **options)
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", fill_up)
+        with pytest.raises(SpecforgeError, match="No space left"):
+            write_report(usual(), tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    def test_a_second_report_takes_the_firsts_place(self, tmp_path):
+        write_report(bare(), tmp_path)
+        write_report(usual(), tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json"]
+        assert Results.read(tmp_path / "results.json") == usual()
