@@ -48,7 +48,7 @@ def test_accepted_tokens_are_coloured(draft_folder, reply, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     # So broad a tree holds the right token even where the draft knows nothing.
-    broad = "static_tree:initial_branching_factor=1000,depth=1"
+    broad = "static_tree:initial_branching_factor=300,depth=1"
     words = ["--prompt", QUESTIONS[0], "--proposal", broad, "--max_new_tokens", 30]
     generate(draft_folder, *words)
     plain = capsys.readouterr().out

@@ -1,0 +1,96 @@
+"""Prompt sets: every layout, several turns, and faults with their line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from specforge.data.prompts import prompt_set_name, read_prompts
+from specforge.errors import UsageError
+
+VERIFIER = Path(__file__).parents[2] / "configs" / "quickstart" / "verifier"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(VERIFIER)
+
+
+@pytest.fixture
+def read(tmp_path):
+    def write_and_read(*rows, **options):
+        path = tmp_path / "prompts.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return read_prompts(str(path), **options)
+
+    return write_and_read
+
+
+def rendered(tokenizer, *messages):
+    roles = ("user", "assistant")
+    chat = [{"role": roles[number % 2], "content": text} for number, text in enumerate(messages)]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+
+def test_turns_are_asked_one_after_the_other(read, tokenizer):
+    [conversation] = read({"turns": ["Hi", "And?"]})
+    assert len(conversation.turns) == 2
+    assert conversation.prompt(0, [], tokenizer) == rendered(tokenizer, "Hi")
+    assert conversation.prompt(1, ["Hello."], tokenizer) == rendered(tokenizer, "Hi", "Hello.", "And?")
+
+
+def test_replies_of_a_chat_are_left_to_the_verifier(read, tokenizer):
+    chat = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user", "And?"), ("assistant", "Bye.")]
+    [conversation] = read({"messages": [{"role": role, "content": content} for role, content in chat]})
+    assert [[one["role"] for one in turn] for turn in conversation.turns] == [["system", "user"], ["user"]]
+    [sharegpt] = read({"conversations": [{"from": "human", "value": "Hi"}]})
+    assert sharegpt.turns == ([{"role": "user", "content": "Hi"}],)
+
+
+def test_a_tokenised_row_asks_what_comes_before_its_response(read, tokenizer):
+    [conversation] = read({"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1], "messages": "not read"})
+    assert conversation.prompt(0, [], tokenizer) == [5, 6]
+
+
+def test_a_prompt_is_one_turn(read, tokenizer):
+    [conversation] = read({"prompt": "Hi", "response": "not read"})
+    assert conversation.prompt(0, [], tokenizer) == rendered(tokenizer, "Hi")
+
+
+def test_only_so_many_are_read(read):
+    assert len(read(*[{"prompt": "Hi"}] * 5, limit=2)) == 2
+
+
+def test_a_template_that_refuses_a_chat_is_named_with_its_line(read, tokenizer):
+    [conversation] = read({"turns": ["Hi"]})
+    bare = AutoTokenizer.from_pretrained(VERIFIER)
+    bare.chat_template = "{{ raise_exception('no chats here') }}"
+    with pytest.raises(UsageError, match=r"prompts.jsonl:1: the chat cannot be rendered: no chats here"):
+        conversation.prompt(0, [], bare)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"turns": []}, "'turns' must be a list of texts"),
+        ({"turns": ["Hi", ""]}, "'turns' must be a list of texts"),
+        ({"turns": "Hi"}, "'turns' must be a list of texts"),
+        ({"question": "Hi"}, "a row without a prompt"),
+        ({"prompt": "  "}, "a row without a prompt"),
+        ({"input_ids": [1, 2], "loss_mask": [1, 1]}, "no prompt before the first supervised token"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "nobody asks"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "role 'wizard'"),
+    ],
+)
+def test_faults_name_the_line(read, row, reason):
+    with pytest.raises(UsageError, match=r"prompts\.jsonl:2: ") as error:
+        read({"turns": ["Hi"]}, row)
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(("source", "name"), [("a/mt-bench.jsonl", "mt-bench"), ("owner/data", "owner/data")])
+def test_a_prompt_set_is_called_by_its_file(source, name):
+    assert prompt_set_name(source) == name
