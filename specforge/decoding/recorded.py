@@ -32,7 +32,8 @@ def label_log_probs(logits: Tensor, labels: Tensor, sampling: Sampling) -> Tenso
 
 def acceptance_of_drawn(log_q: Tensor, log_p: Tensor) -> Tensor:
     """Return min(1, q(y) / p(y)) for tokens y that the verifier sampled (Leviathan et al., arXiv 2211.17192)."""
-    return (log_q - log_p).clamp(max=0).exp()
+    # Zero over zero, where the text cannot have been sampled so, counts as a token that is never drawn.
+    return torch.where(log_q.isneginf(), 0, (log_q - log_p).clamp(max=0).exp())
 
 
 def draft_places(tokens: Tensor, draft_ids: Tensor | None) -> Tensor:

@@ -57,7 +57,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def select(self, rows: Tensor) -> None:
-        """Go on with some of the sequences, int64 [rows], after a round."""
+        """Go on with some of the sequences, int64 [rows]; a ``commit`` follows before anything else."""
 
     def to_verifier(self, tokens: Tensor) -> Tensor:
         """Translate draft tokens [...] to the verifier's ids."""

@@ -139,3 +139,29 @@ def test_figures_by_hand():
         "accept_rate_pos_3": 0.0,
         "accept_rate_cond_3": 0.0,
     }
+
+
+def _rank(rank: int, folder: str) -> None:
+    """One of two processes: the second holds no turn at all."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    acceptance, reachable = _example()
+    metric = AcceptanceLength(3)
+    if rank == 0:
+        metric.update(acceptance, reachable)
+    else:
+        metric.update(acceptance, torch.zeros_like(reachable))
+    torch.save(metric.compute(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _example() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(8)
+    return torch.rand(3, 2, 12, generator=generator), torch.rand(2, 12, generator=generator) < 0.8
+
+
+def test_two_processes_agree_on_the_whole(tmp_path):
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    whole = AcceptanceLength(3)
+    whole.update(*_example())
+    for rank in (0, 1):
+        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == whole.compute()

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from specforge.sampling import Sampling
 from specforge.training import distillation
-from specforge.training.distillation import DraftSteps, Teacher, distill
+from specforge.training.distillation import DraftSteps, Labels, Teacher, distill
 from specforge.training.module import objective_terms
 from specforge.verifier.parts import VerifierParts
 
@@ -312,3 +313,45 @@ def test_the_verifiers_distribution_is_formed_once_a_target(monkeypatch: pytest.
     run(problem, {"kl": 1.0})
     assert len(rows) > 5
     assert sum(rows) == problem.targets[problem.supervised].unique().numel()
+
+
+@pytest.mark.parametrize("pruned", [True, False])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0), Sampling(temperature=0.5, top_k=4)])
+def test_labels_tell_how_often_the_text_would_have_been_drafted(
+    pruned: bool, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = make_problem(seed=4, pruned=pruned)
+    teacher = problem.teacher
+    ids = list(range(V)) if teacher.draft_ids is None else teacher.draft_ids.tolist()
+    # A target's token is the same for all steps that are compared with it, as in a text.
+    text = torch.randint(V, (problem.supervised.shape[1],), generator=torch.Generator().manual_seed(1))
+    labels = Labels(text[problem.targets], sampling)
+    terms = objective_terms({"kl": 1.0})
+    for chunk in (2**24, 40):
+        monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", chunk)
+        found = distill(
+            problem.hidden,
+            problem.head,
+            teacher,
+            problem.targets,
+            problem.supervised,
+            terms,
+            problem.weights,
+            labels=labels,
+        )
+        for k, i in problem.supervised.nonzero().tolist():
+            token = int(labels.tokens[k, i])
+            q = problem.head.detach() @ problem.hidden.detach()[k, i]
+            matches = float(ids[int(q.argmax())] == token)
+            assert float(found.matches[k, i]) == matches
+            if sampling.is_greedy:
+                assert float(found.drawn[k, i]) == matches
+                continue
+            p = teacher.parts.logits(teacher.last[problem.targets[k, i]])
+            of_draft = float(sampling.log_probs(q[None])[0].exp()[ids.index(token)]) if token in ids else 0.0
+            of_verifier = float(sampling.log_probs(p[None])[0].exp()[token])
+            # A token that the verifier cannot have said is no text of its own; whatever comes out must be possible.
+            expected = min(1.0, of_draft / of_verifier) if of_verifier else float(found.drawn[k, i])
+            assert float(found.drawn[k, i]) == pytest.approx(expected, abs=1e-9)
+            assert 0 <= float(found.drawn[k, i]) <= 1
+        assert not found.matches[~problem.supervised].any() and not found.drawn[~problem.supervised].any()

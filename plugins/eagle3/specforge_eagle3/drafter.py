@@ -57,5 +57,3 @@ class Eagle3Drafter(Drafter):
         """Go on with some of the sequences."""
         self._cache.drop()
         self._cache.select(rows)
-        self._states = self._states[rows]
-        self.root = self.root[rows]
