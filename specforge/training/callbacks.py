@@ -242,6 +242,10 @@ class DraftWriter(Callback):
         else:
             draft = module.draft
             which = f"the last draft (step {trainer.global_step}; no validation chose a better one)"
+        next_steps.append(f"talk to it   {shlex.join(['specforge', 'generate', str(run / 'draft')])}")
+        next_steps.append(
+            f"compare it   {shlex.join(['specforge', 'evaluate', str(run / 'draft'), '--prompts', 'FILE'])}"
+        )
         next_steps.append(f"load it      SpeculatorModel.from_pretrained({str(run / 'draft')!r})")
         draft.save_pretrained(run / "draft")
         say("\n  ".join([f"\nDone: {run / 'draft'} holds {which}.", *next_steps]))
