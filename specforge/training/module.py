@@ -46,6 +46,7 @@ class DraftModule(LightningModule, ABC):
             the batch, padding and prompts included (all).
         optimizer: How weights are updated.
         schedule: How the learning rate moves.
+        init_from: Draft to start from, a folder or hub id, instead of a fresh one; it must be of the same network.
     """
 
     draft: SpeculatorModel
@@ -61,6 +62,7 @@ class DraftModule(LightningModule, ABC):
         denominator: Literal["valid", "all"] = "valid",
         optimizer: OptimizerSettings = OptimizerSettings(),
         schedule: ScheduleSettings = ScheduleSettings(),
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
         self.verifier_name = verifier
@@ -71,6 +73,7 @@ class DraftModule(LightningModule, ABC):
         self.denominator = denominator
         self.optimizer_settings = optimizer
         self.schedule_settings = schedule
+        self.init_from = init_from
         # Outside the module tree, so that the verifier is never trained, sharded with the draft, or saved.
         self._frozen: tuple[PreTrainedModel, VerifierParts] | None = None
 
@@ -103,6 +106,11 @@ class DraftModule(LightningModule, ABC):
         """
 
     @property
+    def term_weights(self) -> dict[str, float]:
+        """Weight of each summand of the loss, by name; a plugin adds its own to those of the objective."""
+        return {term.name: term.weight for term in self.terms}
+
+    @property
     def stored_verifier_name(self) -> str:
         """What a checkpoint says of the verifier: a hub id, or a folder as it is found from anywhere."""
         folder = Path(self.verifier_name)
@@ -131,6 +139,8 @@ class DraftModule(LightningModule, ABC):
         self._frozen = (verifier, parts)
         data: DraftDataModule = self.trainer.datamodule
         self.draft = self.build_draft(parts, data)
+        if self.init_from is not None:
+            start_from(self.draft, self.init_from)
         for stage, metrics in self.means.items():
             self.add_module(f"{stage}_means", metrics)
 
@@ -139,7 +149,7 @@ class DraftModule(LightningModule, ABC):
         """The metrics of ``val`` and ``test``; once the data are set up."""
         data: DraftDataModule = self.trainer.datamodule
         verifier = fingerprint(self.verifier_name, self.verifier_loading.revision)
-        terms = [term.name for term in self.terms]
+        terms = list(self.term_weights)
         return {
             stage: StageMetrics(terms, self.num_steps, rows, verifier)
             for stage, rows in (("val", data.validation_rows), ("test", data.test_rows))
@@ -279,10 +289,10 @@ class DraftModule(LightningModule, ABC):
         if not means:
             raise UsageError(f"no position of the {stage} data can be drafted: every response is a single token")
         loss = sum(
-            term.weight * self.step_decay**step * means[f"{term.name}/step_{step}"]
-            for term in self.terms
+            weight * self.step_decay**step * means[f"{name}/step_{step}"]
+            for name, weight in self.term_weights.items()
             for step in range(self.num_steps)
-            if f"{term.name}/step_{step}" in means
+            if f"{name}/step_{step}" in means
         )
         self.log(f"{stage}/loss", torch.as_tensor(loss), prog_bar=True)
         tau = f"acceptance_length{metrics.suffix}"
@@ -292,6 +302,20 @@ class DraftModule(LightningModule, ABC):
 
 def _shape(state: Mapping[str, Tensor], name: str) -> list[int] | None:
     return list(state[name].shape) if name in state else None
+
+
+def start_from(draft: SpeculatorModel, name_or_path: str) -> None:
+    """Give a draft the weights of a stored one, its draft vocabulary included.
+
+    Raises:
+        UsageError: There is none, or it is of another network; the first tensors that differ are named.
+    """
+    stored, own = type(draft).from_pretrained(name_or_path).state_dict(), draft.state_dict()
+    different = [name for name in own.keys() | stored.keys() if _shape(own, name) != _shape(stored, name)]
+    if different:
+        shown = [f"{name} ({_shape(stored, name)}, not {_shape(own, name)})" for name in sorted(different)[:3]]
+        raise UsageError(f"model.init_from: {name_or_path} is of another network than this: {', '.join(shown)}")
+    draft.load_state_dict(stored)
 
 
 def objective_terms(objective: Mapping[str, float]) -> list[Term]:

@@ -349,3 +349,23 @@ def test_the_process_is_left_as_it_was(workshop, fit):
     fit("runs", "--trainer.max_steps=1")
     assert signal.getsignal(signal.SIGINT) is handler
     assert os.getcwd() == folder
+
+
+class TestInitFrom:
+    def test_starts_with_the_weights_of_a_stored_draft(self, run, workshop, fit):
+        # So low a learning rate leaves the weights as they were given.
+        words = ["--model.init_from", str(run / "draft"), "--model.optimizer.lr=1e-12", "--trainer.max_steps=8"]
+        again = fit("runs", *words)
+        first, second = (load_file(one / "draft" / "model.safetensors") for one in (run, again))
+        assert first.keys() == second.keys()
+        assert all(torch.allclose(first[name].float(), second[name].float(), atol=1e-7) for name in first)
+
+    def test_refuses_another_network_by_name(self, run, workshop, capfd):
+        words = ["--model.init_from", str(run / "draft"), "--model.draft.num_layers=2"]
+        assert main(["fit", *workshop.words("runs", *words)]) == 2
+        message = capfd.readouterr().err
+        assert "model.init_from" in message and "layers.1." in message and "Traceback" not in message
+
+    def test_refuses_what_is_not_there(self, workshop, capfd):
+        assert main(["fit", *workshop.words("runs", "--model.init_from=nowhere/at/all")]) == 2
+        assert "nowhere/at/all" in capfd.readouterr().err

@@ -1,7 +1,8 @@
 """EAGLE-3 at work: committed rows from the verifier's features, drafted rows from the draft's own states.
 
 Row t of the cache reads token x_{t+1} at position t + 1 beside the feature of token t, as step 0 of training does (see
-``alignment``). A drafted node reads its own token beside its parent's output, one position further, as later steps do.
+``specforge.models.alignment``). A drafted node reads its own token beside its parent's output, one position further,
+as later steps do.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
+from specforge.models.alignment import step_tokens
 from specforge.models.base_components import Family, draft_layer_config, family
 from specforge.models.documents import DocumentLayout
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention
@@ -21,7 +22,6 @@ from specforge.models.ttt_attention import TrainingTimeTest
 from specforge.models.vocabulary import DraftVocabulary
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features, default_aux_layers
-from specforge_eagle3.alignment import step_tokens
 from specforge_eagle3.config import Eagle3SpeculatorConfig
 from specforge_eagle3.drafter import Eagle3Drafter
 
@@ -198,7 +198,7 @@ class Eagle3DraftModel(SpeculatorModel):
     def forward(
         self, input_ids: Tensor, aux: Tensor, position_ids: Tensor, document_ids: Tensor, steps: int = 7
     ) -> Tensor:
-        """Run the training-time test over packed documents, fed with the true tokens (see ``alignment``).
+        """Run the training-time test over packed documents, fed with the true tokens.
 
         Args:
             input_ids: The verifier's tokens x, [B, T].
@@ -209,7 +209,7 @@ class Eagle3DraftModel(SpeculatorModel):
 
         Returns:
             States after the final norm, [S, B, T, H]: ``lm_head`` maps them to logits over the draft vocabulary;
-            those of row t at step k predict x_{t+2+k}.
+            those of row t at step k predict x_{t+2+k} (see ``specforge.models.alignment``).
         """
         tokens = step_tokens(input_ids, steps)
         attention = TrainingTimeTest(DocumentLayout.of(document_ids))

@@ -9,12 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from specforge.data.module import DraftDataModule
 from specforge.errors import UsageError
+from specforge.models.alignment import Supervision, align
 from specforge.models.vocabulary import DraftVocabulary
 from specforge.training.distillation import DraftSteps, Teacher, distill
 from specforge.training.module import Batch, DraftModule
 from specforge.verifier.features import Features, check_aux_layers, default_aux_layers
 from specforge.verifier.parts import VerifierParts
-from specforge_eagle3.alignment import Supervision, align
 from specforge_eagle3.model import Eagle3DraftModel
 
 
@@ -69,7 +69,6 @@ class Eagle3Module(DraftModule):
         self.settings = draft
         self.ttt_steps = ttt_steps
         self.supervision = supervision
-        self._coverage = 1.0
         verifier = self.verifier_config.get_text_config()
         try:
             chosen = draft.aux_layers
@@ -99,7 +98,6 @@ class Eagle3Module(DraftModule):
         vocabulary = None
         if settings.draft_vocab_size not in (None, parts.config.vocab_size):
             vocabulary = DraftVocabulary.most_frequent(data.vocabulary_counts(), settings.draft_vocab_size)
-            self._coverage = vocabulary.coverage(data.vocabulary_counts())
         draft = Eagle3DraftModel.from_training_args(
             self.verifier_config,
             verifier_name_or_path=self.stored_verifier_name,
@@ -122,8 +120,11 @@ class Eagle3Module(DraftModule):
 
     def summary_text(self) -> str:
         """Return a few lines for a person, with the coverage of the draft vocabulary."""
+        pruned = self.draft.draft_ids is not None
+        counts = self.trainer.datamodule.vocabulary_counts()
+        coverage = DraftVocabulary.from_t2d(self.draft.t2d.cpu()).coverage(counts) if pruned else 1.0
         size = self.draft.lm_head.out_features
-        return f"{super().summary_text()}\n  {size:,} draft tokens cover {self._coverage:.1%} of the supervised ones"
+        return f"{super().summary_text()}\n  {size:,} draft tokens cover {coverage:.1%} of the supervised ones"
 
     def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
         """Run the training-time test over a packed batch and compare each step with the verifier."""

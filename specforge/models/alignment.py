@@ -1,9 +1,9 @@
-"""Which token, which target and which positions count at each TTT step: the index equation of EAGLE-3.
+"""Which token, which target and which positions count at each step of a chain: the index equation of drafting.
 
 For a document x_0 .. x_{L-1} with verifier states g_t (features) and y_t (last states), row t at step k = 0, 1, ...
 
-* holds the feature of token t (step 0: the fused g_t; later: the draft's own output at row t of step k - 1),
-* reads the true token x_{t+1+k} at position t + 1 + k,
+* holds the feature of token t (step 0: made from g_t; later: the draft's own output at row t of step k - 1),
+* reads the true token x_{t+1+k},
 * is trained towards the verifier's distribution from y_{t+1+k}, which predicts x_{t+2+k},
 * counts when x_{t+1}, ..., x_{t+2+k} are all response tokens of one turn: only then can a round of decoding that
   starts at t get there. Row t itself may hold the last token of the prompt.
@@ -45,12 +45,12 @@ def step_tokens(input_ids: Tensor, steps: int) -> Tensor:
 
 
 def align(loss_mask: Tensor, document_ids: Tensor, steps: int, supervision: Supervision = "exact") -> Alignment:
-    """Find the targets and the supervised rows of every TTT step.
+    """Find the targets and the supervised rows of every step.
 
     Args:
         loss_mask: True where x_t is a response token, bool [B, T].
         document_ids: Which document a token belongs to, -1 for padding, [B, T].
-        steps: Number S of TTT steps.
+        steps: Number S of steps.
         supervision: ``"exact"`` or ``"compat"``, see above.
     """
     batch, length = loss_mask.shape

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specforge_eagle3.alignment import align, step_tokens
+from specforge.models.alignment import align, step_tokens
 
 
 @st.composite
