@@ -53,8 +53,9 @@ def check_served(draft: SpeculatorModel, method: str) -> None:
     Raises:
         UsageError: With those that it serves.
     """
-    algorithm = installed().find(Algorithm, draft.config.speculators_model_type)
-    if method not in algorithm.proposals:
+    algorithm = installed().all(Algorithm).get(draft.config.speculators_model_type)
+    # A network that no plugin brought along speaks for itself.
+    if algorithm is not None and method not in algorithm.proposals:
         served = ", ".join(algorithm.proposals) or "none"
         raise UsageError(f"drafts of {algorithm.name} do not serve the proposal method {method!r}, but: {served}")
 

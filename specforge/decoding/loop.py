@@ -116,15 +116,19 @@ class Decoder:
     def _check(self, proposal: TokenProposalConfig) -> None:
         method = installed().find(ProposalMethod, proposal.proposal_type)
         self._proposer: type[Proposer] = installed().load(method, "proposer")
-        if not self._proposer.needs_draft:
+        proposer = self._proposer(proposal, self.sampling, Chance())
+        proposer.check(self.verifier.config.get_text_config().vocab_size)
+        if not proposer.needs_draft:
             return
         if self.draft is None:
             raise UsageError(f"the proposal method {method.name!r} needs a draft")
         check_fit(self.draft, self.verifier)
         check_served(self.draft, method.name)
-        depth, most = self._proposer(proposal, self.sampling, Chance()).depth, self.draft.drafter(1).max_depth
-        if most is not None and depth > most:
-            raise UsageError(f"{method.name} proposes {depth} tokens ahead, but this draft can do {most} at most")
+        most = self.draft.drafter(1).max_depth
+        if most is not None and proposer.depth > most:
+            raise UsageError(
+                f"{method.name} proposes {proposer.depth} tokens ahead, but this draft can do {most} at most"
+            )
 
     @torch.no_grad()
     def decode(self, prompts: Sequence[Tensor], max_new_tokens: int, seed: int | None = None) -> Iterator[Emission]:
@@ -142,6 +146,8 @@ class Decoder:
             UsageError: A prompt is empty, or leaves no room in the verifier's context.
         """
         check_prompts(prompts, self._context)
+        if not prompts or max_new_tokens < 1:
+            return
         room = [min(max_new_tokens, self._context - len(prompt)) for prompt in prompts]
         generator = None if seed is None else torch.Generator(self.verifier.device).manual_seed(seed)
         self.times = Times()
@@ -172,7 +178,8 @@ class _Batch:
         times = self.decoder.times
         began = _now()
         emissions = self._begin()
-        times.prompt = _now() - began
+        # What the draft took of the prompts counts with them, not with the rounds.
+        times.prompt, times.draft = _now() - began, 0.0
         yield from emissions
         while self.sequences:
             began = _now()
@@ -191,8 +198,10 @@ class _Batch:
         self.root = self.decoder.sampling.choose(
             self.decoder.parts.logits(features.last[rows, counts - 1]), self.chance
         )
+        emissions, going = self._hand_out(self.root[:, None].tolist(), None)
         following = tokens.roll(-1, dims=1).index_put((rows, counts - 1), self.root)
-        return self._advance(following, features, counts, self.root[:, None], counts.new_zeros(len(counts)), None)
+        self._take_in(following, features, counts, going)
+        return emissions
 
     def _round(self) -> list[Emission]:
         began = _now()
@@ -223,41 +232,47 @@ class _Batch:
         emitted = torch.cat([proposal.tokens[rows, verdict.nodes], self.root[:, None]], dim=1)
         emitted = emitted.scatter(1, verdict.counts[:, None], verdict.next_tokens[:, None])
         self.root = verdict.next_tokens
-        kept = Features(features.aux[rows, path], features.last[rows, path])
-        return self._advance(emitted, kept, verdict.counts + 1, emitted, verdict.counts, proposal.counts)
+        said = [row[: count + 1] for row, count in zip(emitted.tolist(), verdict.counts.tolist(), strict=True)]
+        emissions, going = self._hand_out(said, proposal.counts.tolist())
+        self._take_in(emitted, Features(features.aux[rows, path], features.last[rows, path]), verdict.counts + 1, going)
+        return emissions
 
-    def _advance(
-        self,
-        following: Tensor,
-        features: Features,
-        counts: Tensor,
-        emitted: Tensor,
-        path: Tensor,
-        drafted: Tensor | None,
-    ) -> list[Emission]:
-        """Hand out the round's tokens, leave out the sequences that have ended, and let the draft take in the rest."""
+    def _hand_out(self, said: list[list[int]], drafted: list[int] | None) -> tuple[list[Emission], list[int]]:
+        """Add the round's tokens to the sequences; return them, and the rows of the sequences that go on.
+
+        Args:
+            said: What each sequence gets: accepted tokens, then the verifier's own.
+            drafted: How many tokens were proposed for each; None for the prompts' pass.
+        """
         emissions, going = [], []
-        numbers = zip(emitted.tolist(), path.tolist(), (path if drafted is None else drafted).tolist(), strict=True)
-        for row, (tokens, accepted, proposed) in enumerate(numbers):
-            taken, ended = self._cut(tokens[: accepted + 1], self.room[row])
-            emissions.append(
-                Emission(self.numbers[row], taken, None if drafted is None else proposed, min(accepted, len(taken)))
-            )
+        for row, tokens in enumerate(said):
+            taken, ended = self._cut(tokens, self.room[row])
+            proposed = None if drafted is None else drafted[row]
+            emissions.append(Emission(self.numbers[row], taken, proposed, path=min(len(tokens) - 1, len(taken))))
             self.room[row] -= len(taken)
-            new = torch.tensor(taken, device=following.device)
-            self.sequences[row] = torch.cat([self.sequences[row], new])
+            self.sequences[row] = torch.cat([self.sequences[row], self.sequences[row].new_tensor(taken)])
             if not ended:
                 going.append(row)
+        return emissions, going
+
+    def _take_in(self, following: Tensor, features: Features, counts: Tensor, going: list[int]) -> None:
+        """Leave out the sequences that have ended; the draft takes in what was decided for the others.
+
+        Args:
+            following: The token after each newly processed one, int64 [B, Q].
+            features: The verifier's states at the processed tokens, [B, Q, ...].
+            counts: How many of the Q are real, int64 [B].
+            going: Rows of the sequences that go on.
+        """
         if len(going) < len(self.sequences):
-            self._select(going)
-            chosen = torch.tensor(going, dtype=torch.int64, device=following.device)
-            following, counts = following[chosen], counts[chosen]
-            features = Features(features.aux[chosen], features.last[chosen])
+            rows = torch.tensor(going, dtype=torch.int64, device=following.device)
+            self._select(rows)
+            following, counts = following[rows], counts[rows]
+            features = Features(features.aux[rows], features.last[rows])
         if self.drafter is not None and going:
             began = _now()
             self.drafter.commit(following, features, counts)
             self.decoder.times.draft += _now() - began
-        return emissions
 
     def _cut(self, tokens: list[int], room: int) -> tuple[list[int], bool]:
         """Cut tokens after a stop token and at the end of the room; tell whether the sequence has ended."""
@@ -265,13 +280,11 @@ class _Batch:
         taken = tokens if stop is None else tokens[: stop + 1]
         return taken[:room], stop is not None or len(taken) >= room
 
-    def _select(self, going: list[int]) -> None:
-        rows = torch.tensor(going, dtype=torch.int64, device=self.root.device)
-        self.sequences = [self.sequences[row] for row in going]
-        self.numbers = [self.numbers[row] for row in going]
-        self.room = [self.room[row] for row in going]
-        if not going:
-            return
+    def _select(self, rows: Tensor) -> None:
+        kept = rows.tolist()
+        self.sequences = [self.sequences[row] for row in kept]
+        self.numbers = [self.numbers[row] for row in kept]
+        self.room = [self.room[row] for row in kept]
         self.root = self.root[rows]
         self.passes.cache.select(rows)
         if self.drafter is not None:

@@ -6,8 +6,7 @@ The second baseline: what a draft without any context knows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
-from pathlib import Path
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -48,14 +47,22 @@ class BigramProposer(Proposer[BigramTokenProposalConfig]):
         """The chain's length."""
         return self.config.speculative_tokens
 
-    @cached_property
+    def check(self, vocabulary_size: int) -> None:
+        """Refuse a table that was counted for another vocabulary.
+
+        Raises:
+            UsageError: It has another size, names other tokens, or cannot be read.
+        """
+        size, largest = len(self._successors), max(self._successors, default=-1)
+        if size != vocabulary_size or largest >= vocabulary_size:
+            raise UsageError(
+                f"bigram: {self.config.table} was counted for another vocabulary: it has {size:,} tokens, the verifier "
+                f"{vocabulary_size:,}; count it anew from rows of this verifier"
+            )
+
+    @property
     def _successors(self) -> list[int]:
-        path = Path(self.config.table)
-        try:
-            table = load_file(path)[SUCCESSORS]
-        except (OSError, SafetensorError, KeyError) as error:
-            raise UsageError(f"bigram: {path} holds no table {SUCCESSORS!r}: {error}") from None
-        return [int(token) for token in table]
+        return read_table(self.config.table)
 
     def propose(self, sequences: Sequence[Tensor], drafter: Drafter | None) -> Proposal:
         """Follow the table from the last token, as long as it knows what follows."""
@@ -68,3 +75,16 @@ class BigramProposer(Proposer[BigramTokenProposalConfig]):
             chain.append(token)
             token = self._successors[token]
         return torch.tensor(chain, dtype=torch.int64, device=tokens.device)
+
+
+@lru_cache(maxsize=4)
+def read_table(path: str) -> list[int]:
+    """Read the successor of each token, -1 for none; once a process.
+
+    Raises:
+        UsageError: The file is missing, damaged or something else.
+    """
+    try:
+        return [int(token) for token in load_file(path)[SUCCESSORS].tolist()]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UsageError(f"bigram: {path} holds no table {SUCCESSORS!r}: {error}") from None

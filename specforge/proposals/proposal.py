@@ -85,6 +85,13 @@ class Proposer(ABC, Generic[Settings]):
     def depth(self) -> int:
         """Most tokens that it proposes one behind the other."""
 
+    def check(self, vocabulary_size: int) -> None:
+        """Refuse what does not go with a verifier of so many tokens; overridden where something may not.
+
+        Raises:
+            UsageError: Something does not.
+        """
+
     @abstractmethod
     def propose(self, sequences: Sequence[Tensor], drafter: Drafter | None) -> Proposal:
         """Propose what may follow.
