@@ -107,6 +107,7 @@ def distill(
     step_weights: Tensor,
     skip_targets_outside: bool = False,
     labels: Labels | None = None,
+    finish: Callable[[Tensor], Tensor] = lambda logits: logits,
 ) -> DraftSteps:
     """Compare a draft's steps with the verifier.
 
@@ -120,8 +121,11 @@ def distill(
         step_weights: Factor of each step's sum over rows, [S]: its decay over its denominator.
         skip_targets_outside: Leave out of the loss rows whose most probable verifier token is no draft token.
         labels: What the text goes on with; None where decoding is not replayed.
+        finish: What is done to the draft's logits behind its head, where that head is the verifier's.
     """
-    work = _Work(teacher, targets, supervised, terms, step_weights.to(hidden.device), skip_targets_outside, labels)
+    work = _Work(
+        teacher, targets, supervised, terms, step_weights.to(hidden.device), skip_targets_outside, labels, finish
+    )
     if not torch.is_grad_enabled():
         # Without this, a head that is trained would ask for its gradient in validation too.
         hidden, head = hidden.detach(), head.detach()
@@ -139,6 +143,7 @@ class _Work:
     step_weights: Tensor
     skip_targets_outside: bool
     labels: Labels | None
+    finish: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ class _Run:
         states = self.hidden[chunk.steps, chunk.rows].to(self.head.dtype).requires_grad_(self.train_hidden)
         with torch.set_grad_enabled(self.train_hidden or self.head.requires_grad):
             target = _target(self.work.teacher, chunk)
-            logits = F.linear(states, self.head)
+            logits = self.work.finish(F.linear(states, self.head))
             log_q = _log_softmax(logits)
             mean = None if self.mean_acceptance is None else self.mean_acceptance[chunk.steps]
             rows = Distributions(log_q, target.log_p, target.log_p_full, mean)
@@ -264,7 +269,7 @@ class _Run:
         for chunk in _chunks(self.work, self.head.shape[0]):
             target = _target(self.work.teacher, chunk)
             states = self.hidden[chunk.steps, chunk.rows].to(self.head.dtype)
-            log_q = _log_softmax(F.linear(states, self.head.detach()))
+            log_q = _log_softmax(self.work.finish(F.linear(states, self.head.detach())))
             sums.index_add_(0, chunk.steps, acceptance(Distributions(log_q, target.log_p, target.log_p_full)))
         return sums / self.work.supervised.sum(1).clamp(min=1)
 

@@ -87,6 +87,11 @@ class DraftModule(LightningModule, ABC):
     def num_steps(self) -> int:
         """Number S of draft steps that are trained."""
 
+    @property
+    def validation_steps(self) -> int:
+        """Number of draft steps that validation runs; as many as are trained, unless a plugin says otherwise."""
+        return self.num_steps
+
     @abstractmethod
     def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> SpeculatorModel:
         """Create the network, attached to the verifier's parts, with the weights that training starts from.
@@ -151,7 +156,7 @@ class DraftModule(LightningModule, ABC):
         verifier = fingerprint(self.verifier_name, self.verifier_loading.revision)
         terms = list(self.term_weights)
         return {
-            stage: StageMetrics(terms, self.num_steps, rows, verifier)
+            stage: StageMetrics(terms, self.validation_steps, rows, verifier)
             for stage, rows in (("val", data.validation_rows), ("test", data.test_rows))
         }
 
@@ -291,7 +296,7 @@ class DraftModule(LightningModule, ABC):
         loss = sum(
             weight * self.step_decay**step * means[f"{name}/step_{step}"]
             for name, weight in self.term_weights.items()
-            for step in range(self.num_steps)
+            for step in range(self.num_steps)  # later steps are measured, but not trained
             if f"{name}/step_{step}" in means
         )
         self.log(f"{stage}/loss", torch.as_tensor(loss), prog_bar=True)

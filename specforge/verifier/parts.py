@@ -99,7 +99,10 @@ class VerifierParts:
 
     def head(self, states: Tensor) -> Tensor:
         """Turn states after the final norm [..., H] into the verifier's logits [..., V]."""
-        logits: Tensor = self.lm_head(states)
+        return self.finish(self.lm_head(states))
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """Apply what some model families do behind the head, scaling and soft cap, to logits [..., V]."""
         if scale := getattr(self.config, "logits_scaling", None):
             logits = logits / scale
         if scale := getattr(self.config, "logit_scale", None):
