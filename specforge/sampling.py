@@ -39,7 +39,7 @@ class Sampling(BaseModel):
         from transformers import TopKLogitsWarper, TopPLogitsWarper
 
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        scores = wide.flatten(0, -2) / self.temperature
+        scores = wide.reshape(-1, wide.shape[-1]) / self.temperature
         if self.top_k:
             scores = TopKLogitsWarper(self.top_k)(None, scores)
         if self.top_p < 1:
@@ -72,7 +72,8 @@ class Chance:
 
     def draw(self, probabilities: Tensor) -> Tensor:
         """Draw one of V for each row of probabilities [..., V], int64 [...]."""
-        drawn = probabilities.flatten(0, -2).multinomial(1, generator=self.generator)
+        rows = probabilities.reshape(-1, probabilities.shape[-1])
+        drawn = rows.multinomial(1, generator=self.generator)
         return drawn.view(probabilities.shape[:-1])
 
     def draw_several(self, log_probs: Tensor, number: int) -> Tensor:

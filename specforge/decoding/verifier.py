@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specforge.decoding.checks import context_length
 from specforge.errors import UsageError
 from specforge.models.tree_cache import TreeCache
 from specforge.verifier.features import Features, capture
@@ -17,6 +18,8 @@ from specforge.verifier.parts import decoder
 
 # Attention implementations of transformers that take any mask.
 MASKED = ("sdpa", "eager")
+# Rotary embeddings that change as a text grows: keys from before would have to be computed anew.
+GROWING_ROTARY = ("longrope", "dynamic")
 
 
 class VerifierPasses:
@@ -36,6 +39,7 @@ class VerifierPasses:
         self._aux_layers = aux_layers
         self._config = verifier.config.get_text_config()
         self._kinds = _attention_kinds(verifier)
+        self._context = context_length(verifier)
         # transformers 5.24 renamed the argument.
         named = inspect.signature(decoder(verifier).forward).parameters
         self._cache_argument = "cache" if "cache" in named else "past_key_values"
@@ -51,34 +55,43 @@ class VerifierPasses:
 
     def _run(self, tokens: Tensor, index: Tensor) -> Features:
         options: dict[str, Any] = {self._cache_argument: self.cache, "use_cache": True}
+        # Padding may stand behind the last position that a model has learnt.
+        positions = index.clamp(max=self._context - 1)
+        if self.cache.is_plain:
+            return capture(self._verifier, tokens, positions, self._aux_layers, **options)
         masks = {kind: self._mask(kind) for kind in self._kinds}
         # Models with layers of one kind take a mask, those with several a mask for each.
         options["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
-        if all(mask is None for mask in masks.values()):
-            options["attention_mask"] = None
-        return capture(self._verifier, tokens, index, self._aux_layers, **options)
+        return capture(self._verifier, tokens, positions, self._aux_layers, **options)
 
-    def _mask(self, kind: str) -> Tensor | None:
+    def _mask(self, kind: str) -> Tensor:
         window = self._config.sliding_window if kind == "sliding_attention" else None
         visible = self.cache.visible(window)
-        if visible is None:
-            return None
+        assert visible is not None
         # Added to the logits, which every implementation understands; padding sees only itself, hence no infinity.
         hidden = torch.finfo(self._verifier.dtype).min
         return torch.zeros_like(visible, dtype=self._verifier.dtype).masked_fill(~visible, hidden)[:, None]
 
 
 def _attention_kinds(verifier: PreTrainedModel) -> list[str]:
-    """Return the kinds of attention of a verifier's layers."""
+    """Return the kinds of attention of a verifier's layers; refuse those that decoding could run wrong."""
     config = verifier.config.get_text_config()
     name = type(verifier).__name__
     kinds = sorted(set(getattr(config, "layer_types", None) or []))
     if not kinds:
         kinds = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
     unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
+    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    reason = None
     if unknown or getattr(verifier, "_is_stateful", False):
-        reason = f"it has layers of {', '.join(unknown)}" if unknown else "it keeps a recurrent state"
-        raise UsageError(f"{name} cannot verify drafts: {reason}, and rejected tokens could not be taken back")
+        what = f"layers of {', '.join(unknown)}" if unknown else "a recurrent state"
+        reason = f"it has {what}, and rejected tokens could not be taken back"
+    elif rotary in GROWING_ROTARY:
+        reason = f"its {rotary} rotary embeddings change as a text grows"
+    elif not verifier._supports_attention_backend:
+        reason = "it does not attend through transformers' common interface, which takes the mask of a tree"
+    if reason is not None:
+        raise UsageError(f"{name} cannot verify drafts: {reason}")
     implementation = config._attn_implementation
     if implementation not in MASKED:
         raise UsageError(

@@ -75,6 +75,11 @@ class TreeCache(DynamicCache):
         self._announce(torch.cat([self._parents, parents], dim=1), new=parents.shape[1])
         return self.lengths[:, None] + self._depths[:, -parents.shape[1] :]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether plain causal attention says what the announced tokens see, but for a window."""
+        return self._ancestors is None
+
     def visible(self, window: int | None = None) -> Tensor | None:
         """Return which slots the announced nodes see, bool [B, Q, S]; None where plain causal attention says it.
 

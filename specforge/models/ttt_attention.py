@@ -42,7 +42,7 @@ class TrainingTimeTest:
             key: [B, key-value heads, T, D], with rotary positions applied.
             value: [B, key-value heads, T, D].
             scale: Factor of the logits.
-            window: A row sees only the last so many step-0 rows; None for all.
+            window: A row sees only keys of the last so many positions, as in decoding; None for all.
 
         Returns:
             [B, heads, T, D].
@@ -89,7 +89,7 @@ def _selector_attention(
         value: [G, key-value heads, L, D].
         carried: Own logits of n later steps as high and low halves, [G, heads, L, 2n].
         scale: Factor of the logits.
-        window: Sliding window over step-0 rows, or None.
+        window: Sliding window over positions, or None.
 
     Returns:
         [G, heads, L, D + n]: attended step-0 values, then the weights of the n later steps.
@@ -107,7 +107,7 @@ def _selector_attention(
         keys[:, :, selector, width + steps + selector] = 1
         values[:, :, selector, width + selector] = 1
     mask = None
-    if window is not None and window < length:
+    if window is not None and window < length + steps:
         mask = _window_mask(length, steps, window, query.device)
     output = F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
@@ -116,8 +116,14 @@ def _selector_attention(
 
 
 def _window_mask(length: int, steps: int, window: int, device: torch.device) -> Tensor:
-    """Causal mask [n + L, n + L] with a sliding window over the step-0 rows; only for documents beyond the window."""
+    """Causal mask [n + L, n + L] with a sliding window; only for documents beyond the window.
+
+    At step n, row t stands n positions behind its token: it sees step-0 keys after t + n - window and, of its own later
+    keys, the last ``window``.
+    """
     rows = torch.arange(-steps, length, device=device)
     causal = rows[None, :] <= rows[:, None]
-    near = rows[None, :] > rows[:, None] - window
-    return causal & (near | (rows[None, :] < 0))
+    near = rows[None, :] > rows[:, None] + steps - window
+    # Selector -n holds the key of step 1, selector -1 that of step n.
+    own = (rows[None, :] < 0) & (rows[None, :] >= -window)
+    return causal & torch.where(rows[None, :] < 0, own, near)

@@ -59,8 +59,12 @@ def dense(documents: Tensor, steps: list[Any], window: int | None, scale: float 
             same = documents[row][:, None] == documents[row][None, :]
             first = same & (t[None, :] <= t[:, None])
             if window is not None:
-                first = first & (t[None, :] > t[:, None] - window)
-            mask = torch.cat([first, *[torch.eye(length, dtype=torch.bool)] * step], dim=1)
+                first = first & (t[None, :] > t[:, None] + step - window)
+            own = [
+                torch.eye(length, dtype=torch.bool) & (window is None or step - later < window)
+                for later in range(1, step + 1)
+            ]
+            mask = torch.cat([first, *own], dim=1)
             for head in range(query.shape[1]):
                 group = head * steps[0][1].shape[1] // query.shape[1]
                 keys = torch.cat([key[row, group] for _, key, _ in steps[: step + 1]])

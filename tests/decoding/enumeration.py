@@ -1,0 +1,80 @@
+"""Everything that a random procedure can do, with its probability: ``Chance`` replaced by a list of decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specforge.sampling import Chance
+
+
+class Decided(Chance):
+    """One run along given decisions; behind them the first possible outcome is taken and the others are noted.
+
+    Attributes:
+        probability: Of all that has happened in this run.
+        forks: Decisions that lead to what else could have happened behind the given ones.
+    """
+
+    def __init__(self, decisions: list[int]) -> None:
+        super().__init__()
+        self.decisions = decisions
+        self.taken: list[int] = []
+        self.probability = 1.0
+        self.forks: list[list[int]] = []
+
+    def _decide(self, probabilities: list[float]) -> int:
+        possible = [outcome for outcome, probability in enumerate(probabilities) if probability > 0]
+        assert possible, "something is drawn from nothing"
+        place = len(self.taken)
+        if place < len(self.decisions):
+            outcome = self.decisions[place]
+        else:
+            outcome, *others = possible
+            self.forks += [[*self.taken, other] for other in others]
+        self.taken.append(outcome)
+        self.probability *= probabilities[outcome]
+        return outcome
+
+    def happens(self, probability: Tensor) -> Tensor:
+        chances = probability.double().nan_to_num(0.0).clamp(0, 1).flatten().tolist()
+        # What is certain either way is no decision.
+        return torch.tensor(
+            [self._decide([1 - one, one]) == 1 if 0 < one < 1 else one == 1 for one in chances]
+        ).view_as(probability)
+
+    def draw(self, probabilities: Tensor) -> Tensor:
+        rows = probabilities.double().flatten(0, -2)
+        rows = rows / rows.sum(-1, keepdim=True)
+        return torch.tensor([self._decide(row) for row in rows.tolist()]).view(probabilities.shape[:-1])
+
+    def draw_several(self, log_probs: Tensor, number: int) -> Tensor:
+        rows = [self._draw_in_turn(row, number) for row in log_probs.double().exp().flatten(0, -2).tolist()]
+        return torch.tensor(rows).view(*log_probs.shape[:-1], number)
+
+    def _draw_in_turn(self, weights: list[float], number: int) -> list[int]:
+        drawn: list[int] = []
+        for _ in range(number):
+            left = [0.0 if token in drawn else weight for token, weight in enumerate(weights)]
+            if not any(left):
+                # What has no probability comes last, in whatever order.
+                left = [0.0 if token in drawn else 1.0 for token in range(len(weights))]
+                drawn.append(left.index(1.0))
+                continue
+            drawn.append(self._decide([weight / sum(left) for weight in left]))
+        return drawn
+
+
+def all_runs(procedure: Callable[[Chance], Any]) -> Iterator[tuple[Any, float]]:
+    """Yield the result and the probability of everything that a procedure can do."""
+    open_, total = [[]], 0.0
+    while open_:
+        chance = Decided(open_.pop())
+        result = procedure(chance)
+        open_ += chance.forks
+        total += chance.probability
+        yield result, chance.probability
+    assert abs(total - 1) < 1e-9

@@ -1,0 +1,190 @@
+"""Random verifiers of three layers in float64, drafts for them, and what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from specforge.config import SpeculatorModelConfig
+from specforge.decoding.loop import Decoder, Emission
+from specforge.models.drafter import Drafter
+from specforge.models.speculator import SpeculatorModel
+from specforge.verifier.features import Features, capture
+from specforge_eagle3.model import Eagle3DraftModel
+
+VOCABULARY = 31
+CONTEXT = 36
+AUX_LAYERS = [0, 1, 3]
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "untied llama": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=False),
+    "qwen3": lambda: Qwen3Config(**SHAPE),
+    "gemma2": lambda: Gemma2Config(**SHAPE, **SLIDING, query_pre_attn_scalar=8, final_logit_softcapping=3.0),
+    "gemma3": lambda: Gemma3TextConfig(**SHAPE, **SLIDING, query_pre_attn_scalar=8),
+    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=5),
+}
+
+
+def random_model(config: PreTrainedConfig, seed: int = 0, scale: float = 0.3, **options: Any) -> PreTrainedModel:
+    """Make a verifier whose layers matter and whose norm weights are far from one."""
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else scale * noise)
+    model.tie_weights()
+    return model.double().eval().requires_grad_(False)
+
+
+def random_draft(verifier: PreTrainedModel, seed: int = 0, size: int | None = None, **options: Any) -> Eagle3DraftModel:
+    """Make an EAGLE-3 draft that knows nothing; with a draft vocabulary of some tokens where a size is given."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = verifier.config.vocab_size
+    if size is not None:
+        options["t2d"] = torch.zeros(vocabulary, dtype=torch.bool)
+        options["t2d"][torch.randperm(vocabulary, generator=generator)[:size]] = True
+    draft = Eagle3DraftModel.from_training_args(verifier.config, **{"aux_layer_ids": AUX_LAYERS, **options})
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else 0.4 * noise)
+    draft.attach_verifier(verifier)
+    return draft.double()
+
+
+def learn(draft: Eagle3DraftModel, verifier: PreTrainedModel, texts: Sequence[Tensor], updates: int = 60) -> None:
+    """Let a draft learn some texts by heart, in its training-time test."""
+    steps = 4
+    tokens = pad_sequence(texts, batch_first=True)
+    position = torch.arange(tokens.shape[1]).expand_as(tokens)
+    documents = torch.where(position < torch.tensor([len(text) for text in texts])[:, None], 0, -1)
+    features = capture(verifier, tokens, position, draft.aux_layers)
+    optimizer = torch.optim.Adam(draft.parameters(), lr=1e-2)
+    with torch.enable_grad():
+        for _ in range(updates):
+            logits = draft.logits(draft.unroll(tokens, features, position, documents, steps))
+            loss = torch.zeros(())
+            for step in range(steps):
+                own, targets = logits[step, :, : -2 - step], tokens[:, 2 + step :]
+                real = documents[:, 2 + step :] >= 0
+                loss = loss + torch.nn.functional.cross_entropy(own[real], targets[real])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+class Oracle(SpeculatorModel):
+    """Knows what the verifier will say, and drafts it most of the time; otherwise it ranks it lower.
+
+    Args:
+        texts: Prompts with what the verifier says to them.
+        vocabulary: Number of the verifier's tokens.
+        share: How often the right token comes first.
+        max_depth: Most tokens that it drafts one behind the other.
+    """
+
+    def __init__(
+        self, texts: Iterable[Sequence[int]], vocabulary: int, share: float = 0.7, max_depth: int | None = None
+    ) -> None:
+        super().__init__(SpeculatorModelConfig(speculators_model_type="oracle"))
+        # A drafter never sees the first token of a prompt.
+        self.known = [tuple(text)[1:] for text in texts]
+        self.vocabulary = vocabulary
+        self.share = share
+        self.max_depth = max_depth
+
+    def drafter(self, batch_size: int) -> OracleDrafter:
+        return OracleDrafter(self, batch_size)
+
+    def logits_behind(self, path: tuple[int, ...]) -> Tensor:
+        generator = torch.Generator().manual_seed(hash(path) % 2**31)
+        logits = torch.randn(self.vocabulary, generator=generator, dtype=torch.float64)
+        right = next((one[len(path)] for one in self.known if one[: len(path)] == path and len(one) > len(path)), None)
+        if right is not None:
+            # Second or third where it is not first: a tree may still hold it.
+            logits[right] = 9.0 if torch.rand((), generator=generator) < self.share else logits.max() - 0.5
+        return logits
+
+
+class OracleDrafter(Drafter):
+    def __init__(self, oracle: Oracle, batch_size: int) -> None:
+        self.oracle = oracle
+        self.max_depth = oracle.max_depth
+        self.paths: list[list[tuple[int, ...]]] = [[()] for _ in range(batch_size)]
+
+    def commit(self, tokens: Tensor, features: Features, counts: Tensor) -> None:
+        new = [row[:count] for row, count in zip(tokens.tolist(), counts.tolist(), strict=True)]
+        self.paths = [[(*paths[0], *more)] for paths, more in zip(self.paths, new, strict=True)]
+        self.root = self._read([paths[0] for paths in self.paths])
+
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        logits = []
+        for paths, own, behind in zip(self.paths, tokens.tolist(), parents.tolist(), strict=True):
+            # The root's path stands before those of the nodes.
+            new = [(*paths[parent + 1], token) for token, parent in zip(own, behind, strict=True)]
+            paths += new
+            logits.append(self._read(new))
+        return torch.stack(logits)
+
+    def select(self, rows: Tensor) -> None:
+        self.paths = [self.paths[row] for row in rows.tolist()]
+
+    def _read(self, paths: Sequence[tuple[int, ...]]) -> Tensor:
+        return torch.stack([self.oracle.logits_behind(path) for path in paths])
+
+
+def generated(verifier: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int, **options: Any) -> list[int]:
+    """What transformers says, greedily and to this prompt alone."""
+    tokens = torch.tensor([list(prompt)])
+    said = verifier.generate(
+        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=max_new_tokens, **options
+    )
+    return said[0, len(prompt) :].tolist()
+
+
+def decoded(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
+    """What a decoder says to each prompt of a batch."""
+    said: list[list[int]] = [[] for _ in prompts]
+    for emission in emissions(decoder, prompts, max_new_tokens, **options):
+        said[emission.sequence] += emission.tokens
+    return said
+
+
+def emissions(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any
+) -> list[Emission]:
+    return list(decoder.decode([torch.tensor(list(one)) for one in prompts], max_new_tokens, **options))
+
+
+def logits_alone(verifier: PreTrainedModel, text: Sequence[int]) -> Tensor:
+    """The verifier's logits behind each token of a text, [T, V], in one pass without a cache."""
+    return verifier(torch.tensor([list(text)]), use_cache=False).logits[0]

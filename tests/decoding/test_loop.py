@@ -1,0 +1,424 @@
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import astuple
+from typing import Any
+
+import pytest
+import torch
+from small_models import (
+    CONTEXT,
+    SHAPE,
+    VOCABULARY,
+    Oracle,
+    OracleDrafter,
+    decoded,
+    emissions,
+    random_draft,
+    random_model,
+)
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LlamaConfig,
+    MambaConfig,
+    PreTrainedModel,
+    Qwen3_5TextConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from specforge.config import TokenProposalConfig
+from specforge.decoding import loop
+from specforge.decoding.loop import Decoder, Emission, Times
+from specforge.decoding.verification import Verification
+from specforge.errors import UsageError
+from specforge.proposals import (
+    BigramTokenProposalConfig,
+    DynamicTreeTokenProposalConfig,
+    GreedyTokenProposalConfig,
+    PromptLookupTokenProposalConfig,
+    SamplingTokenProposalConfig,
+    StaticTreeTokenProposalConfig,
+)
+from specforge.sampling import Sampling
+from specforge.verifier.features import Features, capture
+
+NamedVerifiers = Callable[[str], PreTrainedModel]
+WARM = Sampling(temperature=1.0)
+GREEDY_CHAIN = GreedyTokenProposalConfig(speculative_tokens=4)
+
+
+@pytest.fixture
+def verifier(verifier_named: NamedVerifiers) -> PreTrainedModel:
+    return verifier_named("llama")
+
+
+@pytest.fixture
+def oracle(prompts: Any, to_the_end: Any) -> Oracle:
+    return Oracle([[*prompt, *to_the_end("llama", prompt)] for prompt in prompts], VOCABULARY)
+
+
+def by_sequence(all_emissions: list[Emission]) -> dict[int, list[Emission]]:
+    sorted_out = defaultdict(list)
+    for one in all_emissions:
+        sorted_out[one.sequence].append(one)
+    return sorted_out
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (None, 0),
+        (GREEDY_CHAIN, 4),
+        (StaticTreeTokenProposalConfig(initial_branching_factor=2, branching_factor=1, depth=3), 6),
+        (DynamicTreeTokenProposalConfig(speculative_tokens=7, expansion_factor=3, depth=3), 7),
+        (PromptLookupTokenProposalConfig(speculative_tokens=3), 3),
+    ],
+    ids=["none", "greedy", "static_tree", "dynamic_tree", "prompt_lookup"],
+)
+def test_a_round_yields_one_token_more_than_it_accepts(
+    config: Any, most: int, verifier: PreTrainedModel, oracle: Oracle, prompts: Any, to_the_end: Any
+) -> None:
+    batch = prompts[:6]
+    decoder = Decoder(verifier, oracle, config)
+    every = by_sequence(emissions(decoder, batch, 15))
+    assert every.keys() == set(range(6))
+    lengths = []
+    for number, own in every.items():
+        said = [token for one in own for token in one.tokens]
+        assert said == to_the_end("llama", batch[number])[:15]
+        first, *rounds = own
+        # The first token comes with the prompt's pass.
+        assert (first.drafted, first.path, first.accepted) == (None, 0, 0)
+        for one in rounds:
+            assert one.accepted == len(one.tokens) - 1 >= 0
+            assert one.drafted is not None and one.accepted <= one.drafted <= most
+        # Nothing is cut here: no stop token is known, and nothing is proposed beyond the room.
+        assert all(one.path == one.accepted for one in rounds)
+        lengths.append(len(rounds))
+    assert decoder.times.rounds == max(lengths)
+    assert (sum(lengths) < 6 * 14) == (config is not None)
+
+
+def test_every_round_speaks_of_each_sequence_that_is_going_once(
+    verifier: PreTrainedModel, oracle: Oracle, prompts: Any
+) -> None:
+    every = emissions(Decoder(verifier, oracle, GREEDY_CHAIN), prompts, 12)
+    left, place = list(range(len(prompts))), 0
+    said = defaultdict(int)
+    while left:
+        now = every[place : place + len(left)]
+        assert [one.sequence for one in now] == left
+        for one in now:
+            said[one.sequence] += len(one.tokens)
+        place += len(left)
+        left = [number for number in left if said[number] < min(12, CONTEXT - len(prompts[number]))]
+    assert place == len(every)
+
+
+def test_a_proposed_stop_token_counts_as_the_verifiers_own(
+    verifier: PreTrainedModel, prompts: Any, to_the_end: Any
+) -> None:
+    said = to_the_end("llama", prompts[3])
+    stop = next(token for place, token in enumerate(said) if place >= 3 and token not in said[:place])
+    place = said.index(stop)
+    sure = Oracle([[*prompts[3], *said]], VOCABULARY, share=1.0)
+    every = emissions(
+        Decoder(verifier, sure, GreedyTokenProposalConfig(speculative_tokens=20), stop_tokens=[stop]), [prompts[3]], 30
+    )
+    first, only = every
+    assert first.tokens == said[:1] and only.tokens == said[1 : place + 1]
+    assert only.drafted == 20
+    # All of its tokens were proposed, the stop token included.
+    assert only.path == place
+    assert only.accepted == place - 1
+
+
+def test_nothing_is_proposed_that_there_is_no_room_for(verifier: PreTrainedModel, oracle: Oracle, prompts: Any) -> None:
+    for config in (
+        GreedyTokenProposalConfig(speculative_tokens=20),
+        PromptLookupTokenProposalConfig(speculative_tokens=20),
+    ):
+        for own in by_sequence(emissions(Decoder(verifier, oracle, config), prompts[:6], 8)).values():
+            left = 8 - len(own[0].tokens)
+            for one in own[1:]:
+                assert one.drafted is not None and one.drafted <= left - 1
+                left -= len(one.tokens)
+            assert left == 0
+
+
+class Witness(Oracle):
+    """An oracle that notes what it is told of each sequence, and reads features of two layers."""
+
+    @property
+    def aux_layers(self) -> list[int]:
+        return [1, 2]
+
+    def drafter(self, batch_size: int) -> OracleDrafter:
+        self.last_drafter = WitnessDrafter(self, batch_size)
+        return self.last_drafter
+
+
+class WitnessDrafter(OracleDrafter):
+    def __init__(self, oracle: Oracle, batch_size: int) -> None:
+        super().__init__(oracle, batch_size)
+        self.numbers = list(range(batch_size))
+        self.told: dict[int, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
+
+    def commit(self, tokens: Tensor, features: Features, counts: Tensor) -> None:
+        super().commit(tokens, features, counts)
+        for row, (number, count) in enumerate(zip(self.numbers, counts.tolist(), strict=True)):
+            for place in range(count):
+                one = (int(tokens[row, place]), features.aux[row, place], features.last[row, place])
+                self.told[number].append(one)
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        self.numbers = [self.numbers[row] for row in rows.tolist()]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GREEDY_CHAIN,
+        StaticTreeTokenProposalConfig(initial_branching_factor=3, depth=3),
+        DynamicTreeTokenProposalConfig(speculative_tokens=9, expansion_factor=3, depth=4),
+    ],
+    ids=["greedy", "static_tree", "dynamic_tree"],
+)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_draft_is_told_all_that_is_decided_and_what_the_verifier_made_of_it(
+    family: str, config: TokenProposalConfig, verifier_named: NamedVerifiers, prompts: Any, to_the_end: Any
+) -> None:
+    """Sequences end at different times, and each token comes beside the states of the one before it."""
+    verifier, batch = verifier_named(family), prompts[:6]
+    whole = [[*prompt, *to_the_end(family, prompt)] for prompt in batch]
+    witness = Witness(whole, VOCABULARY)
+    decoded(Decoder(verifier, witness, config), batch, 1000)
+    assert witness.last_drafter.told.keys() == set(range(len(batch)))
+    for number, told in witness.last_drafter.told.items():
+        tokens, aux, last = zip(*told, strict=True)
+        # The end of a sequence is not told any more.
+        assert len(batch[number]) <= len(tokens) < len(whole[number])
+        assert list(tokens) == whole[number][1 : 1 + len(tokens)]
+        read = torch.tensor([whole[number][: len(tokens)]])
+        expected = capture(verifier, read, torch.arange(len(tokens))[None], [1, 2])
+        torch.testing.assert_close(torch.stack(aux), expected.aux[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.stack(last), expected.last[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "sampling"),
+    [
+        (None, WARM),
+        (GREEDY_CHAIN, WARM),
+        (SamplingTokenProposalConfig(speculative_tokens=3), WARM),
+        (StaticTreeTokenProposalConfig(depth=2, sampled=True), Sampling(temperature=0.7, top_k=5)),
+        (DynamicTreeTokenProposalConfig(speculative_tokens=7), WARM),
+    ],
+    ids=["none", "greedy", "sampling", "static_tree", "dynamic_tree"],
+)
+def test_a_seed_decides_everything(config: Any, sampling: Sampling, verifier: PreTrainedModel, prompts: Any) -> None:
+    decoder = Decoder(verifier, random_draft(verifier, size=9), config, sampling)
+
+    def said(seed: int) -> list[Emission]:
+        return emissions(decoder, prompts[:5], 16, seed=seed)
+
+    assert said(1) == said(1)
+    assert said(1) != said(2)
+
+
+def test_without_a_seed_the_devices_own_state_decides(verifier: PreTrainedModel, prompts: Any) -> None:
+    decoder = Decoder(verifier, sampling=WARM)
+    torch.manual_seed(5)
+    one = decoded(decoder, prompts[:3], 12)
+    other = decoded(decoder, prompts[:3], 12)
+    torch.manual_seed(5)
+    assert one == decoded(decoder, prompts[:3], 12) != other
+    # A seed leaves it alone.
+    state = torch.get_rng_state()
+    decoded(decoder, prompts[:3], 3, seed=0)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_times_are_accounted(verifier: PreTrainedModel, oracle: Oracle, prompts: Any) -> None:
+    decoder = Decoder(verifier, oracle, GREEDY_CHAIN)
+    assert astuple(decoder.times) == astuple(Times())
+    rounds = len(emissions(decoder, prompts[2:3], 10)) - 1
+    times = decoder.times
+    assert times.rounds == rounds
+    assert min(times.draft, times.verifier, times.prompt) > 0
+    assert times.verifier <= times.total
+    # Each decoding starts anew.
+    assert emissions(decoder, prompts[2:3], 1) and decoder.times.rounds == 0
+    assert decoder.times.verifier == decoder.times.total == 0
+    alone = Decoder(verifier)
+    emissions(alone, prompts[2:3], 10)
+    assert alone.times.rounds == 9 and alone.times.verifier > 0
+
+
+def test_a_consumers_time_is_nobodys(
+    verifier: PreTrainedModel, oracle: Oracle, prompts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = 0
+
+    def now() -> float:
+        nonlocal clock
+        clock += 1
+        return float(clock)
+
+    monkeypatch.setattr(loop, "_now", now)
+    decoder = Decoder(verifier, oracle, GREEDY_CHAIN)
+    for _ in decoder.decode([torch.tensor(prompts[2])], 10):
+        clock += 1000
+    assert decoder.times.total < 1000 and decoder.times.prompt < 1000
+
+
+def test_the_parts_of_the_time_make_no_more_than_the_whole(
+    verifier: PreTrainedModel, prompts: Any, to_the_end: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taking in the prompt is as long as the prompt, and belongs to it as the verifier's first pass does."""
+    clock = 0.0
+
+    def now() -> float:
+        nonlocal clock
+        clock += 1
+        return clock
+
+    class SlowDrafter(OracleDrafter):
+        def commit(self, tokens: Tensor, features: Features, counts: Tensor) -> None:
+            nonlocal clock
+            clock += 100 * tokens.shape[1]
+            super().commit(tokens, features, counts)
+
+    class Slow(Oracle):
+        def drafter(self, batch_size: int) -> OracleDrafter:
+            return SlowDrafter(self, batch_size)
+
+    monkeypatch.setattr(loop, "_now", now)
+    slow = Slow([[*prompts[5], *to_the_end("llama", prompts[5])]], VOCABULARY)
+    decoder = Decoder(verifier, slow, GREEDY_CHAIN)
+    emissions(decoder, prompts[5:6], 6)
+    assert decoder.times.draft + decoder.times.verifier <= decoder.times.total
+
+
+def test_prompts_that_nothing_can_be_said_to_are_refused(verifier: PreTrainedModel) -> None:
+    decoder = Decoder(verifier)
+    full = [1] * CONTEXT
+    for batch, message in [
+        ([[]], "the prompt is empty"),
+        ([[1], [], [2]], "prompt 2 of 3 is empty"),
+        ([full], f"the prompt has {CONTEXT} tokens, and the verifier's context takes {CONTEXT}"),
+        ([[1], [*full, 1]], f"prompt 2 of 2 has {CONTEXT + 1} tokens"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            list(decoder.decode([torch.tensor(one, dtype=torch.int64) for one in batch], 5))
+    assert len(decoded(decoder, [full[:-1]], 5)[0]) == 1
+
+
+def test_no_prompts_and_no_room_are_nothing(verifier: PreTrainedModel, oracle: Oracle) -> None:
+    decoder = Decoder(verifier, oracle, GREEDY_CHAIN)
+    assert emissions(decoder, [], 5) == []
+    assert decoded(decoder, [[1, 2]], 0) == [[]]
+    assert all(one.accepted >= 0 for one in emissions(decoder, [[1, 2]], 0))
+
+
+def test_a_draft_of_another_verifier_is_refused(verifier: PreTrainedModel) -> None:
+    for change, message in [
+        ({"vocab_size": 40}, "vocabulary of 40; that of LlamaForCausalLM is 31"),
+        ({"hidden_size": 32, "head_dim": 8}, "width of 32; that of LlamaForCausalLM is 16"),
+    ]:
+        other = random_model(LlamaConfig(**{**SHAPE, **change}))
+        with pytest.raises(UsageError, match=f"the draft was made for a verifier with a {message}"):
+            Decoder(verifier, random_draft(other), GREEDY_CHAIN)
+    # Methods that do not use it do not mind.
+    Decoder(verifier, random_draft(other), PromptLookupTokenProposalConfig())
+
+
+@pytest.mark.parametrize("kind", ["greedy", "sampling", "static_tree", "dynamic_tree"])
+def test_methods_that_need_a_draft_say_so(kind: str, verifier: PreTrainedModel) -> None:
+    config = {
+        "greedy": GREEDY_CHAIN,
+        "sampling": SamplingTokenProposalConfig(),
+        "static_tree": StaticTreeTokenProposalConfig(),
+        "dynamic_tree": DynamicTreeTokenProposalConfig(),
+    }[kind]
+    with pytest.raises(UsageError, match=f"{kind!r} needs a draft"):
+        Decoder(verifier, proposal=config)
+
+
+def test_a_draft_is_not_asked_for_more_than_it_can(verifier: PreTrainedModel) -> None:
+    short = Oracle([], VOCABULARY, max_depth=3)
+    Decoder(verifier, short, GreedyTokenProposalConfig(speculative_tokens=3))
+    Decoder(verifier, short, StaticTreeTokenProposalConfig(depth=3))
+    Decoder(verifier, short, PromptLookupTokenProposalConfig(speculative_tokens=9))
+    for config in (GREEDY_CHAIN, DynamicTreeTokenProposalConfig(depth=4), StaticTreeTokenProposalConfig(depth=4)):
+        with pytest.raises(UsageError, match=f"{config.proposal_type} proposes 4 tokens ahead, .* 3 at most"):
+            Decoder(verifier, short, config)
+
+
+def test_unknown_methods_are_refused(verifier: PreTrainedModel) -> None:
+    with pytest.raises(UsageError, match=r"greedi"):
+        Decoder(verifier, random_draft(verifier), TokenProposalConfig(proposal_type="greedi"))
+
+
+def test_a_drawn_tree_is_not_verified_as_a_block(verifier: PreTrainedModel, prompts: Any) -> None:
+    config = StaticTreeTokenProposalConfig(sampled=True)
+    decoder = Decoder(verifier, random_draft(verifier), config, WARM, Verification(method="block"))
+    with pytest.raises(UsageError, match="block verification takes a chain"):
+        decoded(decoder, prompts[:1], 9)
+
+
+@pytest.mark.parametrize("content", [None, "nonsense", "other"])
+def test_a_missing_or_damaged_table_is_named(
+    content: str | None, verifier: PreTrainedModel, prompts: Any, tmp_path: Any
+) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "table.safetensors"
+    if content == "other":
+        save_file({"something": torch.zeros(3)}, path)
+    elif content:
+        path.write_text(content)
+    with pytest.raises(UsageError, match=r"bigram: .*table\.safetensors holds no table 'successors'"):
+        decoded(Decoder(verifier, proposal=BigramTokenProposalConfig(table=str(path))), prompts[:1], 9)
+
+
+@pytest.mark.parametrize("table", [[1, 2, 3], [VOCABULARY] * VOCABULARY], ids=["short", "foreign"])
+def test_a_table_of_another_vocabulary_is_refused(
+    table: list[int], verifier: PreTrainedModel, prompts: Any, tmp_path: Any
+) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "table.safetensors"
+    save_file({"successors": torch.tensor(table)}, path)
+    with pytest.raises(UsageError, match="bigram"):
+        decoded(Decoder(verifier, proposal=BigramTokenProposalConfig(table=str(path))), prompts[:1], 9)
+
+
+def test_attention_that_takes_no_mask_is_refused(prompts: Any) -> None:
+    name = "attention that specforge does not know"
+    AttentionInterface.register(name, sdpa_attention_forward)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    verifier = random_model(LlamaConfig(**SHAPE), attn_implementation=name)
+    with pytest.raises(UsageError, match=f"attn_implementation='{name}'.* load it with one of: sdpa, eager"):
+        decoded(Decoder(verifier), prompts[:1], 3)
+
+
+def test_a_state_that_cannot_be_rolled_back_is_refused(prompts: Any) -> None:
+    recurrent = {
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    }
+    verifier = random_model(Qwen3_5TextConfig(**{**SHAPE, **recurrent}))
+    with pytest.raises(UsageError, match=r"cannot verify drafts: it has layers of linear_attention.* taken back"):
+        decoded(Decoder(verifier), prompts[:1], 3)
+    mamba = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4)
+    with pytest.raises(UsageError, match="MambaForCausalLM"):
+        decoded(Decoder(random_model(mamba)), prompts[:1], 3)

@@ -1,0 +1,240 @@
+"""Markov chains as verifiers and tables as drafts: small enough to know the law of everything."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import product
+from typing import Any
+
+import torch
+from enumeration import all_runs
+from torch import Tensor
+
+from specforge.config import TokenProposalConfig
+from specforge.decoding.verification import Verification, verify
+from specforge.hookspecs import ProposalMethod
+from specforge.models.drafter import Drafter
+from specforge.proposals.proposal import Proposal, Proposer
+from specforge.registry import installed
+from specforge.sampling import Chance, Sampling
+from specforge.verifier.features import Features
+
+Law = dict[tuple[int, ...], float]
+
+
+class TableDrafter(Drafter):
+    """Its logits are a function of the last two tokens, [V, V, D]."""
+
+    def __init__(self, table: Tensor, contexts: Sequence[tuple[int, int]], draft_ids: Tensor | None = None) -> None:
+        self.table = table
+        self.draft_ids = draft_ids
+        self.contexts = [[context] for context in contexts]
+        self.root = self._read([row[0] for row in self.contexts])
+
+    def commit(self, tokens: Tensor, features: Features, counts: Tensor) -> None:
+        raise AssertionError("a toy drafts for one round")
+
+    def select(self, rows: Tensor) -> None:
+        raise AssertionError("a toy drafts for one round")
+
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        logits = []
+        for row, (own, behind) in enumerate(zip(tokens.tolist(), parents.tolist(), strict=True)):
+            # The root's context stands before those of the nodes.
+            new = [(self.contexts[row][parent + 1][1], token) for token, parent in zip(own, behind, strict=True)]
+            self.contexts[row] += new
+            logits.append(self._read(new))
+        return torch.stack(logits)
+
+    def _read(self, contexts: Sequence[tuple[int, int]]) -> Tensor:
+        return torch.stack([self.table[context] for context in contexts])
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A verifier whose next token depends on the last two, and a draft for it.
+
+    Attributes:
+        verifier: Logits, [V, V, V].
+        draft: Logits, [V, V, D].
+        draft_ids: The verifier's ids of the draft tokens; None for the whole vocabulary.
+        recipe: What it was made from, for messages.
+    """
+
+    verifier: Tensor = field(repr=False)
+    draft: Tensor = field(repr=False)
+    draft_ids: Tensor | None = None
+    recipe: str = ""
+
+    @property
+    def size(self) -> int:
+        return len(self.verifier)
+
+    def drafter(self, *contexts: tuple[int, int]) -> TableDrafter:
+        return TableDrafter(self.draft, contexts, self.draft_ids)
+
+    def logits(self, proposal: Proposal, *contexts: tuple[int, int]) -> Tensor:
+        """The verifier's logits at the root and behind each node of a proposal, [B, 1 + N, V]."""
+        rows = []
+        for context, tokens, parents in zip(contexts, proposal.tokens.tolist(), proposal.parents.tolist(), strict=True):
+            places = [context]
+            for token, parent in zip(tokens, parents, strict=True):
+                places.append((places[parent + 1][1], token))
+            rows.append(torch.stack([self.verifier[place] for place in places]))
+        return torch.stack(rows)
+
+    def p(self, context: tuple[int, int], sampling: Sampling) -> list[float]:
+        """Probabilities of the verifier's next token, by an own account of what sampling is."""
+        return filtered(self.verifier[context].tolist(), sampling)
+
+    def q(self, context: tuple[int, int], sampling: Sampling) -> list[float]:
+        """Probabilities of the draft's next token, over the verifier's vocabulary."""
+        own = filtered(self.draft[context].tolist(), sampling)
+        wide = [0.0] * self.size
+        for token, probability in enumerate(own):
+            wide[token if self.draft_ids is None else int(self.draft_ids[token])] = probability
+        return wide
+
+    def law(self, context: tuple[int, int], length: int, sampling: Sampling) -> Law:
+        """The verifier's own law of the next tokens."""
+        law: Law = {(): 1.0}
+        for _ in range(length):
+            law = {
+                (*tokens, token): probability * more
+                for tokens, probability in law.items()
+                for token, more in enumerate(self.p(after(context, tokens), sampling))
+                if more > 0
+            }
+        return law
+
+    def path_probability(self, context: tuple[int, int], path: Sequence[int], sampling: Sampling) -> float:
+        probability = 1.0
+        for place, token in enumerate(path):
+            probability *= self.p(after(context, path[:place]), sampling)[token]
+        return probability
+
+
+def after(context: tuple[int, int], tokens: Sequence[int]) -> tuple[int, int]:
+    """The last two tokens, once some more are there."""
+    both = (*context, *tokens)
+    return both[-2], both[-1]
+
+
+def filtered(logits: Sequence[float], sampling: Sampling) -> list[float]:
+    """Temperature, top-k and top-p in plain Python; one-hot at temperature 0."""
+    if sampling.temperature == 0:
+        return [float(token == logits.index(max(logits))) for token in range(len(logits))]
+    order = sorted(range(len(logits)), key=lambda token: -logits[token])
+    weights = [math.exp((logit - max(logits)) / sampling.temperature) for logit in logits]
+    kept = order[: sampling.top_k] if sampling.top_k else order
+    if sampling.top_p < 1:
+        whole, held, nucleus = sum(weights[token] for token in kept), 0.0, []
+        for token in kept:
+            # The fewest tokens that hold this much.
+            if held >= sampling.top_p:
+                break
+            nucleus.append(token)
+            held += weights[token] / whole
+        kept = nucleus
+    total = sum(weights[token] for token in kept)
+    return [weights[token] / total if token in kept else 0.0 for token in range(len(logits))]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round came to: the proposal, the path of accepted nodes, and the tokens that it emits."""
+
+    proposal: Proposal
+    nodes: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass
+class Rounds:
+    """Rounds of a proposal method and a verification on a toy, all that they can come to."""
+
+    toy: Toy
+    config: TokenProposalConfig
+    sampling: Sampling
+    verification: Verification
+    limit: int = 99
+    prompt: tuple[int, ...] = ()
+    _known: dict[tuple[int, int], list[tuple[Round, float]]] = field(default_factory=dict)
+
+    @cached_property
+    def proposer(self) -> type[Proposer[Any]]:
+        return installed().load(installed().find(ProposalMethod, self.config.proposal_type), "proposer")
+
+    def propose(self, context: tuple[int, int], chance: Chance) -> Proposal:
+        proposer = self.proposer(self.config, self.sampling, chance)
+        drafter = self.toy.drafter(context) if proposer.needs_draft else None
+        proposal = proposer.propose([torch.tensor([*self.prompt, *context])], drafter)
+        return proposal.within(torch.tensor([self.limit]))
+
+    def verify(self, proposal: Proposal, logits: Tensor, chance: Chance) -> Round:
+        verdict = verify(proposal, logits, self.sampling, self.verification, chance)
+        nodes = verdict.nodes[0, : int(verdict.counts)].tolist()
+        parent = -1
+        for node in nodes:
+            assert proposal.parents[0, node] == parent, "what is accepted is no path"
+            parent = node
+        return Round(proposal, tuple(nodes), (*proposal.tokens[0, nodes].tolist(), int(verdict.next_tokens)))
+
+    def everything(self, context: tuple[int, int]) -> list[tuple[Round, float]]:
+        if context not in self._known:
+            self._known[context] = list(self._all(context))
+        return self._known[context]
+
+    def _all(self, context: tuple[int, int]) -> Iterator[tuple[Round, float]]:
+        for proposal, drawn in all_runs(partial(self.propose, context)):
+            logits = self.toy.logits(proposal, context)
+            for one, probability in all_runs(partial(self.verify, proposal, logits)):
+                yield one, drawn * probability
+
+    def expected_accepted(self, context: tuple[int, int]) -> float:
+        return sum(len(one.nodes) * probability for one, probability in self.everything(context))
+
+    def law(self, context: tuple[int, int], length: int, rounds: int = 1) -> Law:
+        """The law of the next tokens after so many rounds, completed by the verifier alone."""
+        if rounds == 0:
+            return self.toy.law(context, length, self.sampling)
+        emitted: Law = defaultdict(float)
+        for one, probability in self.everything(context):
+            emitted[one.tokens[:length]] += probability
+        law: Law = defaultdict(float)
+        for tokens, probability in emitted.items():
+            rest = self.law(after(context, tokens), length - len(tokens), rounds - 1)
+            for more, further in rest.items():
+                law[tokens + more] += probability * further
+        return law
+
+
+def largest_difference(one: Law, other: Law) -> float:
+    return max(abs(one.get(tokens, 0.0) - other.get(tokens, 0.0)) for tokens in {*one, *other})
+
+
+def make_toy(seed: int, size: int, kind: str, sharpness: float = 1.5, draft_size: int | None = None) -> Toy:
+    """Make a toy; its draft knows nothing (random), everything (perfect), a little (close), or the opposite (bad)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (size, size, size)
+    verifier = sharpness * torch.randn(shape, generator=generator, dtype=torch.float64)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    draft = {
+        "random": sharpness * noise,
+        "perfect": verifier,
+        "close": verifier + 0.5 * noise,
+        "bad": -2 * verifier,
+    }[kind]
+    recipe = f"make_toy({seed}, {size}, {kind!r}, {sharpness}, {draft_size})"
+    if draft_size is None:
+        return Toy(verifier, draft, recipe=recipe)
+    draft_ids = torch.randperm(size, generator=generator)[:draft_size].sort().values
+    return Toy(verifier, draft[..., draft_ids], draft_ids, recipe)
+
+
+def all_contexts(toy: Toy) -> list[tuple[int, int]]:
+    return list(product(range(toy.size), repeat=2))
