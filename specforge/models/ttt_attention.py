@@ -36,16 +36,7 @@ class TrainingTimeTest:
     ) -> Tensor:
         """Attend in one layer at its next step, and remember its keys and values.
 
-        Args:
-            layer: Index of the layer.
-            query: [B, heads, T, D], with rotary positions applied.
-            key: [B, key-value heads, T, D], with rotary positions applied.
-            value: [B, key-value heads, T, D].
-            scale: Factor of the logits.
-            window: A row sees only keys of the last so many positions, as in decoding; None for all.
-
-        Returns:
-            [B, heads, T, D].
+        Arguments and result are those of ``DraftAttention.attend``; the window counts positions, as in decoding.
         """
         keys = self._keys.setdefault(layer, [])
         values = self._values.setdefault(layer, [])

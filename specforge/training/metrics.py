@@ -63,9 +63,9 @@ class StageMetrics(nn.Module):
 
     def __init__(self, terms: Sequence[str], steps: int, rows: TokenRows | None, verifier: str) -> None:
         super().__init__()
-        origins: list[Origin | None] = rows.summary.origins if rows is not None else [None]
+        origins: list[Origin | None] = rows.summary.origins if rows is not None else []
         self.why_proxy = why_proxy(origins, verifier)
-        origin = origins[0]
+        origin = next(iter(origins), None)
         self.sampling = Sampling() if self.why_proxy or origin is None else origin.sampling
         self.by_step = StepMeans(terms, steps)
         # Greedy chains are exact on any text of the verifier's, drawn ones only on text that was sampled as they are.
