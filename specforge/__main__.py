@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from specforge import __version__
 from specforge.errors import SpecforgeError
 from specforge.hookspecs import Algorithm, Command
+from specforge.interrupts import ended_by_interrupt
 from specforge.registry import Registry, installed
 
 
@@ -33,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Threads that spin while they wait make everything many times slower on a processor that others use too.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         command = installed().find(Command, name)
-        return int(installed().load(command, "run")(words[1:]))
+        with ended_by_interrupt():
+            run = installed().load(command, "run")
+        return int(run(words[1:]))
     except SpecforgeError as error:
         print(f"specforge {name}: error: {error}", file=sys.stderr)
         return error.exit_status
