@@ -25,7 +25,7 @@ from specforge.models.speculator import SpeculatorModel
 from specforge.registry import installed
 from specforge.training.distillation import DraftSteps, Teacher, Term, distill
 from specforge.training.objectives import forward_kl
-from specforge.verifier.features import capture, default_aux_layers
+from specforge.verifier.features import Features, capture, default_aux_layers
 from specforge.verifier.loading import load_verifier
 from specforge.verifier.parts import VerifierParts
 
@@ -34,6 +34,8 @@ if not ROOT.is_dir():
     pytest.skip(f"no golden cases: {ROOT} is not a folder (set SPECFORGE_GOLDEN)", allow_module_level=True)
 
 PADDING = 3
+# What specforge calls a format, where that is not what the cases do.
+FORMATS = {"eagle-raw": "eagle"}
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,17 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def draft(case: Case) -> Any:
-    require("eagle3")
-    model = read_draft(case, case.folder / "draft")
-    model.attach_verifier(str(case.folder / "verifier"), "train_only")
-    return model
+    return attached_draft(case)
+
+
+@pytest.fixture(scope="module", params=[case for case in CASES if case.algorithm == "eagle"], ids=str)
+def feature_case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def feature_draft(feature_case: Case) -> Any:
+    return attached_draft(feature_case)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +170,13 @@ def require(algorithm: str) -> None:
         pytest.skip(f"no installed plugin provides {algorithm!r}")
 
 
+def attached_draft(case: Case) -> Any:
+    require(case.algorithm)
+    model = read_draft(case, case.folder / "draft")
+    model.attach_verifier(str(case.folder / "verifier"), "train_only")
+    return model
+
+
 def read_draft(case: Case, folder: Path) -> Any:
     if case.facts["format"] == "speculators":
         return SpeculatorModel.from_pretrained(folder)
@@ -175,7 +191,8 @@ def write_draft(case: Case, model: Any, folder: Path) -> None:
 
 
 def checkpoint_format(case: Case, direction: str) -> Callable[..., Any]:
-    return installed().load(installed().find(CheckpointFormat, case.facts["format"]), direction)
+    name = FORMATS.get(case.facts["format"], case.facts["format"])
+    return installed().load(installed().find(CheckpointFormat, name), direction)
 
 
 def read_json(folder: Path) -> dict[str, Any]:
@@ -188,7 +205,9 @@ def test_there_are_cases() -> None:
 
 def test_every_algorithm_is_checked(any_case: Case) -> None:
     require(any_case.algorithm)
-    assert any_case.algorithm in {"eagle3"}, "a plugin provides this algorithm, but no test here runs its cases"
+    assert any_case.algorithm in {"eagle3", "eagle"}, (
+        "a plugin provides this algorithm, but no test here runs its cases"
+    )
 
 
 def test_recorded_rows_are_found(case: Case) -> None:
@@ -270,14 +289,19 @@ def test_loss(case: Case, draft: Any, hidden: Tensor) -> None:
         torch.testing.assert_close(outcome.loss, case.expected["loss_total"], **case.tolerance)
 
 
-def test_written_tensors_are_bit_equal(case: Case, draft: Any, tmp_path: Path) -> None:
-    write_draft(case, draft, tmp_path / "written")
-    ours = load_file(tmp_path / "written" / "model.safetensors")
+def assert_written_as_read(case: Case, draft: Any, folder: Path) -> None:
+    """A draft that is written has the keys, shapes, types and values that it was read with."""
+    write_draft(case, draft, folder)
+    ours = load_file(folder / "model.safetensors")
     theirs = load_file(case.folder / "draft" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(ours[name], tensor), name
+
+
+def test_written_tensors_are_bit_equal(case: Case, draft: Any, tmp_path: Path) -> None:
+    assert_written_as_read(case, draft, tmp_path)
 
 
 def test_written_config_says_the_same(case: Case, draft: Any, tmp_path: Path) -> None:
@@ -306,3 +330,89 @@ def test_written_draft_computes_the_same(case: Case, draft: Any, hidden: Tensor,
             batch["tokens"], case.states[:, :, :-1], batch["positions"], batch["documents"], steps=case.steps
         )
     assert torch.equal(states[:, 0], hidden)
+
+
+# EAGLE-1, EAGLE-2, HASS.
+
+
+def predictions(case: Case, draft: Any) -> tuple[Tensor, Tensor]:
+    """Run one teacher-forced pass as the reference was run; features [rows, H] and logits [rows, V]."""
+    tokens, states = case.inputs["input_ids"][None], case.inputs["hidden_states"][None]
+    with torch.no_grad():
+        output = draft(
+            tokens,
+            states,
+            attention_mask=case.inputs["attention_mask"][None],
+            position_ids=case.inputs["position_ids"][None],
+            output_hidden_states=True,
+            return_dict=True,
+        )
+    return output.hidden_states[-1][0], output.logits[0]
+
+
+def assert_as_recorded(case: Case, draft: Any, features: Tensor, logits: Tensor) -> None:
+    torch.testing.assert_close(features, case.expected["features"], **case.tolerance)
+    torch.testing.assert_close(logits, case.expected["logits"], **case.tolerance)
+    assert torch.equal(logits.argmax(-1), case.expected["draft_tokens"])
+    if "features_post_layernorm" in case.expected:
+        expected = case.expected["features_post_layernorm"]
+        torch.testing.assert_close(draft.before_head(features), expected, **case.tolerance)
+
+
+def test_recorded_rows_of_one_pass_are_found(feature_case: Case) -> None:
+    """Row i of the reference reads x[i+1] at position i, beside the state of x[i] after the final norm."""
+    inputs = feature_case.inputs
+    tokens = inputs["token_ids"]
+    assert torch.equal(inputs["input_ids"], tokens[1:])
+    assert torch.equal(inputs["position_ids"], torch.arange(len(tokens) - 1))
+    assert torch.equal(inputs["hidden_states"], inputs["verifier_post_norm"][:-1])
+
+
+def test_capture_of_the_last_state(feature_case: Case, feature_draft: Any) -> None:
+    verifier = load_verifier(str(feature_case.folder / "verifier"))
+    tokens = feature_case.inputs["token_ids"][None]
+    features = capture(verifier, tokens, torch.arange(tokens.shape[1])[None], feature_draft.aux_layers)
+    torch.testing.assert_close(features.last[0], feature_case.inputs["verifier_pre_norm"], **feature_case.tolerance)
+    read = feature_draft.first_feature(features)
+    torch.testing.assert_close(read[0], feature_case.inputs["verifier_post_norm"], **feature_case.tolerance)
+
+
+@torch.no_grad()
+def test_one_pass(feature_case: Case, feature_draft: Any) -> None:
+    assert_as_recorded(feature_case, feature_draft, *predictions(feature_case, feature_draft))
+
+
+@torch.no_grad()
+def test_the_first_step_of_a_chain(feature_case: Case, feature_draft: Any) -> None:
+    inputs = feature_case.inputs
+    tokens = inputs["token_ids"][None]
+    positions = torch.arange(tokens.shape[1])[None]
+    last = inputs["verifier_pre_norm"][None]
+    features = Features(last.new_empty(*last.shape[:2], 0, last.shape[2]), last)
+    hidden = feature_draft.unroll(tokens, features, positions, torch.zeros_like(positions), steps=3)[0, 0, :-1]
+    assert_as_recorded(feature_case, feature_draft, hidden, feature_draft.logits(hidden))
+
+
+def test_written_features_draft_is_as_read(feature_case: Case, feature_draft: Any, tmp_path: Path) -> None:
+    assert_written_as_read(feature_case, feature_draft, tmp_path)
+    theirs, ours = read_json(feature_case.folder / "draft"), read_json(tmp_path)
+    layers = feature_draft.config.transformer_layer_config
+    if feature_case.facts["format"] == "speculators":
+        known = [name for name in type(feature_draft.config).model_fields if name in theirs]
+        known.remove("transformer_layer_config")
+        read = type(layers)(**ours["transformer_layer_config"])
+        assert read.to_dict() == type(layers)(**theirs["transformer_layer_config"]).to_dict()
+    else:
+        # A missing type is the stored one.
+        known = [name for name in theirs if name not in ("torch_dtype", "dtype")]
+        base = theirs.get("rope_theta", theirs.get("rope_parameters", {}).get("rope_theta"))
+        assert ours["rope_parameters"]["rope_theta"] == ours["rope_theta"] == base
+    assert {name: ours.get(name) for name in known} == {name: theirs[name] for name in known}
+
+
+def test_written_features_draft_computes_the_same(feature_case: Case, feature_draft: Any, tmp_path: Path) -> None:
+    write_draft(feature_case, feature_draft, tmp_path)
+    again = read_draft(feature_case, tmp_path)
+    again.attach_verifier(feature_draft.verifier_parts)
+    for ours, theirs in zip(predictions(feature_case, again), predictions(feature_case, feature_draft), strict=True):
+        assert torch.equal(ours, theirs)

@@ -1,0 +1,371 @@
+"""The draft network of EAGLE-1, EAGLE-2 (https://arxiv.org/abs/2401.15077, 2406.16858) and HASS (2408.15766).
+
+A decoder layer reads the embedding of a token, fused with the verifier's feature of the token before: its last state
+*after* the final norm. What the layer returns is the predicted feature of the token itself, which the verifier's head
+turns into logits, and which the next step reads.
+
+Letters in shapes: B rows, T tokens a row, S slots of keys, H width, K steps, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
+from specforge.errors import UsageError
+from specforge.models.alignment import step_tokens
+from specforge.models.base_components import rotary_options, single_layer_config
+from specforge.models.documents import DocumentLayout
+from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention, cache_argument, causal_mask
+from specforge.models.speculator import AttachmentMode, SpeculatorModel
+from specforge.models.ttt_attention import TrainingTimeTest
+from specforge.proposals import GreedyTokenProposalConfig
+from specforge.verifier.features import Features
+from specforge.verifier.parts import VerifierParts, decoder
+from specforge_eagle.config import EagleSpeculatorConfig
+from specforge_eagle.drafter import EagleDrafter
+
+
+class EagleSpeculator(SpeculatorModel):
+    """EAGLE-1, EAGLE-2 or HASS: drafts features with one decoder layer between the verifier's embeddings and head.
+
+    ``embed_tokens``, ``rotary_emb`` and ``lm_head`` are the attached verifier's, and None until there is one; they
+    are shared with it, and neither trained nor moved nor saved with the draft.
+
+    Example:
+        Draft for a verifier that is loaded along::
+
+            config = EagleSpeculatorConfig(transformer_layer_config=AutoConfig.from_pretrained(name))
+            speculator = EagleSpeculator(config, verifier=name, verifier_attachment_mode="full")
+
+    Args:
+        config: The speculator's configuration.
+        verifier: What to attach: a folder, a hub id, or a loaded model; nothing when None.
+        verifier_attachment_mode: ``"full"`` (the default) keeps the whole verifier, ``"train_only"`` only what
+            ``forward`` needs, and ``"detached"`` attaches nothing.
+    """
+
+    config_class: ClassVar[type[SpeculatorModelConfig]] = EagleSpeculatorConfig
+    config: EagleSpeculatorConfig
+
+    def __init__(
+        self,
+        config: EagleSpeculatorConfig,
+        verifier: str | os.PathLike[str] | PreTrainedModel | None = None,
+        verifier_attachment_mode: AttachmentMode | None = None,
+    ) -> None:
+        super().__init__(config)
+        self._layer_config = _drafting(config.transformer_layer_config)
+        self._verifier_rotary: tuple[nn.Module | None] | None = None
+        self.stored_embeddings: Tensor | None = None
+        """Token embeddings [V, H] that came with the draft in a layout which may hold them, to be written back."""
+        width = self._layer_config.hidden_size
+
+        self.fusion_fc = nn.Linear(2 * width, width, bias=config.fusion_bias)
+        self.transformer: Any = config.decoder_layer.build(self._layer_config)
+        self.rotary: nn.Module = config.decoder_layer.rotary(self._layer_config)
+        norms = self._norms() if config.layernorms else [nn.Identity(), nn.Identity(), nn.Identity()]
+        self.embedding_layernorm, self.transformer.input_layernorm, self.pre_lm_head_layernorm = norms
+        self._initialise(getattr(self._layer_config, "initializer_range", 0.02))
+        if verifier is not None and verifier_attachment_mode != "detached":
+            self.attach_verifier(verifier, verifier_attachment_mode)
+
+    @classmethod
+    def from_training_args(cls, verifier_config: PreTrainedConfig, **kwargs: Any) -> Self:
+        """Create the draft for a verifier from training arguments.
+
+        Args:
+            verifier_config: The verifier's transformers configuration.
+            **kwargs: ``layernorms`` (False), ``fusion_bias`` (False), ``transformer_layer_architecture`` (``"auto"``:
+                a layer of the verifier's own family), ``verifier_name_or_path``, ``speculative_tokens`` (5: tokens of
+                the greedy chain that the draft proposes).
+
+        Returns:
+            The draft with random weights.
+        """
+        architecture = kwargs.get("transformer_layer_architecture", "auto")
+        return cls(
+            EagleSpeculatorConfig(
+                transformer_layer_config=single_layer_config(verifier_config, architecture),
+                transformer_layer_architecture=architecture,
+                layernorms=kwargs.get("layernorms", False),
+                fusion_bias=kwargs.get("fusion_bias", False),
+                speculators_config=SpeculatorsConfig(
+                    algorithm="eagle",
+                    proposal_methods=[
+                        GreedyTokenProposalConfig(speculative_tokens=kwargs.get("speculative_tokens", 5))
+                    ],
+                    default_proposal_method="greedy",
+                    verifier=VerifierConfig.from_config(verifier_config, kwargs.get("verifier_name_or_path")),
+                ),
+            )
+        )
+
+    @staticmethod
+    def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the arguments of ``forward`` that training settings decide: none, in training or validation.
+
+        Args:
+            **kwargs: Training arguments; none is read.
+        """
+        return {}, {}
+
+    @property
+    def embed_tokens(self) -> nn.Module | None:
+        """The attached verifier's token embeddings."""
+        return self._attached[1].embed_tokens if self._attached else None
+
+    @property
+    def lm_head(self) -> nn.Module | None:
+        """The attached verifier's head."""
+        return self._attached[1].lm_head if self._attached else None
+
+    @property
+    def rotary_emb(self) -> nn.Module | None:
+        """The attached verifier's rotary embedding; where no whole model was given, the draft's own.
+
+        The draft computes with its own, which follows the configuration of its layer as serving engines do.
+        """
+        return None if self._verifier_rotary is None else (self._verifier_rotary[0] or self.rotary)
+
+    def attach_verifier(
+        self,
+        verifier: str | os.PathLike[str] | PreTrainedModel | VerifierParts,
+        mode: Literal["full", "train_only"] | None = None,
+    ) -> PreTrainedModel | VerifierParts:
+        """Attach the verifier whose embeddings, final norm and head the draft uses.
+
+        Example:
+            For generation, then for training::
+
+                speculator.attach_verifier(verifier)
+                tokens = speculator.generate(input_ids)
+                speculator.detach_verifier()
+
+                speculator.attach_verifier(verifier, mode="train_only")
+                outputs = speculator(input_ids, hidden_states)
+
+        Args:
+            verifier: A folder, a hub id, a loaded model, or its parts.
+            mode: ``"full"`` (the default) keeps the whole model; ``"train_only"`` only the layers that ``forward``
+                needs, without which ``generate`` is not available; from files, nothing else is read.
+
+        Returns:
+            What was attached: the model, or its parts where only those were read.
+
+        Raises:
+            ValueError: There is no such mode.
+            UsageError: The verifier cannot be loaded, or has another width than the draft.
+        """
+        if mode not in (None, "full", "train_only"):
+            raise ValueError(f"mode {mode!r} is not one of: 'full', 'train_only'")
+        attached = super().attach_verifier(verifier, mode)
+        is_model = isinstance(attached, PreTrainedModel)
+        self._verifier_rotary = (getattr(decoder(attached), "rotary_emb", None) if is_model else None,)
+        width, expected = self.verifier_parts.config.hidden_size, self._layer_config.hidden_size
+        if width != expected:
+            self.detach_verifier()
+            raise UsageError(f"the draft was made for a verifier with a width of {expected:,}; this one has {width:,}")
+        return attached
+
+    def detach_verifier(self) -> None:
+        """Let go of the attached verifier; the draft cannot run until another is attached."""
+        super().detach_verifier()
+        self._verifier_rotary = None
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embed tokens [...] as [..., H], by the verifier's embeddings."""
+        with torch.no_grad():
+            embedded = self.verifier_parts.embed_tokens(tokens)
+        return cast(Tensor, embedded.to(self.fusion_fc.weight.dtype))
+
+    def fuse(self, tokens: Tensor, feature: Tensor) -> Tensor:
+        """Fuse the embeddings of tokens [B, T] with features [B, T, H] to what the decoder layer reads, [B, T, H]."""
+        embedded = self.embedding_layernorm(self.embed(tokens))
+        return cast(Tensor, self.fusion_fc(torch.cat([embedded, feature.to(embedded.dtype)], dim=-1)))
+
+    def first_feature(self, features: Features) -> Tensor:
+        """Return what the first step reads of the verifier's states, [B, T, H]: the last one, after its final norm."""
+        with torch.no_grad():
+            return cast(Tensor, self.verifier_parts.norm(features.last))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Tensor | CausalLMOutputWithPast:
+        """Predict, at each row, the feature of the row's token and the token after it; one step, teacher-forced.
+
+        Args:
+            input_ids: Tokens that are already shifted, [B, T]: row i holds token x_{i+1}.
+            hidden_states: The verifier's last states after its final norm, [B, T, H]: row i holds that of x_i.
+            attention_mask: 1 on tokens and 0 on padding, [B, S], rows in the cache included; or what each row sees,
+                [B, 1, T, S], as truth values or to be added to the attention's logits. Causal when None.
+            position_ids: Positions [B, T]; by default they count the rows from 0, on from those in the cache.
+            past_key_values: A cache of transformers with the keys and values of earlier rows; it is extended.
+            use_cache: Return the cache; by default when one is given.
+            output_attentions: Return the attention's weights, [B, heads, T, S].
+            output_hidden_states: Return what the decoder layer reads, and the feature that it predicts, [B, T, H].
+            return_dict: Return all of that and not the logits alone; by default what the layer's configuration says.
+
+        Returns:
+            Logits [B, T, V], those of row i for token x_{i+2}: alone, or as ``CausalLMOutputWithPast``.
+
+        Raises:
+            ValueError: No verifier is attached, or the cache is none of transformers.
+        """
+        if not isinstance(past_key_values, Cache | None):
+            raise ValueError(
+                f"past_key_values must be a Cache of transformers, such as DynamicCache, not a "
+                f"{type(past_key_values).__name__}"
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        hidden = self.fuse(input_ids, hidden_states)
+        weights: list[Tensor] | None = [] if output_attentions else None
+        mask = causal_mask(
+            self._layer_config, hidden, attention_mask, past_key_values, position_ids, weighted=weights is not None
+        )
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)[None]
+        cache = {cache_argument(self.transformer.forward): past_key_values}
+        predicted = self._transform(hidden, position_ids, attention_mask=mask, attention_weights=weights, **cache)
+        logits = self.logits(predicted)
+        if not (self._layer_config.return_dict if return_dict is None else return_dict):
+            return logits
+        returned = None if use_cache is False else past_key_values
+        return CausalLMOutputWithPast(
+            logits=logits,
+            **{cache_argument(CausalLMOutputWithPast): returned},
+            hidden_states=(hidden, predicted) if output_hidden_states else None,
+            attentions=None if weights is None else tuple(weights),
+        )
+
+    def advance(self, tokens: Tensor, feature: Tensor, position_ids: Tensor, attention: DraftAttention) -> Tensor:
+        """Run the draft once.
+
+        Args:
+            tokens: Tokens [B, T].
+            feature: The feature of the token before each, [B, T, H].
+            position_ids: Positions [B, T].
+            attention: What the rows see.
+
+        Returns:
+            The predicted feature of each token, [B, T, H].
+        """
+        return self._transform(self.fuse(tokens, feature), position_ids, draft_attention=attention)
+
+    def fed_back(self, states: Tensor) -> Tensor:
+        """Return what the next step reads of predicted features, [..., H]: the features themselves."""
+        return states
+
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """Return what the verifier's head reads of predicted features, [..., H]."""
+        return cast(Tensor, self.pre_lm_head_layernorm(hidden))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Turn predicted features [..., H] into logits [..., V], by the verifier's head."""
+        parts = self.verifier_parts
+        return parts.head(self.before_head(hidden).to(parts.lm_head.weight.dtype))
+
+    def chain(
+        self,
+        input_ids: Tensor,
+        feature: Tensor,
+        position_ids: Tensor,
+        document_ids: Tensor,
+        steps: int,
+        detached: bool = False,
+    ) -> Tensor:
+        """Run the steps of a chain at every row at once, fed with the true tokens.
+
+        In the rows of ``specforge.models.alignment``: row t at step k reads token x_{t+1+k} at position t + k, beside
+        the feature of token t (step 0) or its own prediction of step k - 1.
+
+        Args:
+            input_ids: The verifier's tokens x, [B, T].
+            feature: What the first step reads of the verifier, [B, T, H] (see ``first_feature``).
+            position_ids: Positions that restart at 0 with each document, [B, T].
+            document_ids: Which document a token belongs to, -1 for padding, [B, T].
+            steps: Number K of steps.
+            detached: No gradient flows through the features that are fed back.
+
+        Returns:
+            Predicted features [K, B, T, H]; those of row t at step k are of token x_{t+1+k}.
+        """
+        attention = TrainingTimeTest(DocumentLayout.of(document_ids))
+        predicted = []
+        for step, tokens in enumerate(step_tokens(input_ids, steps)):
+            predicted.append(self.advance(tokens, feature, position_ids + step, attention))
+            feature = self.fed_back(predicted[-1].detach() if detached else predicted[-1])
+        return torch.stack(predicted)
+
+    def unroll(
+        self, input_ids: Tensor, features: Features, position_ids: Tensor, document_ids: Tensor, steps: int
+    ) -> Tensor:
+        """Run ``steps`` chained draft steps at every row, fed with the true tokens."""
+        return self.chain(input_ids, self.first_feature(features), position_ids, document_ids, steps)
+
+    def drafter(self, batch_size: int) -> EagleDrafter:
+        """Begin to draft for some sequences."""
+        return EagleDrafter(self, batch_size)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` and ``model.safetensors``; other files in the folder are left alone.
+
+        Raises:
+            SpecforgeError: They cannot be written; an earlier checkpoint in the folder is left as it was.
+        """
+        super().save_pretrained(folder)
+        # In files of the layout, the network alone is listed; the layer is listed again when they are read.
+        self.config.model_copy(update={"architectures": [type(self).__name__]}).save_pretrained(folder)
+
+    def reset_constants(self) -> None:
+        """Recompute the rotary frequencies, which no checkpoint holds."""
+        self.rotary = self.config.decoder_layer.rotary(self._layer_config)
+
+    def _transform(self, hidden: Tensor, position_ids: Tensor, **attention: Any) -> Tensor:
+        rotated = self.rotary(hidden, position_ids, **rotary_options(self.rotary, self._layer_config))
+        output = self.transformer(hidden, position_embeddings=rotated, position_ids=position_ids, **attention)
+        return cast(Tensor, output if isinstance(output, Tensor) else output[0])
+
+    def _norms(self) -> Sequence[nn.Module]:
+        """Make three norms that are those of the layer's family."""
+        norm = getattr(self.transformer, "input_layernorm", None)
+        if norm is None:
+            name = type(self.transformer).__name__
+            raise UsageError(f"{name} has no norm before its attention, so there can be no layernorms=True")
+        return [copy.deepcopy(norm), norm, copy.deepcopy(norm)]
+
+    def _initialise(self, deviation: float) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=deviation)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+
+def _drafting(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Copy a layer's configuration for a layer that attends by ``specforge.models.draft_attention``."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = IMPLEMENTATION
+    if getattr(config, "attn_logit_softcapping", None):
+        # No fused attention caps its logits, and a draft learns without.
+        config.attn_logit_softcapping = None
+    return config

@@ -1,0 +1,214 @@
+"""The layout of the published EAGLE-1 heads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from eagle_drafts import fill
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from specforge.errors import UsageError
+from specforge.hookspecs import CheckpointFormat
+from specforge.models.speculator import SpeculatorModel
+from specforge.registry import installed
+from specforge_eagle.model import EagleSpeculator
+from specforge_eagle.raw import read, write
+
+NAMES = {
+    "fc.weight",
+    *(f"layers.0.self_attn.{name}_proj.weight" for name in "qkvo"),
+    *(f"layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+    "layers.0.post_attention_layernorm.weight",
+}
+
+
+def make_draft(tiny_verifiers: Mapping[str, Any], name: str = "llama", **options: Any) -> EagleSpeculator:
+    draft = EagleSpeculator.from_training_args(tiny_verifiers[name].model.config, **options)
+    fill(draft, seed=3)
+    return draft
+
+
+@pytest.fixture
+def written(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> tuple[EagleSpeculator, Path]:
+    draft = make_draft(tiny_verifiers)
+    write(draft, tmp_path / "draft")
+    return draft, tmp_path / "draft"
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    (folder / "config.json").write_text(json.dumps(config_of(folder) | values))
+
+
+def change_weights(folder: Path, **tensors: torch.Tensor) -> None:
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {name.replace("__", "."): tensor for name, tensor in tensors.items()}, path)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3", "gemma2", "gemma3"])
+def test_round_trip(name: str, tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
+    draft, verifier = make_draft(tiny_verifiers, name), str(tiny_verifiers[name].folder)
+    write(draft, tmp_path)
+    again = read(tmp_path, verifier)
+    assert again.state_dict().keys() == draft.state_dict().keys()
+    for key, tensor in draft.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+    stored = again.config.speculators_config.verifier
+    assert (stored.name_or_path, stored.architectures) == (verifier, tiny_verifiers[name].model.config.architectures)
+    for one in (draft, again):
+        one.attach_verifier(verifier, "train_only")
+    tokens, states = torch.tensor([[3, 4, 5]]), torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again(tokens, states).logits, draft(tokens, states).logits)
+
+
+def test_a_written_draft_is_a_plain_decoder_of_one_layer(written: tuple[EagleSpeculator, Path]) -> None:
+    folder = written[1]
+    assert load_file(folder / "model.safetensors").keys() == NAMES
+    values = config_of(folder)
+    assert values["architectures"] == ["LlamaForCausalLM"] and values["model_type"] == "llama"
+    assert values["num_hidden_layers"] == 1 and values["bias"] is False and values["dtype"] == "float32"
+    assert (values["vocab_size"], values["hidden_size"]) == (61, 16)
+    # For transformers before version 5, and after.
+    assert (values["rope_theta"], values["rope_scaling"]) == (10000.0, None)
+    assert values["rope_parameters"]["rope_theta"] == 10000.0
+    config = AutoConfig.from_pretrained(folder)
+    assert config.num_hidden_layers == 1 and config.rope_parameters["rope_theta"] == 10000.0
+
+
+def test_scaled_positions_are_written_for_old_and_new_readers(
+    tiny_verifiers: Mapping[str, Any], tmp_path: Path
+) -> None:
+    draft = make_draft(tiny_verifiers)
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    draft.config.transformer_layer_config.rope_parameters = {**scaling, "rope_theta": 77.0}
+    write(draft, tmp_path)
+    values = config_of(tmp_path)
+    assert (values["rope_theta"], values["rope_scaling"]) == (77.0, scaling)
+    for missing in ([], ["rope_parameters"], ["rope_theta", "rope_scaling"]):
+        kept = {name: value for name, value in values.items() if name not in missing}
+        (tmp_path / "config.json").write_text(json.dumps(kept))
+        rope = read(tmp_path, None).config.transformer_layer_config.rope_parameters
+        assert rope == {**scaling, "rope_theta": 77.0}, missing
+
+
+def test_the_whole_verifiers_configuration_becomes_one_layers(
+    tiny_verifiers: Mapping[str, Any], tmp_path: Path
+) -> None:
+    from specforge_eagle.config import EagleSpeculatorConfig
+
+    config = EagleSpeculatorConfig(transformer_layer_config=tiny_verifiers["gemma3"].model.config)
+    write(EagleSpeculator(config), tmp_path)
+    values = config_of(tmp_path)
+    assert values["num_hidden_layers"] == 1 and values["layer_types"] == ["sliding_attention"]
+    assert read(tmp_path, None).config.transformer_layer_config.sliding_window == 4
+
+
+def test_a_layer_of_another_family_is_written_as_what_it_is(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
+    write(make_draft(tiny_verifiers, "gemma2", transformer_layer_architecture="LlamaDecoderLayer"), tmp_path)
+    values = config_of(tmp_path)
+    assert (values["architectures"], values["model_type"]) == (["LlamaForCausalLM"], "llama")
+
+
+def test_a_bias_is_refused_because_readers_would_leave_it_out(
+    tiny_verifiers: Mapping[str, Any], tmp_path: Path
+) -> None:
+    draft = make_draft(tiny_verifiers, fusion_bias=True)
+    with pytest.raises(UsageError, match=r"vLLM would leave out.*fusion_bias false"):
+        write(draft, tmp_path / "draft")
+    assert not (tmp_path / "draft").exists()
+
+
+def test_a_bias_of_zeros_does_no_harm(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
+    """SGLang's reader has a bias, and would leave it at random where the file has none."""
+    draft = make_draft(tiny_verifiers, fusion_bias=True)
+    with torch.no_grad():
+        draft.fusion_fc.bias.zero_()
+    write(draft, tmp_path)
+    assert config_of(tmp_path)["bias"] is True
+    assert not load_file(tmp_path / "model.safetensors")["fc.bias"].any()
+    assert read(tmp_path, None).config.fusion_bias
+
+
+@pytest.mark.parametrize("said", [True, False, None])
+def test_the_tensors_say_whether_there_is_a_bias(said: bool | None, written: tuple[EagleSpeculator, Path]) -> None:
+    """SafeAILab's reader takes a missing field for true, and published heads without a bias lack the field."""
+    folder = written[1]
+    values = {name: value for name, value in config_of(folder).items() if name != "bias"}
+    (folder / "config.json").write_text(json.dumps(values if said is None else values | {"bias": said}))
+    without = read(folder, None)
+    assert not without.config.fusion_bias and "bias" not in without.config.to_dict()["transformer_layer_config"]
+    change_weights(folder, fc__bias=torch.ones(16))
+    assert torch.equal(read(folder, None).fusion_fc.bias, torch.ones(16))
+
+
+def test_layernorms_have_no_names(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="layernorms"):
+        write(make_draft(tiny_verifiers, layernorms=True), tmp_path / "draft")
+    assert not (tmp_path / "draft").exists()
+
+
+def test_embeddings_in_the_file_are_written_back_and_nowhere_else(
+    written: tuple[EagleSpeculator, Path], tiny_verifiers: Mapping[str, Any], tmp_path: Path
+) -> None:
+    folder, made = written[1], tiny_verifiers["llama"]
+    embeddings = made.model.model.embed_tokens.weight.detach()
+    change_weights(folder, embed_tokens__weight=embeddings)
+    draft = read(folder, str(made.folder))
+    assert draft.embed_tokens is None
+    write(draft, tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == NAMES | {"embed_tokens.weight"} and torch.equal(again["embed_tokens.weight"], embeddings)
+    draft.save_pretrained(tmp_path / "ours")
+    assert "embed_tokens.weight" not in load_file(tmp_path / "ours" / "model.safetensors")
+    assert SpeculatorModel.from_pretrained(tmp_path / "ours").stored_embeddings is None
+    draft.to(torch.bfloat16)
+    write(draft, tmp_path / "short")
+    assert {one.dtype for one in load_file(tmp_path / "short" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_embeddings_may_have_been_rounded(
+    written: tuple[EagleSpeculator, Path], tiny_verifiers: Mapping[str, Any]
+) -> None:
+    folder, made = written[1], tiny_verifiers["llama"]
+    change_weights(folder, embed_tokens__weight=made.model.model.embed_tokens.weight.detach().bfloat16())
+    assert read(folder, str(made.folder)).stored_embeddings.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rows", [61, 50])
+def test_embeddings_of_another_verifier_are_refused(
+    rows: int, written: tuple[EagleSpeculator, Path], tiny_verifiers: Mapping[str, Any]
+) -> None:
+    folder, made = written[1], tiny_verifiers["llama"]
+    change_weights(folder, embed_tokens__weight=torch.randn(rows, 16))
+    with pytest.raises(UsageError, match="belongs to another verifier"):
+        read(folder, str(made.folder))
+    read(folder, None)
+
+
+@pytest.mark.parametrize("name", ["layers.0.input_layernorm.weight", "layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_unknown_tensors_are_named(name: str, written: tuple[EagleSpeculator, Path]) -> None:
+    change_weights(written[1], **{name.replace(".", "__"): torch.zeros(16)})
+    with pytest.raises(UsageError, match=f"{written[1]} does not fit EagleSpeculator: unknown: "):
+        read(written[1], None)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "lama"}', '{"hidden_size": "wide"}'])
+def test_a_broken_config_is_named(content: str, written: tuple[EagleSpeculator, Path]) -> None:
+    (written[1] / "config.json").write_text(content)
+    with pytest.raises(UsageError, match=r"config\.json"):
+        read(written[1], None)
+
+
+def test_the_format_is_registered() -> None:
+    layout = installed().find(CheckpointFormat, "eagle")
+    assert installed().load(layout, "reads") is read
+    assert installed().load(layout, "writes") is write
