@@ -37,6 +37,7 @@ def decoding_parser(command: str, description: str, max_new_tokens: int) -> Argu
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--config", action="config", help="A YAML file with flags as keys; flags go over it.")
     parser.add_argument(
         "--verifier",
         type=str | None,

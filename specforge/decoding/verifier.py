@@ -18,8 +18,8 @@ from specforge.verifier.parts import decoder
 
 # Attention implementations of transformers that take any mask.
 MASKED = ("sdpa", "eager")
-# Rotary embeddings that change as a text grows: keys from before would have to be computed anew.
-GROWING_ROTARY = ("longrope", "dynamic")
+# Rotary embeddings that change within the context as a text grows: keys from before would have to be computed anew.
+GROWING_ROTARY = ("longrope",)
 
 
 class VerifierPasses:

@@ -117,4 +117,6 @@ def _window_mask(length: int, steps: int, window: int, device: torch.device) -> 
     near = rows[None, :] > rows[:, None] + steps - window
     # Selector -n holds the key of step 1, selector -1 that of step n.
     own = (rows[None, :] < 0) & (rows[None, :] >= -window)
-    return causal & torch.where(rows[None, :] < 0, own, near)
+    seen = causal & torch.where(rows[None, :] < 0, own, near)
+    # Rows in front of the real ones are thrown away, but a row that sees nothing is not a number on some devices.
+    return seen | ((rows[None, :] == rows[:, None]) & (rows[:, None] < 0))

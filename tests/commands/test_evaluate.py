@@ -168,3 +168,20 @@ def test_an_output_that_cannot_be_written_fails_with_status_one(draft_folder, pr
     words = ["--prompts", prompts[0], "--limit", 1, "--max_new_tokens", 4, "--output", tmp_path / "file"]
     assert evaluate(draft_folder, *words) == 1
     assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_flags_may_stand_in_a_file(draft_folder, prompts, tmp_path):
+    config = QUICKSTART.parent / "eagle-evaluation.yaml"
+    words = ["--config", config, "--prompts", prompts[0], "--limit", 1, "--max_new_tokens", 4]
+    assert evaluate(draft_folder, *words, "--output", tmp_path / "out") == 0
+    results = Results.read(tmp_path / "out" / "results.json")
+    assert [one.proposal["proposal_type"] for one in results.contenders] == ["greedy", "dynamic_tree", "prompt_lookup"]
+    assert results.max_new_tokens == 4
+
+
+def test_a_wrong_key_in_a_file_is_named_with_its_line(draft_folder, tmp_path, capsys):
+    config = tmp_path / "wrong.yaml"
+    config.write_text("max_new_tokens: 4\nbaseline: [prompt_lookup]\n")
+    assert evaluate(draft_folder, "--config", config, "--prompts", "x.jsonl") == 2
+    message = capsys.readouterr().err
+    assert "'baseline'" in message and f"{config}:2" in message and "Did you mean 'baselines'" in message

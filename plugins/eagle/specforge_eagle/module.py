@@ -1,0 +1,172 @@
+"""Training EAGLE-1 and HASS: the network's settings, and one batch.
+
+EAGLE-1 trains one step: from the verifier's feature of token t and the embedding of token t + 1 to the feature of token
+t + 1. HASS goes on: each further step reads the features that the draft itself predicted in the steps before, without a
+gradient through them, exactly as in decoding. In the rows of ``specforge.models.alignment`` (an anchor each, whose step
+k reads token t + 1 + k) its harmonised context is the attention of training-time test: the keys and values of the true
+features up to the anchor, then one of each earlier step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from specforge.bounds import Decay
+from specforge.data.module import DraftDataModule
+from specforge.models.alignment import Supervision, align
+from specforge.training.distillation import DraftSteps, Teacher, distill
+from specforge.training.module import Batch, DraftModule
+from specforge.training.optimizers import OptimizerSettings
+from specforge.training.schedules import ScheduleSettings
+from specforge.verifier.features import Features
+from specforge.verifier.parts import VerifierParts
+from specforge_eagle.model import EagleSpeculator
+from specforge_eagle.noise import feature_noise
+
+FEATURE = "feature"
+
+
+class EagleDraftSettings(BaseModel):
+    """The draft network; its width, heads and positions are the verifier's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    transformer_layer_architecture: str = Field(
+        default="auto", description="Decoder layer of transformers, such as LlamaDecoderLayer; auto: the verifier's."
+    )
+    layernorms: bool = Field(default=False, description="Norms on embeddings, before the layer and before the head.")
+    fusion_bias: bool = Field(default=False, description="A bias where embedding and feature meet; vLLM serves none.")
+
+
+class EagleModule(DraftModule):
+    """Trains an EAGLE-1 draft, or with several alignment steps a HASS one.
+
+    Args:
+        draft: The draft network.
+        alignment_steps: Draft steps that are trained: 1 for EAGLE-1, 3 for HASS as published.
+        measured_steps: Draft steps that validation runs, for the acceptance length of chains of so many tokens.
+        feature_weight: Weight of the Smooth-L1 loss between predicted and true features.
+        noise: Bound of the uniform noise on the features of a document of 512 tokens; longer ones get less.
+        supervision: Which positions count in training: those where a round of decoding can start and get to (exact),
+            or those that the published trainers count (compat). Validation counts the exact ones.
+        objective: Losses between the distributions to add up, by name, each with its weight.
+        step_decay: Weight of draft step k is this to the power of k.
+        optimizer: How weights are updated.
+        schedule: How the learning rate moves.
+    """
+
+    draft: EagleSpeculator
+
+    def __init__(
+        self,
+        draft: EagleDraftSettings = EagleDraftSettings(),
+        alignment_steps: PositiveInt = 1,
+        measured_steps: PositiveInt = 5,
+        feature_weight: NonNegativeFloat = 1.0,
+        noise: NonNegativeFloat = 0.1,
+        supervision: Supervision = "exact",
+        objective: dict[str, float] = {"cross_entropy": 0.1},  # noqa: B006  (shown as the default in --help)
+        step_decay: Decay = 1.0,
+        optimizer: OptimizerSettings = OptimizerSettings(lr=3e-5, weight_decay=0.01),
+        schedule: ScheduleSettings = ScheduleSettings(name="linear", warmup=2000),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(objective=objective, step_decay=step_decay, optimizer=optimizer, schedule=schedule, **kwargs)
+        self.settings = draft
+        self.alignment_steps = alignment_steps
+        self.measured_steps = measured_steps
+        self.feature_weight = feature_weight
+        self.noise = noise
+        self.supervision = supervision
+
+    @property
+    def aux_layers(self) -> list[int]:
+        """None: the draft reads the verifier's last state."""
+        return []
+
+    @property
+    def num_steps(self) -> int:
+        """Number of alignment steps."""
+        return self.alignment_steps
+
+    @property
+    def validation_steps(self) -> int:
+        """Number of steps that validation runs: at least the trained ones."""
+        return max(self.alignment_steps, self.measured_steps)
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """Weights of the feature loss and of the objective."""
+        return {FEATURE: self.feature_weight, **super().term_weights}
+
+    def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> EagleSpeculator:
+        """Create the network, at random; embeddings and head are the verifier's."""
+        draft = EagleSpeculator.from_training_args(
+            self.verifier_config,
+            verifier_name_or_path=self.stored_verifier_name,
+            **self.settings.model_dump(),
+        )
+        draft.attach_verifier(parts)
+        return draft
+
+    def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
+        """Predict features step by step, and compare them and their distributions with the verifier's."""
+        steps, supervision = self.num_steps if self.training else self.validation_steps, self.supervision
+        supervision = supervision if self.training else "exact"
+        alignment = align(batch["loss_mask"], batch["document_ids"], steps, supervision)
+        targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
+        true = self.parts.norm(features.last)
+        read = true + self._noise(true, batch["document_ids"]) if self.training else true
+        predicted = self.draft.chain(
+            batch["input_ids"], read, batch["position_ids"], batch["document_ids"], steps, detached=True
+        )
+        weights = self.step_weights(supervised)
+        outcome = distill(
+            self.draft.before_head(predicted).flatten(1, 2),
+            self.parts.lm_head.weight,
+            Teacher(features.last.flatten(0, 1), self.parts, None),
+            targets,
+            supervised,
+            self.terms,
+            weights,
+            labels=self.labels(batch, targets),
+            finish=self.parts.finish,
+        )
+        distances = feature_distances(predicted.flatten(1, 2), true.flatten(0, 1), targets, supervised)
+        loss = outcome.loss + self.feature_weight * (weights * distances).sum()
+        terms = {FEATURE: distances.detach(), **outcome.terms}
+        return DraftSteps(
+            loss, terms, supervised, outcome.acceptance, outcome.agreement, outcome.matches, outcome.drawn
+        )
+
+    def _noise(self, true: Tensor, document_ids: Tensor) -> Tensor | float:
+        if not self.noise:
+            return 0.0
+        # Other noise for each batch and rank, and the same again where a run is resumed.
+        batch = self.trainer.fit_loop.total_batch_idx * self.trainer.world_size + self.trainer.global_rank
+        return feature_noise(true, document_ids, self.noise, (torch.initial_seed() + batch) % 2**63)
+
+
+def feature_distances(predicted: Tensor, true: Tensor, targets: Tensor, supervised: Tensor) -> Tensor:
+    """Return the sum over supervised rows of the Smooth-L1 distance between features, [S].
+
+    Mean over the width, beta 1 (arXiv 2401.15077, section 3.2).
+
+    Args:
+        predicted: The draft's features, [S, N, H].
+        true: The verifier's, after its final norm, [N, H].
+        targets: Row of ``true`` that each row and step is compared with, int64 [S, N].
+        supervised: Which rows count, bool [S, N].
+    """
+    steps, rows = supervised.nonzero(as_tuple=True)
+    wide = torch.promote_types(predicted.dtype, torch.float32)
+    distances = F.smooth_l1_loss(
+        predicted[steps, rows].to(wide), true[targets[steps, rows]].to(wide), reduction="none"
+    ).mean(-1)
+    return torch.zeros(len(supervised), dtype=wide, device=predicted.device).index_add(0, steps, distances)

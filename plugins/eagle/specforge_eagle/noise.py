@@ -1,0 +1,27 @@
+"""Noise on the features that a draft reads in training, so that it gets used to its own imprecise ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Length at which the noise has its full amplitude (https://github.com/SafeAILab/EAGLE: 512 / T).
+FULL_LENGTH = 512
+
+
+def feature_noise(features: Tensor, document_ids: Tensor, amplitude: float, seed: int) -> Tensor:
+    """Return uniform noise for features, [B, T, H]: within plus or minus ``amplitude * 512 / L``.
+
+    Args:
+        features: What is made noisy, [B, T, H].
+        document_ids: Which document a token belongs to, [B, T]; L is its document's length.
+        amplitude: The bound for a document of 512 tokens (arXiv 2401.15077, section 4: 0.1).
+        seed: The same seed gives the same noise, so that a run that is resumed goes on as it would have.
+    """
+    generator = torch.Generator(features.device).manual_seed(seed)
+    uniform = torch.rand(features.shape, generator=generator, device=features.device, dtype=torch.float32)
+    documents = document_ids - document_ids.min()  # padding, -1, counts as a document of its own
+    counts = documents.new_zeros(len(documents), int(documents.max()) + 1)
+    lengths = counts.scatter_add(1, documents, torch.ones_like(documents)).gather(1, documents)
+    bound = amplitude * FULL_LENGTH / lengths
+    return ((2 * uniform - 1) * bound[..., None]).to(features.dtype)
