@@ -8,14 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from quickstart_prompts import VERIFIER
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from specforge.models import Eagle3DraftModel
 from specforge.verifier.parts import VerifierParts
-
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
-VERIFIER = QUICKSTART / "verifier"
-QUESTIONS = ["Ada has 3 apples. She buys 5 more. How many does she have?", "How many days are 3 weeks?"]
 
 
 @pytest.fixture(autouse=True)

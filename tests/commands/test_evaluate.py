@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import QUESTIONS, QUICKSTART, VERIFIER
+from quickstart_prompts import QUESTIONS, QUICKSTART, VERIFIER
 
 from specforge.__main__ import main
 from specforge.evaluation.results import Results

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
-from conftest import QUESTIONS, VERIFIER
+from quickstart_prompts import QUESTIONS, VERIFIER
 
 from specforge.__main__ import main
 
