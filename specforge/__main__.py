@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from specforge import __version__
 from specforge.errors import SpecforgeError
 from specforge.hookspecs import Algorithm, Command
-from specforge.interrupts import ended_by_interrupt
 from specforge.registry import Registry, installed
 
 
@@ -34,9 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Threads that spin while they wait make everything many times slower on a processor that others use too.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         command = installed().find(Command, name)
-        with ended_by_interrupt():
-            run = installed().load(command, "run")
-        return int(run(words[1:]))
+        return int(installed().load(command, "run")(words[1:]))
     except SpecforgeError as error:
         print(f"specforge {name}: error: {error}", file=sys.stderr)
         return error.exit_status

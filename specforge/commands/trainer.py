@@ -8,7 +8,6 @@ import warnings
 
 from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
-from specforge.interrupts import ended_by_interrupt
 from specforge.registry import installed
 
 
@@ -42,10 +41,9 @@ def _run(subcommand: str, arguments: list[str]) -> int:
     algorithm = installed().find(Algorithm, name)
     if algorithm.module is None or algorithm.data is None:
         raise UsageError(f"the algorithm {name!r} can be loaded, but its plugin does not train it yet")
-    with ended_by_interrupt():
-        from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-        from specforge.training.cli import TrainingCLI
+    from specforge.training.cli import TrainingCLI
 
     _quieten()
     try:
