@@ -14,8 +14,8 @@ from small_models import AUX_LAYERS, VOCABULARY, random_draft
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specforge.models.feature_drafter import FeatureDrafter
 from specforge.verifier.features import Features
-from specforge_eagle3.drafter import Eagle3Drafter
 from specforge_eagle3.model import Eagle3DraftModel
 
 LENGTH = 16
@@ -52,7 +52,7 @@ class Bench:
 
     draft: Eagle3DraftModel
     rows: list[int]
-    drafter: Eagle3Drafter
+    drafter: FeatureDrafter
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(1)

@@ -25,13 +25,13 @@ from specforge.models.alignment import step_tokens
 from specforge.models.base_components import rotary_options, single_layer_config
 from specforge.models.documents import DocumentLayout
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention, cache_argument, causal_mask
+from specforge.models.feature_drafter import FeatureDrafter
 from specforge.models.speculator import AttachmentMode, SpeculatorModel
 from specforge.models.ttt_attention import TrainingTimeTest
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features
 from specforge.verifier.parts import VerifierParts, decoder
 from specforge_eagle.config import EagleSpeculatorConfig
-from specforge_eagle.drafter import EagleDrafter
 
 
 class EagleSpeculator(SpeculatorModel):
@@ -279,6 +279,10 @@ class EagleSpeculator(SpeculatorModel):
         """Return what the verifier's head reads of predicted features, [..., H]."""
         return cast(Tensor, self.pre_lm_head_layernorm(hidden))
 
+    def state_logits(self, states: Tensor) -> Tensor:
+        """Turn predicted features [..., H] into logits [..., V]."""
+        return self.logits(states)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Turn predicted features [..., H] into logits [..., V], by the verifier's head."""
         parts = self.verifier_parts
@@ -322,9 +326,9 @@ class EagleSpeculator(SpeculatorModel):
         """Run ``steps`` chained draft steps at every row, fed with the true tokens."""
         return self.chain(input_ids, self.first_feature(features), position_ids, document_ids, steps)
 
-    def drafter(self, batch_size: int) -> EagleDrafter:
-        """Begin to draft for some sequences."""
-        return EagleDrafter(self, batch_size)
+    def drafter(self, batch_size: int) -> FeatureDrafter:
+        """Begin to draft for some sequences; row t stands at position t."""
+        return FeatureDrafter(self, batch_size, self.fusion_fc.weight.device, first_position=0)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``config.json`` and ``model.safetensors``; other files in the folder are left alone.

@@ -17,13 +17,13 @@ from specforge.models.alignment import step_tokens
 from specforge.models.base_components import Family, draft_layer_config, family
 from specforge.models.documents import DocumentLayout
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention
+from specforge.models.feature_drafter import FeatureDrafter
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.ttt_attention import TrainingTimeTest
 from specforge.models.vocabulary import DraftVocabulary
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features, default_aux_layers
 from specforge_eagle3.config import Eagle3SpeculatorConfig
-from specforge_eagle3.drafter import Eagle3Drafter
 
 
 class FirstLayer(nn.Module):
@@ -243,6 +243,14 @@ class Eagle3DraftModel(SpeculatorModel):
         """Return what the next step reads of states before the final norm, [..., H]."""
         return cast(Tensor, self.norm(states)) if self.config.norm_output else states
 
+    def first_feature(self, features: Features) -> Tensor:
+        """Fuse what the first step reads of the verifier's states, [B, T, H]."""
+        return self.fuse(features.aux)
+
+    def state_logits(self, states: Tensor) -> Tensor:
+        """Turn states before the final norm [..., H] into logits over the draft vocabulary [..., D]."""
+        return self.logits(self.norm(states))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Turn states after the final norm [..., H] into logits over the draft vocabulary [..., D]."""
         return cast(Tensor, self.lm_head(hidden))
@@ -253,9 +261,9 @@ class Eagle3DraftModel(SpeculatorModel):
         """Run ``steps`` chained draft steps at every row, fed with the true tokens."""
         return self(input_ids, features.aux, position_ids, document_ids, steps=steps)
 
-    def drafter(self, batch_size: int) -> Eagle3Drafter:
-        """Begin to draft for some sequences."""
-        return Eagle3Drafter(self, batch_size)
+    def drafter(self, batch_size: int) -> FeatureDrafter:
+        """Begin to draft for some sequences; row t stands at position t + 1."""
+        return FeatureDrafter(self, batch_size, self.fc.weight.device, first_position=1)
 
     def reset_constants(self) -> None:
         """Recompute the rotary frequencies, which no checkpoint holds."""
