@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from specforge.decoding.checks import context_length
 from specforge.errors import UsageError
+from specforge.models.draft_attention import cache_argument
 from specforge.models.tree_cache import TreeCache
 from specforge.verifier.features import Features, capture
 from specforge.verifier.parts import decoder
@@ -40,9 +40,7 @@ class VerifierPasses:
         self._config = verifier.config.get_text_config()
         self._kinds = _attention_kinds(verifier)
         self._context = context_length(verifier)
-        # transformers 5.24 renamed the argument.
-        named = inspect.signature(decoder(verifier).forward).parameters
-        self._cache_argument = "cache" if "cache" in named else "past_key_values"
+        self._cache_argument = cache_argument(decoder(verifier).forward)
         self.cache = TreeCache(batch_size, verifier.device)
 
     def begin(self, tokens: Tensor) -> Features:
