@@ -42,6 +42,9 @@ def specforge_objectives() -> Iterable[Objective]:
         Objective("kl", "forward Kullback-Leibler divergence KL(p || q)", f"{_OBJECTIVES}:forward_kl"),
         Objective("reverse_kl", "reverse Kullback-Leibler divergence KL(q || p)", f"{_OBJECTIVES}:reverse_kl"),
         Objective("cross_entropy", "soft cross-entropy of q under p", f"{_OBJECTIVES}:cross_entropy"),
+        Objective(
+            "text", "cross-entropy with the text's own tokens", f"{_OBJECTIVES}:text_cross_entropy", uses_text=True
+        ),
         Objective("total_variation", "rejection probability 1 - sum min(p, q)", f"{_OBJECTIVES}:total_variation"),
         Objective("jsd", "Jensen-Shannon divergence", f"{_OBJECTIVES}:jensen_shannon"),
         Objective("lk_alpha", "-log of the acceptance probability", f"{_OBJECTIVES}:lk_alpha"),

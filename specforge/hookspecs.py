@@ -66,12 +66,14 @@ class Objective:
         summary: One line for ``specforge plugins``.
         function: Maps ``specforge.training.objectives.Distributions`` of n rows to n loss values.
         uses_mean_acceptance: Whether the function reads ``Distributions.mean_acceptance``, which costs one more pass.
+        uses_text: Whether the function reads ``Distributions.text``.
     """
 
     name: str
     summary: str
     function: str
     uses_mean_acceptance: bool = False
+    uses_text: bool = False
 
 
 @dataclass(frozen=True)

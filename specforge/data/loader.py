@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
+
+Batch = dict[str, Tensor]
 
 
 class PackedSampler(DistributedSampler[int]):
@@ -45,7 +47,7 @@ class PackedSampler(DistributedSampler[int]):
         return iter(torch.where(items < number, items, -1 - items % number)[self.rank :: self.num_replicas].tolist())
 
 
-class ResumableLoader(DataLoader[dict[str, Tensor]]):
+class ResumableLoader(DataLoader[Batch]):
     """A loader of a `PackedSampler` whose state says how far the epoch has come.
 
     Lightning stores `state_dict` in each checkpoint and hands it back before the first batch, so that training goes on
@@ -54,11 +56,13 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
 
     sampler: PackedSampler
     batch_size: int
+    transform: Callable[[Iterator[Batch], int, int], Iterator[Batch]] | None = None
+    """Makes an epoch's batches into others, one for one; called with them, the epoch, and the number of the first."""
     _epoch = 0
     _yielded = 0
     _resumed: dict[str, int] | None = None
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Yield the batches of the sampler's epoch, or what was left of it when the state was stored.
 
         All of this runs at the first `next`: Lightning calls `iter` before it tells the sampler its epoch.
@@ -70,7 +74,8 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
         self._epoch = self.sampler.epoch
         self._yielded = resumed["batches"] if resumed and resumed["epoch"] == self._epoch else 0
         self.sampler.skip = self._yielded * self.batch_size
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        for batch in batches if self.transform is None else self.transform(batches, self._epoch, self._yielded):
             self._yielded += 1
             yield batch
 

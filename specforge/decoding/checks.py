@@ -33,7 +33,8 @@ def check_fit(draft: SpeculatorModel, verifier: PreTrainedModel) -> None:
     Raises:
         UsageError: With both numbers.
     """
-    layers = getattr(draft.config, "transformer_layer_config", None)
+    # A draft without decoder layers states its sizes itself.
+    layers = getattr(draft.config, "transformer_layer_config", draft.config)
     width = getattr(draft.config, "target_hidden_size", None) or getattr(layers, "hidden_size", None)
     own = verifier.config.get_text_config()
     for what, expected, found in (

@@ -80,7 +80,7 @@ def chain_acceptance(
             rows = begin - 1 + row
             labels = tokens[rows + 2 + step]
             places = draft_places(labels, draft.draft_ids)
-            q = draft.logits(hidden[step, rows])
+            q = draft.logits(hidden[step, rows], step)
             greedy[step, row] = (q.argmax(-1) == places).to(greedy.dtype)
             if not sampling.is_greedy:
                 p = parts.logits(features.last[0, rows + 1 + step])

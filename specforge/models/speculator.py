@@ -95,15 +95,23 @@ class SpeculatorModel(nn.Module):
             steps: Number S of steps.
 
         Returns:
-            What ``logits`` reads, [S, B, T, H]; row t at step k predicts x_{t+2+k}.
+            What ``logits`` reads at each step, [S, B, T, H]; row t at step k predicts x_{t+2+k}.
 
         Raises:
             UsageError: The algorithm does not draft step by step.
         """
         raise UsageError(f"{type(self).__name__} cannot draft step by step; its acceptance length cannot be replayed")
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Turn what ``unroll`` returns, [..., H], into logits over the draft vocabulary [..., D]."""
+    def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
+        """Turn what ``unroll`` returns into logits over the draft vocabulary.
+
+        Args:
+            hidden: States of one step, [..., H].
+            step: Which one, from 0; networks with one head for all steps do not ask.
+
+        Returns:
+            Logits [..., D].
+        """
         raise NotImplementedError
 
     def attach_verifier(

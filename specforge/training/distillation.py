@@ -10,7 +10,7 @@ step that count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -38,12 +38,14 @@ class Term:
         weight: Its factor.
         function: Maps ``Distributions`` of n rows to n values.
         uses_mean_acceptance: Whether it reads ``Distributions.mean_acceptance``.
+        uses_text: Whether it reads ``Distributions.text``.
     """
 
     name: str
     weight: float
     function: Callable[[Distributions], Tensor]
     uses_mean_acceptance: bool = False
+    uses_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Labels:
-    """What the text goes on with, to replay decoding on it (see ``specforge.decoding.replay``).
+    """What the text goes on with, to be trained on or to replay decoding on (see ``specforge.decoding.replay``).
 
     Attributes:
         tokens: The token that each row and step drafts, the verifier's id, int64 [S, N].
@@ -99,7 +101,7 @@ class DraftSteps:
 
 def distill(
     hidden: Tensor,
-    head: Tensor,
+    head: Tensor | Sequence[Tensor],
     teacher: Teacher,
     targets: Tensor,
     supervised: Tensor,
@@ -113,7 +115,7 @@ def distill(
 
     Args:
         hidden: What the draft's head reads, [S, N, H].
-        head: The draft's head, [D, H].
+        head: The draft's head, [D, H]; or one for each of the S steps.
         teacher: The verifier's side.
         targets: Row of ``teacher.last`` that each row and step is compared with, int64 [S, N].
         supervised: Which rows count, bool [S, N].
@@ -126,10 +128,11 @@ def distill(
     work = _Work(
         teacher, targets, supervised, terms, step_weights.to(hidden.device), skip_targets_outside, labels, finish
     )
+    heads = [head] if isinstance(head, Tensor) else list(head)
     if not torch.is_grad_enabled():
         # Without this, a head that is trained would ask for its gradient in validation too.
-        hidden, head = hidden.detach(), head.detach()
-    loss, sums, *by_row = _Distill.apply(hidden, head, work)
+        hidden, heads = hidden.detach(), [one.detach() for one in heads]
+    loss, sums, *by_row = _Distill.apply(hidden, work, *heads)
     names = [term.name for term in terms]
     return DraftSteps(loss, dict(zip(names, sums, strict=True)), supervised, *by_row)
 
@@ -152,7 +155,7 @@ class _Chunk:
 
     Attributes:
         targets: Rows of the teacher, [R].
-        steps: Step of each pair, [M].
+        steps: Step of each pair, ascending, [M].
         rows: Row of each pair, [M].
         target_of: Index of each pair's target within ``targets``, [M].
     """
@@ -165,24 +168,24 @@ class _Chunk:
 
 class _Distill(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, work: _Work) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden: Tensor, work: _Work, *heads: Tensor) -> tuple[Tensor, ...]:
         compute_type = _compute_type(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            run = _Run(hidden, head, work, compute_type, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-            for chunk in _chunks(work, head.shape[0]):
+            run = _Run(hidden, heads, work, compute_type, ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+            for chunk in _chunks(work, heads[0].shape[0]):
                 run.add(chunk)
-        ctx.gradients = run.hidden_gradient, run.head_gradient
+        ctx.gradients = run.hidden_gradient, run.head_gradients
         others = run.sums, run.acceptance, run.agreement, run.matches, run.drawn
         ctx.mark_non_differentiable(*others)
         return run.loss, *others
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        of_hidden, of_head = ctx.gradients
+    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        of_hidden, of_heads = ctx.gradients
         return (
             None if of_hidden is None else of_hidden * scale.to(of_hidden.dtype),
-            None if of_head is None else of_head * scale,
             None,
+            *(None if one is None else one * scale for one in of_heads),
         )
 
 
@@ -190,11 +193,17 @@ class _Run:
     """One pass over the chunks, and what it has summed up so far."""
 
     def __init__(
-        self, hidden: Tensor, head: Tensor, work: _Work, compute_type: torch.dtype, train_hidden: bool, train_head: bool
+        self,
+        hidden: Tensor,
+        heads: Sequence[Tensor],
+        work: _Work,
+        compute_type: torch.dtype,
+        train_hidden: bool,
+        train_heads: bool,
     ) -> None:
         self.work = work
         self.hidden = hidden.detach()
-        self.head = head.detach().to(compute_type).requires_grad_(train_head)
+        self.heads = [head.detach().to(compute_type).requires_grad_(train_heads) for head in heads]
         self.train_hidden = train_hidden
         shape = work.supervised.shape
         zeros = partial(torch.zeros, device=hidden.device, dtype=_wide_type(hidden.dtype))
@@ -205,18 +214,18 @@ class _Run:
         self.matches = zeros(shape)
         self.drawn = zeros(shape)
         self.hidden_gradient = torch.zeros_like(self.hidden) if train_hidden else None
-        self.head_gradient = zeros(head.shape) if train_head else None
+        self.head_gradients = [zeros(head.shape) if train_heads else None for head in heads]
         self.mean_acceptance = self._mean_acceptance() if any(t.uses_mean_acceptance for t in work.terms) else None
 
     def add(self, chunk: _Chunk) -> None:
         """Add a chunk to the loss, the sums, the per-row results and the gradients."""
-        states = self.hidden[chunk.steps, chunk.rows].to(self.head.dtype).requires_grad_(self.train_hidden)
-        with torch.set_grad_enabled(self.train_hidden or self.head.requires_grad):
+        states = self.hidden[chunk.steps, chunk.rows].to(self.heads[0].dtype).requires_grad_(self.train_hidden)
+        with torch.set_grad_enabled(self.train_hidden or self.heads[0].requires_grad):
             target = _target(self.work.teacher, chunk)
-            logits = self.work.finish(F.linear(states, self.head))
+            logits = self._logits(states, chunk)
             log_q = _log_softmax(logits)
             mean = None if self.mean_acceptance is None else self.mean_acceptance[chunk.steps]
-            rows = Distributions(log_q, target.log_p, target.log_p_full, mean)
+            rows = Distributions(log_q, target.log_p, target.log_p_full, mean, self._text(chunk))
             loss = self._loss(rows, target, chunk)
         self.loss += loss.detach()
         self.acceptance[chunk.steps, chunk.rows] = acceptance(replace(rows, log_q=log_q.detach()))
@@ -225,6 +234,18 @@ class _Run:
         if self.work.labels is not None:
             self._replay(self.work.labels, logits.detach(), top, chunk)
         self._accumulate(loss, states, chunk)
+
+    def _logits(self, states: Tensor, chunk: _Chunk) -> Tensor:
+        if len(self.heads) == 1:
+            return self.work.finish(F.linear(states, self.heads[0]))
+        counts = chunk.steps.bincount(minlength=len(self.heads)).tolist()
+        by_step = [F.linear(some, head) for some, head in zip(states.split(counts), self.heads, strict=True)]
+        return self.work.finish(torch.cat(by_step))
+
+    def _text(self, chunk: _Chunk) -> Tensor | None:
+        if self.work.labels is None:
+            return None
+        return draft_places(self.work.labels.tokens[chunk.steps, chunk.rows], self.work.teacher.draft_ids)
 
     def _replay(self, labels: Labels, logits: Tensor, top: Tensor, chunk: _Chunk) -> None:
         """Note whether the text's token would have been drafted, and how probable that was."""
@@ -254,22 +275,24 @@ class _Run:
         return loss
 
     def _accumulate(self, loss: Tensor, states: Tensor, chunk: _Chunk) -> None:
-        inputs = [one for one in (states, self.head) if one.requires_grad]
+        inputs = [one for one in (states, *self.heads) if one.requires_grad]
         if not inputs:
             return
         gradients = dict(zip(map(id, inputs), torch.autograd.grad(loss, inputs), strict=True))
         if self.hidden_gradient is not None:
             self.hidden_gradient[chunk.steps, chunk.rows] = gradients[id(states)].to(self.hidden_gradient.dtype)
-        if self.head_gradient is not None:
-            self.head_gradient += gradients[id(self.head)]
+        for gradient, head in zip(self.head_gradients, self.heads, strict=True):
+            if gradient is not None:
+                gradient += gradients[id(head)]
 
     def _mean_acceptance(self) -> Tensor:
         """Mean acceptance probability of each step over the batch, [S], by a pass without gradients."""
         sums = torch.zeros_like(self.sums[0])
-        for chunk in _chunks(self.work, self.head.shape[0]):
+        for chunk in _chunks(self.work, self.heads[0].shape[0]):
             target = _target(self.work.teacher, chunk)
-            states = self.hidden[chunk.steps, chunk.rows].to(self.head.dtype)
-            log_q = _log_softmax(self.work.finish(F.linear(states, self.head.detach())))
+            states = self.hidden[chunk.steps, chunk.rows].to(self.heads[0].dtype)
+            with torch.no_grad():
+                log_q = _log_softmax(self._logits(states, chunk))
             sums.index_add_(0, chunk.steps, acceptance(Distributions(log_q, target.log_p, target.log_p_full)))
         return sums / self.work.supervised.sum(1).clamp(min=1)
 
@@ -319,7 +342,9 @@ def _chunks(work: _Work, draft_size: int) -> Iterator[_Chunk]:
     bounds = torch.searchsorted(target_of, begins).tolist()
     for number, (begin, end) in enumerate(pairwise(bounds)):
         first = number * size
-        yield _Chunk(targets[first : first + size], steps[begin:end], rows[begin:end], target_of[begin:end] - first)
+        # By step within a chunk, so that each step's head reads one slice.
+        part = begin + steps[begin:end].argsort(stable=True)
+        yield _Chunk(targets[first : first + size], steps[part], rows[part], target_of[part] - first)
 
 
 def _compute_type(hidden: Tensor) -> torch.dtype:

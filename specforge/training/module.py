@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from specforge.bounds import Decay
@@ -20,6 +22,7 @@ from specforge.errors import SpecforgeError, UsageError
 from specforge.hookspecs import Objective
 from specforge.models.speculator import SpeculatorModel
 from specforge.registry import installed
+from specforge.sampling import Sampling
 from specforge.training.distillation import DraftSteps, Labels, Term
 from specforge.training.metrics import StageMetrics, step_sums
 from specforge.training.optimizers import OptimizerSettings, build_optimizer
@@ -179,16 +182,18 @@ class DraftModule(LightningModule, ABC):
         return capture(self.verifier, batch["input_ids"], batch["position_ids"], self.aux_layers)
 
     def labels(self, batch: Batch, targets: Tensor) -> Labels | None:
-        """Return what the text goes on with where decoding is replayed, outside training; otherwise None.
+        """Return what the text goes on with, where decoding is replayed or a loss reads it; otherwise None.
 
         Args:
             batch: The batch.
             targets: Index of each target's token in the flattened batch, int64 [S, N]: the drafted one follows it.
         """
-        if self.training:
+        if self.training and not any(term.uses_text for term in self.terms):
             return None
         tokens = batch["input_ids"].flatten()
-        return Labels(tokens[(targets + 1).clamp(max=tokens.numel() - 1)], self.means[self._stage].sampling)
+        # Decoding is replayed on validation alone.
+        sampling = Sampling() if self.training else self.means[self._stage].sampling
+        return Labels(tokens[(targets + 1).clamp(max=tokens.numel() - 1)], sampling)
 
     @property
     def _stage(self) -> str:
@@ -269,8 +274,12 @@ class DraftModule(LightningModule, ABC):
     def configure_optimizers(self) -> dict[str, Any]:
         """Create the optimizer and the schedule of the run."""
         optimizer = build_optimizer(self.draft, self.optimizer_settings)
-        schedule = build_schedule(optimizer, self.schedule_settings, self._total_steps())
+        schedule = self.build_schedule(optimizer, self._total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+
+    def build_schedule(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        """Create the schedule of a run of so many optimizer steps; overridden where an algorithm has its own."""
+        return build_schedule(optimizer, self.schedule_settings, total_steps)
 
     def _total_steps(self) -> int:
         # Not trainer.estimated_stepping_batches, which makes Lightning forget the loader's position on resuming.
@@ -343,5 +352,5 @@ def objective_terms(objective: Mapping[str, float]) -> list[Term]:
         except UsageError as error:
             raise UsageError(f"model.objective: {error}") from None
         function = installed().load(descriptor, "function")
-        terms.append(Term(name, weight, function, descriptor.uses_mean_acceptance))
+        terms.append(Term(name, weight, function, descriptor.uses_mean_acceptance, descriptor.uses_text))
     return terms

@@ -26,12 +26,15 @@ class Distributions:
             ``log_p`` where the vocabularies are the same.
         mean_acceptance: The mean acceptance probability of each row's TTT step over the batch, [n]; None for losses
             that are not registered as using it.
+        text: The token that the text goes on with, an index into the draft vocabulary, int64 [n]; -1 where it is none
+            of them. None for losses that are not registered as using it.
     """
 
     log_q: Tensor
     log_p: Tensor
     log_p_full: Tensor
     mean_acceptance: Tensor | None = None
+    text: Tensor | None = None
 
 
 def acceptance(rows: Distributions) -> Tensor:
@@ -56,6 +59,16 @@ def reverse_kl(rows: Distributions) -> Tensor:
 def cross_entropy(rows: Distributions) -> Tensor:
     """Soft cross-entropy, -sum_v p log q, over the draft vocabulary (arXiv 2503.01840)."""
     return -(rows.log_p.exp() * rows.log_q).sum(-1)
+
+
+def text_cross_entropy(rows: Distributions) -> Tensor:
+    """Cross-entropy with the text itself, -log q(y); 0 where the text's token y is no draft token.
+
+    The published loss of MLP speculators (arXiv 2404.19124) and Medusa heads; it reads nothing of the verifier's.
+    """
+    assert rows.text is not None
+    found = rows.log_q.gather(1, rows.text.clamp(min=0)[:, None]).squeeze(1)
+    return -found.masked_fill(rows.text < 0, 0)
 
 
 def total_variation(rows: Distributions) -> Tensor:

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+# What the heads of draft networks are called.
+HEADS = ("lm_head.", "head.")
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -94,4 +97,4 @@ class JointOptimizer(Optimizer):
 def _is_hidden_matrix(module: nn.Module, name: str) -> bool:
     """Muon is meant for matrices between hidden states, not for embeddings and heads."""
     owner = module.get_submodule(name.rpartition(".")[0])
-    return isinstance(owner, nn.Linear) and name.endswith(".weight") and not name.startswith("lm_head.")
+    return isinstance(owner, nn.Linear) and name.endswith(".weight") and not name.startswith(HEADS)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ def capture(
 ) -> Features:
     """Run a verifier's decoder and keep the asked-for states; no logits are computed.
 
+    Several threads may do so with one verifier at the same time.
+
     Args:
         verifier: Any transformers causal language model.
         input_ids: Tokens [B, T].
@@ -137,14 +140,19 @@ def decoder_layers(verifier: PreTrainedModel) -> nn.ModuleList:
 
 @contextmanager
 def _recording(layers: nn.ModuleList, wanted: set[int], states: dict[int, Tensor]) -> Iterator[None]:
+    # Hooks are the module's, so they see the passes of other threads too.
+    own = get_ident()
+
     def before(layer_id: int) -> Any:
         def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            states[layer_id] = arguments[0] if arguments else keywords["hidden_states"]
+            if get_ident() == own:
+                states[layer_id] = arguments[0] if arguments else keywords["hidden_states"]
 
         return hook
 
     def after_last(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        states[len(layers)] = output if isinstance(output, Tensor) else output[0]
+        if get_ident() == own:
+            states[len(layers)] = output if isinstance(output, Tensor) else output[0]
 
     handles = [
         layers[layer].register_forward_pre_hook(before(layer), with_kwargs=True)

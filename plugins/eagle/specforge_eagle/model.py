@@ -283,8 +283,8 @@ class EagleSpeculator(SpeculatorModel):
         """Turn predicted features [..., H] into logits [..., V]."""
         return self.logits(states)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Turn predicted features [..., H] into logits [..., V], by the verifier's head."""
+    def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
+        """Turn predicted features [..., H] of any step into logits [..., V], by the verifier's head."""
         parts = self.verifier_parts
         return parts.head(self.before_head(hidden).to(parts.lm_head.weight.dtype))
 

@@ -251,8 +251,8 @@ class Eagle3DraftModel(SpeculatorModel):
         """Turn states before the final norm [..., H] into logits over the draft vocabulary [..., D]."""
         return self.logits(self.norm(states))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Turn states after the final norm [..., H] into logits over the draft vocabulary [..., D]."""
+    def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
+        """Turn states of any step after the final norm [..., H] into logits over the draft vocabulary [..., D]."""
         return cast(Tensor, self.lm_head(hidden))
 
     def unroll(

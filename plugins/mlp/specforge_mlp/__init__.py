@@ -1,1 +1,49 @@
-"""The MLP speculator for specforge; registered, but contributing no algorithm yet."""
+"""The MLP speculator (https://arxiv.org/abs/2404.19124) for specforge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from specforge.hookspecs import Algorithm, CheckpointFormat, ProposalMethod, hookimpl
+
+
+@hookimpl
+def specforge_algorithms() -> Iterable[Algorithm]:
+    """Heads without attention and without a cache, one for each drafted token."""
+    return [
+        Algorithm(
+            name="mlp",
+            summary="MLP speculator: one small head for each drafted token, no attention, trained in two stages",
+            config="specforge_mlp.config:MLPSpeculatorConfig",
+            model="specforge_mlp.model:MLPSpeculator",
+            module="specforge_mlp.module:MLPModule",
+            data="specforge_mlp.data:MLPDataModule",
+            proposals=("greedy", "sampling", "static_tree", "dynamic_tree", "candidate_tree"),
+        )
+    ]
+
+
+@hookimpl
+def specforge_proposals() -> Iterable[ProposalMethod]:
+    """The tree that was published with the MLP speculator."""
+    return [
+        ProposalMethod(
+            "candidate_tree",
+            "the most probable of all paths of a broad tree, as published for MLP speculators",
+            config="specforge_mlp.candidate_tree:CandidateTreeTokenProposalConfig",
+            proposer="specforge_mlp.candidate_tree:CandidateTreeProposer",
+        )
+    ]
+
+
+@hookimpl
+def specforge_checkpoint_formats() -> Iterable[CheckpointFormat]:
+    """The layout of the published speculators."""
+    return [
+        CheckpointFormat(
+            name="mlp_speculator",
+            summary="IBM fms and transformers naming (speculator.emb.*, proj.*, head.*, ln.*)",
+            reads="specforge_mlp.layout:read",
+            writes="specforge_mlp.layout:write",
+        )
+    ]

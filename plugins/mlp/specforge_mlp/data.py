@@ -1,0 +1,87 @@
+"""The MLP speculator's data: ordinary rows in stage 1, text of the verifier's own in stage 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from itertools import chain
+from typing import Any, cast
+
+import numpy as np
+
+from specforge.data.loader import Batch, ResumableLoader
+from specforge.data.module import DraftDataModule
+from specforge.data.packing import collate
+from specforge.data.sources import check_source
+from specforge_mlp.module import MLPModule
+from specforge_mlp.stage_two import ahead, cut_prompts, write_on
+
+
+class MLPDataModule(DraftDataModule):
+    """Rows of text for training an MLP speculator.
+
+    Args:
+        stage_two: Source of rows that the verifier wrote, for stage 2. Without one, it writes them during training.
+    """
+
+    def __init__(self, stage_two: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if stage_two is not None:
+            check_source(stage_two, "data.stage_two")
+        self._sources["stage_two"] = stage_two
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the training batches of this rank; those of stage 2 are made while training."""
+        loader = super().train_dataloader()
+        if self.trainer is not None and self._module.settings_of_stage_two is not None:
+            loader.transform = self._two_stages
+        return loader
+
+    @property
+    def _module(self) -> MLPModule:
+        assert self.trainer is not None
+        return cast(MLPModule, self.trainer.lightning_module)
+
+    def _two_stages(self, batches: Iterator[Batch], epoch: int, first: int) -> Iterator[Batch]:
+        """Pass on the batches of stage 1; from the boundary on, make those of stage 2 out of them."""
+        assert self.trainer is not None
+        settings = self._module.settings_of_stage_two
+        assert settings is not None
+        accumulated = self.trainer.accumulate_grad_batches
+        steps_before = epoch * math.ceil(self.trainer.num_training_batches / accumulated)
+        begin = self._module.first_step_of_stage_two
+        make = partial(self._prepared if "stage_two" in self._packed else self._written, epoch)
+        numbered = enumerate(batches, first)
+        for number, batch in numbered:
+            if steps_before + number // accumulated >= begin:
+                yield from ahead(make, chain([(number, batch)], numbered), settings.buffer)
+                return
+            yield batch
+
+    def _written(self, epoch: int, number: int, batch: Batch) -> Batch:
+        """Let the verifier write a batch on."""
+        settings = self._module.settings_of_stage_two
+        assert settings is not None
+        seed = np.random.SeedSequence((self.seed, epoch, number, self._rank)).generate_state(1, np.uint32)[0]
+        return write_on(self._module.verifier, cut_prompts(batch, settings.prompt_length), settings, int(seed))
+
+    def _prepared(self, epoch: int, number: int, batch: Batch) -> Batch:
+        """Take a batch of the rows that the verifier wrote before, shuffled anew each time they are through."""
+        assert self.trainer is not None
+        items = self._packed["stage_two"]
+        place = (epoch * self.trainer.num_training_batches + number) * self.trainer.world_size + self._rank
+        places = range(place * self.batch_size, (place + 1) * self.batch_size)
+        chosen = [_shuffled(self.seed, one // len(items), len(items))[one % len(items)] for one in places]
+        return collate([items[item] for item in chosen])
+
+    @property
+    def _rank(self) -> int:
+        assert self.trainer is not None
+        return self.trainer.global_rank
+
+
+@lru_cache(maxsize=2)
+def _shuffled(seed: int, turn: int, size: int) -> list[int]:
+    order: list[int] = np.random.default_rng((seed, turn)).permutation(size).tolist()
+    return order

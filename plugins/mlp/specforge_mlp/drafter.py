@@ -1,0 +1,55 @@
+"""An MLP speculator at work: a state for each node, and nothing to remember of what is committed but the last one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from specforge.models.drafter import Drafter
+from specforge.verifier.features import Features
+
+if TYPE_CHECKING:
+    from specforge_mlp.model import MLPSpeculator
+
+
+class MLPDrafter(Drafter):
+    """Drafts with the heads one after the other.
+
+    Args:
+        network: The network, attached to its verifier.
+    """
+
+    def __init__(self, network: MLPSpeculator) -> None:
+        self._network = network
+        self.max_depth = network.config.num_layers
+
+    @torch.no_grad()
+    def commit(self, tokens: Tensor, features: Features, counts: Tensor) -> None:
+        """Begin anew from the last decided token and the verifier's state before it."""
+        rows = torch.arange(len(tokens), device=tokens.device)
+        last = Features(features.aux[rows, counts - 1, None], features.last[rows, counts - 1, None])
+        # Of the root, then of the nodes, with the number of the head that read each.
+        self._states = self._network.advance(self._network.first_state(last), tokens[rows, counts - 1, None], step=0)
+        self._depths = torch.zeros_like(tokens[:, :1])
+        self.root = self._network.logits(self._states[:, 0], step=0)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Draft on behind some nodes, each by the head that its depth calls for."""
+        rows = torch.arange(len(parents), device=parents.device)[:, None]
+        behind = self._states[rows, parents + 1]
+        depths = self._depths[rows, parents + 1] + 1
+        states = torch.empty_like(behind)
+        logits = self.root.new_empty(*tokens.shape, self.root.shape[-1])
+        for depth in depths.unique().tolist():
+            here = depths == depth
+            states[here] = self._network.advance(behind[here], tokens[here], depth)
+            logits[here] = self._network.logits(states[here], depth)
+        self._states = torch.cat([self._states, states], dim=1)
+        self._depths = torch.cat([self._depths, depths], dim=1)
+        return logits
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the sequences; the next ``commit`` brings all that there is to know of them."""

@@ -1,0 +1,149 @@
+"""Training an MLP speculator: the network's settings, one batch, and where stage 2 begins."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from specforge.bounds import Decay
+from specforge.data.module import DraftDataModule
+from specforge.decoding.checks import context_length
+from specforge.errors import UsageError
+from specforge.models.alignment import align
+from specforge.training.distillation import DraftSteps, Teacher, distill
+from specforge.training.module import Batch, DraftModule
+from specforge.training.optimizers import OptimizerSettings
+from specforge.training.schedules import ScheduleSettings
+from specforge.verifier.features import Features
+from specforge.verifier.parts import VerifierParts
+from specforge_mlp.model import MLPSpeculator
+from specforge_mlp.schedule import two_stage_factor
+from specforge_mlp.stage_two import StageTwoSettings, check_lengths
+
+
+class MLPDraftSettings(BaseModel):
+    """The draft network; what it reads has the verifier's width."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_layers: int = Field(default=3, ge=1, description="Heads: the most tokens that are drafted in a round.")
+    intermediate_size: int = Field(default=0, ge=0, description="Width of the heads' state; 0 for the verifier's.")
+    tie_weights: bool = Field(default=True, description="Share embedding, norm and head over all heads.")
+    scale_input: bool = Field(default=True, description="Normalise the verifier's state before the first head.")
+
+
+class MLPModule(DraftModule):
+    """Trains an MLP speculator, in one stage or two.
+
+    Args:
+        draft: The draft network.
+        supervision: Which tokens are trained on: those of the verifier's responses (responses), or every token of the
+            text, as published (all). Validation counts the responses.
+        stage_two: When stage 2 begins, and what the verifier writes in it; null trains on the rows alone.
+        objective: Losses to add up, by name, each with its weight; text is the published hard cross-entropy.
+        step_decay: Weight of head k is this to the power of k.
+        optimizer: How weights are updated.
+        schedule: How the learning rate moves; null for the published one, a cycle for each stage.
+    """
+
+    draft: MLPSpeculator
+
+    def __init__(
+        self,
+        draft: MLPDraftSettings = MLPDraftSettings(),
+        supervision: Literal["responses", "all"] = "responses",
+        stage_two: StageTwoSettings | None = None,
+        objective: dict[str, float] = {"text": 1.0},  # noqa: B006  (shown as the default in --help)
+        step_decay: Decay = 1.0,
+        optimizer: OptimizerSettings = OptimizerSettings(lr=1e-3, weight_decay=0.1),
+        schedule: ScheduleSettings | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            objective=objective,
+            step_decay=step_decay,
+            optimizer=optimizer,
+            schedule=schedule or ScheduleSettings(),
+            **kwargs,
+        )
+        self.settings = draft
+        self.supervision = supervision
+        self.settings_of_stage_two = stage_two
+        self.schedule_as_published = schedule is None
+
+    @property
+    def aux_layers(self) -> list[int]:
+        """None: the draft reads the verifier's last state."""
+        return []
+
+    @property
+    def num_steps(self) -> int:
+        """Number of heads."""
+        return self.settings.num_layers
+
+    @property
+    def first_step_of_stage_two(self) -> int:
+        """The first optimizer step of stage 2; only where there is one."""
+        assert self.settings_of_stage_two is not None
+        return self.settings_of_stage_two.first_step(self._total_steps())
+
+    def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> MLPSpeculator:
+        """Create the network, at random."""
+        if self.settings_of_stage_two is not None:
+            check_lengths(self.settings_of_stage_two, context_length(self.verifier))
+        draft = MLPSpeculator.from_training_args(
+            self.verifier_config, verifier_name_or_path=self.stored_verifier_name, **self.settings.model_dump()
+        )
+        draft.attach_verifier(parts)
+        return draft
+
+    def summary_text(self) -> str:
+        """Return a few lines for a person; one of them says when stage 2 begins."""
+        stage = self.settings_of_stage_two
+        if stage is None or not self.trainer.training:
+            return super().summary_text()
+        return (
+            f"{super().summary_text()}\n"
+            f"  stage 2, on the verifier's text, from step {self.first_step_of_stage_two:,} of {self._total_steps():,}"
+        )
+
+    def build_schedule(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        """Create the published schedule, unless another is set."""
+        stage = self.settings_of_stage_two
+        begin = None if stage is None else stage.first_step(total_steps)
+        if begin is not None and begin >= total_steps:
+            raise UsageError(
+                f"model.stage_two.begin: stage 2 would begin at step {begin:,}, but the run has {total_steps:,} steps; "
+                "begin earlier, or train longer"
+            )
+        if not self.schedule_as_published:
+            return super().build_schedule(optimizer, total_steps)
+        return LambdaLR(optimizer, lambda step: two_stage_factor(step, begin, total_steps))
+
+    def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
+        """Run all heads at every row, fed with the true tokens, and compare them with text and verifier."""
+        mask = self._supervised_tokens(batch)
+        alignment = align(mask, batch["document_ids"], self.num_steps)
+        targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
+        states = self.draft.unroll(
+            batch["input_ids"], features, batch["position_ids"], batch["document_ids"], self.num_steps
+        )
+        return distill(
+            states.flatten(1, 2),
+            self.draft.head_weights,
+            Teacher(features.last.flatten(0, 1), self.parts, None),
+            targets,
+            supervised,
+            self.terms,
+            self.step_weights(supervised),
+            labels=self.labels(batch, targets),
+        )
+
+    def _supervised_tokens(self, batch: Batch) -> Tensor:
+        if self.training and self.supervision == "all":
+            return batch["document_ids"] >= 0
+        return batch["loss_mask"]

@@ -1,0 +1,124 @@
+"""Stage 2 of the MLP speculator's training: text that the verifier writes while the draft is trained on it.
+
+Prompts are cut from a batch of training rows, the verifier goes on from each, and what it wrote is the batch that the
+draft is trained on. All of it follows from the rows and a seed, so a run that is resumed trains on the same text.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specforge.data.loader import Batch
+from specforge.data.packing import collate
+from specforge.decoding.loop import Decoder
+from specforge.errors import UsageError
+from specforge.sampling import Sampling
+
+
+class StageTwoSettings(BaseModel):
+    """When stage 2 begins, and what the verifier writes in it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    begin: float = Field(
+        default=0.7,
+        gt=0,
+        description="Where stage 2 begins: below 1 a share of all steps, otherwise an optimizer step.",
+    )
+    prompt_length: int = Field(default=64, ge=1, description="Tokens of each prompt that is cut from the rows.")
+    new_tokens: int = Field(default=256, ge=1, description="Most tokens that the verifier adds to each prompt.")
+    temperature: float = Field(default=1.0, ge=0, description="Temperature of the verifier.")
+    top_k: int = Field(default=10, ge=0, description="The verifier samples from so many tokens; 0 from all.")
+    buffer: int = Field(default=2, ge=1, description="Batches that are written ahead while the draft is trained.")
+
+    def first_step(self, total_steps: int) -> int:
+        """Return the first optimizer step of stage 2 in a run of so many."""
+        return round(self.begin * total_steps) if self.begin < 1 else int(self.begin)
+
+
+def cut_prompts(batch: Batch, length: int) -> list[Tensor]:
+    """Cut the documents of a batch into prompts.
+
+    Args:
+        batch: ``input_ids`` and ``document_ids``, [B, T] each.
+        length: Tokens of a prompt. A rest is left out, but a shorter document is a prompt as it is.
+
+    Returns:
+        Tokens of each prompt, int64 [length] or fewer.
+    """
+    prompts = []
+    for tokens, documents in zip(batch["input_ids"], batch["document_ids"], strict=True):
+        for document in documents[documents >= 0].unique():
+            pieces = tokens[documents == document].split(length)
+            prompts += [piece for piece in pieces if len(piece) == len(pieces[0])]
+    return prompts
+
+
+def write_on(verifier: PreTrainedModel, prompts: Sequence[Tensor], settings: StageTwoSettings, seed: int) -> Batch:
+    """Let the verifier go on from prompts.
+
+    Args:
+        verifier: The verifier; other threads may use it at the same time.
+        prompts: Tokens of each prompt, int64 [T] each.
+        settings: How to sample, and how much.
+        seed: Seed of the sampling.
+
+    Returns:
+        A batch with a row for each prompt, in which the verifier's tokens are the response.
+    """
+    sampling = Sampling(temperature=settings.temperature, top_k=settings.top_k)
+    written: list[list[int]] = [[] for _ in prompts]
+    for emission in Decoder(verifier, sampling=sampling).decode(prompts, settings.new_tokens, seed):
+        written[emission.sequence] += emission.tokens
+    return collate([_row(prompt, torch.tensor(tokens)) for prompt, tokens in zip(prompts, written, strict=True)])
+
+
+def ahead(make: Callable[[int, Batch], Batch], batches: Iterator[tuple[int, Batch]], buffer: int) -> Iterator[Batch]:
+    """Make numbered batches into others in a thread, a few ahead of the one that is asked for.
+
+    Args:
+        make: Makes one; what it raises is raised here.
+        batches: Number and batch.
+        buffer: How many are made ahead.
+    """
+    worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stage-two")
+    waiting: deque[Future[Batch]] = deque()
+    try:
+        for number, batch in batches:
+            waiting.append(worker.submit(make, number, batch))
+            if len(waiting) > buffer:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        worker.shutdown(cancel_futures=True)
+
+
+def check_lengths(settings: StageTwoSettings, context: int) -> None:
+    """Refuse prompts and answers that together are longer than the verifier's context.
+
+    Raises:
+        UsageError: They are.
+    """
+    if settings.prompt_length + settings.new_tokens > context:
+        raise UsageError(
+            f"model.stage_two: prompt_length {settings.prompt_length} and new_tokens {settings.new_tokens} are "
+            f"more than the {context:,} tokens of the verifier's context"
+        )
+
+
+def _row(prompt: Tensor, written: Tensor) -> dict[str, Tensor]:
+    length = len(prompt) + len(written)
+    return {
+        "input_ids": torch.cat([prompt.cpu(), written]),
+        "loss_mask": torch.arange(length) >= len(prompt),
+        "document_ids": torch.zeros(length, dtype=torch.int64),
+        "position_ids": torch.arange(length),
+    }
