@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from specforge import SpeculatorModel
 from specforge.__main__ import main as specforge
+from specforge.config import TokenProposalConfig
 from specforge.data.prompts import read_prompts
 from specforge.decoding.verification import Verification
 from specforge.evaluation.measuring import Contender, Measuring, Settings
@@ -27,13 +28,26 @@ from specforge.sampling import Sampling
 from specforge.verifier.loading import load_verifier
 
 HASS = {"alignment_steps": 3, "objective": {"cross_entropy": 0.1, "top_k": 1.0}}
+STAGE_TWO = {"begin": 0.7, "prompt_length": 32, "new_tokens": 64}
 RECIPES: dict[str, dict[str, Any]] = {
     "EAGLE-1": {"algorithm": "eagle", "model": {}},
     "HASS, alignment alone": {"algorithm": "eagle", "model": {"alignment_steps": 3}},
     "HASS": {"algorithm": "eagle", "model": HASS},
     "EAGLE-3": {"algorithm": "eagle3", "model": {"ttt_steps": 5, "draft": {"draft_vocab_size": None}}},
+    **{
+        f"MLP, {heads} heads, {stages}": {
+            "algorithm": "mlp",
+            "model": {"draft": {"num_layers": heads, "intermediate_size": 256}, "stage_two": stage_two},
+        }
+        for heads in (3, 5)
+        for stages, stage_two in (("stage 1", None), ("both stages", STAGE_TWO))
+    },
 }
-METHODS = ["greedy:speculative_tokens=5", "sampling:speculative_tokens=5", "dynamic_tree"]
+METHODS = {
+    "greedy": "greedy:speculative_tokens={chain}",
+    "sampling": "sampling:speculative_tokens={chain}",
+    "dynamic_tree": "dynamic_tree:depth={depth}",
+}
 
 
 def train(arguments: argparse.Namespace, recipe: str, seed: int) -> Path:
@@ -75,6 +89,12 @@ def train(arguments: argparse.Namespace, recipe: str, seed: int) -> Path:
     return draft
 
 
+def proposal(method: str, draft: SpeculatorModel) -> TokenProposalConfig:
+    """Chains of 5 and trees 6 deep, or what the draft can do."""
+    most = draft.drafter(1).max_depth or 6
+    return choose_proposal(METHODS[method].format(chain=min(5, most), depth=min(6, most)), None)
+
+
 def main() -> None:
     """Train and measure everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,24 +118,20 @@ def main() -> None:
     verifier, tokenizer = load_verifier(arguments.verifier), AutoTokenizer.from_pretrained(arguments.verifier)
     conversations = read_prompts(arguments.validation, limit=arguments.limit)
     columns = [(temperature, method) for temperature in (0.0, 1.0) for method in METHODS]
-    columns.remove((0.0, METHODS[1]))  # the greedy chain once more
+    columns.remove((0.0, "sampling"))  # the greedy chain once more
     lengths: dict[tuple[str, float, str], list[float]] = {}
     for temperature, method in columns:
-        contenders = [
-            Contender(
-                f"{recipe}/{seed}",
-                choose_proposal(method, None),
-                SpeculatorModel.from_pretrained(path, verifier=verifier),
-            )
-            for (recipe, seed), path in drafts.items()
-        ]
+        contenders = []
+        for (recipe, seed), path in drafts.items():
+            draft = SpeculatorModel.from_pretrained(path, verifier=verifier)
+            contenders.append(Contender(f"{recipe}/{seed}", proposal(method, draft), draft))
         contenders.append(Contender("prompt lookup/0", choose_proposal("prompt_lookup", None)))
         settings = Settings(Sampling(temperature=temperature), Verification(), arguments.max_new_tokens, 32, seed=0)
         Measuring(verifier, tokenizer, contenders, settings).run("validation", conversations, lambda _: None)
         for one in contenders:
             length = one.tallies["validation"].measurement("validation").acceptance_length
             lengths.setdefault((one.name.split("/")[0], temperature, method), []).append(length)
-    heads = [f"{method.split(':')[0]}, T = {temperature:g}" for temperature, method in columns]
+    heads = [f"{method}, T = {temperature:g}" for temperature, method in columns]
     print(f"| algorithm | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
     for recipe in [*arguments.recipes, "prompt lookup"]:
         cells = [lengths[recipe, temperature, method] for temperature, method in columns]

@@ -19,17 +19,18 @@ from specforge.verifier.parts import VerifierParts
 
 H, V = 5, 13
 PRUNED = [1, 2, 5, 8, 12]
-NAMES = ["kl", "reverse_kl", "cross_entropy", "total_variation", "jsd", "lk_alpha", "lk_lambda"]
+NAMES = ["kl", "reverse_kl", "cross_entropy", "total_variation", "jsd", "lk_alpha", "lk_lambda", "text"]
 
 
 @dataclass(frozen=True)
 class Problem:
     hidden: Tensor
-    head: Tensor
+    head: Tensor | list[Tensor]
     teacher: Teacher
     targets: Tensor
     supervised: Tensor
     weights: Tensor
+    tokens: Tensor
 
 
 def make_problem(
@@ -55,6 +56,8 @@ def make_problem(
         targets=ahead.clamp(max=rows - 1),
         supervised=supervised,
         weights=torch.rand(steps, generator=generator, dtype=torch.float64).to(dtype),
+        # What stands behind each target.
+        tokens=torch.randint(V, (rows,), generator=generator)[ahead.clamp(max=rows - 1)],
     )
 
 
@@ -68,11 +71,12 @@ def run(problem: Problem, objective: dict[str, float], skip: bool = False) -> Dr
         objective_terms(objective),
         problem.weights,
         skip_targets_outside=skip,
+        labels=Labels(problem.tokens, Sampling()),
     )
 
 
-def plain_value(name: str, q: Tensor, p: Tensor, full: Tensor, mean_acceptance: float) -> Tensor:
-    """The losses of one row, from probabilities."""
+def plain_value(name: str, q: Tensor, p: Tensor, full: Tensor, mean_acceptance: float, place: int | None) -> Tensor:
+    """The losses of one row, from probabilities; the text's token has a place in the draft vocabulary, or None."""
     accepted = torch.minimum(full, q).sum()
     middle = (p + q) / 2
     fading = float(torch.tensor(-3 * mean_acceptance).double().exp())
@@ -85,6 +89,7 @@ def plain_value(name: str, q: Tensor, p: Tensor, full: Tensor, mean_acceptance: 
         "jsd": ((p * (p / middle).log()).sum() + (q * (q / middle).log()).sum()) / 2,
         "lk_alpha": -accepted.log(),
         "lk_lambda": fading * kl + (1 - fading) * (1 - accepted),
+        "text": q.sum() * 0 if place is None else -q[place].log(),
     }[name]
 
 
@@ -114,8 +119,10 @@ def plain(problem: Problem, objective: dict[str, float], skip: bool = False) -> 
         whole = verifier[int(problem.targets[k, i])]
         full = whole[list(ids)]
         counted = not (skip and int(whole.argmax()) not in ids)
+        token = int(problem.tokens[k, i])
+        place = list(ids).index(token) if token in ids else None
         for name, weight in objective.items():
-            value = plain_value(name, draft[k, i], full / full.sum(), full, means[k])
+            value = plain_value(name, draft[k, i], full / full.sum(), full, means[k], place)
             sums[name][k] += value.detach()
             if counted:
                 loss = loss + weight * problem.weights[k] * value
@@ -221,6 +228,28 @@ def test_only_what_is_trained_gets_a_gradient() -> None:
     with torch.no_grad():
         outcome = run(problem, {"kl": 1.0, "lk_lambda": 1.0})
     assert not outcome.loss.requires_grad and outcome.loss > 0
+
+
+@pytest.mark.parametrize("chunk", [1, 60, 2**24])
+def test_each_step_may_have_its_own_head(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as all steps on their own, each with its head."""
+    monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", chunk)
+    problem = make_problem(pruned=False)
+    generator = torch.Generator().manual_seed(1)
+    heads = [torch.randn(V, H, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    objective = {"kl": 1.0, "lk_lambda": 0.5, "text": 0.3}
+    joint = run(replace(problem, head=heads), objective)
+    ours = torch.autograd.grad(joint.loss, [problem.hidden, *heads])
+    alone = [problem.supervised * (torch.arange(3) == step)[:, None] for step in range(3)]
+    each = [
+        run(replace(problem, head=head, supervised=supervised), objective)
+        for head, supervised in zip(heads, alone, strict=True)
+    ]
+    theirs = torch.autograd.grad(torch.stack([one.loss for one in each]).sum(), [problem.hidden, *heads])
+    for gradient, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, wanted)
+    torch.testing.assert_close(joint.acceptance, torch.stack([one.acceptance for one in each]).sum(0))
+    torch.testing.assert_close(joint.terms["kl"], torch.stack([one.terms["kl"] for one in each]).sum(0))
 
 
 def test_backward_scales_the_gradient() -> None:

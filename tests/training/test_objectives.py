@@ -15,7 +15,7 @@ from specforge.registry import installed
 from specforge.training import objectives
 from specforge.training.objectives import Distributions
 
-NAMES = ["kl", "reverse_kl", "cross_entropy", "total_variation", "jsd", "lk_alpha", "lk_lambda"]
+NAMES = ["kl", "reverse_kl", "cross_entropy", "total_variation", "jsd", "lk_alpha", "lk_lambda", "text"]
 
 
 def function_of(name: str) -> Any:
@@ -34,7 +34,8 @@ def distributions(draw: st.DrawFn, pruned: bool | None = None) -> Distributions:
         return (sharpness * torch.randn(rows, width, generator=generator)).log_softmax(-1)
 
     full = log_probabilities(size + outside)[:, :size]
-    return Distributions(log_probabilities(size), full.log_softmax(-1), full, torch.rand(rows, generator=generator))
+    mean, text = torch.rand(rows, generator=generator), torch.randint(-1, size, (rows,), generator=generator)
+    return Distributions(log_probabilities(size), full.log_softmax(-1), full, mean, text)
 
 
 def test_all_losses_of_the_core_are_known() -> None:
@@ -43,6 +44,7 @@ def test_all_losses_of_the_core_are_known() -> None:
     assert sorted(losses) == sorted(NAMES)
     needs_mean = [name for name, one in losses.items() if one.uses_mean_acceptance]
     assert needs_mean == ["lk_lambda"]
+    assert [name for name, one in losses.items() if one.uses_text] == ["text"]
 
 
 @given(rows=distributions())
@@ -67,6 +69,7 @@ def test_values_follow_the_definitions(rows: Distributions) -> None:
             )
             / 2,
             "lk_lambda": fading * kl + (1 - fading) * (1 - accepted),
+            "text": -log_q[int(rows.text[number])] if rows.text[number] >= 0 else 0.0,
         }
         if accepted > 1e-30:
             expected["lk_alpha"] = -math.log(accepted)
@@ -95,7 +98,7 @@ def test_bounds(rows: Distributions) -> None:
 @given(rows=distributions(pruned=False))
 def test_losses_vanish_where_the_draft_is_the_verifier(rows: Distributions) -> None:
     same = replace(rows, log_q=rows.log_p)
-    for name in NAMES:
+    for name in NAMES[:-1]:
         value = function_of(name)(same)
         if name == "cross_entropy":
             value = value + (rows.log_p.exp() * rows.log_p).sum(-1)
