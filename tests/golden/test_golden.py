@@ -35,7 +35,7 @@ if not ROOT.is_dir():
 
 PADDING = 3
 # What specforge calls a format, where that is not what the cases do.
-FORMATS = {"eagle-raw": "eagle"}
+FORMATS = {"eagle-raw": "eagle", "fms": "mlp_speculator"}
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,16 @@ def feature_draft(feature_case: Case) -> Any:
     return attached_draft(feature_case)
 
 
+@pytest.fixture(scope="module", params=[case for case in CASES if case.algorithm == "mlp"], ids=str)
+def head_case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def head_draft(head_case: Case) -> Any:
+    return attached_draft(head_case)
+
+
 @pytest.fixture(scope="module")
 def hidden(case: Case, draft: Any) -> Tensor:
     """States after the draft's final norm, at the recorded rows of each step, [S, rows, H]."""
@@ -205,7 +215,7 @@ def test_there_are_cases() -> None:
 
 def test_every_algorithm_is_checked(any_case: Case) -> None:
     require(any_case.algorithm)
-    assert any_case.algorithm in {"eagle3", "eagle"}, (
+    assert any_case.algorithm in {"eagle3", "eagle", "mlp"}, (
         "a plugin provides this algorithm, but no test here runs its cases"
     )
 
@@ -416,3 +426,57 @@ def test_written_features_draft_computes_the_same(feature_case: Case, feature_dr
     again.attach_verifier(feature_draft.verifier_parts)
     for ours, theirs in zip(predictions(feature_case, again), predictions(feature_case, feature_draft), strict=True):
         assert torch.equal(ours, theirs)
+
+
+# MLP speculators.
+
+
+def assert_heads_as_recorded(case: Case, logits: Tensor) -> None:
+    torch.testing.assert_close(logits, case.expected["logits"], **case.tolerance)
+    assert torch.equal(logits.argmax(-1), case.expected["draft_tokens"])
+
+
+@torch.no_grad()
+def predictions_of_heads(case: Case, draft: Any) -> Tensor:
+    """Logits of all heads, fed as the reference was fed, [n, T, V]."""
+    logits: Tensor = draft(case.inputs["inds"][None], case.inputs["state"][None])
+    return logits[:, 0]
+
+
+def test_recorded_rows_of_heads_are_found(head_case: Case) -> None:
+    """Row t holds the state of x[t] after the final norm; head i reads x[t+1+i] there and predicts x[t+2+i]."""
+    inputs, targets = head_case.inputs, head_case.expected["target_token_ids"]
+    heads, rows = targets.shape
+    assert torch.equal(inputs["inds"], inputs["token_ids"][1:])
+    assert torch.equal(inputs["state"], inputs["verifier_post_norm"][:rows])
+    for head in range(heads):
+        assert torch.equal(targets[head], inputs["token_ids"][2 + head : 2 + head + rows])
+
+
+def test_heads(head_case: Case, head_draft: Any) -> None:
+    assert_heads_as_recorded(head_case, predictions_of_heads(head_case, head_draft))
+
+
+@torch.no_grad()
+def test_heads_on_captured_states(head_case: Case, head_draft: Any) -> None:
+    verifier = load_verifier(str(head_case.folder / "verifier"))
+    tokens = head_case.inputs["token_ids"][None]
+    positions = torch.arange(tokens.shape[1])[None]
+    features = capture(verifier, tokens, positions, head_draft.aux_layers)
+    torch.testing.assert_close(features.last[0], head_case.inputs["verifier_pre_norm"], **head_case.tolerance)
+    heads, rows = head_case.expected["draft_tokens"].shape
+    hidden = head_draft.unroll(tokens, features, positions, torch.zeros_like(positions), heads)[:, 0, :rows]
+    logits = torch.stack([head_draft.logits(hidden[step], step) for step in range(heads)])
+    assert_heads_as_recorded(head_case, logits)
+
+
+def test_written_heads_are_as_read(head_case: Case, head_draft: Any, tmp_path: Path) -> None:
+    assert_written_as_read(head_case, head_draft, tmp_path)
+    theirs, ours = read_json(head_case.folder / "draft"), read_json(tmp_path)
+    assert {name: ours.get(name) for name in theirs} == theirs
+
+
+def test_written_heads_compute_the_same(head_case: Case, head_draft: Any, tmp_path: Path) -> None:
+    write_draft(head_case, head_draft, tmp_path)
+    again = read_draft(head_case, tmp_path)
+    assert torch.equal(predictions_of_heads(head_case, again), predictions_of_heads(head_case, head_draft))

@@ -1,0 +1,230 @@
+"""The loss of a batch and its gradients against plain formulas, and what memory it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from mlp_drafts import fill
+from pydantic import ValidationError
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from specforge.errors import UsageError
+from specforge.training import distillation
+from specforge.verifier.parts import VerifierParts
+from specforge_eagle3.module import Eagle3DraftSettings, Eagle3Module
+from specforge_mlp.module import MLPDraftSettings, MLPModule
+from specforge_mlp.stage_two import StageTwoSettings
+
+NO_DATA: Any = SimpleNamespace()
+
+
+def make_module(tiny_verifiers: Mapping[str, Any], name: str = "llama", **options: Any) -> MLPModule:
+    """A module as it is in training, all of it in float64."""
+    folder = tiny_verifiers[name].folder
+    module = MLPModule(verifier=str(folder), draft=MLPDraftSettings(**options.pop("draft", {})), **options)
+    verifier = AutoModelForCausalLM.from_pretrained(folder).double().eval().requires_grad_(False)
+    parts = VerifierParts.of(verifier)
+    module._frozen = (verifier, parts)
+    module.draft = module.build_draft(parts, NO_DATA)
+    fill(module.draft, 4)
+    module.draft.double()
+    return module
+
+
+def make_batch() -> dict[str, Tensor]:
+    """Two rows; the first holds two documents and padding."""
+    documents = [[0] * 9 + [1] * 5 + [-1] * 2, [0] * 16]
+    mask = [[0, 0, 1, 1, 1, 1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1]]
+    return {
+        "input_ids": torch.randint(3, 61, (2, 16), generator=torch.Generator().manual_seed(0)),
+        "loss_mask": torch.tensor(mask, dtype=torch.bool),
+        "document_ids": torch.tensor(documents),
+        "position_ids": torch.tensor([[*range(9), *range(5), 0, 0], [*range(16)]]),
+    }
+
+
+def plain_loss(module: MLPModule, batch: dict[str, Tensor], supervised_all: bool, terms: dict[str, float]) -> Tensor:
+    """Row by row and document by document: the mean over rows of each head's loss, summed over the heads."""
+    heads = module.num_steps
+    captured = module.features(batch).last
+    losses: list[list[Tensor]] = [[] for _ in range(heads)]
+    for row in range(2):
+        for document in batch["document_ids"][row].unique().tolist():
+            if document < 0:
+                continue
+            places = (batch["document_ids"][row] == document).nonzero().squeeze(1)
+            x, mask = batch["input_ids"][row, places], batch["loss_mask"][row, places].tolist()
+            output = module.verifier(x[None], output_hidden_states=True)
+            # The states of the document alone, but for what transformers' norms round to float32.
+            states = module.parts.norm(captured[row, places])
+            verifier_logits = module.parts.logits(captured[row, places])
+            torch.testing.assert_close(states, output.hidden_states[-1][0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(verifier_logits, output.logits[0], atol=1e-5, rtol=1e-5)
+            for t in range(len(x)):
+                following = x[t + 1 : t + 1 + heads]
+                # At the end of a document, later heads have nothing to read; what they say is not looked at.
+                padded = torch.cat([following, following.new_zeros(heads - len(following))])
+                own = module.draft(padded[None], states[None, t : t + 1])[:, 0, 0].log_softmax(-1)
+                for head in range(heads):
+                    if t + 2 + head >= len(x) or not (supervised_all or all(mask[t + 1 : t + 3 + head])):
+                        continue
+                    log_p = verifier_logits[t + 1 + head].log_softmax(-1)
+                    log_q = own[head]
+                    by_name = {"text": -log_q[x[t + 2 + head]], "kl": (log_p.exp() * (log_p - log_q)).sum()}
+                    losses[head].append(sum(weight * by_name[name] for name, weight in terms.items()))
+    # Factors are numbers of float32, whatever the type of the draft.
+    factors = module.step_decay ** torch.arange(heads) / torch.tensor([max(1, len(one)) for one in losses])
+    return sum(factor * torch.stack(one).sum() for factor, one in zip(factors.double(), losses, strict=True) if one)
+
+
+@pytest.mark.parametrize("supervision", ["responses", "all"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [("llama", {"text": 1.0}), ("llama", {"kl": 1.0}), ("gemma2", {"text": 0.5, "kl": 2.0})],
+    ids=["text", "kl", "both, gemma2"],
+)
+def test_loss_and_gradients_are_the_plain_ones(
+    supervision: Any, tied: bool, name: str, terms: dict[str, float], tiny_verifiers: Mapping[str, Any]
+) -> None:
+    draft = {"num_layers": 3, "intermediate_size": 10, "tie_weights": tied}
+    module = make_module(tiny_verifiers, name, draft=draft, supervision=supervision, objective=terms, step_decay=0.9)
+    batch = make_batch()
+    parameters = dict(module.draft.named_parameters())
+    loss = module.draft_steps(batch, module.features(batch)).loss
+    ours = torch.autograd.grad(loss, list(parameters.values()))
+    expected = plain_loss(module, batch, supervision == "all", terms)
+    theirs = torch.autograd.grad(expected, list(parameters.values()))
+    torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-9)
+    for parameter, gradient, wanted in zip(parameters, ours, theirs, strict=True):
+        assert bool(wanted.any()), parameter
+        torch.testing.assert_close(gradient, wanted, atol=1e-9, rtol=1e-7, msg=parameter)
+
+
+def test_validation_counts_responses_whatever_is_trained_on(tiny_verifiers: Mapping[str, Any]) -> None:
+    batch = make_batch()
+    counts = {}
+    for supervision in ("responses", "all"):
+        module = make_module(tiny_verifiers, supervision=supervision)
+        module._trainer = SimpleNamespace(testing=False)
+        module.__dict__["means"] = {"val": SimpleNamespace(sampling=distillation.Sampling())}
+        for training in (True, False):
+            module.train(training)
+            counts[supervision, training] = int(module.draft_steps(batch, module.features(batch)).supervised.sum())
+    assert counts["responses", True] == counts["responses", False] == counts["all", False] < counts["all", True]
+
+
+def test_the_verifier_is_left_alone(tiny_verifiers: Mapping[str, Any]) -> None:
+    module = make_module(tiny_verifiers)
+    batch = make_batch()
+    module.draft_steps(batch, module.features(batch)).loss.backward()
+    assert all(one.grad is None for one in module.verifier.parameters())
+    assert module.state_dict().keys() == {f"draft.{name}" for name in module.draft.state_dict()}
+
+
+def test_published_settings_are_the_defaults(tiny_verifiers: Mapping[str, Any]) -> None:
+    module = MLPModule(verifier=str(tiny_verifiers["llama"].folder))
+    optimizer = module.optimizer_settings
+    assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (1e-3, (0.9, 0.95), 0.1)
+    assert module.term_weights == {"text": 1.0} and module.num_steps == 3 and module.step_decay == 1
+    assert module.settings.tie_weights and module.settings.scale_input and module.aux_layers == []
+    stage = StageTwoSettings()
+    assert (stage.prompt_length, stage.new_tokens, stage.temperature, stage.top_k) == (64, 256, 1.0, 10)
+
+
+@pytest.mark.parametrize(("begin", "first"), [(0.7, 14), (0.01, 0), (1, 1), (15, 15), (15.9, 15), (0.74, 15)])
+def test_where_stage_two_begins(begin: float, first: int) -> None:
+    assert StageTwoSettings(begin=begin).first_step(20) == first
+
+
+@pytest.mark.parametrize(
+    "values", [{"begin": 0}, {"begin": -1}, {"prompt_length": 0}, {"new_tokens": 0}, {"buffer": 0}, {"top_p": 0.5}]
+)
+def test_wrong_settings_of_stage_two_are_named(values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(values))):
+        StageTwoSettings(**values)
+
+
+def test_what_the_verifier_cannot_hold_is_refused(tiny_verifiers: Mapping[str, Any]) -> None:
+    # The context takes 64 tokens.
+    make_module(tiny_verifiers, stage_two=StageTwoSettings(prompt_length=24, new_tokens=40))
+    with pytest.raises(UsageError, match="prompt_length 25 and new_tokens 40 are more than the 64 tokens"):
+        make_module(tiny_verifiers, stage_two=StageTwoSettings(prompt_length=25, new_tokens=40))
+
+
+def test_text_is_an_objective_of_other_algorithms_too(tiny_verifiers: Mapping[str, Any]) -> None:
+    """EAGLE-3 trained on the tokens of the text, its draft vocabulary a part of the verifier's."""
+    size, steps = 40, 2
+    made = tiny_verifiers["llama"]
+    torch.manual_seed(0)
+    module = Eagle3Module(
+        verifier=str(made.folder),
+        draft=Eagle3DraftSettings(draft_vocab_size=size),
+        ttt_steps=steps,
+        objective={"text": 1.0},
+    )
+    module._frozen = (made.model, VerifierParts.of(made.model))
+    # Frequent tokens have low ids, so that the draft vocabulary is 0..D-1.
+    data: Any = SimpleNamespace(vocabulary_counts=lambda: torch.arange(61, 0, -1))
+    module.draft = module.build_draft(module.parts, data)
+    batch = make_batch()
+    features = module.features(batch)
+    outcome = module.draft_steps(batch, features)
+    hidden = module.draft.unroll(batch["input_ids"], features, batch["position_ids"], batch["document_ids"], steps)
+    x, rows = batch["input_ids"], outcome.supervised.view(steps, 2, 16)
+    expected = 0.0
+    for step in range(steps):
+        log_q = module.draft.logits(hidden[step]).log_softmax(-1)
+        losses = []
+        for row, t in rows[step].nonzero().tolist():
+            token = int(x[row, t + 2 + step])
+            losses.append(-float(log_q[row, t, token].detach()) if token < size else 0.0)
+        assert 0.0 in losses and any(losses)
+        expected += module.step_decay**step * sum(losses) / len(losses)
+    assert float(outcome.loss.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """Keep the number of elements of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for one in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(one, Tensor):
+                self.elements = max(self.elements, one.numel())
+        return output
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("terms", [{"text": 1.0}, {"kl": 1.0}], ids=["text", "kl"])
+def test_logits_of_all_heads_are_never_formed(
+    tied: bool, terms: dict[str, float], tiny_verifiers: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads, rows, vocabulary = 3, 64, 61
+    # Logits of four targets: those of the verifier, and of every head.
+    monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", 4 * (1 + heads) * vocabulary)
+    draft = {"num_layers": heads, "tie_weights": tied}
+    module = make_module(tiny_verifiers, draft=draft, supervision="all", objective=terms)
+    tokens = torch.randint(3, vocabulary, (2, rows // 2), generator=torch.Generator().manual_seed(0))
+    batch = {
+        "input_ids": tokens,
+        "loss_mask": torch.ones_like(tokens, dtype=torch.bool),
+        "document_ids": torch.zeros_like(tokens),
+        "position_ids": torch.arange(rows // 2).expand(2, -1),
+    }
+    features = module.features(batch)
+    with Largest() as largest:
+        module.draft_steps(batch, features).loss.backward()
+    # States of all heads and rows, or one head; logits of one head at every row would be more.
+    assert largest.elements <= max(heads * rows * module.draft.config.state_size, 4 * (1 + heads) * vocabulary)
+    assert largest.elements < rows * vocabulary < heads * rows * vocabulary
