@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -35,7 +36,8 @@ def choose_proposal(text: str | None, draft: SpeculatorModelConfig | None, **giv
     allowed = [key for key in config.model_fields if key != "proposal_type"]
     known = {one.proposal_type: one.model_dump() for one in (stored.proposal_methods if stored else [])}
     values = known.get(name, {}) | {key: value for key, value in given.items() if key in allowed}
-    for part in filter(None, rest.split(",")):
+    # Commas within brackets belong to a list.
+    for part in filter(None, re.split(r",(?![^\[]*\])", rest)):
         key, equals, value = part.partition("=")
         if not equals or key not in allowed:
             raise UsageError(

@@ -14,8 +14,9 @@ from specforge.data.loader import Batch, ResumableLoader
 from specforge.data.module import DraftDataModule
 from specforge.data.packing import collate
 from specforge.data.sources import check_source
+from specforge.errors import UsageError
 from specforge_mlp.module import MLPModule
-from specforge_mlp.stage_two import ahead, cut_prompts, write_on
+from specforge_mlp.stage_two import ahead, check_lengths, cut_prompts, write_on
 
 
 class MLPDataModule(DraftDataModule):
@@ -30,6 +31,16 @@ class MLPDataModule(DraftDataModule):
         if stage_two is not None:
             check_source(stage_two, "data.stage_two")
         self._sources["stage_two"] = stage_two
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open and pack the rows, once it is clear that they go with the settings of stage 2."""
+        if self.trainer is not None:
+            prepared, settings = self._sources["stage_two"], self._module.settings_of_stage_two
+            if prepared is not None and settings is None:
+                raise UsageError("data.stage_two is set, but there is no stage 2; set model.stage_two, or leave it out")
+            if prepared is None and settings is not None:
+                check_lengths(settings, self._module.verifier_config)
+        super().setup(stage)
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the training batches of this rank; those of stage 2 are made while training."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,7 +12,6 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from specforge.bounds import Decay
 from specforge.data.module import DraftDataModule
-from specforge.decoding.checks import context_length
 from specforge.errors import UsageError
 from specforge.models.alignment import align
 from specforge.training.distillation import DraftSteps, Teacher, distill
@@ -22,7 +22,7 @@ from specforge.verifier.features import Features
 from specforge.verifier.parts import VerifierParts
 from specforge_mlp.model import MLPSpeculator
 from specforge_mlp.schedule import two_stage_factor
-from specforge_mlp.stage_two import StageTwoSettings, check_lengths
+from specforge_mlp.stage_two import StageTwoSettings
 
 
 class MLPDraftSettings(BaseModel):
@@ -41,8 +41,8 @@ class MLPModule(DraftModule):
 
     Args:
         draft: The draft network.
-        supervision: Which tokens are trained on: those of the verifier's responses (responses), or every token of the
-            text, as published (all). Validation counts the responses.
+        supervision: Which tokens of the rows are trained on: those of the verifier's responses (responses), or every
+            token, as published (all). Stage 2 counts what the verifier wrote, and validation the responses.
         stage_two: When stage 2 begins, and what the verifier writes in it; null trains on the rows alone.
         objective: Losses to add up, by name, each with its weight; text is the published hard cross-entropy.
         step_decay: Weight of head k is this to the power of k.
@@ -85,7 +85,7 @@ class MLPModule(DraftModule):
         """Number of heads."""
         return self.settings.num_layers
 
-    @property
+    @cached_property
     def first_step_of_stage_two(self) -> int:
         """The first optimizer step of stage 2; only where there is one."""
         assert self.settings_of_stage_two is not None
@@ -93,8 +93,6 @@ class MLPModule(DraftModule):
 
     def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> MLPSpeculator:
         """Create the network, at random."""
-        if self.settings_of_stage_two is not None:
-            check_lengths(self.settings_of_stage_two, context_length(self.verifier))
         draft = MLPSpeculator.from_training_args(
             self.verifier_config, verifier_name_or_path=self.stored_verifier_name, **self.settings.model_dump()
         )
@@ -144,6 +142,8 @@ class MLPModule(DraftModule):
         )
 
     def _supervised_tokens(self, batch: Batch) -> Tensor:
-        if self.training and self.supervision == "all":
+        stage = self.settings_of_stage_two
+        in_stage_one = stage is None or self.trainer.global_step < self.first_step_of_stage_two
+        if self.training and self.supervision == "all" and in_stage_one:
             return batch["document_ids"] >= 0
         return batch["loss_mask"]

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from specforge.data.loader import Batch
 from specforge.data.packing import collate
@@ -101,13 +101,14 @@ def ahead(make: Callable[[int, Batch], Batch], batches: Iterator[tuple[int, Batc
         worker.shutdown(cancel_futures=True)
 
 
-def check_lengths(settings: StageTwoSettings, context: int) -> None:
+def check_lengths(settings: StageTwoSettings, verifier: PreTrainedConfig) -> None:
     """Refuse prompts and answers that together are longer than the verifier's context.
 
     Raises:
         UsageError: They are.
     """
-    if settings.prompt_length + settings.new_tokens > context:
+    context = getattr(verifier.get_text_config(), "max_position_embeddings", None)
+    if context and settings.prompt_length + settings.new_tokens > context:
         raise UsageError(
             f"model.stage_two: prompt_length {settings.prompt_length} and new_tokens {settings.new_tokens} are "
             f"more than the {context:,} tokens of the verifier's context"

@@ -156,7 +156,6 @@ def test_the_method_is_registered() -> None:
     assert installed().load(method, "proposer") is CandidateTreeProposer
 
 
-@pytest.mark.xfail(strict=True, reason="a text is split at every comma, those of a list included")
 def test_settings_can_be_told_in_a_text() -> None:
     config = CandidateTreeTokenProposalConfig(top_k_tokens_per_head=[3, 2], n_candidates=4)
     assert choose_proposal("candidate_tree:top_k_tokens_per_head=[3,2],n_candidates=4", None) == config

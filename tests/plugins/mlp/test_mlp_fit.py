@@ -327,7 +327,6 @@ def test_the_draft_can_be_started_from(workshop: Workshop, whole: Callable[..., 
         torch.testing.assert_close(started[f"draft.{name}"], tensor, atol=1e-6, rtol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="supervision: all counts the prompts of stage 2 too")
 def test_stage_two_trains_on_what_was_written_alone(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """As published, whatever counts in stage 1: a row stands where the verifier wrote a token."""
     counted: list[tuple[int, int]] = []
@@ -347,13 +346,11 @@ def test_stage_two_trains_on_what_was_written_alone(workshop: Workshop, monkeypa
     assert all(trained == written for trained, written in counted[BEGIN:])
 
 
-@pytest.mark.xfail(strict=True, reason="lengths are checked though nothing is written")
 def test_lengths_do_not_matter_where_stage_two_is_prepared(workshop: Workshop) -> None:
     more = ["--model.stage_two.new_tokens=500", "--trainer.max_steps=4"]
     assert main(["fit", *words(workshop, "prepared", *more)]) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="data.stage_two is read and never used")
 def test_prepared_text_without_a_stage_two_is_refused(workshop: Workshop, capfd: pytest.CaptureFixture[str]) -> None:
     more = [f"--data.stage_two={workshop.folder}/prepared.jsonl", "--trainer.max_steps=1"]
     assert main(["fit", *workshop.words("runs", *more)]) == 2

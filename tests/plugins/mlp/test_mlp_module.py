@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from specforge.errors import UsageError
 from specforge.training import distillation
 from specforge.verifier.parts import VerifierParts
 from specforge_eagle3.module import Eagle3DraftSettings, Eagle3Module
@@ -149,13 +148,6 @@ def test_where_stage_two_begins(begin: float, first: int) -> None:
 def test_wrong_settings_of_stage_two_are_named(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(values))):
         StageTwoSettings(**values)
-
-
-def test_what_the_verifier_cannot_hold_is_refused(tiny_verifiers: Mapping[str, Any]) -> None:
-    # The context takes 64 tokens.
-    make_module(tiny_verifiers, stage_two=StageTwoSettings(prompt_length=24, new_tokens=40))
-    with pytest.raises(UsageError, match="prompt_length 25 and new_tokens 40 are more than the 64 tokens"):
-        make_module(tiny_verifiers, stage_two=StageTwoSettings(prompt_length=25, new_tokens=40))
 
 
 def test_text_is_an_objective_of_other_algorithms_too(tiny_verifiers: Mapping[str, Any]) -> None:

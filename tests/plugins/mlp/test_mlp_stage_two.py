@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlp_drafts import VOCABULARY
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from specforge.errors import UsageError
 from specforge.verifier.features import capture
@@ -171,9 +171,10 @@ def test_what_goes_wrong_while_making_is_raised_where_batches_are_taken() -> Non
 
 
 def test_lengths_are_checked_against_the_context() -> None:
-    check_lengths(StageTwoSettings(prompt_length=64, new_tokens=64), 128)
+    verifier = LlamaConfig(max_position_embeddings=128)
+    check_lengths(StageTwoSettings(prompt_length=64, new_tokens=64), verifier)
     with pytest.raises(UsageError, match=r"model\.stage_two: prompt_length 64 and new_tokens 65.* 128 tokens"):
-        check_lengths(StageTwoSettings(prompt_length=64, new_tokens=65), 128)
+        check_lengths(StageTwoSettings(prompt_length=64, new_tokens=65), verifier)
 
 
 def test_two_threads_capture_from_one_verifier(verifier_of: VerifierOf) -> None:
