@@ -155,7 +155,7 @@ class _Chunk:
 
     Attributes:
         targets: Rows of the teacher, [R].
-        steps: Step of each pair, ascending, [M].
+        steps: Step of each pair, [M].
         rows: Row of each pair, [M].
         target_of: Index of each pair's target within ``targets``, [M].
     """
@@ -238,9 +238,11 @@ class _Run:
     def _logits(self, states: Tensor, chunk: _Chunk) -> Tensor:
         if len(self.heads) == 1:
             return self.work.finish(F.linear(states, self.heads[0]))
+        # By step, so that each step's head reads one slice, and back again.
+        order = chunk.steps.argsort(stable=True)
         counts = chunk.steps.bincount(minlength=len(self.heads)).tolist()
-        by_step = [F.linear(some, head) for some, head in zip(states.split(counts), self.heads, strict=True)]
-        return self.work.finish(torch.cat(by_step))
+        by_step = [F.linear(some, head) for some, head in zip(states[order].split(counts), self.heads, strict=True)]
+        return self.work.finish(torch.cat(by_step)[order.argsort()])
 
     def _text(self, chunk: _Chunk) -> Tensor | None:
         if self.work.labels is None:
@@ -342,9 +344,7 @@ def _chunks(work: _Work, draft_size: int) -> Iterator[_Chunk]:
     bounds = torch.searchsorted(target_of, begins).tolist()
     for number, (begin, end) in enumerate(pairwise(bounds)):
         first = number * size
-        # By step within a chunk, so that each step's head reads one slice.
-        part = begin + steps[begin:end].argsort(stable=True)
-        yield _Chunk(targets[first : first + size], steps[part], rows[part], target_of[part] - first)
+        yield _Chunk(targets[first : first + size], steps[begin:end], rows[begin:end], target_of[begin:end] - first)
 
 
 def _compute_type(hidden: Tensor) -> torch.dtype:

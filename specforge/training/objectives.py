@@ -64,7 +64,7 @@ def cross_entropy(rows: Distributions) -> Tensor:
 def text_cross_entropy(rows: Distributions) -> Tensor:
     """Cross-entropy with the text itself, -log q(y); 0 where the text's token y is no draft token.
 
-    The published loss of MLP speculators (arXiv 2404.19124) and Medusa heads; it reads nothing of the verifier's.
+    What independent heads were published with (arXiv 2404.19124, 2401.10774); it reads nothing of the verifier's.
     """
     assert rows.text is not None
     found = rows.log_q.gather(1, rows.text.clamp(min=0)[:, None]).squeeze(1)
