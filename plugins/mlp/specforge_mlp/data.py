@@ -74,22 +74,25 @@ class MLPDataModule(DraftDataModule):
         """Let the verifier write a batch on."""
         settings = self._module.settings_of_stage_two
         assert settings is not None
-        seed = np.random.SeedSequence((self.seed, epoch, number, self._rank)).generate_state(1, np.uint32)[0]
+        seed = np.random.SeedSequence((self.seed, epoch, number, self._ranks[0])).generate_state(1, np.uint32)[0]
         return write_on(self._module.verifier, cut_prompts(batch, settings.prompt_length), settings, int(seed))
 
     def _prepared(self, epoch: int, number: int, batch: Batch) -> Batch:
         """Take a batch of the rows that the verifier wrote before, shuffled anew each time they are through."""
         assert self.trainer is not None
         items = self._packed["stage_two"]
-        place = (epoch * self.trainer.num_training_batches + number) * self.trainer.world_size + self._rank
+        rank, ranks = self._ranks
+        place = (epoch * self.trainer.num_training_batches + number) * ranks + rank
         places = range(place * self.batch_size, (place + 1) * self.batch_size)
         chosen = [_shuffled(self.seed, one // len(items), len(items))[one % len(items)] for one in places]
         return collate([items[item] for item in chosen])
 
     @property
-    def _rank(self) -> int:
+    def _ranks(self) -> tuple[int, int]:
+        """This process's number among those that take different data, and how many they are."""
         assert self.trainer is not None
-        return self.trainer.global_rank
+        ranks = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return ranks["rank"], ranks["num_replicas"]
 
 
 @lru_cache(maxsize=2)

@@ -92,9 +92,12 @@ def read(folder: Path, verifier: str | None) -> MLPSpeculator:
     config = from_deployed(read_json(path), str(path))
     known = VerifierConfig.from_pretrained(verifier) if verifier else VerifierConfig()
     config.speculators_config = proposals_of(config, known)
-    state = {name.removeprefix(PREFIX): one for name, one in read_weights(find_file(folder, WEIGHTS)).items()}
+    weights = read_weights(find_file(folder, WEIGHTS))
+    if unknown := sorted(name for name in weights if not name.startswith(PREFIX)):
+        raise UsageError(f"{folder} does not fit MLPSpeculator: unknown: {', '.join(unknown[:8])}")
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
     if config.tie_weights:
-        state = _without_copies(state, str(folder))
+        state = _without_copies(state, config.num_layers, str(folder))
     return MLPSpeculator.from_state(config, state, where=str(folder))
 
 
@@ -114,14 +117,14 @@ def write(model: MLPSpeculator, folder: Path) -> None:
     )
 
 
-def _without_copies(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+def _without_copies(state: dict[str, Tensor], heads: int, where: str) -> dict[str, Tensor]:
     """Leave out the copies of shared tensors, which some writers store for every head."""
     kept = {}
     for name, tensor in state.items():
         kind, number, rest = (*name.split("."), "", "")[:3]
         shared = "1" if kind == "proj" else "0"
         original = state.get(f"{kind}.{shared}.{rest}")
-        if original is None or not number.isdigit() or int(number) <= int(shared):
+        if original is None or not number.isdigit() or not int(shared) < int(number) < heads:
             kept[name] = tensor
         elif not torch.equal(tensor, original):
             raise UsageError(f"{where}: config.json says tie_weights, but {name} differs from {kind}.{shared}.{rest}")
