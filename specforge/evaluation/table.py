@@ -10,7 +10,7 @@ from rich.text import Text
 from specforge.evaluation import words
 from specforge.evaluation.results import ContenderResult, Measurement, Results
 
-# What the numbers leave of 80 columns; the whole name stands above the contender's figures.
+# What the numbers leave of 80 columns; longer names of contenders go on in the next line.
 NAME_WIDTH = 20
 
 
@@ -40,13 +40,13 @@ def print_table(results: Results, console: Console | None = None) -> None:
 def _comparison(results: Results) -> Table:
     """Compare all contenders: a row with the name of each, then one for each prompt set."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("Contender\n  prompt set", no_wrap=True)
+    table.add_column("Contender\n  prompt set", max_width=NAME_WIDTH, overflow="fold")
     table.add_column("Acceptance length\n[95 % interval]", no_wrap=True)
     table.add_column("Accepted (%)\nat 1, 2, …", overflow="fold")
     for header in ("Tokens/s\nwith", "Tokens/s\nwithout", "Speedup"):
         table.add_column(header, justify="right", no_wrap=True)
     for contender in results.contenders:
-        table.add_row(Text(words.shortened(contender.name, NAME_WIDTH), style="bold"))
+        table.add_row(Text(contender.name, style="bold"))
         for measurement in words.measurements(contender):
             table.add_row(*(Text(cell) for cell in _row(measurement)))
     return table
