@@ -38,6 +38,8 @@ class MLPDataModule(DraftDataModule):
             prepared, settings = self._sources["stage_two"], self._module.settings_of_stage_two
             if prepared is not None and settings is None:
                 raise UsageError("data.stage_two is set, but there is no stage 2; set model.stage_two, or leave it out")
+            if settings is not None and self.trainer.overfit_batches:
+                raise UsageError("trainer.overfit_batches trains on the rows alone; set model.stage_two to null")
             if prepared is None and settings is not None:
                 check_lengths(settings, self._module.verifier_config)
         super().setup(stage)

@@ -53,6 +53,11 @@ def from_deployed(values: dict[str, Any], where: str = "config") -> MLPSpeculato
     Raises:
         UsageError: It is of another model type, or a field is wrong.
     """
+    for name, deployed in FIELDS.items():
+        if name in values and values[name] != values.get(deployed, values[name]):
+            raise UsageError(
+                f"{where}: {name} is {values[name]} and {deployed} {values[deployed]}, but both are one field; keep one"
+            )
     values = {**DEPLOYED_DEFAULTS, **values}
     if values.pop("model_type", MODEL_TYPE) != MODEL_TYPE:
         raise UsageError(f"{where}: model_type is not {MODEL_TYPE!r}; this is no checkpoint of that layout")

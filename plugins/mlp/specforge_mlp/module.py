@@ -113,10 +113,10 @@ class MLPModule(DraftModule):
         """Create the published schedule, unless another is set."""
         stage = self.settings_of_stage_two
         begin = None if stage is None else stage.first_step(total_steps)
-        if begin is not None and begin >= total_steps:
+        if begin is not None and not 0 < begin < total_steps:
             raise UsageError(
                 f"model.stage_two.begin: stage 2 would begin at step {begin:,}, but the run has {total_steps:,} steps; "
-                "begin earlier, or train longer"
+                "begin between its first and its last, or train longer"
             )
         if not self.schedule_as_published:
             return super().build_schedule(optimizer, total_steps)

@@ -8,8 +8,8 @@ import math
 def two_stage_factor(step: int, begin: int | None, total_steps: int) -> float:
     """Return the learning rate of a step as a share of the peak.
 
-    A stage of n steps warms up over w = min(2000, n / 20) of them along the parabola 1 - (1 - x / w)^2, and falls along
-    a cosine: in stage 1 from 1 to 0.1, in stage 2 from 0.1 to 0.01.
+    In a stage of n steps it is the lower of a parabola that rises over w = min(2000, n / 20) steps, 1 - (1 - x / w)^2,
+    and a cosine that falls over all n: in stage 1 from 1 to 0.1, in stage 2 from 0.1 to 0.01. The peak is just below 1.
 
     Args:
         step: Counted from 0.

@@ -140,6 +140,7 @@ def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
         ({"model_type": "llama"}, "model_type is not 'mlp_speculator'"),
         ({"n_predict": 4, "top_k_tokens_per_head": [5, 4, 3]}, "one number for each of the 4 heads, not 3"),
         ({"emb_dim": "wide"}, "hidden_size"),
+        ({"intermediate_size": 8, "inner_dim": 9}, "intermediate_size is 8 and inner_dim 9"),
     ],
 )
 def test_wrong_deployed_values_are_named(values: dict[str, Any], message: str) -> None:

@@ -236,13 +236,15 @@ def test_a_run_that_is_resumed_is_the_same(
     ("more", "message"),
     [
         (["--model.stage_two.begin=8"], r"model.stage_two.begin: stage 2 would begin at step 8, but the run has 8"),
+        (["--model.stage_two.begin=0.01"], r"model.stage_two.begin: stage 2 would begin at step 0, but the run has 8"),
+        ([*TWO_STAGES, "--trainer.overfit_batches=1"], "trainer.overfit_batches"),
         (["--model.stage_two.prompt_length=400", "--model.stage_two.new_tokens=113"], "the 512 tokens of the verifier"),
         ([*TWO_STAGES, "--data.stage_two=nowhere.jsonl"], "data.stage_two"),
         (["--model.stage_two.begin=0"], "begin"),
         (["--model.stage_two.buffers=3"], "buffers"),
         (["--model.draft.num_layers=0"], "num_layers"),
     ],
-    ids=["begin behind the end", "context", "missing file", "begin", "unknown", "no heads"],
+    ids=["begin behind the end", "begin at once", "overfit", "context", "missing file", "begin", "unknown", "no heads"],
 )
 def test_wrong_settings_are_told_in_one_line(
     more: list[str], message: str, workshop: Workshop, capfd: pytest.CaptureFixture[str]
