@@ -18,8 +18,9 @@ from specforge.config import SpeculatorModelConfig
 from specforge.data.bigrams import bigram_table
 from specforge.data.module import default_cache
 from specforge.data.prompts import Conversation, prompt_set_name, read_prompts
-from specforge.data.rows import RowSettings, build_rows
+from specforge.data.rows import build_rows
 from specforge.data.sources import check_source, source_fingerprint
+from specforge.data.summary import RowSettings
 from specforge.decoding.verification import Verification
 from specforge.errors import UsageError
 from specforge.evaluation.measuring import Contender, Measuring, Settings

@@ -53,16 +53,21 @@ class RowEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int) -> None:
-        self._vocabulary_size = vocabulary_size
+        self.vocabulary_size = vocabulary_size
         self._renderer = None if tokenizer is None else ChatRenderer(tokenizer)
         self._tokenizer_state = None if tokenizer is None else _tokenizer_state(tokenizer)
         self._tokenizer = None if self._tokenizer_state is None else Tokenizer.from_str(self._tokenizer_state)
         self._templates = None if tokenizer is None else [tokenizer.chat_template, tokenizer.special_tokens_map]
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer, so that rows may be texts."""
+        return self._tokenizer is not None
+
+    @property
     def identity(self) -> str:
         """All that the rows depend on besides the source: the tokenizer, its template and the vocabulary's size."""
-        return json.dumps([self._tokenizer_state, self._templates, self._vocabulary_size], sort_keys=True, default=str)
+        return json.dumps([self._tokenizer_state, self._templates, self.vocabulary_size], sort_keys=True, default=str)
 
     def encode(self, records: Sequence[Record]) -> list[TokenRow]:
         """Tokenise records, the texts among them in one call.
@@ -100,11 +105,11 @@ class RowEncoder:
         return [rows[number] for number in range(len(texts))]
 
     def _row(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_], record: Record) -> TokenRow:
-        outside = np.flatnonzero((ids < 0) | (ids >= self._vocabulary_size))
+        outside = np.flatnonzero((ids < 0) | (ids >= self.vocabulary_size))
         if outside.size:
             raise UsageError(
                 f"{record.location}: id {ids[outside[0]]} at position {outside[0]} is outside the verifier's "
-                f"vocabulary of {self._vocabulary_size} ids; was the row written with another tokenizer?"
+                f"vocabulary of {self.vocabulary_size} ids; was the row written with another tokenizer?"
             )
         return TokenRow(ids.astype(np.int32), mask, read_origin(record))
 

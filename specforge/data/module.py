@@ -16,8 +16,9 @@ from torch import Tensor
 from specforge.bounds import RowLength, Share
 from specforge.data.loader import PackedSampler, ResumableLoader
 from specforge.data.packing import PackedRows, collate, pack
-from specforge.data.rows import RowSettings, TokenRows, build_rows
+from specforge.data.rows import TokenRows, build_rows
 from specforge.data.sources import check_source
+from specforge.data.summary import RowSettings
 from specforge.errors import UsageError
 
 if TYPE_CHECKING:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,65 +18,17 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm import tqdm
 
 from specforge.data.cache import ensure_folder
-from specforge.data.encoding import RowEncoder, TokenRow, holds_tokens
-from specforge.data.origin import Origin
-from specforge.data.sources import read_records, source_fingerprint
+from specforge.data.encoding import RowEncoder, holds_tokens
+from specforge.data.recipe import TRAIN, Recipe
+from specforge.data.sources import ROWS_FILE, read_records, source_fingerprint
+from specforge.data.summary import RowSettings, RowsSummary
+from specforge.data.writing import SUMMARY_FILE, RowsWriter, write_rows
 from specforge.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-FORMAT = 2  # raised when the same source would give other rows, so that old caches are left alone
-_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))])
-_CHUNK = 256  # rows tokenised and written at once
-_ROWS_FILE = "rows.arrow"
-_SUMMARY_FILE = "summary.json"
-
-
-@dataclass(frozen=True)
-class RowSettings:
-    """What is done with long rows.
-
-    Attributes:
-        max_length: longest row, in tokens.
-        long_rows: `truncate` cuts longer rows at the end, `drop` leaves them out.
-    """
-
-    max_length: int
-    long_rows: Literal["truncate", "drop"]
-
-
-@dataclass
-class RowsSummary:
-    """What became of a source.
-
-    Attributes:
-        rows: rows kept.
-        tokens: tokens in them.
-        supervised_tokens: tokens in them whose loss mask is set.
-        truncated: rows of the source that were cut.
-        dropped: rows of the source that were left out, by reason.
-        origins: who wrote the responses of the rows kept, each once; None stands for rows that do not say.
-    """
-
-    rows: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    truncated: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    origins: list[Origin | None] = field(default_factory=list)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        """Read a summary back."""
-        return cls(**{**values, "origins": [one and Origin.model_validate(one) for one in values["origins"]]})
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values that JSON can hold."""
-        return {**asdict(self), "origins": [one and one.model_dump() for one in self.origins]}
 
 
 class TokenRows:
@@ -138,97 +88,125 @@ def build_rows(
     settings: RowSettings,
     cache_dir: Path,
 ) -> TokenRows:
-    """Return the token rows of a source, from the cache where it holds them.
+    """Return the token rows of a source: as they lie there, if it is a folder of them, or else through the cache.
 
     Args:
         source: path or hub name, see `specforge.data.sources`.
-        load_tokenizer: returns the verifier's tokenizer; called only when the source's first row is text.
+        load_tokenizer: returns the verifier's tokenizer; not called where the source holds tokens of any tokenizer.
         vocabulary_size: number of ids of the verifier.
         settings: what is done with long rows.
         cache_dir: folder of the caches; the rows lie in a folder named by all that they depend on.
 
     Raises:
-        UsageError: a row is refused (the message names file and line), or no supervised token is left.
+        UsageError: a row is refused (the message names file and line), no supervised token is left, or a folder of
+            rows is damaged, was made for another verifier, or holds rows that are too long.
         SpecforgeError: the cache cannot be written.
     """
-    first = next(read_records(source), None)
-    if first is None:
-        raise UsageError(f"{source}: holds no rows")
-    encoder = RowEncoder(None if holds_tokens(first) else load_tokenizer(), vocabulary_size)
-    identity = json.dumps([FORMAT, source_fingerprint(source), asdict(settings), encoder.identity])
-    folder = cache_dir / hashlib.sha256(identity.encode()).hexdigest()
-    ensure_folder(folder, lambda target: _write_rows(target, source, encoder, settings), _is_whole)
-    rows = _open_rows(folder, vocabulary_size)
+    if (Path(source) / ROWS_FILE).is_file():
+        rows = _prepared_rows(Path(source), load_tokenizer, vocabulary_size, settings.max_length)
+    else:
+        encoder = make_encoder([source], load_tokenizer, vocabulary_size)
+        recipe = Recipe(encoder, settings)
+        identity = json.dumps([source_fingerprint(source), recipe.identity])
+        folder = cache_dir / hashlib.sha256(identity.encode()).hexdigest()
+        ensure_folder(folder, lambda target: _write_rows(target, source, recipe), is_whole)
+        rows = open_rows(folder, vocabulary_size)
     # The first token of a row has nothing before it: a mask of all ones may leave it out.
     if rows.summary.supervised_tokens >= rows.summary.tokens - rows.summary.rows:
         warnings.warn(f"{source}: every token is supervised; is that meant, or is the loss mask missing?", stacklevel=2)
     return rows
 
 
-def _open_rows(folder: Path, vocabulary_size: int) -> TokenRows:
-    stored = json.loads((folder / _SUMMARY_FILE).read_text())
+def make_encoder(
+    sources: Sequence[str], load_tokenizer: Callable[[], PreTrainedTokenizerBase], vocabulary_size: int
+) -> RowEncoder:
+    """Return the encoder of some sources; it goes without a tokenizer where all their first rows hold tokens.
+
+    Args:
+        sources: paths or hub names.
+        load_tokenizer: returns the verifier's tokenizer.
+        vocabulary_size: number of ids of the verifier.
+
+    Raises:
+        UsageError: a source holds no rows, or its first one is no JSON.
+    """
+    holds_texts = False
+    for source in sources:
+        first = next(read_records(source), None)
+        if first is None:
+            raise UsageError(f"{source}: holds no rows")
+        holds_texts = holds_texts or not holds_tokens(first)
+    return RowEncoder(load_tokenizer() if holds_texts else None, vocabulary_size)
+
+
+def identity_of(encoder: RowEncoder) -> dict[str, int | str | None]:
+    """Return what a folder of rows stores of its verifier: `vocabulary_size`, and a digest of the tokenizer, if any."""
+    digest = hashlib.sha256(encoder.identity.encode()).hexdigest() if encoder.has_tokenizer else None
+    return {"vocabulary_size": encoder.vocabulary_size, "tokenizer": digest}
+
+
+def open_rows(folder: Path, vocabulary_size: int) -> TokenRows:
+    """Open a folder of rows that is whole."""
+    stored = json.loads((folder / SUMMARY_FILE).read_text())
     return TokenRows(
-        Dataset.from_file(str(folder / _ROWS_FILE)), RowsSummary.from_json(stored["summary"]), vocabulary_size
+        Dataset.from_file(str(folder / ROWS_FILE)), RowsSummary.from_json(stored["summary"]), vocabulary_size
     )
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
+    """Tell whether a folder holds the rows that its summary speaks of."""
     try:
-        stored = json.loads((folder / _SUMMARY_FILE).read_text())
-        rows = Dataset.from_file(str(folder / _ROWS_FILE))
-        return bool(len(rows) == stored["summary"]["rows"] and (folder / _ROWS_FILE).stat().st_size == stored["bytes"])
+        stored = json.loads((folder / SUMMARY_FILE).read_text())
+        rows = Dataset.from_file(str(folder / ROWS_FILE))
+        return bool(len(rows) == stored["summary"]["rows"] and (folder / ROWS_FILE).stat().st_size == stored["bytes"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _write_rows(folder: Path, source: str, encoder: RowEncoder, settings: RowSettings) -> None:
-    """Stream the source into an Arrow file, then write the summary that vouches for it."""
-    summary = RowsSummary()
-    dropped: Counter[str] = Counter()
-    with pa.OSFile(str(folder / _ROWS_FILE), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
-        for chunk in _encoded_chunks(source, encoder):
-            kept = [fitted for row in chunk if (fitted := _fit(row, settings, summary, dropped)) is not None]
-            writer.write_batch(_record_batch(kept))
-            summary.rows += len(kept)
-            summary.origins = list(dict.fromkeys([*summary.origins, *(row.origin for row in kept)]))
-            summary.tokens += sum(len(row.input_ids) for row in kept)
-            summary.supervised_tokens += sum(int(row.loss_mask.sum()) for row in kept)
-    summary.dropped = dict(dropped)
+def require_supervision(summary: RowsSummary, source: str) -> None:
+    """Refuse rows that teach nothing.
+
+    Raises:
+        UsageError: no token is supervised.
+    """
     if not summary.supervised_tokens:
         reasons = ", ".join(f"{count:,} with {reason}" for reason, count in summary.dropped.items())
         raise UsageError(f"{source}: no supervised token in the whole set; rows dropped: {reasons or 'none'}")
-    stored: dict[str, Any] = {"bytes": (folder / _ROWS_FILE).stat().st_size, "summary": summary.to_json()}
-    (folder / _SUMMARY_FILE).write_text(json.dumps(stored))
 
 
-def _encoded_chunks(source: str, encoder: RowEncoder) -> Iterator[list[TokenRow]]:
-    # disable=None shows the bar on a terminal only; delay hides it for short builds.
-    records = iter(tqdm(read_records(source), desc=f"tokenising {source}", unit=" rows", disable=None, delay=2))
-    while chunk := list(islice(records, _CHUNK)):
-        yield encoder.encode(chunk)
+def _prepared_rows(
+    folder: Path, load_tokenizer: Callable[[], PreTrainedTokenizerBase], vocabulary_size: int, max_length: int
+) -> TokenRows:
+    """Open a folder of rows, and make sure that it suits the run."""
+    if not is_whole(folder):
+        raise UsageError(f"{folder}: the rows are damaged; prepare them again")
+    stored = json.loads((folder / SUMMARY_FILE).read_text())
+    if stored.get("vocabulary_size") != vocabulary_size:
+        raise UsageError(
+            f"{folder}: the rows were prepared for a verifier of {stored.get('vocabulary_size')} ids, this one has "
+            f"{vocabulary_size}; prepare them for this verifier"
+        )
+    if stored.get("tokenizer") and stored != {**stored, **identity_of(RowEncoder(load_tokenizer(), vocabulary_size))}:
+        raise UsageError(
+            f"{folder}: the rows were prepared with another tokenizer or chat template than this verifier's; prepare "
+            "them for this verifier"
+        )
+    rows = open_rows(folder, vocabulary_size)
+    longest = int(rows.lengths.max())
+    if longest > max_length:
+        raise UsageError(
+            f"{folder}: the longest row has {longest} tokens, max_length is {max_length}; raise it to {longest}, or "
+            "prepare the rows with a shorter --max-length"
+        )
+    return rows
 
 
-def _fit(row: TokenRow, settings: RowSettings, summary: RowsSummary, dropped: Counter[str]) -> TokenRow | None:
-    """Return the row as it is kept, or count why it is not."""
-    limit = settings.max_length
-    if not row.loss_mask.any():
-        dropped["no supervised token"] += 1
-        return None
-    if len(row.input_ids) <= limit:
-        return row
-    if settings.long_rows == "drop":
-        dropped["longer than max_length"] += 1
-        return None
-    if not row.loss_mask[:limit].any():
-        dropped["no supervised token within max_length"] += 1
-        return None
-    summary.truncated += 1
-    return replace(row, input_ids=row.input_ids[:limit], loss_mask=row.loss_mask[:limit])
-
-
-def _record_batch(rows: list[TokenRow]) -> pa.RecordBatch:
-    offsets = np.cumsum([0, *(len(row.input_ids) for row in rows)], dtype=np.int32)
-    ids = np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in rows)])
-    mask = np.concatenate([np.empty(0, np.bool_), *(row.loss_mask for row in rows)])
-    columns = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (ids, mask)]
-    return pa.record_batch(columns, schema=_SCHEMA)
+def _write_rows(folder: Path, source: str, recipe: Recipe) -> None:
+    """Write a folder of the cache."""
+    writer = RowsWriter(folder)
+    try:
+        write_rows([source], recipe, {TRAIN: writer})
+        require_supervision(writer.summary, source)
+        writer.finish(identity_of(recipe.encoder))
+    finally:
+        writer.close()

@@ -1,4 +1,4 @@
-"""Where rows come from: a JSON-lines file, a folder of `datasets.save_to_disk`, or a data set on the hub."""
+"""Where rows come from: a JSON-lines file, a folder of token rows or of `datasets`, or a data set on the hub."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ALLOWED_SOURCES = (
-    "allowed: a .jsonl or .json file with one JSON object a line, a folder written by datasets.save_to_disk, "
-    "or a hub data set as owner/name or owner/name:split"
+    "allowed: a .jsonl or .json file with one JSON object a line, a folder written by specforge prepare rows or by "
+    "datasets.save_to_disk, or a hub data set as owner/name or owner/name:split"
 )
+ROWS_FILE = "rows.arrow"  # in a folder of token rows
 _FILE_SUFFIXES = (".jsonl", ".json")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w\[\]%:+.-]+)?")
 
@@ -30,6 +31,23 @@ class Record:
 
     value: dict[str, Any]
     location: str
+
+
+@dataclass(frozen=True, slots=True)
+class RawRecord:
+    """A row as it lies in its source: a line of JSON that nobody has parsed yet, or the values of a data set."""
+
+    content: bytes | dict[str, Any]
+    location: str
+
+    def parse(self) -> Record:
+        """Return the row.
+
+        Raises:
+            UsageError: the line is no JSON object; the message names file and line.
+        """
+        content = self.content
+        return Record(_parse_line(content, self.location) if isinstance(content, bytes) else content, self.location)
 
 
 def check_source(source: str, key: str) -> None:
@@ -44,11 +62,15 @@ def check_source(source: str, key: str) -> None:
     """
     path = Path(source)
     if path.is_dir():
+        if (path / ROWS_FILE).is_file():
+            return
+        if splits := sorted(str(file.parent) for file in path.glob(f"*/{ROWS_FILE}")):
+            raise UsageError(f"{key}: {source} holds several sets of rows; name one of {splits}")
         if (path / "dataset_dict.json").is_file():
             splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
             raise UsageError(f"{key}: {source} holds several splits; name one of {[f'{source}/{s}' for s in splits]}")
         if not (path / "state.json").is_file():
-            raise UsageError(f"{key}: {source} is a folder that datasets.save_to_disk did not write; {ALLOWED_SOURCES}")
+            raise UsageError(f"{key}: {source} is a folder without rows; {ALLOWED_SOURCES}")
     elif path.exists():
         if path.suffix not in _FILE_SUFFIXES:
             raise UsageError(f"{key}: {source} is no JSON-lines file by its name; {ALLOWED_SOURCES}")
@@ -67,12 +89,29 @@ def read_records(source: str) -> Iterator[Record]:
     Raises:
         UsageError: the source cannot be opened, or a line is no JSON object; the message names file and line.
     """
+    return (record.parse() for record in read_raw_records(source))
+
+
+def read_raw_records(source: str) -> Iterator[RawRecord]:
+    """Yield the rows of a source, in order, and leave parsing to whoever takes them.
+
+    Raises:
+        UsageError: the source cannot be opened.
+    """
     check_source(source, "data")
     if Path(source).is_file():
-        yield from _read_json_lines(source)
+        yield from _read_lines(source)
     else:
         for number, row in enumerate(_open_dataset(source)):
-            yield Record(row, f"{source} row {number}")
+            yield RawRecord(row, f"{source} row {number}")
+
+
+def count_records(source: str) -> int:
+    """Return how many rows a source has, for progress bars: blank lines of a file count too."""
+    if not Path(source).is_file():
+        return len(_open_dataset(source))
+    with Path(source).open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
 def source_fingerprint(source: str) -> str:
@@ -91,7 +130,7 @@ def _file_digest(path: Path, size: int, modified: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_json_lines(source: str) -> Iterator[Record]:
+def _read_lines(source: str) -> Iterator[RawRecord]:
     try:
         # Bytes, not text: a line that is no UTF-8 must be named, and text mode decodes ahead of the line it is at.
         file = Path(source).open("rb")  # noqa: SIM115
@@ -100,8 +139,7 @@ def _read_json_lines(source: str) -> Iterator[Record]:
     with file as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                location = f"{source}:{number}"
-                yield Record(_parse_line(line, location), location)
+                yield RawRecord(line, f"{source}:{number}")
 
 
 def _parse_line(line: bytes, location: str) -> dict[str, Any]:
@@ -124,10 +162,11 @@ def _open_dataset(source: str) -> Dataset:
     import datasets
 
     if Path(source).is_dir():
+        rows = Path(source) / ROWS_FILE
         try:
-            return datasets.Dataset.load_from_disk(source)
+            return datasets.Dataset.from_file(str(rows)) if rows.is_file() else datasets.Dataset.load_from_disk(source)
         except Exception as error:  # datasets raises OSError, KeyError, ArrowInvalid ... for a damaged folder
-            raise UsageError(f"{source}: cannot be read as a datasets folder: {_first_line(error)}") from error
+            raise UsageError(f"{source}: cannot be read as a folder of rows: {_first_line(error)}") from error
     name, _, split = source.partition(":")
     try:
         return datasets.load_dataset(name, split=split or "train")

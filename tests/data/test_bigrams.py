@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from specforge.data.bigrams import bigram_table, count_successors
-from specforge.data.rows import RowSettings, build_rows
+from specforge.data.rows import build_rows
+from specforge.data.summary import RowSettings
 
 VOCABULARY = 6
 

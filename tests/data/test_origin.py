@@ -7,8 +7,9 @@ import json
 import pytest
 
 from specforge.data.origin import Origin, read_origin, why_proxy
-from specforge.data.rows import RowSettings, build_rows
+from specforge.data.rows import build_rows
 from specforge.data.sources import Record
+from specforge.data.summary import RowSettings
 from specforge.errors import UsageError
 
 VALUES = {"model": "a verifier", "fingerprint": "abc", "temperature": 0.7, "top_k": 40, "top_p": 0.9}

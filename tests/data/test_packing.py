@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specforge.data.packing import PackedRows, collate, pack
-from specforge.data.rows import RowSettings, TokenRows, build_rows
+from specforge.data.rows import TokenRows, build_rows
+from specforge.data.summary import RowSettings
 
 LENGTHS = (3, 5, 1, 4)
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from specforge.data import rows as rows_module
 from specforge.data.encoding import RowEncoder, TokenRow
-from specforge.data.rows import RowSettings, TokenRows, build_rows
+from specforge.data.rows import TokenRows, build_rows
+from specforge.data.summary import RowSettings
 from specforge.errors import SpecforgeError, UsageError
 
 VOCABULARY_SIZE = 320

@@ -83,7 +83,7 @@ def test_a_damaged_datasets_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     Dataset.from_list([{"text": "a"}]).save_to_disk(str(folder))
     next(folder.glob("*.arrow")).write_bytes(b"nothing")
-    with pytest.raises(UsageError, match="cannot be read as a datasets folder"):
+    with pytest.raises(UsageError, match="cannot be read as a folder of rows"):
         list(read_records(str(folder)))
 
 

@@ -1,0 +1,103 @@
+"""Token rows on their way to disk: Arrow streams that grow batch by batch, and can be taken up again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from specforge.data.recipe import SCHEMA, Batch, Recipe
+from specforge.data.sources import ROWS_FILE, count_records, read_raw_records
+from specforge.data.summary import RowsSummary
+from specforge.data.workers import make_batches
+
+SUMMARY_FILE = "summary.json"
+
+
+class RowsWriter:
+    """Writes one folder of token rows.
+
+    Args:
+        folder: the folder, which exists.
+        size: bytes of the rows' file to keep, from an earlier run; 0 starts anew.
+        summary: what became of the rows in them.
+    """
+
+    def __init__(self, folder: Path, size: int = 0, summary: RowsSummary | None = None) -> None:
+        self.folder = folder
+        self.summary = summary or RowsSummary()
+        # Unbuffered: what a run says it has written is out of its hands, and survives its end.
+        self._file = (folder / ROWS_FILE).open("r+b" if size else "wb", buffering=0)
+        self._file.truncate(size)
+        self._file.seek(size)
+        if not size:
+            self._file.write(SCHEMA.serialize())
+
+    @property
+    def size(self) -> int:
+        """Bytes of the rows' file."""
+        return self._file.tell()
+
+    def append(self, batch: Batch) -> None:
+        """Add rows.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        left = memoryview(batch.message)
+        while left:  # a disk that is nearly full takes a part, and refuses the next
+            left = left[self._file.write(left) :]
+        self.summary += batch.summary
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        self._file.close()
+
+    def finish(self, identity: Mapping[str, Any]) -> None:
+        """Close the file and write the summary that vouches for it.
+
+        Args:
+            identity: what the rows are bound to, to be stored.
+        """
+        stored = {"bytes": self.size, "summary": self.summary.to_json(), **identity}
+        self.close()
+        (self.folder / SUMMARY_FILE).write_text(json.dumps(stored))
+
+
+def write_rows(
+    sources: Sequence[str],
+    recipe: Recipe,
+    writers: Mapping[str, RowsWriter],
+    workers: int = 1,
+    done: int = 0,
+    after_batch: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Stream sources into the folders of their splits, with a progress bar on a terminal.
+
+    Args:
+        sources: paths or hub names, read one after the other.
+        recipe: makes rows of them.
+        writers: of each split.
+        workers: processes.
+        done: raw rows that an earlier run has finished, to be passed over.
+        after_batch: called with the raw rows finished so far, whenever a batch of them is written.
+
+    Raises:
+        UsageError: a source or a row is refused; the message names file and line.
+        SpecforgeError: a worker was ended from outside.
+        OSError: the rows cannot be written.
+    """
+    records = islice(chain.from_iterable(map(read_raw_records, sources)), done, None)
+    total = sum(map(count_records, sources))
+    # disable=None shows the bar on a terminal only; delay hides it for short builds.
+    with tqdm(desc="tokenising", unit=" rows", total=total, initial=done, disable=None, delay=2) as bar:
+        for number, batches in make_batches(records, recipe, workers):
+            for split, batch in batches.items():
+                writers[split].append(batch)
+            done += number
+            after_batch(done)
+            bar.update(number)
