@@ -1,4 +1,4 @@
-"""What the commands that decode have in common: their flags, and loading what these name."""
+"""What commands have in common: parsing, the flags of those that decode, and loading what these name."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ from specforge.verifier.loading import VerifierLoading, VerifierType, load_verif
 PROPOSAL = "NAME or NAME:KEY=VALUE,...; names: specforge plugins."
 
 
-def decoding_parser(command: str, description: str, max_new_tokens: int) -> ArgumentParser:
-    """Return a parser with the flags of decoding; a command adds its own.
+def command_parser(command: str, description: str) -> ArgumentParser:
+    """Return a parser that also takes its flags from a file; a command adds them.
 
     Args:
         command: The subcommand's name.
         description: What it does, for ``--help``.
-        max_new_tokens: Its default.
     """
     parser = ArgumentParser(
         prog=f"specforge {command}",
@@ -38,6 +37,18 @@ def decoding_parser(command: str, description: str, max_new_tokens: int) -> Argu
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", action="config", help="A YAML file with flags as keys; flags go over it.")
+    return parser
+
+
+def decoding_parser(command: str, description: str, max_new_tokens: int) -> ArgumentParser:
+    """Return a parser with the flags of decoding; a command adds its own.
+
+    Args:
+        command: The subcommand's name.
+        description: What it does, for ``--help``.
+        max_new_tokens: Its default.
+    """
+    parser = command_parser(command, description)
     parser.add_argument(
         "--verifier",
         type=str | None,

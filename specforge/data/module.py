@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +18,7 @@ from specforge.data.packing import PackedRows, collate, pack
 from specforge.data.rows import TokenRows, build_rows
 from specforge.data.sources import check_source
 from specforge.data.summary import RowSettings
+from specforge.data.verifier_text import VerifierText
 from specforge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class DraftDataModule(LightningDataModule):
     """Rows of text for training a draft: tokenised once, cached, packed and batched.
 
-    A source is a .jsonl file, a folder of datasets.save_to_disk, or a hub data set as owner/name or owner/name:split.
+    A source is a .jsonl file, a folder of rows that specforge prepare rows wrote (taken as they are), a folder of
+    datasets.save_to_disk, or a hub data set as owner/name or owner/name:split.
     A row holds `messages`, ShareGPT `conversations`, `prompt` and `response`, `text`, or `input_ids` and `loss_mask`.
 
     Args:
@@ -78,29 +79,18 @@ class DraftDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache() / "rows"
-        self._loading = {"revision": verifier_revision, "trust_remote_code": trust_remote_code}
+        self._text = VerifierText(verifier, verifier_revision, trust_remote_code)
         self._packed: dict[str, PackedRows] = {}
 
-    @cached_property
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The verifier's tokenizer, loaded when first needed: rows of tokens do without."""
-        from transformers import AutoTokenizer
+        return self._text.tokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(self.verifier, **self._loading)
-        except Exception as error:  # hub, parsing and remote code each raise their own classes
-            raise self._not_loaded("tokenizer", error) from error
-
-    @cached_property
+    @property
     def vocabulary_size(self) -> int:
         """Number of ids of the verifier, V."""
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(self.verifier, **self._loading)
-        except Exception as error:  # as above
-            raise self._not_loaded("config.json", error) from error
-        return int(config.get_text_config().vocab_size)
+        return self._text.vocabulary_size
 
     @property
     def train_rows(self) -> TokenRows:
@@ -202,10 +192,6 @@ class DraftDataModule(LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )
-
-    def _not_loaded(self, part: str, error: Exception) -> UsageError:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return UsageError(f"verifier: the {part} of {self.verifier} cannot be loaded: {reason}")
 
 
 def default_cache() -> Path:

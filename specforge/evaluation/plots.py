@@ -1,20 +1,18 @@
 """The plots of the report, as SVG to be set into the page: one color and mark a contender through all of them.
 
-matplotlib is imported on use, since it takes a while. Figures are made without pyplot, and the settings that matplotlib
-keeps for the whole process are put back.
+matplotlib is imported on use, since it takes a while. Figures are made without pyplot.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING
 
+from specforge.drawing import COLORS, INK, house_style
 from specforge.evaluation import words
 from specforge.evaluation.results import ContenderResult, Measurement, Results
 
@@ -22,15 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The palette of Okabe and Ito, which people with any color vision tell apart, without its yellow (too pale on white)
-# and with a gray for its black (none on a dark page). Colors and marks repeat after different numbers of contenders.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")
 MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))
 # Not the contenders' colors, and apart in lightness too.
 PARTS = {"draft": "#3aa08f", "verifier": "#8f8f8f", "other": "#e3b23c"}
-# Stands for the color of the page's text, which is another one in dark mode.
-INK = "#1f2329"
-LINES = "#8a9099"
 WIDTH, WIDE = 5.4, 10.8  # inches
 NAME_LENGTH = 28  # characters
 
@@ -105,44 +97,8 @@ def plots(results: Results) -> list[Plot]:
         drawn.append(_Drawn(contender, Mark(contender.name, COLORS[index % len(COLORS)], sign), marker))
     drawn = [one for one in drawn if one.pooled.num_drafts]
     draw = (_by_position, _by_prompt_set, _by_stretch, _by_chain_length, _histogram, _times)
-    with _settings():
+    with house_style():
         return [plot for one in draw if (plot := one(drawn)) is not None]
-
-
-@contextmanager
-def _settings() -> Iterator[None]:
-    """Draw with the settings below, whatever the person's own are."""
-    import matplotlib
-
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        # Texts stay texts, which the reader's browser draws in its own font.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "svg.fonttype": "none",
-                "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-                "font.size": 9,
-                "axes.labelsize": 9,
-                "text.color": INK,
-                "axes.labelcolor": INK,
-                "xtick.labelcolor": INK,
-                "ytick.labelcolor": INK,
-                "axes.edgecolor": LINES,
-                "xtick.color": LINES,
-                "ytick.color": LINES,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "axes.axisbelow": True,
-                "grid.color": LINES,
-                "grid.alpha": 0.3,
-                "grid.linewidth": 0.6,
-                "figure.facecolor": "none",
-                "axes.facecolor": "none",
-                "savefig.facecolor": "none",
-            }
-        )
-        yield
 
 
 def _by_position(drawn: list[_Drawn]) -> Plot | None:

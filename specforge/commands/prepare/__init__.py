@@ -1,0 +1,41 @@
+"""``specforge prepare``: what has to be there before a draft is trained, one subcommand each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+from specforge.errors import UsageError, nearest_name
+
+_SUBCOMMANDS = {"rows": "tokenise conversations, mask what is not supervised, split and count"}
+
+
+def run(arguments: list[str]) -> int:
+    """Run one subcommand.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name not in _SUBCOMMANDS:
+        known = ", ".join(_SUBCOMMANDS)
+        raise UsageError(f"unknown subcommand {name!r}; known: {known}.{nearest_name(name, _SUBCOMMANDS)}")
+    subcommand: Callable[[list[str]], int] = import_module(f"{__name__}.{name}").run
+    return subcommand(arguments[1:])
+
+
+def _help() -> str:
+    lines = [f"  {name:<10} {summary}" for name, summary in _SUBCOMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: specforge prepare SUBCOMMAND [options]",
+            "",
+            "subcommands:",
+            *lines,
+            "",
+            "All options of one: specforge prepare SUBCOMMAND --help",
+        ]
+    )

@@ -1,0 +1,99 @@
+"""``specforge prepare rows``: conversations into token rows that ``fit`` takes as they are."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from rich.console import Console
+
+from specforge.bounds import RowLength, Share
+from specforge.commands.arguments import command_parser, parse
+from specforge.data.coverage_plot import draw_coverage
+from specforge.data.prepared import Prepared, check_output, prepare_rows
+from specforge.data.recipe import TRAIN, VALIDATION, Recipe
+from specforge.data.rows import make_encoder
+from specforge.data.rows_table import print_prepared
+from specforge.data.showing import show_row
+from specforge.data.sources import RawRecord, check_source, read_raw_records
+from specforge.data.summary import RowSettings
+from specforge.data.verifier_text import VerifierText
+from specforge.errors import UsageError
+
+DESCRIPTION = """\
+Tokenise conversations with the verifier's tokenizer and chat template, mask what the verifier would not have to say,
+hold out a validation share, and count what draft vocabularies would cover. Sources are streamed, on all cores; a run
+that was ended in any way goes on where it was when the same command is typed again.
+
+  specforge prepare rows chats.jsonl --verifier HuggingFaceTB/SmolLM2-135M-Instruct --output rows --show 2
+  specforge prepare rows sharegpt.jsonl owner/name:train --verifier MODEL --output rows --max-length 4096
+
+A source is a .jsonl file, a folder of rows or of datasets.save_to_disk, or a hub data set as owner/name:split. A row
+holds messages, ShareGPT conversations, prompt and response, text, or input_ids and loss_mask.
+
+Writes --output/train and --output/validation for fit's data.train and data.validation, summary.json, coverage.svg."""
+
+
+def run(arguments: list[str]) -> int:
+    """Show some rows, prepare all, and print what became of them."""
+    found = parse(_parser(), arguments)
+    if not found.sources:
+        raise UsageError("sources: none are given; name at least one file, folder or hub data set")
+    for name in ("verifier", "output"):
+        if not getattr(found, name):
+            raise UsageError(f"{name}: is required; give it as --{name}, or in the file of --config")
+    for source in found.sources:
+        check_source(source, "sources")
+    output = Path(found.output)
+    check_output(output)
+    verifier = VerifierText(found.verifier, found.verifier_revision, found.trust_remote_code)
+    encoder = make_encoder(found.sources, lambda: verifier.tokenizer, verifier.vocabulary_size)
+    settings = RowSettings(found.max_length, found.long_rows)
+    recipe = Recipe(encoder, settings, found.validation_share, found.seed)
+    console = Console(highlight=False)
+    for record in _first_records(found):
+        show_row(record, recipe, verifier.tokenizer, console)
+    prepared = prepare_rows(found.sources, recipe, output, found.workers or len(os.sched_getaffinity(0)))
+    draw_coverage(prepared.coverage, output / "coverage.svg")
+    print_prepared(prepared, console)
+    print(f"\n{_closing_line(found, prepared)}")
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = command_parser("prepare rows", DESCRIPTION)
+    parser.add_argument("sources", type=str, nargs="*", help="Where the rows are.")
+    parser.add_argument("--verifier", type=str | None, default=None, help="Folder or hub id; required.")
+    parser.add_argument("--verifier_revision", type=str | None, default=None, help="Its branch, tag or commit.")
+    parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with it.")
+    parser.add_argument("--output", type=str | None, default=None, help="Folder to write; required.")
+    parser.add_argument("--max_length", type=RowLength, default=2048, help="Longest row, in tokens.")
+    parser.add_argument(
+        "--long_rows", type=Literal["truncate", "drop"], default="truncate", help="Cut longer rows at the end, or not."
+    )
+    parser.add_argument("--validation_share", type=Share, default=0.05, help="Share of the rows to hold out; below 1.")
+    parser.add_argument("--seed", type=NonNegativeInt, default=42, help="Chooses which.")
+    parser.add_argument("--workers", type=PositiveInt | None, default=None, help="Processes; by default one a core.")
+    parser.add_argument(
+        "--show", type=NonNegativeInt, default=0, help="First print so many rows, supervised tokens in color."
+    )
+    return parser
+
+
+def _first_records(found: Namespace) -> Iterator[RawRecord]:
+    return islice(chain.from_iterable(map(read_raw_records, found.sources)), found.show)
+
+
+def _closing_line(found: Namespace, prepared: Prepared) -> str:
+    output = Path(found.output)
+    words = ["specforge", "fit", "--config", "FILE", "--verifier", found.verifier, "--data.train", str(output / TRAIN)]
+    if VALIDATION in prepared.splits:
+        words += ["--data.validation", str(output / VALIDATION)]
+    words += ["--data.max_length", str(found.max_length)]
+    return f"Done: {output} holds the rows, summary.json and coverage.svg. To train on them:\n  {shlex.join(words)}"

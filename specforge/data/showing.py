@@ -1,0 +1,57 @@
+"""Rows on a terminal, supervised tokens set off, so that a person can check a mask by eye."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from specforge.data.encoding import TokenRow
+from specforge.data.recipe import Recipe
+from specforge.data.sources import RawRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SUPERVISED = "black on bright_green"
+
+
+def show_row(record: RawRecord, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+    """Print a row as it would be kept: supervised tokens in color, or between ⟦ and ⟧ where there is none.
+
+    Args:
+        record: the raw row.
+        recipe: makes a row of it.
+        tokenizer: decodes it.
+        console: where to.
+
+    Raises:
+        UsageError: the row is refused.
+    """
+    (row,) = recipe.encoder.encode([record.parse()])
+    fitted = recipe.fit(row)
+    kept = row if isinstance(fitted, str) else fitted
+    number, supervised = len(kept.input_ids), int(kept.loss_mask.sum())
+    fate = f"dropped: {fitted}" if isinstance(fitted, str) else "kept" if fitted is row else "truncated"
+    heading = f"{record.location}: {number:,} tokens, {supervised:,} supervised ({supervised / number:.1%}), {fate}"
+    console.print(Text(heading, style="bold"))
+    has_color = console.color_system is not None
+    for text, is_supervised in _stretches(kept, tokenizer):
+        marked = text if has_color or not is_supervised else f"⟦{text}⟧"
+        console.print(Text(marked, style=SUPERVISED if is_supervised else ""), end="", soft_wrap=True)
+    console.print("\n")
+
+
+def _stretches(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
+    """Yield the texts of a row between changes of the mask."""
+    shown, end = "", 0
+    for is_supervised, group in groupby(row.loss_mask.tolist()):
+        end += len(list(group))
+        # All from the start: what a token adds can depend on those before it.
+        text = str(tokenizer.decode(row.input_ids[:end].tolist(), clean_up_tokenization_spaces=False))
+        # An escape in the data must not steer the terminal.
+        yield text[len(shown) :].replace("\x1b", "␛"), is_supervised
+        shown = text
