@@ -1,0 +1,344 @@
+"""Folders of prepared rows: what is in them, and that they are there whole or not at all, whatever ends a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from specforge.data.encoding import RowEncoder, TokenRow
+from specforge.data.lock import locked
+from specforge.data.module import DraftDataModule
+from specforge.data.prepared import Prepared, prepare_rows
+from specforge.data.recipe import Recipe
+from specforge.data.rows import TokenRows, build_rows, open_rows
+from specforge.data.summary import RowSettings, RowsSummary
+from specforge.errors import SpecforgeError, UsageError
+
+VOCABULARY_SIZE = 320
+Write = Callable[..., str]
+TOKENS = RowEncoder(None, VOCABULARY_SIZE)
+WIDE = RowSettings(max_length=100, long_rows="truncate")
+
+
+def token_row(number: int) -> dict[str, Any]:
+    return {"input_ids": [8, 7, number % 100, number // 100 % 100, 9], "loss_mask": [0, 0, 1, 1, 1]}
+
+
+def recipe(share: float = 0.2, seed: int = 0, settings: RowSettings = WIDE) -> Recipe:
+    return Recipe(TOKENS, settings, share, seed)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def ids(rows: TokenRows) -> list[tuple[int, ...]]:
+    return [tuple(rows[index]["input_ids"].tolist()) for index in range(len(rows))]
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Do something in a process of its own; return its id."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except SpecforgeError as error:
+            print(error)
+            status = 10 + error.exit_status
+        finally:
+            os._exit(status)
+    return child
+
+
+def status_of(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture
+def source(write_lines: Write) -> str:
+    return write_lines([token_row(number) for number in range(3000)])
+
+
+class TestSplit:
+    def test_every_row_is_in_one_split_in_the_order_of_the_sources(self, write_lines, tmp_path):
+        first = write_lines([token_row(number) for number in range(700)], "first.jsonl")
+        second = write_lines([token_row(number) for number in range(700, 900)], "second.jsonl")
+        prepared = prepare_rows([first, second], recipe(), tmp_path / "out", 1)
+        train, validation = (ids(open_rows(tmp_path / "out" / split, VOCABULARY_SIZE)) for split in prepared.splits)
+        assert sorted(train + validation) == sorted(tuple(token_row(number)["input_ids"]) for number in range(900))
+        numbers = [row[2] + 100 * row[3] for row in train]
+        assert numbers == sorted(numbers)
+        assert 120 < len(validation) < 240
+
+    @given(
+        rows=st.lists(st.lists(st.integers(0, 319), min_size=1, max_size=9), min_size=1, max_size=30),
+        share=st.floats(0, 1, exclude_max=True),
+        seed=st.integers(0, 2**70),
+    )
+    def test_a_row_is_split_by_itself_and_the_seed(self, rows, share, seed):
+        cook = recipe(share, seed)
+        for row in rows:
+            one = TokenRow(np.array(row, np.int32), np.ones(len(row), np.bool_))
+            other = TokenRow(np.array(row, np.int32), np.zeros(len(row), np.bool_))
+            assert cook.split_of(one) == cook.split_of(other)
+            if recipe(share / 2, seed).split_of(one) == "validation":
+                assert cook.split_of(one) == "validation", "a larger share holds out more, not others"
+
+    def test_seeds_hold_out_different_rows(self, source, tmp_path):
+        for seed in (0, 1):
+            prepare_rows([source], recipe(seed=seed), tmp_path / str(seed), 1)
+        held_out = [set(ids(open_rows(tmp_path / seed / "validation", VOCABULARY_SIZE))) for seed in "01"]
+        assert held_out[0] != held_out[1]
+
+    @pytest.mark.parametrize("share", [0.0, 1e-9])
+    def test_where_none_is_held_out_there_is_no_such_folder(self, source, tmp_path, share):
+        prepared = prepare_rows([source], recipe(share), tmp_path / "out", 1)
+        assert list(prepared.splits) == ["train"] and prepared.coverage[0].validation is None
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["summary.json", "train"]
+
+
+def test_the_number_of_workers_changes_nothing(tokenizer: PreTrainedTokenizerBase, write_lines, chat, tmp_path):
+    source = write_lines([chat(f"ask {number}", "say " * (number % 7 + 1)) for number in range(1500)])
+    cook = Recipe(RowEncoder(tokenizer, VOCABULARY_SIZE), RowSettings(24, "truncate"), 0.1, 3)
+    for workers in (1, 2):
+        prepare_rows([source], cook, tmp_path / str(workers), workers)
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    alone = build_rows(source, lambda: tokenizer, VOCABULARY_SIZE, RowSettings(24, "truncate"), tmp_path / "cache")
+    parts = [open_rows(tmp_path / "1" / split, VOCABULARY_SIZE) for split in ("train", "validation")]
+    assert Counter(ids(alone)) == Counter(ids(parts[0]) + ids(parts[1]))
+
+
+def test_the_summary_counts_all_rows(write_lines, tmp_path):
+    rows = [token_row(number) for number in range(50)]
+    rows += [{"input_ids": [number] * 9, "loss_mask": [0] * 3 + [1] * 6} for number in range(30)]
+    rows += [{"input_ids": [number] * 9, "loss_mask": [0] * 8 + [1]} for number in range(20)]
+    rows += [{"input_ids": [number], "loss_mask": [0]} for number in range(10)]
+    cook = recipe(0.5, settings=RowSettings(6, "truncate"))
+    prepared = prepare_rows([write_lines(rows)], cook, tmp_path / "out", 1)
+    dropped = {"no supervised token within max_length": 20, "no supervised token": 10}
+    assert prepared.total == RowsSummary(80, 50 * 5 + 30 * 6, 50 * 3 + 30 * 3, 30, dropped, [None])
+    assert all(summary.rows for summary in prepared.splits.values())
+    assert Prepared.read(tmp_path / "out") == prepared
+
+
+class TestAgain:
+    def test_what_is_there_is_not_made_again(self, source, tmp_path, monkeypatch):
+        prepared = prepare_rows([source], recipe(), tmp_path / "out", 1)
+        monkeypatch.setattr(RowEncoder, "encode", lambda *_: pytest.fail("tokenised again"))
+        assert prepare_rows([source], recipe(), tmp_path / "out", 1) == prepared
+
+    def test_other_settings_or_sources_are_refused(self, source, write_lines, tmp_path):
+        prepare_rows([source], recipe(), tmp_path / "out", 1)
+        before = files(tmp_path / "out")
+        other = write_lines([token_row(1)], "other.jsonl")
+        for sources, cook in (([source], recipe(seed=1)), ([source], recipe(0.3)), ([source, other], recipe())):
+            with pytest.raises(UsageError, match="holds rows of other sources or settings; choose another"):
+                prepare_rows(sources, cook, tmp_path / "out", 1)
+        assert files(tmp_path / "out") == before
+
+    def test_another_folder_is_left_alone(self, source, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("years of work")
+        with pytest.raises(UsageError, match="holds something else"):
+            prepare_rows([source], recipe(), tmp_path / "out", 1)
+        assert files(tmp_path / "out") == {"thesis.txt": b"years of work"}
+
+    def test_damaged_rows_are_refused(self, source, tmp_path):
+        prepare_rows([source], recipe(), tmp_path / "out", 1)
+        os.truncate(tmp_path / "out" / "train" / "rows.arrow", 5000)
+        with pytest.raises(UsageError, match="are damaged"):
+            prepare_rows([source], recipe(), tmp_path / "out", 1)
+
+
+class TestEnds:
+    @pytest.mark.parametrize("seed", range(3))
+    def test_killed_at_random_moments_the_rows_are_those_of_an_undisturbed_run(self, write_lines, tmp_path, seed):
+        source = write_lines([token_row(number) for number in range(12_000)])
+        chance = random.Random(seed)
+        begin = time.monotonic()
+        prepare_rows([source], recipe(), tmp_path / "undisturbed", 1)
+        duration = time.monotonic() - begin
+        output = tmp_path / "killed"
+        kills = 0
+        for _ in range(6):
+            child = in_child(lambda: prepare_rows([source], recipe(), output, 1))
+            time.sleep(chance.uniform(0, 0.5 * duration))
+            os.kill(child, signal.SIGKILL)
+            kills += status_of(child) == -signal.SIGKILL
+            assert not output.exists() or files(output) == files(tmp_path / "undisturbed")
+        assert kills
+        prepare_rows([source], recipe(), output, 1)
+        assert files(output) == files(tmp_path / "undisturbed")
+        assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["killed", "undisturbed"]
+
+    @pytest.mark.parametrize("chunk", range(0, 12, 2))
+    @pytest.mark.parametrize("function", ["append", "_write_progress"])
+    def test_killed_around_any_write_the_rows_are_the_same(self, source, tmp_path, monkeypatch, function, chunk):
+        from specforge.data import prepared, writing
+
+        owner: Any = writing.RowsWriter if function == "append" else prepared
+        real, calls = getattr(owner, function), []
+
+        def end(*arguments: Any) -> None:
+            if len(calls) == chunk:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls.append(0)
+            real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, function, end)
+            child = in_child(lambda: prepare_rows([source], recipe(), tmp_path / "out", 1))
+            assert status_of(child) == -signal.SIGKILL
+        assert not (tmp_path / "out").exists()
+        prepare_rows([source], recipe(), tmp_path / "out", 1)
+        prepare_rows([source], recipe(), tmp_path / "undisturbed", 1)
+        assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+
+    def test_what_an_ended_run_has_done_is_not_done_again(self, source, tmp_path, monkeypatch, caplog):
+        encode, encoded = RowEncoder.encode, []
+
+        def count(self: RowEncoder, records: Any) -> Any:
+            if len(encoded) == 7:
+                raise KeyboardInterrupt
+            encoded.append(len(records))
+            return encode(self, records)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(RowEncoder, "encode", count)
+            prepare_rows([source], recipe(), tmp_path / "out", 1)
+        begun = len(encoded)
+        encoded[:] = [0] * -100
+        monkeypatch.setattr(RowEncoder, "encode", lambda self, rows: encoded.append(len(rows)) or encode(self, rows))
+        prepare_rows([source], recipe(), tmp_path / "out", 1)
+        assert sum(encoded) == 3000 - 256 * begun
+        assert "going on after 1,792 rows of an earlier run" in caplog.text
+
+    def test_with_other_settings_it_begins_anew(self, source, tmp_path, monkeypatch):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("specforge.data.prepared.coverage_by_size", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            prepare_rows([source], recipe(), tmp_path / "out", 1)
+        prepare_rows([source], recipe(0.4), tmp_path / "out", 1)
+        prepare_rows([source], recipe(0.4), tmp_path / "undisturbed", 1)
+        assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+
+    def test_files_that_are_shorter_than_promised_are_written_anew(self, source, tmp_path, monkeypatch):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("specforge.data.prepared.require_supervision", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            prepare_rows([source], recipe(), tmp_path / "out", 1)
+        os.truncate(tmp_path / ".out.partial" / "train" / "rows.arrow", 1000)
+        prepare_rows([source], recipe(), tmp_path / "out", 1)
+        prepare_rows([source], recipe(), tmp_path / "undisturbed", 1)
+        assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+
+    def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(self, source, tmp_path, capfd):
+        def with_little_room() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            prepare_rows([source], recipe(), tmp_path / "out", 1)
+
+        assert status_of(in_child(with_little_room)) == 11
+        assert not (tmp_path / "out").exists()
+        prepare_rows([source], recipe(), tmp_path / "undisturbed", 1)
+        prepare_rows([source], recipe(), tmp_path / "out", 1)
+        assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+
+    def test_a_malformed_line_leaves_nothing(self, source, tmp_path):
+        with Path(source).open("a") as file:
+            file.write('{"input_ids": [1, 2\n')
+        with pytest.raises(UsageError, match=r"train.jsonl:3001: invalid JSON: .*each line must be one whole JSON object"):
+            prepare_rows([source], recipe(), tmp_path / "out", 1)
+        assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
+
+    def test_rows_that_teach_nothing_leave_nothing(self, write_lines, tmp_path):
+        source = write_lines([{"input_ids": [1, 2], "loss_mask": [0, 0]}])
+        with pytest.raises(UsageError, match="no supervised token in the whole set"):
+            prepare_rows([source], recipe(), tmp_path / "out", 1)
+        assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
+
+
+class TestTwoProcesses:
+    def test_the_second_is_turned_away(self, source, tmp_path):
+        with locked(tmp_path / "out"), pytest.raises(SpecforgeError, match="another process is writing .*out"):
+            prepare_rows([source], recipe(), tmp_path / "out", 1)
+        prepare_rows([source], recipe(), tmp_path / "out", 1)
+
+    def test_of_many_at_once_one_writes_and_none_disturbs_it(self, source, tmp_path):
+        children = [in_child(lambda: prepare_rows([source], recipe(), tmp_path / "out", 1)) for _ in range(6)]
+        statuses = {status_of(child) for child in children}
+        assert 0 in statuses and statuses <= {0, 11}
+        prepare_rows([source], recipe(), tmp_path / "undisturbed", 1)
+        assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+class TestFit:
+    @pytest.fixture
+    def prepared(self, tokenizer, write_lines, chat, tmp_path) -> Path:
+        source = write_lines([chat(f"ask {number}", "say " * (number % 7 + 1)) for number in range(200)])
+        cook = Recipe(RowEncoder(tokenizer, VOCABULARY_SIZE), RowSettings(64, "truncate"), 0.2)
+        prepare_rows([source], cook, tmp_path / "out", 1)
+        return tmp_path / "out"
+
+    def ready(self, verifier: Path, prepared: Path, **options: Any) -> DraftDataModule:
+        splits = {"train": str(prepared / "train"), "validation": str(prepared / "validation")}
+        module = DraftDataModule(str(verifier), **({"max_length": 64} | splits | options))
+        module.prepare_data()
+        module.setup()
+        return module
+
+    def test_takes_the_folders_as_they_are(self, verifier, prepared, tmp_path, monkeypatch):
+        monkeypatch.setattr(RowEncoder, "encode", lambda *_: pytest.fail("tokenised again"))
+        module = self.ready(verifier, prepared)
+        summaries = Prepared.read(prepared).splits
+        assert [module.train_rows.summary, module.validation_rows.summary] == list(summaries.values())
+        assert len(module.train_rows) + len(module.validation_rows) == 200
+        assert module.vocabulary_counts().sum() == summaries["train"].supervised_tokens
+        assert not (tmp_path / "cache").exists()
+
+    def test_holds_out_rows_itself_where_none_are_given(self, verifier, prepared):
+        module = self.ready(verifier, prepared, validation=None, validation_share=0.5)
+        assert len(module.train_rows) == len(module.validation_rows)
+
+    def test_refuses_rows_of_another_template(self, make_verifier, templates, prepared):
+        with pytest.raises(UsageError, match="another tokenizer or chat template"):
+            self.ready(make_verifier(templates["generation"]), prepared)
+
+    def test_refuses_rows_of_another_vocabulary(self, make_verifier, prepared):
+        other = make_verifier()
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
+        with pytest.raises(UsageError, match="a verifier of 320 ids, this one has 400"):
+            self.ready(other, prepared)
+
+    def test_refuses_rows_that_are_too_long(self, verifier, prepared):
+        with pytest.raises(UsageError, match="max_length is 8; raise it to"):
+            self.ready(verifier, prepared, max_length=8)
+
+    def test_names_the_splits_of_the_whole_folder(self, verifier, prepared):
+        with pytest.raises(UsageError, match=r"data.train: .*several sets of rows; name one of .*out/train"):
+            self.ready(verifier, prepared, train=str(prepared))
+
+    def test_refuses_damaged_rows(self, verifier, prepared):
+        os.truncate(prepared / "train" / "rows.arrow", 500)
+        with pytest.raises(UsageError, match="the rows are damaged; prepare them again"):
+            self.ready(verifier, prepared)
+
+    def test_rows_can_be_prepared_from_rows(self, prepared, tmp_path):
+        cook = recipe(0.0, settings=RowSettings(16, "drop"))
+        again = prepare_rows([str(prepared / "train"), str(prepared / "validation")], cook, tmp_path / "short", 1)
+        assert again.total.rows + again.total.dropped["longer than max_length"] == 200
