@@ -66,6 +66,10 @@ def in_child(work: Callable[[], object]) -> int:
     return child
 
 
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def status_of(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -231,7 +235,7 @@ class TestEnds:
 
     def test_with_other_settings_it_begins_anew(self, source, tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("specforge.data.prepared.coverage_by_size", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr("specforge.data.prepared.coverage_by_size", interrupt)
             prepare_rows([source], recipe(), tmp_path / "out", 1)
         prepare_rows([source], recipe(0.4), tmp_path / "out", 1)
         prepare_rows([source], recipe(0.4), tmp_path / "undisturbed", 1)
@@ -239,7 +243,7 @@ class TestEnds:
 
     def test_files_that_are_shorter_than_promised_are_written_anew(self, source, tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("specforge.data.prepared.require_supervision", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr("specforge.data.prepared.require_supervision", interrupt)
             prepare_rows([source], recipe(), tmp_path / "out", 1)
         os.truncate(tmp_path / ".out.partial" / "train" / "rows.arrow", 1000)
         prepare_rows([source], recipe(), tmp_path / "out", 1)
@@ -260,7 +264,7 @@ class TestEnds:
     def test_a_malformed_line_leaves_nothing(self, source, tmp_path):
         with Path(source).open("a") as file:
             file.write('{"input_ids": [1, 2\n')
-        with pytest.raises(UsageError, match=r"train.jsonl:3001: invalid JSON: .*each line must be one whole JSON object"):
+        with pytest.raises(UsageError, match=r"train.jsonl:3001: invalid JSON: .* must be one whole JSON object"):
             prepare_rows([source], recipe(), tmp_path / "out", 1)
         assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
 
@@ -273,7 +277,7 @@ class TestEnds:
 
 class TestTwoProcesses:
     def test_the_second_is_turned_away(self, source, tmp_path):
-        with locked(tmp_path / "out"), pytest.raises(SpecforgeError, match="another process is writing .*out"):
+        with locked(tmp_path / "out"), pytest.raises(SpecforgeError, match=r"another process is writing .*out"):
             prepare_rows([source], recipe(), tmp_path / "out", 1)
         prepare_rows([source], recipe(), tmp_path / "out", 1)
 
@@ -312,7 +316,7 @@ class TestFit:
 
     def test_holds_out_rows_itself_where_none_are_given(self, verifier, prepared):
         module = self.ready(verifier, prepared, validation=None, validation_share=0.5)
-        assert len(module.train_rows) == len(module.validation_rows)
+        assert abs(len(module.train_rows) - len(module.validation_rows)) <= 1
 
     def test_refuses_rows_of_another_template(self, make_verifier, templates, prepared):
         with pytest.raises(UsageError, match="another tokenizer or chat template"):
@@ -339,6 +343,9 @@ class TestFit:
             self.ready(verifier, prepared)
 
     def test_rows_can_be_prepared_from_rows(self, prepared, tmp_path):
-        cook = recipe(0.0, settings=RowSettings(16, "drop"))
-        again = prepare_rows([str(prepared / "train"), str(prepared / "validation")], cook, tmp_path / "short", 1)
-        assert again.total.rows + again.total.dropped["longer than max_length"] == 200
+        splits = [prepared / "train", prepared / "validation"]
+        lengths = np.concatenate([open_rows(split, VOCABULARY_SIZE).lengths for split in splits])
+        cook = recipe(0.0, settings=RowSettings(int(np.median(lengths)), "drop"))
+        again = prepare_rows([str(split) for split in splits], cook, tmp_path / "short", 1).total
+        assert again.rows == (lengths <= np.median(lengths)).sum() < 200
+        assert again.dropped == {"longer than max_length": 200 - again.rows}
