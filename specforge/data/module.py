@@ -13,9 +13,13 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from specforge.bounds import RowLength, Share
+from specforge.data.encoding import RowEncoder
+from specforge.data.features.manifest import FeatureNeeds, Manifest
+from specforge.data.features.reading import RowFeatures
+from specforge.data.features.store import FeatureStore
 from specforge.data.loader import PackedSampler, ResumableLoader
 from specforge.data.packing import PackedRows, collate, pack
-from specforge.data.rows import TokenRows, build_rows
+from specforge.data.rows import TokenRows, build_rows, tokenizer_digest
 from specforge.data.sources import check_source
 from specforge.data.summary import RowSettings
 from specforge.data.verifier_text import VerifierText
@@ -23,6 +27,8 @@ from specforge.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+LIVE = "live"
 
 
 class DraftDataModule(LightningDataModule):
@@ -44,6 +50,8 @@ class DraftDataModule(LightningDataModule):
         batch_size: Rows a batch, on each device. With packing, packed rows.
         num_workers: Processes that load batches, on each device. 0 loads in the training process.
         seed: Seed of the order of the training rows and of what is held out.
+        features: Where the verifier's states come from: live runs it on each batch; a folder that specforge prepare
+            features wrote is read instead.
         cache_dir: Folder of the tokenised rows. Default: rows below $SPECFORGE_CACHE, or below ~/.cache/specforge.
         verifier_revision: Branch, tag or commit of the verifier on the hub.
         trust_remote_code: Whether to run code that comes with the verifier's tokenizer and configuration.
@@ -62,6 +70,7 @@ class DraftDataModule(LightningDataModule):
         batch_size: PositiveInt = 1,
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 42,
+        features: str = LIVE,
         cache_dir: str | None = None,
         verifier_revision: str | None = None,
         trust_remote_code: bool = False,
@@ -78,14 +87,31 @@ class DraftDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.features = features
+        if features != LIVE:
+            Manifest.read(Path(features))
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache() / "rows"
         self._text = VerifierText(verifier, verifier_revision, trust_remote_code)
         self._packed: dict[str, PackedRows] = {}
+        self._feature_lines: list[str] = []
+
+    @property
+    def sources(self) -> list[str]:
+        """The sources of all splits, each once."""
+        return list(dict.fromkeys(source for source in self._sources.values() if source is not None))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The verifier's tokenizer, loaded when first needed: rows of tokens do without."""
         return self._text.tokenizer
+
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """Digest of the verifier's tokenizer and chat template; None where it has none that can be loaded."""
+        try:
+            return tokenizer_digest(RowEncoder(self.tokenizer, self.vocabulary_size))
+        except UsageError:
+            return None
 
     @property
     def vocabulary_size(self) -> int:
@@ -121,6 +147,47 @@ class DraftDataModule(LightningDataModule):
             rows["train"], rows["validation"] = self._hold_out(rows["train"])
         self._packed = {split: PackedRows(documents, self._bins(documents)) for split, documents in rows.items()}
 
+    def use_features(self, needs: FeatureNeeds, stage: str) -> list[str]:
+        """Read the verifier's states from where they are stored; before the loaders are made.
+
+        Args:
+            needs: What is read of them.
+            stage: What the run does: fit, validate or test.
+
+        Returns:
+            The splits of that stage whose states have to be captured live.
+
+        Raises:
+            UsageError: The store is damaged, or of another verifier, tokenizer or layers, or lacks training rows.
+        """
+        stages = {"validation": ("fit", "validate"), "test": ("test",)}
+        splits = [split for split in self._packed if stage in stages.get(split, ("fit",))]
+        if self.features == LIVE:
+            return splits
+        where = f"data.features: {self.features}"
+        store = FeatureStore(Path(self.features))
+        store.manifest.require(needs, where)
+        self._require_tokenizer(store, where)
+        live = []
+        for split in splits:
+            rows = self._packed[split].rows
+            places = store.locate(rows.digests)
+            kept = needs.kept(rows.lengths, rows.last_supervised)
+            missing = np.flatnonzero((places < 0) | (store.kept[places] < kept))
+            if not missing.size:
+                self._packed[split].features = RowFeatures(store, places, needs.aux_layers, needs.num_layers)
+                continue
+            if split == "train":
+                raise UsageError(
+                    f"{where} lacks {missing.size:,} of the {len(rows):,} rows of data.train, the first of them row "
+                    f"{missing[0]}; prepare features with the same sources and data.max_length, or set data.features: "
+                    "live"
+                )
+            live.append(split)
+        self._feature_lines = [f"features: {store.summary_text()}"]
+        self._feature_lines += [f"  {split}: the verifier runs, not all rows are stored" for split in live]
+        return live
+
     def train_dataloader(self) -> ResumableLoader:
         """Return the training batches of this rank, shuffled anew each epoch."""
         return self._loader("train", shuffle=True)
@@ -145,7 +212,8 @@ class DraftDataModule(LightningDataModule):
 
     def summary_text(self) -> str:
         """Return a few lines for a person: what was kept, cut and dropped, and how full the packed rows are."""
-        return "\n".join(self._split_summary(split, packed) for split, packed in self._packed.items())
+        lines = [self._split_summary(split, packed) for split, packed in self._packed.items()]
+        return "\n".join(lines + self._feature_lines)
 
     def _split_summary(self, split: str, packed: PackedRows) -> str:
         summary = packed.rows.summary
@@ -159,11 +227,21 @@ class DraftDataModule(LightningDataModule):
             f"{self.row_settings.max_length:,} tokens; dropped: {dropped}"
         )
 
+    def rows_of(self, source: str) -> TokenRows:
+        """Return the token rows of a source, from the cache where they are there."""
+        return build_rows(source, lambda: self.tokenizer, self.vocabulary_size, self.row_settings, self.cache_dir)
+
     def _build(self, split: str) -> TokenRows | None:
         source = self._sources[split]
-        if source is None:
-            return None
-        return build_rows(source, lambda: self.tokenizer, self.vocabulary_size, self.row_settings, self.cache_dir)
+        return None if source is None else self.rows_of(source)
+
+    def _require_tokenizer(self, store: FeatureStore, where: str) -> None:
+        stored = store.manifest.tokenizer
+        if stored is not None and stored != self.tokenizer_digest:
+            raise UsageError(
+                f"{where} was captured with another tokenizer or chat template ({stored[:16]}) than that of "
+                f"{self.verifier}; prepare features of this one, or set data.features: live"
+            )
 
     def _hold_out(self, rows: TokenRows) -> tuple[TokenRows, TokenRows]:
         """Split off the last share of a seeded shuffle, at least one row."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from specforge.data.features.reading import RowFeatures, stack_features
 from specforge.data.rows import TokenRows
 
 _PADDING = {"input_ids": 0, "loss_mask": False, "document_ids": -1, "position_ids": 0}
@@ -67,6 +68,8 @@ class PackedRows(Dataset[dict[str, Tensor]]):
     def __init__(self, rows: TokenRows, bins: list[list[int]]) -> None:
         self.rows = rows
         self.bins = bins
+        self.features: RowFeatures | None = None
+        """Where the states of the documents are stored, if they are."""
 
     def __len__(self) -> int:
         return len(self.bins)
@@ -80,9 +83,10 @@ class PackedRows(Dataset[dict[str, Tensor]]):
 
         Returns:
             `input_ids` int64 [T], `loss_mask` bool [T], `document_ids` int64 [T] (0, 1, ... in the row) and
-            `position_ids` int64 [T], which restart at each document.
+            `position_ids` int64 [T], which restart at each document; and what `features` adds, if there are any.
         """
-        documents = [self.rows[document] for document in self.bins[index if index >= 0 else -1 - index]]
+        chosen = self.bins[index if index >= 0 else -1 - index]
+        documents = [self.rows[document] for document in chosen]
         lengths = torch.tensor([len(document["input_ids"]) for document in documents])
         loss_mask = torch.cat([document["loss_mask"] for document in documents])
         starts = lengths.cumsum(0) - lengths
@@ -91,6 +95,7 @@ class PackedRows(Dataset[dict[str, Tensor]]):
             "loss_mask": loss_mask if index >= 0 else torch.zeros_like(loss_mask),
             "document_ids": torch.arange(len(documents)).repeat_interleave(lengths),
             "position_ids": torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths),
+            **(self.features.join(chosen, lengths.tolist()) if self.features else {}),
         }
 
     def fill_share(self, capacity: int) -> float:
@@ -101,9 +106,11 @@ class PackedRows(Dataset[dict[str, Tensor]]):
 def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack items to a batch of [B, T] tensors, padded on the right to the longest.
 
-    Padding has `input_ids` 0, `loss_mask` False, `document_ids` -1 and `position_ids` 0.
+    Padding has `input_ids` 0, `loss_mask` False, `document_ids` -1 and `position_ids` 0. Stored states are padded with
+    zeros; a batch has them where all items have.
     """
-    return {
+    padded = {
         key: pad_sequence([item[key] for item in items], batch_first=True, padding_value=padding)
         for key, padding in _PADDING.items()
     }
+    return padded | stack_features(items)

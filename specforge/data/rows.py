@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +70,28 @@ class TokenRows:
             counts += np.bincount(supervised.to_numpy(), minlength=self.vocabulary_size)
         return torch.from_numpy(counts)
 
+    @cached_property
+    def digests(self) -> npt.NDArray[np.uint64]:
+        """What tells the tokens of each row from those of any other, uint64 [rows, 2]."""
+        digests = []
+        for batch in self._batches():
+            ids = pc.list_flatten(batch["input_ids"]).to_numpy()
+            ends = np.cumsum(pc.list_value_length(batch["input_ids"]).to_numpy())
+            digests += [row_digest(one) for one in np.split(ids, ends[:-1])]
+        return np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2)
+
+    @cached_property
+    def last_supervised(self) -> npt.NDArray[np.int64]:
+        """Place of the last supervised token of each row, int64 [rows]; -1 where none is."""
+        places = []
+        for batch in self._batches():
+            lengths = pc.list_value_length(batch["loss_mask"]).to_numpy()
+            starts = np.cumsum(lengths) - lengths
+            mask = pc.list_flatten(batch["loss_mask"]).to_numpy()
+            within = np.arange(len(mask)) - np.repeat(starts, lengths)
+            places.append(np.maximum.reduceat(np.where(mask, within, -1), starts))
+        return np.concatenate(places).astype(np.int64)
+
     def select(self, indices: npt.NDArray[np.int64]) -> TokenRows:
         """Return some of the rows; `truncated` and `dropped` of the summary still tell of the whole source."""
         chosen = TokenRows(self._table.select(indices), self.summary, self.vocabulary_size)
@@ -79,6 +101,11 @@ class TokenRows:
 
     def _batches(self) -> Iterator[pa.Table]:
         return iter(self._table.iter(batch_size=1024))
+
+
+def row_digest(input_ids: npt.NDArray[Any]) -> bytes:
+    """Return 16 bytes that tell a row's tokens from any others."""
+    return hashlib.blake2b(input_ids.astype("<i4", copy=False).tobytes(), digest_size=16).digest()
 
 
 def build_rows(
@@ -141,8 +168,12 @@ def make_encoder(
 
 def identity_of(encoder: RowEncoder) -> dict[str, int | str | None]:
     """Return what a folder of rows stores of its verifier: `vocabulary_size`, and a digest of the tokenizer, if any."""
-    digest = hashlib.sha256(encoder.identity.encode()).hexdigest() if encoder.has_tokenizer else None
-    return {"vocabulary_size": encoder.vocabulary_size, "tokenizer": digest}
+    return {"vocabulary_size": encoder.vocabulary_size, "tokenizer": tokenizer_digest(encoder)}
+
+
+def tokenizer_digest(encoder: RowEncoder) -> str | None:
+    """Return what tells the encoder's tokenizer and chat template from others; None where it has none."""
+    return hashlib.sha256(encoder.identity.encode()).hexdigest() if encoder.has_tokenizer else None
 
 
 def open_rows(folder: Path, vocabulary_size: int) -> TokenRows:

@@ -17,6 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from specforge.bounds import Decay
+from specforge.data.features.dtypes import decode
+from specforge.data.features.manifest import FeatureNeeds
 from specforge.data.module import DraftDataModule
 from specforge.errors import SpecforgeError, UsageError
 from specforge.hookspecs import Objective
@@ -78,7 +80,7 @@ class DraftModule(LightningModule, ABC):
         self.schedule_settings = schedule
         self.init_from = init_from
         # Outside the module tree, so that the verifier is never trained, sharded with the draft, or saved.
-        self._frozen: tuple[PreTrainedModel, VerifierParts] | None = None
+        self._frozen: tuple[PreTrainedModel | None, VerifierParts] | None = None
 
     @property
     @abstractmethod
@@ -89,6 +91,16 @@ class DraftModule(LightningModule, ABC):
     @abstractmethod
     def num_steps(self) -> int:
         """Number S of draft steps that are trained."""
+
+    @property
+    def reads_whole_rows(self) -> bool:
+        """Whether the verifier's states behind a row's last supervised token are read; not unless a plugin says so."""
+        return False
+
+    @property
+    def runs_verifier(self) -> bool:
+        """Whether the verifier is run even where all states are stored; not unless a plugin says so."""
+        return False
 
     @property
     def validation_steps(self) -> int:
@@ -126,8 +138,8 @@ class DraftModule(LightningModule, ABC):
 
     @property
     def verifier(self) -> PreTrainedModel:
-        """The frozen verifier; only once the run has begun."""
-        assert self._frozen is not None
+        """The frozen verifier; only once the run has begun, and unless all its states are stored."""
+        assert self._frozen is not None and self._frozen[0] is not None
         return self._frozen[0]
 
     @property
@@ -136,21 +148,41 @@ class DraftModule(LightningModule, ABC):
         assert self._frozen is not None
         return self._frozen[1]
 
+    @property
+    def feature_needs(self) -> FeatureNeeds:
+        """What is read of the verifier's states."""
+        return FeatureNeeds(
+            self.verifier_name,
+            fingerprint(self.verifier_name, self.verifier_loading.revision),
+            tuple(self.aux_layers),
+            self.verifier_config.get_text_config().num_hidden_layers,
+            self.reads_whole_rows,
+        )
+
     def configure_model(self) -> None:
-        """Load the verifier and create the draft, once."""
+        """Load the verifier, or its parts where all states are stored, and create the draft, once."""
         if self._frozen is not None:
             return
-        verifier = load_verifier(self.verifier_name, self.verifier_loading)
-        check_logits(verifier)
-        verifier.to(self.trainer.strategy.root_device)
-        parts = VerifierParts.of(verifier)
-        self._frozen = (verifier, parts)
         data: DraftDataModule = self.trainer.datamodule
-        self.draft = self.build_draft(parts, data)
+        live = data.use_features(self.feature_needs, self.trainer.state.fn)
+        self._frozen = self._load_verifier(whole=bool(live) or self.runs_verifier)
+        self.draft = self.build_draft(self.parts, data)
         if self.init_from is not None:
             start_from(self.draft, self.init_from)
         for stage, metrics in self.means.items():
             self.add_module(f"{stage}_means", metrics)
+
+    def _load_verifier(self, whole: bool) -> tuple[PreTrainedModel | None, VerifierParts]:
+        device = self.trainer.strategy.root_device
+        if whole:
+            verifier = load_verifier(self.verifier_name, self.verifier_loading)
+            check_logits(verifier)
+            verifier.to(device)
+            return verifier, VerifierParts.of(verifier)
+        parts = VerifierParts.from_pretrained(self.verifier_name, self.verifier_loading)
+        for part in (parts.embed_tokens, parts.norm, parts.lm_head):
+            part.to(device)
+        return None, parts
 
     @cached_property
     def means(self) -> dict[str, StageMetrics]:
@@ -171,14 +203,19 @@ class DraftModule(LightningModule, ABC):
     def summary_text(self) -> str:
         """Return a few lines for a person: what is trained, towards what."""
         trained = sum(one.numel() for one in self.draft.parameters() if one.requires_grad)
-        frozen = sum(one.numel() for one in self.verifier.parameters())
-        lines = [f"draft: {trained:,} trained parameters, towards {self.verifier_name} with {frozen:,}"]
+        whole = self._frozen is not None and self._frozen[0]
+        frozen = f"with {sum(one.numel() for one in whole.parameters()):,}" if whole else "by its stored states"
+        lines = [f"draft: {trained:,} trained parameters, towards {self.verifier_name} {frozen}"]
         if reason := self.means["val"].why_proxy:
             lines.append(f"  {self.monitor} is no exact figure: validation {reason}")
         return "\n".join(lines)
 
     def features(self, batch: Batch) -> Features:
-        """Capture the verifier's states over a batch."""
+        """Return the verifier's states over a batch: as they are stored, or else captured."""
+        if "last" in batch:
+            dtype = self.parts.lm_head.weight.dtype
+            aux = decode(batch["aux"], batch.get("aux_scales"), dtype)
+            return Features(aux, decode(batch["last"], batch.get("last_scales"), dtype))
         return capture(self.verifier, batch["input_ids"], batch["position_ids"], self.aux_layers)
 
     def labels(self, batch: Batch, targets: Tensor) -> Labels | None:

@@ -85,6 +85,16 @@ class MLPModule(DraftModule):
         """Number of heads."""
         return self.settings.num_layers
 
+    @property
+    def reads_whole_rows(self) -> bool:
+        """Whether every token of the rows is trained on."""
+        return self.supervision == "all"
+
+    @property
+    def runs_verifier(self) -> bool:
+        """Whether the verifier writes text, in stage 2."""
+        return self.settings_of_stage_two is not None
+
     @cached_property
     def first_step_of_stage_two(self) -> int:
         """The first optimizer step of stage 2; only where there is one."""

@@ -7,7 +7,10 @@ from importlib import import_module
 
 from specforge.errors import UsageError, nearest_name
 
-_SUBCOMMANDS = {"rows": "tokenise conversations, mask what is not supervised, split and count"}
+_SUBCOMMANDS = {
+    "rows": "tokenise conversations, mask what is not supervised, split and count",
+    "features": "store the verifier's states over token rows, so that training need not run it",
+}
 
 
 def run(arguments: list[str]) -> int:

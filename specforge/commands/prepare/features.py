@@ -1,0 +1,175 @@
+"""``specforge prepare features``: a verifier's states, captured once, that ``fit`` reads instead of running it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from dataclasses import replace
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specforge.data.features.capturing import Capturing
+from specforge.data.features.dtypes import FeatureType
+from specforge.data.features.manifest import Manifest, describe_layers
+from specforge.data.features.preparing import Plan, prepare_features
+from specforge.data.features.store import FeatureStore
+from specforge.data.module import LIVE, DraftDataModule
+from specforge.data.sources import check_source
+from specforge.errors import UsageError
+from specforge.hookspecs import Algorithm
+from specforge.registry import installed
+from specforge.training.cli import TrainingCLI
+from specforge.training.config_files import choose_algorithm
+from specforge.training.module import DraftModule
+from specforge.verifier.features import capture, check_logits
+from specforge.verifier.loading import load_verifier
+
+DESCRIPTION = """\
+Run the verifier over token rows once, and store the states that drafts are trained on.
+
+  specforge prepare features --config FILE --output features
+  specforge prepare features rows/train rows/validation --config FILE --output features --dtype float8_e4m3fn
+  specforge prepare features rows/train --algorithm NAME --verifier MODEL --output features
+
+The rows are those of the configuration (data.train, data.validation, ...) unless sources are named; they come first.
+All other flags are those of specforge fit: the configuration says which layers are read and how long rows are.
+
+A run that was ended in any way goes on where it was when the same command is typed again. The same command in several
+processes, under torchrun or not, on one machine or several with a common folder, shares the work."""
+
+
+def run(arguments: list[str]) -> int:
+    """Capture what is missing, and print what the store holds and what was saved."""
+    sources = list(takewhile(lambda word: not word.startswith("-"), arguments))
+    found, words = _parser().parse_known_args(arguments[len(sources) :])
+    if found.output is None:
+        raise UsageError("output: is required; give a folder as --output")
+    output = Path(found.output)
+    if found.verify:
+        FeatureStore(output).verify()
+        print(f"Done: all checksums of {output} are right.")
+        return 0
+    for source in sources:
+        check_source(source, "sources")
+    module, data = _module_and_data(words, sources)
+    needs = module.feature_needs
+    manifest = Manifest(
+        verifier=needs.verifier,
+        fingerprint=needs.fingerprint,
+        tokenizer=data.tokenizer_digest,
+        vocabulary_size=data.vocabulary_size,
+        layers=needs.layers,
+        width=module.verifier_config.get_text_config().hidden_size,
+        dtype=found.dtype,
+        whole_rows=needs.whole_rows,
+    )
+    plan = Plan([data.rows_of(source) for source in sources or data.sources], needs, manifest.token_bytes)
+    states = Capturing(_Verifier(module), found.batch_tokens)
+    whole = prepare_features(plan, replace(manifest, rows_identity=plan.identity), output, states)
+    if whole is None:
+        print(f"Done here: other processes still write shards of {output}; the last to finish writes its manifest.")
+        return 0
+    _print_savings(plan, whole)
+    print(f"\n{_closing_line(words, output)}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="specforge prepare features",
+        usage="specforge prepare features [SOURCE ...] --output FOLDER --config FILE [--KEY VALUE ...]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--output", help="Folder to write; required.")
+    parser.add_argument(
+        "--dtype", choices=get_args(FeatureType), default="bfloat16", help="Type of the stored values (bfloat16)."
+    )
+    parser.add_argument(
+        "--batch_tokens", "--batch-tokens", type=int, default=8192, help="Tokens of a pass of the verifier (8192)."
+    )
+    parser.add_argument("--verify", action="store_true", help="Only check the checksums of what is in --output.")
+    return parser
+
+
+class _Settings(TrainingCLI):
+    """The module and the data of a configuration, without a trainer."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:
+        """Create none: processes are not the trainer's here."""
+
+
+def _module_and_data(words: list[str], sources: list[str]) -> tuple[DraftModule, DraftDataModule]:
+    """Build what a configuration describes; nothing is loaded yet."""
+    algorithms = installed().all(Algorithm)
+    name = choose_algorithm(words)
+    if name is None:
+        raise UsageError(
+            f"no algorithm is chosen; give --config FILE, or --algorithm with one of: {', '.join(algorithms)}"
+        )
+    train = ["--data.train", sources[0]] if sources else []
+    settings = _Settings(installed().find(Algorithm, name), [*words, *train, "--data.features", LIVE], "fit")
+    return settings.model, settings.datamodule
+
+
+class _Verifier:
+    """A verifier at work, loaded when first needed: a run that finds everything done needs none.
+
+    Args:
+        module: Knows how to load it, and what is read of it.
+    """
+
+    def __init__(self, module: DraftModule) -> None:
+        self.module = module
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The verifier, on the accelerator of this process."""
+        verifier = load_verifier(self.module.verifier_name, self.module.verifier_loading)
+        check_logits(verifier)
+        if torch.accelerator.is_available():
+            torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
+            verifier.to(torch.accelerator.current_accelerator())
+        return verifier
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the states that are read, [B, T, L, H]."""
+        device, (*aux, _) = self.model.device, self.module.feature_needs.layers
+        features = capture(self.model, input_ids.to(device), position_ids.to(device), aux)
+        return torch.cat([features.aux, features.last[:, :, None]], dim=2)
+
+
+def _print_savings(plan: Plan, manifest: Manifest) -> None:
+    tokens = sum(shard.tokens for shard in manifest.shards)
+    size = sum(shard.bytes for shard in manifest.shards)
+    print(
+        f"{len(plan.kept):,} rows, {tokens:,} tokens: {size / 1e6:,.1f} MB in {len(manifest.shards):,} shards, "
+        f"{manifest.token_bytes:,} bytes a token ({manifest.dtype})"
+    )
+    all_layers = manifest.layers[-1] + 1
+    print(f"  {describe_layers(manifest.layers)} of {all_layers} states: {saved(len(manifest.layers), all_layers)}")
+    print(f"  equal rows once: {saved(plan.unique_tokens, plan.row_tokens)}")
+    if not manifest.whole_rows:
+        print(f"  nothing behind the last supervised token: {saved(tokens, plan.unique_tokens)}")
+    wide = replace(manifest, dtype="bfloat16")
+    if manifest.token_bytes < wide.token_bytes:
+        print(f"  {manifest.dtype} instead of bfloat16: {saved(manifest.token_bytes, wide.token_bytes)}")
+
+
+def saved(size: int, without: int) -> str:
+    """Return how much is saved, as a person reads it."""
+    return f"saves {1 - size / without:.1%}"
+
+
+def _closing_line(words: list[str], output: Path) -> str:
+    command = shlex.join(["specforge", "fit", *words, "--data.features", str(output)])
+    return f"Done: {output} holds the features. To train on them:\n  {command}"

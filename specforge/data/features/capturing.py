@@ -1,0 +1,43 @@
+"""States from a verifier at work: rows are packed, so that little of a pass is padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from specforge.data.packing import pack
+
+
+@dataclass(frozen=True)
+class Capturing:
+    """States that a verifier computes.
+
+    Attributes:
+        run: Maps tokens and positions, [B, T] each, to states [B, T, L, H]; positions that restart at 0 begin a
+            document.
+        batch_tokens: Tokens of a pass; a longer row takes a pass of its own.
+    """
+
+    run: Callable[[Tensor, Tensor], Tensor]
+    batch_tokens: int
+
+    def __call__(self, rows: Sequence[npt.NDArray[np.int64]]) -> Iterator[tuple[int, Tensor]]:
+        """Yield number and states [T, L, H] of each row, longest first."""
+        lengths = np.array([len(row) for row in rows])
+        longest = int(lengths.max())
+        bins = pack(lengths, longest)
+        at_once = max(1, self.batch_tokens // longest)
+        for begin in range(0, len(bins), at_once):
+            batch = bins[begin : begin + at_once]
+            ids = [torch.from_numpy(np.concatenate([rows[row] for row in one])) for one in batch]
+            positions = [torch.cat([torch.arange(lengths[row]) for row in one]) for one in batch]
+            states = self.run(pad_sequence(ids, batch_first=True), pad_sequence(positions, batch_first=True))
+            for packed, one in zip(states, batch, strict=True):
+                sizes = lengths[one].tolist()
+                yield from zip(one, packed[: sum(sizes)].split(sizes), strict=True)

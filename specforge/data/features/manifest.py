@@ -1,0 +1,175 @@
+"""What a store holds, as its manifest says it, and whether that is what a run reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from specforge.data.features.dtypes import FeatureType, has_scales, torch_dtype
+from specforge.errors import UsageError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_CONVENTION = (
+    "layer k is the residual stream before decoder layer k (transformers' hidden_states[k]); the highest k, the number "
+    "of layers, is the output of the last layer before the final norm"
+)
+
+
+@dataclass(frozen=True)
+class FeatureNeeds:
+    """What a run reads of a verifier.
+
+    Attributes:
+        verifier: Its name, for messages.
+        fingerprint: Tells its weights from others'.
+        aux_layers: Ids of the aux layers, ascending.
+        num_layers: Number of decoder layers, which is the id of the last state.
+        whole_rows: Whether states behind the last supervised token are read.
+    """
+
+    verifier: str
+    fingerprint: str
+    aux_layers: tuple[int, ...]
+    num_layers: int
+    whole_rows: bool
+
+    @property
+    def layers(self) -> list[int]:
+        """Ids of all layers that are read, ascending."""
+        return sorted({*self.aux_layers, self.num_layers})
+
+    def kept(self, lengths: Any, last_supervised: Any) -> Any:
+        """Return how many tokens of each row have states that are read, int64 [rows].
+
+        Alignments differ in whether the state of the token behind the last supervised one is read; none reads more.
+
+        Args:
+            lengths: Tokens of each row.
+            last_supervised: Place of the last supervised token of each row.
+        """
+        return lengths if self.whole_rows else (last_supervised + 2).clip(max=lengths)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a store.
+
+    Attributes:
+        file: Its name.
+        rows: Rows in it.
+        tokens: Tokens whose states are in it.
+        bytes: Its size.
+        sha256: Digest of its tensors.
+    """
+
+    file: str
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store holds.
+
+    Attributes:
+        verifier: Name of the verifier.
+        fingerprint: Tells its weights from others'.
+        tokenizer: Digest of its tokenizer and chat template; None where it has none.
+        vocabulary_size: Number of its ids.
+        layers: Ids of the stored layers, ascending; the last is the number of decoder layers.
+        width: Width H of a state.
+        dtype: Type of the stored values.
+        whole_rows: Whether rows are whole, or end behind their last supervised token.
+        rows_identity: Digest of the rows in their order, and of how they are spread over shards.
+        shards: The files.
+    """
+
+    verifier: str
+    fingerprint: str
+    tokenizer: str | None
+    vocabulary_size: int
+    layers: list[int]
+    width: int
+    dtype: FeatureType
+    whole_rows: bool
+    rows_identity: str = ""
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that the content of a shard depends on, to be stored in it."""
+        values = asdict(replace(self, shards=()))
+        return {"format": FORMAT, **{name: one for name, one in values.items() if name not in ("verifier", "shards")}}
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token: its states at all layers, with their scales."""
+        dtype = torch_dtype(self.dtype)
+        return len(self.layers) * (self.width * dtype.itemsize + 4 * has_scales(dtype))
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the manifest of a store.
+
+        Raises:
+            UsageError: There is none, or it is not one of this format.
+        """
+        path = folder / MANIFEST
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.pop("format") != FORMAT:
+                raise UsageError(f"{path} is of another format than this version's; prepare the features again")
+            del values["convention"]
+            return cls(**{**values, "shards": tuple(Shard(**one) for one in values["shards"])})
+        except FileNotFoundError:
+            begun = any(folder.glob("shard-*"))
+            what = "is not finished; run its command again, and it goes on" if begun else "is no store of features"
+            raise UsageError(f"{folder} {what} (it has no {MANIFEST})") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest; a store with one is whole."""
+        beside = folder / f".{MANIFEST}"
+        values = {"format": FORMAT, "convention": _CONVENTION, **asdict(self)}
+        beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, folder / MANIFEST)
+
+    def require(self, needs: FeatureNeeds, where: str) -> None:
+        """Refuse a run that reads something else.
+
+        Args:
+            needs: What the run reads.
+            where: What to name in the message: configuration key and folder.
+
+        Raises:
+            UsageError: With both sides.
+        """
+        if self.fingerprint != needs.fingerprint:
+            raise UsageError(
+                f"{where} holds states of another verifier: {self.verifier} ({self.fingerprint}), not "
+                f"{needs.verifier} ({needs.fingerprint}); prepare features of this one, or set data.features: live"
+            )
+        if missing := [layer for layer in needs.layers if layer not in self.layers]:
+            raise UsageError(
+                f"{where} holds the layers {self.layers}, but {needs.layers} are read, which {missing} are missing of; "
+                "prepare features with the same configuration, or choose aux layers that are there"
+            )
+        if needs.whole_rows and not self.whole_rows:
+            raise UsageError(
+                f"{where} holds rows up to their last supervised token, but this configuration trains on whole rows; "
+                "prepare features with the same configuration"
+            )
+
+
+def describe_layers(layers: Sequence[int]) -> str:
+    """Return the layers as a person reads them."""
+    *aux, last = layers
+    return f"aux layers {aux} and the last state ({last})" if aux else f"the last state ({last})"

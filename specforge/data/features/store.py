@@ -1,0 +1,114 @@
+"""Reading a store: rows are found by their tokens, states are read through memory maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from specforge.data.features.dtypes import torch_dtype
+from specforge.data.features.manifest import Manifest, describe_layers
+from specforge.data.features.shards import check_shard, layer_name, open_shard, scales_name
+from specforge.errors import SpecforgeError, UsageError
+
+
+class FeatureStore:
+    """A folder of states.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        UsageError: It is no store, it is unfinished, or a shard is missing or truncated; the file is named.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+        self.dtype = torch_dtype(self.manifest.dtype)
+        self._files: dict[int, safe_open] = {}
+        digests, starts, kept, shards = [], [], [], []
+        for number, shard in enumerate(self.manifest.shards):
+            path = folder / shard.file
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.bytes:
+                found = "is missing" if size is None else f"has {size:,} bytes instead of {shard.bytes:,}"
+                raise UsageError(f"{path} {found}; remove it and run the store's command again, which makes it anew")
+            bounds = self._file(number).get_tensor("starts").numpy()
+            digests.append(self._file(number).get_tensor("digests").numpy().view(np.uint64))
+            starts.append(bounds[:-1])
+            kept.append(np.diff(bounds))
+            shards.append(np.full(shard.rows, number))
+        # By the first half of the digest; the second half tells whether it is really that row.
+        found_by = np.concatenate(digests)
+        order = np.argsort(found_by[:, 0], kind="stable")
+        self._digests = found_by[order]
+        self._starts = np.concatenate(starts)[order]
+        self._shards = np.concatenate(shards)[order]
+        self.kept: npt.NDArray[np.int64] = np.concatenate(kept)[order]
+        """Tokens of each place that have states."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the open files behind: each process maps its own."""
+        return {**self.__dict__, "_files": {}}
+
+    def locate(self, digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """Find rows.
+
+        Args:
+            digests: Digests of their tokens, uint64 [rows, 2].
+
+        Returns:
+            The place of each in the store, int64 [rows]; -1 for one that is not there.
+        """
+        places = np.searchsorted(self._digests[:, 0], digests[:, 0]).clip(max=len(self._digests) - 1)
+        return np.where((self._digests[places] == digests).all(1), places, -1)
+
+    def read(self, place: int, layer: int) -> tuple[Tensor, Tensor | None]:
+        """Read the states of a row.
+
+        Args:
+            place: Its place in the store.
+            layer: Id of the layer.
+
+        Returns:
+            The stored values [T, H], and the scales [T] of types that have them.
+        """
+        file = self._file(int(self._shards[place]))
+        begin = int(self._starts[place])
+        end = begin + int(self.kept[place])
+        scales = file.get_slice(scales_name(layer))[begin:end] if self.dtype.itemsize == 1 else None
+        return file.get_slice(layer_name(layer))[begin:end], scales
+
+    def summary_text(self) -> str:
+        """Return one line for a person."""
+        manifest = self.manifest
+        return (
+            f"{self.folder}, {describe_layers(manifest.layers)} of {len(self.kept):,} rows, {manifest.dtype}, "
+            f"{manifest.token_bytes:,} bytes a token"
+        )
+
+    def verify(self) -> None:
+        """Read everything, and compare it with the checksums.
+
+        Raises:
+            SpecforgeError: Shards are damaged; they are named.
+        """
+        faults = []
+        for shard in tqdm(self.manifest.shards, desc="verifying", unit=" shards", disable=None, delay=2):
+            try:
+                check_shard(self.folder / shard.file, shard)
+            except SpecforgeError as error:
+                faults.append(str(error))
+        if faults:
+            raise SpecforgeError("; ".join(faults) + "; remove these files and run the store's command again")
+
+    def _file(self, number: int) -> safe_open:
+        if number not in self._files:
+            self._files[number] = open_shard(self.folder / self.manifest.shards[number].file)
+        return self._files[number]
