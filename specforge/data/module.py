@@ -14,8 +14,10 @@ from torch import Tensor
 
 from specforge.bounds import RowLength, Share
 from specforge.data.encoding import RowEncoder
+from specforge.data.features.dtypes import FeatureType
 from specforge.data.features.manifest import FeatureNeeds, Manifest
-from specforge.data.features.reading import RowFeatures
+from specforge.data.features.reading import read_from
+from specforge.data.features.recording import FeatureRecorder
 from specforge.data.features.store import FeatureStore
 from specforge.data.loader import PackedSampler, ResumableLoader
 from specforge.data.packing import PackedRows, collate, pack
@@ -28,7 +30,7 @@ from specforge.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LIVE = "live"
+LIVE, RECORD = "live", "record"
 
 
 class DraftDataModule(LightningDataModule):
@@ -50,8 +52,8 @@ class DraftDataModule(LightningDataModule):
         batch_size: Rows a batch, on each device. With packing, packed rows.
         num_workers: Processes that load batches, on each device. 0 loads in the training process.
         seed: Seed of the order of the training rows and of what is held out.
-        features: Where the verifier's states come from: live runs it on each batch; a folder that specforge prepare
-            features wrote is read instead.
+        features: Where the verifier's states come from. live runs it on each batch, record keeps what it says in the
+            first epoch for those after and for later runs, and a folder that specforge prepare features wrote is read.
         cache_dir: Folder of the tokenised rows. Default: rows below $SPECFORGE_CACHE, or below ~/.cache/specforge.
         verifier_revision: Branch, tag or commit of the verifier on the hub.
         trust_remote_code: Whether to run code that comes with the verifier's tokenizer and configuration.
@@ -88,12 +90,15 @@ class DraftDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.features = features
-        if features != LIVE:
+        if features not in (LIVE, RECORD):
             Manifest.read(Path(features))
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache() / "rows"
+        self._caches = Path(cache_dir).expanduser() if cache_dir else default_cache()
+        self.cache_dir = self._caches if cache_dir else self._caches / "rows"
         self._text = VerifierText(verifier, verifier_revision, trust_remote_code)
         self._packed: dict[str, PackedRows] = {}
         self._feature_lines: list[str] = []
+        self.recorder: FeatureRecorder | None = None
+        """Keeps states that are captured while training, where that is asked for."""
 
     @property
     def sources(self) -> list[str]:
@@ -147,7 +152,7 @@ class DraftDataModule(LightningDataModule):
             rows["train"], rows["validation"] = self._hold_out(rows["train"])
         self._packed = {split: PackedRows(documents, self._bins(documents)) for split, documents in rows.items()}
 
-    def use_features(self, needs: FeatureNeeds, stage: str) -> list[str]:
+    def use_features(self, needs: FeatureNeeds, stage: str) -> bool:
         """Read the verifier's states from where they are stored; before the loaders are made.
 
         Args:
@@ -155,38 +160,54 @@ class DraftDataModule(LightningDataModule):
             stage: What the run does: fit, validate or test.
 
         Returns:
-            The splits of that stage whose states have to be captured live.
+            Whether all of that stage are stored, so that the verifier need not run.
 
         Raises:
             UsageError: The store is damaged, or of another verifier, tokenizer or layers, or lacks training rows.
         """
-        stages = {"validation": ("fit", "validate"), "test": ("test",)}
-        splits = [split for split in self._packed if stage in stages.get(split, ("fit",))]
         if self.features == LIVE:
-            return splits
+            return False
+        stages = {"validation": ("fit", "validate"), "test": ("test",)}
+        splits = {split: one for split, one in self._packed.items() if stage in stages.get(split, ("fit",))}
+        if self.features == RECORD:
+            manifest = self.feature_manifest(needs, "bfloat16")
+            self.recorder = FeatureRecorder(self._caches / "features" / manifest.name, manifest, needs, splits)
+            self._feature_lines = [f"features: {self.recorder.summary_text()}"]
+            return self.recorder.reopen()
         where = f"data.features: {self.features}"
         store = FeatureStore(Path(self.features))
-        store.manifest.require(needs, where)
-        self._require_tokenizer(store, where)
-        live = []
-        for split in splits:
-            rows = self._packed[split].rows
-            places = store.locate(rows.digests)
-            kept = needs.kept(rows.lengths, rows.last_supervised)
-            missing = np.flatnonzero((places < 0) | (store.kept[places] < kept))
-            if not missing.size:
-                self._packed[split].features = RowFeatures(store, places, needs.aux_layers, needs.num_layers)
-                continue
-            if split == "train":
-                raise UsageError(
-                    f"{where} lacks {missing.size:,} of the {len(rows):,} rows of data.train, the first of them row "
-                    f"{missing[0]}; prepare features with the same sources and data.max_length, or set data.features: "
-                    "live"
-                )
-            live.append(split)
+        store.manifest.require(needs, self.tokenizer_digest, where)
+        missing = {split: int(read_from(store, needs, one).sum()) for split, one in splits.items()}
+        if missing.get("train"):
+            raise UsageError(
+                f"{where} lacks {missing['train']:,} of the {len(self.train_rows):,} rows of data.train; prepare "
+                "features with the same sources and data.max_length, or set data.features: live"
+            )
         self._feature_lines = [f"features: {store.summary_text()}"]
-        self._feature_lines += [f"  {split}: the verifier runs, not all rows are stored" for split in live]
-        return live
+        self._feature_lines += [
+            f"  {number:,} of the {len(splits[split].rows):,} rows of {split} are not there: the verifier runs on them"
+            for split, number in missing.items()
+            if number
+        ]
+        return not any(missing.values())
+
+    def feature_manifest(self, needs: FeatureNeeds, dtype: FeatureType) -> Manifest:
+        """Return what a store for this run holds, without rows and shards.
+
+        Args:
+            needs: What is read of the verifier's states.
+            dtype: Type to store them in.
+        """
+        return Manifest(
+            verifier=needs.verifier,
+            fingerprint=needs.fingerprint,
+            tokenizer=self.tokenizer_digest,
+            vocabulary_size=self.vocabulary_size,
+            layers=needs.layers,
+            width=needs.width,
+            dtype=dtype,
+            whole_rows=needs.whole_rows,
+        )
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the training batches of this rank, shuffled anew each epoch."""
@@ -234,14 +255,6 @@ class DraftDataModule(LightningDataModule):
     def _build(self, split: str) -> TokenRows | None:
         source = self._sources[split]
         return None if source is None else self.rows_of(source)
-
-    def _require_tokenizer(self, store: FeatureStore, where: str) -> None:
-        stored = store.manifest.tokenizer
-        if stored is not None and stored != self.tokenizer_digest:
-            raise UsageError(
-                f"{where} was captured with another tokenizer or chat template ({stored[:16]}) than that of "
-                f"{self.verifier}; prepare features of this one, or set data.features: live"
-            )
 
     def _hold_out(self, rows: TokenRows) -> tuple[TokenRows, TokenRows]:
         """Split off the last share of a seeded shuffle, at least one row."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from specforge.bounds import Decay
 from specforge.data.features.dtypes import decode
 from specforge.data.features.manifest import FeatureNeeds
+from specforge.data.features.recording import FeatureRecorder
 from specforge.data.module import DraftDataModule
 from specforge.errors import SpecforgeError, UsageError
 from specforge.hookspecs import Objective
@@ -81,6 +82,7 @@ class DraftModule(LightningModule, ABC):
         self.init_from = init_from
         # Outside the module tree, so that the verifier is never trained, sharded with the draft, or saved.
         self._frozen: tuple[PreTrainedModel | None, VerifierParts] | None = None
+        self._recorder: FeatureRecorder | None = None
 
     @property
     @abstractmethod
@@ -151,11 +153,13 @@ class DraftModule(LightningModule, ABC):
     @property
     def feature_needs(self) -> FeatureNeeds:
         """What is read of the verifier's states."""
+        config = self.verifier_config.get_text_config()
         return FeatureNeeds(
             self.verifier_name,
             fingerprint(self.verifier_name, self.verifier_loading.revision),
             tuple(self.aux_layers),
-            self.verifier_config.get_text_config().num_hidden_layers,
+            config.num_hidden_layers,
+            config.hidden_size,
             self.reads_whole_rows,
         )
 
@@ -164,8 +168,9 @@ class DraftModule(LightningModule, ABC):
         if self._frozen is not None:
             return
         data: DraftDataModule = self.trainer.datamodule
-        live = data.use_features(self.feature_needs, self.trainer.state.fn)
-        self._frozen = self._load_verifier(whole=bool(live) or self.runs_verifier)
+        all_stored = data.use_features(self.feature_needs, self.trainer.state.fn)
+        self._recorder = data.recorder
+        self._frozen = self._load_verifier(whole=self.runs_verifier or not all_stored)
         self.draft = self.build_draft(self.parts, data)
         if self.init_from is not None:
             start_from(self.draft, self.init_from)
@@ -216,7 +221,10 @@ class DraftModule(LightningModule, ABC):
             dtype = self.parts.lm_head.weight.dtype
             aux = decode(batch["aux"], batch.get("aux_scales"), dtype)
             return Features(aux, decode(batch["last"], batch.get("last_scales"), dtype))
-        return capture(self.verifier, batch["input_ids"], batch["position_ids"], self.aux_layers)
+        features = capture(self.verifier, batch["input_ids"], batch["position_ids"], self.aux_layers)
+        if self._recorder is not None:
+            self._recorder.add(batch, features.aux, features.last)
+        return features
 
     def labels(self, batch: Batch, targets: Tensor) -> Labels | None:
         """Return what the text goes on with, where decoding is replayed or a loss reads it; otherwise None.
@@ -286,8 +294,17 @@ class DraftModule(LightningModule, ABC):
         """Log the test metrics."""
         self._log_means("test")
 
+    def on_train_epoch_end(self) -> None:
+        """Read in the next epoch what was recorded in this one."""
+        if self._recorder is not None:
+            self._recorder.flush()
+            self.trainer.strategy.barrier()  # other ranks' rows come up in the next epoch
+            self._recorder.reopen()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which optimizer the states belong to."""
+        """Note which optimizer the states belong to; what was recorded is saved as well."""
+        if self._recorder is not None:
+            self._recorder.flush()
         checkpoint["optimizer_name"] = self.optimizer_settings.name
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

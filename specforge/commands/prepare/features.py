@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from specforge.data.features.capturing import Capturing
 from specforge.data.features.dtypes import FeatureType
+from specforge.data.features.importing import Importing
 from specforge.data.features.manifest import Manifest, describe_layers
-from specforge.data.features.preparing import Plan, prepare_features
+from specforge.data.features.plan import Plan
+from specforge.data.features.preparing import States, prepare_features
 from specforge.data.features.store import FeatureStore
 from specforge.data.module import LIVE, DraftDataModule
 from specforge.data.sources import check_source
@@ -60,18 +62,11 @@ def run(arguments: list[str]) -> int:
         check_source(source, "sources")
     module, data = _module_and_data(words, sources)
     needs = module.feature_needs
-    manifest = Manifest(
-        verifier=needs.verifier,
-        fingerprint=needs.fingerprint,
-        tokenizer=data.tokenizer_digest,
-        vocabulary_size=data.vocabulary_size,
-        layers=needs.layers,
-        width=module.verifier_config.get_text_config().hidden_size,
-        dtype=found.dtype,
-        whole_rows=needs.whole_rows,
-    )
+    manifest = data.feature_manifest(needs, found.dtype)
     plan = Plan([data.rows_of(source) for source in sources or data.sources], needs, manifest.token_bytes)
-    states = Capturing(_Verifier(module), found.batch_tokens)
+    states: States = Capturing(_Verifier(module), found.batch_tokens)
+    if found.from_vllm is not None:
+        states = Importing(Path(found.from_vllm), plan, manifest.layers, manifest.width)
     whole = prepare_features(plan, replace(manifest, rows_identity=plan.identity), output, states)
     if whole is None:
         print(f"Done here: other processes still write shards of {output}; the last to finish writes its manifest.")
@@ -96,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--batch_tokens", "--batch-tokens", type=int, default=8192, help="Tokens of a pass of the verifier (8192)."
+    )
+    parser.add_argument(
+        "--from_vllm",
+        "--from-vllm",
+        help="Folder of states that vLLM extracted; taken instead of running the verifier.",
     )
     parser.add_argument("--verify", action="store_true", help="Only check the checksums of what is in --output.")
     return parser
@@ -152,7 +152,7 @@ def _print_savings(plan: Plan, manifest: Manifest) -> None:
     tokens = sum(shard.tokens for shard in manifest.shards)
     size = sum(shard.bytes for shard in manifest.shards)
     print(
-        f"{len(plan.kept):,} rows, {tokens:,} tokens: {size / 1e6:,.1f} MB in {len(manifest.shards):,} shards, "
+        f"{len(plan.kept):,} rows, {tokens:,} tokens: {size / 1e6:,.1f} MB in {len(manifest.shards):,} file(s), "
         f"{manifest.token_bytes:,} bytes a token ({manifest.dtype})"
     )
     all_layers = manifest.layers[-1] + 1

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from specforge.data.features.plan import Plan
 from specforge.data.packing import pack
 
 
@@ -27,8 +27,9 @@ class Capturing:
     run: Callable[[Tensor, Tensor], Tensor]
     batch_tokens: int
 
-    def __call__(self, rows: Sequence[npt.NDArray[np.int64]]) -> Iterator[tuple[int, Tensor]]:
-        """Yield number and states [T, L, H] of each row, longest first."""
+    def __call__(self, plan: Plan, shard: range) -> Iterator[tuple[int, Tensor]]:
+        """Yield number and states [T, L, H] of each row of a shard, longest first."""
+        rows = plan.tokens(shard)
         lengths = np.array([len(row) for row in rows])
         longest = int(lengths.max())
         bins = pack(lengths, longest)

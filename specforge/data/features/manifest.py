@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ class FeatureNeeds:
         fingerprint: Tells its weights from others'.
         aux_layers: Ids of the aux layers, ascending.
         num_layers: Number of decoder layers, which is the id of the last state.
+        width: Width H of a state.
         whole_rows: Whether states behind the last supervised token are read.
     """
 
@@ -36,6 +38,7 @@ class FeatureNeeds:
     fingerprint: str
     aux_layers: tuple[int, ...]
     num_layers: int
+    width: int
     whole_rows: bool
 
     @property
@@ -109,6 +112,11 @@ class Manifest:
         return {"format": FORMAT, **{name: one for name, one in values.items() if name not in ("verifier", "shards")}}
 
     @property
+    def name(self) -> str:
+        """A short name for what is held, for a folder's."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of a token: its states at all layers, with their scales."""
         dtype = torch_dtype(self.dtype)
@@ -142,11 +150,12 @@ class Manifest:
         beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         os.replace(beside, folder / MANIFEST)
 
-    def require(self, needs: FeatureNeeds, where: str) -> None:
+    def require(self, needs: FeatureNeeds, tokenizer: str | None, where: str) -> None:
         """Refuse a run that reads something else.
 
         Args:
             needs: What the run reads.
+            tokenizer: Digest of its tokenizer and chat template; None where it is not known.
             where: What to name in the message: configuration key and folder.
 
         Raises:
@@ -156,6 +165,11 @@ class Manifest:
             raise UsageError(
                 f"{where} holds states of another verifier: {self.verifier} ({self.fingerprint}), not "
                 f"{needs.verifier} ({needs.fingerprint}); prepare features of this one, or set data.features: live"
+            )
+        if None not in (tokenizer, self.tokenizer) and tokenizer != self.tokenizer:
+            raise UsageError(
+                f"{where} was captured with another tokenizer or chat template ({self.tokenizer}) than that of "
+                f"{needs.verifier} ({tokenizer}); prepare features of this one, or set data.features: live"
             )
         if missing := [layer for layer in needs.layers if layer not in self.layers]:
             raise UsageError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,11 @@ import torch
 from torch import Tensor
 
 from specforge.data.features.dtypes import has_scales
+from specforge.data.features.manifest import FeatureNeeds
 from specforge.data.features.store import FeatureStore
+
+if TYPE_CHECKING:
+    from specforge.data.packing import PackedRows
 
 FEATURES = ("aux", "last", "aux_scales", "last_scales")
 """What a batch gains: stored values of aux layers [B, T, n, H] and last state [B, T, H], and their scales."""
@@ -23,7 +28,7 @@ class RowFeatures:
 
     Attributes:
         store: The store.
-        places: Place of each row in it, int64 [rows].
+        places: Place of each row in it, int64 [rows]; -1 for one that is not there.
         aux_layers: Ids of the aux layers, ascending.
         last_layer: Id of the last state.
     """
@@ -42,8 +47,10 @@ class RowFeatures:
 
         Returns:
             `aux` [T, n, H] and `last` [T, H] as stored; for types of one byte also `aux_scales` [T, n] and
-            `last_scales` [T].
+            `last_scales` [T]. Nothing where one of the rows is not there.
         """
+        if (self.places[list(rows)] < 0).any():
+            return {}
         dtype, width = self.store.dtype, self.store.manifest.width
         tokens, number = sum(lengths), len(self.aux_layers)
         joined = {"aux": _zeros((tokens, number, width), dtype), "last": _zeros((tokens, width), dtype)}
@@ -63,6 +70,24 @@ class RowFeatures:
             if stored_scales is not None:
                 scales[begin:end] = stored_scales[: end - begin]
             begin += length
+
+
+def read_from(store: FeatureStore, needs: FeatureNeeds, items: PackedRows) -> npt.NDArray[np.bool_]:
+    """Let items read what is stored of their rows.
+
+    Args:
+        store: The store.
+        needs: What is read.
+        items: They gain what `RowFeatures.join` returns.
+
+    Returns:
+        Which rows are not there, or not as far as they are read, bool [rows].
+    """
+    rows = items.rows
+    places = store.locate(rows.digests)
+    places = np.where(store.kept[places] < needs.kept(rows.lengths, rows.last_supervised), -1, places)
+    items.features = RowFeatures(store, places, needs.aux_layers, needs.num_layers)
+    return places < 0
 
 
 def stack_features(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -22,14 +22,15 @@ class FeatureStore:
 
     Args:
         folder: The folder.
+        manifest: What of it to read; by default what its manifest says.
 
     Raises:
         UsageError: It is no store, it is unfinished, or a shard is missing or truncated; the file is named.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
         self.folder = folder
-        self.manifest = Manifest.read(folder)
+        self.manifest = manifest or Manifest.read(folder)
         self.dtype = torch_dtype(self.manifest.dtype)
         self._files: dict[int, safe_open] = {}
         digests, starts, kept, shards = [], [], [], []
@@ -44,13 +45,14 @@ class FeatureStore:
             starts.append(bounds[:-1])
             kept.append(np.diff(bounds))
             shards.append(np.full(shard.rows, number))
-        # By the first half of the digest; the second half tells whether it is really that row.
-        found_by = np.concatenate(digests)
-        order = np.argsort(found_by[:, 0], kind="stable")
+        # By the first half of the digest; the second half tells whether it is really that row. Of equal rows, which
+        # only recordings have, the one with the most tokens comes first.
+        found_by, tokens = np.concatenate(digests), np.concatenate(kept)
+        order = np.lexsort((-tokens, found_by[:, 0]))
         self._digests = found_by[order]
         self._starts = np.concatenate(starts)[order]
         self._shards = np.concatenate(shards)[order]
-        self.kept: npt.NDArray[np.int64] = np.concatenate(kept)[order]
+        self.kept: npt.NDArray[np.int64] = tokens[order]
         """Tokens of each place that have states."""
 
     def __getstate__(self) -> dict[str, Any]:
