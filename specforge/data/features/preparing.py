@@ -62,10 +62,15 @@ def prepare_features(plan: Plan, manifest: Manifest, output: Path, states: State
                     bar.update(int(plan.kept[shard].sum()))
         if not all(_is_done(path, manifest) for path in paths):
             return None
-        _clean(output)
-        whole = replace(manifest, shards=tuple(read_shard(path)[0] for path in paths))
-        whole.write(output)
-        return whole
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(output / MANIFEST))
+            except SpecforgeError:
+                return None
+            _clean(output)
+            whole = replace(manifest, shards=tuple(read_shard(path)[0] for path in paths))
+            whole.write(output)
+            return whole
     except OSError as error:
         raise SpecforgeError(
             f"cannot write {output}: {error.strerror or error}; what is done so far stays there: mend that and run the "
