@@ -50,7 +50,10 @@ processes, under torchrun or not, on one machine or several with a common folder
 def run(arguments: list[str]) -> int:
     """Capture what is missing, and print what the store holds and what was saved."""
     sources = list(takewhile(lambda word: not word.startswith("-"), arguments))
-    found, words = _parser().parse_known_args(arguments[len(sources) :])
+    try:
+        found, words = _parser().parse_known_args(arguments[len(sources) :])
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{error.argument_name}: {error.message}") from None
     if found.output is None:
         raise UsageError("output: is required; give a folder as --output")
     output = Path(found.output)
@@ -90,7 +93,11 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=get_args(FeatureType), default="bfloat16", help="Type of the stored values (bfloat16)."
     )
     parser.add_argument(
-        "--batch_tokens", "--batch-tokens", type=int, default=8192, help="Tokens of a pass of the verifier (8192)."
+        "--batch_tokens",
+        "--batch-tokens",
+        type=_positive,
+        default=8192,
+        help="Tokens of a pass of the verifier (8192).",
     )
     parser.add_argument(
         "--from_vllm",
@@ -99,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--verify", action="store_true", help="Only check the checksums of what is in --output.")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
+    return int(text)
 
 
 class _Settings(TrainingCLI):
