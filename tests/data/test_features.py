@@ -56,7 +56,7 @@ def row(number: int, trailing: int = 0) -> dict[str, Any]:
 
 
 def manifest_of(plan: Plan, **options: Any) -> Manifest:
-    needs = plan.needs
+    needs = NEEDS
     manifest = Manifest(
         needs.verifier, needs.fingerprint, None, VOCABULARY, needs.layers, WIDTH, "float32", needs.whole_rows
     )

@@ -170,7 +170,7 @@ def _print_savings(plan: Plan, manifest: Manifest) -> None:
     )
     all_layers = manifest.layers[-1] + 1
     print(f"  {describe_layers(manifest.layers)} of {all_layers} states: {saved(len(manifest.layers), all_layers)}")
-    print(f"  equal rows once: {saved(plan.unique_tokens, plan.row_tokens)}")
+    print(f"  equal rows once: {saved(plan.unique_tokens, plan.all_tokens)}")
     if not manifest.whole_rows:
         print(f"  nothing behind the last supervised token: {saved(tokens, plan.unique_tokens)}")
     wide = replace(manifest, dtype="bfloat16")

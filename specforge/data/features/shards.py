@@ -49,6 +49,8 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], identity: Mapping[str
     metadata = json.dumps({"sha256": _digest(tensors), "identity": identity})
     try:
         save_file(dict(tensors), beside, {_KEY: metadata})
+        # safetensors lets nobody but the owner read; whoever may read the folder may read the shard.
+        beside.chmod(path.parent.stat().st_mode & 0o666)
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
