@@ -91,7 +91,13 @@ class DraftDataModule(LightningDataModule):
         self.seed = seed
         self.features = features
         if features not in (LIVE, RECORD):
-            Manifest.read(Path(features))
+            try:
+                Manifest.read(Path(features))
+            except UsageError as error:
+                raise UsageError(
+                    f"data.features: {error}; allowed: {LIVE}, {RECORD}, or a folder that specforge prepare features "
+                    "wrote"
+                ) from None
         self._caches = Path(cache_dir).expanduser() if cache_dir else default_cache()
         self.cache_dir = self._caches if cache_dir else self._caches / "rows"
         self._text = VerifierText(verifier, verifier_revision, trust_remote_code)

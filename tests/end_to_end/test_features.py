@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quickstart_runs import Workshop, rows, scalars, write_rows
+import torch
+from quickstart_runs import VERIFIER, Workshop, rows, scalars, write_rows
+from safetensors.torch import save_file
 
 from specforge.__main__ import main
 from specforge.data.features.store import FeatureStore
 from specforge.training import module as training
+from specforge.verifier.loading import load_verifier
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "eagle3": {},
@@ -95,6 +98,15 @@ def test_compat_supervision_reads_one_state_more(shared, workshop, fit, stores):
         assert [value for _, value in scalars(stored, "train/loss")] == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_last_state_can_be_an_aux_layer_too(workshop, fit):
+    words = ["--model.draft.aux_layers=[0,8]"]
+    store = prepare(workshop, "store", *words, "--dtype", "float32")
+    assert FeatureStore(store).manifest.layers == [0, 8]
+    live, stored = (fit(kind[-5:], STEPS, *words, f"--data.features={kind}") for kind in ("live", str(store)))
+    expected = [value for _, value in scalars(live, "train/loss")]
+    assert [value for _, value in scalars(stored, "train/loss")] == pytest.approx(expected, rel=1e-5)
+
+
 def test_whole_rows_are_stored_where_all_tokens_are_trained_on(shared, workshop, fit, stores, capfd):
     workshop.values |= {**ALGORITHMS["mlp"], "data": shared.values["data"]}
     words = ["--model.supervision=all", STEPS]
@@ -148,7 +160,7 @@ class TestRefusals:
                 ["--data.max_length=64"],
                 "lacks 27 of the 30 rows of data.train; prepare features with the same sources and data.max_length",
             ),
-            (["--data.features=nowhere"], "nowhere is no store of features"),
+            (["--data.features=nowhere"], "data.features: nowhere is no store of features"),
         ],
     )
     def test_a_store_that_does_not_fit_is_refused(self, shared, stores, capfd, words, message):
@@ -198,6 +210,26 @@ class TestCommand:
         words = ["prepare", "features", source, "--algorithm", "eagle3", "--verifier", workshop.values["verifier"]]
         assert main([*words, "--model.draft.draft_vocab_size=64", "--output", str(output)]) == 0
         assert len(FeatureStore(output).kept) == 8
+
+    def test_takes_states_that_a_server_wrote(self, workshop, stores, shared):
+        verifier = load_verifier(str(VERIFIER))
+        (workshop.folder / "served").mkdir()
+        for number, row in enumerate(rows("validation.jsonl", 8)):
+            tokens = torch.tensor(row["input_ids"])
+            found = training.capture(verifier, tokens[None], torch.arange(len(tokens))[None], [2, 4, 5])
+            states = torch.cat([found.aux[0], found.last[0, :, None]], dim=1)
+            save_file({"hidden_states": states, "token_ids": tokens}, workshop.folder / f"served/{number}.safetensors")
+        words = ["prepare", "features", workshop.values["data"]["validation"], "--config", str(workshop.config)]
+        words += ["--output", str(workshop.folder / "out"), "--from-vllm", str(workshop.folder / "served")]
+        assert main([*words, "--dtype", "float32"]) == 0
+        imported, own = FeatureStore(workshop.folder / "out"), FeatureStore(stores["float32"])
+        digests = imported._digests
+        for place, other in zip(imported.locate(digests), own.locate(digests), strict=True):
+            assert other >= 0
+            for layer in (2, 4, 5, 8):
+                torch.testing.assert_close(
+                    imported.read(place, layer)[0], own.read(other, layer)[0], rtol=1e-4, atol=1e-4
+                )
 
     @pytest.mark.parametrize(
         ("words", "message"),
