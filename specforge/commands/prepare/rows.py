@@ -54,8 +54,9 @@ def run(arguments: list[str]) -> int:
     check_output(output)
     verifier = VerifierText(found.verifier, found.verifier_revision, found.trust_remote_code)
     encoder = make_encoder(found.sources, lambda: verifier.tokenizer, verifier.vocabulary_size)
-    settings = RowSettings(found.max_length, found.long_rows)
-    recipe = Recipe(encoder, settings, found.validation_share, found.seed)
+    # Plain numbers: the classes of bounded ones are made on import, where worker processes do not find them.
+    settings = RowSettings(int(found.max_length), found.long_rows)
+    recipe = Recipe(encoder, settings, float(found.validation_share), int(found.seed))
     console = Console(highlight=False)
     for record in _first_records(found):
         show_row(record, recipe, verifier.tokenizer, console)

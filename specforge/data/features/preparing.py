@@ -82,7 +82,9 @@ def _check_output(output: Path) -> None:
     """Refuse a folder of something else; shards of something else are found when they come up."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output: {output} is a file; give a folder that is yet to be made")
-    strangers = [path.name for path in output.glob("*") if MANIFEST not in path.name and "shard-" not in path.name]
+    # Hidden files are locks, and what a run that was killed was writing.
+    names = [path.name for path in output.glob("*") if not path.name.startswith(".")]
+    strangers = [name for name in names if name != MANIFEST and not name.startswith("shard-")]
     if strangers:
         raise UsageError(
             f"--output: {output} holds something else ({sorted(strangers)[0]}); choose another folder, or remove it"
@@ -111,6 +113,8 @@ def _is_done(path: Path, manifest: Manifest) -> bool:
 
 def _clean(output: Path) -> None:
     """Remove what processes left behind that were killed."""
+    for path in output.glob(".tmp*"):  # of safetensors, on its way to .shard-*
+        path.unlink(missing_ok=True)
     for path in output.glob(".shard-*"):
         shard = output / path.name.removeprefix(".").removesuffix(".lock")
         with suppress(SpecforgeError), locked(shard):

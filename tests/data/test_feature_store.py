@@ -380,6 +380,13 @@ class TestEnds:
         prepare("undisturbed")
         assert files(tmp_path / "store") == files(tmp_path / "undisturbed")
 
+    def test_what_safetensors_left_behind_is_removed(self, prepare, tmp_path):
+        (tmp_path / "store").mkdir()
+        (tmp_path / "store" / ".tmpA1b2C3").write_bytes(b"half")
+        prepare()
+        prepare("undisturbed")
+        assert files(tmp_path / "store") == files(tmp_path / "undisturbed")
+
     def test_finished_shards_are_kept(self, plan, prepare, run, tmp_path, caplog):
         def interrupted(chosen: Plan, shard: range) -> Iterator[tuple[int, Tensor]]:
             if shard.start > 40:
