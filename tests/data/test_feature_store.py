@@ -39,6 +39,7 @@ from specforge.data.packing import PackedRows, collate, pack
 from specforge.data.rows import TokenRows, build_rows
 from specforge.data.summary import RowSettings
 from specforge.errors import SpecforgeError, UsageError
+from specforge.models.alignment import align
 from specforge.verifier.features import capture
 
 VOCABULARY = 61
@@ -232,6 +233,19 @@ class TestPlan:
         plan = Plan([rows], NEEDS, 192)
         assert plan.kept.tolist() == [rows.lengths[0] - 4, rows.lengths[1], rows.lengths[2]]
         assert Plan([rows], replace(NEEDS, whole_rows=True), 192).kept.tolist() == rows.lengths.tolist()
+
+    @given(
+        mask=st.lists(st.booleans(), min_size=1, max_size=20).filter(any),
+        steps=st.integers(1, 6),
+        supervision=st.sampled_from(["exact", "compat"]),
+    )
+    def test_no_step_reads_a_state_that_is_not_kept(self, mask, steps, supervision):
+        flags = torch.tensor([mask])
+        alignment = align(flags, torch.zeros(1, len(mask), dtype=torch.int64), steps, supervision)
+        kept = int(NEEDS.kept(np.array(len(mask)), np.array(len(mask) - 1 - mask[::-1].index(True))))
+        rows = alignment.supervised.any(0).nonzero()[:, 1]
+        targets = alignment.targets[alignment.supervised]
+        assert all(place < kept for place in [*rows.tolist(), *targets.tolist()])
 
     def test_equal_rows_are_kept_once_as_far_as_one_of_them_is_read(self, make_rows):
         long, short = row(1), row(1)

@@ -133,6 +133,7 @@ class TestRecording:
         words = [f"--data.cache_dir={tmp_path / 'cache'}"]
         live = fit("live", *words, "--trainer.max_steps=16")
         captured.clear()
+        words.append("--data.num_workers=1")
         recorded = fit("recorded", *words, "--data.features=record", "--trainer.max_steps=16")
         first_epoch = len(captured)
         assert first_epoch == 8 + len(scalars(live, "val/loss")) // 2 * 2
