@@ -130,7 +130,9 @@ def _module_and_data(words: list[str], sources: list[str]) -> tuple[DraftModule,
             f"no algorithm is chosen; give --config FILE, or --algorithm with one of: {', '.join(algorithms)}"
         )
     train = ["--data.train", sources[0]] if sources else []
-    settings = _Settings(installed().find(Algorithm, name), [*words, *train, "--data.features", LIVE], "fit")
+    # Nothing here is drawn at random, and the features that a configuration names are yet to be made.
+    words = [*words, *train, "--data.features", LIVE, "--seed_everything", "false"]
+    settings = _Settings(installed().find(Algorithm, name), words, "fit")
     return settings.model, settings.datamodule
 
 
