@@ -20,7 +20,7 @@ from typing import Any, Self
 from specforge.data.coverage import Coverage, coverage_by_size
 from specforge.data.lock import locked
 from specforge.data.recipe import TRAIN, VALIDATION, Recipe
-from specforge.data.rows import identity_of, is_whole, open_rows, require_supervision
+from specforge.data.rows import count_stored, identity_of, is_whole, require_supervision
 from specforge.data.sources import ROWS_FILE, source_fingerprint
 from specforge.data.summary import RowsSummary
 from specforge.data.writing import SUMMARY_FILE, RowsWriter, write_rows
@@ -94,9 +94,9 @@ def prepare_rows(sources: Sequence[str], recipe: Recipe, output: Path, workers: 
             partial.rename(output)
             return prepared
     except OSError as error:
+        kept = f"; what is done so far stays in {partial}: mend that and run the same command again to go on"
         raise SpecforgeError(
-            f"cannot write {output}: {error.strerror or error}; what is done so far stays in {partial}: mend that and "
-            "run the same command again, and it goes on from there"
+            f"cannot write {output}: {error.strerror or error}{kept if partial.exists() else ''}"
         ) from error
 
 
@@ -108,6 +108,8 @@ def check_output(output: Path) -> Prepared | None:
     """
     if not output.name:
         raise UsageError(f"--output: {output} is no name for a folder; give one that is yet to be made")
+    if file := next((parent for parent in output.parents if parent.is_file()), None):
+        raise UsageError(f"--output: {output} cannot be made, since {file} is a file; choose another folder")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     prepared = Prepared.read(output)
@@ -152,7 +154,7 @@ def _write(folder: Path, sources: Sequence[str], recipe: Recipe, workers: int, i
         # The rows are so few that chance held out none; those that it dropped still count.
         shutil.rmtree(folder / VALIDATION)
         summaries = {TRAIN: sum(summaries.values(), RowsSummary())}
-    counts = {split: open_rows(folder / split, recipe.encoder.vocabulary_size).supervised_counts for split in summaries}
+    counts = {split: count_stored(folder / split, recipe.encoder.vocabulary_size) for split in summaries}
     prepared = Prepared(identity, summaries, coverage_by_size(counts[TRAIN], counts.get(VALIDATION)))
     prepared.write(folder)
     return prepared

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -64,11 +64,7 @@ class TokenRows:
     @cached_property
     def supervised_counts(self) -> Tensor:
         """How often each id is supervised, int64 [V]."""
-        counts = np.zeros(self.vocabulary_size, dtype=np.int64)
-        for batch in self._batches():
-            supervised = pc.list_flatten(batch["input_ids"]).filter(pc.list_flatten(batch["loss_mask"]))
-            counts += np.bincount(supervised.to_numpy(), minlength=self.vocabulary_size)
-        return torch.from_numpy(counts)
+        return _count_supervised(self._batches(), self.vocabulary_size)
 
     @cached_property
     def digests(self) -> npt.NDArray[np.uint64]:
@@ -184,6 +180,15 @@ def open_rows(folder: Path, vocabulary_size: int) -> TokenRows:
     )
 
 
+def count_stored(folder: Path, vocabulary_size: int) -> Tensor:
+    """Return how often each id is supervised in a folder of rows, int64 [V].
+
+    The rows are read one batch after the other, not through a memory map, in which all of them would stay resident.
+    """
+    with pa.OSFile(str(folder / ROWS_FILE)) as file, pa.ipc.open_stream(file) as batches:
+        return _count_supervised(batches, vocabulary_size)
+
+
 def is_whole(folder: Path) -> bool:
     """Tell whether a folder holds the rows that its summary speaks of."""
     try:
@@ -201,8 +206,16 @@ def require_supervision(summary: RowsSummary, source: str) -> None:
         UsageError: no token is supervised.
     """
     if not summary.supervised_tokens:
-        reasons = ", ".join(f"{count:,} with {reason}" for reason, count in summary.dropped.items())
+        reasons = ", ".join(f"{count:,} ({reason})" for reason, count in summary.dropped.items())
         raise UsageError(f"{source}: no supervised token in the whole set; rows dropped: {reasons or 'none'}")
+
+
+def _count_supervised(batches: Iterable[pa.Table | pa.RecordBatch], vocabulary_size: int) -> Tensor:
+    counts = np.zeros(vocabulary_size, dtype=np.int64)
+    for batch in batches:
+        supervised = pc.list_flatten(batch["input_ids"]).filter(pc.list_flatten(batch["loss_mask"]))
+        counts += np.bincount(supervised.to_numpy(), minlength=vocabulary_size)
+    return torch.from_numpy(counts)
 
 
 def _prepared_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUPERVISED = "black on bright_green"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # in the data; it must not steer the terminal
 
 
 def show_row(record: RawRecord, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
@@ -36,9 +38,10 @@ def show_row(record: RawRecord, recipe: Recipe, tokenizer: PreTrainedTokenizerBa
     kept = row if isinstance(fitted, str) else fitted
     number, supervised = len(kept.input_ids), int(kept.loss_mask.sum())
     fate = f"dropped: {fitted}" if isinstance(fitted, str) else "kept" if fitted is row else "truncated"
-    heading = f"{record.location}: {number:,} tokens, {supervised:,} supervised ({supervised / number:.1%}), {fate}"
+    share = f"{supervised:,} supervised ({supervised / max(number, 1):.1%})"
+    heading = f"{record.location}: {number:,} tokens, {share}, {fate}"
     console.print(Text(heading, style="bold"))
-    has_color = console.color_system is not None
+    has_color = console.color_system is not None and not console.no_color
     for text, is_supervised in _stretches(kept, tokenizer):
         marked = text if has_color or not is_supervised else f"⟦{text}⟧"
         console.print(Text(marked, style=SUPERVISED if is_supervised else ""), end="", soft_wrap=True)
@@ -52,6 +55,5 @@ def _stretches(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[tu
         end += len(list(group))
         # All from the start: what a token adds can depend on those before it.
         text = str(tokenizer.decode(row.input_ids[:end].tolist(), clean_up_tokenization_spaces=False))
-        # An escape in the data must not steer the terminal.
-        yield text[len(shown) :].replace("\x1b", "␛"), is_supervised
+        yield _CONTROL.sub("�", text[len(shown) :]), is_supervised
         shown = text

@@ -53,7 +53,10 @@ def make_batches(records: Iterator[RawRecord], recipe: Recipe, workers: int) -> 
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
-        raise SpecforgeError("a worker process was ended from outside, perhaps for lack of memory") from None
+        raise SpecforgeError(
+            "a worker process was ended from outside, perhaps for lack of memory; run the same command again to go on, "
+            "with fewer --workers if memory is short"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

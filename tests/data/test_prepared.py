@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from specforge.data.encoding import RowEncoder, TokenRow
 from specforge.data.lock import locked
 from specforge.data.module import DraftDataModule
-from specforge.data.prepared import Prepared, prepare_rows
+from specforge.data.prepared import Prepared, check_output, prepare_rows
 from specforge.data.recipe import Recipe
 from specforge.data.rows import TokenRows, build_rows, open_rows
 from specforge.data.summary import RowSettings, RowsSummary
@@ -59,7 +60,7 @@ def in_child(work: Callable[[], object]) -> int:
             work()
             status = 0
         except SpecforgeError as error:
-            print(error)
+            print(error, flush=True)
             status = 10 + error.exit_status
         finally:
             os._exit(status)
@@ -163,32 +164,44 @@ class TestAgain:
             prepare_rows([source], recipe(), tmp_path / "out", 1)
         assert files(tmp_path / "out") == {"thesis.txt": b"years of work"}
 
-    def test_damaged_rows_are_refused(self, source, tmp_path):
+    @pytest.mark.parametrize("damage", ["truncated rows", "missing rows", "missing summary", "wrong summary"])
+    def test_damaged_rows_are_refused(self, source, tmp_path, damage):
         prepare_rows([source], recipe(), tmp_path / "out", 1)
-        os.truncate(tmp_path / "out" / "train" / "rows.arrow", 5000)
-        with pytest.raises(UsageError, match="are damaged"):
+        rows, summary = tmp_path / "out" / "train" / "rows.arrow", tmp_path / "out" / "train" / "summary.json"
+        if damage == "truncated rows":
+            os.truncate(rows, 5000)
+        elif damage == "wrong summary":
+            summary.write_text(summary.read_text().replace('"rows": 2', '"rows": 3'))
+        else:
+            (rows if damage == "missing rows" else summary).unlink()
+        with pytest.raises(UsageError, match="are damaged; remove it and run the same command again"):
             prepare_rows([source], recipe(), tmp_path / "out", 1)
+
+    def test_a_folder_cannot_be_made_in_a_file(self, source):
+        with pytest.raises(UsageError, match=r"--output: .* cannot be made, since .*train.jsonl is a file"):
+            check_output(Path(source) / "deep" / "out")
 
 
 class TestEnds:
-    @pytest.mark.parametrize("seed", range(3))
-    def test_killed_at_random_moments_the_rows_are_those_of_an_undisturbed_run(self, write_lines, tmp_path, seed):
+    def test_killed_twenty_times_the_rows_are_those_of_an_undisturbed_run(self, write_lines, tmp_path):
         source = write_lines([token_row(number) for number in range(12_000)])
-        chance = random.Random(seed)
+        chance = random.Random(0)
         begin = time.monotonic()
         prepare_rows([source], recipe(), tmp_path / "undisturbed", 1)
         duration = time.monotonic() - begin
+        undisturbed = files(tmp_path / "undisturbed")
         output = tmp_path / "killed"
         kills = 0
-        for _ in range(6):
+        while kills < 20:
             child = in_child(lambda: prepare_rows([source], recipe(), output, 1))
             time.sleep(chance.uniform(0, 0.5 * duration))
             os.kill(child, signal.SIGKILL)
             kills += status_of(child) == -signal.SIGKILL
-            assert not output.exists() or files(output) == files(tmp_path / "undisturbed")
-        assert kills
+            if output.exists():
+                assert files(output) == undisturbed
+                shutil.rmtree(output)
         prepare_rows([source], recipe(), output, 1)
-        assert files(output) == files(tmp_path / "undisturbed")
+        assert files(output) == undisturbed
         assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["killed", "undisturbed"]
 
     @pytest.mark.parametrize("chunk", range(0, 12, 2))
@@ -257,6 +270,7 @@ class TestEnds:
 
         assert status_of(in_child(with_little_room)) == 11
         assert not (tmp_path / "out").exists()
+        assert "File too large; what is done so far stays in" in capfd.readouterr().out
         prepare_rows([source], recipe(), tmp_path / "undisturbed", 1)
         prepare_rows([source], recipe(), tmp_path / "out", 1)
         assert files(tmp_path / "out") == files(tmp_path / "undisturbed")

@@ -94,7 +94,7 @@ def test_nothing_supervised_is_an_error_that_leaves_no_cache(
     write_lines: Write, build: Build, folders: Callable[[], list[Path]]
 ) -> None:
     source = write_lines([{"input_ids": [1, 2], "loss_mask": [0, 0]}])
-    with pytest.raises(UsageError, match=r"no supervised token in the whole set.*dropped: 1 with no supervised token"):
+    with pytest.raises(UsageError, match=r"no supervised token in the whole set.*dropped: 1 \(no supervised token\)"):
         build(source)
     assert folders() == []
 

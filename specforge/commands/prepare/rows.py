@@ -51,19 +51,21 @@ def run(arguments: list[str]) -> int:
     for source in found.sources:
         check_source(source, "sources")
     output = Path(found.output)
-    check_output(output)
+    is_there = check_output(output) is not None
     verifier = VerifierText(found.verifier, found.verifier_revision, found.trust_remote_code)
     encoder = make_encoder(found.sources, lambda: verifier.tokenizer, verifier.vocabulary_size)
-    # Plain numbers: the classes of bounded ones are made on import, where worker processes do not find them.
+    # Plain numbers: worker processes do not know the types of the command line.
     settings = RowSettings(int(found.max_length), found.long_rows)
     recipe = Recipe(encoder, settings, float(found.validation_share), int(found.seed))
     console = Console(highlight=False)
     for record in _first_records(found):
         show_row(record, recipe, verifier.tokenizer, console)
     prepared = prepare_rows(found.sources, recipe, output, found.workers or len(os.sched_getaffinity(0)))
-    draw_coverage(prepared.coverage, output / "coverage.svg")
+    plot = output / "coverage.svg"
+    if not plot.exists():
+        draw_coverage(prepared.coverage, plot)
     print_prepared(prepared, console)
-    print(f"\n{_closing_line(found, prepared)}")
+    print(f"\n{'Nothing was left to do' if is_there else 'Done'}: {_closing_lines(found, prepared)}")
     return 0
 
 
@@ -82,7 +84,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--seed", type=NonNegativeInt, default=42, help="Chooses which.")
     parser.add_argument("--workers", type=PositiveInt | None, default=None, help="Processes; by default one a core.")
     parser.add_argument(
-        "--show", type=NonNegativeInt, default=0, help="First print so many rows, supervised tokens in color."
+        "--show", type=NonNegativeInt, default=0, help="First print so many rows, supervised tokens set off."
     )
     return parser
 
@@ -91,10 +93,10 @@ def _first_records(found: Namespace) -> Iterator[RawRecord]:
     return islice(chain.from_iterable(map(read_raw_records, found.sources)), found.show)
 
 
-def _closing_line(found: Namespace, prepared: Prepared) -> str:
+def _closing_lines(found: Namespace, prepared: Prepared) -> str:
     output = Path(found.output)
     words = ["specforge", "fit", "--config", "FILE", "--verifier", found.verifier, "--data.train", str(output / TRAIN)]
     if VALIDATION in prepared.splits:
         words += ["--data.validation", str(output / VALIDATION)]
     words += ["--data.max_length", str(found.max_length)]
-    return f"Done: {output} holds the rows, summary.json and coverage.svg. To train on them:\n  {shlex.join(words)}"
+    return f"{output} holds the rows, summary.json and coverage.svg. To train on them:\n  {shlex.join(words)}"

@@ -1,0 +1,157 @@
+"""``specforge prepare rows``: what it prints and leaves behind, and its faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from quickstart_prompts import QUICKSTART, VERIFIER
+
+from specforge.__main__ import main
+from specforge.data.encoding import RowEncoder
+
+CHATS = [
+    {"conversations": [{"from": "human", "value": f"What is {number}?"}, {"from": "gpt", "value": f"It is {number}."}]}
+    for number in range(300)
+]
+
+
+def rows(*words) -> int:
+    return main(["prepare", "rows", *map(str, words)])
+
+
+@pytest.fixture
+def source(write_rows) -> Path:
+    return write_rows("chats.jsonl", CHATS)
+
+
+@pytest.fixture
+def words(source, tmp_path) -> list[str]:
+    return [str(source), "--verifier", str(VERIFIER), "--output", str(tmp_path / "rows")]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_rows_are_shown_prepared_and_told_of(words, tmp_path, capsys, monkeypatch):
+    assert rows(*words, "--show", 1, "--workers", 1, "--long_rows", "drop") == 0
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines()]
+    assert "⟦It is 0.<|im_end|>⟧" in printed
+    splits = json.loads((tmp_path / "rows" / "summary.json").read_text())["splits"]
+    assert ["rows", str(splits["train"]["rows"]), str(splits["validation"]["rows"]), "300"] in lines
+    assert lines[-2][:3] == ["Done:", str(tmp_path / "rows"), "holds"]
+    assert (tmp_path / "rows" / "coverage.svg").read_text().startswith("<?xml")
+
+    before = contents(tmp_path / "rows")
+    monkeypatch.setattr(RowEncoder, "encode", lambda *_: pytest.fail("tokenised again"))
+    assert rows(*words, "--long_rows", "drop") == 0
+    again = capsys.readouterr().out
+    assert printed.endswith(again.replace("Nothing was left to do", "Done"))
+    assert contents(tmp_path / "rows") == before
+
+
+def test_fit_takes_what_the_last_line_says(words, capsys, tmp_path):
+    assert rows(*words, "--max_length", 64, "--workers", 1) == 0
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    assert last[:2] == ["specforge", "fit"]
+    last[last.index("FILE")] = str(QUICKSTART.with_suffix(".yaml"))
+    short = ["--trainer.max_steps", "1", "--trainer.val_check_interval", "1", "--output_dir", str(tmp_path / "runs")]
+    assert main([*last[1:], *short]) == 0
+    assert not (tmp_path / "cache" / "rows").exists()
+
+
+def test_every_flag_reaches_the_workers(words, tmp_path):
+    # A process of its own, which ends as a person's would: killed in the middle, it leaves no workers behind.
+    flags = ["--max_length", "40", "--validation_share", "0.25", "--seed", "7", "--workers", "2"]
+    command = [sys.executable, "-m", "specforge", "prepare", "rows", *words, *flags]
+    killed = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children")
+    while killed.poll() is None and len(workers := children.read_text().split()) < 3:
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    deadline = time.monotonic() + 30
+    while any(is_running(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_running(worker) for worker in workers)
+
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    found = contents(tmp_path / "rows")
+    (tmp_path / "rows").rename(tmp_path / "two")
+    assert rows(*words, *flags[:-1], "1") == 0
+    assert contents(tmp_path / "rows") == found
+
+
+def is_running(worker: str) -> bool:
+    try:
+        return Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_ctrl_c_says_so_and_the_next_run_goes_on(words, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("specforge.data.prepared.require_supervision", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert rows(*words, "--workers", 1) == 130
+    assert "interrupted" in capsys.readouterr().err
+    monkeypatch.setattr(RowEncoder, "encode", lambda *_: pytest.fail("tokenised again"))
+    assert rows(*words, "--workers", 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--sede", "1"], "unknown key 'sede'. Did you mean 'seed'?"),
+        (["--validation_share", "1.5"], "validation_share: must be >=0 and <1"),
+        (["--long_rows", "cut"], "long_rows"),
+        (["--max_length", "many"], "max_length"),
+        (["--workers", "0"], "workers"),
+        (["--verifier", "/no/such/folder"], "verifier: the config.json of /no/such/folder cannot be loaded"),
+        (["--output", ""], "output: is required; give it as --output"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_wrong_flags_are_refused_by_name(words, tmp_path, capsys, changed, message):
+    assert rows(*words, *changed) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*rows*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "broken.jsonl does not exist; allowed: a .jsonl"),
+        ("", "broken.jsonl is empty; it needs at least one row"),
+        ("\n\n", "broken.jsonl: holds no rows"),
+        (json.dumps(CHATS[0]) + "\n{", "broken.jsonl:2: invalid JSON"),
+        ('{"question": "x"}\n', "broken.jsonl:1: "),
+        ('{"messages": [{"role": "user", "content": 5}]}\n', "broken.jsonl:1: "),
+        ('{"messages": [{"role": "user", "content": "only asked"}]}\n', "broken.jsonl:1: a row without a usable turn"),
+        ('{"input_ids": [1, 2], "loss_mask": [0, 0]}\n', "no supervised token in the whole set"),
+    ],
+)
+@pytest.mark.parametrize("show", ["0", "3"])
+def test_wrong_sources_are_refused_by_place(words, tmp_path, capsys, content, message, show):
+    broken = tmp_path / "broken.jsonl"
+    if content is not None:
+        broken.write_text(content)
+    assert rows(broken, *words[1:], "--show", show, "--workers", 1) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*rows*"))
+
+
+def test_subcommands(capsys):
+    assert main(["prepare", "--help"]) == main(["prepare"]) == 0
+    assert "rows" in capsys.readouterr().out
+    assert main(["prepare", "row"]) == 2
+    assert "Did you mean 'rows'?" in capsys.readouterr().err
+    assert rows() == 2
+    assert "sources: none are given" in capsys.readouterr().err
