@@ -149,7 +149,6 @@ def _write(folder: Path, sources: Sequence[str], recipe: Recipe, workers: int, i
         require_supervision(summaries[TRAIN], ", ".join(sources))
         for writer in writers.values():
             writer.finish(identity_of(recipe.encoder))
-    (folder / _PROGRESS_FILE).unlink()
     if VALIDATION in summaries and not summaries[VALIDATION].rows:
         # The rows are so few that chance held out none; those that it dropped still count.
         shutil.rmtree(folder / VALIDATION)
@@ -157,6 +156,7 @@ def _write(folder: Path, sources: Sequence[str], recipe: Recipe, workers: int, i
     counts = {split: count_stored(folder / split, recipe.encoder.vocabulary_size) for split in summaries}
     prepared = Prepared(identity, summaries, coverage_by_size(counts[TRAIN], counts.get(VALIDATION)))
     prepared.write(folder)
+    (folder / _PROGRESS_FILE).unlink()
     return prepared
 
 

@@ -230,7 +230,8 @@ def _prepared_rows(
             f"{folder}: the rows were prepared for a verifier of {stored.get('vocabulary_size')} ids, this one has "
             f"{vocabulary_size}; prepare them for this verifier"
         )
-    if stored.get("tokenizer") and stored != {**stored, **identity_of(RowEncoder(load_tokenizer(), vocabulary_size))}:
+    tokenizer = stored.get("tokenizer")
+    if tokenizer and tokenizer != identity_of(RowEncoder(load_tokenizer(), vocabulary_size))["tokenizer"]:
         raise UsageError(
             f"{folder}: the rows were prepared with another tokenizer or chat template than this verifier's; prepare "
             "them for this verifier"
