@@ -69,10 +69,16 @@ def test_fit_takes_what_the_last_line_says(words, capsys, tmp_path):
 
 
 def test_every_flag_reaches_the_workers(words, tmp_path):
-    # A process of its own, which ends as a person's would: killed in the middle, it leaves no workers behind.
-    flags = ["--max_length", "40", "--validation_share", "0.25", "--seed", "7", "--workers", "2"]
-    command = [sys.executable, "-m", "specforge", "prepare", "rows", *words, *flags]
-    killed = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    flags = ["--max_length", "40", "--validation_share", "0.25", "--seed", "7", "--workers"]
+    for workers in (1, 2):
+        assert rows(*words, *flags, workers) == 0
+        (tmp_path / "rows").rename(tmp_path / str(workers))
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_a_killed_command_leaves_no_workers_behind(words):
+    command = [sys.executable, "-m", "specforge", "prepare", "rows", *words, "--workers", "2"]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children")
     while killed.poll() is None and len(workers := children.read_text().split()) < 3:
         time.sleep(0.02)
@@ -81,13 +87,7 @@ def test_every_flag_reaches_the_workers(words, tmp_path):
     deadline = time.monotonic() + 30
     while any(is_running(worker) for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(is_running(worker) for worker in workers)
-
-    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
-    found = contents(tmp_path / "rows")
-    (tmp_path / "rows").rename(tmp_path / "two")
-    assert rows(*words, *flags[:-1], "1") == 0
-    assert contents(tmp_path / "rows") == found
+    assert killed.returncode == -signal.SIGKILL and not any(is_running(worker) for worker in workers)
 
 
 def is_running(worker: str) -> bool:

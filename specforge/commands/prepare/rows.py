@@ -76,12 +76,12 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--verifier_revision", type=str | None, default=None, help="Its branch, tag or commit.")
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with it.")
     parser.add_argument("--output", type=str | None, default=None, help="Folder to write; required.")
-    parser.add_argument("--max_length", type=RowLength, default=2048, help="Longest row, in tokens.")
+    parser.add_argument("--max_length", type=RowLength, default=2048, help="Longest row, in tokens; 2048.")
     parser.add_argument(
-        "--long_rows", type=Literal["truncate", "drop"], default="truncate", help="Cut longer rows at the end, or not."
+        "--long_rows", type=Literal["truncate", "drop"], default="truncate", help="Cut longer rows, or leave them out."
     )
-    parser.add_argument("--validation_share", type=Share, default=0.05, help="Share of the rows to hold out; below 1.")
-    parser.add_argument("--seed", type=NonNegativeInt, default=42, help="Chooses which.")
+    parser.add_argument("--validation_share", type=Share, default=0.05, help="Share of the rows to hold out; 0.05.")
+    parser.add_argument("--seed", type=NonNegativeInt, default=42, help="Chooses which; 42.")
     parser.add_argument("--workers", type=PositiveInt | None, default=None, help="Processes; by default one a core.")
     parser.add_argument(
         "--show", type=NonNegativeInt, default=0, help="First print so many rows, supervised tokens set off."
