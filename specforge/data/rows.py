@@ -231,7 +231,7 @@ def _prepared_rows(
             f"{vocabulary_size}; prepare them for this verifier"
         )
     tokenizer = stored.get("tokenizer")
-    if tokenizer and tokenizer != identity_of(RowEncoder(load_tokenizer(), vocabulary_size))["tokenizer"]:
+    if tokenizer and tokenizer != tokenizer_digest(RowEncoder(load_tokenizer(), vocabulary_size)):
         raise UsageError(
             f"{folder}: the rows were prepared with another tokenizer or chat template than this verifier's; prepare "
             "them for this verifier"

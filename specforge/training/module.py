@@ -150,9 +150,9 @@ class DraftModule(LightningModule, ABC):
         assert self._frozen is not None
         return self._frozen[1]
 
-    @property
+    @cached_property
     def feature_needs(self) -> FeatureNeeds:
-        """What is read of the verifier's states."""
+        """What is read of the verifier's states; made once, since the fingerprint opens all of its files."""
         config = self.verifier_config.get_text_config()
         return FeatureNeeds(
             self.verifier_name,
@@ -193,7 +193,7 @@ class DraftModule(LightningModule, ABC):
     def means(self) -> dict[str, StageMetrics]:
         """The metrics of ``val`` and ``test``; once the data are set up."""
         data: DraftDataModule = self.trainer.datamodule
-        verifier = fingerprint(self.verifier_name, self.verifier_loading.revision)
+        verifier = self.feature_needs.fingerprint
         terms = list(self.term_weights)
         return {
             stage: StageMetrics(terms, self.validation_steps, rows, verifier)

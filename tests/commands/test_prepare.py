@@ -155,3 +155,13 @@ def test_subcommands(capsys):
     assert "Did you mean 'rows'?" in capsys.readouterr().err
     assert rows() == 2
     assert "sources: none are given" in capsys.readouterr().err
+
+
+def test_what_is_required_and_what_is_in_the_way(source, words, tmp_path, capsys):
+    assert rows(source) == 2
+    assert "verifier: is required; give it as --verifier" in capsys.readouterr().err
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "letter.txt").write_text("dear")
+    assert rows(*words) == 2
+    assert "rows holds something else" in capsys.readouterr().err
+    assert (tmp_path / "rows" / "letter.txt").read_text() == "dear"

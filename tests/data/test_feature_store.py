@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from child_processes import files, in_child, status_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -62,30 +63,6 @@ def manifest_of(plan: Plan, **options: Any) -> Manifest:
         needs.verifier, needs.fingerprint, None, VOCABULARY, needs.layers, WIDTH, "float32", needs.whole_rows
     )
     return replace(manifest, rows_identity=plan.identity, **options)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Do something in a process of its own; return its id."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except SpecforgeError as error:
-            print(error, flush=True)
-            status = 10 + error.exit_status
-        finally:
-            os._exit(status)
-    return child
-
-
-def status_of(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from child_processes import files, in_child, status_of
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
@@ -43,36 +44,12 @@ def recipe(share: float = 0.2, seed: int = 0, settings: RowSettings = WIDE) -> R
     return Recipe(TOKENS, settings, share, seed)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def ids(rows: TokenRows) -> list[tuple[int, ...]]:
     return [tuple(rows[index]["input_ids"].tolist()) for index in range(len(rows))]
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Do something in a process of its own; return its id."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except SpecforgeError as error:
-            print(error, flush=True)
-            status = 10 + error.exit_status
-        finally:
-            os._exit(status)
-    return child
-
-
 def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
-
-
-def status_of(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.fixture

@@ -171,17 +171,16 @@ def _print_savings(plan: Plan, manifest: Manifest) -> None:
         f"{manifest.token_bytes:,} bytes a token ({manifest.dtype})"
     )
     all_layers = manifest.layers[-1] + 1
-    print(f"  {describe_layers(manifest.layers)} of {all_layers} states: {saved(len(manifest.layers), all_layers)}")
-    print(f"  equal rows once: {saved(plan.unique_tokens, plan.all_tokens)}")
+    print(f"  {describe_layers(manifest.layers)} of {all_layers} states: {_saved(len(manifest.layers), all_layers)}")
+    print(f"  equal rows once: {_saved(plan.unique_tokens, plan.all_tokens)}")
     if not manifest.whole_rows:
-        print(f"  nothing behind the last supervised token: {saved(tokens, plan.unique_tokens)}")
+        print(f"  nothing behind the last supervised token: {_saved(tokens, plan.unique_tokens)}")
     wide = replace(manifest, dtype="bfloat16")
     if manifest.token_bytes < wide.token_bytes:
-        print(f"  {manifest.dtype} instead of bfloat16: {saved(manifest.token_bytes, wide.token_bytes)}")
+        print(f"  {manifest.dtype} instead of bfloat16: {_saved(manifest.token_bytes, wide.token_bytes)}")
 
 
-def saved(size: int, without: int) -> str:
-    """Return how much is saved, as a person reads it."""
+def _saved(size: int, without: int) -> str:
     return f"saves {1 - size / without:.1%}"
 
 

@@ -1,0 +1,33 @@
+"""Work in processes of its own that a test may kill, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from specforge.errors import SpecforgeError
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Do something in a process of its own; return its id."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except SpecforgeError as error:
+            print(error, flush=True)
+            status = 10 + error.exit_status
+        finally:
+            os._exit(status)
+    return child
+
+
+def status_of(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
