@@ -9,9 +9,10 @@ from typing import get_args
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from pydantic import BaseModel, ValidationError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specforge.config import SpeculatorModelConfig
+from specforge.data.verifier_text import VerifierText
 from specforge.decoding.verification import Verification
 from specforge.errors import UsageError, describe_invalid
 from specforge.models.speculator import SpeculatorModel
@@ -125,13 +126,7 @@ def load(found: Namespace, name: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     verifier = load_verifier(name, loading)
     if torch.accelerator.is_available():
         verifier.to(torch.accelerator.current_accelerator())
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=found.verifier_revision, trust_remote_code=found.trust_remote_code
-        )
-    except Exception as error:  # hub, parsing and remote code each raise their own classes
-        raise UsageError(f"verifier: the tokenizer of {name} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return verifier, tokenizer
+    return verifier, VerifierText(name, found.verifier_revision, found.trust_remote_code).tokenizer
 
 
 def load_draft(name: str, verifier: PreTrainedModel) -> SpeculatorModel:
