@@ -97,6 +97,15 @@ def is_running(worker: str) -> bool:
         return False
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """Shells start what they run in the background with Ctrl-C ignored; a test of it must not depend on that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_says_so_and_the_next_run_goes_on(words, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("specforge.data.prepared.require_supervision", lambda *_: os.kill(os.getpid(), signal.SIGINT))
