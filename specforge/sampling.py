@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Generator, Tensor, device
 
 
 class Sampling(BaseModel):
@@ -70,6 +71,9 @@ class Chance:
         """Let events happen with some probability, bool of the same shape."""
         return probability.new_empty(probability.shape).uniform_(generator=self.generator) < probability
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the rows of a batch; of what is drawn here, nothing belongs to a row."""
+
     def draw(self, probabilities: Tensor) -> Tensor:
         """Draw one of V for each row of probabilities [..., V], int64 [...]."""
         rows = probabilities.reshape(-1, probabilities.shape[-1])
@@ -86,3 +90,36 @@ class Chance:
         # The largest sums of log-probabilities and Gumbel noise are such draws; -log of an exponential is Gumbel.
         noise = log_probs.new_empty(log_probs.shape).double().exponential_(generator=self.generator)
         return (log_probs - noise.log()).topk(number, dim=-1).indices
+
+
+class RowChance(Chance):
+    """Draws for each row by a seed of its own: what a row gets does not depend on those beside it.
+
+    Args:
+        seeds: One for each row.
+        number: Most draws that there will be.
+        device: Where the probabilities lie; the draws are the same on any.
+    """
+
+    def __init__(self, seeds: Sequence[int], number: int, device: device) -> None:
+        import torch
+
+        super().__init__()
+        rows = [torch.rand(number, generator=torch.Generator().manual_seed(seed), dtype=torch.double) for seed in seeds]
+        self._uniforms = torch.stack(rows).to(device)
+        self._drawn = 0
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the rows."""
+        self._uniforms = self._uniforms[rows]
+
+    def draw(self, probabilities: Tensor) -> Tensor:
+        """Draw one of V for each row of probabilities [B, ..., V] with one distribution a row, int64 [B, ...]."""
+        import torch
+
+        rows = probabilities.reshape(len(self._uniforms), -1).double().cumsum(-1)
+        places = self._uniforms[:, self._drawn, None] * rows[:, -1:]
+        self._drawn += 1
+        # To the right of equal sums: a token without probability is never drawn.
+        drawn = torch.searchsorted(rows, places, right=True).clamp(max=rows.shape[-1] - 1)
+        return drawn.view(probabilities.shape[:-1])

@@ -27,7 +27,7 @@ from specforge.models.drafter import Drafter
 from specforge.models.speculator import SpeculatorModel
 from specforge.proposals.proposal import Proposal, Proposer
 from specforge.registry import installed
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import Chance, RowChance, Sampling
 from specforge.verifier.features import Features, check_logits
 from specforge.verifier.parts import VerifierParts
 
@@ -131,27 +131,39 @@ class Decoder:
             )
 
     @torch.no_grad()
-    def decode(self, prompts: Sequence[Tensor], max_new_tokens: int, seed: int | None = None) -> Iterator[Emission]:
+    def decode(
+        self, prompts: Sequence[Tensor], max_new_tokens: int, seed: int | Sequence[int] | None = None
+    ) -> Iterator[Emission]:
         """Decode prompts side by side, round by round.
 
         Args:
             prompts: Tokens of each prompt, int64 [T] each; their lengths may differ.
             max_new_tokens: Most tokens to add to each.
-            seed: Seed of everything random; None takes the device's own state.
+            seed: Seed of everything random; None takes the device's own state. One for each prompt makes its text
+                independent of those beside it, up to rounding; only where nothing is proposed.
 
         Yields:
             What each round adds to each sequence that is still going.
 
         Raises:
             UsageError: A prompt is empty, or leaves no room in the verifier's context.
+            ValueError: There is a seed for each prompt, and a proposal method.
         """
         check_prompts(prompts, self._context)
         if not prompts or max_new_tokens < 1:
             return
         room = [min(max_new_tokens, self._context - len(prompt)) for prompt in prompts]
-        generator = None if seed is None else torch.Generator(self.verifier.device).manual_seed(seed)
         self.times = Times()
-        yield from _Batch(self, [one.to(self.verifier.device) for one in prompts], room, Chance(generator)).rounds()
+        chance = self._chance(seed, max(room))
+        yield from _Batch(self, [one.to(self.verifier.device) for one in prompts], room, chance).rounds()
+
+    def _chance(self, seed: int | Sequence[int] | None, most: int) -> Chance:
+        device = self.verifier.device
+        if not isinstance(seed, Sequence):
+            return Chance(None if seed is None else torch.Generator(device).manual_seed(seed))
+        if self.proposal is not None:
+            raise ValueError("a seed for each prompt: only without a proposal method")
+        return RowChance(seed, most, device)
 
 
 class _Batch:
@@ -287,6 +299,7 @@ class _Batch:
         self.room = [self.room[row] for row in kept]
         self.root = self.root[rows]
         self.passes.cache.select(rows)
+        self.chance.select(rows)
         if self.drafter is not None:
             self.drafter.select(rows)
 
