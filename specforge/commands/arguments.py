@@ -41,6 +41,40 @@ def command_parser(command: str, description: str) -> ArgumentParser:
     return parser
 
 
+def add_verifier_flags(parser: ArgumentParser, verifier: str) -> None:
+    """Add the flags that say which verifier, and how it is loaded.
+
+    Args:
+        parser: The command's.
+        verifier: What ``--help`` says of ``--verifier``.
+    """
+    parser.add_argument("--verifier", type=str | None, default=None, help=verifier)
+    parser.add_argument(
+        "--verifier_dtype", type=VerifierType, default="auto", help="As stored; float32 without an accelerator."
+    )
+    parser.add_argument("--verifier_revision", type=str | None, default=None, help="Its branch, tag or commit.")
+    parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with it.")
+
+
+def answering_parser(command: str, description: str, max_new_tokens: int, verifier: str) -> ArgumentParser:
+    """Return a parser with the flags of a verifier that answers; a command adds its own.
+
+    Args:
+        command: The subcommand's name.
+        description: What it does, for ``--help``.
+        max_new_tokens: Its default.
+        verifier: What ``--help`` says of ``--verifier``.
+    """
+    parser = command_parser(command, description)
+    add_verifier_flags(parser, verifier)
+    parser.add_argument("--temperature", type=float, default=0.0, help=_described(Sampling, "temperature"))
+    parser.add_argument("--top_k", type=int, default=0, help=_described(Sampling, "top_k"))
+    parser.add_argument("--top_p", type=float, default=1.0, help=_described(Sampling, "top_p"))
+    parser.add_argument("--max_new_tokens", type=PositiveInt, default=max_new_tokens, help="Longest response.")
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="Seed of everything random.")
+    return parser
+
+
 def decoding_parser(command: str, description: str, max_new_tokens: int) -> ArgumentParser:
     """Return a parser with the flags of decoding; a command adds its own.
 
@@ -49,27 +83,12 @@ def decoding_parser(command: str, description: str, max_new_tokens: int) -> Argu
         description: What it does, for ``--help``.
         max_new_tokens: Its default.
     """
-    parser = command_parser(command, description)
-    parser.add_argument(
-        "--verifier",
-        type=str | None,
-        default=None,
-        help="Folder or hub id; by default the draft's own.",
-    )
-    parser.add_argument(
-        "--verifier_dtype", type=VerifierType, default="auto", help="As stored; float32 without an accelerator."
-    )
-    parser.add_argument("--verifier_revision", type=str | None, default=None, help="Its branch, tag or commit.")
-    parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with it.")
-    parser.add_argument("--temperature", type=float, default=0.0, help=_described(Sampling, "temperature"))
-    parser.add_argument("--top_k", type=int, default=0, help=_described(Sampling, "top_k"))
-    parser.add_argument("--top_p", type=float, default=1.0, help=_described(Sampling, "top_p"))
+    verifier = "Folder or hub id; by default the draft's own."
+    parser = answering_parser(command, description, max_new_tokens, verifier)
     methods = Verification.model_fields["method"].annotation
     parser.add_argument(
         "--verification", type=methods, default=get_args(methods)[0], help=_described(Verification, "method")
     )
-    parser.add_argument("--max_new_tokens", type=PositiveInt, default=max_new_tokens, help="Longest response.")
-    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="Seed of everything random.")
     return parser
 
 

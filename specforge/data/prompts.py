@@ -26,13 +26,16 @@ class Conversation:
     turns: tuple[list[Message] | list[int], ...]
     location: str
 
-    def prompt(self, turn: int, replies: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    def prompt(
+        self, turn: int, replies: list[str], tokenizer: PreTrainedTokenizerBase, **template_options: Any
+    ) -> list[int]:
         """Return the tokens that a reply follows.
 
         Args:
             turn: Which reply, from 0.
             replies: The replies so far, one before each later turn.
             tokenizer: The verifier's.
+            **template_options: Passed to the chat template.
 
         Raises:
             UsageError: The tokenizer has no chat template, or it refuses the chat.
@@ -40,15 +43,21 @@ class Conversation:
         said = self.turns[turn]
         if said and isinstance(said[0], int):
             return [token for token in said if isinstance(token, int)]
+        try:
+            tokens: list[int] = tokenizer.apply_chat_template(
+                self.chat(turn, replies), add_generation_prompt=True, return_dict=False, **template_options
+            )
+        except Exception as error:  # templates are programs, and fail in their own ways
+            raise UsageError(f"{self.location}: the chat cannot be rendered: {str(error).splitlines()[0]}") from error
+        return tokens
+
+    def chat(self, turn: int, replies: list[str]) -> list[Any]:
+        """Return the messages that a reply follows, the replies so far among them; not where a prompt is tokens."""
         chat: list[Any] = []
         for number, messages in enumerate(self.turns[: turn + 1]):
             chat += [{"role": "assistant", "content": replies[number - 1]}] if number else []
             chat += messages
-        try:
-            tokens: list[int] = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # templates are programs, and fail in their own ways
-            raise UsageError(f"{self.location}: the chat cannot be rendered: {str(error).splitlines()[0]}") from error
-        return tokens
+        return chat
 
 
 def read_prompts(source: str, key: str = "--prompts", limit: int | None = None) -> list[Conversation]:
@@ -71,10 +80,19 @@ def read_prompts(source: str, key: str = "--prompts", limit: int | None = None) 
     for record in read_records(source):
         if limit is not None and len(conversations) == limit:
             break
-        conversations.append(Conversation(tuple(_turns(record)), record.location))
+        conversations.append(read_conversation(record))
     if not conversations:
         raise UsageError(f"{key}: {source} holds no prompts")
     return conversations
+
+
+def read_conversation(record: Record) -> Conversation:
+    """Return the prompts of one row, see ``read_prompts``.
+
+    Raises:
+        UsageError: The row is wrong.
+    """
+    return Conversation(tuple(_turns(record)), record.location)
 
 
 def prompt_set_name(source: str) -> str:

@@ -8,6 +8,8 @@ from importlib import import_module
 from specforge.errors import UsageError, nearest_name
 
 _SUBCOMMANDS = {
+    "responses": "let the verifier answer prompts anew, in this process or through a serving engine",
+    "check": "tell whether responses are the verifier's own",
     "rows": "tokenise conversations, mask what is not supervised, split and count",
     "features": "store the verifier's states over token rows, so that training need not run it",
 }

@@ -1,0 +1,84 @@
+"""``specforge prepare check``: whether the responses of some rows are the verifier's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+
+import torch
+from jsonargparse.typing import PositiveInt
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from specforge.commands.arguments import add_verifier_flags, command_parser, load, parse
+from specforge.data.encoding import RowEncoder
+from specforge.data.sources import Record, check_source, count_records, read_raw_records
+from specforge.errors import UsageError
+from specforge.verifier.policy import PolicyCheck, check_policy
+
+DESCRIPTION = """\
+Tell whether responses are the verifier's own: how probable it finds them, beside how probable its own would be. A draft
+that is trained on text of another hand learns to predict what its verifier does not write.
+
+  specforge prepare check rows.jsonl --verifier HuggingFaceTB/SmolLM2-135M-Instruct --number 64
+
+Exit status 1 says that they are not."""
+
+
+def run(arguments: list[str]) -> int:
+    """Check rows that stand evenly apart, and print the figures."""
+    parser = command_parser("prepare check", DESCRIPTION)
+    parser.add_argument("rows", type=str, nargs="?", help="A file, folder or hub data set with rows.")
+    add_verifier_flags(parser, "Folder or hub id; required.")
+    parser.add_argument("--number", type=PositiveInt, default=64, help="Rows to check.")
+    found = parse(parser, arguments)
+    for name in ("rows", "verifier"):
+        if not getattr(found, name):
+            raise UsageError(f"{name}: is required")
+    check_source(found.rows, "rows")
+    step = max(count_records(found.rows) // found.number, 1)
+    chosen = islice(read_raw_records(found.rows), 0, step * found.number, step)
+    check = check_rows(*load(found, found.verifier), (record.parse() for record in chosen))
+    if check is None:
+        raise UsageError(f"{found.rows}: no response token in the rows that were checked")
+    print_check(check, Console(highlight=False))
+    return 0 if check.is_own else 1
+
+
+def check_rows(
+    verifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Iterable[Record]
+) -> PolicyCheck | None:
+    """Compare the responses of rows with what a verifier would have written; None where there are none.
+
+    A row is taken to be drawn as its ``origin`` says, or else at temperature 1.
+
+    Raises:
+        UsageError: A row is refused; the message names the place.
+    """
+    encoder = RowEncoder(tokenizer, verifier.config.get_text_config().vocab_size)
+    return check_policy(
+        verifier,
+        (
+            (
+                torch.from_numpy(row.input_ids).long(),
+                torch.from_numpy(row.loss_mask),
+                1.0 if row.origin is None else row.origin.temperature,
+            )
+            for record in records
+            for row in encoder.encode([record])
+        ),
+    )
+
+
+def print_check(check: PolicyCheck, console: Console) -> None:
+    """Print the figures of a check and what follows from them."""
+    verdict = "they can be the verifier's own" if check.is_own else "THEY ARE NOT THE VERIFIER'S OWN"
+    console.print(
+        Text(
+            f"Check of {check.rows:,} rows, {check.tokens:,} tokens: mean log-probability {check.log_prob:.3f}, "
+            f"{check.expected:.3f} expected of the verifier's own, at least {check.limit:.3f}: {verdict}.",
+            style="" if check.is_own else "bold red",
+        ),
+        soft_wrap=True,
+    )

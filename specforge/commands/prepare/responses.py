@@ -1,0 +1,224 @@
+"""``specforge prepare responses``: the verifier's own answers to prompts, which a draft has to learn to predict."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from specforge.commands.arguments import answering_parser, load, parse, sampling_of
+from specforge.commands.prepare.check import check_rows, print_check
+from specforge.commands.prepare.in_process import VerifierAnswerer
+from specforge.data.responses.asking import Answer, Asking, Keep, Prompt, Refuse
+from specforge.data.responses.journal import Journal
+from specforge.data.responses.writing import RESPONSES_FILE, Responses, check_output, write_responses
+from specforge.data.sources import Record, check_source, source_fingerprint
+from specforge.data.verifier_text import VerifierText
+from specforge.errors import UsageError
+from specforge.verifier.fingerprint import fingerprint
+from specforge.verifier.policy import PolicyCheck
+
+if TYPE_CHECKING:
+    from specforge.data.responses.engines import EndpointAnswerer
+
+DESCRIPTION = """\
+Let the verifier answer prompts anew, turn by turn: a draft has to predict what its verifier writes, not what somebody
+else wrote. The verifier answers in this process, or any engine with OpenAI's chat completions does (vLLM, SGLang,
+transformers serve). A run that was ended in any way goes on where it was when the same command is typed again.
+
+  specforge prepare responses prompts.jsonl --verifier HuggingFaceTB/SmolLM2-135M-Instruct --output responses
+  specforge prepare responses chats.jsonl --endpoint http://localhost:8000/v1 --temperature 0.7 --output responses
+  specforge prepare responses chats.jsonl --endpoint URL_A URL_B --concurrency 256 --verifier MODEL --output responses
+
+A prompt is a row with turns, messages (replies in it are left out), ShareGPT conversations, prompt, or input_ids and
+loss_mask. An API key is read from OPENAI_API_KEY.
+
+Writes --output/responses.jsonl, in the order of the prompts, and summary.json."""
+
+
+def run(arguments: list[str]) -> int:
+    """Let prompts be answered, and print what came of it."""
+    found = parse(_parser(), arguments)
+    _check_flags(found)
+    asking = Asking(sampling_of(found), found.max_new_tokens, found.seed, found.thinking)
+    verifier = _Verifier(found)
+    identity = verifier.identity if found.verifier else {}
+    answer, name, who = verifier.answerer(asking), found.verifier, identity
+    if found.endpoint:
+        endpoints = _endpoints(found, asking)
+        answer, name, who = endpoints.answer, endpoints.model, {"model": endpoints.model}
+    how = {**asking.sampling.model_dump(), "max_new_tokens": asking.max_new_tokens, "seed": asking.seed}
+    settings = {
+        "prompts": [source_fingerprint(source) for source in found.sources],
+        "limit": found.limit,
+        **who,
+        **how,
+        "thinking": asking.thinking,
+    }
+
+    def conclude(journal: Journal) -> tuple[dict[str, Any], dict[str, Any]]:
+        check = verifier.check(journal, asking) if found.verifier and found.check else None
+        doubt = _doubt(found, journal, check)
+        origin = {
+            "model": name if doubt is None else f"{name} ({doubt})",
+            "fingerprint": "" if doubt is not None else identity["verifier"],
+            **how,
+            "thinking": asking.thinking,
+            "template": identity.get("template"),
+            "revision": found.verifier_revision,
+        }
+        return origin, {"doubt": doubt, "check": None if check is None else vars(check)}
+
+    responses = write_responses(found.sources, found.limit, settings, Path(found.output), answer, conclude)
+    _print(responses, Console(highlight=False))
+    print(f"\n{_closing_line(found)}")
+    return 0
+
+
+class _Verifier:
+    """The verifier that is named, loaded as far as it is needed."""
+
+    def __init__(self, found: Namespace) -> None:
+        self._found = found
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from others."""
+        text = VerifierText(self._found.verifier, self._found.verifier_revision, self._found.trust_remote_code)
+        template = str(text.tokenizer.chat_template or "")
+        if self._found.thinking is not None and "enable_thinking" not in template:
+            raise UsageError("--thinking: the chat template of this verifier has no switch enable_thinking")
+        return {
+            "verifier": fingerprint(self._found.verifier, self._found.verifier_revision),
+            "verifier_dtype": self._found.verifier_dtype,
+            "template": hashlib.sha256(template.encode()).hexdigest()[:16],
+        }
+
+    @cached_property
+    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """All of it."""
+        return load(self._found, self._found.verifier)
+
+    def answerer(self, asking: Asking) -> Answer:
+        """Return what lets it answer; it is loaded when it is asked."""
+
+        def answer(prompts: Iterator[Prompt], keep: Keep, refuse: Refuse) -> None:
+            VerifierAnswerer(*self.loaded, asking, self._found.batch_size).answer(prompts, keep, refuse)
+
+        return answer
+
+    def check(self, journal: Journal, asking: Asking) -> PolicyCheck | None:
+        """Tell how rows that stand evenly apart look to it."""
+        step = max(journal.tally.rows // self._found.check, 1)
+        rows = islice(journal.rows(), 0, step * self._found.check, step)
+        origin = {"model": self._found.verifier, "fingerprint": "", **asking.sampling.model_dump()}
+        records = (Record({**row, "origin": origin}, f"response {step * n + 1}") for n, row in enumerate(rows))
+        return check_rows(*self.loaded, records)
+
+
+def _parser() -> ArgumentParser:
+    parser = answering_parser(
+        "prepare responses",
+        DESCRIPTION,
+        max_new_tokens=1024,
+        verifier="Folder or hub id. With --endpoint only to check that the engine serves it; it must fit in here.",
+    )
+    parser.add_argument("sources", type=str, nargs="*", help="Files, folders or hub data sets with prompts.")
+    parser.add_argument("--output", type=str | None, default=None, help="Folder to write; required.")
+    parser.add_argument("--limit", type=PositiveInt | None, default=None, help="Only so many prompts.")
+    parser.add_argument(
+        "--thinking", type=bool | None, default=None, help="Switch enable_thinking of the chat template; as it has it."
+    )
+    parser.add_argument("--batch_size", type=PositiveInt, default=16, help="In process: answers side by side.")
+    parser.add_argument(
+        "--endpoint", type=str, nargs="+", default=[], help="Engines to ask, by URL, such as http://localhost:8000/v1."
+    )
+    parser.add_argument("--model", type=str | None, default=None, help="The engines' name for the verifier.")
+    parser.add_argument("--concurrency", type=PositiveInt, default=64, help="Conversations in flight, all in all.")
+    parser.add_argument(
+        "--max_failures", type=PositiveInt, default=8, help="Requests in a row that fail until an engine is given up."
+    )
+    parser.add_argument("--retries", type=NonNegativeInt, default=4, help="Of a request, before it counts as failed.")
+    parser.add_argument("--timeout", type=PositiveFloat, default=600.0, help="Seconds that an answer may take.")
+    parser.add_argument(
+        "--check", type=NonNegativeInt, default=16, help="Rows to check for being the verifier's own; 0: none."
+    )
+    return parser
+
+
+def _check_flags(found: Namespace) -> None:
+    if not found.sources:
+        raise UsageError("sources: none are given; name at least one file, folder or hub data set with prompts")
+    if not found.output:
+        raise UsageError("output: is required; give it as --output, or in the file of --config")
+    if not found.verifier and not found.endpoint:
+        raise UsageError("who answers? give --verifier MODEL, or --endpoint URL for an engine that serves it")
+    for source in found.sources:
+        check_source(source, "sources")
+    check_output(Path(found.output))
+
+
+def _endpoints(found: Namespace, asking: Asking) -> EndpointAnswerer:
+    # The client takes a second to import.
+    from specforge.data.responses.engines import EndpointAnswerer, EndpointSettings
+
+    settings = EndpointSettings(
+        found.endpoint, found.model, found.concurrency, found.max_failures, found.retries, found.timeout
+    )
+    return EndpointAnswerer(settings, asking)
+
+
+def _doubt(found: Namespace, journal: Journal, check: PolicyCheck | None) -> str | None:
+    """Return why it is not known that the rows are the verifier's very tokens; None where it is."""
+    if check is not None and not check.is_own:
+        return "the check says that its responses are not this verifier's"
+    if not found.endpoint:
+        return None
+    if check is None:
+        return "not checked against a verifier" if found.verifier else "no verifier is given to check against"
+    if journal.tally.with_tokens < journal.tally.conversations:
+        return "the engine returns no token ids, so that the tokens are known by their text alone"
+    return None
+
+
+def _print(responses: Responses, console: Console) -> None:
+    tally = responses.tally
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right", no_wrap=True)
+    table.add_row("conversations", f"{tally.conversations:,}")
+    table.add_row("rows", f"{tally.rows:,}")
+    table.add_row("replies", f"{tally.replies:,}")
+    table.add_row("tokens of the verifier", f"{tally.tokens:,}")
+    for reason, number in sorted(tally.finishes.items()):
+        table.add_row(f"replies that ended by {reason}", f"{number:,}")
+    table.add_row("refused prompts", f"{len(responses.refused):,}")
+    table.add_row(
+        "rows with token ids", "all" if tally.with_tokens == tally.conversations else f"{tally.with_tokens:,}"
+    )
+    console.print(table)
+    for location, reason in islice(responses.refused.items(), 3):
+        console.print(Text(f"refused: {location}: {reason}", style="yellow"))
+    if responses.notes["check"]:
+        print_check(PolicyCheck(**responses.notes["check"]), console)
+    if doubt := responses.notes["doubt"]:
+        console.print(
+            Text(f"Acceptance lengths on these rows will be called a proxy: {doubt}.", style="yellow"), soft_wrap=True
+        )
+
+
+def _closing_line(found: Namespace) -> str:
+    rows = Path(found.output) / RESPONSES_FILE
+    words = ["specforge", "prepare", "rows", str(rows), "--verifier", found.verifier or "MODEL", "--output", "rows"]
+    return f"Done: {rows} holds the responses, summary.json what came of them. Next:\n  {shlex.join(words)}"

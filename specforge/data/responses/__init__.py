@@ -1,0 +1,1 @@
+"""Responses that a verifier writes to prompts: how they are asked for, kept on the way and put together."""

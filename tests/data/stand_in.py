@@ -1,0 +1,137 @@
+"""An engine that stands in for a real one, to have the faults that a real one has seldom: on loopback, no model."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+MODEL = "stand-in"
+Fault = Callable[[dict[str, Any]], "int | None"]
+
+
+def reply_ids(body: dict[str, Any]) -> list[int]:
+    """What it says: tokens that hang on the chat and the seed alone, 2 at the end."""
+    said = sum(len(one["content"]) for one in body["messages"])
+    return [*(10 + (body["seed"] + said + step) % 50 for step in range(3)), 2]
+
+
+def prompt_ids(messages: list[dict[str, str]]) -> list[int]:
+    """What it reads: 1, the characters of a message and 3; a reply stands for the tokens that it is made of."""
+    tokens = []
+    for one in messages:
+        if one["role"] == "assistant":
+            tokens += [*map(int, one["content"].split()), 2]
+        else:
+            tokens += [1, *(60 + ord(letter) % 40 for letter in one["content"]), 3]
+    return tokens
+
+
+class StandIn:
+    """The engine.
+
+    Attributes:
+        requests: Bodies of all requests but the probes (which ask for one token).
+        fault: Returns the status that a request fails with; None for none. 0 closes the connection.
+        delay: Seconds that an answer takes.
+        token_ids: Whether it returns them, as vLLM does.
+        refused_fields: Fields that it refuses, as a strict engine does.
+        keys: API keys that it was shown.
+        most_at_once: Most requests that were there at a time.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.fault: Fault = lambda body: None
+        self.delay = 0.0
+        self.token_ids = True
+        self.finish = "stop"
+        self.refused_fields: set[str] = set()
+        self.keys: set[str | None] = set()
+        self.models = [MODEL]
+        self.most_at_once = self._at_once = 0
+        self.probes = 0
+        self.lock = threading.Lock()
+        self.url = ""
+
+    def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if refused := self.refused_fields & set(body):
+            return 422, {"detail": f"Unexpected fields in the request: {refused}"}
+        if (status := self.fault(body)) is not None:
+            return status, {"error": {"message": f"fault {status}"}}
+        if body["model"] != MODEL:
+            return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        ids = reply_ids(body)
+        message = {"role": "assistant", "content": " ".join(map(str, ids[:-1]))}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": self.finish, "message": message}
+        answer: dict[str, Any] = {"id": "x", "object": "chat.completion", "created": 0, "model": MODEL}
+        if self.token_ids and body.get("return_token_ids"):
+            choice["token_ids"], answer["prompt_token_ids"] = ids, prompt_ids(body["messages"])
+        usage = {"prompt_tokens": 1, "completion_tokens": len(ids), "total_tokens": 1 + len(ids)}
+        return 200, {**answer, "choices": [choice], "usage": usage}
+
+    def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        with self.lock:
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+            if body["max_tokens"] > 1:
+                self.requests.append(body)
+            else:
+                self.probes += 1
+        time.sleep(self.delay if body["max_tokens"] > 1 else 0)
+        try:
+            return self.answer(body)
+        finally:
+            with self.lock:
+                self._at_once -= 1
+
+
+@contextmanager
+def serving() -> Iterator[StandIn]:
+    """Run a stand-in on a free port."""
+    engine = StandIn()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._send(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in engine.models]})
+
+        def do_POST(self) -> None:
+            engine.keys.add(self.headers.get("Authorization"))
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            status, answer = engine.complete(body)
+            if status:
+                self._send(status, answer)
+            else:
+                self.close_connection = True
+
+        def _send(self, status: int, answer: dict[str, Any]) -> None:
+            content = json.dumps(answer).encode()
+            try:
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+            except OSError:
+                pass  # whoever asked has gone
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # the default of 5 turns many at once away
+
+    server = Server(("127.0.0.1", 0), Handler)
+    engine.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield engine
+    finally:
+        server.shutdown()
+        server.server_close()
