@@ -241,7 +241,7 @@ def _prepared_rows(
     if longest > max_length:
         raise UsageError(
             f"{folder}: the longest row has {longest} tokens, max_length is {max_length}; raise it to {longest}, or "
-            "prepare the rows with a shorter --max-length"
+            "prepare the rows with a shorter --max_length"
         )
     return rows
 

@@ -216,7 +216,7 @@ class TestCheck:
 class TestKilled:
     @pytest.fixture
     def many(self, write_rows) -> Path:
-        return write_rows("many.jsonl", [{"turns": [f"How many are {n} and 5?", "Why?"]} for n in range(150)])
+        return write_rows("many.jsonl", [{"turns": [f"How many are {n} and 5?", "Why?"]} for n in range(250)])
 
     @pytest.fixture
     def processes(self, monkeypatch) -> Any:
@@ -231,7 +231,7 @@ class TestKilled:
         words = ["--temperature", temperature, "--batch-size", 5, "--max_new_tokens", 5, "--check", 2]
         journal = tmp_path / ".out.partial" / "journal.jsonl"
         chance = random.Random(temperature)
-        for _ in range(5):
+        for _ in range(10):
             size = journal.stat().st_size if journal.exists() else 0
             child = processes.Process(target=in_process, args=(many, tmp_path / "out", *words))
             child.start()
@@ -243,7 +243,7 @@ class TestKilled:
             child.join()
             assert child.exitcode == -signal.SIGKILL
         with Journal(journal) as kept:
-            assert 25 <= len(kept.finished) < 150
+            assert 50 <= len(kept.finished) < 250
         in_process(many, tmp_path / "out", *words)
         in_process(many, tmp_path / "undisturbed", *words)
         for name in ("responses.jsonl", "summary.json"):

@@ -137,7 +137,7 @@ class TestWithoutTokenIds:
         engine.finish = "length"
         assert write(prompts, tmp_path / "tokens", engine).tally.finishes["length"] == 45
         engine.token_ids = False
-        with pytest.raises(SpecforgeError, match=r"none of the 30 .*the reply ended by length: .*--max-new-tokens"):
+        with pytest.raises(SpecforgeError, match=r"none of the 30 .*the reply ended by length: .*--max_new_tokens"):
             write(prompts, tmp_path / "text", engine)
 
     def test_prompts_of_tokens_are_left_out(self, engine, write_lines, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.text import Text
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specforge.commands.arguments import add_verifier_flags, command_parser, load, parse
@@ -65,7 +66,7 @@ def check_rows(
                 torch.from_numpy(row.loss_mask),
                 1.0 if row.origin is None else row.origin.temperature,
             )
-            for record in records
+            for record in tqdm(records, "check", unit=" rows", disable=None)  # None shows it on a terminal only
             for row in encoder.encode([record])
         ),
     )

@@ -32,7 +32,7 @@ hold out a validation share, and count what draft vocabularies would cover. Sour
 that was ended in any way goes on where it was when the same command is typed again.
 
   specforge prepare rows chats.jsonl --verifier HuggingFaceTB/SmolLM2-135M-Instruct --output rows --show 2
-  specforge prepare rows sharegpt.jsonl owner/name:train --verifier MODEL --output rows --max-length 4096
+  specforge prepare rows sharegpt.jsonl owner/name:train --verifier MODEL --output rows --max_length 4096
 
 A source is a .jsonl file, a folder of rows or of datasets.save_to_disk, or a hub data set as owner/name:split. A row
 holds messages, ShareGPT conversations, prompt and response, text, or input_ids and loss_mask.

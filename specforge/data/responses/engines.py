@@ -176,7 +176,7 @@ def _require_whole(reply: Reply) -> None:
     if reply.finish != "stop":
         raise Refused(
             f"the reply ended by {reply.finish}: without token ids, a row of its text would have an end that the "
-            "verifier did not write; raise --max-new-tokens, or serve it with an engine that returns token ids (vLLM)"
+            "verifier did not write; raise --max_new_tokens, or serve it with an engine that returns token ids (vLLM)"
         )
     if not reply.text.strip():
         raise Refused("the reply is empty, and the engine returns no token ids")
