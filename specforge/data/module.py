@@ -21,7 +21,7 @@ from specforge.data.features.recording import FeatureRecorder
 from specforge.data.features.store import FeatureStore
 from specforge.data.loader import PackedSampler, ResumableLoader
 from specforge.data.packing import PackedRows, collate, pack
-from specforge.data.rows import TokenRows, build_rows, tokenizer_digest
+from specforge.data.rows import TokenRows, build_rows, is_built, tokenizer_digest
 from specforge.data.sources import check_source
 from specforge.data.summary import RowSettings
 from specforge.data.verifier_text import VerifierText
@@ -143,6 +143,15 @@ class DraftDataModule(LightningDataModule):
     def test_rows(self) -> TokenRows | None:
         """The test rows, or None when there are none."""
         return self._packed["test"].rows if "test" in self._packed else None
+
+    @property
+    def is_built(self) -> bool:
+        """Whether the rows of every source are there, so that `setup` only opens them."""
+        return all(
+            is_built(source, lambda: self.tokenizer, self.vocabulary_size, self.row_settings, self.cache_dir)
+            for source in self._sources.values()
+            if source is not None
+        )
 
     def prepare_data(self) -> None:
         """Build the caches; Lightning calls it in one process a node."""

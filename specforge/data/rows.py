@@ -128,16 +128,28 @@ def build_rows(
     if (Path(source) / ROWS_FILE).is_file():
         rows = _prepared_rows(Path(source), load_tokenizer, vocabulary_size, settings.max_length)
     else:
-        encoder = make_encoder([source], load_tokenizer, vocabulary_size)
-        recipe = Recipe(encoder, settings)
-        identity = json.dumps([source_fingerprint(source), recipe.identity])
-        folder = cache_dir / hashlib.sha256(identity.encode()).hexdigest()
+        recipe = Recipe(make_encoder([source], load_tokenizer, vocabulary_size), settings)
+        folder = _cache_folder(source, recipe, cache_dir)
         ensure_folder(folder, lambda target: _write_rows(target, source, recipe), is_whole)
         rows = open_rows(folder, vocabulary_size)
     # The first token of a row has nothing before it: a mask of all ones may leave it out.
     if rows.summary.supervised_tokens >= rows.summary.tokens - rows.summary.rows:
         warnings.warn(f"{source}: every token is supervised; is that meant, or is the loss mask missing?", stacklevel=2)
     return rows
+
+
+def is_built(
+    source: str,
+    load_tokenizer: Callable[[], PreTrainedTokenizerBase],
+    vocabulary_size: int,
+    settings: RowSettings,
+    cache_dir: Path,
+) -> bool:
+    """Tell whether ``build_rows`` would find the rows of a source ready; the arguments are the same."""
+    if (Path(source) / ROWS_FILE).is_file():
+        return True
+    recipe = Recipe(make_encoder([source], load_tokenizer, vocabulary_size), settings)
+    return is_whole(_cache_folder(source, recipe, cache_dir))
 
 
 def make_encoder(
@@ -216,6 +228,11 @@ def _count_supervised(batches: Iterable[pa.Table | pa.RecordBatch], vocabulary_s
         supervised = pc.list_flatten(batch["input_ids"]).filter(pc.list_flatten(batch["loss_mask"]))
         counts += np.bincount(supervised.to_numpy(), minlength=vocabulary_size)
     return torch.from_numpy(counts)
+
+
+def _cache_folder(source: str, recipe: Recipe, cache_dir: Path) -> Path:
+    identity = json.dumps([source_fingerprint(source), recipe.identity])
+    return cache_dir / hashlib.sha256(identity.encode()).hexdigest()
 
 
 def _prepared_rows(
