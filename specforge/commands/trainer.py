@@ -26,21 +26,35 @@ def test(arguments: list[str]) -> int:
     return _run("test", arguments)
 
 
-def _run(subcommand: str, arguments: list[str]) -> int:
-    algorithms = installed().all(Algorithm)
+def choose(arguments: list[str], help_text: str) -> Algorithm | None:
+    """Find the algorithm that a command line asks to train; None where it asks for help alone, which is printed.
+
+    Args:
+        arguments: The words after the subcommand.
+        help_text: What to print.
+
+    Raises:
+        UsageError: None is chosen, or it cannot be trained.
+    """
     from specforge.training.config_files import choose_algorithm
 
     name = choose_algorithm(arguments)
     if name is None:
         if {"-h", "--help"} & set(arguments):
-            print(_help(subcommand, algorithms))
-            return 0
-        raise UsageError(
-            f"no algorithm is chosen; give --config FILE, or --algorithm with one of: {', '.join(algorithms)}"
-        )
+            print(help_text)
+            return None
+        names = ", ".join(installed().all(Algorithm))
+        raise UsageError(f"no algorithm is chosen; give --config FILE, or --algorithm with one of: {names}")
     algorithm = installed().find(Algorithm, name)
     if algorithm.module is None or algorithm.data is None:
         raise UsageError(f"the algorithm {name!r} can be loaded, but its plugin does not train it yet")
+    return algorithm
+
+
+def _run(subcommand: str, arguments: list[str]) -> int:
+    algorithm = choose(arguments, _help(subcommand, installed().all(Algorithm)))
+    if algorithm is None:
+        return 0
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from specforge.training.cli import TrainingCLI
