@@ -14,6 +14,7 @@ def specforge_commands() -> Iterable[Command]:
     """The subcommands of the core."""
     return [
         Command("prepare", "make ready what a draft is trained on", "specforge.commands.prepare:run"),
+        Command("estimate", "say what a run will take, before it begins", "specforge.commands.estimate:run"),
         Command("fit", "train a draft", "specforge.commands.trainer:fit"),
         Command("validate", "measure a trained draft on the validation data", "specforge.commands.trainer:validate"),
         Command("test", "measure a trained draft on the test data", "specforge.commands.trainer:test"),

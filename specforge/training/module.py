@@ -133,6 +133,11 @@ class DraftModule(LightningModule, ABC):
         return {term.name: term.weight for term in self.terms}
 
     @property
+    def besides_steps(self) -> list[str]:
+        """What a run does besides its steps and takes time for, a sentence each; nothing, unless a plugin says so."""
+        return []
+
+    @property
     def stored_verifier_name(self) -> str:
         """What a checkpoint says of the verifier: a hub id, or a folder as it is found from anywhere."""
         folder = Path(self.verifier_name)

@@ -32,7 +32,8 @@ MAY_KNOW = {
     "evaluation": DRAFTS | {"data"},
     "training": DRAFTS | {"data"},
     "checkpoints": DRAFTS | {"data"},
-    "commands": DRAFTS | {"data", "training", "checkpoints", "evaluation"},
+    "estimation": DRAFTS | {"data", "training"},
+    "commands": DRAFTS | {"data", "training", "checkpoints", "evaluation", "estimation"},
     # The package's front door hands out names of two rooms on first use.
     "__init__": {"config", "models"},
 }

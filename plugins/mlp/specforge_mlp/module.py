@@ -95,6 +95,17 @@ class MLPModule(DraftModule):
         """Whether the verifier writes text, in stage 2."""
         return self.settings_of_stage_two is not None
 
+    @property
+    def besides_steps(self) -> list[str]:
+        """Stage 2 decodes."""
+        stage = self.settings_of_stage_two
+        if stage is None:
+            return []
+        return [
+            f"Stage 2 is counted like stage 1; that the verifier writes up to {stage.new_tokens:,} tokens for each "
+            f"prompt of {stage.prompt_length:,} comes on top, unless data.stage_two gives them."
+        ]
+
     @cached_property
     def first_step_of_stage_two(self) -> int:
         """The first optimizer step of stage 2; only where there is one."""

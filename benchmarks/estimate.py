@@ -1,0 +1,98 @@
+"""Compare ``specforge estimate`` with real training steps: operations, memory and time, on the CPU with one thread.
+
+Takes the words of ``specforge fit``. Rows are printed for ``docs/estimate.md``::
+
+    OMP_NUM_THREADS=1 python benchmarks/estimate.py --config configs/quickstart.yaml
+
+Eight steps are timed, by processor time of this process, so that others on the machine do not count; over them, the
+most memory that the process has is read, less what it has before verifier and draft are made. Eight more are counted
+by torch's ``FlopCounterMode``. Needs Linux, where the most memory so far can be forgotten.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.flop_counter import FlopCounterMode
+
+from specforge.commands.estimate import EstimateCLI, estimate
+from specforge.commands.trainer import choose
+from specforge.estimation.shapes import MORE_FORMULAS
+from specforge.estimation.table import in_bytes
+from specforge.training.cli import TrainingCLI
+
+WARMUP, STEPS = 2, 8
+FIT_ONLY = [
+    *("--trainer.max_steps", str(WARMUP + 2 * STEPS), "--trainer.limit_val_batches", "0"),
+    *("--trainer.enable_progress_bar", "false", "--trainer.logger", "false"),
+]
+
+
+class Measure(Callback):
+    """Measures time and memory over some steps, then counts the operations of as many."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.base = self.memory = self.flops = self.tokens = self.counted_tokens = 0
+        self._counter = FlopCounterMode(display=False, custom_mapping=MORE_FORMULAS)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note what the process has before the models are made."""
+        self.base = _status("VmRSS")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin to measure, or to count."""
+        tokens = int((batch["document_ids"] >= 0).sum())
+        if batch_idx == WARMUP:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.seconds -= time.process_time()
+        if WARMUP <= batch_idx < WARMUP + STEPS:
+            self.tokens += tokens
+        if batch_idx == WARMUP + STEPS:
+            self.seconds += time.process_time()
+            self.memory = _status("VmHWM") - self.base
+            self._counter.__enter__()
+        if batch_idx >= WARMUP + STEPS:
+            self.counted_tokens += tokens
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop counting."""
+        self._counter.__exit__(None, None, None)
+        self.flops = self._counter.get_total_flops()
+
+
+def main(arguments: list[str]) -> None:
+    """Measure, estimate, and print both."""
+    torch.set_num_threads(1)
+    algorithm = choose(arguments, __doc__ or "")
+    if algorithm is None:
+        return
+    measure = Measure()
+    with tempfile.TemporaryDirectory() as folder:
+        fit = TrainingCLI(algorithm, [*arguments, *FIT_ONLY, "--output_dir", folder], "fit")
+        fit.trainer.callbacks.append(measure)
+        fit.run()
+    found = estimate(EstimateCLI(algorithm, arguments, "estimate"))
+    shortest, longest = (one / found.tokens_per_step * 1e3 for one in found.seconds_per_step)
+    rate = measure.flops / measure.counted_tokens * measure.tokens / measure.seconds
+    print(f"operations a token: {found.total_flops:,.0f}, counted {measure.flops / measure.counted_tokens:,.0f}")
+    print(f"memory: {in_bytes(found.memory.peak)}, measured {in_bytes(measure.memory)}")
+    print(f"time a token: {shortest:.3f} to {longest:.3f} ms, measured {measure.seconds / measure.tokens * 1e3:.3f} ms")
+    print(f"utilisation: {rate / found.device_flops:.1%} of {found.device_flops / 1e9:,.1f} GFLOP/s")
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,202 @@
+"""``specforge estimate``: what a run of ``fit`` will take, before anything is started."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from typing import Any
+
+import torch
+from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+from tqdm import tqdm
+
+from specforge.commands.trainer import choose
+from specforge.errors import UsageError
+from specforge.estimation.device import measured_flops
+from specforge.estimation.estimate import ACCELERATOR_UTILISATION, CPU_UTILISATION, Estimate, Plan, flops_per_token
+from specforge.estimation.step import Rehearsal, StepMemory
+from specforge.estimation.table import print_estimate
+from specforge.estimation.text import Text, counted_text, given_text
+from specforge.training.cli import TrainingCLI
+from specforge.training.module import DraftModule
+
+FLAGS = ("--tokens", "--supervised_share", "--device_flops")
+HELP = """\
+usage: specforge estimate --config FILE [--config FILE ...] [--KEY VALUE ...]
+                          [--tokens N --supervised_share S] [--device_flops F]
+
+Say what specforge fit, with the same configuration, will take: disk for stored features, memory on each device,
+operations a token, and time. Nothing is loaded: the verifier's config.json is enough, and the training step is the
+real one, run with tensors that have shapes and no values.
+
+  specforge estimate --config configs/quickstart.yaml
+  specforge estimate --config FILE --verifier meta-llama/Llama-3.1-8B-Instruct --tokens 1000000000 \\
+    --supervised_share 0.6 --trainer.precision bf16-mixed --trainer.accelerator gpu --device_flops 989e12
+
+  --tokens N              Tokens of an epoch, where the rows are not there yet. Without it, the rows of data.train are
+                          counted: prepared ones, those of an earlier run, or a small file.
+  --supervised_share S    Share of those tokens that is supervised, from 0 to 1 (default: 1, which costs most).
+  --device_flops F        Operations a second of one device on large matrix products, such as 989e12 for an H100 in
+                          bfloat16. Without it, a second of matrix products is timed here.
+
+All settings of an algorithm: specforge estimate --algorithm NAME --help"""
+
+
+class EstimateCLI(TrainingCLI):
+    """The command line of ``fit``, with what it needs besides to look ahead; builds module and data alone."""
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add this command's own flags to those of a run."""
+        parser.add_argument(
+            "--tokens", type=PositiveInt | None, default=None, help="Tokens of an epoch; null counts the rows."
+        )
+        parser.add_argument(
+            "--supervised_share", type=ClosedUnitInterval, default=1.0, help="Share of those that is supervised."
+        )
+        parser.add_argument(
+            "--device_flops",
+            type=PositiveFloat | None,
+            default=None,
+            help="Operations a second of one device on large matrix products; null measures them here.",
+        )
+        super().add_core_arguments_to_parser(parser)
+
+    def before_instantiate_classes(self) -> None:
+        """Ask for no checkpoint; and where tokens are given, for no rows."""
+        if self.config.tokens is not None:
+            self.parser.add_instantiator(lambda *_, **__: None, self.datamodule_class, subclasses=False)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Create a trainer on the CPU that runs nothing, with the precision of the run."""
+        try:
+            return Trainer(
+                accelerator="cpu",
+                devices=1,
+                precision=self.config.trainer.precision,
+                max_steps=1,
+                logger=False,
+                enable_checkpointing=False,
+            )
+        except (ValueError, TypeError, MisconfigurationException, ImportError) as error:
+            raise UsageError(f"trainer.precision: {error}") from error
+
+
+def run(arguments: list[str]) -> int:
+    """Estimate, and print."""
+    algorithm = choose(arguments, HELP)
+    if algorithm is None:
+        return 0
+    # The trainer here is none that anybody waits for.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    cli = EstimateCLI(algorithm, arguments, "estimate")
+    found = estimate(cli)
+    title = f"{algorithm.name}: {found.trained:,} trained weights, towards {cli.config.verifier}"
+    print_estimate(found, title, _assumptions(found, cli), Console(highlight=False))
+    print(f"\nTo start it:\n  {shlex.join(['specforge', 'fit', *_without_own(arguments)])}")
+    return 0
+
+
+def estimate(cli: EstimateCLI) -> Estimate:
+    """Estimate the run of a configuration.
+
+    Args:
+        cli: The configuration, parsed; its module is used up.
+
+    Raises:
+        UsageError: The rows are not there and none are spoken of, or the run has no end.
+    """
+    config, module, plan = cli.config, cli.model, _plan(cli.config)
+    text = _text(cli)
+    rehearsal = Rehearsal(module, cli.trainer, _verifier_dtype(module, config))
+    # disable=None shows the bar on a terminal only; delay hides it for small models.
+    batches = tqdm(text.batches, desc="running a step without values", unit=" batches", disable=None, delay=2)
+    costs = [rehearsal.run(batch) for batch in batches]
+    return Estimate(
+        text=text,
+        plan=plan,
+        flops=flops_per_token(costs, text.batches, plan.accumulated),
+        memory=StepMemory.largest([cost.memory for cost in costs]),
+        trained=costs[0].trained,
+        slots=len(module.aux_layers) + 1,
+        width=module.verifier_config.get_text_config().hidden_size,
+        device_flops=config.device_flops or measured_flops(_compute_dtype(config)),
+        utilisation=CPU_UTILISATION if _on_cpu(config) else ACCELERATOR_UTILISATION,
+    )
+
+
+def _text(cli: EstimateCLI) -> Text:
+    config = cli.config
+    if config.tokens is not None:
+        return given_text(config.tokens, config.supervised_share, config.data)
+    return counted_text(cli.datamodule, config.data.train)
+
+
+def _verifier_dtype(module: DraftModule, config: Any) -> torch.dtype:
+    """Return the type of the verifier's weights on the device that the run is meant for, which may not be this one."""
+    loading, stored = module.verifier_loading, module.verifier_config.get_text_config().dtype
+    if loading.dtype != "auto":
+        return loading.torch_dtype(stored)
+    return torch.float32 if _on_cpu(config) else stored or torch.bfloat16
+
+
+def _on_cpu(config: Any) -> bool:
+    """Tell whether the run is meant for a processor; a rate that is given speaks of another device than this."""
+    here = config.device_flops is None and not torch.accelerator.is_available()
+    return config.trainer.accelerator == "cpu" or (config.trainer.accelerator == "auto" and here)
+
+
+def _compute_dtype(config: Any) -> torch.dtype:
+    precision = str(config.trainer.precision or "32")
+    return torch.bfloat16 if "bf16" in precision else torch.float16 if precision.startswith("16") else torch.float32
+
+
+def _plan(config: Any) -> Plan:
+    trainer, devices = config.trainer, config.trainer.devices
+    number = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 1
+    epochs = trainer.max_epochs if (trainer.max_epochs or 0) > 0 else None
+    steps = trainer.max_steps if trainer.max_steps > 0 else None
+    if epochs is None and steps is None:
+        raise UsageError("set trainer.max_epochs or trainer.max_steps: otherwise the run does not end")
+    limit = trainer.limit_train_batches
+    return Plan(
+        batch_size=config.data.batch_size,
+        devices=number * trainer.num_nodes,
+        accumulated=trainer.accumulate_grad_batches,
+        max_epochs=epochs,
+        max_steps=steps,
+        limit=1.0 if limit is None else limit,
+    )
+
+
+def _assumptions(found: Estimate, cli: EstimateCLI) -> list[str]:
+    config, batches = cli.config, len(found.text.batches)
+    rate = "given" if config.device_flops else "measured here, on this machine as busy as it was"
+    name = str(_verifier_dtype(cli.model, config)).removeprefix("torch.")
+    precision = config.trainer.precision or "32-true"
+    return [
+        f"Text {found.text.origin}.",
+        f"Operations are counted over {batches} batch{'es' * (batches > 1)}, padding spread over the other tokens: "
+        "matrix products and attention alone, each query with each key.",
+        f"Memory: verifier in {name}, precision {precision}; draft, gradients and optimizer whole on each device, "
+        "nothing sharded. The device's own context, fragments between tensors and copies for exchange come on top.",
+        f"Time: the rate is {rate}; devices do not wait for data or each other. Validation, loading and saving come "
+        "on top, and models too small to fill the device stay below the range's utilisation.",
+        "Disk: values and scales alone.",
+        *cli.model.besides_steps,
+    ]
+
+
+def _without_own(arguments: list[str]) -> list[str]:
+    """Leave out the flags that ``fit`` does not have."""
+    kept, skip = [], False
+    for word in arguments:
+        own = word.partition("=")[0] in FLAGS
+        if not own and not skip:
+            kept.append(word)
+        skip = own and "=" not in word
+    return kept

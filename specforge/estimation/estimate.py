@@ -1,0 +1,116 @@
+"""From the cost of a step to that of a run: disk, memory, operations and time, with what is assumed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from specforge.data.loader import Batch
+from specforge.estimation.step import OPTIMIZER, StepCost, StepMemory
+from specforge.estimation.text import Text
+
+# Of a device's rate on large matrix products, what training reaches on the whole. Accelerators: published trainers
+# (SpecForge 43 to 44 %, and less without tuning); processors: measured, see docs/estimate.md.
+ACCELERATOR_UTILISATION = (0.25, 0.5)
+CPU_UTILISATION = (0.2, 0.8)
+STORED_TYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.int8)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run goes through its text.
+
+    Attributes:
+        batch_size: Packed rows a batch, on each device.
+        devices: Number of devices that take different data.
+        accumulated: Batches whose gradients are added up for one step.
+        max_epochs: Epochs; None where steps alone end the run.
+        max_steps: Optimizer steps; None where epochs alone end the run.
+        limit: Batches of an epoch that are trained on, a number or a share.
+    """
+
+    batch_size: int
+    devices: int
+    accumulated: int
+    max_epochs: int | None
+    max_steps: int | None
+    limit: int | float
+
+    def steps(self, packed_rows: int) -> int:
+        """Return the optimizer steps of the run, for so many packed rows an epoch."""
+        batches = math.ceil(packed_rows / (self.batch_size * self.devices))
+        batches = min(batches, self.limit) if isinstance(self.limit, int) else int(batches * self.limit)
+        by_epochs = None if self.max_epochs is None else self.max_epochs * math.ceil(batches / self.accumulated)
+        return min(steps for steps in (by_epochs, self.max_steps) if steps is not None)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take.
+
+    Attributes:
+        text: What it is trained on.
+        plan: How it goes through that.
+        flops: Floating point operations a token, by part.
+        memory: Bytes on each device.
+        trained: Number of trained weights.
+        slots: States of the verifier that a draft reads of each token.
+        width: Values of a state.
+        device_flops: Operations a second of one device, at its best.
+        utilisation: The lowest and the highest share of that which training reaches.
+    """
+
+    text: Text
+    plan: Plan
+    flops: dict[str, float]
+    memory: StepMemory
+    trained: int
+    slots: int
+    width: int
+    device_flops: float
+    utilisation: tuple[float, float]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.plan.steps(self.text.packed_rows)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens of all devices in one optimizer step, padding left out."""
+        rows = self.plan.batch_size * self.plan.devices * self.plan.accumulated
+        return self.text.tokens * min(1, rows / self.text.packed_rows)
+
+    @property
+    def total_flops(self) -> float:
+        """Operations a token."""
+        return sum(self.flops.values())
+
+    @property
+    def seconds_per_step(self) -> tuple[float, float]:
+        """The shortest and the longest time of one optimizer step."""
+        at_best = self.tokens_per_step * self.total_flops / (self.device_flops * self.plan.devices)
+        lowest, highest = self.utilisation
+        return at_best / highest, at_best / lowest
+
+    def stored_bytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes of a token's states on disk; in types of one byte, each state has a float32 scale."""
+        return self.slots * (self.width * dtype.itemsize + (4 if dtype.itemsize == 1 else 0))
+
+
+def flops_per_token(costs: list[StepCost], batches: list[Batch], accumulated: int) -> dict[str, float]:
+    """Divide the operations of some batches by their tokens, padding left out.
+
+    Args:
+        costs: Of each batch.
+        batches: The batches.
+        accumulated: Batches that share one step of the optimizer.
+    """
+    tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in batches)
+    total: Counter[str] = Counter()
+    for cost in costs:
+        total.update(cost.flops)
+    return {part: value / tokens / (accumulated if part == OPTIMIZER else 1) for part, value in total.items()}

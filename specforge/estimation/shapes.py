@@ -1,0 +1,168 @@
+"""Tensors that have a shape and a type but no values, and what computing with them would have taken.
+
+Inside ``Shapes``, what creates numbers creates ``Shape`` tensors, and what reads one gives one. Ids, masks and places
+stay real, so that code which asks for values of those (which rows are supervised, where a document ends) runs as it
+is. Each matrix product is counted by torch's own formulas, and storages as they come and go.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+_aten = torch.ops.aten
+# In these a mask chooses entries: their number is in its values.
+_CHOOSING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
+
+
+class Shape(Tensor):
+    """A tensor without values; for the rest of torch it lies on the CPU.
+
+    Args:
+        content: The same on the meta device.
+    """
+
+    content: Tensor
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, content: Tensor) -> Self:
+        """Wrap a tensor on the meta device."""
+        shape: Self = Tensor._make_wrapper_subclass(
+            cls,
+            content.shape,
+            strides=content.stride(),
+            storage_offset=content.storage_offset(),
+            dtype=content.dtype,
+            device=torch.device("cpu"),
+        )
+        shape.content = content
+        return shape
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:
+        """Refuse to compute where nothing is counted."""
+        raise RuntimeError(f"{function} was called on a tensor without values, outside Shapes()")
+
+
+class Shapes(TorchDispatchMode):
+    """Computes with shapes alone, and counts.
+
+    Attributes:
+        flops: Floating point operations by part (see ``part``); a multiplication and an addition are two.
+        live: Bytes of the storages that exist.
+        peak: The most bytes that existed at once since ``restart``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: Counter[str] = Counter()
+        self.live = 0
+        self.peak = 0
+        self._part = ""
+        self._storages: dict[int, weakref.ref[Any]] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what is computed inside under a name."""
+        outer, self._part = self._part, name
+        try:
+            yield
+        finally:
+            self._part = outer
+
+    def restart(self) -> None:
+        """Forget operations and the peak, not what exists."""
+        self.flops.clear()
+        self.peak = self.live
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation: on shapes if it reads one or creates numbers, really otherwise."""
+        kwargs = kwargs or {}
+        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        known = {id(one.content): one for one in given if isinstance(one, Shape)}
+        if given and not known:
+            return function(*args, **kwargs)
+        if function is _aten._local_scalar_dense.default:
+            raise RuntimeError("the value of a tensor is asked for that has none")
+        inner_args, inner_kwargs = tree_map_only(Tensor, lambda one: _content(function, one), (args, kwargs))
+        result = function(*inner_args, **_on_meta(inner_kwargs))
+        if not given and not _is_number(result):
+            return function(*args, **kwargs)
+        formula = _FORMULAS.get(function._overloadpacket)
+        if formula is not None:
+            self.flops[self._part] += formula(*inner_args, **inner_kwargs, out_val=result)
+        # What changes a tensor in place gives that same tensor back.
+        return tree_map_only(Tensor, lambda one: known[id(one)] if id(one) in known else self._wrap(one), result)
+
+    def _wrap(self, content: Tensor) -> Shape:
+        storage = content.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key not in self._storages:
+
+            def end(_: Any) -> None:
+                self.live -= size
+                del self._storages[key]
+
+            self._storages[key] = weakref.ref(storage, end)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+        return Shape(content)
+
+
+def _content(function: Any, tensor: Tensor) -> Tensor:
+    if isinstance(tensor, Shape):
+        return tensor.content
+    return tensor if function in _CHOOSING and tensor.dtype == torch.bool else tensor.to("meta")
+
+
+def _on_meta(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Create on the meta device, which needs no generator."""
+    replaced = {"device": "meta", "generator": None}
+    return {name: replaced.get(name, value) for name, value in kwargs.items()}
+
+
+def _is_number(result: Any) -> bool:
+    return isinstance(result, Tensor) and result.is_floating_point()
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """Scores and weighted values, every query with every key: 2 products."""
+    return _pairs(query, key) * 2 * (query[-1] + value[-1])
+
+
+def _attention_backward_flops(
+    _: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *__: Any, **___: Any
+) -> int:
+    """Scores once more, and the gradients of scores, query, key and value: 5 products."""
+    return _pairs(query, key) * 2 * (3 * query[-1] + 2 * value[-1])
+
+
+def _grouped_flops(rows: torch.Size, experts: torch.Size, *_: Any, **__: Any) -> int:
+    """Each row with the matrix of its expert."""
+    return 2 * rows.numel() * experts[-1]
+
+
+def _pairs(query: torch.Size, key: torch.Size) -> int:
+    return query[:-1].numel() * key[-2]
+
+
+MORE_FORMULAS: dict[Any, Callable[..., int]] = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    _aten._grouped_mm: _grouped_flops,
+}
+"""From the shapes of arguments to operations, where torch has no formula: attention on the CPU, products of experts."""
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    **{function: shape_wrapper(formula) for function, formula in MORE_FORMULAS.items()},
+}

@@ -1,0 +1,201 @@
+"""What one training step takes: the real one, run without values.
+
+Nothing here knows the arithmetic of a network. The algorithm's own module builds its draft and runs its steps on
+tensors that have shapes alone (``specforge.estimation.shapes``), under the trainer's own precision, and so do the
+verifier and the optimizer; the verifier's configuration is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self, cast
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from specforge.data.module import DraftDataModule
+from specforge.errors import SpecforgeError
+from specforge.estimation.shapes import Shapes
+from specforge.training.module import Batch, DraftModule
+from specforge.verifier.parts import VerifierParts
+
+VERIFIER, LAYERS, HEAD, OPTIMIZER = "verifier", "draft layers", "heads and loss", "optimizer"
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes on a device; the first four exist all the time.
+
+    Attributes:
+        verifier: Weights of the verifier.
+        draft: Weights of the draft, those that it borrows from the verifier left out.
+        gradients: Gradients of its trained weights.
+        optimizer: What the optimizer remembers.
+        features: States captured of the verifier.
+        kept: What the draft's steps keep for the backward pass.
+        verifier_work: What the verifier's forward pass needs besides, at most.
+        draft_work: What the draft's steps and the chunks of the loss need besides, at most.
+        peak: The most that exists at once.
+    """
+
+    verifier: int
+    draft: int
+    gradients: int
+    optimizer: int
+    features: int
+    kept: int
+    verifier_work: int
+    draft_work: int
+    peak: int
+
+    @classmethod
+    def largest(cls, several: Sequence[Self]) -> Self:
+        """Return the most of each that any batch needs."""
+        return cls(**{one.name: max(getattr(memory, one.name) for memory in several) for one in fields(cls)})
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one batch takes.
+
+    Attributes:
+        flops: Floating point operations by part of the step.
+        memory: Bytes.
+        trained: Number of trained weights.
+    """
+
+    flops: dict[str, int]
+    memory: StepMemory
+    trained: int
+
+
+class Rehearsal:
+    """A module with verifier, draft and optimizer without values, ready to run steps.
+
+    Args:
+        module: The algorithm's module, as the configuration makes it; it is used up.
+        trainer: Answers what a step asks its trainer, and has the run's precision; it runs nothing.
+        verifier_dtype: Type of the verifier's weights.
+    """
+
+    def __init__(self, module: DraftModule, trainer: Trainer, verifier_dtype: torch.dtype) -> None:
+        self.module = module
+        module.trainer = trainer
+        self._precision: Any = trainer.strategy.precision_plugin
+        self._shapes = Shapes()
+        with self._shapes, self._precision.module_init_context():
+            self._verifier = _verifier(module, verifier_dtype)
+            parts = VerifierParts.of(self._verifier)
+            module._frozen = (self._verifier, parts)
+            module.draft = module.build_draft(parts, cast(DraftDataModule, _Uncounted(parts)))
+            self._optimizer: Optimizer = module.configure_optimizers()["optimizer"]
+        module.train()
+        self._hook_layers()
+
+    def run(self, batch: Batch) -> StepCost:
+        """Run a step on a batch, with values in ids and masks alone.
+
+        Args:
+            batch: As training gets it.
+
+        Raises:
+            SpecforgeError: The verifier or the draft asks for values.
+        """
+        try:
+            with self._shapes:
+                self._step(batch)
+                # Gradients and the optimizer's memory are there from the first step on.
+                return self._step(batch)
+        except RuntimeError as error:
+            raise SpecforgeError(
+                f"a step of {self.module.verifier_name} and its draft cannot be run without values: {error} Estimate "
+                "with a config.json of another family with as many layers and as wide, or with --verifier_dtype "
+                "bfloat16 where experts are the reason"
+            ) from error
+
+    def _step(self, batch: Batch) -> StepCost:
+        """Run one step, in the order of Lightning: gradients of the step before live until the backward pass."""
+        shapes, module = self._shapes, self.module
+        shapes.restart()
+        before, peaks = shapes.live, []
+        with self._precision.forward_context():
+            with shapes.part(VERIFIER):
+                features = module.features(batch)
+            captured = shapes.live - before
+            peaks.append(shapes.peak)
+            shapes.peak = shapes.live
+            with shapes.part(HEAD):
+                outcome = module.draft_steps(batch, features)
+        kept = shapes.live - before - captured
+        peaks.append(shapes.peak)
+        self._optimizer.zero_grad()
+        with shapes.part(LAYERS):
+            outcome.loss.backward()
+        peaks.append(shapes.peak)
+        del features, outcome
+        with shapes.part(OPTIMIZER):
+            self._optimizer.step()
+        trained = [one for one in module.draft.parameters() if one.requires_grad]
+        memory = StepMemory(
+            verifier=_bytes(_weights(self._verifier)),
+            draft=_bytes(_weights(module.draft)),
+            gradients=_bytes(one.grad for one in trained if one.grad is not None),
+            optimizer=_bytes(_remembered(self._optimizer)),
+            features=captured,
+            kept=kept,
+            verifier_work=peaks[0] - before - captured,
+            draft_work=peaks[1] - before - captured - kept,
+            peak=max(*peaks, shapes.peak),
+        )
+        return StepCost(dict(shapes.flops), memory, sum(one.numel() for one in trained))
+
+    def _hook_layers(self) -> None:
+        """Count what the draft's own modules compute as its layers; the rest of its steps is heads and loss."""
+        open_parts: list[Any] = []
+
+        def enter(*_: Any) -> None:
+            open_parts.append(self._shapes.part(LAYERS))
+            open_parts[-1].__enter__()
+
+        def leave(*_: Any) -> None:
+            open_parts.pop().__exit__(None, None, None)
+
+        for one in self.module.draft.modules():
+            one.register_forward_pre_hook(enter)
+            one.register_forward_hook(leave)
+
+
+class _Uncounted:
+    """Data of which nothing is counted yet."""
+
+    def __init__(self, parts: VerifierParts) -> None:
+        self._size = parts.config.vocab_size
+
+    def vocabulary_counts(self) -> Tensor:
+        """Any draft vocabulary costs the same."""
+        return torch.zeros(self._size, dtype=torch.int64)
+
+
+def _verifier(module: DraftModule, dtype: torch.dtype) -> PreTrainedModel:
+    verifier: PreTrainedModel = AutoModelForCausalLM.from_config(
+        module.verifier_config, dtype=dtype, trust_remote_code=module.verifier_loading.trust_remote_code
+    )
+    return verifier.requires_grad_(False).eval()
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _remembered(optimizer: Optimizer) -> list[Tensor]:
+    several = getattr(optimizer, "optimizers", [optimizer])
+    states = [state for one in several for state in one.state.values()]
+    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum({id(one): one.numel() * one.element_size() for one in tensors}.values())

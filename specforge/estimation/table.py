@@ -1,0 +1,126 @@
+"""An estimate on the terminal, 80 columns wide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from specforge.estimation.estimate import STORED_TYPES, Estimate
+from specforge.estimation.step import HEAD, LAYERS, OPTIMIZER, VERIFIER
+
+_PARTS = {
+    VERIFIER: "verifier, forward",
+    LAYERS: "draft's layers, forward and backward",
+    HEAD: "heads and loss, forward and backward",
+    OPTIMIZER: "optimizer",
+}
+_MEMORY = {
+    "verifier": "verifier's weights",
+    "draft": "draft's weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer's states",
+    "features": "captured features",
+    "kept": "kept by the draft's steps for the backward pass",
+    "verifier_work": "verifier's forward pass besides, at most",
+    "draft_work": "draft's steps and chunks of the loss besides, at most",
+}
+
+
+def print_estimate(estimate: Estimate, title: str, assumptions: Iterable[str], console: Console) -> None:
+    """Print an estimate in sections, and what it assumes.
+
+    Args:
+        estimate: What to print.
+        title: First line.
+        assumptions: One sentence each.
+        console: Where to.
+    """
+    console.print(Text(title, style="bold"))
+    _section(console, "Text", _text(estimate))
+    _section(console, "Disk, were the verifier's states stored", _disk(estimate))
+    _section(console, "Memory on each device", _memory(estimate))
+    _section(console, "Floating point operations a token", _flops(estimate))
+    _section(console, "Time", _time(estimate))
+    console.print(Text("\nAssumed", style="bold"))
+    for sentence in assumptions:
+        line = Table.grid(padding=(0, 1, 0, 0))
+        line.add_row(Text("*"), Text(sentence))
+        console.print(Padding(line, (0, 0, 0, 2)))
+
+
+def _section(console: Console, heading: str, rows: Iterable[Sequence[str]]) -> None:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for number, row in enumerate(rows):
+        if not number:
+            table.add_column(overflow="fold")
+            for _ in row[1:]:
+                table.add_column(justify="right", no_wrap=True)
+        table.add_row(*map(Text, row))
+    console.print(Text(f"\n{heading}", style="bold"))
+    console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _text(estimate: Estimate) -> Iterable[Sequence[str]]:
+    text, plan = estimate.text, estimate.plan
+    yield "tokens an epoch", f"{text.tokens:,}"
+    yield "supervised", f"{text.supervised_share:.1%}"
+    yield f"rows of up to {text.batches[0]['input_ids'].shape[1]:,} tokens", f"{text.packed_rows:,}"
+    devices = f", {plan.devices} devices" if plan.devices > 1 else ""
+    accumulated = f", {plan.accumulated} batches a step" if plan.accumulated > 1 else ""
+    rows = f"{plan.batch_size} row{'s' * (plan.batch_size > 1)} a batch"
+    yield f"optimizer steps ({rows}{devices}{accumulated})", f"{estimate.steps:,}"
+
+
+def _disk(estimate: Estimate) -> Iterable[Sequence[str]]:
+    yield f"{estimate.slots} x {estimate.width:,} values a token", "a token", "an epoch"
+    for dtype in STORED_TYPES:
+        size = estimate.stored_bytes(dtype)
+        scales = " and scales" if dtype.itemsize == 1 else ""
+        name = str(dtype).removeprefix("torch.") + scales
+        yield name, in_bytes(size), in_bytes(size * estimate.text.tokens)
+
+
+def _memory(estimate: Estimate) -> Iterable[Sequence[str]]:
+    for name, words in _MEMORY.items():
+        yield words, in_bytes(getattr(estimate.memory, name))
+    yield "the most at once", in_bytes(estimate.memory.peak)
+
+
+def _flops(estimate: Estimate) -> Iterable[Sequence[str]]:
+    for part, words in _PARTS.items():
+        value = estimate.flops.get(part, 0)
+        if value:
+            yield words, f"{value / 1e9:,.3f} GFLOP", f"{value / estimate.total_flops:.0%}"
+    yield "together", f"{estimate.total_flops / 1e9:,.3f} GFLOP", ""
+
+
+def _time(estimate: Estimate) -> Iterable[Sequence[str]]:
+    low, high = estimate.utilisation
+    shortest, longest = estimate.seconds_per_step
+    yield f"a device at its best, used to {low:.0%} to {high:.0%}", f"{estimate.device_flops / 1e12:,.3f} TFLOP/s"
+    yield "an optimizer step", f"{duration(shortest)} to {duration(longest)}"
+    yield "the run", f"{duration(shortest * estimate.steps)} to {duration(longest * estimate.steps)}"
+
+
+def in_bytes(number: float) -> str:
+    """Return a number of bytes in units of 1,000, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if number < 1000:
+            return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.2f} {unit}"
+        number /= 1000
+    return f"{number:,.2f} PB"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the two units that say most of it."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours / 24:,.1f} days"

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from specforge.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart"
+GIVEN = ["--tokens", "1000000", "--supervised_share", "0.5", "--device_flops", "1e12"]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration whose verifier is a config.json alone, and whose rows are yet to be made."""
+    verifier = tmp_path / "verifier"
+    verifier.mkdir()
+    shutil.copy(QUICKSTART / "verifier" / "config.json", verifier)
+    values = {
+        "algorithm": "eagle3",
+        "verifier": str(verifier),
+        "trainer": {"accelerator": "cpu", "max_epochs": 2},
+        "model": {"ttt_steps": 2, "draft": {"draft_vocab_size": 256}},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": 64},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def estimated(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["estimate", *words]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str, command: str = "estimate") -> str:
+    assert main([command, *words]) == 2
+    return capsys.readouterr().err.partition("error: ")[2]
+
+
+class TestOutput:
+    def test_a_config_alone_is_enough(self, config, capsys):
+        out = estimated(capsys, "--config", str(config), *GIVEN)
+        assert re.search(r"tokens an epoch\s+1,000,000 ", out)
+        assert re.search(r"supervised\s+50\.0%", out)
+        # 15,625 rows of 64 tokens, twice.
+        assert re.search(r"optimizer steps \(1 row a batch\)\s+31,250", out)
+        assert re.search(r"bfloat16\s+512 B\s+512\.00 MB", out)
+        assert re.search(r"int8 and scales\s+272 B\s+272\.00 MB", out)
+        assert re.search(r"used to 20% to 80%\s+1\.000 TFLOP/s", out)
+
+    @pytest.mark.parametrize("algorithm", ["eagle", "mlp"])
+    def test_every_algorithm(self, algorithm, config, capsys):
+        values = yaml.safe_load(config.read_text()) | {"algorithm": algorithm}
+        del values["model"]
+        config.write_text(yaml.safe_dump(values))
+        out = estimated(capsys, "--config", str(config), *GIVEN)
+        assert out.startswith(f"{algorithm}: ")
+        assert re.search(r"bfloat16\s+128 B", out), "the last state alone"
+
+    def test_fits_80_columns(self, config, capsys):
+        out = estimated(capsys, "--config", str(config), *GIVEN)
+        assert max(map(len, out.partition("To start it")[0].splitlines())) <= 80
+
+    def test_the_last_line_starts_the_run(self, config, capsys):
+        out = estimated(capsys, "--config", str(config), *GIVEN, "--model.ttt_steps=3")
+        assert out.splitlines()[-1] == f"  specforge fit --config {config} --model.ttt_steps=3"
+
+    def test_another_device_keeps_the_stored_type(self, config, capsys):
+        flags = ["--trainer.accelerator", "gpu", "--trainer.devices", "8", "--trainer.precision", "bf16-mixed"]
+        out = estimated(capsys, "--config", str(config), *GIVEN, *flags)
+        assert "8 devices" in out
+        assert "used to 25% to 50%" in out
+        stored = json.loads((QUICKSTART / "verifier" / "config.json").read_text())["dtype"]
+        assert f"verifier in {stored}, precision bf16-mixed" in " ".join(out.split())
+
+    def test_what_a_plugin_adds(self, config, capsys):
+        values = yaml.safe_load(config.read_text()) | {"algorithm": "mlp", "model": {"stage_two": {"begin": 0.5}}}
+        config.write_text(yaml.safe_dump(values))
+        out = estimated(capsys, "--config", str(config), *GIVEN)
+        assert "the verifier writes up to 256 tokens" in " ".join(out.split())
+
+    def test_help(self, capsys):
+        out = estimated(capsys, "--help")
+        assert "--device_flops F" in out
+        assert "specforge estimate --config configs/quickstart.yaml" in out
+
+
+class TestRows:
+    def test_a_small_file_is_counted(self, tmp_path, config, capsys, monkeypatch):
+        monkeypatch.setattr("specforge.estimation.device.SECONDS", 0.01)
+        rows = [{"input_ids": list(range(1, 33)), "loss_mask": [0] * 8 + [1] * 24}] * 10
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        flags = ["--data.validation_share", "0.2", "--data.cache_dir", str(tmp_path / "cache")]
+        out = estimated(capsys, "--config", str(config), *flags)
+        assert re.search(r"tokens an epoch\s+256 ", out), "8 rows of 32 tokens; two are held out"
+        assert re.search(r"supervised\s+75\.0%", out)
+        assert re.search(r"rows of up to 64 tokens\s+4 ", out)
+
+    def test_a_large_one_is_not_unless_it_is_built(self, tmp_path, config, capsys, monkeypatch):
+        rows = [{"input_ids": list(range(1, 33)), "loss_mask": [0] * 8 + [1] * 24}] * 10
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        words = ["--config", str(config), "--data.cache_dir", str(tmp_path / "cache"), "--device_flops", "1e12"]
+        monkeypatch.setattr("specforge.estimation.text.SMALL_FILE", 100)
+        message = refused(capsys, *words)
+        assert "is not counted yet" in message
+        assert "--tokens" in message
+        assert not (tmp_path / "cache").exists()
+        with monkeypatch.context() as patch:
+            patch.setattr("specforge.estimation.text.SMALL_FILE", 10**6)
+            first = estimated(capsys, *words)
+        assert estimated(capsys, *words) == first
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ["--model.ttt_step", "3"],
+            ["--model.draft.draft_vocab_size", "none"],
+            ["--trainer.precision", "8"],
+            ["--model.draft.draft_vocab_size", "999999"],
+            ["--verifier", "no-such-folder"],
+        ],
+    )
+    def test_are_those_of_fit(self, flags, config, capsys):
+        words = ["--config", str(config), *flags]
+        assert refused(capsys, *words) == refused(capsys, *words, command="fit")
+
+    def test_a_wrong_key_in_the_file_is_named_with_its_place(self, config, capsys):
+        config.write_text(config.read_text().replace("ttt_steps", "ttt_step"))
+        message = refused(capsys, "--config", str(config), *GIVEN)
+        line = next(n for n, text in enumerate(config.read_text().splitlines(), 1) if "ttt_step" in text)
+        assert f"unknown key 'model.ttt_step' ({config}:{line})" in message
+        assert "'model.ttt_steps'" in message
+
+    def test_rows_that_are_not_there(self, config, capsys):
+        assert "rows.jsonl does not exist" in refused(capsys, "--config", str(config))
+
+    def test_no_end(self, config, capsys):
+        flags = ["--trainer.max_epochs", "-1"]
+        assert "otherwise the run does not end" in refused(capsys, "--config", str(config), *GIVEN, *flags)
+
+    @pytest.mark.parametrize(
+        "flags", [["--tokens", "0"], ["--supervised_share", "1.5"], ["--device_flops", "-1"], ["--device_flops", "x"]]
+    )
+    def test_own_flags_have_bounds(self, flags, config, capsys):
+        assert flags[0].removeprefix("--") in refused(capsys, "--config", str(config), *flags)
+
+    def test_nothing_chosen(self, capsys):
+        assert "no algorithm is chosen" in refused(capsys)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specforge.estimation.estimate import Estimate, Plan, flops_per_token
+from specforge.estimation.step import LAYERS, OPTIMIZER, StepCost, StepMemory
+from specforge.estimation.table import duration, in_bytes
+from specforge.estimation.text import Text
+
+MEMORY = StepMemory(*range(9))
+
+
+def make_estimate(plan: Plan, tokens: int = 1000, rows: int = 10) -> Estimate:
+    text = Text(tokens, 0.5, rows, [], "")
+    return Estimate(text, plan, {LAYERS: 3.0, OPTIMIZER: 1.0}, MEMORY, 7, 4, 4096, 2.0, (0.25, 0.5))
+
+
+def test_states_on_disk():
+    found = make_estimate(Plan(1, 1, 1, 1, None, 1.0))
+    assert found.stored_bytes(torch.bfloat16) == 4 * 4096 * 2 == 32 * 1024
+    assert found.stored_bytes(torch.float8_e4m3fn) == found.stored_bytes(torch.int8) == 4 * (4096 + 4)
+
+
+class TestSteps:
+    @pytest.mark.parametrize(
+        ("plan", "steps"),
+        [
+            (Plan(1, 1, 1, 1, None, 1.0), 10),
+            (Plan(3, 1, 1, 2, None, 1.0), 8),
+            (Plan(1, 4, 1, 1, None, 1.0), 3),
+            (Plan(1, 1, 4, 1, None, 1.0), 3),
+            (Plan(1, 1, 1, 2, 15, 1.0), 15),
+            (Plan(1, 1, 1, None, 25, 1.0), 25),
+            (Plan(1, 1, 1, 2, None, 3), 6),
+            (Plan(1, 1, 1, 1, None, 0.5), 5),
+        ],
+    )
+    def test_number(self, plan, steps):
+        assert make_estimate(plan).steps == steps
+
+    @given(batch=st.integers(1, 4), devices=st.integers(1, 4), accumulated=st.integers(1, 4))
+    def test_an_epoch_of_them_takes_as_long_as_its_tokens(self, batch, devices, accumulated):
+        rows = 24 * batch * devices * accumulated
+        found = make_estimate(Plan(batch, devices, accumulated, 1, None, 1.0), tokens=1000, rows=rows)
+        shortest, longest = (seconds * found.steps for seconds in found.seconds_per_step)
+        assert shortest == pytest.approx(1000 * 4.0 / (2.0 * devices) / 0.5)
+        assert longest == pytest.approx(2 * shortest)
+
+
+def test_operations_a_token_leave_padding_out_and_share_the_optimizer():
+    batches = [{"document_ids": torch.tensor([[0, 0, 1, -1]])}, {"document_ids": torch.tensor([[0, -1, -1, -1]])}]
+    costs = [StepCost({LAYERS: 10, OPTIMIZER: 4}, MEMORY, 7), StepCost({LAYERS: 6, OPTIMIZER: 4}, MEMORY, 7)]
+    assert flops_per_token(costs, batches, 2) == {LAYERS: 4.0, OPTIMIZER: 1.0}
+
+
+def test_the_largest_of_each():
+    other = StepMemory(9, 0, 0, 0, 0, 0, 0, 0, 0)
+    assert StepMemory.largest([MEMORY, other]) == StepMemory(9, *range(1, 9))
+
+
+def test_numbers_for_people():
+    assert [in_bytes(one) for one in (0, 999, 32768, 1.5e12, 2e15, 3e18)] == [
+        "0 B",
+        "999 B",
+        "32.77 kB",
+        "1.50 TB",
+        "2.00 PB",
+        "3,000.00 PB",
+    ]
+    assert [duration(one) for one in (0.01234, 59, 3540, 3600, 90000, 86400 * 9)] == [
+        "0.0123 s",
+        "59 s",
+        "59 min",
+        "1 h 0 min",
+        "25 h 0 min",
+        "9.0 days",
+    ]

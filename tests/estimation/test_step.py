@@ -1,0 +1,198 @@
+"""A step without values against the real one, for every algorithm, on the quickstart's verifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen3MoeConfig
+
+from specforge.errors import SpecforgeError
+from specforge.estimation.shapes import MORE_FORMULAS
+from specforge.estimation.step import HEAD, LAYERS, VERIFIER, Rehearsal
+from specforge.hookspecs import Algorithm
+from specforge.registry import installed
+from specforge.training.module import DraftModule
+from specforge.training.optimizers import OptimizerSettings
+from specforge.verifier.loading import load_verifier
+from specforge.verifier.parts import VerifierParts
+from specforge_eagle3.module import Eagle3DraftSettings
+from specforge_mlp.module import MLPDraftSettings
+
+VERIFIER_FOLDER = str(Path(__file__).parents[2] / "configs" / "quickstart" / "verifier")
+MUON = OptimizerSettings(name="muon", lr=1e-2)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "eagle3": ("eagle3", {"ttt_steps": 3, "draft": Eagle3DraftSettings(draft_vocab_size=512)}),
+    "eagle3 with muon and fading loss": (
+        "eagle3",
+        {
+            "ttt_steps": 2,
+            "draft": Eagle3DraftSettings(draft_vocab_size=None),
+            "objective": {"lk_lambda": 1.0},
+            "optimizer": MUON,
+        },
+    ),
+    "eagle": ("eagle", {}),
+    "hass": ("eagle", {"alignment_steps": 3, "objective": {"cross_entropy": 0.1, "top_k": 1.0}}),
+    "mlp": ("mlp", {}),
+    "mlp untied": ("mlp", {"draft": MLPDraftSettings(num_layers=2, tie_weights=False), "optimizer": MUON}),
+}
+
+
+def make_module(name: str, settings: dict[str, Any]) -> DraftModule:
+    """Create an algorithm's module as the command line does."""
+    module_class = installed().load(installed().find(Algorithm, name), "module")
+    module: DraftModule = module_class(verifier=VERIFIER_FOLDER, **settings)
+    return module
+
+
+def make_trainer() -> Trainer:
+    return Trainer(accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False)
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    """Two rows of two documents with padding, prompts first."""
+    lengths = [40, 90, 60, 50]
+    documents = torch.full((2, 130), -1)
+    positions, mask = torch.zeros_like(documents), torch.zeros_like(documents, dtype=torch.bool)
+    for number, length in enumerate(lengths):
+        row, begin = number // 2, (number % 2) * lengths[number - 1]
+        places = slice(begin, begin + length)
+        documents[row, places], positions[row, places] = number % 2, torch.arange(length)
+        mask[row, places] = torch.arange(length) >= length // 3
+    tokens = torch.randint(3, 300, documents.shape, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": tokens, "loss_mask": mask, "document_ids": documents, "position_ids": positions}
+
+
+class RealStep:
+    """The same step with values, on verifier and draft in float32."""
+
+    def __init__(self, module: DraftModule) -> None:
+        self.module, self._trainer = module, make_trainer()
+        module.trainer = self._trainer
+        verifier = load_verifier(VERIFIER_FOLDER)
+        parts = VerifierParts.of(verifier)
+        module._frozen = (verifier, parts)
+        counts = torch.zeros(parts.config.vocab_size, dtype=torch.int64)
+        data: Any = SimpleNamespace(vocabulary_counts=lambda: counts)
+        module.draft = module.build_draft(parts, data)
+        module.train()
+        self.optimizer = module.configure_optimizers()["optimizer"]
+
+    def run(self, batch: dict[str, torch.Tensor]) -> None:
+        """Run a step in Lightning's order."""
+        outcome = self.module.draft_steps(batch, self.module.features(batch))
+        self.optimizer.zero_grad()
+        outcome.loss.backward()
+        del outcome
+        self.optimizer.step()
+
+
+def most_allocated(step: RealStep, batch: dict[str, torch.Tensor]) -> int:
+    """Return the most bytes that a step has allocated at once beyond what there was before, by torch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step.run(batch)
+    now = most = 0
+    assert found.profiler is not None
+    for event in found.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_step_is_the_real_one(case, batch):
+    real = RealStep(make_module(*CASES[case]))
+    real.run(batch)
+    with FlopCounterMode(display=False, custom_mapping=MORE_FORMULAS) as counted:
+        real.run(batch)
+    module = make_module(*CASES[case])
+    cost = Rehearsal(module, make_trainer(), torch.float32).run(batch)
+
+    assert sum(cost.flops.values()) == counted.get_total_flops()
+
+    draft, verifier = real.module.draft, real.module.verifier
+    trained = [one for one in draft.parameters() if one.requires_grad]
+    assert cost.trained == sum(one.numel() for one in trained)
+    assert cost.memory.draft == sum(one.nbytes for one in [*draft.parameters(), *draft.buffers()])
+    assert cost.memory.verifier == sum(one.nbytes for one in [*verifier.parameters(), *verifier.buffers()])
+    assert cost.memory.gradients == sum(one.grad.nbytes for one in trained if one.grad is not None)
+    optimizers = getattr(real.optimizer, "optimizers", [real.optimizer])
+    states = [state for one in optimizers for state in one.state.values()]
+    moments = [one for state in states for one in state.values() if isinstance(one, torch.Tensor)]
+    assert cost.memory.optimizer == sum(one.nbytes for one in moments)
+
+    standing = cost.memory.verifier + cost.memory.draft + cost.memory.gradients + cost.memory.optimizer
+    # Gradients of tensors without values are never added up in place, so a little more is counted.
+    allocated = most_allocated(real, batch)
+    assert 0.97 * allocated < cost.memory.peak - standing < 1.2 * allocated
+
+
+def test_parts_of_a_step_add_up_by_hand(batch):
+    """EAGLE-1 without attention's share: a fusion and a layer for each place, heads for each supervised one."""
+    module = make_module("eagle", {})
+    config = module.verifier_config
+    cost = Rehearsal(module, make_trainer(), torch.float32).run(batch)
+    places = batch["input_ids"].numel()
+    width, inner = config.hidden_size, config.intermediate_size
+    heads, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    layer = width * (2 * heads + 2 * shared) + 3 * width * inner
+    scores = 2 * places * (batch["input_ids"].shape[1]) * 2 * heads
+    verifier = config.num_hidden_layers * (2 * places * layer + scores)
+    assert cost.flops[VERIFIER] == pytest.approx(verifier, rel=0.01)
+    # Nothing flows back into the first input, which is the verifier's.
+    fusion = 2 * 2 * places * 2 * width * width
+    assert 3 * 2 * places * layer + fusion <= cost.flops[LAYERS] <= 1.2 * (3 * 2 * places * layer + fusion)
+    # The document's last two tokens, and those before the one that ends a prompt, have no target that counts.
+    supervised = 2 * places * width * config.vocab_size
+    assert 0 < cost.flops[HEAD] < 3 * supervised
+
+
+def test_memory_follows_the_precision(batch):
+    wide = Rehearsal(make_module("eagle", {}), make_trainer(), torch.float32).run(batch).memory
+    mixed_trainer = Trainer(accelerator="cpu", devices=1, precision="bf16-mixed", logger=False, max_steps=1)
+    mixed = Rehearsal(make_module("eagle", {}), mixed_trainer, torch.bfloat16).run(batch).memory
+    short_trainer = Trainer(accelerator="cpu", devices=1, precision="bf16-true", logger=False, max_steps=1)
+    short = Rehearsal(make_module("eagle", {}), short_trainer, torch.bfloat16).run(batch).memory
+    assert mixed.verifier == pytest.approx(wide.verifier / 2, rel=0.01)
+    assert mixed.draft == wide.draft
+    assert mixed.gradients == wide.gradients
+    assert mixed.kept < wide.kept
+    assert short.draft == pytest.approx(wide.draft / 2, rel=0.01)
+    assert short.gradients == wide.gradients / 2
+
+
+class TestExperts:
+    @staticmethod
+    def rehearsal(folder: Path, width: int, dtype: torch.dtype) -> Rehearsal:
+        Qwen3MoeConfig(
+            vocab_size=61,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=width,
+        ).save_pretrained(folder)
+        module_class = installed().load(installed().find(Algorithm, "mlp"), "module")
+        return Rehearsal(module_class(verifier=str(folder)), make_trainer(), dtype)
+
+    def test_each_token_passes_those_that_it_chooses(self, tmp_path, batch):
+        batch = {**batch, "input_ids": batch["input_ids"] % 61}
+        costs = [self.rehearsal(tmp_path, width, torch.bfloat16).run(batch) for width in (8, 24)]
+        two_layers_of_two_experts = 2 * 2 * batch["input_ids"].numel() * 3 * 2 * 16 * (24 - 8)
+        assert costs[1].flops[VERIFIER] - costs[0].flops[VERIFIER] == two_layers_of_two_experts
+
+    def test_what_cannot_be_run_without_values_is_refused(self, tmp_path, batch):
+        with pytest.raises(SpecforgeError, match=r"cannot be run without values: .*--verifier_dtype bfloat16"):
+            self.rehearsal(tmp_path, 8, torch.float32).run(batch)
