@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from specforge.commands.estimate import EstimateCLI, estimate
 from specforge.commands.trainer import choose
 from specforge.estimation.shapes import MORE_FORMULAS
-from specforge.estimation.table import in_bytes
+from specforge.estimation.table import in_units
 from specforge.training.cli import TrainingCLI
 
 WARMUP, STEPS = 2, 8
@@ -80,10 +80,10 @@ def main(arguments: list[str]) -> None:
         fit.trainer.callbacks.append(measure)
         fit.run()
     found = estimate(EstimateCLI(algorithm, arguments, "estimate"))
-    shortest, longest = (one / found.tokens_per_step * 1e3 for one in found.seconds_per_step)
+    shortest, longest = (one / found.tokens_per_step * 1e3 for one in found.seconds_per_step())
     rate = measure.flops / measure.counted_tokens * measure.tokens / measure.seconds
     print(f"operations a token: {found.total_flops:,.0f}, counted {measure.flops / measure.counted_tokens:,.0f}")
-    print(f"memory: {in_bytes(found.memory.peak)}, measured {in_bytes(measure.memory)}")
+    print(f"memory: {in_units(found.memory.peak, 'B')}, measured {in_units(measure.memory, 'B')}")
     print(f"time a token: {shortest:.3f} to {longest:.3f} ms, measured {measure.seconds / measure.tokens * 1e3:.3f} ms")
     print(f"utilisation: {rate / found.device_flops:.1%} of {found.device_flops / 1e9:,.1f} GFLOP/s")
 

@@ -77,7 +77,6 @@ class EstimateCLI(TrainingCLI):
                 accelerator="cpu",
                 devices=1,
                 precision=self.config.trainer.precision,
-                max_steps=1,
                 logger=False,
                 enable_checkpointing=False,
             )
@@ -112,6 +111,8 @@ def estimate(cli: EstimateCLI) -> Estimate:
     """
     config, module, plan = cli.config, cli.model, _plan(cli.config)
     text = _text(cli)
+    # Schedules and stages are laid out over the steps of the run.
+    cli.trainer.fit_loop.epoch_loop.max_steps = plan.steps(text.packed_rows)
     rehearsal = Rehearsal(module, cli.trainer, _verifier_dtype(module, config))
     # disable=None shows the bar on a terminal only; delay hides it for small models.
     batches = tqdm(text.batches, desc="running a step without values", unit=" batches", disable=None, delay=2)

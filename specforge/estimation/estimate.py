@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from specforge.data.features.dtypes import state_bytes
 from specforge.data.loader import Batch
-from specforge.estimation.step import OPTIMIZER, StepCost, StepMemory
+from specforge.estimation.step import OPTIMIZER, VERIFIER, StepCost, StepMemory
 from specforge.estimation.text import Text
 
 # Of a device's rate on large matrix products, what training reaches on the whole. Accelerators: published trainers
@@ -89,16 +90,20 @@ class Estimate:
         """Operations a token."""
         return sum(self.flops.values())
 
-    @property
-    def seconds_per_step(self) -> tuple[float, float]:
-        """The shortest and the longest time of one optimizer step."""
-        at_best = self.tokens_per_step * self.total_flops / (self.device_flops * self.plan.devices)
+    def seconds_per_step(self, stored: bool = False) -> tuple[float, float]:
+        """Return the shortest and the longest time of one optimizer step.
+
+        Args:
+            stored: The verifier's states are read from disk; reading is taken to cost no time.
+        """
+        flops = self.total_flops - (self.flops[VERIFIER] if stored else 0)
+        at_best = self.tokens_per_step * flops / (self.device_flops * self.plan.devices)
         lowest, highest = self.utilisation
         return at_best / highest, at_best / lowest
 
     def stored_bytes(self, dtype: torch.dtype) -> int:
-        """Return the bytes of a token's states on disk; in types of one byte, each state has a float32 scale."""
-        return self.slots * (self.width * dtype.itemsize + (4 if dtype.itemsize == 1 else 0))
+        """Return the bytes of a token's states on disk, with their scales."""
+        return self.slots * state_bytes(self.width, dtype)
 
 
 def flops_per_token(costs: list[StepCost], batches: list[Batch], accumulated: int) -> dict[str, float]:

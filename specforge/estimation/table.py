@@ -81,38 +81,39 @@ def _disk(estimate: Estimate) -> Iterable[Sequence[str]]:
         size = estimate.stored_bytes(dtype)
         scales = " and scales" if dtype.itemsize == 1 else ""
         name = str(dtype).removeprefix("torch.") + scales
-        yield name, in_bytes(size), in_bytes(size * estimate.text.tokens)
+        yield name, in_units(size, "B"), in_units(size * estimate.text.tokens, "B")
 
 
 def _memory(estimate: Estimate) -> Iterable[Sequence[str]]:
     for name, words in _MEMORY.items():
-        yield words, in_bytes(getattr(estimate.memory, name))
-    yield "the most at once", in_bytes(estimate.memory.peak)
+        yield words, in_units(getattr(estimate.memory, name), "B")
+    yield "the most at once", in_units(estimate.memory.peak, "B")
 
 
 def _flops(estimate: Estimate) -> Iterable[Sequence[str]]:
     for part, words in _PARTS.items():
         value = estimate.flops.get(part, 0)
         if value:
-            yield words, f"{value / 1e9:,.3f} GFLOP", f"{value / estimate.total_flops:.0%}"
-    yield "together", f"{estimate.total_flops / 1e9:,.3f} GFLOP", ""
+            yield words, in_units(value, "FLOP"), f"{value / estimate.total_flops:.0%}"
+    yield "together", in_units(estimate.total_flops, "FLOP"), ""
 
 
 def _time(estimate: Estimate) -> Iterable[Sequence[str]]:
     low, high = estimate.utilisation
-    shortest, longest = estimate.seconds_per_step
-    yield f"a device at its best, used to {low:.0%} to {high:.0%}", f"{estimate.device_flops / 1e12:,.3f} TFLOP/s"
-    yield "an optimizer step", f"{duration(shortest)} to {duration(longest)}"
-    yield "the run", f"{duration(shortest * estimate.steps)} to {duration(longest * estimate.steps)}"
+    yield f"a device at its best, used to {low:.0%} to {high:.0%}", in_units(estimate.device_flops, "FLOP/s")
+    for stored, words in ((False, ""), (True, ", were the states stored")):
+        shortest, longest = estimate.seconds_per_step(stored)
+        yield f"an optimizer step{words}", f"{duration(shortest)} to {duration(longest)}"
+        yield f"the run{words}", f"{duration(shortest * estimate.steps)} to {duration(longest * estimate.steps)}"
 
 
-def in_bytes(number: float) -> str:
-    """Return a number of bytes in units of 1,000, as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
+def in_units(number: float, unit: str) -> str:
+    """Return a number with a prefix of its unit; kB are 1,000 bytes, as disks are sold."""
+    for prefix in ("", "k", "M", "G", "T"):
         if number < 1000:
-            return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.2f} {unit}"
+            return f"{number:,.2f} {prefix}{unit}" if prefix else f"{number:,.0f} {unit}"
         number /= 1000
-    return f"{number:,.2f} PB"
+    return f"{number:,.2f} P{unit}"
 
 
 def duration(seconds: float) -> str:

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specforge.estimation.estimate import Estimate, Plan, flops_per_token
-from specforge.estimation.step import LAYERS, OPTIMIZER, StepCost, StepMemory
-from specforge.estimation.table import duration, in_bytes
+from specforge.estimation.step import LAYERS, OPTIMIZER, VERIFIER, StepCost, StepMemory
+from specforge.estimation.table import duration, in_units
 from specforge.estimation.text import Text
 
 MEMORY = StepMemory(*range(9))
@@ -15,7 +15,7 @@ MEMORY = StepMemory(*range(9))
 
 def make_estimate(plan: Plan, tokens: int = 1000, rows: int = 10) -> Estimate:
     text = Text(tokens, 0.5, rows, [], "")
-    return Estimate(text, plan, {LAYERS: 3.0, OPTIMIZER: 1.0}, MEMORY, 7, 4, 4096, 2.0, (0.25, 0.5))
+    return Estimate(text, plan, {VERIFIER: 2.0, LAYERS: 3.0, OPTIMIZER: 1.0}, MEMORY, 7, 4, 4096, 2.0, (0.25, 0.5))
 
 
 def test_states_on_disk():
@@ -45,9 +45,11 @@ class TestSteps:
     def test_an_epoch_of_them_takes_as_long_as_its_tokens(self, batch, devices, accumulated):
         rows = 24 * batch * devices * accumulated
         found = make_estimate(Plan(batch, devices, accumulated, 1, None, 1.0), tokens=1000, rows=rows)
-        shortest, longest = (seconds * found.steps for seconds in found.seconds_per_step)
-        assert shortest == pytest.approx(1000 * 4.0 / (2.0 * devices) / 0.5)
+        shortest, longest = (seconds * found.steps for seconds in found.seconds_per_step())
+        assert shortest == pytest.approx(1000 * 6.0 / (2.0 * devices) / 0.5)
         assert longest == pytest.approx(2 * shortest)
+        stored = found.seconds_per_step(stored=True)[0] * found.steps
+        assert stored == pytest.approx(shortest * 4.0 / 6.0)
 
 
 def test_operations_a_token_leave_padding_out_and_share_the_optimizer():
@@ -62,7 +64,7 @@ def test_the_largest_of_each():
 
 
 def test_numbers_for_people():
-    assert [in_bytes(one) for one in (0, 999, 32768, 1.5e12, 2e15, 3e18)] == [
+    assert [in_units(one, "B") for one in (0, 999, 32768, 1.5e12, 2e15, 3e18)] == [
         "0 B",
         "999 B",
         "32.77 kB",

@@ -26,6 +26,16 @@ def has_scales(dtype: torch.dtype) -> bool:
     return dtype in _LARGEST
 
 
+def state_bytes(width: int, dtype: torch.dtype) -> int:
+    """Return the bytes of one stored state, its scale included.
+
+    Args:
+        width: Values of a state, H.
+        dtype: Type that it is stored in.
+    """
+    return width * dtype.itemsize + 4 * has_scales(dtype)
+
+
 def encode(states: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Turn states into what is stored.
 

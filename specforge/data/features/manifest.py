@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from specforge.data.features.dtypes import FeatureType, has_scales, torch_dtype
+from specforge.data.features.dtypes import FeatureType, state_bytes, torch_dtype
 from specforge.errors import UsageError
 
 MANIFEST = "manifest.json"
@@ -119,8 +119,7 @@ class Manifest:
     @property
     def token_bytes(self) -> int:
         """Bytes of a token: its states at all layers, with their scales."""
-        dtype = torch_dtype(self.dtype)
-        return len(self.layers) * (self.width * dtype.itemsize + 4 * has_scales(dtype))
+        return len(self.layers) * state_bytes(self.width, torch_dtype(self.dtype))
 
     @classmethod
     def read(cls, folder: Path) -> Self:
