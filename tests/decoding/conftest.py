@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import CONFIGS, CONTEXT, VOCABULARY, generated, random_model
+from random_verifiers import VOCABULARY
+from small_models import CONFIGS, CONTEXT, generated, random_model
 from transformers import PreTrainedModel
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import random_verifiers
 import torch
+from random_verifiers import SLIDING
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -26,23 +28,9 @@ from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.features import Features, capture
 from specforge_eagle3.model import Eagle3DraftModel
 
-VOCABULARY = 31
 CONTEXT = 36
 AUX_LAYERS = [0, 1, 3]
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": CONTEXT,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+SHAPE: dict[str, Any] = {**random_verifiers.SHAPE, "max_position_embeddings": CONTEXT}
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "untied llama": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=False),

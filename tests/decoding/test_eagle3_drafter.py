@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import AUX_LAYERS, VOCABULARY, random_draft
+from random_verifiers import VOCABULARY
+from small_models import AUX_LAYERS, random_draft
 from torch import Tensor
 from transformers import PreTrainedModel
 

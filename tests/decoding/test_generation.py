@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import CONFIGS, VOCABULARY, random_draft, random_model
+from random_verifiers import VOCABULARY
+from small_models import CONFIGS, random_draft, random_model
 
 from specforge.errors import UsageError
 from specforge.proposals import StaticTreeTokenProposalConfig

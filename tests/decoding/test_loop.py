@@ -7,17 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import (
-    CONTEXT,
-    SHAPE,
-    VOCABULARY,
-    Oracle,
-    OracleDrafter,
-    decoded,
-    emissions,
-    random_draft,
-    random_model,
-)
+from random_verifiers import VOCABULARY
+from small_models import CONTEXT, SHAPE, Oracle, OracleDrafter, decoded, emissions, random_draft, random_model
 from torch import Tensor
 from transformers import (
     AttentionInterface,

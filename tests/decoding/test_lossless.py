@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_verifiers import VOCABULARY
 from small_models import (
     CONTEXT,
     SHAPE,
-    VOCABULARY,
     Oracle,
     decoded,
     emissions,

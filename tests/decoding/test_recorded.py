@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import CONFIGS, VOCABULARY, learn, random_draft, random_model
+from random_verifiers import VOCABULARY
+from small_models import CONFIGS, learn, random_draft, random_model
 
 from specforge.decoding.loop import Decoder
 from specforge.decoding.recorded import chain_acceptance, draft_places, replay_text

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
-from eagle_drafts import random_verifier
+from random_verifiers import random_verifier
 from transformers import PreTrainedModel
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from eagle_drafts import CONFIGS, OPTIONS, SHAPE, random_draft, random_rows, random_verifier
+from eagle_drafts import OPTIONS, random_draft
+from random_verifiers import CONFIGS, SHAPE, random_rows, random_verifier
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, MixtralConfig, PreTrainedModel

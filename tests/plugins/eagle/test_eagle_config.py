@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from eagle_drafts import CONFIGS
 from pydantic import ValidationError
+from random_verifiers import CONFIGS
 from transformers import AutoConfig, Gemma3Config, LlamaConfig, MistralConfig, PreTrainedConfig
 
 from specforge.config import SpeculatorModelConfig

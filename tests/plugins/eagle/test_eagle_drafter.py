@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from eagle_drafts import CONFIGS, OPTIONS, VOCABULARY, last_only, random_draft, random_rows
+from eagle_drafts import OPTIONS, random_draft
+from random_verifiers import CONFIGS, commit, last_only, random_rows
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,18 +19,6 @@ STEPS = 4
 COMMITS = [[5, 2, 3], [1, 3, 2], [4, 1, 1], [1, 1, 2]]
 
 VerifierOf = Callable[[str], PreTrainedModel]
-
-
-def commit(drafter, tokens: Tensor, last: Tensor, done: list[int], counts: Sequence[int]) -> None:
-    """Commit so many tokens of each sequence; behind the shorter ones stands what happens to stand there."""
-    longest = max(counts)
-    following = torch.full((len(counts), longest), VOCABULARY - 1)
-    states = torch.full((len(counts), longest, last.shape[-1]), 7.0, dtype=last.dtype)
-    for row, count in enumerate(counts):
-        following[row, :count] = tokens[row, done[row] + 1 : done[row] + 1 + count]
-        states[row, :count] = last[row, done[row] : done[row] + count]
-        done[row] += count
-    drafter.commit(following, last_only(states), torch.tensor(counts))
 
 
 def expected(draft: EagleSpeculator, tokens: Tensor, last: Tensor, path: Sequence[int]) -> Tensor:

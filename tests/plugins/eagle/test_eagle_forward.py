@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from eagle_drafts import CONFIGS, OPTIONS, VOCABULARY, WIDTH, last_only, random_draft, random_rows
+from eagle_drafts import OPTIONS, random_draft
+from random_verifiers import CONFIGS, VOCABULARY, WIDTH, last_only, random_rows
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from eagle_drafts import CONFIGS, OPTIONS, random_draft
+from eagle_drafts import OPTIONS, random_draft
+from random_verifiers import CONFIGS
 from transformers import AutoConfig, PreTrainedModel
 
 from specforge.decoding.loop import Decoder

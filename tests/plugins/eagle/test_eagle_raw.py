@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from eagle_drafts import fill
+from random_verifiers import fill
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from mlp_drafts import CONFIGS, OPTIONS, VOCABULARY, last_only, random_draft, random_rows, slow_heads
-from torch import Tensor
+from mlp_drafts import FAMILIES, OPTIONS, random_draft, slow_heads
+from random_verifiers import VOCABULARY, commit, last_only, random_rows
 from transformers import PreTrainedModel
 
 from specforge.decoding.loop import Decoder
 from specforge.errors import UsageError
-from specforge.models.drafter import Drafter
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import capture
 from specforge_mlp.candidate_tree import CandidateTreeTokenProposalConfig
@@ -35,19 +34,7 @@ PROPOSALS = [
 VerifierOf = Callable[[str], PreTrainedModel]
 
 
-def commit(drafter: Drafter, tokens: Tensor, last: Tensor, done: list[int], counts: Sequence[int]) -> None:
-    """Commit so many tokens of each sequence; behind the shorter ones stands what happens to stand there."""
-    longest = max(counts)
-    following = torch.full((len(counts), longest), VOCABULARY - 1)
-    states = torch.full((len(counts), longest, last.shape[-1]), 7.0, dtype=last.dtype)
-    for row, count in enumerate(counts):
-        following[row, :count] = tokens[row, done[row] + 1 : done[row] + 1 + count]
-        states[row, :count] = last[row, done[row] : done[row] + count]
-        done[row] += count
-    drafter.commit(following, last_only(states), torch.tensor(counts))
-
-
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", OPTIONS)
 @torch.no_grad()
 def test_a_chain_of_true_tokens_is_the_chain_of_training(family: str, name: str, verifier_of: VerifierOf) -> None:
@@ -124,7 +111,7 @@ def test_as_deep_as_there_are_heads(verifier_of: VerifierOf) -> None:
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_text_is_the_verifiers_own(family: str, proposal: str, verifier_of: VerifierOf) -> None:
     verifier = verifier_of(family)
     ids = torch.randint(1, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))

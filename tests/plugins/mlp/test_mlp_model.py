@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlp_drafts import OPTIONS, VOCABULARY, WIDTH, last_only, random_draft, random_rows, slow_heads
+from mlp_drafts import OPTIONS, random_draft, slow_heads
+from random_verifiers import VOCABULARY, WIDTH, last_only, random_rows
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from mlp_drafts import fill
 from pydantic import ValidationError
+from random_verifiers import fill
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mlp_drafts import VOCABULARY
+from random_verifiers import VOCABULARY
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
