@@ -20,6 +20,7 @@ def specforge_commands() -> Iterable[Command]:
         Command("test", "measure a trained draft on the test data", "specforge.commands.trainer:test"),
         Command("generate", "answer prompts with a draft's help", "specforge.commands.generate:run"),
         Command("evaluate", "measure drafts on prompt sets, with a report", "specforge.commands.evaluate:run"),
+        Command("export", "write a draft in the form that a server loads", "specforge.commands.export:run"),
         Command("plugins", "list the installed plugins and their faults", "specforge.commands.plugins:run"),
     ]
 

@@ -78,19 +78,19 @@ class Objective:
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """A layout of a draft on disk.
+    """A form in which a reader wants the drafts of one algorithm.
 
     Attributes:
-        name: The format's name.
+        name: What ``specforge export --format`` says; other algorithms may have a format of the same name.
         summary: One line for ``specforge plugins``.
-        reads: ``function(folder, verifier) -> SpeculatorModel``, or None.
-        writes: ``function(model, folder) -> None``, or None.
+        algorithm: Name of the algorithm whose drafts it holds.
+        layout: The ``specforge.checkpoints.layout.Layout`` subclass that reads, writes and checks it.
     """
 
     name: str
     summary: str
-    reads: str | None = None
-    writes: str | None = None
+    algorithm: str
+    layout: str
 
 
 @dataclass(frozen=True)

@@ -63,25 +63,29 @@ class Registry:
 
     def _mark_clashes(self) -> None:
         for plugin in self.plugins:
-            claims = Counter((_kind(one), one.name) for one in plugin.descriptors)
+            claims = Counter((_kind(one), key_of(one)) for one in plugin.descriptors)
             plugin.faults.extend(
                 f"it has {number} of the {kind} {name!r}" for (kind, name), number in claims.items() if number > 1
             )
         for first, second in itertools.combinations(self.plugins, 2):
             if first.name == second.name:
                 _record_clash("plugin", first.name, first, second)
-            shared = {(_kind(one), one.name) for one in first.descriptors} & {
-                (_kind(one), one.name) for one in second.descriptors
+            shared = {(_kind(one), key_of(one)) for one in first.descriptors} & {
+                (_kind(one), key_of(one)) for one in second.descriptors
             }
             for kind, name in sorted(shared):
                 _record_clash(kind, name, first, second)
 
     def all(self, kind: type[KindOfDescriptor]) -> dict[str, KindOfDescriptor]:
-        """Return every descriptor of a kind by name; those that two plugins claim are included once."""
-        return {one.name: one for plugin in self.plugins for one in plugin.descriptors if isinstance(one, kind)}
+        """Return every descriptor of a kind by ``key_of``; those that two plugins claim are included once."""
+        return {key_of(one): one for plugin in self.plugins for one in plugin.descriptors if isinstance(one, kind)}
 
     def find(self, kind: type[KindOfDescriptor], name: str) -> KindOfDescriptor:
         """Return the descriptor of that kind and name.
+
+        Args:
+            kind: Class of the descriptor.
+            name: Its name, as ``key_of`` gives it.
 
         Raises:
             UsageError: No working plugin provides it, or two plugins claim it. The message lists what is installed
@@ -92,7 +96,7 @@ class Registry:
             (plugin, one)
             for plugin in self.plugins
             for one in plugin.descriptors
-            if isinstance(one, kind) and one.name == name
+            if isinstance(one, kind) and key_of(one) == name
         ]
         if len({id(plugin) for plugin, _ in owners}) > 1:
             raise UsageError(_clash(word, name, owners[0][0], owners[1][0]))
@@ -122,6 +126,13 @@ class Registry:
         if not hasattr(module, name):
             raise UsageError(f"{what} names {reference}, which does not exist." + nearest_name(name, dir(module)))
         return getattr(module, name)
+
+
+def key_of(descriptor: Descriptor) -> str:
+    """Return what a descriptor is found by: its name, for a checkpoint format after its algorithm's, ``"A/NAME"``."""
+    if isinstance(descriptor, CheckpointFormat):
+        return f"{descriptor.algorithm}/{descriptor.name}"
+    return descriptor.name
 
 
 @functools.cache
@@ -168,7 +179,7 @@ def _missing_targets(descriptor: Descriptor) -> Iterable[str]:
     """Find references to names that do not exist by reading the source, so that nothing heavy is imported."""
     for attribute in fields(descriptor):
         reference = getattr(descriptor, attribute.name)
-        if attribute.name in ("name", "summary") or not isinstance(reference, str):
+        if attribute.name in ("name", "summary", "algorithm") or not isinstance(reference, str):
             continue
         module_name, _, name = reference.partition(":")
         if fault := _fault_of(module_name, name):

@@ -92,6 +92,11 @@ def decoding_parser(command: str, description: str, max_new_tokens: int) -> Argu
     return parser
 
 
+def loading_of(found: Namespace) -> VerifierLoading:
+    """Return how to load the verifier."""
+    return VerifierLoading(found.verifier_dtype, found.verifier_revision, found.trust_remote_code)
+
+
 def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     """Parse the words of a command; flags may be written with hyphens or underscores.
 
@@ -141,8 +146,7 @@ def load(found: Namespace, name: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     """
     import torch
 
-    loading = VerifierLoading(found.verifier_dtype, found.verifier_revision, found.trust_remote_code)
-    verifier = load_verifier(name, loading)
+    verifier = load_verifier(name, loading_of(found))
     if torch.accelerator.is_available():
         verifier.to(torch.accelerator.current_accelerator())
     return verifier, VerifierText(name, found.verifier_revision, found.trust_remote_code).tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from specforge.hookspecs import Algorithm
-from specforge.registry import KINDS, Plugin, installed
+from specforge.registry import KINDS, Plugin, installed, key_of
 
 
 def run(arguments: list[str]) -> int:
@@ -23,7 +23,7 @@ def describe(plugin: Plugin) -> str:
         for descriptor in plugin.descriptors:
             if isinstance(descriptor, kind):
                 note = "  [loads; training is not provided]" if _loads_only(descriptor) else ""
-                lines.append(f"  {word:<17}  {descriptor.name:<16}  {descriptor.summary}{note}")
+                lines.append(f"  {word:<17}  {key_of(descriptor):<18}  {descriptor.summary}{note}")
     if not plugin.descriptors and not plugin.faults:
         lines.append("  contributes nothing yet")
     lines += [f"  FAULT: {fault}" for fault in plugin.faults]

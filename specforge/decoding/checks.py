@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
@@ -27,8 +27,12 @@ def context_length(verifier: PreTrainedModel) -> int:
     return getattr(verifier.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
-def check_fit(draft: SpeculatorModel, verifier: PreTrainedModel) -> None:
+def check_fit(draft: SpeculatorModel, verifier: PreTrainedConfig) -> None:
     """Refuse a draft that was made for another vocabulary or width.
+
+    Args:
+        draft: The draft.
+        verifier: The verifier's configuration.
 
     Raises:
         UsageError: With both numbers.
@@ -36,13 +40,13 @@ def check_fit(draft: SpeculatorModel, verifier: PreTrainedModel) -> None:
     # A draft without decoder layers states its sizes itself.
     layers = getattr(draft.config, "transformer_layer_config", draft.config)
     width = getattr(draft.config, "target_hidden_size", None) or getattr(layers, "hidden_size", None)
-    own = verifier.config.get_text_config()
+    own = verifier.get_text_config()
     for what, expected, found in (
         ("vocabulary", getattr(layers, "vocab_size", None), own.vocab_size),
         ("width", width, own.hidden_size),
     ):
         if expected is not None and expected != found:
-            name = verifier.config._name_or_path or type(verifier).__name__
+            name = verifier._name_or_path or verifier.model_type
             raise UsageError(
                 f"the draft was made for a verifier with a {what} of {expected:,}; that of {name} is {found:,}"
             )

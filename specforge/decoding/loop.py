@@ -122,7 +122,7 @@ class Decoder:
             return
         if self.draft is None:
             raise UsageError(f"the proposal method {method.name!r} needs a draft")
-        check_fit(self.draft, self.verifier)
+        check_fit(self.draft, self.verifier.config)
         check_served(self.draft, method.name)
         most = self.draft.drafter(1).max_depth
         if most is not None and proposer.depth > most:

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specforge.config import SpeculatorModelConfig, TokenProposalConfig, find_file
+from specforge.config import SpeculatorModelConfig, TokenProposalConfig
 from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
 from specforge.models.drafter import Drafter
-from specforge.models.storage import read_weights, write_checkpoint
+from specforge.models.storage import read_all_weights, write_checkpoint
 from specforge.registry import installed
 from specforge.sampling import Sampling
 from specforge.verifier.features import Features
 from specforge.verifier.loading import load_verifier
-from specforge.verifier.parts import WEIGHTS, VerifierParts
+from specforge.verifier.parts import VerifierParts
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -210,7 +210,7 @@ class SpeculatorModel(nn.Module):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> Self:
-        """Load a draft in the ``speculators`` layout from a folder or the hub.
+        """Load a draft in the ``speculators`` layout from a folder or the hub; ``specforge convert`` reads others.
 
         Called on ``SpeculatorModel``, it finds the network's class by the checkpoint's ``speculators_model_type``.
 
@@ -225,13 +225,11 @@ class SpeculatorModel(nn.Module):
             UsageError: The checkpoint is missing or damaged, or its tensors are not those of the network.
         """
         config = cls.config_class.from_pretrained(name_or_path, **options)
-        path = find_file(name_or_path, WEIGHTS, **options)
-        model_class = cls if cls is not SpeculatorModel else _class_for(config)
-        model = model_class.from_state(config, read_weights(path), where=str(path))
+        state = read_all_weights(name_or_path, **options)
+        model_class: Any = cls if cls is not SpeculatorModel else network_of(config)
+        model: Self = model_class.from_state(config, state, where=str(name_or_path))
         if dtype is not None:
-            model.to(dtype)
-            # Rotary frequencies lose too much in a short type.
-            model.reset_constants()
+            model.cast(dtype)
         if verifier is not None and verifier_attachment_mode != "detached":
             model.attach_verifier(verifier, verifier_attachment_mode)
         return model
@@ -273,16 +271,38 @@ class SpeculatorModel(nn.Module):
     def reset_constants(self) -> None:
         """Compute buffers that no checkpoint holds, such as rotary frequencies; overridden where there are any."""
 
+    def cast(self, dtype: torch.dtype) -> Self:
+        """Cast the weights in place; rotary frequencies, which lose too much in a short type, are kept exact."""
+        self.to(dtype)
+        self.reset_constants()
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(one.dtype for one in self.state_dict().values() if one.is_floating_point())
+
+    def stored_config(self) -> dict[str, Any]:
+        """Return what ``config.json`` says in the ``speculators`` layout; the type of the weights is noted in it."""
+        self.config.dtype = str(self.dtype).removeprefix("torch.")
+        return self.config.to_dict()
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``config.json`` and ``model.safetensors``; other files in the folder are left alone.
 
         Raises:
             SpecforgeError: They cannot be written; an earlier checkpoint in the folder is left as it was.
         """
-        state = self.state_dict()
-        self.config.dtype = next(str(one.dtype) for one in state.values() if one.is_floating_point()).split(".")[-1]
-        write_checkpoint(Path(folder), self.config.to_dict(), state)
+        write_checkpoint(Path(folder), self.stored_config(), self.state_dict())
 
 
-def _class_for(config: SpeculatorModelConfig) -> Any:
-    return installed().load(installed().find(Algorithm, config.speculators_model_type), "model")
+def network_of(config: SpeculatorModelConfig) -> type[SpeculatorModel]:
+    """Return the class of the network that a configuration belongs to.
+
+    Raises:
+        UsageError: No installed plugin provides it.
+    """
+    network: type[SpeculatorModel] = installed().load(
+        installed().find(Algorithm, config.speculators_model_type), "model"
+    )
+    return network

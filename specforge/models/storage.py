@@ -1,4 +1,4 @@
-"""A checkpoint's two files on disk: reading the tensors, and writing both so that no half-written one is left."""
+"""A checkpoint's files on disk: finding and reading the tensors, and writing so that no half-written one is left."""
 
 from __future__ import annotations
 
@@ -9,25 +9,73 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specforge.config import CONFIG_NAME
+from specforge.config import CONFIG_NAME, find_file, read_json
 from specforge.errors import SpecforgeError, UsageError
-from specforge.verifier.parts import WEIGHTS
+from specforge.verifier.parts import WEIGHTS, WEIGHTS_INDEX
+
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+
+
+def find_weights(name_or_path: str | os.PathLike[str], **options: Any) -> list[Path]:
+    """Return the files that hold a checkpoint's tensors: safetensors, or else ``.bin``, whole or in shards.
+
+    Args:
+        name_or_path: Folder or hub id.
+        **options: Passed to ``huggingface_hub.hf_hub_download``.
+
+    Raises:
+        UsageError: There are none, or a shard is missing; the message is that of the first kind.
+    """
+    missing = None
+    for whole, index in ((WEIGHTS, WEIGHTS_INDEX), (PICKLED, PICKLED_INDEX)):
+        for name in (whole, index):
+            try:
+                found = find_file(name_or_path, name, **options)
+            except UsageError as error:
+                missing = missing or error
+                continue
+            if name == whole:
+                return [found]
+            weight_map = read_json(found).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UsageError(f"{found} has no weight_map, which says what file each tensor is in")
+            return [find_file(name_or_path, shard, **options) for shard in sorted(set(weight_map.values()))]
+    assert missing is not None
+    raise missing
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file.
+    """Read all tensors of a safetensors or ``.bin`` file; of the latter, nothing but tensors is ever unpickled.
 
     Raises:
-        UsageError: The file is damaged or truncated.
+        UsageError: The file is damaged or truncated, or holds something else.
     """
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path} is damaged or not a safetensors file: {error}") from None
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is damaged or not a safetensors file: {error}") from None
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files fail in many ways
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UsageError(f"{path} is damaged, or holds more than tensors, which is not loaded: {reason}") from None
+    if not isinstance(content, dict) or not all(isinstance(one, Tensor) for one in content.values()):
+        raise UsageError(f"{path} holds something else than tensors by name")
+    return content
+
+
+def read_all_weights(name_or_path: str | os.PathLike[str], **options: Any) -> dict[str, Tensor]:
+    """Read all tensors of a checkpoint, see ``find_weights`` and ``read_weights``."""
+    return {
+        name: tensor for path in find_weights(name_or_path, **options) for name, tensor in read_weights(path).items()
+    }
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ def specforge_objectives():
 
 @hookimpl
 def specforge_checkpoint_formats():
-    return [CheckpointFormat("toyformat", "a layout for play", reads="toy_heavy:read")]
+    return [CheckpointFormat("toyformat", "a layout for play", algorithm="toyalgo", layout="toy_heavy:ToyLayout")]
 
 @hookimpl
 def specforge_proposals():
@@ -44,7 +44,7 @@ import torch
 class ToyConfig: ...
 class ToyDraft: ...
 def toy_loss(rows): ...
-def read(folder, verifier): ...
+class ToyLayout: ...
 """
 HELLO = """
 @hookimpl
@@ -93,7 +93,7 @@ class TestGoodPlugin:
             ["algorithm", "toyalgo", "a toy", "[loads; training is not provided]"],
             ["proposal method", "toychain", "a chain for play"],
             ["objective", "toyloss", "a loss for play"],
-            ["checkpoint format", "toyformat", "a layout for play"],
+            ["checkpoint format", "toyalgo/toyformat", "a layout for play"],
             ["command", "hello", "greet"],
         ]
         assert "FAULT" not in done.stdout

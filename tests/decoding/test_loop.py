@@ -319,8 +319,8 @@ def test_no_prompts_and_no_room_are_nothing(verifier: PreTrainedModel, oracle: O
 
 def test_a_draft_of_another_verifier_is_refused(verifier: PreTrainedModel) -> None:
     for change, message in [
-        ({"vocab_size": 40}, "vocabulary of 40; that of LlamaForCausalLM is 31"),
-        ({"hidden_size": 32, "head_dim": 8}, "width of 32; that of LlamaForCausalLM is 16"),
+        ({"vocab_size": 40}, "vocabulary of 40; that of llama is 31"),
+        ({"hidden_size": 32, "head_dim": 8}, "width of 32; that of llama is 16"),
     ]:
         other = random_model(LlamaConfig(**{**SHAPE, **change}))
         with pytest.raises(UsageError, match=f"the draft was made for a verifier with a {message}"):

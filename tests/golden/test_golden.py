@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import layouts
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from specforge.hookspecs import Algorithm, CheckpointFormat
+from specforge.hookspecs import Algorithm
 from specforge.models.speculator import SpeculatorModel
 from specforge.registry import installed
 from specforge.training.distillation import DraftSteps, Teacher, Term, distill
@@ -34,8 +34,8 @@ if not ROOT.is_dir():
     pytest.skip(f"no golden cases: {ROOT} is not a folder (set SPECFORGE_GOLDEN)", allow_module_level=True)
 
 PADDING = 3
-# What specforge calls a format, where that is not what the cases do.
-FORMATS = {"eagle-raw": "eagle", "fms": "mlp_speculator"}
+# What specforge calls the formats of the cases.
+FORMATS = {"eagle-raw": "eagle/eagle", "fms": "mlp/mlp_speculator", "midlayer": "eagle3/midlayer"}
 
 
 @dataclass(frozen=True)
@@ -190,19 +190,14 @@ def attached_draft(case: Case) -> Any:
 def read_draft(case: Case, folder: Path) -> Any:
     if case.facts["format"] == "speculators":
         return SpeculatorModel.from_pretrained(folder)
-    return checkpoint_format(case, "reads")(folder, str(case.folder / "verifier"))
+    return layouts.read(FORMATS[case.facts["format"]], folder, str(case.folder / "verifier"))
 
 
 def write_draft(case: Case, model: Any, folder: Path) -> None:
     if case.facts["format"] == "speculators":
         model.save_pretrained(folder)
     else:
-        checkpoint_format(case, "writes")(model, folder)
-
-
-def checkpoint_format(case: Case, direction: str) -> Callable[..., Any]:
-    name = FORMATS.get(case.facts["format"], case.facts["format"])
-    return installed().load(installed().find(CheckpointFormat, name), direction)
+        layouts.write(FORMATS[case.facts["format"]], model, folder)
 
 
 def read_json(folder: Path) -> dict[str, Any]:

@@ -36,12 +36,36 @@ def specforge_objectives() -> Iterable[Objective]:
 
 @hookimpl
 def specforge_checkpoint_formats() -> Iterable[CheckpointFormat]:
-    """The layout of the published EAGLE-1 heads."""
+    """The layouts that readers of EAGLE-1 and HASS heads want."""
     return [
         CheckpointFormat(
-            name="eagle",
-            summary="SafeAILab EAGLE-1, vLLM and SGLang naming (fc.*, layers.0.*)",
-            reads="specforge_eagle.raw:read",
-            writes="specforge_eagle.raw:write",
-        )
+            "speculators",
+            "the speculators layout, 0.4; no engine loads it",
+            algorithm="eagle",
+            layout="specforge.checkpoints.speculators:SpeculatorsLayout",
+        ),
+        CheckpointFormat(
+            "vllm",
+            "vLLM, method eagle (fc.*, layers.0.*; no bias)",
+            algorithm="eagle",
+            layout="specforge_eagle.raw:VLLMLayout",
+        ),
+        CheckpointFormat(
+            "sglang",
+            "SGLang, algorithm EAGLE (fc.*, layers.0.*; always a bias)",
+            algorithm="eagle",
+            layout="specforge_eagle.raw:SGLangLayout",
+        ),
+        CheckpointFormat(
+            "eagle",
+            "SafeAILab EAGLE-1 (fc.*, layers.0.*; a bias where config.json says so)",
+            algorithm="eagle",
+            layout="specforge_eagle.raw:SafeAILabLayout",
+        ),
+        CheckpointFormat(
+            "hass",
+            "the published HASS code (fc.*, layers.0.*; always a bias)",
+            algorithm="eagle",
+            layout="specforge_eagle.raw:HassLayout",
+        ),
     ]

@@ -330,15 +330,12 @@ class EagleSpeculator(SpeculatorModel):
         """Begin to draft for some sequences; row t stands at position t."""
         return FeatureDrafter(self, batch_size, self.fusion_fc.weight.device, first_position=0)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` and ``model.safetensors``; other files in the folder are left alone.
+    def stored_config(self) -> dict[str, Any]:
+        """Return what ``config.json`` says in the ``speculators`` layout.
 
-        Raises:
-            SpecforgeError: They cannot be written; an earlier checkpoint in the folder is left as it was.
+        There the network alone is listed among the architectures; the layer is listed again when the file is read.
         """
-        super().save_pretrained(folder)
-        # In files of the layout, the network alone is listed; the layer is listed again when they are read.
-        self.config.model_copy(update={"architectures": [type(self).__name__]}).save_pretrained(folder)
+        return super().stored_config() | {"architectures": [type(self).__name__]}
 
     def reset_constants(self) -> None:
         """Recompute the rotary frequencies, which no checkpoint holds."""

@@ -1,94 +1,249 @@
-"""The layout of the published EAGLE-1 heads: ``fc.*`` and ``layers.0.*`` names and a plain decoder configuration.
+"""The layout of the published EAGLE-1 and HASS heads: ``fc.*``, ``layers.0.*``, a plain decoder's configuration.
 
-SafeAILab's EAGLE and SGLang write and read it; vLLM reads it too, as ``method: eagle``.
+Four programs read it and want it a little different each, above all in the bias where embedding and feature meet:
+
+* SafeAILab's EAGLE expects one unless the configuration says ``"bias": false``;
+* the published HASS code likewise; its heads have one;
+* vLLM has none, and leaves one in the file out without a word;
+* SGLang always has one, and leaves it at random where the file has none.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import json
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from specforge.config import CONFIG_NAME, SpeculatorsConfig, VerifierConfig, find_file, read_json
+from specforge.checkpoints.layout import Layout, StoredDraft
+from specforge.checkpoints.plain import NOT_OF_THE_LAYERS, position_faults, width_faults, with_old_rope
+from specforge.checkpoints.verifier_facts import VerifierFacts
+from specforge.config import SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
-from specforge.models.storage import read_weights, write_checkpoint
+from specforge.models.speculator import SpeculatorModel
 from specforge.proposals import GreedyTokenProposalConfig
-from specforge.verifier.parts import WEIGHTS, VerifierParts
+from specforge.verifier.parts import VerifierParts
 from specforge_eagle.config import EagleSpeculatorConfig
 from specforge_eagle.model import EagleSpeculator
 
 # Beginnings of names: ours, and the published ones.
 NAMES = {"fusion_fc.": "fc.", "transformer.": "layers.0."}
 EMBEDDINGS = "embed_tokens.weight"
+BIAS = "fc.bias"
+FUSION = "fc.weight"
+SGLANG_ARCHITECTURE = "LlamaForCausalLMEagle"
+# vLLM puts "Eagle" before these; it has no draft of another family.
+VLLM_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "Llama4ForCausalLM",
+    "MistralForCausalLM",
+    "MiniCPMForCausalLM",
+    "CohereForCausalLM",
+)
 
 
-def read(folder: Path, verifier: str | None) -> EagleSpeculator:
-    """Read a published head.
+class SafeAILabLayout(Layout):
+    """What SafeAILab's EAGLE reads."""
 
-    Args:
-        folder: Holds ``config.json`` and ``model.safetensors``.
-        verifier: Folder or hub id of its verifier, stored in the draft's configuration; None when not known.
+    def recognises(self, stored: StoredDraft) -> bool:
+        """Tell by the names: one fusion of two states, and one layer without a norm of the feature."""
+        return _has_raw_names(stored) and stored.config.get("architectures") != [SGLANG_ARCHITECTURE]
 
-    Returns:
-        The draft, detached. Token embeddings that the file may hold are the verifier's; they are kept aside, to be
-        written back.
+    def read(self, stored: StoredDraft, verifier: VerifierConfig) -> EagleSpeculator:
+        """Build the draft.
 
-    Raises:
-        UsageError: A file is missing or damaged, a tensor is missing, unknown or of the wrong shape, or the
-            embeddings are not the verifier's.
-    """
-    path = find_file(folder, CONFIG_NAME)
-    values = read_json(path)
-    weights = read_weights(find_file(folder, WEIGHTS))
-    embeddings = weights.pop(EMBEDDINGS, None)
-    config = EagleSpeculatorConfig.from_dict(
-        {
-            # "bias" is no field of a decoder's, and is missing from heads that have none: the tensors tell.
-            "transformer_layer_config": {name: value for name, value in values.items() if name != "bias"},
-            "fusion_bias": "fc.bias" in weights,
-            "speculators_config": SpeculatorsConfig(
-                algorithm="eagle",
-                proposal_methods=[GreedyTokenProposalConfig()],
-                default_proposal_method="greedy",
-                verifier=VerifierConfig.from_pretrained(verifier) if verifier else VerifierConfig(),
-            ),
-        },
-        where=str(path),
-    )
-    published = {theirs: ours for ours, theirs in NAMES.items()}
-    state = {_renamed(name, published): tensor for name, tensor in weights.items()}
-    model = EagleSpeculator.from_state(config, state, where=str(folder))
-    if embeddings is not None and verifier:
-        _check_embeddings(embeddings, verifier, folder)
-    model.stored_embeddings = embeddings
-    return model
-
-
-def write(model: EagleSpeculator, folder: Path) -> None:
-    """Write a draft under the published names.
-
-    Args:
-        model: A draft without layernorms and without a bias that does anything.
-        folder: Is created if need be.
-
-    Raises:
-        UsageError: The draft has what a reader of the layout would leave out without a word.
-    """
-    config = model.config
-    if config.layernorms:
-        raise UsageError("the eagle layout has no names for the norms of a draft with layernorms")
-    bias = model.fusion_fc.bias
-    if bias is not None and bool(bias.any()):
-        raise UsageError(
-            "this draft has a fusion bias, which vLLM would leave out without a word, and the draft would be wrong; "
-            "train it with fusion_bias false"
+        Token embeddings that the file may hold have to be the verifier's; they are kept aside, to be written back.
+        """
+        weights = dict(stored.tensors)
+        embeddings = weights.pop(EMBEDDINGS, None)
+        # "bias" is no field of a decoder's, and is missing from heads that have none: the tensors tell.
+        layers = {name: one for name, one in stored.config.items() if name not in (*NOT_OF_THE_LAYERS, "bias")}
+        config = EagleSpeculatorConfig.from_dict(
+            {
+                "transformer_layer_config": layers,
+                "fusion_bias": BIAS in weights,
+                "speculators_config": SpeculatorsConfig(
+                    algorithm="eagle",
+                    proposal_methods=[GreedyTokenProposalConfig()],
+                    default_proposal_method="greedy",
+                    verifier=verifier,
+                ),
+            },
+            where=stored.config_where,
         )
-    state = {_renamed(name, NAMES): tensor for name, tensor in model.state_dict().items()}
-    if model.stored_embeddings is not None:
-        state[EMBEDDINGS] = model.stored_embeddings.to(model.fusion_fc.weight.dtype)
-    write_checkpoint(folder, _plain_config(model), state)
+        published = {theirs: ours for ours, theirs in NAMES.items()}
+        state = {_renamed(name, published): tensor for name, tensor in weights.items()}
+        model = EagleSpeculator.from_state(config, state, where=stored.where)
+        if embeddings is not None and verifier.name_or_path:
+            _check_embeddings(embeddings, verifier.name_or_path, stored.where)
+        model.stored_embeddings = embeddings
+        return model
+
+    def write(self, model: SpeculatorModel) -> StoredDraft:
+        """Return tensors and configuration; embeddings that came with the draft are among them.
+
+        Raises:
+            UsageError: The draft has layernorms, for which readers have no names.
+        """
+        draft = cast(EagleSpeculator, model)
+        if draft.config.layernorms:
+            raise UsageError(
+                f"the {self.format.name} format has no names for the norms of a draft with layernorms, and its readers "
+                "would leave them out; --format speculators holds them"
+            )
+        tensors = {_renamed(name, NAMES): tensor for name, tensor in draft.state_dict().items()}
+        if draft.stored_embeddings is not None:
+            tensors[EMBEDDINGS] = draft.stored_embeddings.to(draft.dtype)
+        self.settle_bias(tensors)
+        return StoredDraft(_plain_config(draft) | {"bias": BIAS in tensors}, tensors)
+
+    def settle_bias(self, tensors: dict[str, Tensor]) -> None:
+        """Make the bias what the reader wants it to be; here the configuration says whether there is one.
+
+        Args:
+            tensors: What is to be written; changed in place.
+        """
+
+    def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
+        """Yield what readers would leave out, add, or compute otherwise."""
+        said = stored.config.get("bias", True)
+        if bool(said) != (BIAS in stored.tensors):
+            what = "holds none, which leaves it at random" if said else "holds one, which is left out"
+            yield f'"bias" is {json.dumps(said)} or not said in config.json, but the file {what}'
+        if stored.config.get("num_hidden_layers") != 1:
+            yield f"num_hidden_layers is {stored.config.get('num_hidden_layers')}, not 1: readers build so many layers"
+        yield from position_faults(stored.config, verifier)
+        yield from width_faults(stored.config.get("hidden_size"), verifier)
+
+    def serving(self, draft: str, verifier: str, tokens: int) -> str:
+        """Return a piece of Python with SafeAILab's package."""
+        return (
+            "from eagle.model.ea_model import EaModel\n\n"
+            f'model = EaModel.from_pretrained(base_model_path="{verifier}", ea_model_path="{draft}", use_eagle3=False)'
+        )
+
+
+class HassLayout(SafeAILabLayout):
+    """What the published HASS code reads: always with a bias, of zeros where there is none."""
+
+    def recognises(self, stored: StoredDraft) -> bool:
+        """Never: nothing tells such a head from SafeAILab's."""
+        return False
+
+    def settle_bias(self, tensors: dict[str, Tensor]) -> None:
+        """Add zeros."""
+        tensors.setdefault(BIAS, torch.zeros_like(tensors[FUSION][:, 0]))
+
+    def serving(self, draft: str, verifier: str, tokens: int) -> str:
+        """Return what the published evaluation scripts are given."""
+        return f"# scripts of the published HASS code: --base-model-path {verifier} --ea-model-path {draft}"
+
+
+class VLLMLayout(SafeAILabLayout):
+    """What vLLM reads as ``method: eagle``: no bias, and no embeddings, which are the verifier's."""
+
+    def recognises(self, stored: StoredDraft) -> bool:
+        """Never: what vLLM reads looks like SafeAILab's."""
+        return False
+
+    def write(self, model: SpeculatorModel) -> StoredDraft:
+        """Return tensors and configuration.
+
+        Raises:
+            UsageError: The draft has layernorms, a bias that does something, or a layer that vLLM does not draft with.
+        """
+        stored = super().write(model)
+        stored.tensors.pop(EMBEDDINGS, None)
+        architecture = stored.config["architectures"][0]
+        if architecture not in VLLM_ARCHITECTURES:
+            raise UsageError(
+                f"vLLM has no such draft for {architecture}; it has for: {', '.join(VLLM_ARCHITECTURES)}. Train with "
+                "model.draft.transformer_layer_architecture LlamaDecoderLayer"
+            )
+        return stored
+
+    def settle_bias(self, tensors: dict[str, Tensor]) -> None:
+        """Leave out zeros, which do nothing.
+
+        Raises:
+            UsageError: The bias does something: nothing else in the network could take it over.
+        """
+        bias = tensors.pop(BIAS, None)
+        if bias is not None and bool(bias.any()):
+            raise UsageError(
+                "this draft has a fusion bias, which vLLM would leave out without a word, and the draft would be "
+                "wrong; train it with model.draft.fusion_bias false, or serve it with SGLang (--format sglang)"
+            )
+
+    def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
+        """Yield what vLLM would leave out or refuse."""
+        if BIAS in stored.tensors:
+            yield f"the file holds {BIAS}, which vLLM leaves out without a word"
+        yield from super().faults(stored, verifier)
+        if (architectures := stored.config.get("architectures")) not in [[one] for one in VLLM_ARCHITECTURES]:
+            yield f"architectures is {architectures}; vLLM has drafts of this kind for {', '.join(VLLM_ARCHITECTURES)}"
+
+    def serving(self, draft: str, verifier: str, tokens: int) -> str:
+        """Return the command; the method is always said, since vLLM guesses it from the path otherwise."""
+        speculative = json.dumps({"model": draft, "method": "eagle", "num_speculative_tokens": tokens})
+        return f"vllm serve {verifier} --speculative-config '{speculative}'"
+
+
+class SGLangLayout(SafeAILabLayout):
+    """What SGLang reads as ``LlamaForCausalLMEagle``: always a bias, and no embeddings, which are the verifier's."""
+
+    def recognises(self, stored: StoredDraft) -> bool:
+        """Tell by the architecture."""
+        return _has_raw_names(stored) and stored.config.get("architectures") == [SGLANG_ARCHITECTURE]
+
+    def write(self, model: SpeculatorModel) -> StoredDraft:
+        """Return tensors and configuration.
+
+        Raises:
+            UsageError: The draft has layernorms, or a layer that is not Llama's.
+        """
+        stored = super().write(model)
+        stored.tensors.pop(EMBEDDINGS, None)
+        if stored.config["architectures"] != ["LlamaForCausalLM"]:
+            raise UsageError(
+                f"SGLang has such a draft for Llama layers alone, and this one is {stored.config['model_type']}; train "
+                "with model.draft.transformer_layer_architecture LlamaDecoderLayer"
+            )
+        return StoredDraft(stored.config | {"architectures": [SGLANG_ARCHITECTURE]}, stored.tensors)
+
+    def settle_bias(self, tensors: dict[str, Tensor]) -> None:
+        """Add zeros: SGLang would leave a missing bias at random."""
+        tensors.setdefault(BIAS, torch.zeros_like(tensors[FUSION][:, 0]))
+
+    def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
+        """Yield what SGLang would leave at random, or run as something else."""
+        if BIAS not in stored.tensors:
+            yield f"the file holds no {BIAS}: SGLang always has one, and leaves it at random"
+        yield from super().faults(stored, verifier)
+        if (architectures := stored.config.get("architectures")) != [SGLANG_ARCHITECTURE]:
+            yield f"architectures is {architectures}; SGLang runs such a draft as {SGLANG_ARCHITECTURE} alone"
+
+    def serving(self, draft: str, verifier: str, tokens: int) -> str:
+        """Return the command for a chain."""
+        return (
+            f"python3 -m sglang.launch_server --model-path {verifier} --speculative-algorithm EAGLE "
+            f"--speculative-draft-model-path {draft} --speculative-num-steps {tokens} --speculative-eagle-topk 1 "
+            f"--speculative-num-draft-tokens {tokens + 1}"
+        )
+
+
+def _has_raw_names(stored: StoredDraft) -> bool:
+    names = stored.tensors
+    fusion = names.get(FUSION)
+    return (
+        "speculators_model_type" not in stored.config
+        and fusion is not None
+        and fusion.ndim == 2
+        and any(name.startswith("layers.0.") for name in names)
+        and "layers.0.hidden_norm.weight" not in names
+    )
 
 
 def _renamed(name: str, beginnings: dict[str, str]) -> str:
@@ -107,27 +262,19 @@ def _plain_config(model: EagleSpeculator) -> dict[str, Any]:
         "model_type": config.decoder_layer.config.model_type,
         "num_hidden_layers": 1,
         "tie_word_embeddings": False,
-        # Without it, SafeAILab's reader expects a bias.
-        "bias": config.fusion_bias,
-        "dtype": str(model.fusion_fc.weight.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
     if values.get("layer_types"):
         values["layer_types"] = values["layer_types"][:1]
-    rope = values.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        # Readers with transformers before version 5 look for the rotary base here.
-        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-        values["rope_theta"] = rope["rope_theta"]
-        values["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else scaling
-    return values
+    return with_old_rope(values)
 
 
-def _check_embeddings(embeddings: Tensor, verifier: str, folder: Path) -> None:
+def _check_embeddings(embeddings: Tensor, verifier: str, where: str) -> None:
     """Refuse a head that was made for other embeddings than its verifier's."""
     own = VerifierParts.from_pretrained(verifier).embed_tokens.weight
     # Both may have been rounded, to different types.
     same = own.shape == embeddings.shape and torch.allclose(embeddings.float(), own.float(), rtol=1e-2, atol=1e-6)
     if not same:
         raise UsageError(
-            f"{folder}: its token embeddings are not those of {verifier}; the draft belongs to another verifier"
+            f"{where}: its token embeddings are not those of {verifier}; the draft belongs to another verifier"
         )

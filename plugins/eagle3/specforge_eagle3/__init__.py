@@ -24,12 +24,30 @@ def specforge_algorithms() -> Iterable[Algorithm]:
 
 @hookimpl
 def specforge_checkpoint_formats() -> Iterable[CheckpointFormat]:
-    """The layout of the published EAGLE-3 heads."""
+    """The layouts that readers of EAGLE-3 heads want."""
     return [
         CheckpointFormat(
-            name="midlayer",
-            summary="SafeAILab EAGLE-3 and SGLang naming (midlayer.*)",
-            reads="specforge_eagle3.midlayer:read",
-            writes="specforge_eagle3.midlayer:write",
-        )
+            "speculators",
+            "the speculators layout, 0.9; vLLM and llama.cpp read it",
+            algorithm="eagle3",
+            layout="specforge_eagle3.formats:Eagle3SpeculatorsLayout",
+        ),
+        CheckpointFormat(
+            "vllm",
+            "vLLM, method eagle3: the speculators layout without borrowed embeddings",
+            algorithm="eagle3",
+            layout="specforge_eagle3.formats:VLLMLayout",
+        ),
+        CheckpointFormat(
+            "sglang",
+            "SGLang, algorithm EAGLE3 (midlayer.*)",
+            algorithm="eagle3",
+            layout="specforge_eagle3.midlayer:SGLangLayout",
+        ),
+        CheckpointFormat(
+            "midlayer",
+            "SafeAILab EAGLE-3 (midlayer.*)",
+            algorithm="eagle3",
+            layout="specforge_eagle3.midlayer:MidlayerLayout",
+        ),
     ]

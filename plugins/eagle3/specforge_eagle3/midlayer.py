@@ -1,95 +1,253 @@
-"""The layout of the published EAGLE-3 heads: ``midlayer.*`` names and a plain decoder configuration.
+"""The layout of the published EAGLE-3 heads: ``midlayer.*`` names and a plain decoder's configuration.
 
-SafeAILab's EAGLE and SGLang write and read it; vLLM reads it too.
+SafeAILab's EAGLE and SGLang write and read it; vLLM reads it too. They disagree about which verifier layers a list of
+ids means, and each knows only some of the network's options.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
-from specforge.config import CONFIG_NAME, SpeculatorsConfig, VerifierConfig, find_file, read_json
+import torch
+from torch import Tensor
+
+from specforge.checkpoints.layout import Layout, StoredDraft
+from specforge.checkpoints.plain import NOT_OF_THE_LAYERS, position_faults, width_faults, with_new_rope, with_old_rope
+from specforge.checkpoints.verifier_facts import VerifierFacts
+from specforge.config import SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
-from specforge.models.storage import read_weights, write_checkpoint
+from specforge.models.speculator import SpeculatorModel
 from specforge.proposals import GreedyTokenProposalConfig
-from specforge.verifier.parts import WEIGHTS
+from specforge.verifier.features import default_aux_layers
 from specforge_eagle3.config import Eagle3SpeculatorConfig
 from specforge_eagle3.model import Eagle3DraftModel
+from specforge_eagle3.rules import EMBEDDINGS, LAYER_IDS, layer_id_faults, tensor_faults, without_borrowed_embeddings
 
 OURS, PUBLISHED = "layers.0.", "midlayer."
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "target_hidden_size")
-LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+OPTIONS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+SIZES = ("draft_vocab_size", "target_hidden_size", "num_aux_hidden_states")
+NESTED = "eagle_config"
 
 
-def read(folder: Path, verifier: str | None) -> Eagle3DraftModel:
-    """Read a published head.
+class MidlayerLayout(Layout):
+    """What SafeAILab's EAGLE reads: the published network, fed by the published choice of layers."""
 
-    Args:
-        folder: Holds ``config.json`` and ``model.safetensors``.
-        verifier: Folder or hub id of its verifier, stored in the draft's configuration; None when not known.
+    reader = "SafeAILab's EAGLE"
 
-    Returns:
-        The draft, detached.
+    def recognises(self, stored: StoredDraft) -> bool:
+        """Tell by the names: SGLang's are the same, and ids may be in its sense or in another."""
+        names = stored.tensors
+        published = any(name.startswith(PUBLISHED) for name in names) or "layers.0.hidden_norm.weight" in names
+        return "speculators_model_type" not in stored.config and published
 
-    Raises:
-        UsageError: A file is missing or damaged, or a tensor is missing, unknown or of the wrong shape.
-    """
-    path = find_file(folder, CONFIG_NAME)
-    values = read_json(path)
-    if LAYER_IDS in values.get("eagle_config", {}):
-        raise UsageError(
-            f"{path}: engines disagree on what layer ids inside eagle_config mean; move them to a top-level "
-            f"{LAYER_IDS!r} that counts the layers before which features are taken"
+    def read(self, stored: StoredDraft, verifier: VerifierConfig) -> Eagle3DraftModel:
+        """Build the draft; ``t2d``, which engines ignore and writers leave out, is made from ``d2t``."""
+        values = stored.config
+        draft_size = values.get("draft_vocab_size", values.get("vocab_size"))
+        unknown = {*NOT_OF_THE_LAYERS, *OPTIONS, *SIZES, LAYER_IDS, NESTED}
+        config = Eagle3SpeculatorConfig.from_dict(
+            {
+                "transformer_layer_config": with_new_rope(
+                    {name: value for name, value in values.items() if name not in unknown}
+                ),
+                "draft_vocab_size": draft_size,
+                "target_hidden_size": values.get("target_hidden_size"),
+                "eagle_aux_hidden_state_layer_ids": self.layers_before(values),
+                **{option: values[option] for option in OPTIONS if option in values},
+                "speculators_config": SpeculatorsConfig(
+                    algorithm="eagle3",
+                    proposal_methods=[GreedyTokenProposalConfig()],
+                    default_proposal_method="greedy",
+                    verifier=verifier,
+                ),
+            },
+            where=stored.config_where,
         )
-    config = Eagle3SpeculatorConfig.from_dict(
-        {
-            "transformer_layer_config": _layer_config(values),
-            "draft_vocab_size": values.get("draft_vocab_size", values.get("vocab_size")),
-            **{flag: values[flag] for flag in (*FLAGS, LAYER_IDS) if flag in values},
-            "speculators_config": SpeculatorsConfig(
-                algorithm="eagle3",
-                proposal_methods=[GreedyTokenProposalConfig()],
-                default_proposal_method="greedy",
-                verifier=VerifierConfig.from_pretrained(verifier) if verifier else VerifierConfig(),
-            ),
-        },
-        where=str(path),
-    )
-    weights = read_weights(find_file(folder, WEIGHTS))
-    state = {
-        OURS + name.removeprefix(PUBLISHED) if name.startswith(PUBLISHED) else name: weights[name] for name in weights
-    }
-    return Eagle3DraftModel.from_state(config, state, where=str(folder))
+        state = {_renamed(name, PUBLISHED, OURS): tensor for name, tensor in stored.tensors.items()}
+        return Eagle3DraftModel.from_state(config, _with_maps(state, config), where=stored.where)
+
+    def layers_before(self, values: dict[str, Any]) -> list[int] | None:
+        """Return the layers before which features are taken, by what a ``config.json`` says; None for the default.
+
+        Raises:
+            UsageError: It may mean one thing or another.
+        """
+        if LAYER_IDS in (values.get(NESTED) or {}):
+            raise UsageError(
+                f"engines disagree on what layer ids inside {NESTED} mean: SGLang counts the layers after which "
+                f"features are taken (--format sglang); otherwise move them to a top-level {LAYER_IDS!r} that counts "
+                "the layers before which they are"
+            )
+        return values.get(LAYER_IDS)
+
+    def write(self, model: SpeculatorModel) -> StoredDraft:
+        """Return tensors and configuration.
+
+        Raises:
+            UsageError: The reader would run the draft as another one.
+        """
+        draft = cast(Eagle3DraftModel, model)
+        config, layers = draft.config, draft.config.transformer_layer_config
+        if len(draft.layers) != 1:
+            raise UsageError(f"the midlayer layout holds one decoder layer; this draft has {len(draft.layers)}")
+        if layers.model_type != "llama":
+            raise UsageError(
+                f"{self.reader} builds Llama layers, and this draft's are {layers.model_type}; serve it with vLLM "
+                "(--format vllm), or train with model.draft.layer_type llama"
+            )
+        if options := [option for option in OPTIONS if getattr(config, option)]:
+            raise UsageError(
+                f"{self.reader} knows no {' or '.join(options)}, and would run the draft without; serve it with vLLM "
+                "(--format vllm), or train with these options off"
+            )
+        values = with_old_rope(config.serialize_transformer_config(layers)) | {
+            "architectures": [ARCHITECTURE],
+            "draft_vocab_size": config.draft_vocab_size,
+            "dtype": str(draft.dtype).removeprefix("torch."),
+            "tie_word_embeddings": False,
+            **dict.fromkeys(OPTIONS, False),
+        }
+        if config.target_hidden_size is not None:
+            values["target_hidden_size"] = config.target_hidden_size
+        state = without_borrowed_embeddings(draft)
+        tensors = {_renamed(name, OURS, PUBLISHED): tensor for name, tensor in state.items()}
+        return StoredDraft(values | self.said_of_layers(draft), tensors)
+
+    def said_of_layers(self, draft: Eagle3DraftModel) -> dict[str, Any]:
+        """Return what ``config.json`` says of the layers that features are taken from; here nothing.
+
+        Raises:
+            UsageError: The reader would take others.
+        """
+        chosen, default = draft.aux_layers, _default_layers(draft.verifier_parts.config.num_hidden_layers)
+        if chosen != default:
+            raise UsageError(
+                f"{self.reader} always takes features before the layers {default}, and this draft's come from "
+                f"{chosen}; serve it with vLLM (--format vllm)"
+            )
+        return {}
+
+    def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
+        """Yield what the reader would leave out, or run otherwise."""
+        if not any(name.startswith(PUBLISHED) for name in stored.tensors):
+            yield f"no tensor begins with {PUBLISHED}: {self.reader} would leave the decoder layer at random"
+        if on := [option for option in OPTIONS if stored.config.get(option)]:
+            yield f"{self.reader} knows no {' or '.join(on)}, and runs the draft without"
+        if "norm_before_residual" not in stored.config:
+            yield "norm_before_residual is not said: readers take different things for granted"
+        if stored.config.get("architectures") != [ARCHITECTURE]:
+            yield f"architectures is {stored.config.get('architectures')}, not [{ARCHITECTURE!r}]"
+        yield from tensor_faults(stored.tensors, stored.config.get("draft_vocab_size"), stored.config.get("vocab_size"))
+        yield from position_faults(stored.config, verifier)
+        yield from width_faults(stored.config.get("target_hidden_size") or stored.config.get("hidden_size"), verifier)
+        yield from self.said_faults(stored, verifier)
+
+    def said_faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
+        """Yield what ``config.json`` says of the layers otherwise than the reader takes it."""
+        if LAYER_IDS in stored.config or LAYER_IDS in (stored.config.get(NESTED) or {}):
+            yield f"{LAYER_IDS} is said, but {self.reader} does not read it and takes the default layers"
+
+    def serving(self, draft: str, verifier: str, tokens: int) -> str:
+        """Return a piece of Python with SafeAILab's package."""
+        return (
+            "from eagle.model.ea_model import EaModel\n\n"
+            f'model = EaModel.from_pretrained(base_model_path="{verifier}", ea_model_path="{draft}", use_eagle3=True)'
+        )
 
 
-def write(model: Eagle3DraftModel, folder: Path) -> None:
-    """Write a draft under the published names.
+class SGLangLayout(MidlayerLayout):
+    """What SGLang reads: ids of the layers *after* which features are taken, one less each than here.
 
-    Args:
-        model: A draft of one layer.
-        folder: Is created if need be.
-
-    Raises:
-        UsageError: The draft has more than one layer, for which the layout has no names.
+    Without ids SGLang takes the published layers. It adds 1 to ids: always before its pull request 25454, and since
+    then only where the first one is 1.
     """
-    config = model.config
-    if len(model.layers) != 1:
-        raise UsageError(f"the midlayer layout holds one decoder layer; this draft has {len(model.layers)}")
-    values = config.serialize_transformer_config(config.transformer_layer_config)
-    values |= {"architectures": [ARCHITECTURE], "draft_vocab_size": config.draft_vocab_size}
-    values |= {flag: getattr(config, flag) for flag in FLAGS if getattr(config, flag)}
-    if config.eagle_aux_hidden_state_layer_ids is not None:
-        values[LAYER_IDS] = config.eagle_aux_hidden_state_layer_ids
-    state = model.state_dict()
-    renamed = {PUBLISHED + name.removeprefix(OURS) if name.startswith(OURS) else name: state[name] for name in state}
-    write_checkpoint(folder, values, renamed)
+
+    reader = "SGLang"
+
+    def recognises(self, stored: StoredDraft) -> bool:
+        """Never: the same names are SafeAILab's, and ids may be vLLM's; ``--format sglang`` says that they are not."""
+        return False
+
+    def layers_before(self, values: dict[str, Any]) -> list[int] | None:
+        """Return the ids as SGLang takes them; None where it takes the published layers."""
+        ids = (values.get(NESTED) or {}).get(LAYER_IDS)
+        if ids is None:
+            return None
+        return [layer + 1 for layer in ids] if ids[0] == 1 else list(ids)
+
+    def write(self, model: SpeculatorModel) -> StoredDraft:
+        """Return tensors and configuration.
+
+        Raises:
+            UsageError: SGLang would run the draft as another one.
+        """
+        stored = super().write(model)
+        if EMBEDDINGS in stored.tensors:
+            raise UsageError(
+                "this draft has token embeddings of its own, and SGLang drafts with the verifier's; serve it with vLLM "
+                "(--format vllm), or train with model.draft.train_embeddings false"
+            )
+        return stored
+
+    def said_of_layers(self, draft: Eagle3DraftModel) -> dict[str, Any]:
+        """Return the ids in SGLang's sense; nothing for the published layers, which all of its versions agree on.
+
+        Raises:
+            UsageError: No ids mean these layers.
+        """
+        chosen = draft.aux_layers
+        if chosen == _default_layers(draft.verifier_parts.config.num_hidden_layers):
+            return {}
+        if chosen[0] == 1:
+            raise UsageError(
+                f"SGLang cannot be told to take features before the layers {chosen}: it reads a first id of 1 as 2. "
+                "Serve the draft with vLLM (--format vllm), or train with model.draft.aux_layers that begin elsewhere"
+            )
+        return {NESTED: {LAYER_IDS: [layer - 1 for layer in chosen] if chosen[0] == 2 else chosen}}
+
+    def said_faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
+        """Yield ids that SGLang does not read, or takes for layers that there are not."""
+        if LAYER_IDS in stored.config:
+            yield f"{LAYER_IDS} stands at the top level, where SGLang does not read it; it belongs into {NESTED}"
+        ids = self.layers_before(stored.config)
+        if ids is not None:
+            yield from layer_id_faults(ids, verifier)
+        if EMBEDDINGS in stored.tensors:
+            yield f"the file holds {EMBEDDINGS}, and SGLang drafts with the verifier's embeddings"
+
+    def serving(self, draft: str, verifier: str, tokens: int) -> str:
+        """Return the command for a chain."""
+        return (
+            f"python3 -m sglang.launch_server --model-path {verifier} --speculative-algorithm EAGLE3 "
+            f"--speculative-draft-model-path {draft} --speculative-num-steps {tokens} --speculative-eagle-topk 1 "
+            f"--speculative-num-draft-tokens {tokens + 1}"
+        )
 
 
-def _layer_config(values: dict[str, Any]) -> dict[str, Any]:
-    """Keep what describes the decoder layer; a rotary base from before transformers 5 is moved to its new place."""
-    layers = {name: value for name, value in values.items() if name not in (*FLAGS, LAYER_IDS, "draft_vocab_size")}
-    if "rope_parameters" not in layers:
-        scaling = layers.pop("rope_scaling", None) or {"rope_type": "default"}
-        layers["rope_parameters"] = {**scaling, "rope_theta": layers.pop("rope_theta", 10000.0)}
-    return layers
+def _default_layers(number: int) -> list[int] | None:
+    try:
+        return default_aux_layers(number)
+    except UsageError:  # a verifier too small for the published choice
+        return None
+
+
+def _renamed(name: str, old: str, new: str) -> str:
+    return new + name.removeprefix(old) if name.startswith(old) else name
+
+
+def _with_maps(state: dict[str, Tensor], config: Eagle3SpeculatorConfig) -> dict[str, Tensor]:
+    """Add the map that readers do without; leave out maps of a vocabulary to itself."""
+    d2t = state.get("d2t")
+    if config.draft_vocab_size == config.target_vocab_size:
+        identity = d2t is not None and not d2t.any() and bool(state.get("t2d", torch.ones(1)).all())
+        return {name: one for name, one in state.items() if name not in ("d2t", "t2d")} if identity else state
+    if d2t is None or "t2d" in state:
+        return state
+    ids = d2t + torch.arange(d2t.numel())
+    if bool((ids < 0).any() or (ids >= config.target_vocab_size).any()):
+        return state
+    t2d = torch.zeros(config.target_vocab_size, dtype=torch.bool)
+    t2d[ids] = True
+    return {**state, "t2d": t2d}

@@ -38,12 +38,18 @@ def specforge_proposals() -> Iterable[ProposalMethod]:
 
 @hookimpl
 def specforge_checkpoint_formats() -> Iterable[CheckpointFormat]:
-    """The layout of the published speculators."""
+    """The layout of the published speculators, and our own."""
     return [
         CheckpointFormat(
-            name="mlp_speculator",
-            summary="IBM fms and transformers naming (speculator.emb.*, proj.*, head.*, ln.*)",
-            reads="specforge_mlp.layout:read",
-            writes="specforge_mlp.layout:write",
-        )
+            "speculators",
+            "the speculators layout, as specforge stores it; no engine loads it",
+            algorithm="mlp",
+            layout="specforge.checkpoints.speculators:SpeculatorsLayout",
+        ),
+        CheckpointFormat(
+            "mlp_speculator",
+            "IBM fms and transformers naming (speculator.emb.*, proj.*, head.*, ln.*)",
+            algorithm="mlp",
+            layout="specforge_mlp.layout:MLPSpeculatorLayout",
+        ),
     ]

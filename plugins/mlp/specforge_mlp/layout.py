@@ -5,20 +5,22 @@ Names begin with ``speculator.``; everything else is as in ``MLPSpeculator``. No
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from specforge.config import CONFIG_NAME, VerifierConfig, find_file, read_json
+from specforge.checkpoints.layout import Layout, StoredDraft
+from specforge.checkpoints.verifier_facts import VerifierFacts
+from specforge.config import VerifierConfig
 from specforge.errors import UsageError
-from specforge.models.storage import read_weights, write_checkpoint
-from specforge.verifier.parts import WEIGHTS
+from specforge.models.speculator import SpeculatorModel
 from specforge_mlp.config import MLPSpeculatorConfig
 from specforge_mlp.model import MLPSpeculator, proposals_of
 
 MODEL_TYPE = "mlp_speculator"
+ARCHITECTURE = "MLPSpeculatorPreTrainedModel"
 PREFIX = "speculator."
 # Our names of the fields, and the deployed ones.
 FIELDS = {
@@ -73,53 +75,59 @@ def to_deployed(config: MLPSpeculatorConfig) -> dict[str, Any]:
     return {
         **(config.model_extra or {}),
         **{deployed: getattr(config, name) for name, deployed in FIELDS.items()},
-        "architectures": ["MLPSpeculatorPreTrainedModel"],
+        "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         "dtype": config.dtype,
+        # Where it is missing, transformers takes true for granted.
+        "tie_word_embeddings": config.tie_word_embeddings,
     }
 
 
-def read(folder: Path, verifier: str | None) -> MLPSpeculator:
-    """Read a published speculator.
+class MLPSpeculatorLayout(Layout):
+    """What fms, TGI and old releases of vLLM read."""
 
-    Args:
-        folder: Holds ``config.json`` and ``model.safetensors``.
-        verifier: Folder or hub id of its verifier, stored in the draft's configuration; None when not known.
+    def recognises(self, stored: StoredDraft) -> bool:
+        """Tell by the model type, or by the names where nothing is said."""
+        named = stored.config.get("model_type") == MODEL_TYPE
+        return named or ("model_type" not in stored.config and f"{PREFIX}emb.0.weight" in stored.tensors)
 
-    Returns:
-        The draft, detached.
+    def read(self, stored: StoredDraft, verifier: VerifierConfig) -> MLPSpeculator:
+        """Build the draft; tensors that should be shared have to be equal where they are stored more than once."""
+        config = from_deployed(stored.config, stored.config_where)
+        config.speculators_config = proposals_of(config, verifier)
+        if unknown := sorted(name for name in stored.tensors if not name.startswith(PREFIX)):
+            raise UsageError(f"{stored.where} does not fit MLPSpeculator: unknown: {', '.join(unknown[:8])}")
+        state = {name.removeprefix(PREFIX): tensor for name, tensor in stored.tensors.items()}
+        if config.tie_weights:
+            state = _without_copies(state, config.num_layers, stored.where)
+        return MLPSpeculator.from_state(config, state, where=stored.where)
 
-    Raises:
-        UsageError: A file is missing or damaged, a tensor is missing, unknown or of the wrong shape, or tensors that
-            should be shared differ.
-    """
-    path = find_file(folder, CONFIG_NAME)
-    config = from_deployed(read_json(path), str(path))
-    known = VerifierConfig.from_pretrained(verifier) if verifier else VerifierConfig()
-    config.speculators_config = proposals_of(config, known)
-    weights = read_weights(find_file(folder, WEIGHTS))
-    if unknown := sorted(name for name in weights if not name.startswith(PREFIX)):
-        raise UsageError(f"{folder} does not fit MLPSpeculator: unknown: {', '.join(unknown[:8])}")
-    state = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
-    if config.tie_weights:
-        state = _without_copies(state, config.num_layers, str(folder))
-    return MLPSpeculator.from_state(config, state, where=str(folder))
+    def write(self, model: SpeculatorModel) -> StoredDraft:
+        """Return tensors and configuration; shared tensors once, as released."""
+        draft = cast(MLPSpeculator, model)
+        config = draft.config.model_copy(update={"dtype": str(draft.dtype).removeprefix("torch.")})
+        return StoredDraft(to_deployed(config), {PREFIX + name: tensor for name, tensor in draft.state_dict().items()})
 
+    def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
+        """Yield what readers would refuse or take otherwise."""
+        config = stored.config
+        if config.get("architectures") != [ARCHITECTURE]:
+            yield f"architectures is {config.get('architectures')}, not [{ARCHITECTURE!r}]"
+        for name in ("tie_weights", "scale_input", "inner_dim"):
+            if name not in config:
+                yield f"{name} is not said: readers take {DEPLOYED_DEFAULTS[name]} for granted"
+        if verifier is not None:
+            for name, own in (("vocab_size", verifier.vocab_size), ("emb_dim", verifier.hidden_size)):
+                if config.get(name) != own:
+                    yield f"{name} is {config.get(name)}, but the verifier's is {own}"
 
-def write(model: MLPSpeculator, folder: Path) -> None:
-    """Write a draft under the published names; shared tensors once, as released.
-
-    Args:
-        model: The draft.
-        folder: Is created if need be.
-
-    Raises:
-        SpecforgeError: It cannot be written; an earlier checkpoint in the folder is left as it was.
-    """
-    config = model.config.model_copy(update={"dtype": str(model.proj[0].weight.dtype).removeprefix("torch.")})
-    write_checkpoint(
-        folder, to_deployed(config), {PREFIX + name: tensor for name, tensor in model.state_dict().items()}
-    )
+    def serving(self, draft: str, verifier: str, tokens: int) -> str:
+        """Return what decodes with it: no current engine does."""
+        return (
+            "# No current engine runs an MLP speculator (vLLM's is commented out since 0.10). specforge decodes "
+            f"with it:\nspecforge convert {draft} --verifier {verifier} --output draft\n"
+            f"specforge generate draft --verifier {verifier}"
+        )
 
 
 def _without_copies(state: dict[str, Tensor], heads: int, where: str) -> dict[str, Tensor]:

@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from layouts import read, write
 from random_verifiers import fill
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from specforge.errors import UsageError
-from specforge.hookspecs import CheckpointFormat
 from specforge.models.speculator import SpeculatorModel
-from specforge.registry import installed
 from specforge_eagle.model import EagleSpeculator
-from specforge_eagle.raw import read, write
 
+LAYOUT = "eagle/eagle"
 NAMES = {
     "fc.weight",
     *(f"layers.0.self_attn.{name}_proj.weight" for name in "qkvo"),
@@ -37,7 +36,7 @@ def make_draft(tiny_verifiers: Mapping[str, Any], name: str = "llama", **options
 @pytest.fixture
 def written(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> tuple[EagleSpeculator, Path]:
     draft = make_draft(tiny_verifiers)
-    write(draft, tmp_path / "draft")
+    write(LAYOUT, draft, tmp_path / "draft")
     return draft, tmp_path / "draft"
 
 
@@ -57,8 +56,8 @@ def change_weights(folder: Path, **tensors: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3", "gemma2", "gemma3"])
 def test_round_trip(name: str, tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
     draft, verifier = make_draft(tiny_verifiers, name), str(tiny_verifiers[name].folder)
-    write(draft, tmp_path)
-    again = read(tmp_path, verifier)
+    write(LAYOUT, draft, tmp_path)
+    again = read(LAYOUT, tmp_path, verifier)
     assert again.state_dict().keys() == draft.state_dict().keys()
     for key, tensor in draft.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor), key
@@ -90,13 +89,13 @@ def test_scaled_positions_are_written_for_old_and_new_readers(
     draft = make_draft(tiny_verifiers)
     scaling = {"rope_type": "linear", "factor": 4.0}
     draft.config.transformer_layer_config.rope_parameters = {**scaling, "rope_theta": 77.0}
-    write(draft, tmp_path)
+    write(LAYOUT, draft, tmp_path)
     values = config_of(tmp_path)
     assert (values["rope_theta"], values["rope_scaling"]) == (77.0, scaling)
     for missing in ([], ["rope_parameters"], ["rope_theta", "rope_scaling"]):
         kept = {name: value for name, value in values.items() if name not in missing}
         (tmp_path / "config.json").write_text(json.dumps(kept))
-        rope = read(tmp_path, None).config.transformer_layer_config.rope_parameters
+        rope = read(LAYOUT, tmp_path, None).config.transformer_layer_config.rope_parameters
         assert rope == {**scaling, "rope_theta": 77.0}, missing
 
 
@@ -106,36 +105,57 @@ def test_the_whole_verifiers_configuration_becomes_one_layers(
     from specforge_eagle.config import EagleSpeculatorConfig
 
     config = EagleSpeculatorConfig(transformer_layer_config=tiny_verifiers["gemma3"].model.config)
-    write(EagleSpeculator(config), tmp_path)
+    write(LAYOUT, EagleSpeculator(config), tmp_path)
     values = config_of(tmp_path)
     assert values["num_hidden_layers"] == 1 and values["layer_types"] == ["sliding_attention"]
-    assert read(tmp_path, None).config.transformer_layer_config.sliding_window == 4
+    assert read(LAYOUT, tmp_path, None).config.transformer_layer_config.sliding_window == 4
 
 
 def test_a_layer_of_another_family_is_written_as_what_it_is(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
-    write(make_draft(tiny_verifiers, "gemma2", transformer_layer_architecture="LlamaDecoderLayer"), tmp_path)
+    write(LAYOUT, make_draft(tiny_verifiers, "gemma2", transformer_layer_architecture="LlamaDecoderLayer"), tmp_path)
     values = config_of(tmp_path)
     assert (values["architectures"], values["model_type"]) == (["LlamaForCausalLM"], "llama")
 
 
-def test_a_bias_is_refused_because_readers_would_leave_it_out(
-    tiny_verifiers: Mapping[str, Any], tmp_path: Path
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_each_reader_gets_the_bias_that_it_wants(
+    value: float, tiny_verifiers: Mapping[str, Any], tmp_path: Path
 ) -> None:
     draft = make_draft(tiny_verifiers, fusion_bias=True)
-    with pytest.raises(UsageError, match=r"vLLM would leave out.*fusion_bias false"):
-        write(draft, tmp_path / "draft")
-    assert not (tmp_path / "draft").exists()
-
-
-def test_a_bias_of_zeros_does_no_harm(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
-    """SGLang's reader has a bias, and would leave it at random where the file has none."""
-    draft = make_draft(tiny_verifiers, fusion_bias=True)
     with torch.no_grad():
-        draft.fusion_fc.bias.zero_()
-    write(draft, tmp_path)
-    assert config_of(tmp_path)["bias"] is True
-    assert not load_file(tmp_path / "model.safetensors")["fc.bias"].any()
-    assert read(tmp_path, None).config.fusion_bias
+        draft.fusion_fc.bias.fill_(value)
+    for reader in ("eagle", "hass", "sglang"):
+        write(f"eagle/{reader}", draft, tmp_path / reader)
+        assert config_of(tmp_path / reader)["bias"] is True
+        assert torch.equal(read(f"eagle/{reader}", tmp_path / reader).fusion_fc.bias, draft.fusion_fc.bias)
+    if value:
+        with pytest.raises(UsageError, match=r"vLLM would leave out.*fusion_bias false.*--format sglang"):
+            write("eagle/vllm", draft, tmp_path / "vllm")
+        assert not (tmp_path / "vllm").exists()
+    else:
+        write("eagle/vllm", draft, tmp_path / "vllm")
+        assert config_of(tmp_path / "vllm")["bias"] is False
+        assert load_file(tmp_path / "vllm" / "model.safetensors").keys() == NAMES
+
+
+def test_readers_that_always_have_a_bias_get_zeros(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
+    """They would leave it at random where the file has none."""
+    for reader in ("hass", "sglang"):
+        write(f"eagle/{reader}", make_draft(tiny_verifiers), tmp_path / reader)
+        assert config_of(tmp_path / reader)["bias"] is True
+        assert torch.equal(load_file(tmp_path / reader / "model.safetensors")["fc.bias"], torch.zeros(16))
+    assert config_of(tmp_path / "sglang")["architectures"] == ["LlamaForCausalLMEagle"]
+    assert config_of(tmp_path / "hass")["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("reader", ["vllm", "sglang"])
+def test_layers_that_an_engine_does_not_draft_with_are_refused(
+    name: str, reader: str, tiny_verifiers: Mapping[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="transformer_layer_architecture LlamaDecoderLayer"):
+        write(f"eagle/{reader}", make_draft(tiny_verifiers, name), tmp_path / "draft")
+    assert not (tmp_path / "draft").exists()
 
 
 @pytest.mark.parametrize("said", [True, False, None])
@@ -144,15 +164,15 @@ def test_the_tensors_say_whether_there_is_a_bias(said: bool | None, written: tup
     folder = written[1]
     values = {name: value for name, value in config_of(folder).items() if name != "bias"}
     (folder / "config.json").write_text(json.dumps(values if said is None else values | {"bias": said}))
-    without = read(folder, None)
+    without = read(LAYOUT, folder, None)
     assert not without.config.fusion_bias and "bias" not in without.config.to_dict()["transformer_layer_config"]
     change_weights(folder, fc__bias=torch.ones(16))
-    assert torch.equal(read(folder, None).fusion_fc.bias, torch.ones(16))
+    assert torch.equal(read(LAYOUT, folder, None).fusion_fc.bias, torch.ones(16))
 
 
 def test_layernorms_have_no_names(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="layernorms"):
-        write(make_draft(tiny_verifiers, layernorms=True), tmp_path / "draft")
+        write(LAYOUT, make_draft(tiny_verifiers, layernorms=True), tmp_path / "draft")
     assert not (tmp_path / "draft").exists()
 
 
@@ -162,16 +182,16 @@ def test_embeddings_in_the_file_are_written_back_and_nowhere_else(
     folder, made = written[1], tiny_verifiers["llama"]
     embeddings = made.model.model.embed_tokens.weight.detach()
     change_weights(folder, embed_tokens__weight=embeddings)
-    draft = read(folder, str(made.folder))
+    draft = read(LAYOUT, folder, str(made.folder))
     assert draft.embed_tokens is None
-    write(draft, tmp_path / "again")
+    write(LAYOUT, draft, tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == NAMES | {"embed_tokens.weight"} and torch.equal(again["embed_tokens.weight"], embeddings)
     draft.save_pretrained(tmp_path / "ours")
     assert "embed_tokens.weight" not in load_file(tmp_path / "ours" / "model.safetensors")
     assert SpeculatorModel.from_pretrained(tmp_path / "ours").stored_embeddings is None
     draft.to(torch.bfloat16)
-    write(draft, tmp_path / "short")
+    write(LAYOUT, draft, tmp_path / "short")
     assert {one.dtype for one in load_file(tmp_path / "short" / "model.safetensors").values()} == {torch.bfloat16}
 
 
@@ -180,7 +200,7 @@ def test_embeddings_may_have_been_rounded(
 ) -> None:
     folder, made = written[1], tiny_verifiers["llama"]
     change_weights(folder, embed_tokens__weight=made.model.model.embed_tokens.weight.detach().bfloat16())
-    assert read(folder, str(made.folder)).stored_embeddings.dtype == torch.bfloat16
+    assert read(LAYOUT, folder, str(made.folder)).stored_embeddings.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("rows", [61, 50])
@@ -190,25 +210,19 @@ def test_embeddings_of_another_verifier_are_refused(
     folder, made = written[1], tiny_verifiers["llama"]
     change_weights(folder, embed_tokens__weight=torch.randn(rows, 16))
     with pytest.raises(UsageError, match="belongs to another verifier"):
-        read(folder, str(made.folder))
-    read(folder, None)
+        read(LAYOUT, folder, str(made.folder))
+    read(LAYOUT, folder, None)
 
 
 @pytest.mark.parametrize("name", ["layers.0.input_layernorm.weight", "layers.1.mlp.up_proj.weight", "lm_head.weight"])
 def test_unknown_tensors_are_named(name: str, written: tuple[EagleSpeculator, Path]) -> None:
     change_weights(written[1], **{name.replace(".", "__"): torch.zeros(16)})
     with pytest.raises(UsageError, match=f"{written[1]} does not fit EagleSpeculator: unknown: "):
-        read(written[1], None)
+        read(LAYOUT, written[1], None)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "lama"}', '{"hidden_size": "wide"}'])
 def test_a_broken_config_is_named(content: str, written: tuple[EagleSpeculator, Path]) -> None:
     (written[1] / "config.json").write_text(content)
     with pytest.raises(UsageError, match=r"config\.json"):
-        read(written[1], None)
-
-
-def test_the_format_is_registered() -> None:
-    layout = installed().find(CheckpointFormat, "eagle")
-    assert installed().load(layout, "reads") is read
-    assert installed().load(layout, "writes") is write
+        read(LAYOUT, written[1], None)

@@ -1,3 +1,5 @@
+"""The layouts of the published EAGLE-3 heads: what each reader gets, and what is refused."""
+
 from __future__ import annotations
 
 import json
@@ -7,80 +9,167 @@ from typing import Any
 
 import pytest
 import torch
+from layouts import layout, read, write
 from safetensors.torch import load_file, save_file
 
+from specforge.checkpoints.layout import StoredDraft
 from specforge.errors import UsageError
-from specforge_eagle3.midlayer import read, write
+from specforge.verifier.parts import VerifierParts
 from specforge_eagle3.model import Eagle3DraftModel
+
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+DEFAULT = [2, 4, 5]
+
+
+def make_draft(tiny_verifiers: Mapping[str, Any], **options: Any) -> Eagle3DraftModel:
+    made = tiny_verifiers["llama"]
+    options = {"t2d": torch.arange(61) % 2 == 0, "verifier_name_or_path": "owner/name", **options}
+    draft = Eagle3DraftModel.from_training_args(made.model.config, **options)
+    draft.attach_verifier(VerifierParts.of(made.model))
+    return draft
 
 
 @pytest.fixture
 def written(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> tuple[Eagle3DraftModel, Path]:
-    draft = Eagle3DraftModel.from_training_args(
-        tiny_verifiers["llama"].model.config,
-        t2d=torch.arange(61) % 2 == 0,
-        fc_norm=True,
-        norm_before_residual=True,
-        norm_output=True,
-        aux_layer_ids=[1, 2, 6],
-    )
-    write(draft, tmp_path / "draft")
+    draft = make_draft(tiny_verifiers)
+    write("eagle3/midlayer", draft, tmp_path / "draft")
     return draft, tmp_path / "draft"
 
 
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
 def change_config(folder: Path, **values: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    (folder / "config.json").write_text(json.dumps(config_of(folder) | values))
 
 
-def test_round_trip(written: tuple[Eagle3DraftModel, Path], tiny_verifiers: Mapping[str, Any]) -> None:
-    draft, folder = written
-    assert "midlayer.self_attn.q_proj.weight" in load_file(folder / "model.safetensors")
-    again = read(folder, str(tiny_verifiers["llama"].folder))
+def change_weights(folder: Path, **tensors: torch.Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    state = load_file(path) | {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path)
+
+
+@pytest.mark.parametrize("reader", ["midlayer", "sglang", "vllm", "speculators"])
+def test_round_trip(reader: str, tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
+    draft = make_draft(tiny_verifiers)
+    write(f"eagle3/{reader}", draft, tmp_path)
+    again = read(f"eagle3/{reader}", tmp_path, str(tiny_verifiers["llama"].folder))
     assert again.state_dict().keys() == draft.state_dict().keys()
     for name, tensor in draft.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     ours, theirs = draft.config.to_dict(), again.config.to_dict()
     assert ours.pop("transformer_layer_config").items() <= theirs.pop("transformer_layer_config").items()
-    for name in ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output", "draft_vocab_size"):
-        assert theirs[name] == ours[name], name
-    assert theirs["eagle_aux_hidden_state_layer_ids"] == [1, 2, 6]
+    assert theirs["draft_vocab_size"] == 31
     assert again.config.speculators_config.verifier.architectures == ["LlamaForCausalLM"]
+    again.attach_verifier(draft.verifier_parts)
+    assert again.aux_layers == draft.aux_layers == DEFAULT
 
 
-def test_more_than_one_layer_is_refused(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
-    draft = Eagle3DraftModel.from_training_args(tiny_verifiers["llama"].model.config, num_layers=2)
-    with pytest.raises(UsageError, match="this draft has 2"):
-        write(draft, tmp_path / "draft")
-    assert not (tmp_path / "draft").exists()
+def test_names_of_each_reader(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
+    for reader in ("midlayer", "sglang", "vllm"):
+        write(f"eagle3/{reader}", make_draft(tiny_verifiers), tmp_path / reader)
+    names = {one: load_file(tmp_path / one / "model.safetensors").keys() for one in ("midlayer", "sglang", "vllm")}
+    assert "midlayer.self_attn.q_proj.weight" in names["sglang"] == names["midlayer"]
+    assert "layers.0.self_attn.q_proj.weight" in names["vllm"]
+    assert not any("embed" in name for kind in names.values() for name in kind)
+    for reader in ("midlayer", "sglang"):
+        values = config_of(tmp_path / reader)
+        assert values["architectures"] == ["LlamaForCausalLMEagle3"] and values["norm_before_residual"] is False
+        assert (values["rope_theta"], values["rope_scaling"]) == (10000.0, None)
+    values = config_of(tmp_path / "vllm")
+    assert "model_type" not in values and values["norm_before_residual"] is False
+    assert values[LAYER_IDS] == DEFAULT and values["transformer_layer_config"]["num_aux_hidden_states"] == 3
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"), [(None, None), (DEFAULT, None), ([2, 3, 6], [1, 2, 5]), ([3, 5, 7], [3, 5, 7])]
+)
+def test_layer_ids_in_the_sense_of_sglang(
+    chosen: list[int] | None, said: list[int] | None, tiny_verifiers: Mapping[str, Any], tmp_path: Path
+) -> None:
+    """It adds 1 where the first is 1, and takes the published layers where nothing is said."""
+    draft = make_draft(tiny_verifiers, aux_layer_ids=chosen)
+    write("eagle3/sglang", draft, tmp_path)
+    assert config_of(tmp_path).get("eagle_config", {}).get(LAYER_IDS) == said and LAYER_IDS not in config_of(tmp_path)
+    again = read("eagle3/sglang", tmp_path)
+    again.attach_verifier(draft.verifier_parts)
+    assert again.aux_layers == draft.aux_layers
+    assert not list(layout("eagle3/sglang").faults(StoredDraft.read(tmp_path), None))
+
+
+@pytest.mark.parametrize(
+    ("reader", "options", "message"),
+    [
+        ("sglang", {"aux_layer_ids": [1, 3, 5]}, "reads a first id of 1 as 2"),
+        ("sglang", {"norm_output": True, "fc_norm": True}, "knows no fc_norm or norm_output"),
+        ("sglang", {"layer_type": "qwen3"}, "builds Llama layers"),
+        ("sglang", {"embed_requires_grad": True}, "drafts with the verifier's"),
+        ("midlayer", {"aux_layer_ids": [2, 3, 5]}, r"before the layers \[2, 4, 5\]"),
+        ("midlayer", {"norm_before_residual": True}, "knows no norm_before_residual"),
+        ("midlayer", {"num_layers": 2}, "this draft has 2"),
+    ],
+)
+def test_what_a_reader_would_run_wrong_is_refused(
+    reader: str, options: dict[str, Any], message: str, tiny_verifiers: Mapping[str, Any]
+) -> None:
+    draft = make_draft(tiny_verifiers, **options)
+    with pytest.raises(UsageError, match=message):
+        layout(f"eagle3/{reader}").write(draft)
+    # vLLM reads all of it.
+    vllm = layout("eagle3/vllm")
+    assert not list(vllm.faults(vllm.write(draft), None))
+
+
+@pytest.mark.parametrize("reader", ["vllm", "sglang", "midlayer"])
+def test_embeddings_of_the_verifier_are_left_out(
+    reader: str, tiny_verifiers: Mapping[str, Any], tmp_path: Path
+) -> None:
+    draft = make_draft(tiny_verifiers, embed_requires_grad=True)
+    draft.borrow_weights()
+    write(f"eagle3/{reader}", draft, tmp_path)
+    assert not any("embed" in name for name in load_file(tmp_path / "model.safetensors"))
+
+
+def test_options_at_the_top_level_are_read(written: tuple[Eagle3DraftModel, Path]) -> None:
+    change_config(written[1], norm_before_residual=True, norm_output=True, **{LAYER_IDS: [1, 2, 6]})
+    config = read("eagle3/midlayer", written[1]).config
+    assert config.norm_before_residual and config.norm_output and not config.fc_norm
+    assert config.eagle_aux_hidden_state_layer_ids == [1, 2, 6]
 
 
 def test_ambiguous_layer_ids_are_refused(written: tuple[Eagle3DraftModel, Path]) -> None:
-    change_config(written[1], eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 2, 3]})
-    with pytest.raises(UsageError, match="engines disagree"):
-        read(written[1], None)
+    change_config(written[1], eagle_config={LAYER_IDS: [1, 3, 4]})
+    with pytest.raises(UsageError, match=r"engines disagree.*--format sglang"):
+        read("eagle3/midlayer", written[1])
+    assert read("eagle3/sglang", written[1]).config.eagle_aux_hidden_state_layer_ids == [2, 4, 5]
+
+
+def test_the_map_that_engines_ignore_may_be_missing(written: tuple[Eagle3DraftModel, Path]) -> None:
+    change_weights(written[1], t2d=None)
+    assert torch.equal(read("eagle3/midlayer", written[1]).t2d, written[0].t2d)
+    change_weights(written[1], d2t=None)
+    with pytest.raises(UsageError, match="missing: d2t"):
+        read("eagle3/midlayer", written[1])
 
 
 def test_the_rotary_base_is_read_from_its_old_place(written: tuple[Eagle3DraftModel, Path]) -> None:
     folder = written[1]
-    values = json.loads((folder / "config.json").read_text())
+    values = config_of(folder)
     del values["rope_parameters"]
     (folder / "config.json").write_text(json.dumps(values | {"rope_theta": 1234.0, "rope_scaling": None}))
-    layers = read(folder, None).config.transformer_layer_config
+    layers = read("eagle3/midlayer", folder).config.transformer_layer_config
     assert layers.rope_parameters == {"rope_type": "default", "rope_theta": 1234.0}
 
 
 def test_unfitting_tensors_are_named(written: tuple[Eagle3DraftModel, Path]) -> None:
-    path = written[1] / "model.safetensors"
-    state = load_file(path)
-    state["midlayer.unknown"] = state.pop("norm.weight")
-    save_file(state, path)
-    with pytest.raises(UsageError, match=r"missing: norm\.weight"):
-        read(written[1], None)
+    change_weights(written[1], norm__weight=None, midlayer__unknown=torch.ones(1))
+    with pytest.raises(UsageError, match=r"missing: norm\.weight; unknown: layers\.0\.unknown"):
+        read("eagle3/midlayer", written[1])
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
 def test_a_broken_config_is_named(content: str, written: tuple[Eagle3DraftModel, Path]) -> None:
     (written[1] / "config.json").write_text(content)
-    with pytest.raises(UsageError, match=r"config\.json"):
-        read(written[1], None)
+    with pytest.raises(UsageError, match=r"config\.json|draft: "):
+        read("eagle3/midlayer", written[1])

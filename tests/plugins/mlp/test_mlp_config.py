@@ -35,6 +35,7 @@ def deployed(draw: st.DrawFn) -> dict[str, Any]:
         "n_candidates": draw(st.integers(1, 20)),
         "tie_weights": draw(st.booleans()),
         "scale_input": draw(st.booleans()),
+        "tie_word_embeddings": draw(st.booleans()),
     }
 
 
@@ -72,6 +73,11 @@ def test_what_each_deployed_field_means() -> None:
     assert (config.num_layers, config.top_k_tokens_per_head, config.n_candidates) == (2, [7, 1], 3)
     assert config.tie_weights and config.inputs_hidden_states_normalized and config.dtype == "bfloat16"
     assert config.model_copy(update={"intermediate_size": 12}).state_size == 12
+
+
+def test_readers_with_another_default_are_told_that_nothing_is_tied() -> None:
+    """Transformers takes true for granted where tie_word_embeddings is missing."""
+    assert to_deployed(from_deployed({"model_type": "mlp_speculator"}))["tie_word_embeddings"] is False
 
 
 def test_the_width_goes_by_either_name() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import read, write
 from mlp_drafts import OPTIONS, random_draft, slow_heads
 from random_verifiers import VOCABULARY, WIDTH, last_only, random_rows
 from safetensors.torch import load_file, save_file
@@ -20,12 +21,11 @@ from transformers import PreTrainedModel
 
 from specforge import SpeculatorModel
 from specforge.errors import UsageError
-from specforge.hookspecs import CheckpointFormat
 from specforge.models import MLPSpeculator
-from specforge.registry import installed
 from specforge_mlp.config import MLPSpeculatorConfig
-from specforge_mlp.layout import from_deployed, read, write
+from specforge_mlp.layout import from_deployed
 
+LAYOUT = "mlp/mlp_speculator"
 VerifierOf = Callable[[str], PreTrainedModel]
 
 
@@ -162,7 +162,7 @@ def change(folder: Path, changes: Mapping[str, Tensor | None]) -> None:
 @torch.no_grad()
 def test_released_drafts_are_read(name: str, tmp_path: Path) -> None:
     weights = publish(tmp_path, name)
-    draft = read(tmp_path, None)
+    draft = read(LAYOUT, tmp_path, None)
     assert sum(one.numel() for one in draft.parameters()) == sum(one.numel() for one in weights.values())
     tokens = torch.randint(V, (1, 8), generator=torch.Generator().manual_seed(0))
     states = random_rows(1, 3, width=H)[1]
@@ -172,7 +172,7 @@ def test_released_drafts_are_read(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", RELEASED)
 def test_written_as_released(name: str, tmp_path: Path) -> None:
     publish(tmp_path / "theirs", name)
-    write(read(tmp_path / "theirs", None), tmp_path / "ours")
+    write(LAYOUT, read(LAYOUT, tmp_path / "theirs", None), tmp_path / "ours")
     theirs, ours = (load_file(tmp_path / one / "model.safetensors") for one in ("theirs", "ours"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[one], theirs[one]) and ours[one].dtype == theirs[one].dtype for one in ours)
@@ -186,7 +186,7 @@ def test_written_as_released(name: str, tmp_path: Path) -> None:
 def test_a_tied_file_may_repeat_what_is_shared(tmp_path: Path) -> None:
     weights = publish(tmp_path, "Granite-34B-code", copies=True)
     assert len(load_file(tmp_path / "model.safetensors")) == 5 * 5
-    draft = read(tmp_path, None)
+    draft = read(LAYOUT, tmp_path, None)
     assert sorted(draft.state_dict()) == sorted(weights)
     tokens = torch.randint(V, (1, 8), generator=torch.Generator().manual_seed(0))
     assert_as_the_equations_say(draft, weights, tokens, random_rows(1, 3, width=H)[1])
@@ -205,7 +205,7 @@ def test_a_copy_that_differs_is_named(name: str, original: str, tmp_path: Path) 
     weights = publish(tmp_path, "Granite-34B-code", copies=True)
     change(tmp_path, {f"speculator.{name}": weights[original] + 1e-9})
     with pytest.raises(UsageError, match=f"tie_weights, but {name} differs from {original}"):
-        read(tmp_path, None)
+        read(LAYOUT, tmp_path, None)
 
 
 @pytest.mark.parametrize("draft", RELEASED)
@@ -226,14 +226,14 @@ def test_tensors_that_do_not_fit_are_named(
     publish(tmp_path, draft)
     change(tmp_path, {f"speculator.{name}": one for name, one in changes.items()})
     with pytest.raises(UsageError, match=re.escape(str(tmp_path)) + ".*" + re.escape(message)):
-        read(tmp_path, None)
+        read(LAYOUT, tmp_path, None)
 
 
 def test_a_copy_for_a_head_that_there_is_not_is_unknown(tmp_path: Path) -> None:
     weights = publish(tmp_path, "Granite-34B-code", copies=True)
     change(tmp_path, {"speculator.emb.5.weight": weights["emb.0.weight"].clone()})
     with pytest.raises(UsageError, match=r"unknown: emb\.5\.weight"):
-        read(tmp_path, None)
+        read(LAYOUT, tmp_path, None)
 
 
 def test_a_tensor_without_the_prefix_is_unknown(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_tensor_without_the_prefix_is_unknown(tmp_path: Path) -> None:
     weights = publish(tmp_path, "Llama-3-8B")
     change(tmp_path, {"emb.0.weight": torch.zeros_like(weights["emb.0.weight"])})
     with pytest.raises(UsageError, match=r"emb\.0\.weight"):
-        read(tmp_path, None)
+        read(LAYOUT, tmp_path, None)
 
 
 def test_untied_copies_are_no_copies(tmp_path: Path) -> None:
@@ -249,13 +249,13 @@ def test_untied_copies_are_no_copies(tmp_path: Path) -> None:
     publish(tmp_path, "Granite-34B-code", copies=True)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, "tie_weights": False}))
-    assert len(read(tmp_path, None).state_dict()) == 5 * 5
+    assert len(read(LAYOUT, tmp_path, None).state_dict()) == 5 * 5
 
 
 def test_the_verifier_is_noted(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
     publish(tmp_path, "Llama-3-8B")
     folder = str(tiny_verifiers["llama"].folder)
-    speculators = read(tmp_path, folder).config.speculators_config
+    speculators = read(LAYOUT, tmp_path, folder).config.speculators_config
     assert speculators.verifier.name_or_path == folder
     assert speculators.verifier.architectures == ["LlamaForCausalLM"]
     chain, tree = speculators.proposal_methods
@@ -263,16 +263,11 @@ def test_the_verifier_is_noted(tiny_verifiers: Mapping[str, Any], tmp_path: Path
     assert (tree.proposal_type, tree.top_k_tokens_per_head, tree.n_candidates) == ("candidate_tree", [4, 3, 2, 2], 5)
 
 
-def test_the_layout_is_registered() -> None:
-    layout = installed().find(CheckpointFormat, "mlp_speculator")
-    assert installed().load(layout, "reads") is read and installed().load(layout, "writes") is write
-
-
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     publish(tmp_path, "Llama-3-8B")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UsageError, match=r"holds no model\.safetensors"):
-        read(tmp_path, None)
+        read(LAYOUT, tmp_path, None)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -1,0 +1,71 @@
+"""EAGLE-3 drafts in the ``speculators`` layout, which vLLM loads as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import cast
+
+from specforge.checkpoints.layout import StoredDraft
+from specforge.checkpoints.plain import width_faults
+from specforge.checkpoints.speculators import LAYERS, SpeculatorsLayout
+from specforge.checkpoints.verifier_facts import VerifierFacts
+from specforge.models.speculator import SpeculatorModel
+from specforge_eagle3.model import Eagle3DraftModel
+from specforge_eagle3.rules import LAYER_IDS, layer_id_faults, tensor_faults, without_borrowed_embeddings
+
+NUM_AUX = "num_aux_hidden_states"
+
+
+class Eagle3SpeculatorsLayout(SpeculatorsLayout):
+    """The layout of speculators 0.9; nothing is left to what a reader takes for granted."""
+
+    def write(self, model: SpeculatorModel) -> StoredDraft:
+        """Return tensors and configuration, with the layers by number and how many there are."""
+        draft = cast(Eagle3DraftModel, model)
+        stored = super().write(draft)
+        # On verifiers of few layers the default is none that engines can use.
+        stored.config[LAYER_IDS] = draft.aux_layers
+        # vLLM takes 3 for granted for Llama layers.
+        stored.config[LAYERS][NUM_AUX] = len(draft.aux_layers)
+        stored.config[LAYERS]["tie_word_embeddings"] = False
+        return stored
+
+    def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
+        """Yield what vLLM or speculators would refuse, leave at random, or run otherwise."""
+        yield from super().faults(stored, verifier)
+        config = stored.config
+        layers = config.get(LAYERS) or {}
+        if not isinstance(config.get("norm_before_residual"), bool):
+            yield "norm_before_residual is not said: vLLM takes true for granted, speculators false"
+        if any(name.startswith("midlayer.") for name in stored.tensors):
+            yield "tensors are called midlayer.*: speculators would leave the decoder layer at random"
+        if layers.get("model_type") not in ("llama", "qwen3"):
+            yield f"{LAYERS}.model_type is {layers.get('model_type')!r}; vLLM has drafts with llama and qwen3 layers"
+        ids = config.get(LAYER_IDS)
+        if not ids:
+            yield f"{LAYER_IDS} is not said: engines take [2, N // 2, N - 3], which small verifiers do not have"
+        else:
+            yield from layer_id_faults(ids, verifier)
+            if layers.get("model_type") == "llama" and layers.get(NUM_AUX, 3) != len(ids):
+                yield f"{LAYERS}.{NUM_AUX} is {layers.get(NUM_AUX)}, but {len(ids)} layer ids are said; vLLM needs both"
+        yield from width_faults(config.get("target_hidden_size") or layers.get("hidden_size"), verifier)
+        yield from tensor_faults(stored.tensors, config.get("draft_vocab_size"), layers.get("vocab_size"))
+
+    def serving(self, draft: str, verifier: str, tokens: int) -> str:
+        """Return the command of vLLM; the method is always said, since vLLM guesses it from the path otherwise."""
+        speculative = json.dumps({"model": draft, "method": "eagle3", "num_speculative_tokens": tokens})
+        return f"vllm serve {verifier} --speculative-config '{speculative}'"
+
+
+class VLLMLayout(Eagle3SpeculatorsLayout):
+    """The same, without embeddings that are the verifier's: vLLM shares its own where a file has none."""
+
+    def recognises(self, stored: StoredDraft) -> bool:
+        """Never: it is the speculators layout."""
+        return False
+
+    def write(self, model: SpeculatorModel) -> StoredDraft:
+        """Return tensors and configuration."""
+        stored = super().write(model)
+        return StoredDraft(stored.config, without_borrowed_embeddings(cast(Eagle3DraftModel, model)))

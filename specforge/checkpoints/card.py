@@ -1,0 +1,73 @@
+"""The model card of an export: what was trained on what, how good it is, and how to serve it."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from specforge.checkpoints.layout import Layout, StoredDraft
+from specforge.checkpoints.probe import Probe
+from specforge.checkpoints.run_record import RunRecord
+
+CARD = "README.md"
+TEMPLATE = "card.md.jinja"
+PACKAGE = "specforge-lightning"
+
+
+def card(draft: str, stored: StoredDraft, layout: Layout, probe: Probe, record: RunRecord, tokens: int) -> str:
+    """Return the text of the card.
+
+    Args:
+        draft: Folder or hub id that the export is served from.
+        stored: What its files hold.
+        layout: Its format.
+        probe: What travels with it.
+        record: What is known of the run.
+        tokens: Tokens to draft in a round.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=False,  # Markdown, not HTML
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    verifier = probe.verifier.name_or_path
+    is_local = Path(verifier).is_absolute() or Path(verifier).is_dir()
+    return environment.get_template(TEMPLATE).render(
+        name=Path(draft).name,
+        draft=draft,
+        base_model=None if is_local else verifier,
+        library=PACKAGE,
+        version=version(PACKAGE),
+        summary=layout.format.summary,
+        probe=probe,
+        parameters=sum(one.numel() for one in stored.tensors.values() if one.is_floating_point()),
+        dtype=stored.config.get("dtype"),
+        training=_training(record),
+        metric=_metric(record),
+        serving=layout.serving(draft, verifier, tokens),
+    )
+
+
+def _training(record: RunRecord) -> list[tuple[str, str]]:
+    settings = record.settings
+    data, model = settings.get("data") or {}, settings.get("model") or {}
+    optimizer = model.get("optimizer") or {}
+    told = {
+        "trained on": data.get("train"),
+        "rows of at most": data.get("max_length") and f"{data['max_length']} tokens",
+        "objective": " + ".join(f"{weight} {name}" for name, weight in (model.get("objective") or {}).items()),
+        "optimizer": optimizer.get("name") and f"{optimizer['name']}, learning rate {optimizer.get('lr')}",
+        "steps": record.step,
+    }
+    return [(name, str(value)) for name, value in told.items() if value]
+
+
+def _metric(record: RunRecord) -> str | None:
+    if record.metric is None or record.value is None:
+        return None
+    return f"{record.metric} {record.value:.3f}, on {(record.settings.get('data') or {}).get('validation')}"

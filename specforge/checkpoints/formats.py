@@ -1,0 +1,66 @@
+"""Finding the format that is asked for, or the one that a draft is in."""
+
+from __future__ import annotations
+
+from specforge.checkpoints.layout import Layout, StoredDraft
+from specforge.errors import UsageError, nearest_name
+from specforge.hookspecs import CheckpointFormat
+from specforge.registry import installed
+
+
+def layout_of(algorithm: str, name: str) -> Layout:
+    """Return a format of an algorithm's drafts.
+
+    Raises:
+        UsageError: The algorithm has no such format; those that it has are listed.
+    """
+    own = [one for one in installed().all(CheckpointFormat).values() if one.algorithm == algorithm]
+    for one in own:
+        if one.name == name:
+            return _load(one)
+    listed = "".join(f"\n  {one.name:<16} {one.summary}" for one in own) or " none"
+    raise UsageError(
+        f"--format: drafts of {algorithm} have no format {name!r}.{nearest_name(name, [one.name for one in own])} "
+        f"They can be written as:{listed}"
+    )
+
+
+def layout_in(stored: StoredDraft, name: str | None = None) -> Layout:
+    """Return the format that a draft is in.
+
+    Args:
+        stored: What its files hold.
+        name: Which it is to be read as; it must be that of one algorithm alone. None to find out.
+
+    Raises:
+        UsageError: No installed format recognises it, or there is none of that name.
+    """
+    layouts = [_load(one) for one in installed().all(CheckpointFormat).values()]
+    found = [one for one in layouts if one.recognises(stored)]
+    if name is not None:
+        # The same name may stand for several algorithms: the draft itself tells which.
+        algorithms = {one.format.algorithm for one in found}
+        named = [one for one in layouts if one.format.name == name and one.format.algorithm in algorithms]
+        found = named or [one for one in layouts if one.format.name == name]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(f"{one.format.algorithm}/{one.format.name}" for one in found)
+        raise UsageError(f"{stored.where} may be in any of several formats: {names}; give one as --format")
+    known = ", ".join(sorted({one.format.name for one in layouts}))
+    if name is not None:
+        raise UsageError(f"--format: there is no format {name!r}; installed: {known}.{nearest_name(name, [known])}")
+    raise UsageError(
+        f"{stored.where} is in no known format: config.json says {_says(stored)}, and the tensors begin with "
+        f"{', '.join(sorted(stored.tensors)[:4]) or 'none'}. Known formats: {known}"
+    )
+
+
+def _load(format: CheckpointFormat) -> Layout:
+    layout: Layout = installed().load(format, "layout")(format)
+    return layout
+
+
+def _says(stored: StoredDraft) -> str:
+    told = {name: stored.config.get(name) for name in ("speculators_model_type", "model_type", "architectures")}
+    return ", ".join(f"{name} {value!r}" for name, value in told.items() if value is not None) or "nothing of its kind"

@@ -1,0 +1,35 @@
+"""Uploading an export to the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from specforge.errors import SpecforgeError
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload a folder as a model; the repository is created if need be.
+
+    Args:
+        folder: The export; it stays where it is.
+        repository: ``owner/name``.
+
+    Returns:
+        Address of what was uploaded.
+
+    Raises:
+        SpecforgeError: The hub does not take it; the export is whole all the same.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repository, repo_type="model", exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Draft for speculative decoding")
+    except Exception as error:  # the hub, the network and the login each fail in their own ways
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise SpecforgeError(
+            f"{folder} is written, but cannot be uploaded to {repository}: {reason}. Log in with: hf auth login; then "
+            f"upload it with: hf upload {repository} {folder}"
+        ) from error
+    return f"{api.endpoint}/{repository}"

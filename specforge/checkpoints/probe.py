@@ -1,0 +1,147 @@
+"""What travels with an export so that it can be checked wherever it lies: a probe, and what it has to give.
+
+The file is JSON, and small: engines take every safetensors file of a folder for weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from specforge.checkpoints.verifier_facts import VerifierFacts
+from specforge.config import SpeculatorModelConfig
+from specforge.errors import UsageError, describe_invalid
+
+PROBE = "specforge_probe.json"
+
+
+class Logits(BaseModel):
+    """The greatest logits of a draft at some rows of each step.
+
+    Attributes:
+        ids: The verifier's ids of the most probable tokens, [S][R][k].
+        values: Their logits, [S][R][k].
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    ids: list[list[list[int]]]
+    values: list[list[list[float]]]
+
+
+class Text(BaseModel):
+    """What the verifier said to a prompt at temperature 0.
+
+    Attributes:
+        tokens: Prompt and response.
+        begin: Index of the first response token.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    tokens: list[int]
+    begin: int
+
+
+class Served(BaseModel):
+    """What the draft has to do beside its verifier.
+
+    Attributes:
+        texts: What the verifier said to the probe's prompts.
+        logits: Of the draft, on the first text.
+        acceptance_length: Tokens a pass of the verifier over all texts, at temperature 0, by length of the chain.
+        accept_rates: Share of the rounds that accept at least k = 1, 2, ... tokens of the longest chain.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    texts: list[Text]
+    logits: Logits
+    acceptance_length: dict[int, float]
+    accept_rates: list[float]
+
+
+class Probe(BaseModel):
+    """An export as it was when it was written.
+
+    Attributes:
+        algorithm: Name of the draft's algorithm.
+        format: Name of the format.
+        verifier: The verifier that the draft was trained for.
+        aux_layers: Verifier layers before which features are taken; empty where the last state is enough.
+        draft: What the draft's configuration means, whatever the format calls it.
+        digests: Type, shape and digest of each tensor, by its own name.
+        alone: Logits without a verifier, see ``specforge.checkpoints.alone``.
+        served: What the draft does beside its verifier; None where that was not run.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    algorithm: str
+    format: str
+    verifier: VerifierFacts
+    aux_layers: list[int]
+    draft: dict[str, Any]
+    digests: dict[str, str]
+    alone: Logits
+    served: Served | None
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read the probe of an export.
+
+        Raises:
+            UsageError: There is none, or the file is damaged.
+        """
+        path = folder / PROBE
+        if not path.is_file():
+            raise UsageError(
+                f"{folder} holds no {PROBE}: it is no folder that specforge export wrote, so there is nothing to "
+                "compare it with"
+            )
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            raise UsageError(f"{path}: {describe_invalid(error)}") from None
+
+    def save(self, folder: Path) -> None:
+        """Write the probe into the folder of an export."""
+        (folder / PROBE).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def meaning(config: SpeculatorModelConfig) -> dict[str, Any]:
+    """Return what a draft's configuration says of its network, field by field: ``{"layers.rope": ...}``.
+
+    Whom it speculates for, and who wrote it, is left out.
+    """
+    values = config.to_dict()
+    for name in ("speculators_config", "speculators_version", "dtype", "architectures", "transformers_version"):
+        values.pop(name, None)
+    return dict(_flat(values))
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return type, shape and a digest of the bytes of each tensor."""
+    return {name: _digest(tensor) for name, tensor in tensors.items()}
+
+
+def _digest(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return f"{kind} {list(tensor.shape)} {hashlib.sha256(content).hexdigest()[:16]}"
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            pairs += _flat(value, f"{before}{name}.")
+        else:
+            pairs.append((before + name, value))
+    return pairs

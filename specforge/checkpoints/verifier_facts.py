@@ -1,0 +1,67 @@
+"""What formats have to know of a verifier, small enough to travel with a draft."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedConfig
+
+from specforge.errors import UsageError
+from specforge.verifier.fingerprint import fingerprint
+from specforge.verifier.loading import VerifierLoading, load_config
+
+
+class VerifierFacts(BaseModel):
+    """The verifier as a draft's configuration has to agree with it.
+
+    Attributes:
+        name_or_path: Folder or hub id.
+        fingerprint: What its weights are told apart by; None where it has no safetensors.
+        hidden_size: Width H.
+        vocab_size: Number V of tokens.
+        num_hidden_layers: Number N of decoder layers.
+        max_position_embeddings: Longest text; None where it does not say.
+        rope: Parameters of its rotary positions, those of full attention.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name_or_path: str
+    fingerprint: str | None
+    hidden_size: int
+    vocab_size: int
+    num_hidden_layers: int
+    max_position_embeddings: int | None
+    rope: dict[str, Any]
+
+    @classmethod
+    def read(cls, name_or_path: str, loading: VerifierLoading | None = None) -> Self:
+        """Read the facts of the verifier in a folder or on the hub.
+
+        Raises:
+            UsageError: There is no such verifier.
+        """
+        loading = loading or VerifierLoading()
+        config = load_config(name_or_path, loading).get_text_config()
+        try:
+            digest = fingerprint(name_or_path, loading.revision)
+        except UsageError:
+            digest = None
+        return cls(
+            name_or_path=name_or_path,
+            fingerprint=digest,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            num_hidden_layers=config.num_hidden_layers,
+            max_position_embeddings=getattr(config, "max_position_embeddings", None),
+            rope=rope_of(config),
+        )
+
+
+def rope_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the parameters of rotary positions that say something; of several kinds of attention, the full one's."""
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    rope = dict(rope.get("full_attention") or rope)
+    rope = {name: value for name, value in rope.items() if value is not None and not isinstance(value, dict)}
+    return {"rope_type": "default", **rope} if rope else {}

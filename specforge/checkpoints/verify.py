@@ -1,0 +1,135 @@
+"""Checking an export, alone or beside its verifier: its reader's rules, settings, tensors, and what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from specforge.checkpoints import causes
+from specforge.checkpoints.formats import layout_of
+from specforge.checkpoints.layout import Layout, StoredDraft
+from specforge.checkpoints.logits import attach_stand_in, difference
+from specforge.checkpoints.probe import Probe, digests, meaning
+from specforge.checkpoints.rules import file_faults
+from specforge.checkpoints.served import served_differences
+from specforge.checkpoints.verifier_facts import VerifierFacts
+from specforge.config import VerifierConfig
+from specforge.errors import UsageError
+from specforge.models.speculator import SpeculatorModel
+from specforge.verifier.loading import VerifierLoading, load_verifier
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is wrong with an export.
+
+    Attributes:
+        what: What is wrong.
+        cause: The likeliest cause, or what comes of it.
+    """
+
+    what: str
+    cause: str
+
+
+def verify(folder: Path, verifier: str | None = None, loading: VerifierLoading | None = None) -> list[Fault]:
+    """Find everything that is wrong with an export.
+
+    Args:
+        folder: What ``specforge export`` wrote.
+        verifier: Folder or hub id of the verifier, to run the draft beside it; without one the draft is run alone.
+        loading: How to load it.
+
+    Raises:
+        UsageError: The folder holds no probe, or there is no such verifier.
+    """
+    probe = Probe.load(folder)
+    try:
+        stored = StoredDraft.read(folder)
+    except UsageError as error:
+        return [Fault(str(error), causes.FILES)]
+    layout = layout_of(probe.algorithm, probe.format)
+    faults = [Fault(one, f"a rule of the format {probe.format}") for one in _broken_rules(layout, stored, probe)]
+    try:
+        model = layout.read(stored, VerifierConfig())
+    except UsageError as error:
+        return [*faults, Fault(str(error), causes.READING)]
+    faults += _changes(model, probe)
+    model.cast(torch.float32)
+    faults += _computed(model, probe, explained=bool(faults))
+    if verifier is not None:
+        faults += _beside(model, probe, verifier, loading)
+    return faults
+
+
+def _broken_rules(layout: Layout, stored: StoredDraft, probe: Probe) -> Iterator[str]:
+    yield from file_faults(stored)
+    yield from layout.faults(stored, probe.verifier)
+
+
+def _changes(model: SpeculatorModel, probe: Probe) -> Iterator[Fault]:
+    """Yield settings and tensors that are not what they were."""
+    found = meaning(model.config)
+    # What only one version of a library says means nothing.
+    for name in sorted(found.keys() & probe.draft.keys()):
+        if found[name] != probe.draft[name]:
+            yield Fault(
+                f"{name} is {found[name]}, but the draft was trained with {probe.draft[name]}",
+                causes.cause_of_setting(name),
+            )
+    stored = model.config.speculators_config
+    named = stored.verifier.name_or_path if stored is not None else None
+    if named is not None and named != probe.verifier.name_or_path:
+        yield Fault(
+            f"config.json names the verifier {named}, but the draft was trained for {probe.verifier.name_or_path}",
+            causes.VERIFIER,
+        )
+    changed = [name for name, one in digests(model.state_dict()).items() if one != probe.digests.get(name)]
+    if changed:
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        yield Fault(f"tensors differ from those that were exported: {', '.join(changed[:4])}{more}", causes.TENSORS)
+
+
+def _computed(model: SpeculatorModel, probe: Probe, explained: bool) -> Iterator[Fault]:
+    """Yield what the draft computes otherwise on the stand-in's states."""
+    try:
+        tokens, features = attach_stand_in(model, probe.verifier)
+        if model.aux_layers != probe.aux_layers:
+            yield Fault(
+                f"features come from before the layers {model.aux_layers}, but the draft was trained on "
+                f"{probe.aux_layers}",
+                causes.cause_of_setting("layer_ids"),
+            )
+            return
+        differs = difference(model, tokens, features, probe.alone)
+    except (UsageError, RuntimeError) as error:  # a network of other sizes than the probe's
+        differs = f"the draft cannot be run: {str(error).splitlines()[0]}"
+    if differs:
+        yield Fault(f"on the probe, {differs}", "see above" if explained else causes.COMPUTED)
+
+
+def _beside(model: SpeculatorModel, probe: Probe, verifier: str, loading: VerifierLoading | None) -> Iterator[Fault]:
+    """Yield what the draft does otherwise beside a verifier."""
+    facts = VerifierFacts.read(verifier, loading)
+    if facts.fingerprint != probe.verifier.fingerprint:
+        yield Fault(
+            f"{verifier} is not the verifier that the draft was trained for, {probe.verifier.name_or_path}: its "
+            "weights are others",
+            causes.VERIFIER,
+        )
+        return
+    if probe.served is None:
+        yield Fault(
+            "nothing is known of what the draft does beside its verifier",
+            "the export was made with --skip_verifier; export again without it",
+        )
+        return
+    model_of_verifier = load_verifier(verifier, loading)
+    if torch.accelerator.is_available():
+        model_of_verifier.to(torch.accelerator.current_accelerator())
+    model.to(model_of_verifier.device)
+    for one in served_differences(model, model_of_verifier, probe.served):
+        yield Fault(one, causes.BESIDE)

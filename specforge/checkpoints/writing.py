@@ -1,0 +1,47 @@
+"""Writing a folder beside its place and renaming it, so that there is a whole one or none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from specforge.errors import SpecforgeError, UsageError
+
+
+@contextmanager
+def written_whole(folder: Path, mark: str) -> Iterator[Path]:
+    """Give a new folder to write into, which takes its place when everything has gone well.
+
+    Args:
+        folder: Where it belongs. One that is there is replaced only if it holds ``mark``.
+        mark: Name of a file that tells such a folder from other ones.
+
+    Yields:
+        The folder beside it.
+
+    Raises:
+        UsageError: Something else is there.
+        SpecforgeError: It cannot be written.
+    """
+    if folder.exists() and not (folder.is_dir() and ((folder / mark).is_file() or not any(folder.iterdir()))):
+        raise UsageError(f"{folder} is there already, and holds no {mark}; give another folder as --output")
+    beside = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}")
+    earlier = beside.with_name(beside.name + ".earlier")
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        if folder.exists():
+            os.replace(folder, earlier)
+        os.replace(beside, folder)
+    except OSError as error:
+        raise SpecforgeError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        if earlier.exists():
+            if folder.exists():
+                shutil.rmtree(earlier, ignore_errors=True)
+            else:
+                os.replace(earlier, folder)

@@ -1,0 +1,102 @@
+"""``specforge export``: a draft in the form that a server loads, with a card and a probe."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import ArgumentParser
+
+from specforge.checkpoints.export import Export, Order, export
+from specforge.checkpoints.hub import push
+from specforge.commands.arguments import add_verifier_flags, command_parser, loading_of, parse
+from specforge.data.prompts import read_prompts
+from specforge.hookspecs import CheckpointFormat
+from specforge.registry import installed
+
+DESCRIPTION = """\
+Write a trained draft in the form that a server loads. Every rule of the reader is checked: what it would refuse, leave
+out or run wrong is refused here, with the reason. The export is read again and has to compute what the draft does.
+
+  specforge export runs/quickstart/version_0 --format vllm
+  specforge export RUN --format sglang --dtype bf16 --output drafts/mine --push_to_hub owner/name
+
+Each algorithm has its own formats:
+{formats}
+
+Writes config.json, model.safetensors, README.md (what it was trained on, how good it is, how to serve it) and
+specforge_probe.json, by which specforge verify checks it anywhere."""
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def run(arguments: list[str]) -> int:
+    """Export, push where that is asked for, and say how to serve."""
+    found = parse(_parser(), arguments)
+    done = export(
+        Order(
+            source=found.source,
+            format=found.format,
+            output=None if found.output is None else Path(found.output),
+            verifier=found.verifier,
+            loading=loading_of(found),
+            dtype=None if found.dtype is None else TYPES[found.dtype],
+            runs_verifier=not found.skip_verifier,
+            prompts=None if found.prompts is None else read_prompts(found.prompts),
+            served_from=found.push_to_hub,
+        )
+    )
+    where = str(done.folder)
+    if found.push_to_hub is not None:
+        where = push(done.folder, found.push_to_hub)
+    print(_closing(done, where))
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = command_parser("export", DESCRIPTION.format(formats="\n".join(_formats())))
+    parser.add_argument("source", type=str, help="A run folder, a draft folder or a hub id.")
+    parser.add_argument("--format", type=str, required=True, help="What is to read it.")
+    parser.add_argument("--output", type=str | None, default=None, help="Folder to write; by default beside the draft.")
+    parser.add_argument(
+        "--dtype",
+        type=Literal["bf16", "fp16", "fp32"] | None,
+        default=None,
+        help="Type of the weights; as stored by default.",
+    )
+    add_verifier_flags(parser, "Folder or hub id that readers find it by; by default the draft's own.")
+    parser.add_argument(
+        "--prompts",
+        type=str | None,
+        default=None,
+        help="The probe's prompts, JSON lines; by default four of the run's validation, or plain questions.",
+    )
+    parser.add_argument(
+        "--skip_verifier",
+        action="store_true",
+        help="Do not run the verifier; no acceptance is expected of a server then.",
+    )
+    parser.add_argument("--push_to_hub", type=str | None, default=None, help="Repository to upload to, owner/name.")
+    return parser
+
+
+def _formats() -> Iterator[str]:
+    by_algorithm: dict[str, list[str]] = {}
+    for one in installed().all(CheckpointFormat).values():
+        by_algorithm.setdefault(one.algorithm, []).append(one.name)
+    for algorithm, names in by_algorithm.items():
+        yield f"  {algorithm:<8} {', '.join(names)}"
+
+
+def _closing(done: Export, where: str) -> str:
+    lines = [f"Done: {where} holds the draft in the format {done.probe.format}."]
+    if done.probe.served is not None:
+        longest = max(done.probe.served.acceptance_length)
+        lines.append(
+            f"  expected     {done.probe.served.acceptance_length[longest]:.3f} tokens a pass of the verifier, by "
+            f"chains of {longest} on the probe's prompts"
+        )
+    check = shlex.join(["specforge", "verify", str(done.folder), "--endpoint", "http://localhost:8000"])
+    return "\n".join([*lines, f"  serve it     {done.serving}", f"  check it     {check}"])

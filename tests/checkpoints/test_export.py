@@ -1,0 +1,219 @@
+"""Exports: what lies in the folder, what is refused, and that nothing half written is left."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import VERIFIER
+from layouts import layout
+from safetensors.torch import load_file
+
+from specforge.__main__ import main
+from specforge.checkpoints.layout import StoredDraft
+from specforge.checkpoints.probe import Probe
+from specforge.config import VerifierConfig
+from specforge.decoding.loop import Decoder
+from specforge.hookspecs import CheckpointFormat
+from specforge.models.speculator import SpeculatorModel
+from specforge.proposals import GreedyTokenProposalConfig
+from specforge.registry import installed
+
+FORMATS = sorted(installed().all(CheckpointFormat))
+EXPORTS = {"README.md", "config.json", "model.safetensors", "specforge_probe.json"}
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("key", FORMATS)
+def test_weights_are_bit_equal_when_they_are_read_back(
+    key: str, exported: Callable[..., Path], draft_of: Callable[..., Path]
+) -> None:
+    folder = exported(key, "--skip_verifier")
+    assert {path.name for path in folder.iterdir()} == EXPORTS
+    again = layout(key).read(StoredDraft.read(folder), VerifierConfig()).state_dict()
+    trained = SpeculatorModel.from_pretrained(draft_of(key.split("/")[0])).state_dict()
+    # Readers that always have a bias get one of zeros.
+    added = again.keys() - trained.keys()
+    assert not any(bool(again[name].any()) for name in added) and len(added) <= 1
+    for name, tensor in trained.items():
+        assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_weights_are_cast_and_the_config_says_so(
+    dtype: str, exported: Callable[..., Path], draft_of: Callable[..., Path]
+) -> None:
+    folder = exported("eagle3/vllm", "--dtype", dtype, "--skip_verifier")
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    tensors, trained = load_file(folder / "model.safetensors"), SpeculatorModel.from_pretrained(draft_of("eagle3"))
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(tensors[name], tensor.to(wanted) if tensor.is_floating_point() else tensor), name
+    assert getattr(torch, config_of(folder)["dtype"]) == wanted
+
+
+def test_what_a_type_cannot_hold_is_refused(
+    draft_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draft = SpeculatorModel.from_pretrained(draft_of("mlp"))
+    with torch.no_grad():
+        next(draft.parameters())[0, 0] = 1e30
+    draft.save_pretrained(tmp_path / "draft")
+    words = ["export", str(tmp_path / "draft"), "--format", "mlp_speculator", "--dtype", "fp16", "--skip_verifier"]
+    assert main(words) == 2
+    assert "emb.0.weight holds values that are not finite" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["draft"]
+
+
+def test_no_file_of_an_export_is_taken_for_weights(exported: Callable[..., Path]) -> None:
+    """Engines load every safetensors, bin and pt file of a folder."""
+    names = {path.name for path in exported("eagle3/vllm").iterdir()}
+    assert [one for one in names if Path(one).suffix in (".safetensors", ".bin", ".pt")] == ["model.safetensors"]
+
+
+def test_the_verifiers_length_is_written(draft_of: Callable[..., Path], tmp_path: Path) -> None:
+    draft = SpeculatorModel.from_pretrained(draft_of("eagle"))
+    draft.config.transformer_layer_config.max_position_embeddings = 32
+    draft.save_pretrained(tmp_path / "draft")
+    assert main(["export", str(tmp_path / "draft"), "--format", "vllm", "--skip_verifier"]) == 0
+    assert config_of(tmp_path / "draft-vllm")["max_position_embeddings"] == 512
+
+
+def test_positions_other_than_the_verifiers_are_refused(
+    draft_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draft = SpeculatorModel.from_pretrained(draft_of("eagle"))
+    draft.config.transformer_layer_config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
+    draft.save_pretrained(tmp_path / "draft")
+    assert main(["export", str(tmp_path / "draft"), "--format", "vllm"]) == 2
+    assert "the rotary positions are" in capsys.readouterr().err
+
+
+def test_a_format_of_another_algorithm_is_refused_with_the_own_ones(
+    draft_of: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(draft_of("mlp")), "--format", "vllm"]) == 2
+    message = capsys.readouterr().err
+    assert (
+        "drafts of mlp have no format 'vllm'" in message and "mlp_speculator" in message and "midlayer" not in message
+    )
+
+
+def test_a_run_tells_what_the_draft_was_trained_on(draft_of: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "version_0"
+    SpeculatorModel.from_pretrained(draft_of("eagle3")).save_pretrained(run / "draft")
+    validation = VERIFIER.parent / "validation.jsonl"
+    settings = {
+        "data": {"train": "chats.jsonl", "validation": str(validation), "max_length": 512},
+        "model": {"objective": {"kl": 1.0}, "optimizer": {"name": "adamw", "lr": 0.001}},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    (run / "checkpoints").mkdir()
+    state = {"monitor": "val/acceptance_length", "best_model_score": torch.tensor(2.3456)}
+    torch.save({"callbacks": {"Best": state}, "global_step": 77}, run / "checkpoints" / "best.ckpt")
+    assert main(["export", str(run), "--format", "vllm"]) == 0
+    card = (run / "draft-vllm" / "README.md").read_text()
+    for told in (
+        "chats.jsonl",
+        "1.0 kl",
+        "adamw, learning rate 0.001",
+        "| steps | 77 |",
+        "val/acceptance_length 2.346",
+    ):
+        assert told in card, told
+    assert f"vllm serve {VERIFIER} --speculative-config" in card and '"method": "eagle3"' in card
+    # The prompts of its validation are those of the probe.
+    texts = Probe.load(run / "draft-vllm").served.texts
+    assert len(texts) == 4 and len({tuple(one.tokens[: one.begin]) for one in texts}) == 4
+
+
+def test_a_run_without_a_draft_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("{}")
+    assert main(["export", str(tmp_path), "--format", "vllm"]) == 2
+    assert "--ckpt_path last" in capsys.readouterr().err
+
+
+def test_an_export_replaces_an_earlier_one_and_nothing_else(
+    draft_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "export",
+        str(draft_of("eagle")),
+        "--format",
+        "eagle",
+        "--skip_verifier",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(words) == 0
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"")
+    assert main(words) == 0
+    assert load_file(tmp_path / "out" / "model.safetensors")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    assert main([*words[:-1], str(tmp_path / "mine")]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+@pytest.mark.parametrize("fails_at", range(3))
+def test_a_failure_leaves_the_earlier_export_as_it_was(
+    fails_at: int, draft_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
+        "export",
+        str(draft_of("eagle")),
+        "--format",
+        "eagle",
+        "--skip_verifier",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(words) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    replace, seen = os.replace, []
+
+    def failing(source: Any, target: Any) -> None:
+        seen.append(source)
+        # Weights, then the configuration, then the earlier folder.
+        if len(seen) == fails_at + 1:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    assert main(words) == 1
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_draft_that_names_no_verifier_asks_for_one(
+    tmp_path: Path, draft_of: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    draft = SpeculatorModel.from_pretrained(draft_of("eagle"))
+    draft.config.speculators_config = None
+    draft.save_pretrained(tmp_path / "draft")
+    assert main(["export", str(tmp_path / "draft"), "--format", "vllm"]) == 2
+    assert "give --verifier" in capsys.readouterr().err
+
+
+def test_the_expected_acceptance_is_that_of_decoding(exported: Callable[..., Path]) -> None:
+    """The draft knows the verifier's head and little else, so that some tokens are accepted and most are not."""
+    probe = Probe.load(exported("eagle/vllm"))
+    assert probe.served is not None and sorted(probe.served.acceptance_length) == list(range(1, 9))
+    draft = SpeculatorModel.from_pretrained(exported("eagle/speculators"), verifier=str(VERIFIER))
+    decoder = Decoder(draft.verifier, draft, GreedyTokenProposalConfig(speculative_tokens=3))
+    prompts = [torch.tensor(one.tokens[: one.begin]) for one in probe.served.texts]
+    emissions = [one for one in decoder.decode(prompts, 64) if one.drafted is not None]
+    measured = sum(len(one.tokens) for one in emissions) / len(emissions)
+    assert measured == pytest.approx(probe.served.acceptance_length[3], abs=1e-6)

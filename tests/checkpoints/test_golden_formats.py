@@ -1,0 +1,85 @@
+"""Every recorded draft in every format of its algorithm: bit-equal when read back, or refused for a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layouts import layout
+
+from specforge.checkpoints.export import read_draft
+from specforge.checkpoints.layout import StoredDraft
+from specforge.checkpoints.rules import file_faults
+from specforge.checkpoints.verifier_facts import VerifierFacts
+from specforge.config import VerifierConfig
+from specforge.errors import UsageError
+from specforge.hookspecs import CheckpointFormat
+from specforge.models.storage import write_checkpoint
+from specforge.registry import installed
+from specforge.verifier.features import default_aux_layers
+from specforge.verifier.parts import VerifierParts
+
+ROOT = Path(os.environ.get("SPECFORGE_GOLDEN") or Path(__file__).resolve().parents[2] / "../shared/golden").resolve()
+if not ROOT.is_dir():
+    pytest.skip(f"no golden cases: {ROOT} is not a folder (set SPECFORGE_GOLDEN)", allow_module_level=True)
+
+CASES = [path.parent for path in sorted(ROOT.rglob("case.json"))]
+ALGORITHMS = {case: json.loads((case / "case.json").read_text())["algorithm"] for case in CASES}
+PAIRS = [
+    pytest.param(case, one.name, id=f"{case.relative_to(ROOT)}-{one.name}")
+    for case in CASES
+    for one in installed().all(CheckpointFormat).values()
+    if one.algorithm == ALGORITHMS[case]
+]
+
+
+def reason_to_refuse(draft: Any, reader: str) -> str | None:
+    """Say why a format cannot hold a draft, from the rules of its readers alone."""
+    config = draft.config
+    if reader in ("sglang", "midlayer") and config.speculators_model_type == "eagle3":
+        if len(draft.layers) > 1:
+            return "one decoder layer"
+        if config.transformer_layer_config.model_type != "llama":
+            return "builds Llama layers"
+        if config.norm_before_residual or config.norm_before_fc or config.fc_norm or config.norm_output:
+            return "knows no"
+        is_default = draft.aux_layers == default_aux_layers(draft.verifier_parts.config.num_hidden_layers)
+        if not is_default and (reader == "midlayer" or draft.aux_layers[0] == 1):
+            return "always takes features" if reader == "midlayer" else "reads a first id of 1"
+    if reader in ("vllm", "sglang", "eagle", "hass") and config.speculators_model_type == "eagle":
+        if config.layernorms:
+            return "no names for the norms"
+        if reader == "vllm" and config.fusion_bias and bool(draft.fusion_fc.bias.any()):
+            return "vLLM would leave out"
+    return None
+
+
+@pytest.mark.parametrize(("case", "reader"), PAIRS)
+def test_round_trip(case: Path, reader: str, tmp_path: Path) -> None:
+    verifier = str(case / "verifier")
+    draft = read_draft(str(case / "draft"), verifier=verifier)
+    draft.attach_verifier(VerifierParts.from_pretrained(verifier))
+    chosen = layout(f"{ALGORITHMS[case]}/{reader}")
+    if reason := reason_to_refuse(draft, reader):
+        with pytest.raises(UsageError, match=reason):
+            chosen.write(draft)
+        return
+    stored = chosen.write(draft)
+    write_checkpoint(tmp_path, stored.config, stored.tensors)
+    on_disk = StoredDraft.read(tmp_path)
+    facts = VerifierFacts.read(verifier)
+    assert [*file_faults(on_disk), *chosen.faults(on_disk, facts)] == []
+    again = chosen.read(on_disk, VerifierConfig.from_pretrained(verifier))
+    again.attach_verifier(draft.verifier_parts)
+    assert again.aux_layers == draft.aux_layers
+    theirs, ours = draft.state_dict(), again.state_dict()
+    for name in ours.keys() - theirs.keys():
+        assert not bool(ours[name].any()), f"{name} is made up"
+    for name in theirs.keys() - ours.keys():
+        assert torch.equal(theirs[name], draft.verifier_parts.embed_tokens.weight), f"{name} is lost"
+    for name in theirs.keys() & ours.keys():
+        assert theirs[name].dtype == ours[name].dtype and torch.equal(theirs[name], ours[name]), name
