@@ -21,6 +21,7 @@ def specforge_commands() -> Iterable[Command]:
         Command("generate", "answer prompts with a draft's help", "specforge.commands.generate:run"),
         Command("evaluate", "measure drafts on prompt sets, with a report", "specforge.commands.evaluate:run"),
         Command("export", "write a draft in the form that a server loads", "specforge.commands.export:run"),
+        Command("convert", "read a published draft, to measure it or train on", "specforge.commands.convert:run"),
         Command("plugins", "list the installed plugins and their faults", "specforge.commands.plugins:run"),
     ]
 

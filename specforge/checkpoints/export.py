@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from specforge.checkpoints.card import CARD, card
-from specforge.checkpoints.formats import layout_in, layout_of
+from specforge.checkpoints.formats import layout_of, read_draft
 from specforge.checkpoints.layout import Layout, StoredDraft
 from specforge.checkpoints.logits import stand_in_logits
 from specforge.checkpoints.probe import PROBE, Probe, digests, meaning
@@ -79,7 +79,7 @@ def export(order: Order) -> Export:
         SpecforgeError: It cannot be written, or does not compute what the draft does once it is read again.
     """
     path, record = find_draft(order.source)
-    model = read_draft(path)
+    _, model = read_draft(path)
     layout = layout_of(model.config.speculators_model_type, order.format)
     facts = VerifierFacts.read(_verifier_name(order, model.config), order.loading)
     model.attach_verifier(VerifierParts.from_pretrained(facts.name_or_path, order.loading))
@@ -103,22 +103,6 @@ def export(order: Order) -> Export:
                 + "; ".join(one.what for one in wrong)
             )
     return Export(output, probe, layout.serving(served_from, facts.name_or_path, tokens))
-
-
-def read_draft(name_or_path: str, format: str | None = None, verifier: str | None = None) -> SpeculatorModel:
-    """Read a draft in any format.
-
-    Args:
-        name_or_path: Folder or hub id.
-        format: Name of the format; None to find out.
-        verifier: Folder or hub id of its verifier, where the files do not name it.
-
-    Raises:
-        UsageError: It is in no known format, or does not fit the one that it is in.
-    """
-    stored = StoredDraft.read(name_or_path)
-    known = VerifierConfig.from_pretrained(verifier) if verifier else VerifierConfig()
-    return layout_in(stored, format).read(stored, known)
 
 
 def default_output(source: str, draft: str, format: str) -> Path:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from specforge.checkpoints.layout import Layout, StoredDraft
+from specforge.config import VerifierConfig
 from specforge.errors import UsageError, nearest_name
 from specforge.hookspecs import CheckpointFormat
+from specforge.models.speculator import SpeculatorModel
 from specforge.registry import installed
 
 
@@ -54,6 +56,27 @@ def layout_in(stored: StoredDraft, name: str | None = None) -> Layout:
         f"{stored.where} is in no known format: config.json says {_says(stored)}, and the tensors begin with "
         f"{', '.join(sorted(stored.tensors)[:4]) or 'none'}. Known formats: {known}"
     )
+
+
+def read_draft(
+    name_or_path: str, verifier: VerifierConfig | None = None, format: str | None = None
+) -> tuple[Layout, SpeculatorModel]:
+    """Read a draft in any format.
+
+    Args:
+        name_or_path: Folder or hub id.
+        verifier: Its verifier; None for what the files say.
+        format: Name of the format that it is in; None to find out.
+
+    Returns:
+        The format, and the draft, detached.
+
+    Raises:
+        UsageError: It is in no known format, or does not fit the one that it is in.
+    """
+    stored = StoredDraft.read(name_or_path)
+    layout = layout_in(stored, format)
+    return layout, layout.read(stored, verifier or VerifierConfig())
 
 
 def _load(format: CheckpointFormat) -> Layout:

@@ -12,12 +12,12 @@ from specforge.errors import SpecforgeError, UsageError
 
 
 @contextmanager
-def written_whole(folder: Path, mark: str) -> Iterator[Path]:
+def written_whole(folder: Path, mark: str | None = None) -> Iterator[Path]:
     """Give a new folder to write into, which takes its place when everything has gone well.
 
     Args:
-        folder: Where it belongs. One that is there is replaced only if it holds ``mark``.
-        mark: Name of a file that tells such a folder from other ones.
+        folder: Where it belongs. One that is there and not empty is replaced only if it holds ``mark``.
+        mark: Name of a file that tells such a folder from other ones; None where nothing is ever replaced.
 
     Yields:
         The folder beside it.
@@ -26,8 +26,9 @@ def written_whole(folder: Path, mark: str) -> Iterator[Path]:
         UsageError: Something else is there.
         SpecforgeError: It cannot be written.
     """
-    if folder.exists() and not (folder.is_dir() and ((folder / mark).is_file() or not any(folder.iterdir()))):
-        raise UsageError(f"{folder} is there already, and holds no {mark}; give another folder as --output")
+    if folder.exists() and not (folder.is_dir() and (_holds(folder, mark) or not any(folder.iterdir()))):
+        but = f", and holds no {mark}" if mark else ""
+        raise UsageError(f"{folder} is there already{but}; give another folder as --output")
     beside = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}")
     earlier = beside.with_name(beside.name + ".earlier")
     try:
@@ -45,3 +46,7 @@ def written_whole(folder: Path, mark: str) -> Iterator[Path]:
                 shutil.rmtree(earlier, ignore_errors=True)
             else:
                 os.replace(earlier, folder)
+
+
+def _holds(folder: Path, mark: str | None) -> bool:
+    return mark is not None and (folder / mark).is_file()

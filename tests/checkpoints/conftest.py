@@ -1,4 +1,4 @@
-"""Drafts of every algorithm for a small verifier whose tokenizer knows chats, and the commands on them."""
+"""Stored drafts and their exports, made once."""
 
 from __future__ import annotations
 
@@ -7,32 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig
+from checkpoint_drafts import make
 
 from specforge.__main__ import main
-from specforge.models import Eagle3DraftModel, EagleSpeculator, MLPSpeculator
-from specforge.models.speculator import SpeculatorModel
-from specforge.verifier.parts import VerifierParts
-
-VERIFIER = Path(__file__).parents[2] / "configs" / "quickstart" / "verifier"
-
-
-def make(algorithm: str, **options: Any) -> SpeculatorModel:
-    """Make a draft whose tensors are all at random, norms included."""
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(VERIFIER)
-    options = {"verifier_name_or_path": str(VERIFIER), **options}
-    if algorithm == "eagle3":
-        options = {"t2d": torch.arange(config.vocab_size) % 3 == 0, **options}
-        draft: Any = Eagle3DraftModel.from_training_args(config, **options)
-    else:
-        draft = {"eagle": EagleSpeculator, "mlp": MLPSpeculator}[algorithm].from_training_args(config, **options)
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            parameter.normal_(std=0.2).add_(1.0 if parameter.ndim == 1 else 0.0)
-    draft.attach_verifier(VerifierParts.from_pretrained(str(VERIFIER)))
-    return draft
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import VERIFIER
+from checkpoint_drafts import VERIFIER
 from layouts import layout
 from safetensors.torch import load_file
 

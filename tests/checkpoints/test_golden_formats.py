@@ -11,7 +11,7 @@ import pytest
 import torch
 from layouts import layout
 
-from specforge.checkpoints.export import read_draft
+from specforge.checkpoints.formats import read_draft
 from specforge.checkpoints.layout import StoredDraft
 from specforge.checkpoints.rules import file_faults
 from specforge.checkpoints.verifier_facts import VerifierFacts
@@ -61,7 +61,7 @@ def reason_to_refuse(draft: Any, reader: str) -> str | None:
 @pytest.mark.parametrize(("case", "reader"), PAIRS)
 def test_round_trip(case: Path, reader: str, tmp_path: Path) -> None:
     verifier = str(case / "verifier")
-    draft = read_draft(str(case / "draft"), verifier=verifier)
+    _, draft = read_draft(str(case / "draft"), VerifierConfig.from_pretrained(verifier))
     draft.attach_verifier(VerifierParts.from_pretrained(verifier))
     chosen = layout(f"{ALGORITHMS[case]}/{reader}")
     if reason := reason_to_refuse(draft, reader):

@@ -1,0 +1,195 @@
+"""Published drafts in all their files and names, and everything that may be wrong with them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_drafts import VERIFIER
+from safetensors.torch import load_file, save_file
+
+from specforge.__main__ import main
+from specforge.checkpoints.convert import convert
+from specforge.errors import UsageError
+from specforge.models.speculator import SpeculatorModel
+
+WEIGHTS = "model.safetensors"
+PUBLISHED = ["eagle/eagle", "eagle/sglang", "eagle/speculators", "eagle3/midlayer", "eagle3/speculators"]
+PUBLISHED += ["eagle3/sglang", "mlp/mlp_speculator"]
+# Formats whose files look like those of another one.
+READ_AS = {"eagle3/sglang": "eagle3/midlayer"}
+
+
+@pytest.fixture
+def published(exported: Callable[..., Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A head as others publish it: configuration and weights, nothing of specforge."""
+
+    def publish(key: str) -> Path:
+        folder = tmp_path / "published"
+        folder.mkdir()
+        for name in ("config.json", WEIGHTS):
+            (folder / name).write_bytes((exported(key, "--skip_verifier") / name).read_bytes())
+        return folder
+
+    return publish
+
+
+def in_bin(folder: Path, shards: int = 1) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    if shards == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return
+    weight_map = {name: f"pytorch_model-{place % shards}.bin" for place, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        torch.save({name: one for name, one in tensors.items() if weight_map[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def in_shards(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    weight_map = {name: f"model-{place % 2}.safetensors" for place, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({name: one for name, one in tensors.items() if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("key", PUBLISHED)
+def test_every_published_layout_is_recognised(
+    key: str, published: Callable[[str], Path], draft_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    done = convert(str(published(key)), str(VERIFIER), tmp_path / "ours")
+    assert done.format == READ_AS.get(key, key)
+    trained = SpeculatorModel.from_pretrained(draft_of(key.split("/")[0]))
+    again = SpeculatorModel.from_pretrained(tmp_path / "ours")
+    assert again.config.speculators_config.verifier.name_or_path == str(VERIFIER)
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("files", [in_bin, lambda folder: in_bin(folder, 2), in_shards], ids=["bin", "bins", "shards"])
+def test_every_kind_of_file_is_read(
+    files: Callable[[Path], None], published: Callable[[str], Path], draft_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = published("eagle/eagle")
+    files(folder)
+    convert(str(folder), str(VERIFIER), tmp_path / "ours")
+    trained = SpeculatorModel.from_pretrained(draft_of("eagle")).state_dict()
+    assert all(torch.equal(one, trained[name]) for name, one in load_file(tmp_path / "ours" / WEIGHTS).items())
+
+
+def test_a_bin_file_runs_no_code(published: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, touched = published("eagle/eagle"), tmp_path / "touched"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (touched,))
+
+    (folder / WEIGHTS).unlink()
+    with (folder / "pytorch_model.bin").open("wb") as file:
+        pickle.dump({"fc.weight": Evil()}, file, protocol=2)
+    with pytest.raises(UsageError, match="holds more than tensors"):
+        convert(str(folder), str(VERIFIER), tmp_path / "ours")
+    assert not touched.exists()
+
+
+@pytest.mark.parametrize("index", ["pytorch_model.bin.index.json", "model.safetensors.index.json"])
+def test_a_missing_shard_is_named(index: str, published: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = published("eagle/eagle")
+    in_shards(folder) if "safetensors" in index else in_bin(folder, 2)
+    shard = next(iter(json.loads((folder / index).read_text())["weight_map"].values()))
+    (folder / shard).unlink()
+    with pytest.raises(UsageError, match=f"holds no {shard}"):
+        convert(str(folder), str(VERIFIER), tmp_path / "ours")
+
+
+@pytest.mark.parametrize("key", PUBLISHED)
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_nothing_is_made_up_or_left_out(
+    change: str, key: str, published: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = published(key)
+    tensors = load_file(folder / WEIGHTS)
+    name = max(one for one, tensor in tensors.items() if tensor.ndim == 2 and tensor.is_floating_point())
+    ours = next(part for part in reversed(name.split(".")) if not part.isdigit() and part != "weight")
+    if change == "missing":
+        del tensors[name]
+    elif change == "unknown":
+        tensors[name.replace(ours, "surprise")] = tensors[name].clone()
+    else:
+        tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, folder / WEIGHTS)
+    expected = {"missing": "missing: ", "unknown": "unknown: .*surprise", "shape": rf"{ours}.* is \[.*\], not \["}[
+        change
+    ]
+    with pytest.raises(UsageError, match=expected):
+        convert(str(folder), str(VERIFIER), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("key", PUBLISHED)
+def test_a_head_of_another_verifier_is_refused(
+    key: str, published: Callable[[str], Path], tiny_verifiers: Any, tmp_path: Path
+) -> None:
+    folder = published(key)
+    with pytest.raises(UsageError, match="vocabulary of 1,280"):
+        convert(str(folder), str(tiny_verifiers["llama"].folder), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_verifier_that_there_is_not_is_named(published: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nowhere/at/all"):
+        convert(str(published("eagle/eagle")), "nowhere/at/all", tmp_path / "ours")
+
+
+def test_no_folder_is_ever_replaced(published: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="is there already"):
+        convert(str(published("eagle/eagle")), str(VERIFIER), tmp_path / "ours")
+    assert (tmp_path / "ours" / "config.json").read_text() == "{}"
+
+
+def test_what_is_no_draft_is_told_what_is_known(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"in no known format: config.json says model_type 'llama'.*Known formats: .*vllm"
+    ):
+        convert(str(VERIFIER), str(VERIFIER), tmp_path / "ours")
+
+
+def test_layer_ids_that_mean_two_things_ask_for_the_format(published: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = published("eagle3/sglang")
+    values = json.loads((folder / "config.json").read_text())
+    values["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UsageError, match="--format sglang"):
+        convert(str(folder), str(VERIFIER), tmp_path / "ours")
+    convert(str(folder), str(VERIFIER), tmp_path / "ours", "sglang")
+    assert SpeculatorModel.from_pretrained(tmp_path / "ours").config.eagle_aux_hidden_state_layer_ids == [2, 4, 5]
+    with pytest.raises(UsageError, match="there is no format 'sglan'"):
+        convert(str(folder), str(VERIFIER), tmp_path / "ours", "sglan")
+
+
+def test_fit_goes_on_from_a_converted_draft(
+    published: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = published("eagle/eagle")
+    in_bin(folder)
+    assert main(["convert", str(folder), "--verifier", str(VERIFIER), "--output", str(tmp_path / "ours")]) == 0
+    assert f"--model.init_from {tmp_path / 'ours'}" in capsys.readouterr().out
+    rows = (VERIFIER.parent / "train.jsonl").read_text().splitlines()[:4]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    words = ["--algorithm", "eagle", "--verifier", str(VERIFIER), "--data.train", str(tmp_path / "rows.jsonl")]
+    words += ["--model.init_from", str(tmp_path / "ours"), "--model.optimizer.lr", "1e-12", "--trainer.max_steps", "1"]
+    words += ["--data.max_length", "256", "--output_dir", str(tmp_path / "runs"), "--data.cache_dir", str(tmp_path)]
+    assert main(["fit", *words, "--data.validation_share", "0", "--trainer.enable_progress_bar", "false"]) == 0
+    trained = SpeculatorModel.from_pretrained(tmp_path / "runs" / "version_0" / "draft").state_dict()
+    before = SpeculatorModel.from_pretrained(tmp_path / "ours").state_dict()
+    for name, tensor in before.items():
+        torch.testing.assert_close(trained[name], tensor, atol=1e-6, rtol=1e-6)
