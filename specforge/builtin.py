@@ -22,6 +22,7 @@ def specforge_commands() -> Iterable[Command]:
         Command("evaluate", "measure drafts on prompt sets, with a report", "specforge.commands.evaluate:run"),
         Command("export", "write a draft in the form that a server loads", "specforge.commands.export:run"),
         Command("convert", "read a published draft, to measure it or train on", "specforge.commands.convert:run"),
+        Command("verify", "check an export: alone, beside its verifier, or served", "specforge.commands.verify:run"),
         Command("plugins", "list the installed plugins and their faults", "specforge.commands.plugins:run"),
     ]
 

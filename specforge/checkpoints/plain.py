@@ -50,6 +50,8 @@ def position_faults(layers: dict[str, Any], verifier: VerifierFacts | None) -> I
             f"rope_theta is {layers['rope_theta']} and rope_parameters.rope_theta {rope['rope_theta']}: readers "
             "take one or the other, by the version of transformers"
         )
+    if not rope and "rope_theta" not in layers:
+        yield "the rotary positions are not said: readers take their own defaults, a base of 10000 and no scaling"
     if layers.get("tie_word_embeddings"):
         yield "tie_word_embeddings is true: a reader would take the draft's embeddings for its head"
     if verifier is None:

@@ -6,6 +6,7 @@ The file is JSON, and small: engines take every safetensors file of a folder for
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from specforge.checkpoints.verifier_facts import VerifierFacts
-from specforge.config import SpeculatorModelConfig
+from specforge.config import SpeculatorModelConfig, find_file
 from specforge.errors import UsageError, describe_invalid
 
 PROBE = "specforge_probe.json"
@@ -93,18 +94,19 @@ class Probe(BaseModel):
     served: Served | None
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, export: str | os.PathLike[str]) -> Self:
         """Read the probe of an export.
+
+        Args:
+            export: Folder or hub id.
 
         Raises:
             UsageError: There is none, or the file is damaged.
         """
-        path = folder / PROBE
-        if not path.is_file():
-            raise UsageError(
-                f"{folder} holds no {PROBE}: it is no folder that specforge export wrote, so there is nothing to "
-                "compare it with"
-            )
+        try:
+            path = find_file(export, PROBE)
+        except UsageError as error:
+            raise UsageError(f"{error}; specforge verify checks what specforge export wrote") from None
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except ValidationError as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from specforge.checkpoints import causes
+from specforge.checkpoints.faults import Fault
 from specforge.checkpoints.formats import layout_of
 from specforge.checkpoints.layout import Layout, StoredDraft
 from specforge.checkpoints.logits import attach_stand_in, difference
@@ -22,33 +22,22 @@ from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.loading import VerifierLoading, load_verifier
 
 
-@dataclass(frozen=True)
-class Fault:
-    """Something that is wrong with an export.
-
-    Attributes:
-        what: What is wrong.
-        cause: The likeliest cause, or what comes of it.
-    """
-
-    what: str
-    cause: str
-
-
-def verify(folder: Path, verifier: str | None = None, loading: VerifierLoading | None = None) -> list[Fault]:
+def verify(
+    export: str | os.PathLike[str], verifier: str | None = None, loading: VerifierLoading | None = None
+) -> list[Fault]:
     """Find everything that is wrong with an export.
 
     Args:
-        folder: What ``specforge export`` wrote.
+        export: What ``specforge export`` wrote: a folder or a hub id.
         verifier: Folder or hub id of the verifier, to run the draft beside it; without one the draft is run alone.
         loading: How to load it.
 
     Raises:
-        UsageError: The folder holds no probe, or there is no such verifier.
+        UsageError: There is no probe, or there is no such verifier.
     """
-    probe = Probe.load(folder)
+    probe = Probe.load(export)
     try:
-        stored = StoredDraft.read(folder)
+        stored = StoredDraft.read(export)
     except UsageError as error:
         return [Fault(str(error), causes.FILES)]
     layout = layout_of(probe.algorithm, probe.format)

@@ -1,0 +1,59 @@
+"""``specforge verify``: is an export still the draft that was trained, and does it do what it should?"""
+
+from __future__ import annotations
+
+from jsonargparse import ArgumentParser
+
+from specforge.checkpoints.probe import Probe
+from specforge.checkpoints.verify import verify
+from specforge.commands.arguments import add_verifier, command_parser, loading_of, parse
+from specforge.errors import UsageError
+
+DESCRIPTION = """\
+Check an export. It is read again, held to the rules of the program that is to load it, and compared with the trained
+draft: settings, tensors, and the logits of a probe that travels inside it. With --verifier the draft runs beside its
+verifier as well, and with --endpoint a running vLLM or SGLang answers the probe's prompts, and tells how it accepted.
+
+  specforge verify runs/quickstart/version_0/draft-vllm
+  specforge verify EXPORT --verifier MODEL
+  specforge verify EXPORT --endpoint http://localhost:8000
+
+Every fault is told with its likeliest cause; the exit status is 1 if there is one."""
+
+
+def run(arguments: list[str]) -> int:
+    """Check, print what is wrong, and return 1 if anything is."""
+    found = parse(_parser(), arguments)
+    probe = Probe.load(found.export)
+    print(f"{found.export}: {probe.format} format, {probe.algorithm}, for {probe.verifier.name_or_path}")
+    faults = verify(found.export, found.verifier, loading_of(found))
+    checked = ["rules", "settings", "tensors", "logits"]
+    if found.verifier is not None:
+        checked.append("the draft beside its verifier")
+    if found.endpoint is not None:
+        from specforge.checkpoints.endpoint import endpoint_faults, measure  # the client takes a second to import
+
+        if probe.served is None:
+            raise UsageError(
+                "--endpoint: nothing is expected of a server, since the export was made with --skip_verifier; export "
+                "again without it"
+            )
+        measured = measure(found.endpoint, probe.served.texts)
+        print(f"  {measured.engine}: {measured.acceptance_length:.3f} tokens a pass of the verifier")
+        faults += endpoint_faults(measured, probe.served)
+        checked.append("the server")
+    for fault in faults:
+        print(f"FAULT: {fault.what}\n  likely cause: {fault.cause}")
+    if faults:
+        print(f"{len(faults)} fault(s): do not serve this.")
+        return 1
+    print(f"Done: nothing is wrong ({', '.join(checked)}).")
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = command_parser("verify", DESCRIPTION)
+    parser.add_argument("export", type=str, help="What specforge export wrote: a folder or a hub id.")
+    add_verifier(parser, "Folder or hub id; also run the draft beside it.")
+    parser.add_argument("--endpoint", type=str | None, default=None, help="Address of a server that serves the export.")
+    return parser
