@@ -27,7 +27,7 @@ def push(folder: Path, repository: str) -> str:
         api.create_repo(repository, repo_type="model", exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Draft for speculative decoding")
     except Exception as error:  # the hub, the network and the login each fail in their own ways
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise SpecforgeError(
             f"{folder} is written, but cannot be uploaded to {repository}: {reason}. Log in with: hf auth login; then "
             f"upload it with: hf upload {repository} {folder}"

@@ -1,0 +1,136 @@
+"""Servers on this machine that answer as others do: a serving engine, and the hub."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+Answer = Callable[[str, str, bytes], tuple[int, str]]
+
+
+@contextmanager
+def serving(answer: Answer) -> Iterator[str]:
+    """Serve on a free port.
+
+    Args:
+        answer: Gets method, path and body; returns status and text.
+
+    Yields:
+        The address.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def _reply(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status, text = answer(self.command, self.path.partition("?")[0], body)
+            content = text.encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json" if text[:1] in ("{", "[") else "text/plain")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_HEAD = _reply
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            """Keep quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Engine:
+    """A server of completions that counts as vLLM or SGLang does.
+
+    Args:
+        kind: ``"vllm"``, ``"sglang"``, or something else for a server without speculation.
+        accepted: How many of its rounds accept at least k = 1, 2, ... tokens, of ten a request.
+    """
+
+    def __init__(self, kind: str, accepted: list[int]) -> None:
+        self.kind = kind
+        self.accepted = accepted
+        self.asked: list[dict[str, Any]] = []
+
+    def answer(self, method: str, path: str, body: bytes) -> tuple[int, str]:
+        """Answer as an engine."""
+        if path == "/v1/models":
+            return 200, json.dumps({"object": "list", "data": [{"id": "served", "object": "model"}]})
+        if path == "/v1/completions":
+            self.asked.append(json.loads(body))
+            choice = {"index": 0, "text": "", "finish_reason": "length", "logprobs": None}
+            return 200, json.dumps(
+                {"id": "1", "object": "text_completion", "created": 0, "model": "served", "choices": [choice]}
+            )
+        if path == "/metrics" and self.kind == "vllm":
+            return 200, self._metrics()
+        if path == "/metrics":
+            return 200, "process_cpu_seconds_total 1.0\n"
+        if path == "/get_server_info" and self.kind == "sglang":
+            length = 1 + sum(self.accepted) / 10
+            state = {"avg_spec_accept_length": length if self.asked else None, "last_gen_throughput": 3.0}
+            return 200, json.dumps({"speculative_num_steps": len(self.accepted), "internal_states": [state]})
+        return 404, "{}"
+
+    def _metrics(self) -> str:
+        """Return two engines' counters; one served others before."""
+        rounds = 10 * len(self.asked)
+        lines = ["# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.", "vllm:other_total 5.0"]
+        for name, count in (
+            ("drafts", rounds),
+            ("draft_tokens", rounds * len(self.accepted)),
+            ("accepted_tokens", sum(self.accepted) * len(self.asked)),
+        ):
+            lines.append(f'vllm:spec_decode_num_{name}_total{{engine="0",model_name="served"}} {1000.0}')
+            lines.append(f'vllm:spec_decode_num_{name}_total{{engine="1",model_name="served"}} {float(count)}')
+            lines.append(f'vllm:spec_decode_num_{name}_created{{engine="1",model_name="served"}} 1.7e+09')
+        for place, count in enumerate(self.accepted):
+            labels = f'engine="1",model_name="served",position="{place}"'
+            lines.append(
+                f"vllm:spec_decode_num_accepted_tokens_per_pos_total{{{labels}}} {float(count * len(self.asked))}"
+            )
+        return "\n".join(lines) + "\n"
+
+
+class Hub:
+    """The hub's interface for uploads of small files."""
+
+    def __init__(self) -> None:
+        self.created: list[dict[str, Any]] = []
+        self.files: dict[str, bytes] = {}
+        self.refuses = False
+
+    def answer(self, method: str, path: str, body: bytes) -> tuple[int, str]:
+        """Answer as the hub."""
+        if self.refuses:
+            return 403, json.dumps({"error": "You have no leave to write here"})
+        if path == "/api/repos/create":
+            self.created.append(json.loads(body))
+            return 200, json.dumps({"url": "https://huggingface.co/owner/name", "name": "owner/name", "id": "1"})
+        if path == "/api/validate-yaml":
+            return 200, json.dumps({"errors": [], "warnings": []})
+        if "/preupload/" in path:
+            files = [
+                {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for one in json.loads(body)["files"]
+            ]
+            return 200, json.dumps({"files": files})
+        if "/commit/" in path:
+            for line in body.decode().splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            return 200, json.dumps(
+                {"success": True, "commitOid": "0" * 40, "commitUrl": "https://huggingface.co/owner/name/commit/0"}
+            )
+        return 200, json.dumps({"id": "owner/name", "sha": "0" * 40, "siblings": []})

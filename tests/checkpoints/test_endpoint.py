@@ -1,0 +1,115 @@
+"""Asking servers how they accept, against a stand-in that counts as they do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from stand_ins import Engine, serving
+
+from specforge.__main__ import main
+from specforge.checkpoints.endpoint import measure
+from specforge.checkpoints.probe import Probe
+from specforge.errors import SpecforgeError
+
+# 25 tokens in ten rounds.
+ACCEPTED = [8, 5, 2]
+
+
+@pytest.fixture
+def export(exported: Callable[..., Path], tmp_path: Path) -> Path:
+    """An export that should accept 2.5 tokens a pass with chains of 3, and more with longer ones."""
+    folder = tmp_path / "export"
+    shutil.copytree(exported("eagle3/vllm"), folder)
+    values = json.loads((folder / "specforge_probe.json").read_text())
+    values["served"]["acceptance_length"] = {"1": 1.8, "2": 2.3, "3": 2.5, "4": 3.9}
+    values["served"]["accept_rates"] = [0.8, 0.5, 0.2, 0.1]
+    (folder / "specforge_probe.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_server_that_does_as_expected(kind: str, export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = Engine(kind, ACCEPTED)
+    with serving(engine.answer) as address:
+        assert main(["verify", str(export), "--endpoint", f"{address}/v1/"]) == 0
+    shown = capsys.readouterr().out
+    assert "2.500 tokens a pass of the verifier" in shown and "logits, the server" in shown
+    texts = Probe.load(export).served.texts
+    assert [one["prompt"] for one in engine.asked] == [one.tokens[: one.begin] for one in texts]
+    assert all(one["temperature"] == 0 for one in engine.asked)
+    assert [one["max_tokens"] for one in engine.asked] == [len(one.tokens) - one.begin for one in texts]
+
+
+@pytest.mark.parametrize(
+    ("accepted", "cause"),
+    [
+        ([0, 0, 0], "nothing is accepted: d2t is missing"),
+        ([8, 2, 0], "the first token is as good as expected"),
+        ([4, 2, 1], "layer ids off by one"),
+        ([9, 9, 9], "does not serve this draft"),
+    ],
+)
+def test_a_server_that_does_not(
+    accepted: list[int], cause: str, export: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(Engine("vllm", accepted).answer) as address:
+        assert main(["verify", str(export), "--endpoint", address]) == 1
+    shown = capsys.readouterr().out
+    assert "and 2.500 are expected" in shown and cause in shown
+
+
+def test_only_what_the_probe_caused_is_counted(export: Path) -> None:
+    """The stand-in begins with a thousand drafts of others."""
+    with serving(Engine("vllm", ACCEPTED).answer) as address:
+        measured = measure(address, Probe.load(export).served.texts)
+    assert (measured.acceptance_length, measured.chain) == (2.5, 3)
+    assert measured.accept_rates == [0.8, 0.5, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (Engine("neither", []), "neither vLLM's /metrics nor SGLang's /get_server_info"),
+        (Engine("sglang", []), "is it served with a draft"),
+    ],
+)
+def test_a_server_that_says_nothing(
+    engine: Engine, message: str, export: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if engine.kind == "sglang":
+        engine.answer = lambda method, path, body: (  # type: ignore[method-assign]
+            (200, "{}") if path == "/get_server_info" else Engine.answer(engine, method, path, body)
+        )
+    with serving(engine.answer) as address:
+        assert main(["verify", str(export), "--endpoint", address]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_server_that_never_drafts_is_told_apart(export: Path) -> None:
+    engine = Engine("vllm", ACCEPTED)
+
+    def never(method: str, path: str, body: bytes) -> tuple[int, str]:
+        done = engine.answer(method, path, body)
+        engine.asked.clear()
+        return done
+
+    with serving(never) as address, pytest.raises(SpecforgeError, match="without drafting once"):
+        measure(address, Probe.load(export).served.texts)
+
+
+def test_no_server_at_all(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(Engine("vllm", ACCEPTED).answer) as address:
+        pass
+    assert main(["verify", str(export), "--endpoint", address]) == 1
+    assert "is the server running there?" in capsys.readouterr().err
+
+
+def test_without_an_expectation_there_is_nothing_to_compare(
+    exported: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(exported("eagle3/vllm", "--skip_verifier")), "--endpoint", "http://localhost:1"]) == 2
+    assert "--skip_verifier" in capsys.readouterr().err

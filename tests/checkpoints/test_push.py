@@ -1,0 +1,47 @@
+"""Uploading an export, against a stand-in of the hub."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from stand_ins import Hub, serving
+
+
+def push(address: str, draft: Path, output: Path) -> subprocess.CompletedProcess[str]:
+    """Export and upload in a process of its own, which has never heard that there is no network."""
+    words = ["export", str(draft), "--format", "vllm", "--output", str(output), "--skip_verifier"]
+    command = [sys.executable, "-m", "specforge", *words, "--push_to_hub", "owner/name"]
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": address,
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": "hf_none",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_all_files_arrive(draft_of: Callable[..., Path], tmp_path: Path) -> None:
+    hub = Hub()
+    with serving(hub.answer) as address:
+        done = push(address, draft_of("eagle"), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert f"{address}/owner/name" in done.stdout
+    assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert len(hub.created) == 1 and hub.created[0]["name"] == "name" and hub.created[0]["organization"] == "owner"
+    # People serve it from there.
+    assert '"model": "owner/name"' in hub.files["README.md"].decode()
+
+
+def test_a_refusal_leaves_the_export(draft_of: Callable[..., Path], tmp_path: Path) -> None:
+    hub = Hub()
+    hub.refuses = True
+    with serving(hub.answer) as address:
+        done = push(address, draft_of("eagle"), tmp_path / "out")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "is written, but cannot be uploaded to owner/name" in done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
