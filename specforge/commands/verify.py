@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser
 
 from specforge.checkpoints.probe import Probe
 from specforge.checkpoints.verify import verify
-from specforge.commands.arguments import add_verifier, command_parser, loading_of, parse
+from specforge.commands.arguments import add_verifier_flags, command_parser, loading_of, parse
 from specforge.errors import UsageError
 
 DESCRIPTION = """\
@@ -54,6 +54,6 @@ def run(arguments: list[str]) -> int:
 def _parser() -> ArgumentParser:
     parser = command_parser("verify", DESCRIPTION)
     parser.add_argument("export", type=str, help="What specforge export wrote: a folder or a hub id.")
-    add_verifier(parser, "Folder or hub id; also run the draft beside it.")
+    add_verifier_flags(parser, "Folder or hub id; also run the draft beside it.")
     parser.add_argument("--endpoint", type=str | None, default=None, help="Address of a server that serves the export.")
     return parser
