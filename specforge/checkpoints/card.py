@@ -45,6 +45,7 @@ def card(draft: str, stored: StoredDraft, layout: Layout, probe: Probe, record: 
         version=version(PACKAGE),
         summary=layout.format.summary,
         probe=probe,
+        tokens=tokens,
         parameters=sum(one.numel() for one in stored.tensors.values() if one.is_floating_point()),
         dtype=stored.config.get("dtype"),
         training=_training(record),

@@ -63,11 +63,13 @@ class Export:
         folder: Where.
         probe: What travels with it.
         serving: The command that serves it.
+        tokens: Tokens that it then drafts in a round.
     """
 
     folder: Path
     probe: Probe
     serving: str
+    tokens: int
 
 
 def export(order: Order) -> Export:
@@ -102,7 +104,7 @@ def export(order: Order) -> Export:
                 f"the {order.format} export of {path} is not the draft that it was made from, and is not kept: "
                 + "; ".join(one.what for one in wrong)
             )
-    return Export(output, probe, layout.serving(served_from, facts.name_or_path, tokens))
+    return Export(output, probe, layout.serving(served_from, facts.name_or_path, tokens), tokens)
 
 
 def default_output(source: str, draft: str, format: str) -> Path:

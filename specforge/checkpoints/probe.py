@@ -67,6 +67,11 @@ class Served(BaseModel):
     acceptance_length: dict[int, float]
     accept_rates: list[float]
 
+    def expected(self, chain: int | None = None) -> float:
+        """Return the acceptance length of chains of some tokens; of the longest where that is None, or longer."""
+        longest = max(self.acceptance_length)
+        return self.acceptance_length[min(chain or longest, longest)]
+
 
 class Probe(BaseModel):
     """An export as it was when it was written.

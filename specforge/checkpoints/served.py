@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from specforge.checkpoints.logits import difference, greatest_logits
@@ -63,8 +64,11 @@ def expected_of(model: SpeculatorModel, verifier: PreTrainedModel, prompts: list
     model.attach_verifier(verifier)
     spoken: list[list[int]] = [[] for _ in prompts]
     decoder = Decoder(verifier)
-    for emission in decoder.decode([torch.tensor(one) for one in prompts], NEW_TOKENS):
-        spoken[emission.sequence] += emission.tokens
+    # disable=None shows the bar on a terminal only.
+    with tqdm(total=len(prompts) * NEW_TOKENS, desc="the verifier answers", unit=" tokens", disable=None) as bar:
+        for emission in decoder.decode([torch.tensor(one) for one in prompts], NEW_TOKENS):
+            spoken[emission.sequence] += emission.tokens
+            bar.update(len(emission.tokens))
     texts = [Text(tokens=asked + said, begin=len(asked)) for asked, said in zip(prompts, spoken, strict=True)]
     lengths, rates = acceptance(model, verifier, texts)
     tokens, features = _states(model, verifier, texts[0])
@@ -84,10 +88,9 @@ def served_differences(model: SpeculatorModel, verifier: PreTrainedModel, expect
     if differs := difference(model, tokens, features, expected.logits):
         found.append(f"beside the verifier, {differs}")
     lengths, _ = acceptance(model, verifier, expected.texts)
-    longest = max(expected.acceptance_length)
-    got, wanted = lengths.get(longest, 0.0), expected.acceptance_length[longest]
+    got, wanted = lengths[max(lengths)], expected.expected(max(lengths))
     if abs(got - wanted) > ACCEPTANCE_TOLERANCE * wanted:
-        found.append(f"the acceptance length of chains of {longest} is {got:.3f}, and {wanted:.3f} is expected")
+        found.append(f"the acceptance length of chains of {max(lengths)} is {got:.3f}, and {wanted:.3f} is expected")
     return found
 
 

@@ -51,6 +51,12 @@ def run(arguments: list[str]) -> int:
     where = str(done.folder)
     if found.push_to_hub is not None:
         where = push(done.folder, found.push_to_hub)
+        verifier = done.probe.verifier.name_or_path
+        if Path(verifier).is_absolute():
+            print(
+                f"Note: config.json names the verifier by a folder of this machine, {verifier}; for others, give its hub "
+                "id as --verifier."
+            )
     print(_closing(done, where))
     return 0
 
@@ -93,10 +99,10 @@ def _formats() -> Iterator[str]:
 def _closing(done: Export, where: str) -> str:
     lines = [f"Done: {where} holds the draft in the format {done.probe.format}."]
     if done.probe.served is not None:
-        longest = max(done.probe.served.acceptance_length)
-        lines.append(
-            f"  expected     {done.probe.served.acceptance_length[longest]:.3f} tokens a pass of the verifier, by "
-            f"chains of {longest} on the probe's prompts"
-        )
-    check = shlex.join(["specforge", "verify", str(done.folder), "--endpoint", "http://localhost:8000"])
-    return "\n".join([*lines, f"  serve it     {done.serving}", f"  check it     {check}"])
+        expected = done.probe.served.expected(done.tokens)
+        lines.append(f"  expected     {expected:.3f} tokens a pass of the verifier, by greedy chains of {done.tokens}")
+    serving = done.serving.replace("\n", "\n               ")
+    check = shlex.join(["specforge", "verify", str(done.folder)])
+    return "\n".join(
+        [*lines, f"  serve it     {serving}", f"  check it     {check}   (once it is served: --endpoint URL)"]
+    )
