@@ -86,6 +86,7 @@ def export(order: Order) -> Export:
     facts = VerifierFacts.read(_verifier_name(order, model.config), order.loading)
     model.attach_verifier(VerifierParts.from_pretrained(facts.name_or_path, order.loading))
     _adapt(model, facts, order)
+    layout.prepare(model)
     stored = layout.write(model)
     if faults := [*file_faults(stored), *layout.faults(stored, facts)]:
         raise UsageError(f"this draft cannot be exported as {order.format}: " + "; ".join(faults))

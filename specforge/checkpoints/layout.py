@@ -80,6 +80,13 @@ class Layout(ABC):
             UsageError: The configuration is wrong, or a tensor is missing, unknown or of the wrong shape; all named.
         """
 
+    def prepare(self, model: SpeculatorModel) -> None:  # noqa: B027  (most readers want nothing)
+        """Make a draft what the reader wants it to be, where the network itself has to change; mostly nothing.
+
+        Args:
+            model: The draft, attached to its verifier's parts; changed in place.
+        """
+
     @abstractmethod
     def write(self, model: SpeculatorModel) -> StoredDraft:
         """Return what the files have to hold.

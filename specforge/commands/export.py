@@ -54,8 +54,8 @@ def run(arguments: list[str]) -> int:
         verifier = done.probe.verifier.name_or_path
         if Path(verifier).is_absolute():
             print(
-                f"Note: config.json names the verifier by a folder of this machine, {verifier}; for others, give its hub "
-                "id as --verifier."
+                f"Note: config.json names the verifier by a folder of this machine, {verifier}; for others, give its "
+                "hub id as --verifier."
             )
     print(_closing(done, where))
     return 0

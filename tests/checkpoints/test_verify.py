@@ -185,6 +185,11 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
         "num_aux_hidden_states",
     ),
     "wrong epsilon": ("eagle3/vllm", setting(f"{LAYERS}.rms_norm_eps", 1e-2), "rms_norm_eps is 0.01"),
+    "embeddings left out": (
+        "eagle3/speculators",
+        tensor("embed_tokens.weight", None),
+        r"embed_tokens\.weight is missing: speculators",
+    ),
     "no such proposal": (
         "eagle3/vllm",
         setting("speculators_config.default_proposal_method", "tree"),

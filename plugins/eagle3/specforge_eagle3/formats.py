@@ -12,13 +12,21 @@ from specforge.checkpoints.speculators import LAYERS, SpeculatorsLayout
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.models.speculator import SpeculatorModel
 from specforge_eagle3.model import Eagle3DraftModel
-from specforge_eagle3.rules import LAYER_IDS, layer_id_faults, tensor_faults, without_borrowed_embeddings
+from specforge_eagle3.rules import EMBEDDINGS, LAYER_IDS, layer_id_faults, tensor_faults, without_borrowed_embeddings
 
 NUM_AUX = "num_aux_hidden_states"
 
 
 class Eagle3SpeculatorsLayout(SpeculatorsLayout):
-    """The layout of speculators 0.9; nothing is left to what a reader takes for granted."""
+    """The layout of speculators 0.9; nothing is left to what a reader takes for granted.
+
+    Token embeddings are among it, those that the draft borrows of its verifier too: the published package leaves them
+    as memory happens to be where a file has none (it looks for NaN, which transformers 5 no longer puts there).
+    """
+
+    def prepare(self, model: SpeculatorModel) -> None:
+        """Let the draft take over the embeddings that it borrows."""
+        cast(Eagle3DraftModel, model).own_embeddings()
 
     def write(self, model: SpeculatorModel) -> StoredDraft:
         """Return tensors and configuration, with the layers by number and how many there are."""
@@ -33,6 +41,12 @@ class Eagle3SpeculatorsLayout(SpeculatorsLayout):
 
     def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
         """Yield what vLLM or speculators would refuse, leave at random, or run otherwise."""
+        if EMBEDDINGS not in stored.tensors:
+            yield f"{EMBEDDINGS} is missing: speculators would leave it at random"
+        yield from self.engine_faults(stored, verifier)
+
+    def engine_faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
+        """Yield what concerns engines as well."""
         yield from super().faults(stored, verifier)
         config = stored.config
         layers = config.get(LAYERS) or {}
@@ -65,7 +79,14 @@ class VLLMLayout(Eagle3SpeculatorsLayout):
         """Never: it is the speculators layout."""
         return False
 
+    def prepare(self, model: SpeculatorModel) -> None:
+        """Do nothing: the draft may go on borrowing."""
+
     def write(self, model: SpeculatorModel) -> StoredDraft:
         """Return tensors and configuration."""
         stored = super().write(model)
         return StoredDraft(stored.config, without_borrowed_embeddings(cast(Eagle3DraftModel, model)))
+
+    def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
+        """Yield what vLLM would refuse, leave at random, or run otherwise."""
+        yield from self.engine_faults(stored, verifier)

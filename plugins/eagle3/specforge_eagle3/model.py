@@ -181,6 +181,12 @@ class Eagle3DraftModel(SpeculatorModel):
             if self.embed_tokens is not None:
                 self.embed_tokens.weight.copy_(parts.embed_tokens.weight)
 
+    def own_embeddings(self) -> None:
+        """Take over the attached verifier's token embeddings, frozen, unless the draft has its own."""
+        if self.embed_tokens is None:
+            table = self.verifier_parts.embed_tokens.weight.detach().to(self.dtype, copy=True)
+            self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=True)
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed the verifier's tokens [...] as [..., H], by the draft's own embeddings or the verifier's."""
         own = self.embed_tokens
