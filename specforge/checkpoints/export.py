@@ -24,7 +24,7 @@ from specforge.data.verifier_text import VerifierText
 from specforge.errors import SpecforgeError, UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.storage import write_checkpoint
-from specforge.verifier.loading import VerifierLoading, load_verifier
+from specforge.verifier.loading import VerifierLoading, load_config, load_verifier
 from specforge.verifier.parts import VerifierParts
 
 
@@ -133,7 +133,7 @@ def _adapt(model: SpeculatorModel, facts: VerifierFacts, order: Order) -> None:
     """Make a draft say what readers rely on, and cast it."""
     stored = model.config.speculators_config
     if stored is not None and order.verifier is not None:
-        stored.verifier = VerifierConfig.from_pretrained(facts.name_or_path)
+        stored.verifier = VerifierConfig.from_config(load_config(facts.name_or_path, order.loading), facts.name_or_path)
     layers = getattr(model.config, "transformer_layer_config", None)
     if layers is not None:
         # Engines that do not raise a shorter length stop accepting behind it.
@@ -158,8 +158,10 @@ def _probe(
     alone = stand_in_logits(model, facts)
     served = None
     if order.runs_verifier:
-        prompts = probe_prompts(VerifierText(facts.name_or_path, order.loading.revision), conversations)
-        verifier = load_verifier(facts.name_or_path, order.loading)
+        loading = order.loading
+        text = VerifierText(facts.name_or_path, loading.revision, loading.trust_remote_code)
+        prompts = probe_prompts(text, conversations)
+        verifier = load_verifier(facts.name_or_path, loading)
         if torch.accelerator.is_available():
             verifier.to(torch.accelerator.current_accelerator())
         model.to(verifier.device)

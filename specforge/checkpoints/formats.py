@@ -47,11 +47,12 @@ def layout_in(stored: StoredDraft, name: str | None = None) -> Layout:
     if len(found) == 1:
         return found[0]
     if found:
-        names = ", ".join(f"{one.format.algorithm}/{one.format.name}" for one in found)
-        raise UsageError(f"{stored.where} may be in any of several formats: {names}; give one as --format")
-    known = ", ".join(sorted({one.format.name for one in layouts}))
+        several = ", ".join(f"{one.format.algorithm}/{one.format.name}" for one in found)
+        raise UsageError(f"{stored.where} may be in any of several formats: {several}; give one as --format")
+    names = sorted({one.format.name for one in layouts})
+    known = ", ".join(names)
     if name is not None:
-        raise UsageError(f"--format: there is no format {name!r}; installed: {known}.{nearest_name(name, [known])}")
+        raise UsageError(f"--format: there is no format {name!r}; installed: {known}.{nearest_name(name, names)}")
     raise UsageError(
         f"{stored.where} is in no known format: config.json says {_says(stored)}, and the tensors begin with "
         f"{', '.join(sorted(stored.tensors)[:4]) or 'none'}. Known formats: {known}"

@@ -91,7 +91,10 @@ class MidlayerLayout(Layout):
         draft = cast(Eagle3DraftModel, model)
         config, layers = draft.config, draft.config.transformer_layer_config
         if len(draft.layers) != 1:
-            raise UsageError(f"the midlayer layout holds one decoder layer; this draft has {len(draft.layers)}")
+            raise UsageError(
+                f"the midlayer layout holds one decoder layer; this draft has {len(draft.layers)}; serve it with vLLM "
+                "(--format vllm)"
+            )
         if layers.model_type != "llama":
             raise UsageError(
                 f"{self.reader} builds Llama layers, and this draft's are {layers.model_type}; serve it with vLLM "

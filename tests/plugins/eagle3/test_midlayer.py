@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from layouts import layout, read, write
 from safetensors.torch import load_file, save_file
 
 from specforge.checkpoints.layout import StoredDraft
+from specforge.config import VerifierConfig
 from specforge.errors import UsageError
 from specforge.verifier.parts import VerifierParts
 from specforge_eagle3.model import Eagle3DraftModel
@@ -96,6 +99,18 @@ def test_layer_ids_in_the_sense_of_sglang(
     again.attach_verifier(draft.verifier_parts)
     assert again.aux_layers == draft.aux_layers
     assert not list(layout("eagle3/sglang").faults(StoredDraft.read(tmp_path), None))
+
+
+@given(ids=st.sets(st.integers(0, 8), min_size=1, max_size=4).map(sorted))
+def test_no_ids_come_back_as_others(ids: list[int], tiny_verifiers: Mapping[str, Any]) -> None:
+    draft, sglang = make_draft(tiny_verifiers, aux_layer_ids=ids), layout("eagle3/sglang")
+    if ids[0] == 1:
+        with pytest.raises(UsageError, match="reads a first id of 1 as 2"):
+            sglang.write(draft)
+        return
+    again = sglang.read(sglang.write(draft), VerifierConfig())
+    again.attach_verifier(draft.verifier_parts)
+    assert again.aux_layers == ids
 
 
 @pytest.mark.parametrize(
