@@ -6,18 +6,16 @@ from __future__ import annotations
 SETTINGS = {
     "layer_ids": "the draft reads other layers than it was trained on (engines count from before or after a layer): "
     "acceptance is low at every position",
-    "norm": "states are normalised where they were not, or the other way round: acceptance is low, lower at "
-    "later positions",
-    "scale": "states are scaled where they were not, or the other way round: acceptance is low at every position",
     "normalized": "states are scaled where they were not, or the other way round: acceptance is low at every position",
+    "norm": "states are normalised where they were not, or the other way round: acceptance is low, lower at later "
+    "positions",
     "rope": "positions are turned otherwise than in training: acceptance falls as texts grow",
     "max_position": "acceptance collapses behind this length",
     "bias": "a bias is left out or made up: acceptance is low at every position",
     "vocab": "draft ids are taken for others: nothing is accepted",
     "tie": "heads or embeddings are shared where they were not",
-    "size": "the file belongs to another network",
-    "num_": "the file belongs to another network",
 }
+OTHER = "the file belongs to another network"
 READING = "an engine that does not stop here leaves what is missing at random, and drops what it does not know"
 TENSORS = "the tensors are not those that were written: damaged, cast, or of another draft"
 COMPUTED = "all settings and tensors are as written, but the network computes otherwise: another version of a library"
@@ -32,7 +30,7 @@ def cause_of_setting(name: str) -> str:
     Args:
         name: The setting, such as ``"layers.rope_theta"``.
     """
-    return next((cause for part, cause in SETTINGS.items() if part in name), "the file belongs to another network")
+    return next((cause for part, cause in SETTINGS.items() if part in name), OTHER)
 
 
 def cause_of_acceptance(rates: list[float], expected: list[float]) -> str:

@@ -14,7 +14,7 @@ from specforge.checkpoints.logits import stand_in_logits
 from specforge.checkpoints.probe import PROBE, Probe, digests, meaning
 from specforge.checkpoints.rules import file_faults
 from specforge.checkpoints.run_record import find_draft
-from specforge.checkpoints.served import expected_of, probe_prompts
+from specforge.checkpoints.served import expected_of, probe_prompts, running_verifier
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.checkpoints.verify import verify
 from specforge.checkpoints.writing import written_whole
@@ -24,7 +24,7 @@ from specforge.data.verifier_text import VerifierText
 from specforge.errors import SpecforgeError, UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.storage import write_checkpoint
-from specforge.verifier.loading import VerifierLoading, load_config, load_verifier
+from specforge.verifier.loading import VerifierLoading, load_config
 from specforge.verifier.parts import VerifierParts
 
 
@@ -132,7 +132,7 @@ def _verifier_name(order: Order, config: SpeculatorModelConfig) -> str:
 def _adapt(model: SpeculatorModel, facts: VerifierFacts, order: Order) -> None:
     """Make a draft say what readers rely on, and cast it."""
     stored = model.config.speculators_config
-    if stored is not None and order.verifier is not None:
+    if stored is not None:
         stored.verifier = VerifierConfig.from_config(load_config(facts.name_or_path, order.loading), facts.name_or_path)
     layers = getattr(model.config, "transformer_layer_config", None)
     if layers is not None:
@@ -161,11 +161,7 @@ def _probe(
         loading = order.loading
         text = VerifierText(facts.name_or_path, loading.revision, loading.trust_remote_code)
         prompts = probe_prompts(text, conversations)
-        verifier = load_verifier(facts.name_or_path, loading)
-        if torch.accelerator.is_available():
-            verifier.to(torch.accelerator.current_accelerator())
-        model.to(verifier.device)
-        served = expected_of(model, verifier, prompts)
+        served = expected_of(model, running_verifier(facts.name_or_path, loading), prompts)
     return Probe(
         algorithm=layout.format.algorithm,
         format=layout.format.name,

@@ -19,6 +19,7 @@ from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.sampling import Sampling
 from specforge.verifier.features import Features, capture
+from specforge.verifier.loading import VerifierLoading, load_verifier
 from specforge.verifier.parts import VerifierParts
 
 CHAIN = 8
@@ -50,6 +51,18 @@ def probe_prompts(text: VerifierText, conversations: list[Conversation] | None =
         return [[(3 + (7 + one) * place) % size for place in range(8)] for one in range(len(QUESTIONS))]
 
 
+def running_verifier(name_or_path: str, loading: VerifierLoading | None = None) -> PreTrainedModel:
+    """Load a verifier onto the accelerator, if there is one.
+
+    Raises:
+        UsageError: It cannot be loaded.
+    """
+    verifier = load_verifier(name_or_path, loading)
+    if torch.accelerator.is_available():
+        verifier.to(torch.accelerator.current_accelerator())
+    return verifier
+
+
 def expected_of(model: SpeculatorModel, verifier: PreTrainedModel, prompts: list[list[int]]) -> Served:
     """Let the verifier answer, and measure what the draft does on what it says.
 
@@ -61,7 +74,7 @@ def expected_of(model: SpeculatorModel, verifier: PreTrainedModel, prompts: list
     Raises:
         UsageError: They do not go together, or the verifier has nothing to say.
     """
-    model.attach_verifier(verifier)
+    model.to(verifier.device).attach_verifier(verifier)
     spoken: list[list[int]] = [[] for _ in prompts]
     decoder = Decoder(verifier)
     # disable=None shows the bar on a terminal only.
@@ -82,7 +95,7 @@ def expected_of(model: SpeculatorModel, verifier: PreTrainedModel, prompts: list
 
 def served_differences(model: SpeculatorModel, verifier: PreTrainedModel, expected: Served) -> list[str]:
     """Say how a draft does otherwise beside its verifier than was expected of it."""
-    model.attach_verifier(verifier)
+    model.to(verifier.device).attach_verifier(verifier)
     found = []
     tokens, features = _states(model, verifier, expected.texts[0])
     if differs := difference(model, tokens, features, expected.logits):

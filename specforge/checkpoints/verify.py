@@ -14,12 +14,12 @@ from specforge.checkpoints.layout import Layout, StoredDraft
 from specforge.checkpoints.logits import attach_stand_in, difference
 from specforge.checkpoints.probe import Probe, digests, meaning
 from specforge.checkpoints.rules import file_faults
-from specforge.checkpoints.served import served_differences
+from specforge.checkpoints.served import running_verifier, served_differences
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.config import VerifierConfig
 from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
-from specforge.verifier.loading import VerifierLoading, load_verifier
+from specforge.verifier.loading import VerifierLoading
 
 
 def verify(
@@ -116,9 +116,5 @@ def _beside(model: SpeculatorModel, probe: Probe, verifier: str, loading: Verifi
             "the export was made with --skip_verifier; export again without it",
         )
         return
-    model_of_verifier = load_verifier(verifier, loading)
-    if torch.accelerator.is_available():
-        model_of_verifier.to(torch.accelerator.current_accelerator())
-    model.to(model_of_verifier.device)
-    for one in served_differences(model, model_of_verifier, probe.served):
+    for one in served_differences(model, running_verifier(verifier, loading), probe.served):
         yield Fault(one, causes.BESIDE)

@@ -108,12 +108,9 @@ class Hub:
     def __init__(self) -> None:
         self.created: list[dict[str, Any]] = []
         self.files: dict[str, bytes] = {}
-        self.refuses = False
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, str]:
         """Answer as the hub."""
-        if self.refuses:
-            return 403, json.dumps({"error": "You have no leave to write here"})
         if path == "/api/repos/create":
             self.created.append(json.loads(body))
             return 200, json.dumps({"url": "https://huggingface.co/owner/name", "name": "owner/name", "id": "1"})

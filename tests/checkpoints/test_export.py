@@ -213,6 +213,18 @@ def test_a_draft_that_names_no_verifier_asks_for_one(
     assert "give --verifier" in capsys.readouterr().err
 
 
+def test_a_verifier_by_a_relative_path_is_found_from_anywhere(
+    draft_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(VERIFIER.parent)
+    draft = SpeculatorModel.from_pretrained(draft_of("eagle3"))
+    draft.config.speculators_config.verifier.name_or_path = "verifier"
+    draft.save_pretrained(tmp_path / "draft")
+    assert main(["export", str(tmp_path / "draft"), "--format", "speculators", "--skip_verifier"]) == 0
+    stored = config_of(tmp_path / "draft-speculators")["speculators_config"]["verifier"]
+    assert stored == {"name_or_path": str(VERIFIER), "architectures": ["LlamaForCausalLM"]}
+
+
 def test_the_expected_acceptance_is_that_of_decoding(exported: Callable[..., Path]) -> None:
     """The draft knows the verifier's head and little else, so that some tokens are accepted and most are not."""
     probe = Probe.load(exported("eagle/vllm"))

@@ -77,7 +77,10 @@ class SafeAILabLayout(Layout):
         state = {_renamed(name, published): tensor for name, tensor in weights.items()}
         model = EagleSpeculator.from_state(config, state, where=stored.where)
         if embeddings is not None and verifier.name_or_path:
-            _check_embeddings(embeddings, verifier.name_or_path, stored.where)
+            own = VerifierParts.from_pretrained(verifier.name_or_path).embed_tokens.weight
+            _check_embeddings(
+                embeddings, own, f"{stored.where}: its token embeddings are not those of {verifier.name_or_path}"
+            )
         model.stored_embeddings = embeddings
         return model
 
@@ -155,7 +158,7 @@ class VLLMLayout(SafeAILabLayout):
             UsageError: The draft has layernorms, a bias that does something, or a layer that vLLM does not draft with.
         """
         stored = super().write(model)
-        stored.tensors.pop(EMBEDDINGS, None)
+        _leave_out_embeddings(stored.tensors, model)
         architecture = stored.config["architectures"][0]
         if architecture not in VLLM_ARCHITECTURES:
             raise UsageError(
@@ -205,7 +208,7 @@ class SGLangLayout(SafeAILabLayout):
             UsageError: The draft has layernorms, or a layer that is not Llama's.
         """
         stored = super().write(model)
-        stored.tensors.pop(EMBEDDINGS, None)
+        _leave_out_embeddings(stored.tensors, model)
         if stored.config["architectures"] != ["LlamaForCausalLM"]:
             raise UsageError(
                 f"SGLang has such a draft for Llama layers alone, and this one is {stored.config['model_type']}; train "
@@ -269,12 +272,17 @@ def _plain_config(model: EagleSpeculator) -> dict[str, Any]:
     return with_old_rope(values)
 
 
-def _check_embeddings(embeddings: Tensor, verifier: str, where: str) -> None:
+def _leave_out_embeddings(tensors: dict[str, Tensor], model: SpeculatorModel) -> None:
+    """Leave out embeddings for a reader that takes the verifier's; refuse others than those."""
+    embeddings = tensors.pop(EMBEDDINGS, None)
+    if embeddings is not None:
+        own = model.verifier_parts.embed_tokens.weight
+        _check_embeddings(embeddings, own, "the token embeddings that came with the draft are not the verifier's")
+
+
+def _check_embeddings(embeddings: Tensor, own: Tensor, otherwise: str) -> None:
     """Refuse a head that was made for other embeddings than its verifier's."""
-    own = VerifierParts.from_pretrained(verifier).embed_tokens.weight
     # Both may have been rounded, to different types.
     same = own.shape == embeddings.shape and torch.allclose(embeddings.float(), own.float(), rtol=1e-2, atol=1e-6)
     if not same:
-        raise UsageError(
-            f"{where}: its token embeddings are not those of {verifier}; the draft belongs to another verifier"
-        )
+        raise UsageError(f"{otherwise}; the draft belongs to another verifier")

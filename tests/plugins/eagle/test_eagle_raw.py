@@ -195,6 +195,24 @@ def test_embeddings_in_the_file_are_written_back_and_nowhere_else(
     assert {one.dtype for one in load_file(tmp_path / "short" / "model.safetensors").values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("reader", ["vllm", "sglang"])
+def test_engines_get_no_embeddings_and_other_ones_are_refused(
+    reader: str, written: tuple[EagleSpeculator, Path], tiny_verifiers: Mapping[str, Any], tmp_path: Path
+) -> None:
+    folder, made = written[1], tiny_verifiers["llama"]
+    embeddings = made.model.model.embed_tokens.weight.detach()
+    for value in (embeddings, embeddings + 1):
+        change_weights(folder, embed_tokens__weight=value)
+        draft = read(LAYOUT, folder)
+        draft.attach_verifier(made.model)
+        if value is embeddings:
+            write(f"eagle/{reader}", draft, tmp_path / reader)
+            assert "embed_tokens.weight" not in load_file(tmp_path / reader / "model.safetensors")
+        else:
+            with pytest.raises(UsageError, match="not the verifier's; the draft belongs to another verifier"):
+                write(f"eagle/{reader}", draft, tmp_path / "other")
+
+
 def test_embeddings_may_have_been_rounded(
     written: tuple[EagleSpeculator, Path], tiny_verifiers: Mapping[str, Any]
 ) -> None:
