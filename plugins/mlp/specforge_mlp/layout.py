@@ -1,10 +1,12 @@
 """The ``mlp_speculator`` layout, in which IBM's released speculators for Llama and Granite are stored.
 
-Names begin with ``speculator.``; everything else is as in ``MLPSpeculator``. No current serving engine runs it.
+Names begin with ``speculator.``; everything else is as in ``MLPSpeculator``. No current engine runs it by itself; vLLM does
+with ``specforge_mlp.vllm``.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -122,11 +124,12 @@ class MLPSpeculatorLayout(Layout):
                     yield f"{name} is {config.get(name)}, but the verifier's is {own}"
 
     def serving(self, draft: str, verifier: str, tokens: int) -> str:
-        """Return what decodes with it: no current engine does."""
+        """Return the command of vLLM with our proposer: its own support is commented out since 0.10."""
+        proposer = "specforge_mlp.vllm.MLPProposer"
+        speculative = {"method": "custom_class", "model": proposer, "num_speculative_tokens": tokens}
         return (
-            "# No current engine runs an MLP speculator (vLLM's is commented out since 0.10). specforge decodes "
-            f"with it:\nspecforge convert {draft} --verifier {verifier} --output draft\n"
-            f"specforge generate draft --verifier {verifier}"
+            f"vllm serve {verifier} --speculative-config '{json.dumps(speculative)}' "
+            f"--additional-config '{json.dumps({MODEL_TYPE: draft})}'"
         )
 
 

@@ -1,0 +1,54 @@
+"""Asks vLLM in a process of its own: ``python engine.py REQUEST ANSWER``, both JSON files.
+
+The request names the verifier, prompts as token ids, ``max_tokens``, and under ``engines`` what each engine is built
+with besides. The answer holds, for each, the tokens of every response and the counters of speculative decoding.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams
+
+COUNTERS = "vllm:spec_decode_num_"
+
+
+def ask(request: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Let one engine answer all prompts greedily."""
+    engine = LLM(
+        request["verifier"],
+        dtype="float32",
+        enforce_eager=True,
+        disable_log_stats=False,
+        max_model_len=512,
+        max_num_seqs=8,
+        **options,
+    )
+    prompts = [{"prompt_token_ids": tokens} for tokens in request["prompts"]]
+    # Tokens that are accepted behind an end would be counted by some and not by others.
+    sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
+    before = counters(engine)
+    responses = engine.generate(prompts, sampling, use_tqdm=False)
+    after = counters(engine)
+    return {
+        "tokens": [list(response.outputs[0].token_ids) for response in responses],
+        "counters": {name: after[name] - before.get(name, 0) for name in after},
+    }
+
+
+def counters(engine: LLM) -> dict[str, int]:
+    """Return what the process has counted so far."""
+    return {
+        metric.name.removeprefix(COUNTERS): metric.value
+        for metric in engine.get_metrics()
+        if metric.name.startswith(COUNTERS) and hasattr(metric, "value")
+    }
+
+
+if __name__ == "__main__":
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    answers = {name: ask(asked, options) for name, options in asked["engines"].items()}
+    Path(sys.argv[2]).write_text(json.dumps(answers))

@@ -1,0 +1,37 @@
+"""vLLM's CPU build serves our exports: its text is the verifier's own, and it accepts what our decoder accepts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from serving import DRAFTED, MAX_TOKENS, Served
+from transformers import AutoModelForCausalLM
+
+from specforge import SpeculatorModel
+from specforge.decoding.loop import Decoder
+from specforge.proposals import GreedyTokenProposalConfig
+
+DRAFTS = ["eagle3", "eagle", "mlp"]
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_text_is_that_of_no_speculation(name: str, answers: dict[str, Any]) -> None:
+    assert answers[name]["tokens"] == answers["none"]["tokens"]
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_it_accepts_what_we_accept(name: str, answers: dict[str, Any], served: Served) -> None:
+    verifier = AutoModelForCausalLM.from_pretrained(served.verifier, dtype=torch.float32).eval()
+    draft = SpeculatorModel.from_pretrained(served.runs[name] / "draft", verifier=verifier)
+    proposal = GreedyTokenProposalConfig(speculative_tokens=DRAFTED)
+    decoder = Decoder(verifier, draft, proposal, stop_tokens=[])
+    prompts = [torch.tensor(tokens) for tokens in served.prompts]
+    rounds = [one for one in decoder.decode(prompts, MAX_TOKENS) if one.drafted is not None]
+    counted = answers[name]["counters"]
+    ours = sum(len(one.tokens) for one in rounds) / len(rounds)
+    theirs = 1 + counted["accepted_tokens"] / counted["drafts"]
+    print(f"{name}: {theirs:.3f} tokens a pass in vLLM, {ours:.3f} here")
+    assert theirs == pytest.approx(ours, rel=0.02)
+    assert ours > 1.3, "a draft that proposes nothing of use proves nothing"

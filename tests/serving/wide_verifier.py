@@ -1,0 +1,41 @@
+"""The quickstart's verifier as engines want it: they have no kernels for heads of 16, so its heads are made wider.
+
+Zeros are added to each head, which change nothing: entry i of a head stands at 2 i, where rotary frequencies of a head
+that is twice as wide are those of the narrow one, and queries are scaled for the other root in the softmax.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
+
+
+def write_wide_verifier(folder: Path) -> None:
+    """Write the verifier with heads of 32, in float32, with its tokenizer."""
+    narrow = AutoModelForCausalLM.from_pretrained(QUICKSTART / "verifier", dtype=torch.float32)
+    config = narrow.config.__class__.from_dict({**narrow.config.to_dict(), "head_dim": 2 * narrow.config.head_dim})
+    wide = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    size = narrow.config.head_dim
+    state = narrow.state_dict()
+    for name, weight in state.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            scale = 2**0.5 if "q_proj" in name else 1.0
+            state[name] = scale * _widened(weight, size)
+        elif name.endswith("o_proj.weight"):
+            state[name] = _widened(weight.T, size).T.contiguous()
+    wide.load_state_dict(state)
+    wide.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(QUICKSTART / "verifier").save_pretrained(folder)
+
+
+def _widened(weight: Tensor, size: int) -> Tensor:
+    """Spread the rows of each head, [heads x size, H], over twice as many."""
+    heads = weight.view(-1, size, weight.shape[-1])
+    spread = heads.new_zeros(len(heads), 2 * size, weight.shape[-1])
+    spread[:, ::2] = heads
+    return spread.flatten(0, 1)
