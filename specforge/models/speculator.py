@@ -82,6 +82,14 @@ class SpeculatorModel(nn.Module):
         """
         raise UsageError(f"{type(self).__name__} cannot draft step by step; no proposal method can use it")
 
+    def advance(self, *inputs: Any) -> Tensor:
+        """Run the network once, for one step of a chain: what training repeats, and may recompute or compile.
+
+        Args:
+            *inputs: What the network reads, of its own kind.
+        """
+        raise NotImplementedError
+
     def unroll(
         self, input_ids: Tensor, features: Features, position_ids: Tensor, document_ids: Tensor, steps: int
     ) -> Tensor:

@@ -10,6 +10,8 @@ Selectors stand before the step-0 keys, so plain causal attention lets every row
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,9 +20,7 @@ from specforge.models.documents import DocumentLayout
 
 
 class TrainingTimeTest:
-    """Keys and values of the steps so far, and the attention of the current step over them.
-
-    A layer's first call is step 0, its next one step 1, and so on (see ``draft_attention`` for how layers call it).
+    """Keys and values of the steps so far, by layer.
 
     Args:
         layout: The documents of the batch.
@@ -31,17 +31,43 @@ class TrainingTimeTest:
         self._keys: dict[int, list[Tensor]] = {}
         self._values: dict[int, list[Tensor]] = {}
 
+    def at(self, step: int) -> TrainingTimeStep:
+        """Return the attention of a step, 0 for the first one; all earlier ones have run before it is used."""
+        return TrainingTimeStep(self, step)
+
+    def until(self, step: int, layer: int, key: Tensor, value: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Remember a layer's keys and values of a step, and return those of steps 0 .. step."""
+        found = []
+        for states, own in ((self._keys, key), (self._values, value)):
+            known = states.setdefault(layer, [])
+            found.append([*known[:step], own])
+            # Where activations are recomputed, a step runs again when later ones have run already.
+            if len(known) == step:
+                known.append(own)
+        return found[0], found[1]
+
+
+@dataclass(frozen=True)
+class TrainingTimeStep:
+    """Attention of one step (see ``draft_attention`` for how layers call it).
+
+    Attributes:
+        test: Keys and values of the steps so far.
+        step: Number of this step.
+    """
+
+    test: TrainingTimeTest
+    step: int
+
+    @torch.compiler.disable  # its lists grow from step to step, and layouts differ from batch to batch
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
-        """Attend in one layer at its next step, and remember its keys and values.
+        """Attend in one layer.
 
         Arguments and result are those of ``DraftAttention.attend``; the window counts positions, as in decoding.
         """
-        keys = self._keys.setdefault(layer, [])
-        values = self._values.setdefault(layer, [])
-        keys.append(key)
-        values.append(value)
+        keys, values = self.test.until(self.step, layer, key, value)
         repeats = query.shape[1] // key.shape[1]
         # In short types, the logits of the row's own keys must not be rounded before the softmax sees them.
         wide = query.to(torch.promote_types(query.dtype, torch.float32))
@@ -51,7 +77,7 @@ class TrainingTimeTest:
             return _selector_attention(*tensors, scale=scale, window=window)
 
         carried = _high_and_low(own_logits, query)
-        output = self.layout.attend(attention, query, keys[0], values[0], carried)
+        output = self.test.layout.attend(attention, query, keys[0], values[0], carried)
         attended = output[..., : query.shape[-1]]
         for number, own_value in enumerate(values[1:]):
             weight = output[..., query.shape[-1] + number, None]

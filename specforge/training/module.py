@@ -30,6 +30,7 @@ from specforge.training.distillation import DraftSteps, Labels, Term
 from specforge.training.metrics import StageMetrics, step_sums
 from specforge.training.optimizers import OptimizerSettings, build_optimizer
 from specforge.training.schedules import ScheduleSettings, build_schedule
+from specforge.training.steps import prepare_steps
 from specforge.verifier.features import Features, capture, check_logits
 from specforge.verifier.fingerprint import fingerprint
 from specforge.verifier.loading import VerifierLoading, VerifierType, load_config, load_verifier
@@ -53,6 +54,9 @@ class DraftModule(LightningModule, ABC):
         optimizer: How weights are updated.
         schedule: How the learning rate moves.
         init_from: Draft to start from, a folder or hub id, instead of a fresh one; it must be of the same network.
+        activation_checkpointing: Whether to run each draft step again in the backward pass instead of keeping what it
+            computed. Takes more time and much less memory.
+        compile: Whether to compile the draft's steps with torch.compile. Takes a while at the start.
     """
 
     draft: SpeculatorModel
@@ -69,6 +73,8 @@ class DraftModule(LightningModule, ABC):
         optimizer: OptimizerSettings = OptimizerSettings(),
         schedule: ScheduleSettings = ScheduleSettings(),
         init_from: str | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.verifier_name = verifier
@@ -80,6 +86,8 @@ class DraftModule(LightningModule, ABC):
         self.optimizer_settings = optimizer
         self.schedule_settings = schedule
         self.init_from = init_from
+        self.activation_checkpointing = activation_checkpointing
+        self.compile_steps = compile
         # Outside the module tree, so that the verifier is never trained, sharded with the draft, or saved.
         self._frozen: tuple[PreTrainedModel | None, VerifierParts] | None = None
         self._recorder: FeatureRecorder | None = None
@@ -179,6 +187,7 @@ class DraftModule(LightningModule, ABC):
         self.draft = self.build_draft(self.parts, data)
         if self.init_from is not None:
             start_from(self.draft, self.init_from)
+        prepare_steps(self.draft, self.activation_checkpointing, self.compile_steps)
         for stage, metrics in self.means.items():
             self.add_module(f"{stage}_means", metrics)
 

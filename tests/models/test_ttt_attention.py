@@ -43,8 +43,8 @@ def random_steps(documents: Tensor, steps: int, heads: int, kv_heads: int, seed:
 def ours(documents: Tensor, steps: list[Any], window: int | None, scale: float = SCALE) -> Tensor:
     attention = TrainingTimeTest(DocumentLayout.of(documents))
     outputs = []
-    for query, key, value in steps:
-        outputs.append(attention.attend(0, query, key, value, scale, window))
+    for step, (query, key, value) in enumerate(steps):
+        outputs.append(attention.at(step).attend(0, query, key, value, scale, window))
     return torch.stack(outputs)
 
 
@@ -152,7 +152,7 @@ def test_layers_keep_their_keys_apart() -> None:
     outputs: list[list[Tensor]] = [[], []]
     for step in range(2):
         for layer, leaves in enumerate((first, second)):
-            outputs[layer].append(attention.attend(layer, *leaves[step], SCALE))
+            outputs[layer].append(attention.at(step).attend(layer, *leaves[step], SCALE))
     torch.testing.assert_close(torch.stack(outputs[0]), dense(documents, first, None), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(torch.stack(outputs[1]), dense(documents, second, None), atol=1e-6, rtol=1e-6)
 

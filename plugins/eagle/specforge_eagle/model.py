@@ -316,7 +316,7 @@ class EagleSpeculator(SpeculatorModel):
         attention = TrainingTimeTest(DocumentLayout.of(document_ids))
         predicted = []
         for step, tokens in enumerate(step_tokens(input_ids, steps)):
-            predicted.append(self.advance(tokens, feature, position_ids + step, attention))
+            predicted.append(self.advance(tokens, feature, position_ids + step, attention.at(step)))
             feature = self.fed_back(predicted[-1].detach() if detached else predicted[-1])
         return torch.stack(predicted)
 

@@ -222,7 +222,7 @@ class Eagle3DraftModel(SpeculatorModel):
         feature = self.fuse(aux)
         outputs = []
         for step in range(steps):
-            state = self.advance(tokens[step], feature, position_ids + 1 + step, attention)
+            state = self.advance(tokens[step], feature, position_ids + 1 + step, attention.at(step))
             outputs.append(self.norm(state))
             feature = outputs[-1] if self.config.norm_output else state
         return torch.stack(outputs)
