@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from pydantic import ValidationError
 
 from specforge.errors import SpecforgeError, UsageError
@@ -20,10 +21,19 @@ from specforge.registry import installed
 from specforge.training.callbacks import ProgressBar, fit_callbacks
 from specforge.training.config_errors import check_files, check_values, explain, explain_settings
 from specforge.training.runs import CHECKPOINTS, check_checkpoint, next_version, resolve_checkpoint, version_of
+from specforge.training.strategies import FSDP2, FSDP2Strategy
 from specforge.verifier.loading import VerifierType
 
-# What a run needs to be set otherwise than Lightning does by itself.
-TRAINER_DEFAULTS = {"max_epochs": 1, "num_sanity_val_steps": 0, "enable_model_summary": False}
+# What a run needs to be set otherwise than Lightning does by itself. Weights that are gathered in inference mode could
+# not be trained on, where they are sharded.
+TRAINER_DEFAULTS = {
+    "max_epochs": 1,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "inference_mode": False,
+}
+
+StrategyRegistry.register(FSDP2, FSDP2Strategy, description="Shards the draft over all processes")
 
 
 class TrainingCLI(LightningCLI):
@@ -74,6 +84,12 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("--verifier_revision", type=str | None, default=None, help="Its branch, tag or commit.")
         parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with it.")
         parser.add_argument(
+            "--verifier_sharding",
+            type=bool,
+            default=False,
+            help="Split its layers over all processes, where it does not fit in each.",
+        )
+        parser.add_argument(
             "--output_dir",
             type=str,
             default=f"runs/{self.algorithm.name}",
@@ -95,7 +111,8 @@ class TrainingCLI(LightningCLI):
         for name in ("verifier", "verifier_revision", "trust_remote_code"):
             parser.link_arguments(name, f"model.{name}")
             parser.link_arguments(name, f"data.{name}")
-        parser.link_arguments("verifier_dtype", "model.verifier_dtype")
+        for name in ("verifier_dtype", "verifier_sharding"):
+            parser.link_arguments(name, f"model.{name}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; a fault becomes one message that names the key, what is allowed and the nearest right name."""

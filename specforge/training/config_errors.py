@@ -14,7 +14,7 @@ from specforge.errors import UsageError, nearest_name
 from specforge.training.config_files import config_files, read_yaml
 
 # Keys of the whole run that module and data both get from the top level.
-SHARED = ("verifier", "verifier_dtype", "verifier_revision", "trust_remote_code")
+SHARED = ("verifier", "verifier_dtype", "verifier_revision", "trust_remote_code", "verifier_sharding")
 MISSING = object()
 
 # What pydantic adds around the sentence that matters.

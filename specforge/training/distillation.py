@@ -23,6 +23,7 @@ from torch import Tensor
 from specforge.decoding.recorded import acceptance_of_drawn, draft_places, label_log_probs
 from specforge.sampling import Sampling
 from specforge.training.objectives import Distributions, acceptance
+from specforge.training.totals import total
 from specforge.verifier.parts import VerifierParts
 
 # Logits of one chunk, draft and verifier together: 64 MiB in float32.
@@ -288,7 +289,7 @@ class _Run:
                 gradient += gradients[id(head)]
 
     def _mean_acceptance(self) -> Tensor:
-        """Mean acceptance probability of each step over the batch, [S], by a pass without gradients."""
+        """Mean acceptance of each step over the batches of all processes, [S], by a pass without gradients."""
         sums = torch.zeros_like(self.sums[0])
         for chunk in _chunks(self.work, self.heads[0].shape[0]):
             target = _target(self.work.teacher, chunk)
@@ -296,7 +297,7 @@ class _Run:
             with torch.no_grad():
                 log_q = _log_softmax(self._logits(states, chunk))
             sums.index_add_(0, chunk.steps, acceptance(Distributions(log_q, target.log_p, target.log_p_full)))
-        return sums / self.work.supervised.sum(1).clamp(min=1)
+        return total(sums) / total(self.work.supervised.sum(1)).clamp(min=1)
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,12 @@ from specforge.training.metrics import StageMetrics, step_sums
 from specforge.training.optimizers import OptimizerSettings, build_optimizer
 from specforge.training.schedules import ScheduleSettings, build_schedule
 from specforge.training.steps import prepare_steps
+from specforge.training.totals import processes, total
 from specforge.verifier.features import Features, capture, check_logits
 from specforge.verifier.fingerprint import fingerprint
 from specforge.verifier.loading import VerifierLoading, VerifierType, load_config, load_verifier
 from specforge.verifier.parts import VerifierParts
+from specforge.verifier.sharding import load_sharded_verifier
 
 Batch = Mapping[str, Tensor]
 
@@ -47,6 +49,7 @@ class DraftModule(LightningModule, ABC):
         verifier_dtype: Type of its weights; auto is the stored one, but float32 where there is no accelerator.
         verifier_revision: Branch, tag or commit of the verifier on the hub.
         trust_remote_code: Whether to run model code that comes with the verifier.
+        verifier_sharding: Whether to split the verifier's layers over all processes, where it does not fit in each.
         objective: Losses to add up, by name, each with its weight (see ``specforge plugins`` for the names).
         step_decay: Weight of draft step k is this to the power of k.
         denominator: What a step's sum of losses is divided by: its supervised positions (valid), or all positions of
@@ -67,6 +70,7 @@ class DraftModule(LightningModule, ABC):
         verifier_dtype: VerifierType = "auto",
         verifier_revision: str | None = None,
         trust_remote_code: bool = False,
+        verifier_sharding: bool = False,
         objective: dict[str, float] = {"kl": 1.0},  # noqa: B006  (never changed; shown as the default in --help)
         step_decay: Decay = 0.8,
         denominator: Literal["valid", "all"] = "valid",
@@ -79,6 +83,7 @@ class DraftModule(LightningModule, ABC):
         super().__init__()
         self.verifier_name = verifier
         self.verifier_loading = VerifierLoading(verifier_dtype, verifier_revision, trust_remote_code)
+        self.verifier_sharding = verifier_sharding
         self.verifier_config = load_config(verifier, self.verifier_loading)
         self.terms = objective_terms(objective)
         self.step_decay = step_decay
@@ -194,14 +199,20 @@ class DraftModule(LightningModule, ABC):
     def _load_verifier(self, whole: bool) -> tuple[PreTrainedModel | None, VerifierParts]:
         device = self.trainer.strategy.root_device
         if whole:
-            verifier = load_verifier(self.verifier_name, self.verifier_loading)
+            if self._verifier_is_split:
+                verifier = load_sharded_verifier(self.verifier_name, self.verifier_loading, device)
+            else:
+                verifier = load_verifier(self.verifier_name, self.verifier_loading).to(device)
             check_logits(verifier)
-            verifier.to(device)
             return verifier, VerifierParts.of(verifier)
         parts = VerifierParts.from_pretrained(self.verifier_name, self.verifier_loading)
         for part in (parts.embed_tokens, parts.norm, parts.lm_head):
             part.to(device)
         return None, parts
+
+    @property
+    def _verifier_is_split(self) -> bool:
+        return self.verifier_sharding and processes() > 1
 
     @cached_property
     def means(self) -> dict[str, StageMetrics]:
@@ -231,10 +242,21 @@ class DraftModule(LightningModule, ABC):
 
     def features(self, batch: Batch) -> Features:
         """Return the verifier's states over a batch: as they are stored, or else captured."""
-        if "last" in batch:
-            dtype = self.parts.lm_head.weight.dtype
-            aux = decode(batch["aux"], batch.get("aux_scales"), dtype)
-            return Features(aux, decode(batch["last"], batch.get("last_scales"), dtype))
+        captured = self._captured(batch) if self._verifier_runs(batch) else None
+        if captured is not None and "last" not in batch:
+            return captured
+        dtype = self.parts.lm_head.weight.dtype
+        aux = decode(batch["aux"], batch.get("aux_scales"), dtype)
+        return Features(aux, decode(batch["last"], batch.get("last_scales"), dtype))
+
+    def _verifier_runs(self, batch: Batch) -> bool:
+        runs = "last" not in batch
+        if self._verifier_is_split and self._frozen is not None and self._frozen[0] is not None:
+            # A process whose states are stored lends its share of the layers to those whose states are not.
+            return bool(total(torch.tensor(float(runs), device=batch["input_ids"].device)))
+        return runs
+
+    def _captured(self, batch: Batch) -> Features:
         features = capture(self.verifier, batch["input_ids"], batch["position_ids"], self.aux_layers)
         if self._recorder is not None:
             self._recorder.add(batch, features.aux, features.last)
@@ -261,25 +283,29 @@ class DraftModule(LightningModule, ABC):
     def step_weights(self, supervised: Tensor) -> Tensor:
         """Return the factor of each step's sum of losses, [S]: decay over denominator.
 
+        The denominator is that of the batches of all processes together, so that their losses have the mean that one
+        process would find on the same rows.
+
         Args:
             supervised: Which positions count, bool [S, N].
         """
         steps, rows = supervised.shape
         decay = self.step_decay ** torch.arange(steps, device=supervised.device)
         counts = supervised.sum(1) if self.denominator == "valid" else torch.full_like(decay, rows)
-        return decay / counts.clamp(min=1)
+        # Gradients are averaged over the processes, which may hold different numbers of positions.
+        return decay * processes() / total(counts).clamp(min=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Run one batch; Lightning updates the draft with the loss that comes back."""
         outcome = self.draft_steps(batch, self.features(batch))
-        if not torch.isfinite(outcome.loss):
+        loss, sums, counts = self._over_processes(outcome)
+        if not torch.isfinite(loss):
             raise SpecforgeError(
-                f"the training loss is {outcome.loss.item()} at step {self.trainer.global_step}, before it reached the "
+                f"the training loss is {loss.item()} at step {self.trainer.global_step}, before it reached the "
                 "weights. Try a lower model.optimizer.lr, a longer warmup or trainer.gradient_clip_val"
             )
-        counts = outcome.supervised.sum(1).clamp(min=1)
-        means = dict(zip(self.means["val"].by_step.quantities, step_sums(outcome) / counts, strict=True))
-        self.log("train/loss", outcome.loss)
+        means = dict(zip(self.means["val"].by_step.quantities, sums / counts.clamp(min=1), strict=True))
+        self.log("train/loss", loss)
         self.log_dict(
             {
                 f"train/{name}/step_{step}": by_step[step]
@@ -288,9 +314,17 @@ class DraftModule(LightningModule, ABC):
             }
         )
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        self.log("loss", outcome.loss.detach(), prog_bar=True, logger=False)
+        self.log("loss", loss, prog_bar=True, logger=False)
         self.log("accept", means["acceptance"][0], prog_bar=True, logger=False)
         return outcome.loss
+
+    def _over_processes(self, outcome: DraftSteps) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss, the sums by quantity and step, and the counts by step, of all processes together."""
+        sums, counts = step_sums(outcome), outcome.supervised.sum(1)
+        shares = outcome.loss.detach() / processes()
+        every = total(torch.cat([shares[None], counts.to(sums.dtype), sums.flatten()]))
+        loss, counts, flat = every.split([1, counts.numel(), sums.numel()])
+        return loss[0], flat.view_as(sums), counts
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the validation metrics."""

@@ -59,10 +59,10 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
 
 
 class JointOptimizer(Optimizer):
-    """Several optimizers over disjoint parameters that step as one.
+    """Several optimizers over disjoint parameters that step as one, with one state and one list of groups.
 
     Args:
-        optimizers: They keep their own state; their parameter groups are shared, so that a schedule reaches them.
+        optimizers: Their groups are shared, so that a schedule reaches them, and so is their state.
     """
 
     def __init__(self, optimizers: list[Optimizer]) -> None:
@@ -70,6 +70,7 @@ class JointOptimizer(Optimizer):
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         super().__init__([{"params": group["params"], "lr": group["lr"]} for group in groups], defaults={})
         self.param_groups = groups
+        self._share()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -82,16 +83,17 @@ class JointOptimizer(Optimizer):
             optimizer.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the states of all optimizers."""
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the states of all optimizers."""
-        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        # Loading replaces the groups, which a schedule must go on reaching.
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        super().load_state_dict(state_dict)
+        # Loading replaces state and groups, which the optimizers must go on with.
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for optimizer in self.optimizers:
+            optimizer.state = self.state
+            optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
 
 
 def _is_hidden_matrix(module: nn.Module, name: str) -> bool:

@@ -41,6 +41,12 @@ class MLPDataModule(DraftDataModule):
             if settings is not None and self.trainer.overfit_batches:
                 raise UsageError("trainer.overfit_batches trains on the rows alone; set model.stage_two to null")
             if prepared is None and settings is not None:
+                if self._module.verifier_sharding:
+                    # A thread of each process writes, at its own pace, but a split verifier runs in all at once.
+                    raise UsageError(
+                        "verifier_sharding: a verifier that is split over processes cannot write in stage 2; prepare "
+                        "its text before and set data.stage_two, or set model.stage_two to null"
+                    )
                 check_lengths(settings, self._module.verifier_config)
         super().setup(stage)
 

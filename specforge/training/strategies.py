@@ -1,0 +1,128 @@
+"""``trainer.strategy: fsdp2``: the draft, its gradients and its optimizer's state are sharded over all processes.
+
+The draft is one group of torch's ``fully_shard``, gathered once a step: its layers run once for each draft step, and a
+group for each layer would be gathered as often. Checkpoints are single files, the same as without sharding, so that any
+number of processes can go on from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+FSDP2 = "fsdp2"
+
+# What Lightning calls of a module in a step.
+STEPS = ("training_step", "validation_step", "test_step")
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Shards what is trained over all processes of a run, by torch's ``fully_shard``.
+
+    Args:
+        process_group_backend: Backend of the collectives; by default that of the device.
+        timeout: How long a process waits for the others in a collective.
+    """
+
+    def __init__(
+        self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=False, process_group_backend=process_group_backend, timeout=timeout
+        )
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Weights are loaded once they are sharded."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning hands back the optimizers' states, as without sharding."""
+        return True
+
+    def setup_environment(self) -> None:
+        """Let every process take its own data: Lightning's default shards over nothing on one node."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def setup(self, trainer: Trainer) -> None:
+        """Shard the module before its optimizers are made."""
+        self.model_to_device()
+        # Only one process a node has prepared the data, so that the random weights may differ.
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            torch.distributed.broadcast(tensor.data, src=0)
+        mixed = self.precision_plugin.precision == "bf16-mixed"
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if mixed else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        mesh = self.device_mesh["data_parallel"]
+        fully_shard(self.model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        for step in STEPS:
+            register_fsdp_forward_method(self.model, step)
+        super().setup(trainer)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Gather an optimizer's state as it would be without sharding; only the first process keeps it."""
+        return self._gathered(optimizer.state_dict())
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Gather the module's weights; only the first process keeps them."""
+        return self._gathered(self.lightning_module.state_dict())
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; its weights and states are loaded when Lightning hands them back."""
+        checkpoint: dict[str, Any] = torch.load(checkpoint_path, "cpu", mmap=True, weights_only=weights_only)
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Shard the weights of a checkpoint into the module."""
+        options = StateDictOptions(full_state_dict=True, strict=strict)
+        set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=options)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Shard the states of a checkpoint into the optimizers, each as its parameter is."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [one for group in optimizer.param_groups for one in group["params"]]
+            sharded = {
+                number: {name: _shard_like(value, parameters[number]) for name, value in of_one.items()}
+                for number, of_one in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": sharded})
+
+    def on_train_end(self) -> None:
+        """Put whole weights in the place of the shards: what follows is no longer done by all processes together."""
+        self.model.reshard()  # after a validation they are gathered, in the type of the computation
+        for module in self.model.modules():
+            for name, shard in list(module.named_parameters(recurse=False)):
+                whole = shard.full_tensor() if isinstance(shard, DTensor) else shard
+                setattr(module, name, nn.Parameter(whole.detach(), shard.requires_grad))
+
+    def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
+        def gather(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            return whole.cpu() if self.is_global_zero else None
+
+        gathered: dict[str, Any] = tree_map(gather, state)
+        return gathered
+
+
+def _shard_like(value: Any, parameter: Tensor) -> Any:
+    if isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value

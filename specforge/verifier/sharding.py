@@ -1,0 +1,66 @@
+"""A frozen verifier whose decoder layers are split over all processes, for one that does not fit in each."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from specforge.verifier.features import decoder_layers
+from specforge.verifier.loading import VerifierLoading, load_config, load_verifier
+from specforge.verifier.parts import decoder
+
+
+def load_sharded_verifier(name_or_path: str, loading: VerifierLoading, device: torch.device) -> PreTrainedModel:
+    """Load a verifier, frozen, of whose decoder layers each process keeps a share; all processes call this together.
+
+    A layer is gathered while it runs, so from then on all processes must run the verifier at the same time. Embeddings,
+    final norm and head stay whole in every process. The first process reads the files and holds all weights in its
+    host's memory for as long as that takes; a device never holds more than one whole layer.
+
+    Args:
+        name_or_path: Folder or hub id.
+        loading: Type, revision and trust.
+        device: This process's device.
+
+    Raises:
+        UsageError: There is no such verifier, or its weights cannot be read.
+    """
+    reads = torch.distributed.get_rank() == 0
+    model = load_verifier(name_or_path, loading) if reads else _skeleton(name_or_path, loading)
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    layers = decoder_layers(model)
+    inside = set(layers.modules())
+    for layer in layers:
+        for module in layer.modules():
+            _receive(module, device)
+        fully_shard(layer, mesh=mesh)
+    for module in model.modules():
+        if module not in inside:
+            _receive(module, device)
+    model.tie_weights()
+    body = decoder(model)
+    whole = {one for module in body.modules() if module not in inside for one in module.parameters(recurse=False)}
+    # The layers share the streams of their root, so that one is gathered while the one before it runs.
+    fully_shard(body, mesh=mesh, ignored_params=whole)
+    return model.requires_grad_(False)
+
+
+def _skeleton(name_or_path: str, loading: VerifierLoading) -> PreTrainedModel:
+    config = load_config(name_or_path, loading)
+    dtype = loading.torch_dtype(config.get_text_config().dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=loading.trust_remote_code)
+    return model.eval()
+
+
+def _receive(module: nn.Module, device: torch.device) -> None:
+    """Copy a module's own tensors from the first process to the others."""
+    module._apply(
+        lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device), recurse=False
+    )
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        torch.distributed.broadcast(tensor.data, src=0)

@@ -1,0 +1,68 @@
+"""Tasks in several processes that train together, on the CPU, started as a cluster would."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+WORKER = Path(__file__).with_name("worker.py")
+ROOT = Path(__file__).parents[2]
+
+Task = tuple[str, Any]
+"""A function of ``worker.py`` and its argument."""
+
+
+def by_srun(processes: int, tasks: list[Task]) -> None:
+    """Run tasks in a row with the environment that ``srun`` sets, one process on each of several nodes."""
+    shared = {
+        "SLURM_JOB_NAME": "train",
+        "SLURM_JOB_ID": "1",
+        "SLURM_NTASKS": str(processes),
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_NNODES": str(processes),
+        "SLURM_LOCALID": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    ranks = [{"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in range(processes)]
+    _wait_for([_start([sys.executable, str(WORKER)], tasks, {**shared, **rank}) for rank in ranks])
+
+
+def by_torchrun(processes: int, tasks: list[Task]) -> None:
+    """Run tasks in a row under ``torchrun``, all processes on one node."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    _wait_for([_start([*torchrun, str(WORKER)], tasks, {})])
+
+
+def _start(command: list[str], tasks: list[Task], environment: dict[str, str]) -> subprocess.Popen[str]:
+    paths = os.pathsep.join([str(ROOT), *map(str, ROOT.glob("plugins/*")), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [*command, json.dumps(tasks)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _wait_for(started: list[subprocess.Popen[str]]) -> None:
+    """Show the output of what failed; end those that wait for others that are gone."""
+    try:
+        outputs = [one.communicate(timeout=240)[0] for one in started]
+    finally:
+        for one in started:
+            one.kill()
+    failed = [output for one, output in zip(started, outputs, strict=True) if one.returncode]
+    assert not failed, failed[0][-4000:]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port

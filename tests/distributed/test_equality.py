@@ -1,0 +1,119 @@
+"""However a run is spread over processes, it is the same run: losses, metrics, weights and checkpoints."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from launching import Task, by_srun
+from small_runs import ALGORITHMS, SmallRuns, assert_close, logged, weights
+
+from specforge.__main__ import main
+from specforge.models import SpeculatorModel
+
+STEPS = 20
+# Rounding differs where sums are split, and AdamW takes a full step however small a gradient is.
+SAME_FIGURES = {"rel": 2e-5, "abs": 1e-6}
+SAME_WEIGHTS = {"rtol": 1e-4, "atol": 5e-5}
+SPREADS = ("ddp", "fsdp2")
+"""Two processes with batches of 1; beside them, one process has batches of 2."""
+
+
+def task(runs: SmallRuns, name: str, algorithm: str, strategy: str, *more: str) -> Task:
+    """Return the task of a run of two processes, one on each of two nodes."""
+    spread = ["--trainer.num_nodes=2", "--trainer.devices=1", f"--trainer.strategy={strategy}", "--data.batch_size=1"]
+    return "run", runs.words(name, algorithm, *spread, *more)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, Any]) -> SmallRuns:
+    """All runs: two processes do theirs one after the other, since starting them takes longest."""
+    draw = random.Random(0)
+    trainer = {"accelerator": "cpu", "max_steps": STEPS, "max_epochs": 9, "log_every_n_steps": 1}
+    trainer |= {"gradient_clip_val": 1.0, "enable_progress_bar": False, "check_val_every_n_epoch": 1}
+    values = {"trainer": trainer, "data": {"max_length": 48, "batch_size": 2}}
+    made = SmallRuns(tmp_path_factory.mktemp("equality"), tiny_verifiers["llama"].folder, values)
+    for split, number in (("train", 24), ("validation", 5)):
+        lengths = [draw.randint(8, 40) for _ in range(number)]
+        made.write(split, [([draw.randrange(3, 61) for _ in range(one)], [0] * 3 + [1] * (one - 3)) for one in lengths])
+    few, half = "--trainer.max_steps=4", f"--trainer.max_steps={STEPS // 2}"
+    muon, by_value = "--model.optimizer.name=muon", "--trainer.gradient_clip_algorithm=value"
+    bf16 = "--trainer.precision=bf16-mixed"
+    for algorithm in ALGORITHMS:
+        assert main(made.words(f"{algorithm}-one", algorithm)) == 0
+    assert main(made.words("half-one", "eagle3", half)) == 0
+    assert main(made.words("muon-one", "eagle3", few, muon)) == 0
+    assert main(made.words("by-value-one", "eagle3", few, by_value)) == 0
+    by_srun(
+        2,
+        [
+            *(task(made, f"{name}-{spread}", name, spread) for name in ALGORITHMS for spread in SPREADS),
+            *(task(made, f"bf16-{spread}", "eagle3", spread, few, bf16) for spread in SPREADS),
+            task(made, "sharded-verifier", "eagle3", "ddp", few, "--verifier_sharding=true"),
+            task(made, "muon-fsdp2", "eagle3", "fsdp2", few, muon),
+            task(made, "by-value-fsdp2", "eagle3", "fsdp2", few, by_value),
+            task(made, "half-fsdp2", "eagle3", "fsdp2", half),
+            task(made, "resumed-by-fsdp2", "eagle3", "fsdp2", f"--ckpt_path={made.last('half-one')}"),
+            ("captures_the_same", {name: str(one.folder) for name, one in tiny_verifiers.items()}),
+        ],
+    )
+    assert main(made.words("resumed-by-one", "eagle3", f"--ckpt_path={made.last('half-fsdp2')}")) == 0
+    return made
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_losses_metrics_and_weights_are_those_of_one_process(runs: SmallRuns, algorithm: str, spread: str) -> None:
+    expected, found = (logged(runs.run(f"{algorithm}-{name}")) for name in ("one", spread))
+    assert len(expected["train/loss"]) == STEPS and expected["val/acceptance_length_proxy"]
+    assert found.keys() == expected.keys()
+    for tag, figures in expected.items():
+        assert found[tag] == pytest.approx(figures, **SAME_FIGURES), tag
+    assert expected["val/loss"][-1] < expected["val/loss"][0] - 1e-3
+    assert_close(runs.last(f"{algorithm}-one"), runs.last(f"{algorithm}-{spread}"), **SAME_WEIGHTS)
+
+
+@pytest.mark.parametrize(("name", "like"), [("eagle-ddp", "best"), ("eagle3-fsdp2", "best"), ("muon-fsdp2", "last")])
+def test_the_draft_is_written_whole_and_once(runs: SmallRuns, name: str, like: str) -> None:
+    """Without any validation it is the last draft, which lies in shards until then."""
+    run = runs.run(name)
+    assert sorted(one.name for one in (run / "draft").iterdir()) == ["config.json", "model.safetensors"]
+    assert (run / "checkpoints" / "best.ckpt").exists() == (like == "best")
+    trained = weights(run / "checkpoints" / f"{like}.ckpt")
+    draft = SpeculatorModel.from_pretrained(run / "draft").state_dict()
+    assert {f"draft.{one}" for one in draft} == trained.keys()
+    assert all(torch.equal(tensor, trained[f"draft.{one}"]) for one, tensor in draft.items())
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_mixed_precision_stays_close_with_masters_in_float32(runs: SmallRuns, spread: str) -> None:
+    full, mixed = logged(runs.run("eagle3-one"))["train/loss"][:4], logged(runs.run(f"bf16-{spread}"))["train/loss"]
+    assert mixed == pytest.approx(full, rel=0.03) and mixed != pytest.approx(full, rel=1e-6)
+    stored = torch.load(runs.last(f"bf16-{spread}"), weights_only=True)
+    states = [value for of_one in stored["optimizer_states"][0]["state"].values() for value in of_one.values()]
+    assert {one.dtype for one in states} == {torch.float32}
+    assert {one.dtype for one in stored["state_dict"].values() if one.is_floating_point()} == {torch.float32}
+
+
+def test_a_sharded_verifier_trains_the_same_draft(runs: SmallRuns) -> None:
+    """And nothing of it is trained or saved; that its states are the same is tested where the processes are."""
+    whole = logged(runs.run("eagle3-ddp"))["train/loss"][:4]
+    assert logged(runs.run("sharded-verifier"))["train/loss"] == whole
+    assert weights(runs.last("sharded-verifier")).keys() == weights(runs.last("eagle3-one")).keys()
+
+
+def test_muon_sees_whole_matrices(runs: SmallRuns) -> None:
+    """It iterates in bfloat16, so the rounding of sums shows."""
+    assert_close(runs.last("muon-one"), runs.last("muon-fsdp2"), rtol=0, atol=1e-3)
+
+
+def test_gradients_are_clipped_by_value(runs: SmallRuns) -> None:
+    assert_close(runs.last("by-value-one"), runs.last("by-value-fsdp2"), **SAME_WEIGHTS)
+
+
+@pytest.mark.parametrize("name", ["resumed-by-one", "resumed-by-fsdp2"])
+def test_either_number_of_processes_goes_on_from_the_others_checkpoint(runs: SmallRuns, name: str) -> None:
+    assert_close(runs.last("eagle3-one"), runs.last(name), **SAME_WEIGHTS)
