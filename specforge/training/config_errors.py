@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from specforge.errors import UsageError, nearest_name
 from specforge.training.config_files import config_files, read_yaml
 
+# Others shard by means that a draft's steps do not go through, or leave parts of checkpoints with each process.
+STRATEGIES = ("auto", "ddp", "fsdp2")
 # Keys of the whole run that module and data both get from the top level.
 SHARED = ("verifier", "verifier_dtype", "verifier_revision", "trust_remote_code", "verifier_sharding")
 MISSING = object()
@@ -91,6 +93,12 @@ def check_values(config: Namespace) -> None:
         raise UsageError(f"seed_everything: expected a number from 0 to {2**32 - 1}, true or false, got {seed}")
     if not config.output_dir:
         raise UsageError(f"output_dir: expected a folder, got {config.output_dir!r}")
+    strategy = config.trainer.strategy
+    if isinstance(strategy, str) and strategy not in STRATEGIES:
+        raise UsageError(
+            f"trainer.strategy: {strategy!r} does not train drafts; allowed: {', '.join(STRATEGIES)}."
+            f"{nearest_name(strategy, STRATEGIES)}"
+        )
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:

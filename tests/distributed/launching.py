@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 WORKER = Path(__file__).with_name("worker.py")
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "clusters.md"
 
 Task = tuple[str, Any]
 """A function of ``worker.py`` and its argument."""
@@ -33,10 +35,20 @@ def by_srun(processes: int, tasks: list[Task]) -> None:
     _wait_for([_start([sys.executable, str(WORKER)], tasks, {**shared, **rank}) for rank in ranks])
 
 
-def by_torchrun(processes: int, tasks: list[Task]) -> None:
-    """Run tasks in a row under ``torchrun``, all processes on one node."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    _wait_for([_start([*torchrun, str(WORKER)], tasks, {})])
+def by_torchrun(nodes: int, processes: int, tasks: list[Task]) -> None:
+    """Run tasks in a row under the documented ``torchrun``, so many processes on each of several nodes."""
+    words = documented("torchrun")
+    values = {"--nnodes": nodes, "--nproc-per-node": processes, "--rdzv-endpoint": f"127.0.0.1:{_free_port()}"}
+    for option, value in values.items():
+        words[words.index(option) + 1] = str(value)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *words[1 : words.index("-m")]]
+    _wait_for([_start([*torchrun, str(WORKER)], tasks, {}) for _ in range(nodes)])
+
+
+def documented(start: str) -> list[str]:
+    """Return the words of the first command of docs/clusters.md that begins so."""
+    lines = PAGE.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    return shlex.split(next(line for line in lines if line.startswith(f"{start} ")))
 
 
 def _start(command: list[str], tasks: list[Task], environment: dict[str, str]) -> subprocess.Popen[str]:

@@ -39,9 +39,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
     made.write("validation", [row(draw, supervised) for supervised in VALIDATION])
     for algorithm in RUNS:
         assert main(made.words(f"{algorithm}-one", algorithm)) == 0
-    spread = ["--trainer.devices=4", "--data.batch_size=1"]
+    spread = ["--trainer.num_nodes=2", "--trainer.devices=2", "--data.batch_size=1"]
     by_torchrun(
-        PROCESSES,
+        2,
+        PROCESSES // 2,
         [
             ("run", made.words(f"{algorithm}-many", algorithm, f"--trainer.strategy={strategy}", *spread))
             for algorithm, strategy in RUNS.items()
