@@ -14,6 +14,7 @@ from specforge.errors import UsageError
 from specforge.models.draft_attention import cache_argument
 from specforge.models.tree_cache import TreeCache
 from specforge.verifier.features import Features, capture
+from specforge.verifier.packed_attention import IMPLEMENTATION
 from specforge.verifier.parts import decoder
 
 # Attention implementations of transformers that take any mask.
@@ -91,7 +92,7 @@ def _attention_kinds(verifier: PreTrainedModel) -> list[str]:
     if reason is not None:
         raise UsageError(f"{name} cannot verify drafts: {reason}")
     implementation = config._attn_implementation
-    if implementation not in MASKED:
+    if implementation not in (*MASKED, IMPLEMENTATION):
         raise UsageError(
             f"{name} is loaded with attn_implementation={implementation!r}, which cannot attend to a tree of "
             f"candidates; load it with one of: {', '.join(MASKED)}"

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specforge.models.documents import DocumentLayout
+from specforge.documents import DocumentLayout
 
 
 class TrainingTimeTest:

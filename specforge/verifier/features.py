@@ -8,7 +8,7 @@ the number of layers N the output of the last layer. It is taken by hooks, befor
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import get_ident
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specforge.errors import UsageError
+from specforge.verifier.packed_attention import documents_of
 from specforge.verifier.parts import VerifierParts, decoder
 
 
@@ -83,8 +84,7 @@ def capture(
     Args:
         verifier: Any transformers causal language model.
         input_ids: Tokens [B, T].
-        position_ids: Positions [B, T]. Where they restart at 0 with each document, attention stays within a document,
-            which transformers derives from them.
+        position_ids: Positions [B, T]. Where they restart at 0 with each document, attention stays within a document.
         aux_layers: Ascending layer ids.
         **options: Passed to the decoder: a cache, an attention mask.
 
@@ -95,7 +95,9 @@ def capture(
     layers = decoder_layers(verifier)
     states: dict[int, Tensor] = {}
     wanted = {*aux_layers, len(layers)}
-    with _recording(layers, wanted, states):
+    # With a cache or a mask, rows see more, or less, than their document.
+    attention = nullcontext() if options else documents_of(position_ids)
+    with attention, _recording(layers, wanted, states):
         body(input_ids=input_ids, position_ids=position_ids, **{"use_cache": False, **options})
     last = states[len(layers)]
     if not aux_layers:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from specforge.config import CONFIG_NAME, find_file
 from specforge.errors import UsageError
+from specforge.verifier.packed_attention import attend_by_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,5 +96,6 @@ def load_verifier(name_or_path: str, loading: VerifierLoading | None = None) -> 
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise UsageError(f"verifier {name_or_path} lacks weights ({len(report['missing_keys'])}): {missing}")
+    attend_by_documents(model)
     model.requires_grad_(False)
     return model.eval()

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specforge.verifier.features import decoder_layers
 from specforge.verifier.loading import VerifierLoading, load_config, load_verifier
+from specforge.verifier.packed_attention import attend_by_documents
 from specforge.verifier.parts import decoder
 
 
@@ -54,6 +55,7 @@ def _skeleton(name_or_path: str, loading: VerifierLoading) -> PreTrainedModel:
     dtype = loading.torch_dtype(config.get_text_config().dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=loading.trust_remote_code)
+    attend_by_documents(model)
     return model.eval()
 
 

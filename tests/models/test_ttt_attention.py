@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specforge.models.documents import DocumentLayout
+from specforge.documents import DocumentLayout
 from specforge.models.ttt_attention import TrainingTimeTest
 
 SCALE = 0.6

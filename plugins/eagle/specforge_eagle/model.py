@@ -20,10 +20,10 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
+from specforge.documents import DocumentLayout
 from specforge.errors import UsageError
 from specforge.models.alignment import step_tokens
 from specforge.models.base_components import rotary_options, single_layer_config
-from specforge.models.documents import DocumentLayout
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention, cache_argument, causal_mask
 from specforge.models.feature_drafter import FeatureDrafter
 from specforge.models.speculator import AttachmentMode, SpeculatorModel

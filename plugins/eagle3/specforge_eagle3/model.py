@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
+from specforge.documents import DocumentLayout
 from specforge.models.alignment import step_tokens
 from specforge.models.base_components import Family, draft_layer_config, family
-from specforge.models.documents import DocumentLayout
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention
 from specforge.models.feature_drafter import FeatureDrafter
 from specforge.models.speculator import SpeculatorModel

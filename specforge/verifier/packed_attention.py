@@ -1,0 +1,113 @@
+"""Attention of a verifier over packed rows, document by document: no mask, which would grow with the row's square.
+
+It serves captures alone. Everything else that runs the verifier attends as transformers does by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from specforge.documents import DocumentLayout
+
+IMPLEMENTATION = "specforge_documents"
+
+# Of the capture that runs in this thread: others may decode with the same verifier meanwhile.
+_layout: ContextVar[DocumentLayout | None] = ContextVar("layout", default=None)
+
+
+def attend_by_documents(verifier: PreTrainedModel) -> None:
+    """Let a verifier attend so during captures, if its layers see all that is before them, or the last so many tokens.
+
+    Args:
+        verifier: Is changed; one that attends in another way is left alone, and its packed rows go by masks.
+    """
+    config = verifier.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    by_sdpa = verifier._supports_attention_backend and config._attn_implementation == "sdpa"
+    if by_sdpa and kinds <= {"full_attention", "sliding_attention"}:
+        verifier.set_attn_implementation(IMPLEMENTATION)
+
+
+@contextmanager
+def documents_of(position_ids: Tensor) -> Iterator[None]:
+    """Attend within documents in this thread; one begins wherever positions, [B, T], do not go on by 1."""
+    begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0))
+    token = _layout.set(DocumentLayout.of(begins.cumsum(1)))
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    layout = _layout.get()
+    if layout is None:
+        found: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **options
+        )
+        return found
+    attend = partial(causal_attention, scale=scaling, window=sliding_window)
+    return layout.attend(attend, query, key, value).transpose(1, 2), None
+
+
+def _mask(*arguments: Any, **options: Any) -> Tensor | None:
+    mask: Tensor | None = None if _layout.get() is not None else sdpa_mask(*arguments, **options)
+    return mask
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+    """Attend causally.
+
+    Args:
+        query: [G, heads, L, D].
+        key: [G, key-value heads, L, D].
+        value: [G, key-value heads, L, D].
+        scale: Factor of the logits; None for 1 / sqrt(D).
+        window: A row sees only the last so many, itself included; None for all.
+
+    Returns:
+        [G, heads, L, D].
+    """
+    attend = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=True)
+    groups, _, length, _ = query.shape
+    if window is None or window >= length:
+        return attend(query, key, value, is_causal=True)
+    # In blocks of a window's length, each of which sees itself and the one before: no more than 2 windows a row.
+    blocks = -(-length // window)
+    rest = blocks * window - length
+    queries = F.pad(query, (0, 0, 0, rest)).unflatten(2, (blocks, window))
+    keys, values = (
+        F.pad(one, (0, 0, window, rest)).unfold(2, 2 * window, window).transpose(-1, -2) for one in (key, value)
+    )
+    row = torch.arange(window, device=query.device)[:, None]
+    column = torch.arange(2 * window, device=query.device)
+    near = (column > row) & (column <= row + window)
+    real = (column >= window) | (torch.arange(blocks, device=query.device) > 0)[:, None]
+    mask = (near & real[:, None]).repeat(groups, 1, 1)[:, None]
+    queries, keys, values = (one.transpose(1, 2).flatten(0, 1) for one in (queries, keys, values))
+    output = attend(queries, keys, values, attn_mask=mask)
+    return output.unflatten(0, (groups, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)
