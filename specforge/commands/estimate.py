@@ -182,7 +182,7 @@ def _assumptions(found: Estimate, cli: EstimateCLI) -> list[str]:
     return [
         f"Text {found.text.origin}.",
         f"Operations are counted over {batches} batch{'es' * (batches > 1)}, padding spread over the other tokens: "
-        "matrix products and attention alone, each query with each key.",
+        "matrix products and attention alone, each query with each key of its document.",
         f"Memory: verifier in {name}, precision {precision}; draft, gradients and optimizer whole on each device, "
         "nothing sharded. The device's own context, fragments between tensors and copies for exchange come on top.",
         f"Time: the rate is {rate}; devices do not wait for data or each other. Validation, loading and saving come "

@@ -21,6 +21,7 @@ from specforge.data.module import DraftDataModule
 from specforge.errors import SpecforgeError
 from specforge.estimation.shapes import Shapes
 from specforge.training.module import Batch, DraftModule
+from specforge.verifier.packed_attention import attend_by_documents
 from specforge.verifier.parts import VerifierParts
 
 VERIFIER, LAYERS, HEAD, OPTIMIZER = "verifier", "draft layers", "heads and loss", "optimizer"
@@ -184,6 +185,7 @@ def _verifier(module: DraftModule, dtype: torch.dtype) -> PreTrainedModel:
     verifier: PreTrainedModel = AutoModelForCausalLM.from_config(
         module.verifier_config, dtype=dtype, trust_remote_code=module.verifier_loading.trust_remote_code
     )
+    attend_by_documents(verifier)
     return verifier.requires_grad_(False).eval()
 
 
@@ -192,9 +194,7 @@ def _weights(module: nn.Module) -> list[Tensor]:
 
 
 def _remembered(optimizer: Optimizer) -> list[Tensor]:
-    several = getattr(optimizer, "optimizers", [optimizer])
-    states = [state for one in several for state in one.state.values()]
-    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

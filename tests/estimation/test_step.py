@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3MoeConfig
 
+from specforge.documents import DocumentLayout
 from specforge.errors import SpecforgeError
 from specforge.estimation.shapes import MORE_FORMULAS
 from specforge.estimation.step import HEAD, LAYERS, VERIFIER, Rehearsal
@@ -125,8 +126,7 @@ def test_the_step_is_the_real_one(case, batch):
     assert cost.memory.draft == sum(one.nbytes for one in [*draft.parameters(), *draft.buffers()])
     assert cost.memory.verifier == sum(one.nbytes for one in [*verifier.parameters(), *verifier.buffers()])
     assert cost.memory.gradients == sum(one.grad.nbytes for one in trained if one.grad is not None)
-    optimizers = getattr(real.optimizer, "optimizers", [real.optimizer])
-    states = [state for one in optimizers for state in one.state.values()]
+    states = list(real.optimizer.state.values())
     moments = [one for state in states for one in state.values() if isinstance(one, torch.Tensor)]
     assert cost.memory.optimizer == sum(one.nbytes for one in moments)
 
@@ -145,7 +145,9 @@ def test_parts_of_a_step_add_up_by_hand(batch):
     width, inner = config.hidden_size, config.intermediate_size
     heads, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer = width * (2 * heads + 2 * shared) + 3 * width * inner
-    scores = 2 * places * (batch["input_ids"].shape[1]) * 2 * heads
+    # Each document attends to itself, padded to the longest of its group.
+    pairs = sum(group.shape[0] * group.shape[1] ** 2 for group in DocumentLayout.of(batch["document_ids"]).groups)
+    scores = 2 * pairs * 2 * heads
     verifier = config.num_hidden_layers * (2 * places * layer + scores)
     assert cost.flops[VERIFIER] == pytest.approx(verifier, rel=0.01)
     # Nothing flows back into the first input, which is the verifier's.
