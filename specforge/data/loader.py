@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
+
+from specforge.errors import UsageError
 
 Batch = dict[str, Tensor]
 
@@ -33,25 +36,31 @@ class PackedSampler(DistributedSampler[int]):
 
     def __init__(self, items: Dataset[Any], *, shuffle: bool, seed: int, rank: int, world_size: int) -> None:
         super().__init__(items, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+        self.number = len(items)  # type: ignore[arg-type]
         self.skip = 0
-        """Items of this rank to pass over in the next iteration."""
+        """Items of the epoch, over all ranks, to pass over in the next iteration."""
 
     def __iter__(self) -> Iterator[int]:
         """Yield this rank's items of the epoch, without the skipped ones."""
-        items = super().__iter__() if self.shuffle else self._evaluation_items()
-        return islice(items, self.skip, None)
+        items = self._shuffled() if self.shuffle else self._filled_up()
+        left = math.ceil((self.number - self.skip) / self.num_replicas)
+        return islice(cycle(items), self.skip + self.rank, self.skip + left * self.num_replicas, self.num_replicas)
 
-    def _evaluation_items(self) -> Iterator[int]:
+    def _shuffled(self) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return torch.randperm(self.number, generator=generator).tolist()
+
+    def _filled_up(self) -> list[int]:
         items = torch.arange(self.total_size)
-        number = len(self.dataset)  # type: ignore[arg-type]
-        return iter(torch.where(items < number, items, -1 - items % number)[self.rank :: self.num_replicas].tolist())
+        return torch.where(items < self.number, items, -1 - items % self.number).tolist()
 
 
 class ResumableLoader(DataLoader[Batch]):
     """A loader of a `PackedSampler` whose state says how far the epoch has come.
 
     Lightning stores `state_dict` in each checkpoint and hands it back before the first batch, so that training goes on
-    with exactly the batches that are left. They are not read and thrown away: the sampler starts behind them.
+    with exactly the items that are left, also where another number of ranks takes them in batches of another size.
+    They are not read and thrown away: the sampler starts behind them.
     """
 
     sampler: PackedSampler
@@ -60,7 +69,12 @@ class ResumableLoader(DataLoader[Batch]):
     """Makes an epoch's batches into others, one for one; called with them, the epoch, and the number of the first."""
     _epoch = 0
     _yielded = 0
-    _resumed: dict[str, int] | None = None
+    _resumed: tuple[int, int] | None = None
+
+    @property
+    def stride(self) -> int:
+        """Items that all ranks together take with one batch each."""
+        return self.batch_size * self.sampler.num_replicas
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Yield the batches of the sampler's epoch, or what was left of it when the state was stored.
@@ -72,18 +86,50 @@ class ResumableLoader(DataLoader[Batch]):
             return
         resumed, self._resumed = self._resumed, None
         self._epoch = self.sampler.epoch
-        self._yielded = resumed["batches"] if resumed and resumed["epoch"] == self._epoch else 0
-        self.sampler.skip = self._yielded * self.batch_size
+        self._yielded = resumed[1] if resumed and resumed[0] == self._epoch else 0
+        self.sampler.skip = min(self._yielded * self.stride, self.sampler.number)
         batches = super().__iter__()
         for batch in batches if self.transform is None else self.transform(batches, self._epoch, self._yielded):
             self._yielded += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and how many of its batches were handed out."""
-        return {"epoch": self._epoch, "batches": self._yielded}
+        """Return the epoch, how many of its items were handed out, and what its order follows from."""
+        if not isinstance(self.sampler, PackedSampler):
+            return {}
+        return {
+            "epoch": self._epoch,
+            "items": min(self._yielded * self.stride, self.sampler.number),
+            "stride": self.stride,
+            "of": self.sampler.number,
+            "seed": self.sampler.seed,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on in the epoch of `state`, after its batches; another epoch (`set_epoch`) starts from its beginning."""
-        self.sampler.set_epoch(state["epoch"])
-        self._resumed = state
+        """Go on in the epoch of `state`, after its items; another epoch (`set_epoch`) starts from its beginning.
+
+        Raises:
+            UsageError: The state stands in the middle of an epoch of other items, or of another order, or where no
+                batch of this loader begins.
+        """
+        if state and isinstance(self.sampler, PackedSampler):
+            self.sampler.set_epoch(state["epoch"])
+            self._resumed = state["epoch"], self.batches_before(state)
+
+    def batches_before(self, state: dict[str, int]) -> int:
+        """Return how many batches of this loader hold the items that were handed out before `state`."""
+        items, number = state["items"], self.sampler.number
+        if items == state["of"]:
+            return math.ceil(number / self.stride)
+        where = f"the checkpoint stands after {items:,} of {state['of']:,} (packed) rows of an epoch"
+        if (number, self.sampler.seed) != (state["of"], state["seed"]):
+            raise UsageError(
+                f"{where}, in the order of data.seed {state['seed']}; there are {number:,} now, and data.seed is "
+                f"{self.sampler.seed}. Go on with the same data settings, or start from the draft with model.init_from"
+            )
+        if items % self.stride:
+            raise UsageError(
+                f"{where}, which batches of {self.stride:,} (data.batch_size times processes) do not reach; choose "
+                "data.batch_size so that they do"
+            )
+        return items // self.stride

@@ -297,6 +297,7 @@ class DraftDataModule(LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # so that beginning an epoch takes no random numbers from the run's own
         )
 
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from itertools import count, takewhile
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -20,8 +19,9 @@ from torch import Tensor
 
 from specforge.models.speculator import SpeculatorModel
 from specforge.training.module import DraftModule
-
-INTERRUPTED = 130
+from specforge.training.resuming import BatchNumbers, RandomState
+from specforge.training.runs import BEST, LAST, check_checkpoint
+from specforge.training.stopping import StopRequest
 
 
 def fit_callbacks(arguments: list[str], save_every_n_steps: int, folder: Path | None) -> list[Callback]:
@@ -35,6 +35,8 @@ def fit_callbacks(arguments: list[str], save_every_n_steps: int, folder: Path | 
     return [
         Summary(),
         Throughput(),
+        RandomState(),
+        BatchNumbers(),
         LastCheckpoint(arguments, save_every_n_steps),
         BestCheckpoint(folder),
         DraftWriter(arguments),
@@ -51,7 +53,7 @@ class BestCheckpoint(ModelCheckpoint):
     def __init__(self, folder: Path | None = None) -> None:
         super().__init__(
             dirpath=folder,
-            filename="best",
+            filename=Path(BEST).stem,
             mode="max",
             enable_version_counter=False,
             save_on_train_epoch_end=False,
@@ -131,7 +133,7 @@ class Throughput(Callback):
 
 
 class LastCheckpoint(Callback):
-    """Saves the last state as ``checkpoints/last.ckpt``: every so many steps, after each epoch, and on Ctrl-C.
+    """Saves the last state as ``checkpoints/last.ckpt``: every so many steps, after each epoch, and on a signal.
 
     Args:
         arguments: The words after ``specforge fit``.
@@ -141,36 +143,37 @@ class LastCheckpoint(Callback):
     def __init__(self, arguments: list[str], every_n_steps: int) -> None:
         self.arguments = arguments
         self.every_n_steps = every_n_steps
+        self._stop = StopRequest()
         self._saved_step = 0
-        self._interrupted = False
-        self._leaving = False
+        self._leaving = 0
         self._epoch_is_over = False
-        self._earlier_handler: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over Ctrl-C: the step under way is finished and saved first."""
+        """Take over the signals that ask to stop: the step under way is finished and saved first."""
         epochs = trainer.fit_loop.epoch_progress.current
         if epochs.completed == epochs.ready:
             # Going on from the end of an epoch, there is no epoch to take up in its middle.
             trainer.fit_loop.epoch_loop.restarting = False
         self._saved_step = trainer.global_step
-        self._earlier_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        self._stop.listen(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Leave, once the last step has been saved and logged."""
         if self._leaving:
-            self._leave(trainer)
+            self._leave(trainer, self._leaving)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when it is time, or when a person wants to stop."""
+        """Save when it is time, or when a signal asks to stop."""
         # Between optimizer steps there are gradients that a checkpoint does not hold.
-        stepped = trainer.global_step > self._saved_step and not trainer.fit_loop._should_accumulate()
+        if trainer.global_step == self._saved_step or trainer.fit_loop._should_accumulate():
+            return
         # A validation that is due would be left out on going on, so it is waited for.
-        self._leaving = self._interrupted and stepped and not _validation_is_due(trainer, batch_idx)
+        if not _validation_is_due(trainer, batch_idx):
+            self._leaving = self._stop.agreed(trainer)
         is_last_step = trainer.global_step == trainer.max_steps
-        if self._leaving or (stepped and (is_last_step or trainer.global_step % self.every_n_steps == 0)):
+        if self._leaving or is_last_step or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -179,8 +182,8 @@ class LastCheckpoint(Callback):
             self._epoch_is_over = True
             self._save(trainer)
             self._epoch_is_over = False
-        if self._interrupted:
-            self._leave(trainer)
+        if number := self._stop.agreed(trainer):
+            self._leave(trainer, number)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store an epoch that has ended as one that is complete."""
@@ -189,32 +192,18 @@ class LastCheckpoint(Callback):
             for scope in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
                 scope["completed"] = scope["processed"]
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give Ctrl-C back."""
-        if self._earlier_handler is not None:
-            signal.signal(signal.SIGINT, self._earlier_handler)
-            self._earlier_handler = None
-
     def _save(self, trainer: Trainer) -> None:
-        path = checkpoint_folder(trainer) / "last.ckpt"
-        try:
-            trainer.save_checkpoint(path)
-        except OSError as error:
-            raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
+        trainer.save_checkpoint(checkpoint_folder(trainer) / LAST)
         self._saved_step = trainer.global_step
 
-    def _leave(self, trainer: Trainer) -> None:
+    def _leave(self, trainer: Trainer, number: int) -> None:
+        why = "Interrupted" if number == signal.SIGINT else f"Stopped by {signal.Signals(number).name}"
+        how = "" if trainer.world_size == 1 else ", under the same launcher"
         say(
-            f"\nInterrupted at step {trainer.global_step}; everything up to it is saved in "
-            f"{checkpoint_folder(trainer) / 'last.ckpt'}.\nTo go on:  {command('fit', self.arguments, 'last')}"
+            f"\n{why} at step {trainer.global_step}; everything up to it is saved in "
+            f"{checkpoint_folder(trainer) / LAST}.\nTo go on{how}:  {command('fit', self.arguments, 'last')}"
         )
-        raise SystemExit(INTERRUPTED)
-
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._interrupted:
-            raise KeyboardInterrupt
-        self._interrupted = True
-        say("\nStopping after this step and saving; press Ctrl-C again to stop at once without saving.")
+        raise SystemExit(128 + number)
 
 
 class DraftWriter(Callback):
@@ -258,6 +247,7 @@ def draft_of_checkpoint(path: Path, like: SpeculatorModel) -> SpeculatorModel:
         path: A ``.ckpt`` file of a run.
         like: A draft of the same configuration.
     """
+    check_checkpoint(path)
     saved = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     prefix = "draft."
     state = {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
@@ -286,7 +276,7 @@ def _validation_is_due(trainer: Trainer, batch_idx: int) -> bool:
 
 def command(subcommand: str, arguments: list[str], checkpoint: str) -> str:
     """Return the command line that goes on from a checkpoint, or measures it."""
-    words = list(arguments)
+    words = [word for word in arguments if not word.startswith("--ckpt_path=")]
     if "--ckpt_path" in words:
         place = words.index("--ckpt_path")
         del words[place : place + 2]

@@ -20,7 +20,9 @@ from specforge.hookspecs import Algorithm
 from specforge.registry import installed
 from specforge.training.callbacks import ProgressBar, fit_callbacks
 from specforge.training.config_errors import check_files, check_values, explain, explain_settings
-from specforge.training.runs import CHECKPOINTS, check_checkpoint, next_version, resolve_checkpoint, version_of
+from specforge.training.runs import CHECKPOINTS, next_version, resolve_checkpoint, version_of
+from specforge.training.saving import WholeCheckpointIO
+from specforge.training.stopping import is_of_a_lost_process
 from specforge.training.strategies import FSDP2, FSDP2Strategy
 from specforge.verifier.loading import VerifierType
 
@@ -102,7 +104,8 @@ class TrainingCLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="Checkpoint to go on from or to measure: a file, or last or best of the newest run.",
+            help="Checkpoint to go on from or to measure: a file, or last or best of the newest run; auto is last, or "
+            "a new run where there is none, for jobs that are started again by themselves.",
         )
         super().add_core_arguments_to_parser(parser)
 
@@ -136,8 +139,6 @@ class TrainingCLI(LightningCLI):
         if wanted is None and self.subcommand_name != "fit":
             wanted = "best"
         self.checkpoint = resolve_checkpoint(wanted, Path(self.config.output_dir)) if wanted else None
-        if self.checkpoint is not None:
-            check_checkpoint(self.checkpoint)
         if self.subcommand_name == "test" and not self.config.data.get("test"):
             raise UsageError("data.test is not set; give a source of test rows")
 
@@ -160,6 +161,8 @@ class TrainingCLI(LightningCLI):
         if self.subcommand_name == "fit" and not settings["fast_dev_run"]:
             callbacks += fit_callbacks(self.arguments, self.config.save_every_n_steps, folder)
             callbacks.append(RunRecord(self.parser, self.config, **self.save_config_kwargs))
+            plugins = settings["plugins"] or []
+            kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
         if settings["default_root_dir"] is None:
             kwargs["default_root_dir"] = output_dir
         try:
@@ -176,6 +179,13 @@ class TrainingCLI(LightningCLI):
             raise SpecforgeError(
                 f"the run in {self.config.output_dir} stopped: {error}. Checkpoints written before are whole; when "
                 "there is room and leave to write, go on with --ckpt_path last"
+            ) from error
+        except RuntimeError as error:
+            if not is_of_a_lost_process(error):
+                raise
+            raise SpecforgeError(
+                f"rank {self.trainer.global_rank} stopped at step {self.trainer.global_step}, because another process "
+                "of the run has ended; that one has said why. Then go on with --ckpt_path last"
             ) from error
 
 

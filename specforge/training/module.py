@@ -260,6 +260,8 @@ class DraftModule(LightningModule, ABC):
         features = capture(self.verifier, batch["input_ids"], batch["position_ids"], self.aux_layers)
         if self._recorder is not None:
             self._recorder.add(batch, features.aux, features.last)
+            # As they will be read again, so that training does not depend on what has been recorded before.
+            features = Features(self._recorder.rounded(features.aux), self._recorder.rounded(features.last))
         return features
 
     def labels(self, batch: Batch, targets: Tensor) -> Labels | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from itertools import islice
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from specforge.data.loader import PackedSampler, ResumableLoader
+from specforge.errors import UsageError
 
 
 class Numbers(Dataset[dict[str, Tensor]]):
@@ -24,10 +26,14 @@ class Numbers(Dataset[dict[str, Tensor]]):
         return {"index": torch.tensor([index])}
 
 
-def loader(number: int = 11, workers: int = 0, **ranks: int) -> ResumableLoader:
+def loader(number: int = 11, workers: int = 0, batch_size: int = 2, seed: int = 3, **ranks: int) -> ResumableLoader:
     items = Numbers(number)
-    sampler = PackedSampler(items, shuffle=True, seed=3, **({"rank": 0, "world_size": 1} | ranks))
-    return ResumableLoader(items, batch_size=2, sampler=sampler, num_workers=workers)
+    sampler = PackedSampler(items, shuffle=True, seed=seed, **({"rank": 0, "world_size": 1} | ranks))
+    return ResumableLoader(items, batch_size=batch_size, sampler=sampler, num_workers=workers)
+
+
+def stand(epoch: int, items: int, stride: int, of: int, seed: int = 3) -> dict[str, int]:
+    return {"epoch": epoch, "items": items, "stride": stride, "of": of, "seed": seed}
 
 
 def indices(batches: Any) -> list[list[int]]:
@@ -74,11 +80,11 @@ def test_a_resumed_epoch_equals_the_rest_of_an_uninterrupted_one(workers: int) -
         each.sampler.set_epoch(1)
     begun = indices(islice(stopped, 2))
     state = stopped.state_dict()
-    assert state == {"epoch": 1, "batches": 2}
+    assert state == stand(1, 4, 2, of=11)
     resumed.load_state_dict(state)
     rest = indices(resumed)
     assert begun + rest == indices(whole)
-    assert resumed.state_dict() == {"epoch": 1, "batches": 6}
+    assert resumed.state_dict() == stand(1, 11, 2, of=11)
     assert len(resumed) == 6
     for each in (whole, resumed):
         each.sampler.set_epoch(2)
@@ -88,7 +94,7 @@ def test_a_resumed_epoch_equals_the_rest_of_an_uninterrupted_one(workers: int) -
 @given(batches=st.integers(0, 6))
 def test_any_place_of_an_epoch_can_be_resumed_and_only_what_is_left_is_read(batches: int) -> None:
     resumed = loader(rank=1, world_size=2, number=24)
-    resumed.load_state_dict({"epoch": 4, "batches": batches})
+    resumed.load_state_dict(stand(4, 4 * batches, 4, of=24))
     whole = loader(rank=1, world_size=2, number=24)
     whole.sampler.set_epoch(4)
     assert indices(resumed) == indices(whole)[batches:]
@@ -101,3 +107,54 @@ def test_the_state_of_a_finished_epoch_starts_the_next_from_its_beginning() -> N
     for each in (resumed, whole):
         each.sampler.set_epoch(1)
     assert indices(resumed) == indices(whole)
+
+
+@given(
+    number=st.integers(1, 40),
+    ranks=st.sampled_from([(1, 4), (2, 2), (4, 1)]),
+    other=st.sampled_from([(1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1)]),
+    data=st.data(),
+)
+def test_another_number_of_ranks_takes_what_is_left(
+    number: int, ranks: tuple[int, int], other: tuple[int, int], data: st.DataObject
+) -> None:
+    batches = data.draw(st.integers(0, math.ceil(number / 4)))
+    seen, states = [], []
+    for rank in range(ranks[0]):
+        stopped = loader(number, rank=rank, world_size=ranks[0], batch_size=ranks[1])
+        stopped.sampler.set_epoch(2)
+        seen += [one for batch in indices(islice(stopped, batches)) for one in batch]
+        states.append(stopped.state_dict())
+    if batches == 0:  # nothing has been read, so no rank knows the epoch yet
+        states = [state | {"epoch": 2} for state in states]
+    assert all(state == states[0] for state in states)
+    for rank in range(other[0]):
+        resumed = loader(number, rank=rank, world_size=other[0], batch_size=other[1])
+        resumed.load_state_dict(states[0])
+        rest = indices(resumed)
+        seen += [one for batch in rest for one in batch]
+        assert resumed.batches_before(states[0]) + len(rest) == len(resumed)
+    # What fills up the last batches of the ranks, at most one item each, comes twice.
+    assert set(seen) == set(range(number)) and len(seen) < number + ranks[0] + other[0]
+    if number % 4 == 0:
+        assert sorted(seen) == list(range(number))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (stand(1, 4, 2, of=12), "stands after 4 of 12 .* there are 11 now"),
+        (stand(1, 4, 2, of=11, seed=4), "the order of data.seed 4; .* data.seed is 3"),
+        (stand(1, 3, 3, of=11), "stands after 3 of 11 .* which batches of 2 .* do not reach"),
+    ],
+)
+def test_a_place_that_is_none_is_refused(state: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        loader().load_state_dict(state)
+
+
+def test_after_a_whole_epoch_anything_may_follow() -> None:
+    resumed = loader(batch_size=3, seed=9)
+    resumed.load_state_dict(stand(1, 24, 2, of=24))
+    resumed.sampler.set_epoch(2)
+    assert sorted(one for batch in indices(resumed) for one in batch) == list(range(11))

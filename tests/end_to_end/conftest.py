@@ -1,4 +1,4 @@
-"""Workshops for small training runs, and Ctrl-C at a chosen moment."""
+"""Workshops for small training runs, and signals at a chosen moment."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ def fit(workshop: Workshop) -> Callable[..., Path]:
 
 @pytest.fixture
 def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make Ctrl-C arrive while the n-th batch from now on is under way, of training or of another stage."""
+    """Make a signal arrive while the n-th batch from now on is under way, of training or of another stage."""
     from specforge.training.module import DraftModule
 
     originals = {name: getattr(DraftModule, name) for name in ("training_step", "validation_step")}
 
-    def arm(batch_number: int, stage: str = "training_step") -> None:
+    def arm(batch_number: int, stage: str = "training_step", number: int = signal.SIGINT) -> None:
         seen = 0
 
         def step(self: DraftModule, batch: Any, batch_idx: int) -> Any:
             nonlocal seen
             seen += 1
             if seen == batch_number:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
             return originals[stage](self, batch, batch_idx)
 
         monkeypatch.setattr(DraftModule, stage, step)

@@ -1,4 +1,4 @@
-"""Stopping and going on: by Ctrl-C, by a crash, in the middle of an epoch; damaged checkpoints and full disks."""
+"""Stopping and going on: by a signal, by a crash, in the middle of an epoch; damaged checkpoints and full disks."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from quickstart_runs import QUICKSTART, Workshop, assert_same_weights, scalars, 
 from safetensors.torch import load_file
 
 from specforge.__main__ import main
+from specforge.data.features import recording
 from specforge.training.module import DraftModule
 
 Arm = Callable[..., None]
@@ -86,11 +87,11 @@ def assert_same_values(first: Any, second: Any) -> None:
         assert first == second
 
 
-def interrupt(workshop: Workshop, *words: str) -> None:
-    """Run ``specforge fit`` until Ctrl-C ends it."""
+def interrupt(workshop: Workshop, *words: str, number: int = signal.SIGINT) -> None:
+    """Run ``specforge fit`` until a signal ends it."""
     with pytest.raises(SystemExit) as left:
         main(["fit", *workshop.words("runs", *words)])
-    assert left.value.code == 130
+    assert left.value.code == 128 + number
 
 
 class TestInterruptAndGoOn:
@@ -159,11 +160,45 @@ class TestInterruptAndGoOn:
         assert main(["fit", *workshop.words("runs", "--data.num_workers=1", "--ckpt_path", "last")]) == 0
         assert_same_run(workshop.run_folder("runs"), whole)
 
-    def test_ctrl_c_is_given_back(self, workshop, interrupt_at):
-        handler = signal.getsignal(signal.SIGINT)
-        interrupt_at(2)
-        interrupt(workshop)
-        assert signal.getsignal(signal.SIGINT) is handler
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+    def test_signals_of_schedulers(self, workshop, straight, interrupt_at, capfd, number):
+        whole = straight("accumulated")
+        interrupt_at(6, number=number)
+        interrupt(workshop, *VARIANTS["accumulated"], number=number)
+        shown = capfd.readouterr().out
+        assert f"{number.name}: stopping after this step and saving" in shown
+        assert f"Stopped by {number.name} at step 3" in shown and "--ckpt_path last" in shown
+        interrupt_at(-1)
+        assert main(["fit", *workshop.words("runs", *VARIANTS["accumulated"], "--ckpt_path", "auto")]) == 0
+        assert_same_run(workshop.run_folder("runs"), whole)
+
+    def test_a_repeated_signal_of_a_scheduler_is_the_same_wish(self, workshop, interrupt_at, monkeypatch):
+        kill = os.kill
+        monkeypatch.setattr(os, "kill", lambda process, number: [kill(process, number) for _ in range(2)])
+        interrupt_at(2, number=signal.SIGTERM)
+        interrupt(workshop, number=signal.SIGTERM)
+
+    @pytest.mark.parametrize("batch", [2, -1])
+    def test_signals_are_given_back(self, workshop, interrupt_at, batch):
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = [signal.getsignal(number) for number in numbers]
+        interrupt_at(batch)
+        if batch > 0:
+            interrupt(workshop)
+        else:
+            assert main(["fit", *workshop.words("runs", "--trainer.max_steps=2")]) == 0
+        assert [signal.getsignal(number) for number in numbers] == before
+
+    def test_a_job_that_is_started_again_by_itself(self, workshop, straight, interrupt_at):
+        words = ["fit", *workshop.words("runs", "--ckpt_path=auto")]
+        for batch, number in ((3, signal.SIGUSR1), (4, signal.SIGTERM)):
+            interrupt_at(batch, number=number)
+            with pytest.raises(SystemExit):
+                main(words)
+        assert main(words) == 0
+        assert_same_run(workshop.run_folder("runs"), straight("plain"))
+        assert main(words) == 0  # there is nothing left to do
+        assert [path.name for path in (workshop.folder / "runs").iterdir()] == ["version_0"]
 
     def test_a_moved_checkpoint_begins_a_new_run(self, workshop, straight, interrupt_at):
         interrupt_at(3)
@@ -227,6 +262,56 @@ class TestCrash:
         crash_at(-1)
         assert main(["fit", *workshop.words("runs", *words, "--ckpt_path", "last")]) == 0
         assert_same_run(workshop.run_folder("runs"), whole)
+
+
+class TestDrawingAtRandom:
+    """A draft that draws by itself, as one with dropout does."""
+
+    @pytest.fixture(autouse=True)
+    def _draw(self, monkeypatch):
+        original = DraftModule.training_step
+
+        def step(self: DraftModule, batch: Any, batch_idx: int) -> Any:
+            return original(self, batch, batch_idx) * (0.5 + torch.rand(()))
+
+        monkeypatch.setattr(DraftModule, "training_step", step)
+
+    def test_goes_on_with_the_same_numbers(self, workshop, fit, interrupt_at):
+        # A validation follows the second stop; reading its rows draws nothing.
+        words = VARIANTS["mid-epoch validation"]
+        whole = fit("whole", *words)
+        interrupt_at(3)
+        interrupt(workshop, *words)
+        interrupt_at(5)
+        interrupt(workshop, *words, "--ckpt_path", "last")
+        assert main(["fit", *workshop.words("runs", *words, "--ckpt_path", "last")]) == 0
+        assert_same_run(workshop.run_folder("runs"), whole)
+
+
+class TestRecording:
+    """States that are kept while training: how much a stopped run has kept makes no difference."""
+
+    def test_goes_on_from_the_last_saving(self, workshop, fit, monkeypatch):
+        # Each batch is written at once, so that at the crash more is recorded than has been trained on.
+        monkeypatch.setattr(recording, "SHARD_BYTES", 1)
+        words = ["--data.features=record", "--save_every_n_steps=3", *VARIANTS["mid-epoch validation"]]
+        cache = "--data.cache_dir={}".format
+        whole = fit("whole", *words, cache(workshop.folder / "whole_cache"))
+        words.append(cache(workshop.folder / "cache"))
+        original = DraftModule.training_step
+
+        def crash(self: DraftModule, batch: Any, batch_idx: int) -> Any:
+            loss = original(self, batch, batch_idx)
+            if self.trainer.global_step == 4:
+                raise Crash
+            return loss
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DraftModule, "training_step", crash)
+            with pytest.raises(Crash):
+                fit("runs", *words)
+        resumed = fit("runs", *words, "--ckpt_path=last")
+        assert_same_run(resumed, whole)
 
 
 def start(words: list[str]) -> subprocess.Popen[str]:
@@ -315,6 +400,30 @@ class TestDamagedCheckpoints:
         message = next(line for line in shown.splitlines() if line.startswith(f"specforge {command}: error: "))
         assert str(path) in message
         assert "Traceback" not in shown
+
+    @pytest.mark.parametrize("command", ["fit", "validate"])
+    def test_another_content(self, workshop, whole, capfd, command):
+        path = workshop.folder / "damaged.ckpt"
+        content = bytearray(whole.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        self.refused(workshop, capfd, command, path)
+
+    def test_the_newest_is_passed_over(self, workshop, straight, interrupt_at, caplog):
+        interrupt_at(7)
+        interrupt(workshop, "--save_every_n_steps=3")
+        newest = workshop.run_folder("runs") / "checkpoints" / "last.ckpt"
+        newest.write_bytes(newest.read_bytes()[:-100])
+        assert main(["fit", *workshop.words("runs", "--ckpt_path=last")]) == 0
+        assert f"passed over: {newest} is damaged" in caplog.text
+        assert_same_run(workshop.run_folder("runs"), straight("plain"))
+
+    def test_other_data(self, workshop, interrupt_at, capfd):
+        interrupt_at(3)
+        interrupt(workshop)
+        for words in (["--data.seed=7"], ["--data.max_length=128"], ["--data.batch_size=5"]):
+            assert main(["fit", *workshop.words("runs", "--ckpt_path=last", *words)]) == 2
+            assert "stands after 6 of 16 (packed) rows" in capfd.readouterr().err
 
     @pytest.mark.parametrize("command", ["fit", "validate"])
     @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])

@@ -5,17 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from specforge.errors import UsageError
 from specforge.training.runs import resolve_checkpoint, runs, version_of
 
 
 def checkpoint(output_dir: Path, version: int | str, name: str = "last") -> Path:
-    """Create an empty checkpoint file of a run."""
+    """Create a small checkpoint of a run."""
     path = output_dir / f"version_{version}" / "checkpoints" / f"{name}.ckpt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+    content = {"state_dict": {"weight": torch.zeros(1000)}, "loops": {}, "pytorch-lightning_version": "2"}
+    torch.save(content, path)
     return path
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def foreign(path: Path) -> None:
+    torch.save({"weight": torch.zeros(1000)}, path)
 
 
 class TestRuns:
@@ -69,6 +89,59 @@ class TestResolve:
     def test_a_folder_is_no_file(self, tmp_path):
         with pytest.raises(UsageError, match="no such file"):
             resolve_checkpoint(str(tmp_path), tmp_path)
+
+
+DAMAGES = [truncated, flipped, emptied, foreign]
+
+
+class TestDamaged:
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_is_named_and_the_one_before_is_found(self, tmp_path, caplog, damage):
+        previous, newest = checkpoint(tmp_path, 1, "previous"), checkpoint(tmp_path, 1)
+        assert resolve_checkpoint("last", tmp_path) == newest
+        damage(newest)
+        for wanted in ("last", "auto"):
+            caplog.clear()
+            assert resolve_checkpoint(wanted, tmp_path) == previous
+            assert [str(newest) in record.message for record in caplog.records] == [True]
+
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_is_refused_where_it_was_asked_for(self, tmp_path, damage):
+        checkpoint(tmp_path, 1, "previous")
+        newest = checkpoint(tmp_path, 1)
+        damage(newest)
+        with pytest.raises(UsageError, match="checkpoint") as caught:
+            resolve_checkpoint(str(newest), tmp_path)
+        assert str(newest) in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["last", "best"])
+    def test_in_the_newest_run_that_of_the_run_before_is_found(self, tmp_path, caplog, name):
+        found, newest = checkpoint(tmp_path, 1, name), checkpoint(tmp_path, 2, name)
+        truncated(newest)
+        assert resolve_checkpoint(name, tmp_path) == found
+        assert str(newest) in caplog.text
+
+    def test_where_nothing_is_whole_all_are_named(self, tmp_path, caplog):
+        damaged = [checkpoint(tmp_path, number) for number in (1, 2)]
+        for path in damaged:
+            truncated(path)
+        with pytest.raises(UsageError, match=r"no run in .* has a whole checkpoint 'last'"):
+            resolve_checkpoint("last", tmp_path)
+        assert all(str(path) in caplog.text for path in damaged)
+
+    def test_what_a_killed_saving_left_is_no_checkpoint(self, tmp_path):
+        whole = checkpoint(tmp_path, 1)
+        whole.with_name(".last.ckpt").write_bytes(b"half")
+        assert resolve_checkpoint("last", tmp_path) == whole
+
+
+def test_auto_begins_a_new_run_where_there_is_none(tmp_path):
+    assert resolve_checkpoint("auto", tmp_path) is None
+    checkpoint(tmp_path, 0, "best")
+    assert resolve_checkpoint("auto", tmp_path) is None
+    newest = checkpoint(tmp_path, 1)
+    (tmp_path / "version_2").mkdir()
+    assert resolve_checkpoint("auto", tmp_path) == newest
 
 
 class TestVersion:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specforge.data.features.dtypes import encode, torch_dtype
+from specforge.data.features.dtypes import decode, encode, torch_dtype
 from specforge.data.features.manifest import FeatureNeeds, Manifest, describe_layers
 from specforge.data.features.plan import SHARD_BYTES
 from specforge.data.features.reading import read_from
@@ -89,6 +89,10 @@ class FeatureRecorder:
                     self._bytes += kept * self.manifest.token_bytes
         if self._bytes >= SHARD_BYTES:
             self.flush()
+
+    def rounded(self, states: Tensor) -> Tensor:
+        """Return states as they are read again once they are recorded, in the type that they have."""
+        return decode(encode(states, torch_dtype(self.manifest.dtype))[0], None, states.dtype)
 
     def flush(self) -> None:
         """Write what has been recorded since the last time; where that fails, training goes on without it."""

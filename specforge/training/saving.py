@@ -1,0 +1,66 @@
+"""Checkpoints on disk: whole under their names at any moment, whatever ends the process."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+from specforge.training.runs import LAST, PREVIOUS
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, waits until the disk has it, and renames it.
+
+    Lightning's own writer takes a second copy in memory and a third in the system's temporary folder, from where it is
+    copied if that is another disk: killed meanwhile, it leaves half a file under the checkpoint's name.
+
+    The ``last.ckpt`` that is replaced is kept as ``previous.ckpt``, to go on from if the new one is damaged.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: It cannot be written, which the message says with its path; earlier ones are as they were.
+        """
+        path = Path(path)
+        beside = path.with_name(f".{path.name}")  # the next saving overwrites what a killed one leaves
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(checkpoint, beside)
+            if path.name == LAST and path.exists():
+                path.replace(path.with_name(PREVIOUS))
+            beside.replace(path)
+            _sync(path.parent)
+        except OSError as error:
+            with suppress(OSError):
+                beside.unlink()
+            raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # the writer of torch hides why the file took no more
+                raise error.__context__ from None
+            raise
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Have the disk know the names in a folder, too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

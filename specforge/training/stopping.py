@@ -1,0 +1,65 @@
+"""How a run ends early: signals that ask it to save and stop, and processes that are lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from types import FrameType
+
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class StopRequest:
+    """Whether a signal has asked to stop; all processes of a run come to know of it at the same step."""
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._process = 0
+
+    def listen(self, trainer: Trainer) -> None:
+        """Take over the signals; Lightning gives them back when the run ends, however it ends.
+
+        They are SIGINT, SIGTERM, and the one that SLURM is asked to send before it ends a job (SIGUSR1, unless the
+        trainer's plugin says otherwise). Lightning's own handler of that one saves in the middle of a step.
+        """
+        self._received, self._process = 0, os.getpid()
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        asked = environment.requeue_signal if isinstance(environment, SLURMEnvironment) else None
+        for number in {signal.SIGINT, signal.SIGTERM, asked or signal.SIGUSR1}:
+            signal.signal(number, self._on_signal)
+
+    def agreed(self, trainer: Trainer) -> int:
+        """Return the signal that any process has received, 0 for none; every process has to ask at the same moment."""
+        if trainer.world_size == 1:
+            return self._received
+        own = torch.tensor(self._received, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(own, reduce_op="max"))
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a process that loads batches, which is needed up to the last step
+        if self._received:
+            # Only a person means it when they ask again; schedulers and launchers repeat themselves.
+            if number == self._received == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self._received = number
+        again = "; press Ctrl-C again to stop at once without saving" if number == signal.SIGINT else ""
+        _write(f"\n{signal.Signals(number).name}: stopping after this step and saving{again}.\n")
+
+
+def is_of_a_lost_process(error: RuntimeError) -> bool:
+    """Tell whether an error comes from talking to a process of the run that is no longer there."""
+    # Gloo has no type of its own for it.
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+@rank_zero_only
+def _write(text: str) -> None:
+    # Not print: the signal may have come in the middle of another print, which cannot be entered twice.
+    with suppress(OSError):
+        os.write(1, text.encode())
