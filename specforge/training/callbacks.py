@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -37,8 +37,8 @@ def fit_callbacks(arguments: list[str], save_every_n_steps: int, folder: Path | 
         Throughput(),
         RandomState(),
         BatchNumbers(),
-        LastCheckpoint(arguments, save_every_n_steps),
         BestCheckpoint(folder),
+        LastCheckpoint(arguments, save_every_n_steps),
         DraftWriter(arguments),
     ]
 
@@ -132,8 +132,10 @@ class Throughput(Callback):
         self._since = time.perf_counter()
 
 
-class LastCheckpoint(Callback):
+class LastCheckpoint(Checkpoint):
     """Saves the last state as ``checkpoints/last.ckpt``: every so many steps, after each epoch, and on a signal.
+
+    Lightning calls a ``Checkpoint`` after other callbacks and in the order given, here after the best has been chosen.
 
     Args:
         arguments: The words after ``specforge fit``.
@@ -165,16 +167,16 @@ class LastCheckpoint(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when it is time, or when a signal asks to stop."""
-        # Between optimizer steps there are gradients that a checkpoint does not hold.
-        if trainer.global_step == self._saved_step or trainer.fit_loop._should_accumulate():
-            return
-        # A validation that is due would be left out on going on, so it is waited for.
-        if not _validation_is_due(trainer, batch_idx):
-            self._leaving = self._stop.agreed(trainer)
-        is_last_step = trainer.global_step == trainer.max_steps
-        if self._leaving or is_last_step or trainer.global_step % self.every_n_steps == 0:
-            self._save(trainer)
+        """Save when it is time, or when a signal asks to stop; where a validation follows the step, after that."""
+        # What is saved before a validation goes on behind it, and the best draft would be chosen without it.
+        loop = trainer.fit_loop
+        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            self._save_if_it_is_time(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after a validation in the middle of an epoch, for the step before it."""
+        if not trainer.sanity_checking:
+            self._save_if_it_is_time(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after each epoch; where the run ends inside one, its last step has been saved already."""
@@ -191,6 +193,16 @@ class LastCheckpoint(Callback):
         if self._epoch_is_over:
             for scope in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
                 scope["completed"] = scope["processed"]
+
+    def _save_if_it_is_time(self, trainer: Trainer) -> None:
+        # Between optimizer steps there are gradients that a checkpoint does not hold.
+        between_steps = trainer.global_step == self._saved_step or trainer.fit_loop._should_accumulate()
+        if between_steps or _epoch_is_complete(trainer):  # the whole epoch is saved when it has ended
+            return
+        self._leaving = self._stop.agreed(trainer)
+        is_last_step = trainer.global_step == trainer.max_steps
+        if self._leaving or is_last_step or trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(checkpoint_folder(trainer) / LAST)
@@ -266,12 +278,6 @@ def _best(trainer: Trainer) -> BestCheckpoint:
 def _epoch_is_complete(trainer: Trainer) -> bool:
     batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     return bool(trainer.is_last_batch or batches >= trainer.num_training_batches)
-
-
-def _validation_is_due(trainer: Trainer, batch_idx: int) -> bool:
-    by_epoch = trainer.check_val_every_n_epoch is not None
-    batches = (batch_idx if by_epoch else trainer.fit_loop.total_batch_idx) + 1
-    return _epoch_is_complete(trainer) or bool(batches % trainer.val_check_batch == 0)
 
 
 def command(subcommand: str, arguments: list[str], checkpoint: str) -> str:

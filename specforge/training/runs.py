@@ -64,11 +64,11 @@ def check_checkpoint(path: Path) -> None:
         UsageError: The file is damaged, or something else.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch itself compares no checksums
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged files fail in many ways
-        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UsageError(f"{path} is damaged or not a checkpoint of a run: {reason}") from error
     if damaged is not None:
         raise UsageError(f"{path} is damaged: the checksum of {damaged} in it is wrong")

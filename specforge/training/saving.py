@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from specforge.training.runs import LAST, PREVIOUS
+from specforge.errors import UsageError
+from specforge.training.runs import LAST, PREVIOUS, check_checkpoint
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -21,6 +22,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     The ``last.ckpt`` that is replaced is kept as ``previous.ckpt``, to go on from if the new one is damaged.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last_is_whole = False
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -35,14 +40,25 @@ class WholeCheckpointIO(TorchCheckpointIO):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(checkpoint, beside)
-            if path.name == LAST and path.exists():
-                path.replace(path.with_name(PREVIOUS))
+            if path.name == LAST:
+                # One that another process has left may be the reason why this one goes on from the one before it.
+                if self._last_is_whole or _is_whole(path):
+                    path.replace(path.with_name(PREVIOUS))
+                self._last_is_whole = True
             beside.replace(path)
             _sync(path.parent)
         except OSError as error:
             with suppress(OSError):
                 beside.unlink()
             raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        check_checkpoint(path)
+    except UsageError:
+        return False
+    return True
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:

@@ -93,6 +93,23 @@ def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.
     assert not different
 
 
+def assert_same_values(first: Any, second: Any) -> None:
+    """Compare nested states, tensors bit for bit."""
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same_values(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same_values(one, other)
+    else:
+        assert first == second
+
+
 def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
     """Return step and value of what a run logged under a tag, over all its event files."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
