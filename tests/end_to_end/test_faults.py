@@ -1,0 +1,155 @@
+"""Runs that are ended at random moments, again and again, and always come to the same weights.
+
+SPECFORGE_FAULTS=50 says how often; with -s, each is shown.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quickstart_runs import Workshop, assert_same_values, assert_same_weights
+from run_processes import QUIET, Process, begin
+from safetensors.torch import load_file
+
+from specforge.__main__ import main
+from specforge.data.features import recording
+from specforge.training.module import DraftModule
+from specforge.training.runs import resolve_checkpoint
+
+FAULTS = int(os.environ.get("SPECFORGE_FAULTS", "9"))
+RUNS: dict[str, dict[str, Any]] = {
+    "eagle3, accumulated": {
+        "trainer": {"max_steps": 9, "accumulate_grad_batches": 2, "val_check_interval": 4},
+    },
+    "eagle with noise, recorded": {
+        "algorithm": "eagle",
+        "trainer": {"max_steps": 18, "val_check_interval": 4},
+        "model": {"optimizer": {"lr": 1e-3}, "schedule": {"warmup": 1}},
+        "data": {"features": "record"},
+    },
+    "mlp, two stages": {
+        "algorithm": "mlp",
+        "trainer": {"max_steps": 14},
+        "model": {
+            "draft": {"num_layers": 2, "intermediate_size": 48},
+            "stage_two": {"begin": 7, "prompt_length": 16, "new_tokens": 4},
+        },
+    },
+}
+
+
+def kill(process: Process, chance: random.Random, last: Path) -> set[int]:
+    process.send(signal.SIGKILL)
+    return {-signal.SIGKILL}
+
+
+def ask_to_stop(process: Process, chance: random.Random, last: Path) -> set[int]:
+    process.send(signal.SIGTERM)
+    return {128 + signal.SIGTERM, -signal.SIGTERM}  # the second before training has begun
+
+
+def fill_the_disk(process: Process, chance: random.Random, last: Path) -> set[int]:
+    """Let no file grow further than somewhere within a checkpoint."""
+    limit = chance.randrange(10_000, 1_000_000)
+    resource.prlimit(process.child, resource.RLIMIT_FSIZE, (limit, limit))
+    return {1}
+
+
+def kill_and_damage(process: Process, chance: random.Random, last: Path) -> set[int]:
+    """Kill, and then cut the newest checkpoint off, change a bit of it, or put another file in its place."""
+    process.send(signal.SIGKILL)
+    ended = os.waitid(os.P_PID, process.child, os.WEXITED | os.WNOWAIT)
+    if ended is not None and ended.si_code == os.CLD_KILLED and last.exists():
+        content = bytearray(last.read_bytes())
+        place = chance.randrange(len(content))
+        how = chance.choice(["cut", "changed", "foreign"])
+        content[place] ^= 1 << chance.randrange(8)
+        last.write_bytes({"cut": content[:place], "changed": content, "foreign": b"hello"}[how])
+    return {-signal.SIGKILL}
+
+
+KINDS = [kill, ask_to_stop, fill_the_disk, kill_and_damage]
+# What the run itself says, where it can say something.
+SAID = {128 + signal.SIGTERM: "To go on:  specforge fit", 1: "cannot be written"}
+SAVE_EVERY = 2
+
+
+@pytest.fixture(autouse=True)
+def progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that says how many steps are done; what is recorded is written at once."""
+    file = tmp_path / "step"
+    original = DraftModule.training_step
+
+    def step(self: DraftModule, batch: Any, batch_idx: int) -> Any:
+        with file.open("a", encoding="utf-8") as steps:
+            steps.write(f"{self.trainer.global_step}\n")
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(DraftModule, "training_step", step)
+    monkeypatch.setattr(recording, "SHARD_BYTES", 1)
+    return file
+
+
+def assert_same_outcome(run: Path, whole: Path) -> None:
+    first, second = (torch.load(one / "checkpoints" / "last.ckpt", weights_only=True) for one in (run, whole))
+    for key in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
+        assert_same_values(first[key], second[key])
+    first, second = (load_file(one / "draft" / "model.safetensors") for one in (run, whole))
+    assert_same_weights(first, second)
+
+
+def newest(output: Path) -> Path:
+    return max(output.glob("version_*"), key=lambda run: int(run.name.removeprefix("version_")), default=output)
+
+
+@pytest.mark.parametrize(("number", "name"), enumerate(RUNS))
+def test_whatever_ends_a_run_it_comes_to_the_same_weights(workshop: Workshop, progress: Path, number: int, name: str):
+    for key, value in RUNS[name].items():
+        own = workshop.values[key]
+        workshop.values[key] = value if key == "model" or isinstance(value, str) else own | value
+    # What a run records is its own: the next finds nothing recorded.
+    output, cache = workshop.folder / "runs", workshop.folder / "cache"
+    words = ["fit", *workshop.words("runs", QUIET, f"--save_every_n_steps={SAVE_EVERY}", "--ckpt_path=auto")]
+    words.append(f"--data.cache_dir={cache}")
+    log = workshop.folder / "output.log"
+    begun = time.monotonic()
+    assert begin(lambda: main(words), log).wait() == 0, log.read_text(encoding="utf-8")
+    seconds = time.monotonic() - begun
+    whole = output.rename(workshop.folder / "whole") / "version_0"
+    shutil.rmtree(cache / "features", ignore_errors=True)
+
+    chance = random.Random(number)
+    faults = [KINDS[one % len(KINDS)] for one in range(number, FAULTS, len(RUNS))]
+    while faults:
+        log.unlink()
+        progress.unlink(missing_ok=True)
+        process = begin(lambda: main(words), log)
+        time.sleep(chance.uniform(0, seconds))
+        expected = faults[0](process, chance, newest(output) / "checkpoints" / "last.ckpt")
+        status = process.wait()
+        if status == 0:  # the fault came too late, which does not count
+            assert_same_outcome(newest(output), whole)
+            shutil.rmtree(output)
+            shutil.rmtree(cache / "features", ignore_errors=True)
+            continue
+        assert status in expected, process.shown
+        assert "Traceback" not in process.shown and SAID.get(status, "") in process.shown, process.shown
+        # At most what came after the last checkpoint is done again; after the one before, if the last is damaged.
+        found = resolve_checkpoint("auto", output)
+        saved = torch.load(found, weights_only=True)["global_step"] if found else 0
+        steps = progress.read_text(encoding="utf-8").split() if progress.exists() else []
+        done = int(steps[-1]) if steps else saved
+        again = max(0, done - saved)  # asked to stop, a run finishes and saves one step more
+        assert again <= 2 * SAVE_EVERY
+        print(f"fault | {name} | {faults.pop(0).__name__} | {status} | {bool(steps)} | {done} | {again}")
+    assert begin(lambda: main(words), log).wait() == 0, log.read_text(encoding="utf-8")
+    assert_same_outcome(newest(output), whole)
