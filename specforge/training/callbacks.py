@@ -210,7 +210,9 @@ class LastCheckpoint(Checkpoint):
 
     def _leave(self, trainer: Trainer, number: int) -> None:
         why = "Interrupted" if number == signal.SIGINT else f"Stopped by {signal.Signals(number).name}"
-        how = "" if trainer.world_size == 1 else ", under the same launcher"
+        environment = trainer._accelerator_connector.cluster_environment
+        launched = trainer.world_size > 1 and environment.creates_processes_externally
+        how = ", under the same launcher" if launched else ""
         say(
             f"\n{why} at step {trainer.global_step}; everything up to it is saved in "
             f"{checkpoint_folder(trainer) / LAST}.\nTo go on{how}:  {command('fit', self.arguments, 'last')}"

@@ -185,7 +185,7 @@ class TrainingCLI(LightningCLI):
                 raise
             raise SpecforgeError(
                 f"rank {self.trainer.global_rank} stopped at step {self.trainer.global_step}, because another process "
-                "of the run has ended; that one has said why. Then go on with --ckpt_path last"
+                "of the run has ended; its output, or the launcher's, says why. Then go on with --ckpt_path last"
             ) from error
 
 

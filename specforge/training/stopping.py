@@ -27,7 +27,7 @@ class StopRequest:
         trainer's plugin says otherwise). Lightning's own handler of that one saves in the middle of a step.
         """
         self._received, self._process = 0, os.getpid()
-        environment = getattr(trainer.strategy, "cluster_environment", None)
+        environment = trainer._accelerator_connector.cluster_environment
         asked = environment.requeue_signal if isinstance(environment, SLURMEnvironment) else None
         for number in {signal.SIGINT, signal.SIGTERM, asked or signal.SIGUSR1}:
             signal.signal(number, self._on_signal)

@@ -1,7 +1,7 @@
 """The ``mlp_speculator`` layout, in which IBM's released speculators for Llama and Granite are stored.
 
-Names begin with ``speculator.``; everything else is as in ``MLPSpeculator``. No current engine runs it by itself; vLLM does
-with ``specforge_mlp.vllm``.
+Names begin with ``speculator.``; everything else is as in ``MLPSpeculator``. No current engine runs it by itself; vLLM
+does with ``specforge_mlp.vllm``.
 """
 
 from __future__ import annotations
