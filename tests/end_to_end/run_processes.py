@@ -48,7 +48,7 @@ class Process:
             if ended:
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.01)
-        os.kill(self.child, signal.SIGKILL)
+        os.killpg(self.child, signal.SIGKILL)
         os.waitpid(self.child, 0)
         raise AssertionError(f"did not end in {SECONDS} seconds:\n{self.shown}")
 
@@ -70,6 +70,7 @@ def begin(work: Callable[[], int], log: Path) -> Process:
         return Process(child, log)
     status = 70
     try:
+        os.setpgid(0, 0)  # with its own children, so that none is left behind where it hangs
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         print_to(log)
