@@ -22,6 +22,7 @@ from specforge.training.module import DraftModule
 from specforge.training.resuming import BatchNumbers, RandomState
 from specforge.training.runs import BEST, LAST, check_checkpoint
 from specforge.training.stopping import StopRequest
+from specforge.training.totals import total
 
 
 def fit_callbacks(arguments: list[str], save_every_n_steps: int, folder: Path | None) -> list[Callback]:
@@ -123,8 +124,8 @@ class Throughput(Callback):
         """Count, and log at the trainer's interval."""
         self._tokens = self._tokens + (batch["document_ids"] >= 0).sum()
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:
-            seconds = time.perf_counter() - self._since
-            pl_module.log("train/tokens_per_second", float(self._tokens) * trainer.world_size / seconds)
+            tokens = total(torch.as_tensor(self._tokens))
+            pl_module.log("train/tokens_per_second", float(tokens) / (time.perf_counter() - self._since))
             self._restart()
 
     def _restart(self) -> None:

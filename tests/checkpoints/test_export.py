@@ -27,6 +27,7 @@ from specforge.registry import installed
 from specforge.verifier.parts import VerifierParts
 
 FORMATS = sorted(installed().all(CheckpointFormat))
+AS_EAGLE = ["--format", "eagle", "--skip_verifier"]
 EXPORTS = {"README.md", "config.json", "model.safetensors", "specforge_probe.json"}
 
 
@@ -151,15 +152,7 @@ def test_a_run_without_a_draft_says_how_to_go_on(tmp_path: Path, capsys: pytest.
 def test_an_export_replaces_an_earlier_one_and_nothing_else(
     draft_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "export",
-        str(draft_of("eagle")),
-        "--format",
-        "eagle",
-        "--skip_verifier",
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    words = ["export", str(draft_of("eagle")), *AS_EAGLE, "--output", str(tmp_path / "out")]
     assert main(words) == 0
     (tmp_path / "out" / "model.safetensors").write_bytes(b"")
     assert main(words) == 0
@@ -176,15 +169,7 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(
 def test_a_failure_leaves_the_earlier_export_as_it_was(
     fails_at: int, draft_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [
-        "export",
-        str(draft_of("eagle")),
-        "--format",
-        "eagle",
-        "--skip_verifier",
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    words = ["export", str(draft_of("eagle")), *AS_EAGLE, "--output", str(tmp_path / "out")]
     assert main(words) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     replace, seen = os.replace, []

@@ -1,15 +1,13 @@
-"""Small training runs of the quickstart's verifier: their data, their configuration, and reading what they wrote."""
+"""Small training runs of the quickstart's verifier: their data and their configuration."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_runs import RunsFolder, write_rows
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
 VERIFIER = QUICKSTART / "verifier"
@@ -22,24 +20,9 @@ def rows(name: str, number: int) -> list[dict[str, Any]]:
         return [json.loads(next(file)) for _ in range(number)]
 
 
-def write_rows(path: Path, values: list[dict[str, Any]]) -> Path:
-    """Write a JSON-lines file."""
-    path.write_text("".join(json.dumps(one) + "\n" for one in values), encoding="utf-8")
-    return path
-
-
 @dataclass
-class Workshop:
-    """A folder with data, one configuration file, and the runs made from it.
-
-    Attributes:
-        folder: Where everything is.
-        cache: Folder of tokenised rows, shared by all workshops of a session.
-    """
-
-    folder: Path
-    cache: Path
-    values: dict[str, Any] = field(default_factory=dict)
+class Workshop(RunsFolder):
+    """Runs on the quickstart's verifier and some of its rows."""
 
     def __post_init__(self) -> None:
         train = write_rows(self.folder / "train.jsonl", rows("train.jsonl", 40))
@@ -64,53 +47,3 @@ class Workshop:
                 "cache_dir": str(self.cache),
             },
         }
-
-    @property
-    def config(self) -> Path:
-        """The configuration file."""
-        path = self.folder / "run.yaml"
-        path.write_text(yaml.safe_dump(self.values, sort_keys=False), encoding="utf-8")
-        return path
-
-    def words(self, output_dir: str, *more: str) -> list[str]:
-        """Return the words after the subcommand."""
-        return ["--config", str(self.config), "--output_dir", str(self.folder / output_dir), *more]
-
-    def run_folder(self, output_dir: str, version: int = 0) -> Path:
-        """Return the folder of a run."""
-        return self.folder / output_dir / f"version_{version}"
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of a training checkpoint."""
-    return torch.load(checkpoint, weights_only=True)["state_dict"]
-
-
-def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    """Compare tensors bit for bit."""
-    assert first.keys() == second.keys()
-    different = [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]
-    assert not different
-
-
-def assert_same_values(first: Any, second: Any) -> None:
-    """Compare nested states, tensors bit for bit."""
-    assert type(first) is type(second)
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_same_values(first[key], second[key])
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second)
-        for one, other in zip(first, second, strict=True):
-            assert_same_values(one, other)
-    else:
-        assert first == second
-
-
-def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
-    """Return step and value of what a run logged under a tag, over all its event files."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    return [(one.step, one.value) for one in events.Scalars(tag)]

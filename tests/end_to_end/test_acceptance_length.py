@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quickstart_runs import TTT_STEPS, VERIFIER, rows, scalars, weights, write_rows
+from quickstart_runs import TTT_STEPS, VERIFIER, rows
+from training_runs import scalars, weights, write_rows
 
 from specforge import SpeculatorModel
 from specforge.__main__ import main

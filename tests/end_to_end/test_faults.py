@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from quickstart_runs import Workshop, assert_same_values, assert_same_weights
+from quickstart_runs import Workshop
 from run_processes import QUIET, Process, begin
 from safetensors.torch import load_file
+from training_runs import assert_same_values, assert_same_weights
 
 from specforge.__main__ import main
 from specforge.data.features import recording

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from quickstart_runs import TTT_STEPS, VERIFIER, assert_same_weights, rows, scalars, weights, write_rows
+from quickstart_runs import TTT_STEPS, VERIFIER, rows
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_runs import assert_same_weights, scalars, weights, write_rows
 from transformers import AutoConfig
 
 from specforge import SpeculatorModel

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from quickstart_runs import scalars
+from training_runs import scalars
 
 from specforge.__main__ import main
 from specforge.registry import installed

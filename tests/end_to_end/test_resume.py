@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from quickstart_runs import QUICKSTART, Workshop, assert_same_values, assert_same_weights, scalars, weights
+from quickstart_runs import QUICKSTART, Workshop
 from safetensors.torch import load_file
+from training_runs import assert_same_values, assert_same_weights, scalars, weights
 
 from specforge.__main__ import main
 from specforge.data.features import recording

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from quickstart_runs import VERIFIER, Workshop, rows, scalars, write_rows
+from quickstart_runs import VERIFIER, Workshop, rows
 from safetensors.torch import save_file
+from training_runs import scalars, write_rows
 
 from specforge.__main__ import main
 from specforge.data.features.store import FeatureStore

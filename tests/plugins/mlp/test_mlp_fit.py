@@ -9,20 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from mlp_runs import (
-    HEADS,
-    NEW,
-    PROMPT,
-    TWO_STAGES,
-    VERIFIER,
-    Workshop,
-    assert_same_values,
-    checkpoint,
-    quickstart_rows,
-    scalars,
-)
+from mlp_runs import HEADS, NEW, PROMPT, TWO_STAGES, VERIFIER, Workshop, checkpoint, quickstart_rows
 from safetensors.torch import load_file
 from torch import Tensor
+from training_runs import assert_same_values, scalars
 from transformers import AutoModelForCausalLM
 
 from specforge import SpeculatorModel
