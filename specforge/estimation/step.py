@@ -91,8 +91,8 @@ class Rehearsal:
         with self._shapes, self._precision.module_init_context():
             self._verifier = _verifier(module, verifier_dtype)
             parts = VerifierParts.of(self._verifier)
-            module._frozen = (self._verifier, parts)
-            module.draft = module.build_draft(parts, cast(DraftDataModule, _Uncounted(parts)))
+            module.compile_steps = False  # what is counted stays the same
+            module.take_verifier(self._verifier, parts, cast(DraftDataModule, _Uncounted(parts)))
             self._optimizer: Optimizer = module.configure_optimizers()["optimizer"]
         module.train()
         self._hook_layers()

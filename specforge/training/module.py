@@ -188,13 +188,23 @@ class DraftModule(LightningModule, ABC):
         data: DraftDataModule = self.trainer.datamodule
         all_stored = data.use_features(self.feature_needs, self.trainer.state.fn)
         self._recorder = data.recorder
-        self._frozen = self._load_verifier(whole=self.runs_verifier or not all_stored)
-        self.draft = self.build_draft(self.parts, data)
+        self.take_verifier(*self._load_verifier(whole=self.runs_verifier or not all_stored), data)
         if self.init_from is not None:
             start_from(self.draft, self.init_from)
-        prepare_steps(self.draft, self.activation_checkpointing, self.compile_steps)
         for stage, metrics in self.means.items():
             self.add_module(f"{stage}_means", metrics)
+
+    def take_verifier(self, verifier: PreTrainedModel | None, parts: VerifierParts, data: DraftDataModule) -> None:
+        """Hold the frozen verifier, and create the draft towards it.
+
+        Args:
+            verifier: All of it; None where all its states are stored.
+            parts: Its embeddings, norm and head.
+            data: Knows how often each token is supervised.
+        """
+        self._frozen = verifier, parts
+        self.draft = self.build_draft(parts, data)
+        prepare_steps(self.draft, self.activation_checkpointing, self.compile_steps)
 
     def _load_verifier(self, whole: bool) -> tuple[PreTrainedModel | None, VerifierParts]:
         device = self.trainer.strategy.root_device

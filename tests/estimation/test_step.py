@@ -39,6 +39,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "optimizer": MUON,
         },
     ),
+    "eagle3 with activations recomputed": (
+        "eagle3",
+        {"ttt_steps": 3, "draft": Eagle3DraftSettings(draft_vocab_size=512), "activation_checkpointing": True},
+    ),
     "eagle": ("eagle", {}),
     "hass": ("eagle", {"alignment_steps": 3, "objective": {"cross_entropy": 0.1, "top_k": 1.0}}),
     "mlp": ("mlp", {}),
@@ -80,10 +84,9 @@ class RealStep:
         module.trainer = self._trainer
         verifier = load_verifier(VERIFIER_FOLDER)
         parts = VerifierParts.of(verifier)
-        module._frozen = (verifier, parts)
         counts = torch.zeros(parts.config.vocab_size, dtype=torch.int64)
         data: Any = SimpleNamespace(vocabulary_counts=lambda: counts)
-        module.draft = module.build_draft(parts, data)
+        module.take_verifier(verifier, parts, data)
         module.train()
         self.optimizer = module.configure_optimizers()["optimizer"]
 
@@ -156,6 +159,14 @@ def test_parts_of_a_step_add_up_by_hand(batch):
     # The document's last two tokens, and those before the one that ends a prompt, have no target that counts.
     supervised = 2 * places * width * config.vocab_size
     assert 0 < cost.flops[HEAD] < 3 * supervised
+
+
+def test_recomputed_activations_are_not_kept(batch):
+    kept, recomputed = (
+        Rehearsal(make_module(*CASES[case]), make_trainer(), torch.float32).run(batch).memory.kept
+        for case in ("eagle3", "eagle3 with activations recomputed")
+    )
+    assert recomputed < 0.3 * kept
 
 
 def test_memory_follows_the_precision(batch):

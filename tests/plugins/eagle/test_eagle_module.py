@@ -32,8 +32,7 @@ def make_module(tiny_verifiers, name="llama", **options) -> EagleModule:
     torch.manual_seed(0)
     module = EagleModule(verifier=str(made.folder), noise=0.0, **options)
     parts = VerifierParts.from_pretrained(str(made.folder))
-    module._frozen = (made.model, parts)
-    module.draft = module.build_draft(parts, SimpleNamespace())
+    module.take_verifier(made.model, parts, SimpleNamespace())
     return module
 
 

@@ -23,8 +23,7 @@ def make_module(tiny_verifiers: Mapping[str, Any], size: int | None, **options: 
     settings = Eagle3DraftSettings(draft_vocab_size=size, **options.pop("draft", {}))
     module = Eagle3Module(verifier=str(made.folder), draft=settings, **options)
     parts = VerifierParts.from_pretrained(str(made.folder))
-    module._frozen = (made.model, parts)
-    module.draft = module.build_draft(parts, DATA)
+    module.take_verifier(made.model, parts, DATA)
     return module
 
 
