@@ -102,7 +102,7 @@ class ResumableLoader(DataLoader[Batch]):
             "items": min(self._yielded * self.stride, self.sampler.number),
             "stride": self.stride,
             "of": self.sampler.number,
-            "seed": self.sampler.seed,
+            "seed": int(self.sampler.seed),  # bounded numbers of the command line are no part of safe checkpoints
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -42,6 +42,7 @@ class TestFiles:
             "config.yaml",
             "checkpoints/last.ckpt",
             "checkpoints/best.ckpt",
+            "checkpoints/previous.ckpt",
             "draft/config.json",
             "draft/model.safetensors",
         }
