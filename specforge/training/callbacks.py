@@ -250,6 +250,7 @@ class DraftWriter(Callback):
         next_steps.append(
             f"compare it   {shlex.join(['specforge', 'evaluate', str(run / 'draft'), '--prompts', 'FILE'])}"
         )
+        next_steps.append(f"serve it     {shlex.join(['specforge', 'export', str(run), '--format', 'NAME'])}")
         next_steps.append(f"load it      SpeculatorModel.from_pretrained({str(run / 'draft')!r})")
         draft.save_pretrained(run / "draft")
         say("\n  ".join([f"\nDone: {run / 'draft'} holds {which}.", *next_steps]))
