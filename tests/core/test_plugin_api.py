@@ -1,0 +1,62 @@
+"""The plugin API as text. Changing it breaks or extends a promise: docs/versioning.md says which number to raise."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import FrozenInstanceError, fields, is_dataclass
+from typing import get_args
+
+import pluggy
+import pytest
+
+from specforge import hookspecs, registry
+
+SIGNATURES = """\
+Algorithm(name: str, summary: str, config: str, model: str, module: str | None = None, data: str | None = None, \
+proposals: tuple[str, ...] = ('greedy', 'sampling', 'static_tree', 'dynamic_tree'))
+CheckpointFormat(name: str, summary: str, algorithm: str, layout: str)
+Command(name: str, summary: str, run: str)
+Objective(name: str, summary: str, function: str, uses_mean_acceptance: bool = False, uses_text: bool = False)
+ProposalMethod(name: str, summary: str, config: str, proposer: str)
+specforge_algorithms() -> Iterable[Algorithm]
+specforge_checkpoint_formats() -> Iterable[CheckpointFormat]
+specforge_commands() -> Iterable[Command]
+specforge_objectives() -> Iterable[Objective]
+specforge_proposals() -> Iterable[ProposalMethod]
+"""
+DESCRIPTORS = get_args(hookspecs.Descriptor)
+
+
+def signature(named: type | object) -> str:
+    """Return name, arguments, defaults and result of a hook or a descriptor, without the modules of types."""
+    found = str(inspect.signature(named, eval_str=True))
+    for module in ("collections.abc.", "specforge.hookspecs."):
+        found = found.replace(module, "")
+    return named.__name__ + found.removesuffix(" -> None")
+
+
+def hooks() -> list[object]:
+    """Every function that pluggy takes for a hook, and no other."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    return [one for name, one in vars(hookspecs).items() if manager.parse_hookspec_opts(hookspecs, name) is not None]
+
+
+def test_signatures():
+    found = sorted(map(signature, [*DESCRIPTORS, *hooks()]))
+    assert found == SIGNATURES.splitlines(), "the plugin API has changed: docs/versioning.md says what that asks for"
+
+
+def test_every_dataclass_of_the_contract_is_held():
+    declared = [one for one in vars(hookspecs).values() if inspect.isclass(one) and is_dataclass(one)]
+    assert set(declared) == set(DESCRIPTORS) == set(registry.KINDS.values())
+
+
+@pytest.mark.parametrize("kind", DESCRIPTORS, ids=lambda kind: kind.__name__)
+def test_descriptors_are_frozen(kind):
+    descriptor = kind(*["x"] * len(fields(kind)))
+    with pytest.raises(FrozenInstanceError):
+        descriptor.name = "y"
+
+
+def test_where_plugins_are_found():
+    assert (hookspecs.PROJECT, registry.GROUP) == ("specforge", "specforge.plugins")
