@@ -1,0 +1,138 @@
+"""``specforge doctor``: whether this machine and environment can do what the other commands need."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, get_session, get_token
+from huggingface_hub.errors import OfflineModeIsEnabled
+from packaging.requirements import Requirement
+
+from specforge.data.module import default_cache
+from specforge.estimation.table import in_units
+from specforge.registry import installed
+
+DESCRIPTION = """\
+Look at versions, devices, memory, disk, the hub and plugins, and name what is wrong. Nothing is loaded or written; the
+hub is waited for no longer than a few seconds. Exit status 1 says that something has to be mended.
+
+  specforge doctor"""
+DISTRIBUTION = "specforge-lightning"
+HUB_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        what: Its name.
+        state: What was found.
+        mend: What to do about it, where something has to be done.
+    """
+
+    what: str
+    state: str
+    mend: str | None = None
+
+
+def run(arguments: list[str]) -> int:
+    """Print what was found, section by section."""
+    parser = argparse.ArgumentParser(
+        prog="specforge doctor", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args(arguments)
+    machine = f"{platform.system()} {platform.machine()}"
+    print(f"specforge {version(DISTRIBUTION)}, Python {platform.python_version()}, {machine}")
+    faults = 0
+    for look in SECTIONS:
+        print(f"\n{look.__name__}")
+        for finding in look():
+            print(f"  {finding.what:<18} {finding.state}")
+            if finding.mend is not None:
+                print(f"  FAULT: {finding.mend}")
+                faults += 1
+    if faults:
+        print(f"\n{faults} fault(s). Mend them, then: specforge doctor")
+        return 1
+    print("\nNothing is wrong. To see a draft trained:\n  specforge fit --config configs/quickstart.yaml")
+    return 0
+
+
+def packages() -> Iterator[Finding]:
+    """Compare what is installed with what specforge asks for."""
+    asked = map(Requirement, requires(DISTRIBUTION) or [])
+    for one in sorted((one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})), key=str):
+        try:
+            found = version(one.name)
+        except PackageNotFoundError:
+            yield Finding(one.name, "not installed", f"pip install '{one}'")
+            continue
+        fits = one.specifier.contains(found, prereleases=True)
+        yield Finding(one.name, f"{found:<12} {one.specifier}", None if fits else f"pip install '{one}'")
+
+
+def devices() -> Iterator[Finding]:
+    """Name the processor and every accelerator, with memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield Finding("cpu", f"{os.cpu_count()} cores, {in_units(memory, 'B')} of memory")
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        yield Finding("accelerator", f"none that torch {torch.__version__} can use; training runs on the processor")
+    elif accelerator.type == "mps":
+        yield Finding("mps", "shares the processor's memory")
+    else:
+        for number in range(torch.accelerator.device_count()):
+            name = torch.get_device_module(accelerator).get_device_name(number)
+            free, total = torch.accelerator.get_memory_info(number)
+            sizes = f"{in_units(free, 'B')} of {in_units(total, 'B')} free"
+            yield Finding(f"{accelerator.type}:{number}", f"{name}, {sizes}")
+
+
+def disk() -> Iterator[Finding]:
+    """Measure the room where runs and caches lie."""
+    for what, folder in (("working directory", Path.cwd()), ("caches", default_cache())):
+        there = next(one for one in (folder, *folder.parents) if one.exists())
+        free = in_units(shutil.disk_usage(there).free, "B")
+        mend = (
+            None if os.access(there, os.W_OK) else f"{there} cannot be written to; work elsewhere, or change its rights"
+        )
+        yield Finding(what, f"{folder}: {free} free", mend)
+
+
+def hub() -> Iterator[Finding]:
+    """Ask the hub for an answer; runs on local folders do without, so that none is no fault."""
+    endpoint = HfApi().endpoint
+    try:
+        get_session().head(endpoint, timeout=HUB_SECONDS)
+        state = "reachable"
+    except OfflineModeIsEnabled:
+        state = "not asked, since HF_HUB_OFFLINE is set; verifiers and data must lie in folders or in the hub's cache"
+    except Exception as error:  # names, proxies, certificates and networks each fail in their own ways
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        state = f"not reachable ({reason}); verifiers and data must lie in folders or in the hub's cache"
+    yield Finding(endpoint, state)
+    yield Finding(
+        "login", "a token is stored" if get_token() else "none; models with a licence to accept need: hf auth login"
+    )
+
+
+def plugins() -> Iterator[Finding]:
+    """Name every plugin, with its faults."""
+    for plugin in installed().plugins:
+        yield Finding(
+            plugin.name,
+            f"{plugin.package} {plugin.version}, contributes {len(plugin.descriptors)}",
+            "; ".join(plugin.faults) or None,
+        )
+
+
+SECTIONS: tuple[Callable[[], Iterator[Finding]], ...] = (packages, devices, disk, hub, plugins)
