@@ -1,0 +1,55 @@
+"""Medusa heads (https://arxiv.org/abs/2401.10774) for specforge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from specforge.hookspecs import Algorithm, CheckpointFormat, Command, Objective, hookimpl
+
+
+@hookimpl
+def specforge_algorithms() -> Iterable[Algorithm]:
+    """One head for each drafted token, all of which read the same state."""
+    return [
+        Algorithm(
+            name="medusa",
+            summary="Medusa: independent heads on the verifier's last state",
+            config="specforge_medusa.config:MedusaConfig",
+            model="specforge_medusa.model:MedusaModel",
+            module="specforge_medusa.module:MedusaModule",
+            data="specforge.data.module:DraftDataModule",
+        )
+    ]
+
+
+@hookimpl
+def specforge_objectives() -> Iterable[Objective]:
+    """What a greedy verifier accepts."""
+    return [
+        Objective(
+            "top_token",
+            "cross-entropy with the verifier's most probable token",
+            "specforge_medusa.objectives:top_token_cross_entropy",
+        )
+    ]
+
+
+@hookimpl
+def specforge_checkpoint_formats() -> Iterable[CheckpointFormat]:
+    """The layout that specforge stores drafts in; the core writes it for any algorithm."""
+    return [
+        CheckpointFormat(
+            "speculators",
+            "the speculators layout, as specforge stores it; no engine loads it",
+            algorithm="medusa",
+            layout="specforge.checkpoints.speculators:SpeculatorsLayout",
+        )
+    ]
+
+
+@hookimpl
+def specforge_commands() -> Iterable[Command]:
+    """A look at what the heads say."""
+    return [
+        Command("medusa-heads", "show what each Medusa head proposes behind a text", "specforge_medusa.command:run")
+    ]

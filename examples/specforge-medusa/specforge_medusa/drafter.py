@@ -1,0 +1,49 @@
+"""Medusa heads at work: all of them speak when the verifier has decided, and a node hears the head of its depth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from specforge.models.drafter import Drafter
+from specforge.verifier.features import Features
+
+if TYPE_CHECKING:
+    from specforge_medusa.model import MedusaModel
+
+
+class MedusaDrafter(Drafter):
+    """Drafts with independent heads.
+
+    Args:
+        network: The network, attached to its verifier.
+    """
+
+    def __init__(self, network: MedusaModel) -> None:
+        self._network = network
+        self.max_depth = network.config.num_heads
+
+    @torch.no_grad()
+    def commit(self, tokens: Tensor, features: Features, counts: Tensor) -> None:
+        """Ask every head once, at the verifier's state before the last decided token."""
+        rows = torch.arange(len(tokens), device=tokens.device)
+        last = Features(features.aux[rows, counts - 1, None], features.last[rows, counts - 1, None])
+        states = self._network.first_state(last)[:, 0]
+        heads = range(self._network.config.num_heads)
+        by_head = [self._network.logits(self._network.advance(states, head), head) for head in heads]
+        self._by_head = torch.stack(by_head, dim=1)
+        # Of the root, then of the nodes.
+        self._depths = torch.zeros_like(tokens[:, :1])
+        self.root = self._by_head[:, 0]
+
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Return what the heads of the nodes' depths have said."""
+        rows = torch.arange(len(parents), device=parents.device)[:, None]
+        depths = self._depths[rows, parents + 1] + 1
+        self._depths = torch.cat([self._depths, depths], dim=1)
+        return self._by_head[rows, depths]
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the sequences; the next ``commit`` brings all that there is to know of them."""

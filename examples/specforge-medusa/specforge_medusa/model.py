@@ -1,0 +1,87 @@
+"""Medusa heads (https://arxiv.org/abs/2401.10774): each reads the verifier's last state alone.
+
+With f_t the verifier's last state after its final norm, head i = 0, 1, ... computes
+
+    h_i = f_t + SiLU(block_i f_t),    logits of x_{t+2+i} = lm_head_i h_i
+
+These are the rows of ``specforge.models.alignment``, except that x_{t+1+i}, which they could read, is not looked at.
+
+Letters in shapes: B rows, T tokens a row, H the verifier's width, V its vocabulary, K heads.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specforge.config import SpeculatorModelConfig
+from specforge.errors import UsageError
+from specforge.models.speculator import SpeculatorModel
+from specforge.verifier.features import Features
+from specforge_medusa.config import MedusaConfig
+from specforge_medusa.drafter import MedusaDrafter
+
+
+class MedusaModel(SpeculatorModel):
+    """Drafts with independent heads.
+
+    Args:
+        config: The draft's configuration.
+    """
+
+    config_class: ClassVar[type[SpeculatorModelConfig]] = MedusaConfig
+    config: MedusaConfig
+
+    def __init__(self, config: MedusaConfig) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.block = nn.ModuleList(nn.Linear(width, width) for _ in range(config.num_heads))
+        self.lm_head = nn.ModuleList(nn.Linear(width, config.vocab_size, bias=False) for _ in range(config.num_heads))
+
+    @torch.no_grad()
+    def borrow_weights(self) -> None:
+        """Start as published: every head says what the verifier's own head says."""
+        for block, head in zip(self.block, self.lm_head, strict=True):
+            nn.init.zeros_(cast(Tensor, block.weight))
+            nn.init.zeros_(cast(Tensor, block.bias))
+            cast(Tensor, head.weight).copy_(self.verifier_parts.lm_head.weight)
+
+    @property
+    def head_weights(self) -> list[Tensor]:
+        """The matrix of each head, [V, H]."""
+        return [cast(Tensor, head.weight) for head in self.lm_head]
+
+    @torch.no_grad()
+    def first_state(self, features: Features) -> Tensor:
+        """Return what all heads read, [B, T, H]."""
+        last: Tensor = self.verifier_parts.norm(features.last)
+        return last.to(self.head_weights[0].dtype)
+
+    def advance(self, states: Tensor, step: int) -> Tensor:
+        """Return what the head of a step makes of the verifier's states [..., H], before its matrix."""
+        return states + F.silu(self.block[step](states))
+
+    def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
+        """Turn the states of a step [..., H] into logits [..., V]."""
+        logits: Tensor = self.lm_head[step](hidden)
+        return logits
+
+    def unroll(
+        self, input_ids: Tensor, features: Features, position_ids: Tensor, document_ids: Tensor, steps: int
+    ) -> Tensor:
+        """Run the first heads at every row; tokens, positions and documents are not looked at.
+
+        Raises:
+            UsageError: More steps than heads are asked for.
+        """
+        if steps > self.config.num_heads:
+            raise UsageError(f"this draft has {self.config.num_heads} heads, and {steps} steps are asked for")
+        states = self.first_state(features)
+        return torch.stack([self.advance(states, step) for step in range(steps)])
+
+    def drafter(self, batch_size: int) -> MedusaDrafter:
+        """Begin to draft for some sequences."""
+        return MedusaDrafter(self)

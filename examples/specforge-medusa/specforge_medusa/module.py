@@ -1,0 +1,94 @@
+"""Training Medusa heads: the run's settings, and one batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse.typing import PositiveInt
+
+from specforge.bounds import Decay
+from specforge.config import SpeculatorsConfig, VerifierConfig
+from specforge.data.module import DraftDataModule
+from specforge.models.alignment import align
+from specforge.proposals import GreedyTokenProposalConfig
+from specforge.training.distillation import DraftSteps, Teacher, distill
+from specforge.training.module import Batch, DraftModule
+from specforge.training.optimizers import OptimizerSettings
+from specforge.training.schedules import ScheduleSettings
+from specforge.verifier.features import Features
+from specforge.verifier.parts import VerifierParts
+from specforge_medusa.config import MedusaConfig
+from specforge_medusa.model import MedusaModel
+
+
+class MedusaModule(DraftModule):
+    """Trains Medusa heads towards a frozen verifier.
+
+    Args:
+        heads: Number of heads: the most tokens that are drafted in a round.
+        objective: Losses to add up, by name, each with its weight; text is the published hard cross-entropy.
+        step_decay: Weight of head k is this to the power of k.
+        optimizer: How weights are updated.
+        schedule: How the learning rate moves.
+    """
+
+    draft: MedusaModel
+
+    def __init__(
+        self,
+        heads: PositiveInt = 3,
+        objective: dict[str, float] = {"text": 1.0},  # noqa: B006  (never changed; shown as the default in --help)
+        step_decay: Decay = 0.8,
+        optimizer: OptimizerSettings = OptimizerSettings(lr=1e-3),
+        schedule: ScheduleSettings = ScheduleSettings(warmup=0.1),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(objective=objective, step_decay=step_decay, optimizer=optimizer, schedule=schedule, **kwargs)
+        self.heads = heads
+
+    @property
+    def aux_layers(self) -> list[int]:
+        """None: the heads read the verifier's last state."""
+        return []
+
+    @property
+    def num_steps(self) -> int:
+        """Number of heads."""
+        return self.heads
+
+    def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> MedusaModel:
+        """Create the heads, which start as the verifier's own."""
+        draft = MedusaModel(
+            MedusaConfig(
+                hidden_size=parts.config.hidden_size,
+                vocab_size=parts.config.vocab_size,
+                num_heads=self.heads,
+                speculators_config=SpeculatorsConfig(
+                    algorithm="medusa",
+                    proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=self.heads)],
+                    default_proposal_method="greedy",
+                    verifier=VerifierConfig.from_config(self.verifier_config, self.stored_verifier_name),
+                ),
+            )
+        )
+        draft.attach_verifier(parts)
+        draft.borrow_weights()
+        return draft
+
+    def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
+        """Run all heads at every row, and compare them with the text and the verifier."""
+        alignment = align(batch["loss_mask"], batch["document_ids"], self.num_steps)
+        targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
+        states = self.draft.unroll(
+            batch["input_ids"], features, batch["position_ids"], batch["document_ids"], self.num_steps
+        )
+        return distill(
+            states.flatten(1, 2),
+            self.draft.head_weights,
+            Teacher(features.last.flatten(0, 1), self.parts, None),
+            targets,
+            supervised,
+            self.terms,
+            self.step_weights(supervised),
+            labels=self.labels(batch, targets),
+        )

@@ -1,0 +1,149 @@
+"""The heads against their equation, in training and at work, and text that is the verifier's own."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specforge.errors import UsageError
+from specforge.models.speculator import SpeculatorModel
+from specforge.registry import GROUP, Registry
+from specforge.training.objectives import Distributions
+from specforge.verifier.features import Features, capture
+from specforge.verifier.parts import VerifierParts
+from specforge_medusa.config import MedusaConfig
+from specforge_medusa.model import MedusaModel
+from specforge_medusa.module import MedusaModule
+from specforge_medusa.objectives import top_token_cross_entropy
+
+HEADS, WIDTH, VOCABULARY = 3, 16, 29
+NO_DATA: Any = None
+
+
+@pytest.fixture
+def verifier() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config).double().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def draft(verifier: LlamaForCausalLM) -> MedusaModel:
+    model = MedusaModel(MedusaConfig(hidden_size=WIDTH, vocab_size=VOCABULARY, num_heads=HEADS)).double()
+    model.attach_verifier(verifier)
+    return model
+
+
+def random_states(batch: int, length: int) -> Features:
+    return Features(torch.empty(batch, length, 0, WIDTH), torch.randn(batch, length, WIDTH, dtype=torch.float64))
+
+
+@torch.no_grad()
+def test_training_computes_the_equation(draft: MedusaModel) -> None:
+    features = random_states(2, 5)
+    nothing = torch.zeros(2, 5, dtype=torch.int64)
+    hidden = draft.unroll(nothing, features, nothing, nothing, HEADS)
+    weights = draft.state_dict()
+    state = draft.verifier_parts.norm(features.last[1, 3])
+    for head in range(HEADS):
+        inner = weights[f"block.{head}.weight"] @ state + weights[f"block.{head}.bias"]
+        expected = weights[f"lm_head.{head}.weight"] @ (state + inner * torch.sigmoid(inner))
+        torch.testing.assert_close(draft.logits(hidden[head], head)[1, 3], expected)
+
+
+def test_more_steps_than_heads_are_refused(draft: MedusaModel) -> None:
+    nothing = torch.zeros(1, 5, dtype=torch.int64)
+    with pytest.raises(UsageError, match="has 3 heads, and 4 steps"):
+        draft.unroll(nothing, random_states(1, 5), nothing, nothing, HEADS + 1)
+
+
+def test_heads_start_as_the_verifiers_own(draft: MedusaModel) -> None:
+    draft.borrow_weights()
+    features = random_states(1, 4)
+    nothing = torch.zeros(1, 4, dtype=torch.int64)
+    hidden = draft.unroll(nothing, features, nothing, nothing, HEADS)
+    for head in range(HEADS):
+        torch.testing.assert_close(draft.logits(hidden[head], head), draft.verifier_parts.logits(features.last))
+
+
+@torch.no_grad()
+def test_a_node_hears_the_head_of_its_depth(draft: MedusaModel) -> None:
+    features, counts = random_states(2, 5), torch.tensor([3, 5])
+    nothing = torch.zeros(2, 5, dtype=torch.int64)
+    hidden = draft.unroll(nothing, features, nothing, nothing, HEADS)
+    trained = torch.stack([draft.logits(hidden[head], head) for head in range(HEADS)])
+    drafter = draft.drafter(2)
+    drafter.commit(nothing, features, counts)
+    torch.testing.assert_close(drafter.root, trained[0, [0, 1], counts - 1])
+    drafter.step(torch.tensor([[4, 9], [7, 4]]), torch.tensor([[-1, -1], [-1, -1]]))
+    below = drafter.step(torch.tensor([[8, 2], [5, 3]]), torch.tensor([[0, -1], [-1, 1]]))
+    expected = [[trained[2, 0, 2], trained[1, 0, 2]], [trained[1, 1, 4], trained[2, 1, 4]]]
+    torch.testing.assert_close(below, torch.stack([torch.stack(row) for row in expected]))
+
+
+@pytest.mark.parametrize("proposal", ["greedy:speculative_tokens=3", "static_tree:depth=3", "dynamic_tree:depth=3"])
+def test_the_text_is_the_verifiers_own(draft: MedusaModel, verifier: LlamaForCausalLM, proposal: str) -> None:
+    prompt = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    expected = verifier.generate(prompt, do_sample=False, max_new_tokens=20, pad_token_id=0)
+    assert torch.equal(draft.generate(prompt, max_new_tokens=20, proposal=proposal), expected)
+
+
+def test_a_stored_draft_is_found_by_its_name(draft: MedusaModel, tmp_path: Path) -> None:
+    draft.save_pretrained(tmp_path)
+    loaded = SpeculatorModel.from_pretrained(tmp_path)
+    assert isinstance(loaded, MedusaModel)
+    own = draft.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_the_objective_reads_the_verifiers_best_token() -> None:
+    log_q = torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]))
+    log_p = torch.log(torch.tensor([[0.2, 0.7, 0.1], [0.3, 0.3, 0.4]]))
+    torch.testing.assert_close(
+        top_token_cross_entropy(Distributions(log_q, log_p, log_p)), -torch.log(torch.tensor([0.3, 0.8]))
+    )
+
+
+@pytest.mark.parametrize("objective", ["text", "top_token"])
+def test_steps_of_training_lower_the_loss(verifier: LlamaForCausalLM, tmp_path: Path, objective: str) -> None:
+    verifier.float().save_pretrained(tmp_path)
+    module = MedusaModule(verifier=str(tmp_path), heads=HEADS, objective={objective: 1.0})
+    module.take_verifier(verifier, VerifierParts.of(verifier), NO_DATA)
+    optimizer = torch.optim.AdamW(module.draft.parameters(), lr=1e-2)
+    tokens = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(12).expand(2, -1)
+    batch = {
+        "input_ids": tokens,
+        "loss_mask": torch.ones_like(tokens, dtype=torch.bool),
+        "document_ids": torch.zeros_like(tokens),
+        "position_ids": positions,
+    }
+    losses = []
+    for _ in range(20):
+        outcome = module.draft_steps(batch, capture(verifier, tokens, positions, module.aux_layers))
+        losses.append(outcome.loss.item())
+        optimizer.zero_grad()
+        outcome.loss.backward()
+        optimizer.step()
+    assert list(outcome.terms) == [objective]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_the_package_registers_itself_without_a_fault() -> None:
+    [plugin] = [one for one in Registry(entry_points(group=GROUP)).plugins if one.name == "medusa"]
+    assert plugin.package == "specforge-medusa" and not plugin.faults
