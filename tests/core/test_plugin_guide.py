@@ -1,0 +1,35 @@
+"""The guide for plugins shows the example's own code, and the example knows of the core what a stranger may."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "specforge-medusa"
+LISTING = re.compile(r"<!-- from (\S+) -->\n```\w+\n(.*?)```", re.DOTALL)
+LISTINGS = LISTING.findall((ROOT / "docs" / "plugins.md").read_text(encoding="utf-8"))
+
+
+def test_there_are_listings_of_every_kind_of_contribution() -> None:
+    assert {name for name, _ in LISTINGS} == {
+        "pyproject.toml",
+        *(f"specforge_medusa/{name}.py" for name in ("__init__", "config", "drafter", "model", "module", "objectives")),
+    }
+
+
+@pytest.mark.parametrize(("name", "listing"), LISTINGS, ids=[text.strip().splitlines()[-1] for _, text in LISTINGS])
+def test_a_listing_is_a_piece_of_the_example(name: str, listing: str) -> None:
+    source = (EXAMPLE / name).read_text(encoding="utf-8")
+    # A method is shown without the indentation that it has in its class.
+    assert listing in source or textwrap.indent(listing, "    ") in source
+
+
+def test_the_example_builds_on_no_other_plugin_and_no_command() -> None:
+    for path in (EXAMPLE / "specforge_medusa").rglob("*.py"):
+        known = set(re.findall(r"^\s*(?:from|import) (specforge\w*(?:\.\w+)?)", path.read_text(encoding="utf-8"), re.M))
+        others = {name for name in known if name.startswith("specforge_") and not name.startswith("specforge_medusa")}
+        assert not others and "specforge.commands" not in known, path.name
