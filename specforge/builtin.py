@@ -24,7 +24,7 @@ def specforge_commands() -> Iterable[Command]:
         Command("convert", "read a published draft, to measure it or train on", "specforge.commands.convert:run"),
         Command("verify", "check an export: alone, beside its verifier, or served", "specforge.commands.verify:run"),
         Command("doctor", "look for what is wrong here: versions, devices, hub", "specforge.commands.doctor:run"),
-        Command("plugins", "list the installed plugins and their faults", "specforge.commands.plugins:run"),
+        Command("plugins", "list the installed plugins and their faults; begin one", "specforge.commands.plugins:run"),
     ]
 
 

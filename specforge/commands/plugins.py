@@ -1,19 +1,38 @@
-"""``specforge plugins``: what is installed, what it contributes, and what is wrong with it."""
+"""``specforge plugins``: what is installed, what it contributes, and what is wrong with it; and a new one."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from specforge.commands.plugin_start import PREFIX, write_start
 from specforge.hookspecs import Algorithm
 from specforge.registry import KINDS, Plugin, installed, key_of
 
 
 def run(arguments: list[str]) -> int:
-    """Print every plugin with its package, version, contributions and faults."""
-    argparse.ArgumentParser(prog="specforge plugins", description=run.__doc__).parse_args(arguments)
+    """Print every plugin with its package, version, contributions and faults; or begin a new one."""
+    parser = argparse.ArgumentParser(prog="specforge plugins", description=run.__doc__)
+    subcommands = parser.add_subparsers(dest="subcommand", metavar="new")
+    summary = "write a package to begin a plugin with, which trains, drafts and passes its own tests"
+    new = subcommands.add_parser("new", help=summary, description=summary)
+    new.add_argument("name", help="what the algorithm is called: lower-case letters, digits and _")
+    new.add_argument("--output", type=Path, help=f"folder of the package (default: {PREFIX}NAME)")
+    found = parser.parse_args(arguments)
+    if found.subcommand == "new":
+        _begin(found.name, found.output or Path(f"{PREFIX}{found.name}"))
+        return 0
     for plugin in installed().plugins:
         print(describe(plugin))
     return 0
+
+
+def _begin(name: str, folder: Path) -> None:
+    write_start(name, folder)
+    print(f"Done: {folder} holds a plugin with the algorithm {name}; docs/plugins.md tells what each file is for.")
+    print(f"  install it   pip install -e '{folder}[test]'")
+    print(f"  test it      pytest {folder / 'tests'}")
+    print(f"  its settings specforge fit --algorithm {name} --help")
 
 
 def describe(plugin: Plugin) -> str:

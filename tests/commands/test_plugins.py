@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from specforge.__main__ import main
+from specforge.commands import plugin_start
 from specforge.commands.plugins import describe
 from specforge.hookspecs import Algorithm, Command, Objective
 from specforge.registry import Plugin, installed
@@ -62,3 +69,50 @@ def test_stray_word(capsys):
         status = left.code
     assert status == 2
     assert "stray" in capsys.readouterr().err
+
+
+def register(package: Path) -> None:
+    """Give a folder that stands on the path the metadata that an installation would."""
+    settings = tomllib.loads((package / "pyproject.toml").read_text())["project"]
+    folder = package / f"{settings['name'].replace('-', '_')}-{settings['version']}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {settings['name']}\nVersion: 0.1.0\n")
+    [(group, points)] = settings["entry-points"].items()
+    lines = [f"[{group}]", *(f"{name} = {module}" for name, module in points.items())]
+    (folder / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_a_new_plugin_passes_its_own_tests(tmp_path, capsys):
+    package = tmp_path / "mine"
+    assert main(["plugins", "new", "my_heads", "--output", str(package)]) == 0
+    assert f"pytest {package}" in capsys.readouterr().out
+    register(package)
+    path = os.pathsep.join([str(package), *sys.path])
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    ran = subprocess.run(words, cwd=package, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert ran.returncode == 0 and "passed" in ran.stdout, ran.stdout + ran.stderr
+
+
+def test_a_new_plugin_has_its_name_everywhere(tmp_path):
+    package = tmp_path / "mine"
+    assert main(["plugins", "new", "my_heads", "--output", str(package)]) == 0
+    template = Path(plugin_start.TEMPLATE)
+    word = tomllib.loads((template / "pyproject.toml").read_text())["project"]["name"].removeprefix("specforge-")
+    files = [path for path in package.rglob("*") if path.is_file()]
+    assert {"__init__.py", "model.py", "test_my_heads.py", "pyproject.toml"} <= {path.name for path in files}
+    assert not [path for path in files if word in str(path.relative_to(package)) or word in path.read_text()]
+    assert "class MyHeadsModel(" in (package / "specforge_my_heads" / "model.py").read_text()
+
+
+@pytest.mark.parametrize("name", ["My", "1st", "with-dash", "eagle3", "core", "lightning"])
+def test_a_name_that_cannot_be_used(name, tmp_path, capsys):
+    assert main(["plugins", "new", name, "--output", str(tmp_path / "mine")]) == 2
+    assert repr(name) in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_plugin_replaces_nothing(tmp_path, capsys):
+    (tmp_path / "notes").write_text("mine")
+    assert main(["plugins", "new", "my_heads", "--output", str(tmp_path)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]

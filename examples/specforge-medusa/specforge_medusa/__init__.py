@@ -27,7 +27,7 @@ def specforge_objectives() -> Iterable[Objective]:
     """What a greedy verifier accepts."""
     return [
         Objective(
-            "top_token",
+            "medusa_top_token",
             "cross-entropy with the verifier's most probable token",
             "specforge_medusa.objectives:top_token_cross_entropy",
         )

@@ -119,7 +119,7 @@ def test_the_objective_reads_the_verifiers_best_token() -> None:
     )
 
 
-@pytest.mark.parametrize("objective", ["text", "top_token"])
+@pytest.mark.parametrize("objective", ["text", "medusa_top_token"])
 def test_steps_of_training_lower_the_loss(verifier: LlamaForCausalLM, tmp_path: Path, objective: str) -> None:
     verifier.float().save_pretrained(tmp_path)
     module = MedusaModule(verifier=str(tmp_path), heads=HEADS, objective={objective: 1.0})
