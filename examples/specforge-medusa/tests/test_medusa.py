@@ -16,6 +16,7 @@ from specforge.registry import GROUP, Registry
 from specforge.training.objectives import Distributions
 from specforge.verifier.features import Features, capture
 from specforge.verifier.parts import VerifierParts
+from specforge_medusa.command import run
 from specforge_medusa.config import MedusaConfig
 from specforge_medusa.model import MedusaModel
 from specforge_medusa.module import MedusaModule
@@ -109,6 +110,12 @@ def test_a_stored_draft_is_found_by_its_name(draft: MedusaModel, tmp_path: Path)
     assert isinstance(loaded, MedusaModel)
     own = draft.state_dict()
     assert all(torch.equal(tensor, own[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_the_subcommand_says_what_a_draft_lacks(draft: MedusaModel, tmp_path: Path) -> None:
+    draft.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="name_or_path is missing"):
+        run([str(tmp_path), "--prompt", "What?"])
 
 
 def test_the_objective_reads_the_verifiers_best_token() -> None:
