@@ -1,0 +1,63 @@
+"""The recipes for large verifiers: each builds its draft and its data from the verifier's config.json alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from specforge.commands.estimate import EstimateCLI
+from specforge.commands.trainer import choose
+from specforge.estimation.step import Rehearsal
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs" / "models").glob("*.yaml"))
+VERIFIERS = Path(__file__).parent / "verifiers"
+PAGE = (ROOT / "docs" / "recipes.md").read_text()
+# Weights in billions, as the models are published.
+PUBLISHED = {"llama-3.1-8b": 8.03, "llama-3.3-70b": 70.55, "qwen3-8b": 8.19, "qwen3-32b": 32.76, "gpt-oss-20b": 20.91}
+
+
+def verifier_of(recipe: Path) -> str:
+    return recipe.stem.rpartition("-")[0]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Rows of tokens, which need no tokenizer."""
+    path = tmp_path / "rows.jsonl"
+    row = {"input_ids": list(range(1, 65)), "loss_mask": [0] * 16 + [1] * 48}
+    path.write_text("\n".join([json.dumps(row)] * 4))
+    return path
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_builds_draft_and_data(recipe, rows, tmp_path):
+    sources = ["--data.train", str(rows), "--data.validation", str(rows), "--data.cache_dir", str(tmp_path / "cache")]
+    words = ["--config", str(recipe), "--verifier", str(VERIFIERS / verifier_of(recipe)), *sources]
+    cli = EstimateCLI(choose(words, ""), words, "estimate")
+
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup("fit")
+    batch = next(iter(cli.datamodule.train_dataloader()))
+    assert batch["input_ids"].shape == (1, 4 * 64), "packed"
+
+    cli.trainer.fit_loop.epoch_loop.max_steps = 100_000  # a schedule is laid out over steps
+    Rehearsal(cli.model, cli.trainer, torch.bfloat16)
+    weights = sum(one.numel() for one in cli.model.verifier.parameters())
+    assert weights / 1e9 == pytest.approx(PUBLISHED[verifier_of(recipe)], abs=0.01)
+    trained = sum(one.numel() for one in cli.model.draft.parameters() if one.requires_grad)
+    assert re.search(rf"`{re.escape(recipe.name)}` \| {trained / 1e6:,.0f} M \|", PAGE), (recipe.name, trained)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_says_how_it_is_run(recipe):
+    head = recipe.read_text().split("algorithm:")[0]
+    assert f"specforge fit --config {recipe.relative_to(ROOT)} --config configs/trainer/one_node.yaml" in head
+
+
+def test_every_verifier_has_a_recipe():
+    assert {verifier_of(recipe) for recipe in RECIPES} == set(PUBLISHED) == {one.name for one in VERIFIERS.iterdir()}
