@@ -32,7 +32,7 @@ from specforge.training.optimizers import OptimizerSettings, build_optimizer
 from specforge.training.schedules import ScheduleSettings, build_schedule
 from specforge.training.steps import prepare_steps
 from specforge.training.totals import processes, total
-from specforge.verifier.features import Features, capture, check_logits
+from specforge.verifier.features import Features, capture, check_documents, check_logits
 from specforge.verifier.fingerprint import fingerprint
 from specforge.verifier.loading import VerifierLoading, VerifierType, load_config, load_verifier
 from specforge.verifier.parts import VerifierParts
@@ -214,6 +214,8 @@ class DraftModule(LightningModule, ABC):
             else:
                 verifier = load_verifier(self.verifier_name, self.verifier_loading).to(device)
             check_logits(verifier)
+            if self.trainer.datamodule.packing:
+                check_documents(verifier)
             return verifier, VerifierParts.of(verifier)
         parts = VerifierParts.from_pretrained(self.verifier_name, self.verifier_loading)
         for part in (parts.embed_tokens, parts.norm, parts.lm_head):

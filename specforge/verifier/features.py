@@ -127,6 +127,27 @@ def check_logits(verifier: PreTrainedModel) -> None:
         )
 
 
+@torch.no_grad()
+def check_documents(verifier: PreTrainedModel) -> None:
+    """Make sure that a document of a packed row does not read the one before it.
+
+    Families that attend in a way of their own, and whose masks are made without the positions, let it.
+
+    Raises:
+        UsageError: It does.
+    """
+    vocabulary = verifier.config.get_text_config().vocab_size
+    tokens = torch.arange(1, 9).remainder(vocabulary)[None].to(verifier.device)
+    others = torch.cat([tokens[:, :4].flip(1), tokens[:, 4:]], dim=1)
+    positions = torch.arange(4, device=tokens.device).repeat(2)[None]
+    behind, behind_others = (capture(verifier, one, positions, [0]).last[:, 4:] for one in (tokens, others))
+    if not torch.allclose(behind, behind_others, atol=1e-2 * float(behind.abs().max()), rtol=0):
+        raise UsageError(
+            f"data.packing: {type(verifier).__name__} attends across the documents of a packed row, so drafts would "
+            "learn from states that serving does not have; train with data.packing: false and data.features: live"
+        )
+
+
 def decoder_layers(verifier: PreTrainedModel) -> nn.ModuleList:
     """Return the list of a verifier's decoder layers.
 

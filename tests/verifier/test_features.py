@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 from specforge.errors import UsageError
-from specforge.verifier.features import capture, check_aux_layers, default_aux_layers
+from specforge.verifier.features import capture, check_aux_layers, check_documents, default_aux_layers
 
 FAMILIES = ["llama", "llama-tied", "qwen3", "gemma2", "gemma3"]
 
@@ -105,3 +106,16 @@ def test_too_few_layers_for_the_default_are_refused_with_an_example_that_works(n
         default_aux_layers(number)
     example = str(caught.value).rpartition("[")[2].rstrip("]")
     check_aux_layers([int(one) for one in example.split(",")], number)
+
+
+def test_documents_that_would_read_each_other_are_refused(tiny_verifiers):
+    for made in tiny_verifiers.values():
+        check_documents(made.model)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "head_dim": 8}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    verifier = AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **experts)).eval()
+    for parameter in verifier.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    with pytest.raises(UsageError, match="attends across the documents of a packed row"):
+        check_documents(verifier)

@@ -30,7 +30,7 @@ from specforge.registry import installed
 from specforge.training.cli import TrainingCLI
 from specforge.training.config_files import choose_algorithm
 from specforge.training.module import DraftModule
-from specforge.verifier.features import capture, check_logits
+from specforge.verifier.features import capture, check_documents, check_logits
 from specforge.verifier.loading import load_verifier
 
 DESCRIPTION = """\
@@ -151,6 +151,7 @@ class _Verifier:
         """The verifier, on the accelerator of this process."""
         verifier = load_verifier(self.module.verifier_name, self.module.verifier_loading)
         check_logits(verifier)
+        check_documents(verifier)  # rows are packed here, whatever training does
         if torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
             verifier.to(torch.accelerator.current_accelerator())
