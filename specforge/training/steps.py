@@ -18,6 +18,8 @@ def prepare_steps(draft: SpeculatorModel, activation_checkpointing: bool, compil
         activation_checkpointing: Keep only what a step reads and returns, and run it again in the backward pass.
         compiled: Let torch.compile fuse what lies around the attention.
     """
+    if not (activation_checkpointing or compiled):
+        return
     advance = draft.advance
     if compiled:
         advance = torch.compile(advance)

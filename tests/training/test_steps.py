@@ -35,9 +35,8 @@ def make_module(name: str, tiny_verifiers: Mapping[str, Any]) -> DraftModule:
     torch.manual_seed(0)
     module = MODULES[name](verifier=str(made.folder))
     parts = VerifierParts.of(made.model)
-    module._frozen = (made.model, parts)
     data: Any = SimpleNamespace(vocabulary_counts=lambda: torch.arange(61, 0, -1))
-    module.draft = module.build_draft(parts, data)
+    module.take_verifier(made.model, parts, data)
     return module
 
 

@@ -62,6 +62,7 @@ class MLPProposer:
         self._check(model.get_hidden_size(), model.get_vocab_size())
         self._draft.to(device=vllm_config.device_config.device, dtype=model.dtype)
         self._states = torch.empty(0)
+        self._num_draft_tokens: list[int] | None = None
         _hand_over_states()
 
     def load_model(self, *_: Any, **__: Any) -> None:

@@ -29,8 +29,7 @@ def make_module(tiny_verifiers: Mapping[str, Any], name: str = "llama", **option
     module = MLPModule(verifier=str(folder), draft=MLPDraftSettings(**options.pop("draft", {})), **options)
     verifier = AutoModelForCausalLM.from_pretrained(folder).double().eval().requires_grad_(False)
     parts = VerifierParts.of(verifier)
-    module._frozen = (verifier, parts)
-    module.draft = module.build_draft(parts, NO_DATA)
+    module.take_verifier(verifier, parts, NO_DATA)
     fill(module.draft, 4)
     module.draft.double()
     return module
@@ -161,10 +160,9 @@ def test_text_is_an_objective_of_other_algorithms_too(tiny_verifiers: Mapping[st
         ttt_steps=steps,
         objective={"text": 1.0},
     )
-    module._frozen = (made.model, VerifierParts.of(made.model))
     # Frequent tokens have low ids, so that the draft vocabulary is 0..D-1.
     data: Any = SimpleNamespace(vocabulary_counts=lambda: torch.arange(61, 0, -1))
-    module.draft = module.build_draft(module.parts, data)
+    module.take_verifier(made.model, VerifierParts.of(made.model), data)
     batch = make_batch()
     features = module.features(batch)
     outcome = module.draft_steps(batch, features)
