@@ -7,17 +7,14 @@ import multiprocessing
 import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from local_server import local_server
 from quickstart_prompts import QUESTIONS, QUICKSTART, VERIFIER
 
 from specforge.__main__ import main
@@ -254,42 +251,9 @@ class TestKilled:
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """``transformers serve`` with the quickstart's verifier; its URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [
-        "serve",
-        str(VERIFIER),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-    ]
-    log = tmp_path_factory.mktemp("engine") / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "transformers.cli.transformers", *words], stdout=file, stderr=file
-        )
-    try:
-        while not _is_up(port):
-            assert process.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _is_up(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-            return True
-    except OSError:
-        return False
+    words = ["serve", str(VERIFIER), "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"]
+    with local_server("transformers.cli.transformers", words, tmp_path_factory.mktemp("engine") / "log", {}) as url:
+        yield f"{url}/v1"
 
 
 class TestThroughTransformersServe:

@@ -25,6 +25,7 @@ from specforge.data.features.store import FeatureStore
 from specforge.data.module import LIVE, DraftDataModule
 from specforge.data.sources import check_source
 from specforge.errors import UsageError
+from specforge.estimation.table import in_units
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
 from specforge.training.cli import TrainingCLI
@@ -168,7 +169,7 @@ def _print_savings(plan: Plan, manifest: Manifest) -> None:
     tokens = sum(shard.tokens for shard in manifest.shards)
     size = sum(shard.bytes for shard in manifest.shards)
     print(
-        f"{len(plan.kept):,} rows, {tokens:,} tokens: {size / 1e6:,.1f} MB in {len(manifest.shards):,} file(s), "
+        f"{len(plan.kept):,} rows, {tokens:,} tokens: {in_units(size, 'B')} in {len(manifest.shards):,} file(s), "
         f"{manifest.token_bytes:,} bytes a token ({manifest.dtype})"
     )
     all_layers = manifest.layers[-1] + 1

@@ -1,0 +1,51 @@
+"""A server on this machine, for as long as a test needs it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def local_server(module: str, words: list[str], log: Path, environment: Mapping[str, str]) -> Iterator[str]:
+    """Run ``python -m module`` on a free port; yield its address when it is healthy.
+
+    Args:
+        module: A server that knows ``--port`` and answers at ``/health``.
+        words: What it is given besides.
+        log: Where to write what it says.
+        environment: Variables on top of this process's own.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *words, "--port", str(port)],
+            env={**os.environ, **environment},
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        while not _is_up(port):
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _is_up(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+            return True
+    except OSError:
+        return False
