@@ -7,7 +7,7 @@ costs less than the attention itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -45,24 +45,38 @@ class DocumentLayout:
         groups = tuple(group.to(document_ids.device) for group in _group(starts, lengths))
         return cls(groups, whole_rows)
 
-    def attend(self, attention: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    def in_order(self, order: Tensor) -> Self:
+        """Return where the same documents lie in one row [1, B * T] that holds the tokens in another order.
+
+        Args:
+            order: The token at each place, int64 [B * T].
+        """
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        groups = tuple(torch.where(group >= 0, place[group], -1) for group in self.groups)
+        return type(self)(groups, whole_rows=False)
+
+    def attend(self, attention: Callable[..., Tensor], queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
         """Apply causal attention to each document.
 
         Args:
-            attention: Maps tensors [G, heads, L, width] to one [G, heads, L, width].
-            *tensors: Its inputs over the batch, [B, heads, T, width] each.
+            attention: Maps tensors [G, heads, L, width], first those of queries, to one [G, heads, L, width].
+            queries: Its inputs over the batch that belong to queries, [B, heads, T, width] each; where the batch is
+                one row, they may hold its first tokens alone.
+            keys: Its inputs that belong to keys, [B, heads, T, width] each, of all tokens.
 
         Returns:
-            The output over the batch, [B, heads, T, width]; zero on padding, except where rows are whole.
+            The output at the queries, [B, heads, T, width]; zero on padding, except where rows are whole.
         """
         if self.whole_rows:
-            return attention(*tensors)
-        batch, _, length, _ = tensors[0].shape
-        flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in tensors]
+            return attention(*queries, *keys)
+        batch, _, length, _ = queries[0].shape
+        flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (*queries, *keys)]
         places, outputs = [], []
         for group in self.groups:
-            real = group >= 0
-            gathered = [tensor[group.clamp(min=0)].transpose(1, 2) for tensor in flat]
+            # What stands for a missing query is any other; what comes of it is left out.
+            real = (group >= 0) & (group < batch * length)
+            gathered = [tensor[group.clamp(0, len(tensor) - 1)].transpose(1, 2) for tensor in flat]
             outputs.append(attention(*gathered).transpose(1, 2)[real])
             places.append(group[real])
         packed = torch.cat(outputs)

@@ -6,45 +6,70 @@ with the square of the length. Here each later step is one extra *selector* key,
 own logit for that step in an extra feature, the selector is one-hot in that feature, and its value is one-hot too, so
 that the output reports the weight which the softmax gave it. The weight times the row's own value is then added.
 Selectors stand before the step-0 keys, so plain causal attention lets every row see all of them.
+
+A step runs the rows that are needed of it alone (``specforge.models.draft_rows``); the others are attended to.
+
+Letters in shapes: N rows (a flattened batch), n rows that a step runs, D width of a head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from specforge.documents import DocumentLayout
+from specforge.models.draft_attention import DraftAttention
+from specforge.models.draft_rows import DraftRows
+
+KeysAndValues = tuple[Tensor, Tensor]
+T = TypeVar("T")
 
 
 class TrainingTimeTest:
     """Keys and values of the steps so far, by layer.
 
     Args:
-        layout: The documents of the batch.
+        document_ids: Which document a token belongs to, -1 for padding, [B, T].
+        rows: The rows that are run, in one row [1, n] each step.
     """
 
-    def __init__(self, layout: DocumentLayout) -> None:
-        self.layout = layout
-        self._keys: dict[int, list[Tensor]] = {}
-        self._values: dict[int, list[Tensor]] = {}
+    def __init__(self, document_ids: Tensor, rows: DraftRows) -> None:
+        self.layout = DocumentLayout.of(document_ids).in_order(rows.order)
+        self._steps: dict[int, list[KeysAndValues]] = {}
+        self._others: dict[int, KeysAndValues] = {}
 
     def at(self, step: int) -> TrainingTimeStep:
         """Return the attention of a step, 0 for the first one; all earlier ones have run before it is used."""
         return TrainingTimeStep(self, step)
 
-    def until(self, step: int, layer: int, key: Tensor, value: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Remember a layer's keys and values of a step, and return those of steps 0 .. step."""
-        found = []
-        for states, own in ((self._keys, key), (self._values, value)):
-            known = states.setdefault(layer, [])
-            found.append([*known[:step], own])
-            # Where activations are recomputed, a step runs again when later ones have run already.
-            if len(known) == step:
-                known.append(own)
-        return found[0], found[1]
+    def leave(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Remember keys and values of the rows behind those that step 0 runs in a layer."""
+        self._others[layer] = key, value
+
+    def until(self, step: int, layer: int, key: Tensor, value: Tensor) -> list[KeysAndValues]:
+        """Remember a layer's keys and values of a step, and return those of steps 0 .. step.
+
+        Those of step 0 are of all rows, [1, key-value heads, N, D], those of later steps of the n that this one runs.
+        """
+        own = key, value
+        if step == 0 and layer in self._others:
+            other_keys, other_values = self._others[layer]
+            own = torch.cat([key, other_keys], dim=2), torch.cat([value, other_values], dim=2)
+        known = self._steps.setdefault(layer, [])
+        # Where activations are recomputed, a step runs again when later ones have run already.
+        if len(known) == step:
+            known.append(own)
+        if step == 0:
+            return [own]
+        rows = key.shape[2]
+        return [known[0], *((k[:, :, :rows], v[:, :, :rows]) for k, v in known[1:step]), own]
 
 
 @dataclass(frozen=True)
@@ -67,22 +92,56 @@ class TrainingTimeStep:
 
         Arguments and result are those of ``DraftAttention.attend``; the window counts positions, as in decoding.
         """
-        keys, values = self.test.until(self.step, layer, key, value)
+        (keys, values), *later = self.test.until(self.step, layer, key, value)
         repeats = query.shape[1] // key.shape[1]
         # In short types, the logits of the row's own keys must not be rounded before the softmax sees them.
         wide = query.to(torch.promote_types(query.dtype, torch.float32))
-        own_logits = [(wide * k.repeat_interleave(repeats, dim=1)).sum(-1) for k in keys[1:]]
-
-        def attention(*tensors: Tensor) -> Tensor:
-            return _selector_attention(*tensors, scale=scale, window=window)
-
+        own_logits = [(wide * k.repeat_interleave(repeats, dim=1)).sum(-1) for k, _ in later]
         carried = _high_and_low(own_logits, query)
-        output = self.test.layout.attend(attention, query, keys[0], values[0], carried)
+        attention = partial(_selector_attention, scale=scale, window=window)
+        output = self.test.layout.attend(attention, [query, carried], [keys, values])
         attended = output[..., : query.shape[-1]]
-        for number, own_value in enumerate(values[1:]):
+        for number, (_, own_value) in enumerate(later):
             weight = output[..., query.shape[-1] + number, None]
             attended = attended + weight * own_value.repeat_interleave(repeats, dim=1)
         return attended
+
+
+def run_first(run: Callable[[slice, DraftAttention], T], attention: DraftAttention, rows: int, wanted: int | None) -> T:
+    """Run a layer for its first rows alone, where the others are only attended to.
+
+    Args:
+        run: Runs the layer on some of its rows, by the attention that is given.
+        attention: What the rows see: at step 0 of training, where fewer than all rows are wanted.
+        rows: How many rows there are.
+        wanted: How many of them are wanted; None for all.
+
+    Returns:
+        What ``run`` returns for the first ones.
+    """
+    if wanted is not None and wanted < rows:
+        assert isinstance(attention, TrainingTimeStep) and attention.step == 0
+        with suppress(_KeysTaken):
+            run(slice(wanted, rows), _KeysAlone(attention.test))
+    return run(slice(wanted), attention)
+
+
+@dataclass(frozen=True)
+class _KeysAlone:
+    """Takes the keys and values of rows in a layer, and leaves the layer before anything else is computed."""
+
+    test: TrainingTimeTest
+
+    @torch.compiler.disable
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
+        self.test.leave(layer, key, value)
+        raise _KeysTaken
+
+
+class _KeysTaken(Exception):
+    """What is wanted of a layer has been computed."""
 
 
 def _high_and_low(logits: list[Tensor], query: Tensor) -> Tensor:
@@ -96,15 +155,15 @@ def _high_and_low(logits: list[Tensor], query: Tensor) -> Tensor:
 
 
 def _selector_attention(
-    query: Tensor, key: Tensor, value: Tensor, carried: Tensor, *, scale: float, window: int | None
+    query: Tensor, carried: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
 ) -> Tensor:
     """Causal attention with selectors in front.
 
     Args:
         query: [G, heads, L, D].
+        carried: Own logits of n later steps as high and low halves, [G, heads, L, 2n].
         key: [G, key-value heads, L, D].
         value: [G, key-value heads, L, D].
-        carried: Own logits of n later steps as high and low halves, [G, heads, L, 2n].
         scale: Factor of the logits.
         window: Sliding window over positions, or None.
 

@@ -4,8 +4,8 @@ Neither the draft's logits nor the verifier's are ever stored for more than one 
 a target is formed once and serves every step that is trained towards it. Gradients are formed in the forward pass,
 chunk by chunk, so that the backward pass only scales them.
 
-Letters in shapes: S steps, N rows (a flattened batch), H width, V verifier and D draft vocabulary, M pairs of row and
-step that count.
+Letters in shapes: S steps, N rows (a flattened batch), P pairs of row and step that the draft ran, M pairs that count,
+H width, V verifier and D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specforge.decoding.recorded import acceptance_of_drawn, draft_places, label_log_probs
+from specforge.models.draft_rows import DraftRows
 from specforge.sampling import Sampling
 from specforge.training.objectives import Distributions, acceptance
 from specforge.training.totals import total
@@ -111,11 +112,12 @@ def distill(
     skip_targets_outside: bool = False,
     labels: Labels | None = None,
     finish: Callable[[Tensor], Tensor] = lambda logits: logits,
+    rows: DraftRows | None = None,
 ) -> DraftSteps:
     """Compare a draft's steps with the verifier.
 
     Args:
-        hidden: What the draft's head reads, [S, N, H].
+        hidden: What the draft's head reads, [S, N, H]; with ``rows``, of those alone, [P, H].
         head: The draft's head, [D, H]; or one for each of the S steps.
         teacher: The verifier's side.
         targets: Row of ``teacher.last`` that each row and step is compared with, int64 [S, N].
@@ -125,10 +127,15 @@ def distill(
         skip_targets_outside: Leave out of the loss rows whose most probable verifier token is no draft token.
         labels: What the text goes on with; None where decoding is not replayed.
         finish: What is done to the draft's logits behind its head, where that head is the verifier's.
+        rows: The rows that were run at each step, all that count among them; None where every row was.
     """
-    work = _Work(
-        teacher, targets, supervised, terms, step_weights.to(hidden.device), skip_targets_outside, labels, finish
-    )
+    if rows is None:
+        hidden = hidden.flatten(0, 1)
+        places = torch.arange(len(hidden), device=hidden.device).view_as(supervised)
+    else:
+        places = rows.places()
+    step_weights = step_weights.to(hidden.device)
+    work = _Work(teacher, places, targets, supervised, terms, step_weights, skip_targets_outside, labels, finish)
     heads = [head] if isinstance(head, Tensor) else list(head)
     if not torch.is_grad_enabled():
         # Without this, a head that is trained would ask for its gradient in validation too.
@@ -141,6 +148,7 @@ def distill(
 @dataclass(frozen=True)
 class _Work:
     teacher: Teacher
+    places: Tensor
     targets: Tensor
     supervised: Tensor
     terms: list[Term]
@@ -158,12 +166,14 @@ class _Chunk:
         targets: Rows of the teacher, [R].
         steps: Step of each pair, [M].
         rows: Row of each pair, [M].
+        places: Where its state stands in what the draft's head reads, [M].
         target_of: Index of each pair's target within ``targets``, [M].
     """
 
     targets: Tensor
     steps: Tensor
     rows: Tensor
+    places: Tensor
     target_of: Tensor
 
 
@@ -220,7 +230,7 @@ class _Run:
 
     def add(self, chunk: _Chunk) -> None:
         """Add a chunk to the loss, the sums, the per-row results and the gradients."""
-        states = self.hidden[chunk.steps, chunk.rows].to(self.heads[0].dtype).requires_grad_(self.train_hidden)
+        states = self.hidden[chunk.places].to(self.heads[0].dtype).requires_grad_(self.train_hidden)
         with torch.set_grad_enabled(self.train_hidden or self.heads[0].requires_grad):
             target = _target(self.work.teacher, chunk)
             logits = self._logits(states, chunk)
@@ -283,7 +293,7 @@ class _Run:
             return
         gradients = dict(zip(map(id, inputs), torch.autograd.grad(loss, inputs), strict=True))
         if self.hidden_gradient is not None:
-            self.hidden_gradient[chunk.steps, chunk.rows] = gradients[id(states)].to(self.hidden_gradient.dtype)
+            self.hidden_gradient[chunk.places] = gradients[id(states)].to(self.hidden_gradient.dtype)
         for gradient, head in zip(self.head_gradients, self.heads, strict=True):
             if gradient is not None:
                 gradient += gradients[id(head)]
@@ -293,7 +303,7 @@ class _Run:
         sums = torch.zeros_like(self.sums[0])
         for chunk in _chunks(self.work, self.heads[0].shape[0]):
             target = _target(self.work.teacher, chunk)
-            states = self.hidden[chunk.steps, chunk.rows].to(self.heads[0].dtype)
+            states = self.hidden[chunk.places].to(self.heads[0].dtype)
             with torch.no_grad():
                 log_q = _log_softmax(self._logits(states, chunk))
             sums.index_add_(0, chunk.steps, acceptance(Distributions(log_q, target.log_p, target.log_p_full)))
@@ -339,13 +349,15 @@ def _chunks(work: _Work, draft_size: int) -> Iterator[_Chunk]:
     targets, target_of = work.targets[steps, rows].unique(return_inverse=True)
     order = target_of.argsort(stable=True)
     steps, rows, target_of = steps[order], rows[order], target_of[order]
+    places = work.places[steps, rows]
     verifier_size = work.teacher.parts.lm_head.weight.shape[0]
     size = max(1, LOGITS_PER_CHUNK // (verifier_size + work.supervised.shape[0] * draft_size))
     begins = torch.arange(0, targets.numel() + size, size, device=targets.device)
     bounds = torch.searchsorted(target_of, begins).tolist()
     for number, (begin, end) in enumerate(pairwise(bounds)):
         first = number * size
-        yield _Chunk(targets[first : first + size], steps[begin:end], rows[begin:end], target_of[begin:end] - first)
+        own = slice(begin, end)
+        yield _Chunk(targets[first : first + size], steps[own], rows[own], places[own], target_of[own] - first)
 
 
 def _compute_type(hidden: Tensor) -> torch.dtype:

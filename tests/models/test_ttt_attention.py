@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specforge.documents import DocumentLayout
+from specforge.models.draft_rows import DraftRows
 from specforge.models.ttt_attention import TrainingTimeTest
 
 SCALE = 0.6
@@ -40,11 +41,21 @@ def random_steps(documents: Tensor, steps: int, heads: int, kv_heads: int, seed:
     return [[leaf(heads), leaf(kv_heads), leaf(kv_heads)] for _ in range(steps)]
 
 
-def ours(documents: Tensor, steps: list[Any], window: int | None, scale: float = SCALE) -> Tensor:
-    attention = TrainingTimeTest(DocumentLayout.of(documents))
+def ours(
+    documents: Tensor, steps: list[Any], window: int | None, scale: float = SCALE, rows: DraftRows | None = None
+) -> Tensor:
+    """Attend at the rows that are run; zero at the others."""
+    rows = rows or DraftRows.all(len(steps), documents.numel(), documents.device)
+    attention = TrainingTimeTest(documents, rows)
     outputs = []
-    for step, (query, key, value) in enumerate(steps):
-        outputs.append(attention.at(step).attend(0, query, key, value, scale, window))
+    for step, (tensors, count) in enumerate(zip(steps, rows.counts, strict=True)):
+        ordered = [one.transpose(1, 2).flatten(0, 1)[rows.order].transpose(0, 1)[None] for one in tensors]
+        if step == 0:
+            attention.leave(0, *(one[:, :, count:] for one in ordered[1:]))
+        output = attention.at(step).attend(0, *(one[:, :, :count] for one in ordered), scale, window)
+        flat = output.new_zeros(documents.numel(), *output[0, :, 0].shape)
+        flat = flat.index_copy(0, rows.order[:count], output[0].transpose(0, 1))
+        outputs.append(flat.unflatten(0, documents.shape).transpose(1, 2))
     return torch.stack(outputs)
 
 
@@ -81,18 +92,22 @@ def dense(documents: Tensor, steps: list[Any], window: int | None, scale: float 
     steps=st.integers(1, 4),
     heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
     window=st.none() | st.integers(1, 6),
+    share=st.sampled_from([0.0, 0.3, 0.7, 1.0]),
     seed=st.integers(0, 999),
 )
 def test_outputs_and_gradients_are_those_of_a_dense_mask(
-    documents: Tensor, steps: int, heads: tuple[int, int], window: int | None, seed: int
+    documents: Tensor, steps: int, heads: tuple[int, int], window: int | None, share: float, seed: int
 ) -> None:
     leaves = random_steps(documents, steps, *heads, seed)
     flat = [leaf for step in leaves for leaf in step]
-    real = (documents >= 0)[None, :, None, :, None]
-    mine, reference = ours(documents, leaves, window), dense(documents, leaves, window)
-    torch.testing.assert_close(mine * real, reference * real, atol=1e-6, rtol=1e-6)
+    supervised = torch.rand(steps, documents.numel(), generator=torch.Generator().manual_seed(seed)) < share
+    rows = DraftRows.needed(supervised)
+    run = (rows.places() >= 0).unflatten(1, documents.shape)
+    real = ((documents >= 0) & run)[:, :, None, :, None]
+    mine, reference = ours(documents, leaves, window, rows=rows), dense(documents, leaves, window)
+    torch.testing.assert_close(mine, reference * real, atol=1e-6, rtol=1e-6)
     upstream = torch.randn(mine.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64) * real
-    gradients = torch.autograd.grad((mine * upstream).sum(), flat, retain_graph=True)
+    gradients = torch.autograd.grad((mine * upstream).sum(), flat, materialize_grads=True)
     expected = torch.autograd.grad((reference * upstream).sum(), flat, materialize_grads=True)
     for gradient, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-6)
@@ -148,7 +163,7 @@ def test_bfloat16_stays_close(common: float) -> None:
 def test_layers_keep_their_keys_apart() -> None:
     documents = torch.zeros(1, 5, dtype=torch.int64)
     first, second = random_steps(documents, 2, 2, 1, 1), random_steps(documents, 2, 2, 1, 2)
-    attention = TrainingTimeTest(DocumentLayout.of(documents))
+    attention = TrainingTimeTest(documents, DraftRows.all(2, 5, documents.device))
     outputs: list[list[Tensor]] = [[], []]
     for step in range(2):
         for layer, leaves in enumerate((first, second)):

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from specforge.models.draft_rows import DraftRows
+from specforge.training.distillation import DraftSteps
 from specforge.training.module import DraftModule
 from specforge.training.steps import prepare_steps
 from specforge.verifier.parts import VerifierParts
@@ -21,6 +23,12 @@ MODULES = {
     "eagle3": partial(Eagle3Module, draft=Eagle3DraftSettings(num_layers=2, draft_vocab_size=40), ttt_steps=STEPS),
     "hass": partial(EagleModule, noise=0.0, alignment_steps=STEPS),
     "mlp": MLPModule,
+}
+# What each algorithm computes last at a row, before its head.
+LAST: dict[str, Callable[[Any], torch.nn.Module]] = {
+    "eagle3": lambda draft: draft.layers[-1].mlp,
+    "hass": lambda draft: draft.transformer.mlp,
+    "mlp": lambda draft: draft.ln[-1],
 }
 BATCH = {
     "input_ids": torch.randint(3, 61, (2, 16), generator=torch.Generator().manual_seed(0)),
@@ -60,6 +68,34 @@ def test_checkpointing_runs_steps_twice_and_changes_nothing(name: str, tiny_veri
     assert all(torch.equal(again[one], gradient) for one, gradient in plain.items())
     assert max(float(one.abs().max()) for one in plain.values()) > 1e-3
     assert twice >= once + STEPS
+
+
+@pytest.mark.parametrize(
+    ("name", "supervision"),
+    [("eagle3", "exact"), ("eagle3", "compat"), ("hass", "exact"), ("hass", "compat"), ("mlp", "responses")],
+)
+def test_rows_that_no_step_needs_are_not_run_and_nothing_changes(
+    name: str, supervision: str, tiny_verifiers: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[DraftModule, DraftSteps, list[int]]:
+        module: Any = make_module(name, tiny_verifiers)
+        module.supervision = supervision
+        ran: list[int] = []
+        LAST[name](module.draft).register_forward_pre_hook(lambda _, given: ran.append(given[0].shape[:-1].numel()))
+        outcome = module.draft_steps(BATCH, module.features(BATCH))
+        outcome.loss.backward()
+        return module, outcome, ran
+
+    trimmed, ours, ran = run()
+    needed = DraftRows.needed(ours.supervised).counts
+    assert ran == list(needed) and sum(needed) < ours.supervised.numel() * 0.7
+    monkeypatch.setattr(DraftRows, "needed", lambda supervised: DraftRows.all(*supervised.shape, torch.device("cpu")))
+    whole, reference, ran = run()
+    assert ran == [32] * STEPS
+    torch.testing.assert_close(ours.loss, reference.loss)
+    torch.testing.assert_close(ours.acceptance, reference.acceptance)
+    for (place, gradient), expected in zip(trimmed.draft.named_parameters(), whole.draft.parameters(), strict=True):
+        torch.testing.assert_close(gradient.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=place)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -4,7 +4,8 @@ A decoder layer reads the embedding of a token, fused with the verifier's featur
 *after* the final norm. What the layer returns is the predicted feature of the token itself, which the verifier's head
 turns into logits, and which the next step reads.
 
-Letters in shapes: B rows, T tokens a row, S slots of keys, H width, K steps, V vocabulary.
+Letters in shapes: B rows, T tokens a row, S slots of keys, H width, K steps, P pairs of row and step that are run,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
-from specforge.documents import DocumentLayout
 from specforge.errors import UsageError
 from specforge.models.alignment import step_tokens
 from specforge.models.base_components import rotary_options, single_layer_config
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention, cache_argument, causal_mask
+from specforge.models.draft_rows import DraftRows
 from specforge.models.feature_drafter import FeatureDrafter
 from specforge.models.speculator import AttachmentMode, SpeculatorModel
-from specforge.models.ttt_attention import TrainingTimeTest
+from specforge.models.ttt_attention import TrainingTimeTest, run_first
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features
 from specforge.verifier.parts import VerifierParts, decoder
@@ -257,7 +258,14 @@ class EagleSpeculator(SpeculatorModel):
             attentions=None if weights is None else tuple(weights),
         )
 
-    def advance(self, tokens: Tensor, feature: Tensor, position_ids: Tensor, attention: DraftAttention) -> Tensor:
+    def advance(
+        self,
+        tokens: Tensor,
+        feature: Tensor,
+        position_ids: Tensor,
+        attention: DraftAttention,
+        wanted: int | None = None,
+    ) -> Tensor:
         """Run the draft once.
 
         Args:
@@ -265,11 +273,17 @@ class EagleSpeculator(SpeculatorModel):
             feature: The feature of the token before each, [B, T, H].
             position_ids: Positions [B, T].
             attention: What the rows see.
+            wanted: How many rows are wanted, the first ones; None for all.
 
         Returns:
-            The predicted feature of each token, [B, T, H].
+            The predicted feature of each token, [B, wanted, H].
         """
-        return self._transform(self.fuse(tokens, feature), position_ids, draft_attention=attention)
+        hidden = self.fuse(tokens, feature)
+
+        def run(rows: slice, attention: DraftAttention) -> Tensor:
+            return self._transform(hidden[:, rows], position_ids[:, rows], draft_attention=attention)
+
+        return run_first(run, attention, hidden.shape[1], wanted)
 
     def fed_back(self, states: Tensor) -> Tensor:
         """Return what the next step reads of predicted features, [..., H]: the features themselves."""
@@ -294,10 +308,10 @@ class EagleSpeculator(SpeculatorModel):
         feature: Tensor,
         position_ids: Tensor,
         document_ids: Tensor,
-        steps: int,
+        rows: DraftRows,
         detached: bool = False,
     ) -> Tensor:
-        """Run the steps of a chain at every row at once, fed with the true tokens.
+        """Run the steps of a chain at the rows that are needed, fed with the true tokens.
 
         In the rows of ``specforge.models.alignment``: row t at step k reads token x_{t+1+k} at position t + k, beside
         the feature of token t (step 0) or its own prediction of step k - 1.
@@ -307,24 +321,34 @@ class EagleSpeculator(SpeculatorModel):
             feature: What the first step reads of the verifier, [B, T, H] (see ``first_feature``).
             position_ids: Positions that restart at 0 with each document, [B, T].
             document_ids: Which document a token belongs to, -1 for padding, [B, T].
-            steps: Number K of steps.
+            rows: The rows that each step runs.
             detached: No gradient flows through the features that are fed back.
 
         Returns:
-            Predicted features [K, B, T, H]; those of row t at step k are of token x_{t+1+k}.
+            Predicted features, one step behind the other, [P, H] (see ``DraftRows.places``); those of row t at step k
+            are of token x_{t+1+k}.
         """
-        attention = TrainingTimeTest(DocumentLayout.of(document_ids))
+        attention = TrainingTimeTest(document_ids, rows)
+        tokens = step_tokens(input_ids, len(rows.counts)).flatten(1)[:, None, rows.order]
+        positions = position_ids.flatten()[None, rows.order]
+        read = feature.flatten(0, 1)[None, rows.order]
         predicted = []
-        for step, tokens in enumerate(step_tokens(input_ids, steps)):
-            predicted.append(self.advance(tokens, feature, position_ids + step, attention.at(step)))
-            feature = self.fed_back(predicted[-1].detach() if detached else predicted[-1])
-        return torch.stack(predicted)
+        for step, count in enumerate(rows.counts):
+            # All rows are read at step 0, to be attended to.
+            read = read if step == 0 else read[:, :count]
+            own = slice(read.shape[1])
+            states = self.advance(tokens[step, :, own], read, positions[:, own] + step, attention.at(step), count)
+            predicted.append(states)
+            read = self.fed_back(states.detach() if detached else states)
+        return torch.cat(predicted, dim=1)[0]
 
     def unroll(
         self, input_ids: Tensor, features: Features, position_ids: Tensor, document_ids: Tensor, steps: int
     ) -> Tensor:
         """Run ``steps`` chained draft steps at every row, fed with the true tokens."""
-        return self.chain(input_ids, self.first_feature(features), position_ids, document_ids, steps)
+        rows = DraftRows.all(steps, input_ids.numel(), input_ids.device)
+        predicted = self.chain(input_ids, self.first_feature(features), position_ids, document_ids, rows)
+        return predicted.view(steps, *input_ids.shape, -1)
 
     def drafter(self, batch_size: int) -> FeatureDrafter:
         """Begin to draft for some sequences; row t stands at position t."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from specforge.bounds import Decay
 from specforge.data.module import DraftDataModule
 from specforge.models.alignment import Supervision, align
+from specforge.models.draft_rows import DraftRows
 from specforge.training.distillation import DraftSteps, Teacher, distill
 from specforge.training.module import Batch, DraftModule
 from specforge.training.optimizers import OptimizerSettings
@@ -123,12 +124,13 @@ class EagleModule(DraftModule):
         targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
         true = self.parts.norm(features.last)
         read = true + self._noise(true, batch["document_ids"]) if self.training else true
+        rows = DraftRows.needed(supervised)
         predicted = self.draft.chain(
-            batch["input_ids"], read, batch["position_ids"], batch["document_ids"], steps, detached=True
+            batch["input_ids"], read, batch["position_ids"], batch["document_ids"], rows, detached=True
         )
         weights = self.step_weights(supervised)
         outcome = distill(
-            self.draft.before_head(predicted).flatten(1, 2),
+            self.draft.before_head(predicted),
             self.parts.lm_head.weight,
             Teacher(features.last.flatten(0, 1), self.parts, None),
             targets,
@@ -137,8 +139,9 @@ class EagleModule(DraftModule):
             weights,
             labels=self.labels(batch, targets),
             finish=self.parts.finish,
+            rows=rows,
         )
-        distances = feature_distances(predicted.flatten(1, 2), true.flatten(0, 1), targets, supervised)
+        distances = feature_distances(predicted, rows.places(), true.flatten(0, 1), targets, supervised)
         loss = outcome.loss + self.feature_weight * (weights * distances).sum()
         terms = {FEATURE: distances.detach(), **outcome.terms}
         return DraftSteps(
@@ -153,13 +156,14 @@ class EagleModule(DraftModule):
         return feature_noise(true, document_ids, self.noise, (torch.initial_seed() + batch) % 2**63)
 
 
-def feature_distances(predicted: Tensor, true: Tensor, targets: Tensor, supervised: Tensor) -> Tensor:
+def feature_distances(predicted: Tensor, places: Tensor, true: Tensor, targets: Tensor, supervised: Tensor) -> Tensor:
     """Return the sum over supervised rows of the Smooth-L1 distance between features, [S].
 
     Mean over the width, beta 1 (arXiv 2401.15077, section 3.2).
 
     Args:
-        predicted: The draft's features, [S, N, H].
+        predicted: The draft's features, [P, H].
+        places: Which of them is that of each row and step, int64 [S, N].
         true: The verifier's, after its final norm, [N, H].
         targets: Row of ``true`` that each row and step is compared with, int64 [S, N].
         supervised: Which rows count, bool [S, N].
@@ -167,6 +171,6 @@ def feature_distances(predicted: Tensor, true: Tensor, targets: Tensor, supervis
     steps, rows = supervised.nonzero(as_tuple=True)
     wide = torch.promote_types(predicted.dtype, torch.float32)
     distances = F.smooth_l1_loss(
-        predicted[steps, rows].to(wide), true[targets[steps, rows]].to(wide), reduction="none"
+        predicted[places[steps, rows]].to(wide), true[targets[steps, rows]].to(wide), reduction="none"
     ).mean(-1)
     return torch.zeros(len(supervised), dtype=wide, device=predicted.device).index_add(0, steps, distances)

@@ -1,11 +1,13 @@
 """The EAGLE-3 draft network (https://arxiv.org/abs/2503.01840), with the norm options of EAGLE-3.1.
 
-Letters in shapes: B rows, T tokens a row, n aux layers, H width, S TTT steps, V verifier and D draft vocabulary.
+Letters in shapes: B rows, T tokens a row, n aux layers, H width, S TTT steps, P pairs of row and step that are run,
+V verifier and D draft vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -13,13 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
-from specforge.documents import DocumentLayout
 from specforge.models.alignment import step_tokens
 from specforge.models.base_components import Family, draft_layer_config, family
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention
+from specforge.models.draft_rows import DraftRows
 from specforge.models.feature_drafter import FeatureDrafter
 from specforge.models.speculator import SpeculatorModel
-from specforge.models.ttt_attention import TrainingTimeTest
+from specforge.models.ttt_attention import TrainingTimeTest, run_first
 from specforge.models.vocabulary import DraftVocabulary
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features, default_aux_layers
@@ -217,17 +219,46 @@ class Eagle3DraftModel(SpeculatorModel):
             States after the final norm, [S, B, T, H]: ``lm_head`` maps them to logits over the draft vocabulary;
             those of row t at step k predict x_{t+2+k} (see ``specforge.models.alignment``).
         """
-        tokens = step_tokens(input_ids, steps)
-        attention = TrainingTimeTest(DocumentLayout.of(document_ids))
-        feature = self.fuse(aux)
+        rows = DraftRows.all(steps, input_ids.numel(), input_ids.device)
+        return self.chain(input_ids, aux, position_ids, document_ids, rows).view(steps, *input_ids.shape, -1)
+
+    def chain(
+        self, input_ids: Tensor, aux: Tensor, position_ids: Tensor, document_ids: Tensor, rows: DraftRows
+    ) -> Tensor:
+        """Run the training-time test at the rows that are needed.
+
+        Args:
+            input_ids: As in ``forward``.
+            aux: As in ``forward``.
+            position_ids: As in ``forward``.
+            document_ids: As in ``forward``.
+            rows: The rows that each step runs.
+
+        Returns:
+            Their states after the final norm, one step behind the other, [P, H] (see ``DraftRows.places``).
+        """
+        attention = TrainingTimeTest(document_ids, rows)
+        tokens = step_tokens(input_ids, len(rows.counts)).flatten(1)[:, None, rows.order]
+        positions = position_ids.flatten()[None, rows.order] + 1
+        feature = self.fuse(aux).flatten(0, 1)[None, rows.order]
         outputs = []
-        for step in range(steps):
-            state = self.advance(tokens[step], feature, position_ids + 1 + step, attention.at(step))
+        for step, count in enumerate(rows.counts):
+            # All rows are read at step 0, to be attended to.
+            read = feature if step == 0 else feature[:, :count]
+            own = slice(read.shape[1])
+            state = self.advance(tokens[step, :, own], read, positions[:, own] + step, attention.at(step), count)
             outputs.append(self.norm(state))
             feature = outputs[-1] if self.config.norm_output else state
-        return torch.stack(outputs)
+        return torch.cat(outputs, dim=1)[0]
 
-    def advance(self, tokens: Tensor, feature: Tensor, position_ids: Tensor, attention: DraftAttention) -> Tensor:
+    def advance(
+        self,
+        tokens: Tensor,
+        feature: Tensor,
+        position_ids: Tensor,
+        attention: DraftAttention,
+        wanted: int | None = None,
+    ) -> Tensor:
         """Run the draft's layers once.
 
         Args:
@@ -235,15 +266,23 @@ class Eagle3DraftModel(SpeculatorModel):
             feature: Fused features, or states fed back, [B, T, H].
             position_ids: Position of each token, [B, T].
             attention: What the rows see.
+            wanted: How many rows are wanted, the first ones; None for all.
 
         Returns:
-            States before the final norm, [B, T, H].
+            States before the final norm, [B, wanted, H].
         """
-        shared = {"position_embeddings": self.rotary_emb(feature, position_ids), "draft_attention": attention}
-        hidden = self.layers[0](self.embed(tokens), feature, **shared)
-        for layer in self.layers[1:]:
-            hidden = layer(hidden, **shared)
-        return cast(Tensor, hidden)
+        cosines, sines = self.rotary_emb(feature, position_ids)
+        states = [self.embed(tokens), feature]
+
+        def run(layer: nn.Module, rows: slice, attention: DraftAttention) -> Tensor:
+            rotary = cosines[:, rows], sines[:, rows]
+            read = (one[:, rows] for one in states)
+            return cast(Tensor, layer(*read, position_embeddings=rotary, draft_attention=attention))
+
+        *others, last = self.layers
+        for layer in others:
+            states = [run(layer, slice(None), attention)]
+        return run_first(partial(run, last), attention, feature.shape[1], wanted)
 
     def fed_back(self, states: Tensor) -> Tensor:
         """Return what the next step reads of states before the final norm, [..., H]."""
@@ -265,7 +304,7 @@ class Eagle3DraftModel(SpeculatorModel):
         self, input_ids: Tensor, features: Features, position_ids: Tensor, document_ids: Tensor, steps: int
     ) -> Tensor:
         """Run ``steps`` chained draft steps at every row, fed with the true tokens."""
-        return self(input_ids, features.aux, position_ids, document_ids, steps=steps)
+        return cast(Tensor, self(input_ids, features.aux, position_ids, document_ids, steps=steps))
 
     def drafter(self, batch_size: int) -> FeatureDrafter:
         """Begin to draft for some sequences; row t stands at position t + 1."""

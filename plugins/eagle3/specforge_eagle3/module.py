@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from specforge.data.module import DraftDataModule
 from specforge.errors import UsageError
 from specforge.models.alignment import Supervision, align
+from specforge.models.draft_rows import DraftRows
 from specforge.models.vocabulary import DraftVocabulary
 from specforge.training.distillation import DraftSteps, Teacher, distill
 from specforge.training.module import Batch, DraftModule
@@ -130,12 +131,11 @@ class Eagle3Module(DraftModule):
         """Run the training-time test over a packed batch and compare each step with the verifier."""
         supervision = self.supervision if self.training else "exact"
         alignment = align(batch["loss_mask"], batch["document_ids"], self.ttt_steps, supervision)
-        hidden = self.draft(
-            batch["input_ids"], features.aux, batch["position_ids"], batch["document_ids"], steps=self.ttt_steps
-        )
         targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
+        rows = DraftRows.needed(supervised)
+        hidden = self.draft.chain(batch["input_ids"], features.aux, batch["position_ids"], batch["document_ids"], rows)
         return distill(
-            hidden.flatten(1, 2),
+            hidden,
             self.draft.lm_head.weight,
             Teacher(features.last.flatten(0, 1), self.parts, self.draft.draft_ids),
             targets,
@@ -144,4 +144,5 @@ class Eagle3Module(DraftModule):
             self.step_weights(supervised),
             skip_targets_outside=supervision == "compat",
             labels=self.labels(batch, targets),
+            rows=rows,
         )

@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
 from specforge.models.alignment import step_tokens
+from specforge.models.draft_rows import DraftRows
 from specforge.models.speculator import AttachmentMode, SpeculatorModel
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features
@@ -162,7 +163,7 @@ class MLPSpeculator(SpeculatorModel):
         return attached
 
     def first_state(self, features: Features) -> Tensor:
-        """Return what the first head reads of the verifier's states, [B, T, H]: the last one, after its final norm."""
+        """Return what the first head reads of the verifier's states, [..., H]: the last one, after its final norm."""
         with torch.no_grad():
             last: Tensor = self.verifier_parts.norm(features.last)
         return last.to(next(self.proj.parameters()).dtype)
@@ -214,13 +215,33 @@ class MLPSpeculator(SpeculatorModel):
         Raises:
             UsageError: More steps than heads are asked for.
         """
+        rows = DraftRows.all(steps, input_ids.numel(), input_ids.device)
+        return self.chain(input_ids, features, rows).view(steps, *input_ids.shape, -1)
+
+    def chain(self, input_ids: Tensor, features: Features, rows: DraftRows) -> Tensor:
+        """Run the first heads at the rows that are needed, fed with the true tokens.
+
+        Args:
+            input_ids: The verifier's tokens x, [B, T].
+            features: Its states over them.
+            rows: The rows that each step runs.
+
+        Returns:
+            Their states, one step behind the other, [P, I] (see ``DraftRows.places``).
+
+        Raises:
+            UsageError: More steps than heads are asked for.
+        """
+        steps = len(rows.counts)
         if steps > self.config.num_layers:
             raise UsageError(f"this draft has {self.config.num_layers} heads, and {steps} steps are asked for")
-        states, unrolled = self.first_state(features), []
-        for step, tokens in enumerate(step_tokens(input_ids, steps)):
-            states = self.advance(states, tokens, step)
-            unrolled.append(states)
-        return torch.stack(unrolled)
+        tokens = step_tokens(input_ids, steps).flatten(1)
+        last = features.last.flatten(0, 1)[rows.order[: rows.counts[0]]]
+        states, outputs = self.first_state(Features(features.aux, last)), []
+        for step, count in enumerate(rows.counts):
+            states = self.advance(states[:count], tokens[step, rows.order[:count]], step)
+            outputs.append(states)
+        return torch.cat(outputs)
 
     def drafter(self, batch_size: int) -> MLPDrafter:
         """Begin to draft for some sequences."""

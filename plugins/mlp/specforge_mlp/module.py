@@ -14,6 +14,7 @@ from specforge.bounds import Decay
 from specforge.data.module import DraftDataModule
 from specforge.errors import UsageError
 from specforge.models.alignment import align
+from specforge.models.draft_rows import DraftRows
 from specforge.training.distillation import DraftSteps, Teacher, distill
 from specforge.training.module import Batch, DraftModule
 from specforge.training.optimizers import OptimizerSettings
@@ -148,11 +149,9 @@ class MLPModule(DraftModule):
         mask = self._supervised_tokens(batch)
         alignment = align(mask, batch["document_ids"], self.num_steps)
         targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
-        states = self.draft.unroll(
-            batch["input_ids"], features, batch["position_ids"], batch["document_ids"], self.num_steps
-        )
+        rows = DraftRows.needed(supervised)
         return distill(
-            states.flatten(1, 2),
+            self.draft.chain(batch["input_ids"], features, rows),
             self.draft.head_weights,
             Teacher(features.last.flatten(0, 1), self.parts, None),
             targets,
@@ -160,6 +159,7 @@ class MLPModule(DraftModule):
             self.terms,
             self.step_weights(supervised),
             labels=self.labels(batch, targets),
+            rows=rows,
         )
 
     def _supervised_tokens(self, batch: Batch) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from random_verifiers import fill
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from specforge.models.draft_rows import DraftRows
 from specforge_eagle.model import EagleSpeculator
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -23,3 +25,9 @@ def random_draft(verifier: PreTrainedModel, seed: int = 1, **options: Any) -> Ea
     fill(draft, seed)
     draft.attach_verifier(verifier)
     return draft.double()
+
+
+def chain_of_all(draft: EagleSpeculator, tokens: Tensor, *others: Tensor, steps: int, detached: bool = False) -> Tensor:
+    """Run a chain at every row; what it predicts, [K, B, T, H]."""
+    rows = DraftRows.all(steps, tokens.numel(), tokens.device)
+    return draft.chain(tokens, *others, rows, detached=detached).view(steps, *tokens.shape, -1)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from eagle_drafts import OPTIONS, random_draft
+from eagle_drafts import OPTIONS, chain_of_all, random_draft
 from random_verifiers import CONFIGS, commit, last_only, random_rows
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -133,11 +133,12 @@ def test_gradients_flow_through_what_is_fed_back_unless_detached(detached: bool,
     positions = torch.arange(6)[None]
     predictions: list[Tensor] = []
     draft.transformer.register_forward_hook(lambda _, __, output: predictions.append(output))
-    whole = draft.chain(tokens, feature, positions, torch.zeros_like(positions), 2, detached=detached)
+    given = tokens, feature, positions, torch.zeros_like(positions)
+    whole = chain_of_all(draft, *given, steps=2, detached=detached)
     (gradient,) = torch.autograd.grad(whole[1, 0, 3].sum(), predictions[0])
     if detached:
         assert not gradient.any()
     else:
         # The prediction that row 3 reads again, and no other.
         assert (gradient[0].abs().sum(-1) > 0).tolist() == [False, False, False, True, False, False]
-    assert torch.equal(whole.detach(), draft.chain(tokens, feature, positions, torch.zeros_like(positions), 2).detach())
+    assert torch.equal(whole.detach(), chain_of_all(draft, *given, steps=2).detach())

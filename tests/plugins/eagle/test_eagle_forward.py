@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from eagle_drafts import OPTIONS, random_draft
+from eagle_drafts import OPTIONS, chain_of_all, random_draft
 from random_verifiers import CONFIGS, VOCABULARY, WIDTH, last_only, random_rows
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -55,7 +55,7 @@ def steps_alone(draft: EagleSpeculator, tokens: Tensor, features: Tensor) -> Ten
     padded = torch.cat([features, features[:, :1]], dim=1)
     positions = torch.arange(shifted.shape[1]).expand(len(tokens), -1)
     with torch.no_grad():
-        hidden = draft.chain(shifted, padded, positions, torch.zeros_like(positions), steps=1)
+        hidden = chain_of_all(draft, shifted, padded, positions, torch.zeros_like(positions), steps=1)
         return draft.logits(hidden[0, :, :-1])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from eagle_drafts import chain_of_all
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import smooth_l1_loss
 
@@ -57,7 +58,8 @@ def plain_loss(module: EagleModule, batch: dict[str, torch.Tensor], compat: bool
             # transformers' last hidden state is after the final norm, as EAGLE-1 reads it.
             features = output.hidden_states[-1]
             positions = torch.arange(len(x))[None]
-            predicted = module.draft.chain(x[None], features, positions, torch.zeros_like(positions), steps)[:, 0]
+            documents = torch.zeros_like(positions)
+            predicted = chain_of_all(module.draft, x[None], features, positions, documents, steps=steps)[:, 0]
         for step in range(steps):
             for t in range(len(x) - 1 - step):
                 response = [mask[t + step]] if compat else mask[t + 1 : t + 3 + step]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from eagle_drafts import chain_of_all
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -78,7 +79,7 @@ def chained(draft: EagleSpeculator, tokens: Tensor, true: Tensor, forwards: int)
     padded = torch.cat([true, torch.zeros_like(true[:1])])[None]
     positions = torch.arange(len(tokens))[None]
     documents = torch.zeros_like(positions)
-    return draft.chain(tokens[None], padded, positions, documents, forwards, detached=True)[:, 0]
+    return chain_of_all(draft, tokens[None], padded, positions, documents, steps=forwards, detached=True)[:, 0]
 
 
 @pytest.mark.parametrize("options", [{}, {"fusion_bias": True}, {"layernorms": True}])
@@ -122,7 +123,7 @@ def test_documents_of_a_packed_row_do_not_see_each_other(tiny_verifiers):
     features = torch.cat([first[1], zero, second[1], zero])[None]
     positions = torch.cat([torch.arange(6), torch.arange(5)])[None]
     documents = torch.tensor([[0] * 6 + [1] * 5])
-    packed = draft.chain(tokens, features, positions, documents, 3, detached=True)[:, 0]
+    packed = chain_of_all(draft, tokens, features, positions, documents, steps=3, detached=True)[:, 0]
     for begin, (own, true) in ((0, first), (6, second)):
         alone = chained(draft, own, true, 3)
         for step in range(3):

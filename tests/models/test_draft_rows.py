@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from specforge.models.draft_rows import DraftRows
+
+
+@st.composite
+def supervision(draw: st.DrawFn) -> Tensor:
+    steps, rows = draw(st.integers(1, 5)), draw(st.integers(1, 12))
+    flags = draw(st.lists(st.booleans(), min_size=steps * rows, max_size=steps * rows))
+    return torch.tensor(flags).view(steps, rows)
+
+
+@given(supervised=supervision())
+def test_a_step_runs_the_rows_that_it_or_a_later_step_needs_and_no_others(supervised: Tensor) -> None:
+    rows = DraftRows.needed(supervised)
+    assert rows.order.sort().values.equal(torch.arange(supervised.shape[1]))
+    for step, count in enumerate(rows.counts):
+        needed = supervised[step:].any(0).nonzero().squeeze(1)
+        run = rows.order[:count].sort().values
+        # One row runs where none is needed.
+        assert run.equal(needed) or (len(needed) == 0 and count == 1)
+
+
+@given(supervised=supervision())
+def test_places_are_those_of_the_states_one_step_behind_the_other(supervised: Tensor) -> None:
+    rows = DraftRows.needed(supervised)
+    states = [(step, int(row)) for step, count in enumerate(rows.counts) for row in rows.order[:count]]
+    places = rows.places()
+    for number, (step, row) in enumerate(states):
+        assert places[step, row] == number
+    assert (places >= 0).sum() == len(states)
+    assert (places[supervised] >= 0).all()
+
+
+def test_all_rows_stay_where_they_are() -> None:
+    rows = DraftRows.all(3, 4, torch.device("cpu"))
+    assert rows.places().equal(torch.arange(12).view(3, 4))
