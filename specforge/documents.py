@@ -16,6 +16,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Queries:
+    """Some tokens of a group of G documents, that attend to all of theirs.
+
+    Attributes:
+        places: int64 [G, Q] indices among the queries; -1 where a document has fewer.
+        positions: Where they stand in their documents, int64 [G, Q].
+    """
+
+    places: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
 class DocumentLayout:
     """The documents of a packed batch, in groups of similar length.
 
@@ -45,6 +58,23 @@ class DocumentLayout:
         groups = tuple(group.to(document_ids.device) for group in _group(starts, lengths))
         return cls(groups, whole_rows)
 
+    def attend(self, attention: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Apply causal attention to each document.
+
+        Args:
+            attention: Maps tensors [G, heads, L, width] to one [G, heads, L, width].
+            *tensors: Its inputs over the batch, [B, heads, T, width] each.
+
+        Returns:
+            The output over the batch, [B, heads, T, width]; zero on padding, except where rows are whole.
+        """
+        if self.whole_rows:
+            return attention(*tensors)
+        batch, _, length, _ = tensors[0].shape
+        flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in tensors]
+        outputs = [attention(*(_gather(tensor, group) for tensor in flat)) for group in self.groups]
+        return _scatter(outputs, self.groups, batch * length).unflatten(0, (batch, length)).transpose(1, 2)
+
     def in_order(self, order: Tensor) -> Self:
         """Return where the same documents lie in one row [1, B * T] that holds the tokens in another order.
 
@@ -53,35 +83,58 @@ class DocumentLayout:
         """
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
-        groups = tuple(torch.where(group >= 0, place[group], -1) for group in self.groups)
-        return type(self)(groups, whole_rows=False)
+        return type(self)(tuple(torch.where(group >= 0, place[group], -1) for group in self.groups), whole_rows=False)
 
-    def attend(self, attention: Callable[..., Tensor], queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
-        """Apply causal attention to each document.
+    def first(self, count: int) -> list[Queries]:
+        """Find the first so many tokens of the flattened batch in each group."""
+        found = []
+        for group in self.groups:
+            chosen = (group >= 0) & (group < count)
+            most = max(chosen.sum(1).tolist(), default=0)
+            positions = chosen.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+            places = torch.where(chosen.gather(1, positions), group.gather(1, positions), -1)
+            found.append(Queries(places, positions))
+        return found
+
+    def attend_at(
+        self,
+        queries: Sequence[Queries],
+        attention: Callable[..., Tensor],
+        of_queries: Sequence[Tensor],
+        of_keys: Sequence[Tensor],
+    ) -> Tensor:
+        """Apply attention to each document of a batch of one row, at some of its tokens.
 
         Args:
-            attention: Maps tensors [G, heads, L, width], first those of queries, to one [G, heads, L, width].
-            queries: Its inputs over the batch that belong to queries, [B, heads, T, width] each; where the batch is
-                one row, they may hold its first tokens alone.
-            keys: Its inputs that belong to keys, [B, heads, T, width] each, of all tokens.
+            queries: These tokens, for each group.
+            attention: Maps tensors [G, heads, Q, width] of queries, then [G, heads, L, width] of keys, and the
+                queries' positions in their documents, [G, Q], to one [G, heads, Q, width].
+            of_queries: Its inputs at n queries, [1, heads, n, width] each.
+            of_keys: Its inputs at all tokens, [1, heads, T, width] each.
 
         Returns:
-            The output at the queries, [B, heads, T, width]; zero on padding, except where rows are whole.
+            The output at the queries, [1, heads, n, width]; zero on padding.
         """
-        if self.whole_rows:
-            return attention(*queries, *keys)
-        batch, _, length, _ = queries[0].shape
-        flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (*queries, *keys)]
-        places, outputs = [], []
-        for group in self.groups:
-            # What stands for a missing query is any other; what comes of it is left out.
-            real = (group >= 0) & (group < batch * length)
-            gathered = [tensor[group.clamp(0, len(tensor) - 1)].transpose(1, 2) for tensor in flat]
-            outputs.append(attention(*gathered).transpose(1, 2)[real])
-            places.append(group[real])
-        packed = torch.cat(outputs)
-        output = packed.new_zeros(batch * length, *packed.shape[1:]).index_copy(0, torch.cat(places), packed)
-        return output.unflatten(0, (batch, length)).transpose(1, 2)
+        flat_queries, flat_keys = ([one[0].transpose(0, 1) for one in some] for some in (of_queries, of_keys))
+        outputs = []
+        for group, own in zip(self.groups, queries, strict=True):
+            read = [_gather(one, own.places) for one in flat_queries] + [_gather(one, group) for one in flat_keys]
+            outputs.append(attention(*read, own.positions))
+        output = _scatter(outputs, [own.places for own in queries], len(flat_queries[0]))
+        return output.transpose(0, 1)[None]
+
+
+def _gather(tensor: Tensor, places: Tensor) -> Tensor:
+    """Take rows of a tensor [n, heads, width] to [G, heads, L, width]; where there is none, any."""
+    return tensor[places.clamp(min=0)].transpose(1, 2)
+
+
+def _scatter(outputs: Sequence[Tensor], places: Sequence[Tensor], rows: int) -> Tensor:
+    """Put outputs [G, heads, L, width] back to their rows, [rows, heads, width]; zero at the others."""
+    real = [one >= 0 for one in places]
+    packed = torch.cat([one.transpose(1, 2)[own] for one, own in zip(outputs, real, strict=True)])
+    index = torch.cat([one[own] for one, own in zip(places, real, strict=True)])
+    return packed.new_zeros(rows, *packed.shape[1:]).index_copy(0, index, packed)
 
 
 def _group(starts: Tensor, lengths: Tensor) -> list[Tensor]:

@@ -28,6 +28,9 @@ from specforge.documents import DocumentLayout
 from specforge.models.draft_attention import DraftAttention
 from specforge.models.draft_rows import DraftRows
 
+# On a CPU: small enough that few keys are looked at in vain, large enough that each product is a large one.
+QUERIES_PER_MASK = 256
+
 KeysAndValues = tuple[Tensor, Tensor]
 T = TypeVar("T")
 
@@ -42,6 +45,8 @@ class TrainingTimeTest:
 
     def __init__(self, document_ids: Tensor, rows: DraftRows) -> None:
         self.layout = DocumentLayout.of(document_ids).in_order(rows.order)
+        # At step 0, all layers but the last one run all rows.
+        self.queries = {count: self.layout.first(count) for count in {len(rows.order), *rows.counts}}
         self._steps: dict[int, list[KeysAndValues]] = {}
         self._others: dict[int, KeysAndValues] = {}
 
@@ -99,7 +104,8 @@ class TrainingTimeStep:
         own_logits = [(wide * k.repeat_interleave(repeats, dim=1)).sum(-1) for k, _ in later]
         carried = _high_and_low(own_logits, query)
         attention = partial(_selector_attention, scale=scale, window=window)
-        output = self.test.layout.attend(attention, [query, carried], [keys, values])
+        queries = self.test.queries[query.shape[2]]
+        output = self.test.layout.attend_at(queries, attention, [query, carried], [keys, values])
         attended = output[..., : query.shape[-1]]
         for number, (_, own_value) in enumerate(later):
             weight = output[..., query.shape[-1] + number, None]
@@ -155,26 +161,26 @@ def _high_and_low(logits: list[Tensor], query: Tensor) -> Tensor:
 
 
 def _selector_attention(
-    query: Tensor, carried: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    query: Tensor, carried: Tensor, key: Tensor, value: Tensor, positions: Tensor, *, scale: float, window: int | None
 ) -> Tensor:
-    """Causal attention with selectors in front.
+    """Causal attention of some tokens of each document, with selectors in front of the keys.
 
     Args:
-        query: [G, heads, L, D].
-        carried: Own logits of n later steps as high and low halves, [G, heads, L, 2n].
+        query: [G, heads, Q, D].
+        carried: Own logits of n later steps as high and low halves, [G, heads, Q, 2n].
         key: [G, key-value heads, L, D].
         value: [G, key-value heads, L, D].
+        positions: Where the queries stand among the L keys, int64 [G, Q].
         scale: Factor of the logits.
         window: Sliding window over positions, or None.
 
     Returns:
-        [G, heads, L, D + n]: attended step-0 values, then the weights of the n later steps.
+        [G, heads, Q, D + n]: attended step-0 values, then the weights of the n later steps.
     """
-    length, width = key.shape[2], key.shape[3]
-    steps = carried.shape[3] // 2
+    width, steps = key.shape[3], carried.shape[3] // 2
     # Fused kernels want head sizes in multiples of 8.
     extra = -(-2 * steps // 8) * 8
-    queries = F.pad(torch.cat([query, carried], dim=-1), (0, extra - 2 * steps, steps, 0))
+    queries = F.pad(torch.cat([query, carried], dim=-1), (0, extra - 2 * steps))
     keys = F.pad(key, (0, extra, steps, 0))
     values = F.pad(value, (0, extra, steps, 0))
     if steps:
@@ -182,26 +188,61 @@ def _selector_attention(
         keys[:, :, selector, width + selector] = 1
         keys[:, :, selector, width + steps + selector] = 1
         values[:, :, selector, width + selector] = 1
-    mask = None
-    if window is not None and window < length + steps:
-        mask = _window_mask(length, steps, window, query.device)
-    output = F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-    )
-    return output[:, :, steps:, : width + steps]
+    attend = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=True)
+    is_short = window is not None and window < keys.shape[2]
+    kernel = _in_blocks if query.device.type == "cpu" or is_short else _at_all_positions
+    return kernel(attend, queries, keys, values, positions, steps, window)[..., : width + steps]
 
 
-def _window_mask(length: int, steps: int, window: int, device: torch.device) -> Tensor:
-    """Causal mask [n + L, n + L] with a sliding window; only for documents beyond the window.
+def _in_blocks(
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    steps: int,
+    window: int | None,
+) -> Tensor:
+    """Attend some queries at a time, by masks over the keys up to the last of them: nothing is square."""
+    if not positions.numel():
+        return query
+    outputs = []
+    for some, own in zip(query.split(QUERIES_PER_MASK, 2), positions.split(QUERIES_PER_MASK, 1), strict=True):
+        length = int(own.max()) + 1
+        seen = slice(steps + length)
+        mask = _visible(own, length, steps, window)[:, None]
+        outputs.append(attend(some, key[:, :, seen], value[:, :, seen], attn_mask=mask))
+    return torch.cat(outputs, dim=2)
 
-    At step n, row t stands n positions behind its token: it sees step-0 keys after t + n - window and, of its own later
-    keys, the last ``window``.
+
+def _at_all_positions(
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    steps: int,
+    window: int | None,
+) -> Tensor:
+    """Attend at every key's position without a mask, as the fastest kernels of accelerators do, and keep the queries'.
+
+    Rows in front of the first position stand where the selectors do, and rows without a query are zero.
     """
-    rows = torch.arange(-steps, length, device=device)
-    causal = rows[None, :] <= rows[:, None]
-    near = rows[None, :] > rows[:, None] + steps - window
-    # Selector -n holds the key of step 1, selector -1 that of step n.
-    own = (rows[None, :] < 0) & (rows[None, :] >= -window)
-    seen = causal & torch.where(rows[None, :] < 0, own, near)
-    # Rows in front of the real ones are thrown away, but a row that sees nothing is not a number on some devices.
-    return seen | ((rows[None, :] == rows[:, None]) & (rows[:, None] < 0))
+    index = (steps + positions)[:, None, :, None].expand_as(query)
+    every = query.new_zeros(*query.shape[:2], *key.shape[2:]).scatter(2, index, query)
+    return attend(every, key, value, is_causal=True).gather(2, index)
+
+
+def _visible(positions: Tensor, length: int, steps: int, window: int | None) -> Tensor:
+    """Return what queries see of n selectors and L step-0 keys, bool [G, Q, n + L].
+
+    At step n, row t stands n positions behind its token: with a sliding window it sees step-0 keys after
+    t + n - window and, of its own later keys, the last ``window``.
+    """
+    rows = positions[..., None]
+    keys = torch.arange(-steps, length, device=positions.device)
+    seen = keys <= rows
+    if window is not None:
+        # Selector -n holds the key of step 1, selector -1 that of step n.
+        seen = seen & torch.where(keys < 0, keys >= -window, keys > rows + steps - window)
+    return seen

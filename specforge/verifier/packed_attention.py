@@ -67,7 +67,7 @@ def _attention(
         )
         return found
     attend = partial(causal_attention, scale=scaling, window=sliding_window)
-    return layout.attend(attend, [query], [key, value]).transpose(1, 2), None
+    return layout.attend(attend, query, key, value).transpose(1, 2), None
 
 
 def _mask(*arguments: Any, **options: Any) -> Tensor | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specforge.documents import DocumentLayout
+from specforge.models import ttt_attention
 from specforge.models.draft_rows import DraftRows
 from specforge.models.ttt_attention import TrainingTimeTest
 
@@ -86,6 +88,23 @@ def dense(documents: Tensor, steps: list[Any], window: int | None, scale: float 
     return torch.stack(outputs)
 
 
+@pytest.fixture(params=["short blocks", "at all positions"], scope="module")
+def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Blocks shorter than the documents of a test; and what accelerators do, where no window is set."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "short blocks":
+            patch.setattr(ttt_attention, "QUERIES_PER_MASK", 2)
+        else:
+            patch.setattr(ttt_attention, "_in_blocks", in_blocks_for_windows)
+        yield
+
+
+def in_blocks_for_windows(*arguments: Any, blocks: Any = ttt_attention._in_blocks) -> Tensor:
+    window = arguments[-1]
+    return (ttt_attention._at_all_positions if window is None else blocks)(*arguments)
+
+
+@pytest.mark.usefixtures("kernel")
 @settings(max_examples=100)
 @given(
     documents=document_ids(),
