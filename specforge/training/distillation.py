@@ -2,7 +2,7 @@
 
 Neither the draft's logits nor the verifier's are ever stored for more than one chunk. The verifier's distribution of
 a target is formed once and serves every step that is trained towards it. Gradients are formed in the forward pass,
-chunk by chunk, so that the backward pass only scales them.
+chunk by chunk and in the place of the logits, so that the backward pass only scales them.
 
 Letters in shapes: S steps, N rows (a flattened batch), P pairs of row and step that the draft ran, M pairs that count,
 H width, V verifier and D draft vocabulary.
@@ -17,7 +17,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from specforge.decoding.recorded import acceptance_of_drawn, draft_places, label_log_probs
@@ -29,6 +28,8 @@ from specforge.verifier.parts import VerifierParts
 
 # Logits of one chunk, draft and verifier together: 64 MiB in float32.
 LOGITS_PER_CHUNK = 2**24
+# Logits that a CPU compares at a time: 2 MiB in float32.
+LOGITS_PER_BLOCK = 2**19
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,17 @@ class _Chunk:
     places: Tensor
     target_of: Tensor
 
+    def part(self, pairs: slice) -> _Chunk:
+        """Return some of the pairs, with all targets."""
+        return _Chunk(self.targets, self.steps[pairs], self.rows[pairs], self.places[pairs], self.target_of[pairs])
+
+    def by_head(self, heads: int) -> list[slice]:
+        """Return the pairs of each head: all of the one, or those of each step."""
+        if heads == 1:
+            return [slice(len(self.steps))]
+        ends = self.steps.bincount(minlength=heads).cumsum(0).tolist()
+        return [slice(*ends_of) for ends_of in pairwise([0, *ends])]
+
 
 class _Distill(torch.autograd.Function):
     @staticmethod
@@ -183,7 +195,7 @@ class _Distill(torch.autograd.Function):
         compute_type = _compute_type(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             run = _Run(hidden, heads, work, compute_type, ctx.needs_input_grad[0], ctx.needs_input_grad[2])
-            for chunk in _chunks(work, heads[0].shape[0]):
+            for chunk in _chunks(work, heads):
                 run.add(chunk)
         ctx.gradients = run.hidden_gradient, run.head_gradients
         others = run.sums, run.acceptance, run.agreement, run.matches, run.drawn
@@ -214,8 +226,7 @@ class _Run:
     ) -> None:
         self.work = work
         self.hidden = hidden.detach()
-        self.heads = [head.detach().to(compute_type).requires_grad_(train_heads) for head in heads]
-        self.train_hidden = train_hidden
+        self.heads = [head.detach().to(compute_type) for head in heads]
         shape = work.supervised.shape
         zeros = partial(torch.zeros, device=hidden.device, dtype=_wide_type(hidden.dtype))
         self.loss = zeros(())
@@ -224,62 +235,71 @@ class _Run:
         self.agreement = zeros(shape)
         self.matches = zeros(shape)
         self.drawn = zeros(shape)
+        self.trains = train_hidden or train_heads
         self.hidden_gradient = torch.zeros_like(self.hidden) if train_hidden else None
         self.head_gradients = [zeros(head.shape) if train_heads else None for head in heads]
         self.mean_acceptance = self._mean_acceptance() if any(t.uses_mean_acceptance for t in work.terms) else None
 
     def add(self, chunk: _Chunk) -> None:
         """Add a chunk to the loss, the sums, the per-row results and the gradients."""
-        states = self.hidden[chunk.places].to(self.heads[0].dtype).requires_grad_(self.train_hidden)
-        with torch.set_grad_enabled(self.train_hidden or self.heads[0].requires_grad):
-            target = _target(self.work.teacher, chunk)
-            logits = self._logits(states, chunk)
-            log_q = _log_softmax(logits)
+        target = _target(self.work, chunk)
+        states = self.hidden[chunk.places].to(self.heads[0].dtype)
+        logits = self._logits(states, chunk)
+        for block in _blocks(logits):
+            gradient = self._compare(logits[block], target, chunk.part(block))
+            if gradient is not None:
+                # No logit is read again, so that their gradients take their place.
+                logits[block] = gradient
+        if self.trains:
+            self._accumulate(logits, states, chunk)
+
+    def _logits(self, states: Tensor, chunk: _Chunk) -> Tensor:
+        """Compute what the draft's heads say of the pairs of a chunk, [M, D]."""
+        logits = states.new_empty(len(states), len(self.heads[0]))
+        for head, own in zip(self.heads, chunk.by_head(len(self.heads)), strict=True):
+            torch.mm(states[own], head.T, out=logits[own])
+        return logits
+
+    def _compare(self, logits: Tensor, target: _Target, chunk: _Chunk) -> Tensor | None:
+        """Add some pairs of a chunk to all but the gradients; return that of their logits, [m, D]."""
+        with torch.set_grad_enabled(self.trains):
+            leaf = logits.detach().requires_grad_(self.trains)
+            finished = self.work.finish(leaf)
+            log_q = _log_softmax(finished)
             mean = None if self.mean_acceptance is None else self.mean_acceptance[chunk.steps]
-            rows = Distributions(log_q, target.log_p, target.log_p_full, mean, self._text(chunk))
+            log_p, log_p_full = target.of_pairs(chunk)
+            rows = Distributions(log_q, log_p, log_p_full, mean, self._text(chunk))
             loss = self._loss(rows, target, chunk)
         self.loss += loss.detach()
         self.acceptance[chunk.steps, chunk.rows] = acceptance(replace(rows, log_q=log_q.detach()))
         top = log_q.argmax(-1)
-        self.agreement[chunk.steps, chunk.rows] = (top == target.top).to(self.agreement.dtype)
+        self.agreement[chunk.steps, chunk.rows] = (top == target.top[chunk.target_of]).to(self.agreement.dtype)
         if self.work.labels is not None:
-            self._replay(self.work.labels, logits.detach(), top, chunk)
-        self._accumulate(loss, states, chunk)
-
-    def _logits(self, states: Tensor, chunk: _Chunk) -> Tensor:
-        if len(self.heads) == 1:
-            return self.work.finish(F.linear(states, self.heads[0]))
-        # By step, so that each step's head reads one slice, and back again.
-        order = chunk.steps.argsort(stable=True)
-        counts = chunk.steps.bincount(minlength=len(self.heads)).tolist()
-        by_step = [F.linear(some, head) for some, head in zip(states[order].split(counts), self.heads, strict=True)]
-        return self.work.finish(torch.cat(by_step)[order.argsort()])
+            self._replay(self.work.labels, finished.detach(), top, target, chunk)
+        return torch.autograd.grad(loss, leaf)[0] if self.trains else None
 
     def _text(self, chunk: _Chunk) -> Tensor | None:
         if self.work.labels is None:
             return None
         return draft_places(self.work.labels.tokens[chunk.steps, chunk.rows], self.work.teacher.draft_ids)
 
-    def _replay(self, labels: Labels, logits: Tensor, top: Tensor, chunk: _Chunk) -> None:
+    def _replay(self, labels: Labels, logits: Tensor, top: Tensor, target: _Target, chunk: _Chunk) -> None:
         """Note whether the text's token would have been drafted, and how probable that was."""
         tokens = labels.tokens[chunk.steps, chunk.rows]
         places = draft_places(tokens, self.work.teacher.draft_ids)
         matches = (top == places).to(self.matches.dtype)
         self.matches[chunk.steps, chunk.rows] = matches
-        if labels.sampling.is_greedy:
+        if target.log_p_text is None:
             self.drawn[chunk.steps, chunk.rows] = matches
             return
-        of_verifier = _teacher_logits(self.work.teacher, chunk)
-        # The token of a target is the same for all pairs of step and row that are compared with it.
-        said = tokens.new_zeros(len(chunk.targets)).index_copy(0, chunk.target_of, tokens)
-        log_p = label_log_probs(of_verifier, said, labels.sampling)[chunk.target_of]
         log_q = label_log_probs(logits, places, labels.sampling)
-        self.drawn[chunk.steps, chunk.rows] = acceptance_of_drawn(log_q, log_p).to(self.drawn.dtype)
+        accepted = acceptance_of_drawn(log_q, target.log_p_text[chunk.target_of])
+        self.drawn[chunk.steps, chunk.rows] = accepted.to(self.drawn.dtype)
 
     def _loss(self, rows: Distributions, target: _Target, chunk: _Chunk) -> Tensor:
         weights = self.work.step_weights[chunk.steps]
         if self.work.skip_targets_outside:
-            weights = weights * (target.top >= 0)
+            weights = weights * (target.top[chunk.target_of] >= 0)
         loss = rows.log_q.new_zeros(())
         for number, term in enumerate(self.work.terms):
             values = term.function(rows)
@@ -287,77 +307,95 @@ class _Run:
             loss = loss + term.weight * (weights * values).sum()
         return loss
 
-    def _accumulate(self, loss: Tensor, states: Tensor, chunk: _Chunk) -> None:
-        inputs = [one for one in (states, *self.heads) if one.requires_grad]
-        if not inputs:
-            return
-        gradients = dict(zip(map(id, inputs), torch.autograd.grad(loss, inputs), strict=True))
-        if self.hidden_gradient is not None:
-            self.hidden_gradient[chunk.places] = gradients[id(states)].to(self.hidden_gradient.dtype)
-        for gradient, head in zip(self.head_gradients, self.heads, strict=True):
-            if gradient is not None:
-                gradient += gradients[id(head)]
+    def _accumulate(self, of_logits: Tensor, states: Tensor, chunk: _Chunk) -> None:
+        """Add the gradients of the states and heads that a chunk's logits were made of."""
+        for number, own in enumerate(chunk.by_head(len(self.heads))):
+            if self.hidden_gradient is not None:
+                of_states = of_logits[own] @ self.heads[number]
+                self.hidden_gradient[chunk.places[own]] = of_states.to(self.hidden_gradient.dtype)
+            gradient = self.head_gradients[number]
+            if gradient is None:
+                continue
+            if gradient.dtype == of_logits.dtype:
+                gradient.addmm_(of_logits[own].T, states[own])
+            else:
+                gradient += of_logits[own].T @ states[own]
 
     def _mean_acceptance(self) -> Tensor:
         """Mean acceptance of each step over the batches of all processes, [S], by a pass without gradients."""
         sums = torch.zeros_like(self.sums[0])
-        for chunk in _chunks(self.work, self.heads[0].shape[0]):
-            target = _target(self.work.teacher, chunk)
-            states = self.hidden[chunk.places].to(self.heads[0].dtype)
-            with torch.no_grad():
-                log_q = _log_softmax(self._logits(states, chunk))
-            sums.index_add_(0, chunk.steps, acceptance(Distributions(log_q, target.log_p, target.log_p_full)))
+        for chunk in _chunks(self.work, self.heads):
+            target = _target(self.work, chunk)
+            logits = self._logits(self.hidden[chunk.places].to(self.heads[0].dtype), chunk)
+            for block in _blocks(logits):
+                pairs = chunk.part(block)
+                log_q = _log_softmax(self.work.finish(logits[block]))
+                sums.index_add_(0, pairs.steps, acceptance(Distributions(log_q, *target.of_pairs(pairs))))
         return total(sums) / total(self.work.supervised.sum(1)).clamp(min=1)
 
 
 @dataclass(frozen=True)
 class _Target:
-    """The verifier's distributions for the M pairs of a chunk.
+    """The verifier's distributions at the R targets of a chunk.
 
     Attributes:
-        log_p: Normalised over the draft vocabulary, [M, D].
-        log_p_full: Normalised over the whole vocabulary, at the draft tokens, [M, D].
-        top: Draft id of the most probable verifier token, [M]; -1 where it is no draft token.
+        log_p: Normalised over the draft vocabulary, [R, D].
+        log_p_full: Normalised over the whole vocabulary, at the draft tokens, [R, D]; the same tensor where the
+            vocabularies are the same.
+        top: Draft id of the most probable verifier token, [R]; -1 where it is no draft token.
+        log_p_text: Log-probability of the text's token as it was sampled, [R]; None where it was not, or is not asked.
     """
 
     log_p: Tensor
     log_p_full: Tensor
     top: Tensor
+    log_p_text: Tensor | None
+
+    def of_pairs(self, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+        """Return ``log_p`` and ``log_p_full`` of the target of each pair, [M, D]."""
+        log_p = self.log_p[chunk.target_of]
+        return log_p, log_p if self.log_p_full is self.log_p else self.log_p_full[chunk.target_of]
 
 
-def _teacher_logits(teacher: Teacher, chunk: _Chunk) -> Tensor:
-    return teacher.parts.logits(teacher.last[chunk.targets])
+def _target(work: _Work, chunk: _Chunk) -> _Target:
+    draft_ids = work.teacher.draft_ids
+    logits = work.teacher.parts.logits(work.teacher.last[chunk.targets])
+    top, of_text = logits.argmax(-1), None
+    if work.labels is not None and not work.labels.sampling.is_greedy:
+        # The token of a target is the same for all pairs of step and row that are compared with it.
+        tokens = work.labels.tokens[chunk.steps, chunk.rows]
+        said = tokens.new_zeros(len(chunk.targets)).index_copy(0, chunk.target_of, tokens)
+        of_text = label_log_probs(logits, said, work.labels.sampling)
+    if draft_ids is None:
+        log_p = _log_softmax(logits)
+        return _Target(log_p, log_p, top, of_text)
+    wide = _wide_type(logits.dtype)
+    normaliser = torch.cat([logits[block].to(wide).logsumexp(-1) for block in _blocks(logits)])
+    log_p_full = logits[:, draft_ids].to(wide) - normaliser[:, None]
+    return _Target(log_p_full.log_softmax(-1), log_p_full, draft_places(top, draft_ids), of_text)
 
 
-@torch.no_grad()
-def _target(teacher: Teacher, chunk: _Chunk) -> _Target:
-    logits = _teacher_logits(teacher, chunk)
-    log_p_full = _log_softmax(logits)
-    top = logits.argmax(-1)
-    if teacher.draft_ids is None:
-        log_p_full = log_p_full[chunk.target_of]
-        return _Target(log_p_full, log_p_full, top[chunk.target_of])
-    log_p_full = log_p_full[:, teacher.draft_ids]
-    log_p = log_p_full.log_softmax(-1)
-    top = draft_places(top, teacher.draft_ids)
-    return _Target(log_p[chunk.target_of], log_p_full[chunk.target_of], top[chunk.target_of])
-
-
-def _chunks(work: _Work, draft_size: int) -> Iterator[_Chunk]:
+def _chunks(work: _Work, heads: Sequence[Tensor]) -> Iterator[_Chunk]:
     """Split the supervised pairs by target, so that each target's distribution is formed once."""
     steps, rows = work.supervised.nonzero(as_tuple=True)
     targets, target_of = work.targets[steps, rows].unique(return_inverse=True)
-    order = target_of.argsort(stable=True)
-    steps, rows, target_of = steps[order], rows[order], target_of[order]
-    places = work.places[steps, rows]
     verifier_size = work.teacher.parts.lm_head.weight.shape[0]
-    size = max(1, LOGITS_PER_CHUNK // (verifier_size + work.supervised.shape[0] * draft_size))
-    begins = torch.arange(0, targets.numel() + size, size, device=targets.device)
-    bounds = torch.searchsorted(target_of, begins).tolist()
-    for number, (begin, end) in enumerate(pairwise(bounds)):
+    size = max(1, LOGITS_PER_CHUNK // (verifier_size + len(work.supervised) * len(heads[0])))
+    # Within a chunk, pairs stay in the order of their steps, so that each head reads one slice.
+    order = (target_of // size).argsort(stable=True)
+    every = _Chunk(targets, steps[order], rows[order], work.places[steps, rows][order], target_of[order])
+    firsts = torch.arange(0, len(targets) + size, size, device=targets.device)
+    bounds = torch.searchsorted(every.target_of // size * size, firsts).tolist()
+    for number, own in enumerate(pairwise(bounds)):
         first = number * size
-        own = slice(begin, end)
-        yield _Chunk(targets[first : first + size], steps[own], rows[own], places[own], target_of[own] - first)
+        part = every.part(slice(*own))
+        yield replace(part, targets=targets[first : first + size], target_of=part.target_of - first)
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    """Split rows of logits so that what is done with one block after the other stays in a processor's cache."""
+    size = max(1, LOGITS_PER_BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return (slice(begin, begin + size) for begin in range(0, len(logits), max(1, size)))
 
 
 def _compute_type(hidden: Tensor) -> torch.dtype:

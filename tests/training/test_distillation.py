@@ -161,14 +161,16 @@ def test_losses_and_gradients_are_the_plain_ones(
     pruned=st.booleans(),
     skip=st.booleans(),
     chunk=st.sampled_from([1, 30, 65, 100, 200, 2**24]),
+    block=st.sampled_from([1, 2 * V, 2**19]),
     objective=st.dictionaries(st.sampled_from(NAMES), st.floats(0.1, 3), min_size=1, max_size=3),
 )
 def test_any_mixture_in_any_chunks(
-    seed: int, steps: int, rows: int, pruned: bool, skip: bool, chunk: int, objective: dict[str, float]
+    seed: int, steps: int, rows: int, pruned: bool, skip: bool, chunk: int, block: int, objective: dict[str, float]
 ) -> None:
     problem = make_problem(seed, steps, rows, pruned)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", chunk)
+        monkeypatch.setattr(distillation, "LOGITS_PER_BLOCK", block)
         outcome = run(problem, objective, skip)
     assert outcome.supervised is problem.supervised
     assert not outcome.acceptance[~problem.supervised].any()
@@ -356,8 +358,9 @@ def test_labels_tell_how_often_the_text_would_have_been_drafted(
     text = torch.randint(V, (problem.supervised.shape[1],), generator=torch.Generator().manual_seed(1))
     labels = Labels(text[problem.targets], sampling)
     terms = objective_terms({"kl": 1.0})
-    for chunk in (2**24, 40):
+    for chunk, block in ((2**24, 2**19), (2**24, 1), (40, 2**19)):
         monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", chunk)
+        monkeypatch.setattr(distillation, "LOGITS_PER_BLOCK", block)
         found = distill(
             problem.hidden,
             problem.head,
