@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from typing import Any
@@ -67,6 +68,8 @@ class ResumableLoader(DataLoader[Batch]):
     batch_size: int
     transform: Callable[[Iterator[Batch], int, int], Iterator[Batch]] | None = None
     """Makes an epoch's batches into others, one for one; called with them, the epoch, and the number of the first."""
+    seconds_waited = 0.0
+    """How long whoever takes the batches has waited until they were read, over all epochs."""
     _epoch = 0
     _yielded = 0
     _resumed: tuple[int, int] | None = None
@@ -82,15 +85,24 @@ class ResumableLoader(DataLoader[Batch]):
         All of this runs at the first `next`: Lightning calls `iter` before it tells the sampler its epoch.
         """
         if not isinstance(self.sampler, PackedSampler):  # Lightning's overfit_batches puts its own there
-            yield from super().__iter__()
+            yield from self._timed(super().__iter__())
             return
         resumed, self._resumed = self._resumed, None
         self._epoch = self.sampler.epoch
         self._yielded = resumed[1] if resumed and resumed[0] == self._epoch else 0
         self.sampler.skip = min(self._yielded * self.stride, self.sampler.number)
-        batches = super().__iter__()
+        batches = self._timed(super().__iter__())
         for batch in batches if self.transform is None else self.transform(batches, self._epoch, self._yielded):
             self._yielded += 1
+            yield batch
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            since = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds_waited += time.perf_counter() - since
+            if batch is None:
+                return
             yield batch
 
     def state_dict(self) -> dict[str, int]:

@@ -1,11 +1,9 @@
-"""What happens around the steps of a run: checkpoints, Ctrl-C, the draft at the end, speed, what a person sees."""
+"""What happens around the steps of a run: checkpoints, Ctrl-C, the draft at the end, what a person sees."""
 
 from __future__ import annotations
 
 import shlex
 import signal
-import time
-from collections.abc import Mapping
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, cast
@@ -15,14 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
 
 from specforge.models.speculator import SpeculatorModel
 from specforge.training.module import DraftModule
 from specforge.training.resuming import BatchNumbers, RandomState
 from specforge.training.runs import BEST, LAST, check_checkpoint
+from specforge.training.speed import Throughput
 from specforge.training.stopping import StopRequest
-from specforge.training.totals import total
 
 
 def fit_callbacks(arguments: list[str], save_every_n_steps: int, folder: Path | None) -> list[Callback]:
@@ -101,36 +98,6 @@ class Summary(Callback):
             f"step {trainer.global_step:>6}  {module.monitor} {float(metrics[module.monitor]):.3f}  "
             f"by position {rates}  val/loss {float(metrics['val/loss']):.4f}"
         )
-
-
-class Throughput(Callback):
-    """Logs the tokens that training takes in a second, padding and validation left out."""
-
-    def __init__(self) -> None:
-        self._tokens: Tensor | int = 0
-        self._since = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._restart()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the time of validation out."""
-        self._restart()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Mapping[str, Tensor], batch_idx: int
-    ) -> None:
-        """Count, and log at the trainer's interval."""
-        self._tokens = self._tokens + (batch["document_ids"] >= 0).sum()
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
-            tokens = total(torch.as_tensor(self._tokens))
-            pl_module.log("train/tokens_per_second", float(tokens) / (time.perf_counter() - self._since))
-            self._restart()
-
-    def _restart(self) -> None:
-        self._tokens = 0
-        self._since = time.perf_counter()
 
 
 class LastCheckpoint(Checkpoint):

@@ -89,7 +89,8 @@ def assert_close(first: Path, second: Path, **tolerance: float) -> None:
 
 
 def logged(run: Path) -> dict[str, list[float]]:
-    """Return all that a run logged, by tag, but for the speed."""
+    """Return all that a run logged, by tag, but for what it took."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if "second" not in tag]
+    taken = {f"train/{name}" for name in ("tokens_per_second", "idle_share", "peak_memory_gb")}
+    tags = [tag for tag in events.Tags()["scalars"] if tag not in taken]
     return {tag: [one.value for one in events.Scalars(tag)] for tag in tags}

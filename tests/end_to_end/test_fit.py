@@ -127,7 +127,8 @@ class TestEvents:
     def test_tags(self, events):
         by_step = [f"{name}/step_{step}" for name in ("kl", "acceptance", "agreement") for step in STEPS]
         expected = {f"{stage}/{name}" for stage in ("train", "val") for name in ["loss", *by_step]}
-        expected |= {"train/learning_rate", "train/tokens_per_second", "epoch", "val/acceptance_length"}
+        expected |= {f"train/{name}" for name in ("learning_rate", "tokens_per_second", "idle_share", "peak_memory_gb")}
+        expected |= {"epoch", "val/acceptance_length"}
         expected |= {f"val/accept_rate_{kind}_{position + 1}" for kind in ("pos", "cond") for position in STEPS}
         expected |= {f"val/acceptance_length_at_{chain}" for chain in range(1, TTT_STEPS)}
         assert set(events.Tags()["scalars"]) == expected

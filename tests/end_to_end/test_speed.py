@@ -1,0 +1,46 @@
+"""What a run takes, as it is logged: the share of the time that it waits for data, and its memory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from training_runs import scalars
+
+from specforge.data.packing import PackedRows
+from specforge.training.module import DraftModule
+
+
+def test_idle_share_is_what_the_loader_takes_of_the_time(workshop, fit, monkeypatch):
+    """On a clock that reading a row moves by 2, a training step by 5, and a validation batch by 1,000."""
+    now = 0.0
+
+    def moved_by(seconds: float, function: Any) -> Any:
+        def call(*words: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return function(*words)
+
+        return call
+
+    clock = SimpleNamespace(perf_counter=lambda: now)
+    monkeypatch.setattr("specforge.data.loader.time", clock)
+    monkeypatch.setattr("specforge.training.speed.time", clock)
+    monkeypatch.setattr(PackedRows, "__getitem__", moved_by(2, PackedRows.__getitem__))
+    monkeypatch.setattr(DraftModule, "training_step", moved_by(5, DraftModule.training_step))
+    monkeypatch.setattr(DraftModule, "validation_step", moved_by(1000, DraftModule.validation_step))
+    words = ["--trainer.max_steps=8", "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=3"]
+    run = fit("runs", *words, "--data.batch_size=2")
+    assert [value for _, value in scalars(run, "train/idle_share")] == pytest.approx([4 / 9] * 4)
+    assert all(value < 256 * 2 * 2 / 9 for _, value in scalars(run, "train/tokens_per_second"))
+
+
+def test_memory_is_what_this_process_holds_at_most(fit):
+    run = fit("runs", "--trainer.max_steps=3")
+    memory = [value for _, value in scalars(run, "train/peak_memory_gb")]
+    assert memory == sorted(memory)
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert 0.1 < memory[-1] <= int(peak[1]) * 1024 / 1e9 * 1.01
