@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from lightning.pytorch.utilities import rank_zero_only
 
 from specforge.models.speculator import SpeculatorModel
+from specforge.training.board.writers import writers
 from specforge.training.module import DraftModule
 from specforge.training.resuming import BatchNumbers, RandomState
 from specforge.training.runs import BEST, LAST, check_checkpoint
@@ -22,13 +23,13 @@ from specforge.training.speed import Throughput
 from specforge.training.stopping import StopRequest
 
 
-def fit_callbacks(arguments: list[str], save_every_n_steps: int, folder: Path | None) -> list[Callback]:
+def fit_callbacks(arguments: list[str], save_every_n_steps: int, folder: Path) -> list[Callback]:
     """Return the callbacks of a training run.
 
     Args:
         arguments: The words after ``specforge fit``, to tell a person how to go on.
         save_every_n_steps: Optimizer steps between two savings of the last state.
-        folder: Folder of the checkpoints; by default ``checkpoints`` in the logger's folder.
+        folder: Folder of the checkpoints.
     """
     return [
         Summary(),
@@ -45,10 +46,10 @@ class BestCheckpoint(ModelCheckpoint):
     """Saves the state of the best validation, by acceptance length, as ``checkpoints/best.ckpt``.
 
     Args:
-        folder: Folder of the checkpoints; by default ``checkpoints`` in the logger's folder.
+        folder: Folder of the checkpoints.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__(
             dirpath=folder,
             filename=Path(BEST).stem,
@@ -56,6 +57,7 @@ class BestCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         )
+        self.dirpath = str(folder)  # as the person gave it, which Lightning makes absolute
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learn what to choose by: the data decide whether the acceptance length is exact or a proxy."""
@@ -205,7 +207,7 @@ class DraftWriter(Callback):
         module = cast(DraftModule, pl_module)
         best = _best(trainer)
         run = checkpoint_folder(trainer).parent
-        next_steps = [f"look at it   tensorboard --logdir {run.parent}"]
+        next_steps = [f"look at it   tensorboard --logdir {run.parent}"] if writers(trainer) else []
         if best.best_model_path and best.best_model_score is not None:
             draft = draft_of_checkpoint(Path(best.best_model_path), module.draft)
             which = f"the best draft ({best.monitor} {float(best.best_model_score):.3f})"

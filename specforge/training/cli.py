@@ -6,20 +6,21 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_only
 from pydantic import ValidationError
 
 from specforge.errors import SpecforgeError, UsageError
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
+from specforge.training.board.writers import writers
 from specforge.training.callbacks import ProgressBar, fit_callbacks
-from specforge.training.config_errors import check_files, check_values, explain, explain_settings
+from specforge.training.config_errors import check_files, check_values, explain, explain_class, explain_settings
 from specforge.training.runs import CHECKPOINTS, next_version, resolve_checkpoint, version_of
 from specforge.training.saving import WholeCheckpointIO
 from specforge.training.stopping import is_of_a_lost_process
@@ -57,8 +58,7 @@ class TrainingCLI(LightningCLI):
         super().__init__(
             model_class=installed().load(algorithm, "module"),
             datamodule_class=installed().load(algorithm, "data"),
-            save_config_callback=RunRecord,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=None,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=42,
             parser_kwargs={
@@ -132,6 +132,11 @@ class TrainingCLI(LightningCLI):
             super().instantiate_classes()
         except ValidationError as error:
             raise UsageError(explain_settings(error, self.parser, self.arguments)) from None
+        except ValueError as error:
+            reason = explain_class(str(error))
+            if reason is None:
+                raise
+            raise UsageError(f"trainer: {reason}") from error
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and the test data before anything is built."""
@@ -146,29 +151,34 @@ class TrainingCLI(LightningCLI):
         """Create the trainer with a TensorBoard logger in the run's folder, unless the configuration says otherwise."""
         settings = self.config_init["trainer"]
         output_dir = Path(self.config.output_dir)
-        folder = None
         callbacks = list(settings["callbacks"] or [])
         if settings["enable_progress_bar"] is not False:
             callbacks.append(ProgressBar())
         if self.subcommand_name != "fit":
             kwargs["logger"] = False
-        elif settings["logger"] in (None, True):
-            kwargs["logger"] = TensorBoardLogger(output_dir, name="", version=version_of(self.checkpoint, output_dir))
-        elif settings["logger"] is False:
-            run = output_dir / (version_of(self.checkpoint, output_dir) or next_version(output_dir))
-            folder, output_dir = run / CHECKPOINTS, run
-        # A trial run of a few batches stores nothing.
-        if self.subcommand_name == "fit" and not settings["fast_dev_run"]:
-            callbacks += fit_callbacks(self.arguments, self.config.save_every_n_steps, folder)
-            callbacks.append(RunRecord(self.parser, self.config, **self.save_config_kwargs))
-            plugins = settings["plugins"] or []
-            kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
+        else:
+            version = version_of(self.checkpoint, output_dir) or next_version(output_dir)
+            run = output_dir / version
+            if settings["logger"] in (None, True):
+                kwargs["logger"] = TensorBoardLogger(output_dir, name="", version=version)
+            # A trial run of a few batches stores nothing.
+            if not settings["fast_dev_run"]:
+                resolved = self._resolved_config()
+                callbacks += fit_callbacks(self.arguments, self.config.save_every_n_steps, run / CHECKPOINTS)
+                callbacks.append(RunRecord(resolved, run))
+                plugins = settings["plugins"] or []
+                kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
         if settings["default_root_dir"] is None:
             kwargs["default_root_dir"] = output_dir
         try:
             return self.trainer_class(**{**settings, **kwargs, "callbacks": callbacks})
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise UsageError(f"trainer: {error}") from error
+
+    def _resolved_config(self) -> str:
+        config = self.config.clone()
+        config.ckpt_path = None
+        return str(self.parser.dump(config, skip_none=False))
 
     def run(self) -> None:
         """Fit, validate or test."""
@@ -189,17 +199,24 @@ class TrainingCLI(LightningCLI):
             ) from error
 
 
-class RunRecord(SaveConfigCallback):
-    """Stores the resolved configuration with the run, as a file that reproduces it, and as text for TensorBoard."""
+class RunRecord(Callback):
+    """Stores the resolved configuration with the run, as a file that reproduces it, and as text for TensorBoard.
 
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
-        config = config.clone()
-        config.ckpt_path = None
-        super().__init__(parser, config, **kwargs)
+    Args:
+        config: The configuration, as YAML.
+        folder: Folder of the run.
+    """
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Show the configuration in TensorBoard."""
-        text = self.parser.dump(self.config, skip_none=False)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("configuration", f"```yaml\n{text}\n```")
+    def __init__(self, config: str, folder: Path) -> None:
+        self.config = config
+        self.folder = folder
+
+    @rank_zero_only
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it, before anything else of the run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        beside = self.folder / ".config.yaml"
+        beside.write_text(self.config, encoding="utf-8")
+        beside.replace(self.folder / "config.yaml")
+        for writer in writers(trainer):
+            writer.add_text("configuration", f"```yaml\n{self.config}\n```")

@@ -60,6 +60,21 @@ def explain_settings(error: ValidationError, parser: ArgumentParser, arguments: 
     return "; ".join(lines)
 
 
+def explain_class(message: str) -> str | None:
+    """Return why the object of a class that is named, such as a logger, cannot be made; None for other errors.
+
+    Args:
+        message: What the parser said.
+    """
+    name = re.search(r"class_path='(?:[\w.]*\.)?(\w+)'", message)
+    fault = re.search(
+        r"Errors:\s*- (?:Problem with given class_path '[^']*':\s*)?(?!Expected )(.*?)\s*(?:\n\s*- |\nGiven value)",
+        message,
+        re.DOTALL,
+    )
+    return f"{name[1]}: {' '.join(fault[1].split())}" if name and fault else None
+
+
 def check_files(parser: ArgumentParser, arguments: list[str]) -> None:
     """Refuse what the parser would let through in a configuration file.
 
@@ -149,6 +164,8 @@ def _nearest(key: str, allowed: list[str]) -> str:
 
 def _reason(text: str) -> str:
     """Condense pydantic's and jsonargparse's explanations to one line."""
+    if of_class := explain_class(text):
+        return of_class
     # One given value after one or several types that it could have had.
     got = re.search(r"(?:Got value|got|Given value): (.*)", text, re.DOTALL)
     value = f", got {got[1].strip()!r}" if got else ""

@@ -1,0 +1,84 @@
+"""Other loggers than TensorBoard: files of the run stay in the run's folder, whatever is logged where."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from specforge.__main__ import main
+
+WORDS = ("--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.limit_val_batches=1")
+
+
+def files(run: Path) -> set[str]:
+    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+
+
+def test_csv(workshop, fit, capfd):
+    init = {"save_dir": str(workshop.folder / "runs"), "name": "csv"}
+    workshop.values["trainer"]["logger"] = {"class_path": "CSVLogger", "init_args": init}
+    run = fit("runs", *WORDS)
+    assert "tensorboard" not in capfd.readouterr().out
+    checkpoints = {"checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+    assert files(run) == {"config.yaml", "draft/config.json", "draft/model.safetensors", *checkpoints}
+    logged = workshop.folder / "runs" / "csv" / "version_0"
+    with (logged / "metrics.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [int(line["step"]) for line in lines if line["train/loss"]] == [0, 1, 2]
+    (tau,) = (float(line["val/acceptance_length"]) for line in lines if line["val/acceptance_length"])
+    assert tau > 1
+    # The run is found again, and goes on in its own folder.
+    words = [word.replace("max_steps=3", "max_steps=5") for word in WORDS]
+    assert fit("runs", *words, "--ckpt_path=last") == run
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
+    assert not (workshop.folder / "runs" / "version_1").exists()
+    with (logged / "metrics.csv").open() as file:
+        assert list(csv.DictReader(file)) == lines
+
+
+def test_mlflow(workshop, fit, monkeypatch):
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    # Its databases need more packages than the small distribution brings.
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    init = {"tracking_uri": f"file:{workshop.folder / 'mlflow'}", "experiment_name": "drafts"}
+    workshop.values["trainer"]["logger"] = {"class_path": "MLFlowLogger", "init_args": init}
+    run = fit("runs", *WORDS)
+    assert {"config.yaml", "checkpoints/best.ckpt", "draft/model.safetensors"} <= files(run)
+    client = MlflowClient(init["tracking_uri"])
+    (logged,) = client.search_runs([client.get_experiment_by_name("drafts").experiment_id])
+    assert logged.info.status == "FINISHED"
+    assert [one.step for one in client.get_metric_history(logged.info.run_id, "train/loss")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("logger", "reason"),
+    [
+        ({"class_path": "CSVLogger"}, "trainer.logger: CSVLogger: the following arguments are required: save_dir"),
+        ({"class_path": "CometLogger"}, "trainer: CometLogger: Requirement 'comet-ml"),
+    ],
+)
+def test_one_that_cannot_be_made_is_one_message(workshop, capfd, logger, reason):
+    workshop.values["trainer"]["logger"] = logger
+    assert main(["fit", *workshop.words("runs")]) == 2
+    message = capfd.readouterr().err
+    assert reason in message and "Traceback" not in message and "Namespace" not in message
+
+
+def test_two_at_once(workshop, fit):
+    folder = str(workshop.folder / "logs")
+    workshop.values["trainer"]["logger"] = [
+        {"class_path": one, "init_args": {"save_dir": folder, "name": one}}
+        for one in ("TensorBoardLogger", "CSVLogger")
+    ]
+    run = fit("runs", *WORDS)
+    assert "config.yaml" in files(run) and not any("events" in name for name in files(run))
+    tags = EventAccumulator(str(workshop.folder / "logs" / "TensorBoardLogger" / "version_0")).Reload().Tags()
+    assert "val/loss" in tags["scalars"]
+    assert (workshop.folder / "logs" / "CSVLogger" / "version_0" / "metrics.csv").is_file()
