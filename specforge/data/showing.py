@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.text import Text
 
-from specforge.data.encoding import TokenRow
 from specforge.data.recipe import Recipe
 from specforge.data.sources import RawRecord
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUPERVISED = "black on bright_green"
+Mark = TypeVar("Mark", bound=Hashable)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # in the data; it must not steer the terminal
 
 
@@ -42,18 +42,29 @@ def show_row(record: RawRecord, recipe: Recipe, tokenizer: PreTrainedTokenizerBa
     heading = f"{record.location}: {number:,} tokens, {share}, {fate}"
     console.print(Text(heading, style="bold"))
     has_color = console.color_system is not None and not console.no_color
-    for text, is_supervised in _stretches(kept, tokenizer):
+    for text, is_supervised in stretches(kept.input_ids.tolist(), kept.loss_mask.tolist(), tokenizer):
         marked = text if has_color or not is_supervised else f"⟦{text}⟧"
         console.print(Text(marked, style=SUPERVISED if is_supervised else ""), end="", soft_wrap=True)
     console.print("\n")
 
 
-def _stretches(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
-    """Yield the texts of a row between changes of the mask."""
+def stretches(
+    tokens: Sequence[int], marks: Sequence[Mark], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, Mark]]:
+    """Yield the texts between changes of the mark, each with its mark; control characters are replaced.
+
+    Args:
+        tokens: ids.
+        marks: one for each token.
+        tokenizer: decodes them.
+    """
     shown, end = "", 0
-    for is_supervised, group in groupby(row.loss_mask.tolist()):
+    for mark, group in groupby(marks):
         end += len(list(group))
         # All from the start: what a token adds can depend on those before it.
-        text = str(tokenizer.decode(row.input_ids[:end].tolist(), clean_up_tokenization_spaces=False))
-        yield _CONTROL.sub("�", text[len(shown) :]), is_supervised
+        text = str(tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False))
+        if end < len(tokens):
+            text = text.rstrip("�")  # a character whose other tokens follow, and which is shown with them
+        if text[len(shown) :]:
+            yield _CONTROL.sub("�", text[len(shown) :]), mark
         shown = text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import signal
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +14,10 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from lightning.pytorch.utilities import rank_zero_only
 
 from specforge.models.speculator import SpeculatorModel
+from specforge.training.board.acceptance import AcceptanceFigure, accept_rates
+from specforge.training.board.hyperparameters import log_results
+from specforge.training.board.layout import ScalarLayout
+from specforge.training.board.samples import SampleTexts
 from specforge.training.board.writers import writers
 from specforge.training.module import DraftModule
 from specforge.training.resuming import BatchNumbers, RandomState
@@ -33,7 +36,10 @@ def fit_callbacks(arguments: list[str], save_every_n_steps: int, folder: Path) -
     """
     return [
         Summary(),
-        Throughput(),
+        ScalarLayout(),
+        AcceptanceFigure(),
+        SampleTexts(),
+        Throughput(),  # behind those above, whose time at a validation it leaves out
         RandomState(),
         BatchNumbers(),
         BestCheckpoint(folder),
@@ -64,6 +70,13 @@ class BestCheckpoint(ModelCheckpoint):
         self.monitor = cast(DraftModule, pl_module).monitor
         super().setup(trainer, pl_module, stage)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save where this validation is the best so far, and log by what runs are compared."""
+        before = self.best_model_score
+        super().on_validation_end(trainer, pl_module)
+        if self.best_model_score is not before:
+            log_results("best", trainer, pl_module)
+
 
 class ProgressBar(RichProgressBar):
     """The progress bar of every run."""
@@ -93,9 +106,7 @@ class Summary(Callback):
         module = cast(DraftModule, pl_module)
         if trainer.sanity_checking or module.monitor not in metrics:
             return
-        suffix = module.means["val"].suffix
-        by_position = (metrics.get(f"val/accept_rate_pos_{position}{suffix}") for position in count(1))
-        rates = " ".join(f"{float(one):.3f}" for one in takewhile(lambda one: one is not None, by_position))
+        rates = " ".join(f"{rate:.3f}" for rate in accept_rates(trainer, module, "pos"))
         say(
             f"step {trainer.global_step:>6}  {module.monitor} {float(metrics[module.monitor]):.3f}  "
             f"by position {rates}  val/loss {float(metrics['val/loss']):.4f}"

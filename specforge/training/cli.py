@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 from specforge.errors import SpecforgeError, UsageError
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
+from specforge.training.board.hyperparameters import Hyperparameters
 from specforge.training.board.writers import writers
 from specforge.training.callbacks import ProgressBar, fit_callbacks
 from specforge.training.config_errors import check_files, check_values, explain, explain_class, explain_settings
@@ -165,7 +167,7 @@ class TrainingCLI(LightningCLI):
             if not settings["fast_dev_run"]:
                 resolved = self._resolved_config()
                 callbacks += fit_callbacks(self.arguments, self.config.save_every_n_steps, run / CHECKPOINTS)
-                callbacks.append(RunRecord(resolved, run))
+                callbacks += [RunRecord(resolved, run), Hyperparameters(yaml.safe_load(resolved))]
                 plugins = settings["plugins"] or []
                 kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
         if settings["default_root_dir"] is None:

@@ -340,9 +340,9 @@ class DraftModule(LightningModule, ABC):
         loss, counts, flat = every.split([1, counts.numel(), sums.numel()])
         return loss[0], flat.view_as(sums), counts
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the validation metrics."""
-        self._measure(batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> DraftSteps:
+        """Add a batch to the validation metrics; callbacks get what the draft did."""
+        return self._measure(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
@@ -409,8 +409,10 @@ class DraftModule(LightningModule, ABC):
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return math.ceil(batches / trainer.accumulate_grad_batches) * int(trainer.max_epochs)
 
-    def _measure(self, batch: Batch) -> None:
-        self.means[self._stage].update(self.draft_steps(batch, self.features(batch)), batch["input_ids"].shape)
+    def _measure(self, batch: Batch) -> DraftSteps:
+        outcome = self.draft_steps(batch, self.features(batch))
+        self.means[self._stage].update(outcome, batch["input_ids"].shape)
+        return outcome
 
     def _log_means(self, stage: str) -> None:
         metrics = self.means[stage]

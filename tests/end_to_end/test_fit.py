@@ -128,6 +128,7 @@ class TestEvents:
         by_step = [f"{name}/step_{step}" for name in ("kl", "acceptance", "agreement") for step in STEPS]
         expected = {f"{stage}/{name}" for stage in ("train", "val") for name in ["loss", *by_step]}
         expected |= {f"train/{name}" for name in ("learning_rate", "tokens_per_second", "idle_share", "peak_memory_gb")}
+        expected |= {f"{when}/{name}" for when in ("best", "final") for name in ("acceptance_length", "loss")}
         expected |= {"epoch", "val/acceptance_length"}
         expected |= {f"val/accept_rate_{kind}_{position + 1}" for kind in ("pos", "cond") for position in STEPS}
         expected |= {f"val/acceptance_length_at_{chain}" for chain in range(1, TTT_STEPS)}

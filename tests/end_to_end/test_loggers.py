@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from specforge.__main__ import main
@@ -30,7 +31,8 @@ def test_csv(workshop, fit, capfd):
         lines = list(csv.DictReader(file))
     assert [int(line["step"]) for line in lines if line["train/loss"]] == [0, 1, 2]
     (tau,) = (float(line["val/acceptance_length"]) for line in lines if line["val/acceptance_length"])
-    assert tau > 1
+    assert [float(line["final/acceptance_length"]) for line in lines if line["final/acceptance_length"]] == [tau]
+    assert yaml.safe_load((logged / "hparams.yaml").read_text())["model.optimizer.lr"] == 4e-3
     # The run is found again, and goes on in its own folder.
     words = [word.replace("max_steps=3", "max_steps=5") for word in WORDS]
     assert fit("runs", *words, "--ckpt_path=last") == run
@@ -54,6 +56,8 @@ def test_mlflow(workshop, fit, monkeypatch):
     client = MlflowClient(init["tracking_uri"])
     (logged,) = client.search_runs([client.get_experiment_by_name("drafts").experiment_id])
     assert logged.info.status == "FINISHED"
+    assert logged.data.params["model.optimizer.lr"] == "0.004"
+    assert logged.data.metrics["final/loss"] == logged.data.metrics["val/loss"]
     assert [one.step for one in client.get_metric_history(logged.info.run_id, "train/loss")] == [0, 1, 2]
 
 
@@ -80,5 +84,5 @@ def test_two_at_once(workshop, fit):
     run = fit("runs", *WORDS)
     assert "config.yaml" in files(run) and not any("events" in name for name in files(run))
     tags = EventAccumulator(str(workshop.folder / "logs" / "TensorBoardLogger" / "version_0")).Reload().Tags()
-    assert "val/loss" in tags["scalars"]
+    assert "val/loss" in tags["scalars"] and tags["images"] == ["val/acceptance_by_position"]
     assert (workshop.folder / "logs" / "CSVLogger" / "version_0" / "metrics.csv").is_file()

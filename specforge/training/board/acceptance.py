@@ -1,0 +1,103 @@
+"""The figure of acceptance by position: one curve for each validation, so that the whole run is in one picture."""
+
+from __future__ import annotations
+
+import math
+from itertools import count, takewhile
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from specforge.drawing import house_style
+from specforge.training.board.writers import writers
+from specforge.training.module import DraftModule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST_CURVES = 8
+
+# Steps trained, and the rates by position: joint and conditional.
+Curve = tuple[int, list[float], list[float]]
+
+
+class AcceptanceFigure(Callback):
+    """Draws acceptance by position after each validation, beside the curves of those before it."""
+
+    def __init__(self) -> None:
+        self._curves: list[Curve] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add a curve, and draw."""
+        joint, conditional = (accept_rates(trainer, pl_module, kind) for kind in ("pos", "cond"))
+        if trainer.sanity_checking or not joint:
+            return
+        self._curves.append((trainer.global_step, joint, conditional))
+        for writer in writers(trainer):
+            image = draw_acceptance(self._curves)
+            writer.add_image("val/acceptance_by_position", image, trainer.global_step, dataformats="HWC")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the curves with the checkpoint."""
+        return {"curves": self._curves}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the curves of the run so far."""
+        self._curves = list(state_dict["curves"])
+
+
+def accept_rates(trainer: Trainer, pl_module: LightningModule, kind: Literal["pos", "cond"]) -> list[float]:
+    """Return what the last validation found for the positions 1, 2, ... of the longest greedy chain.
+
+    Args:
+        trainer: It keeps the figures.
+        pl_module: The module that measured them.
+        kind: ``"pos"`` for the share of the rounds that accept at least k tokens, ``"cond"`` for the share among those
+            that accept k - 1.
+    """
+    suffix = cast(DraftModule, pl_module).means["val"].suffix
+    rates = (trainer.callback_metrics.get(f"val/accept_rate_{kind}_{position}{suffix}") for position in count(1))
+    return [float(one) for one in takewhile(lambda one: one is not None, rates)]
+
+
+def draw_acceptance(curves: list[Curve]) -> npt.NDArray[np.uint8]:
+    """Draw acceptance by position, later curves darker.
+
+    Args:
+        curves: In order; of many, some are drawn, evenly spread, the last among them.
+
+    Returns:
+        The picture, [height, width, 3].
+    """
+    shown = curves[::-1][:: math.ceil(len(curves) / MOST_CURVES)][::-1]
+    with house_style():
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        # One above the other: TensorBoard's cards are narrow.
+        figure = Figure(figsize=(4.6, 5.8), dpi=110, layout="constrained", facecolor="white")
+        joint, conditional = figure.subplots(2, 1, sharex=True)
+        for number, (steps, *rates) in enumerate(shown, start=1):
+            color = colormaps["viridis_r"](number / len(shown))
+            for axes, values in zip((joint, conditional), rates, strict=True):
+                axes.plot(range(1, len(values) + 1), values, color=color, marker="o", markersize=4, label=f"{steps:,}")
+        _describe(joint, "Accepted, of all drafts")
+        _describe(conditional, "Accepted, where all before it were")
+        conditional.set_xlabel("Position in the draft")
+        joint.legend(title="after steps", loc="upper right", ncols=2, frameon=False)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def _describe(axes: Axes, title: str) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    axes.set_ylim(0, 1.03)
+    axes.grid(axis="y")

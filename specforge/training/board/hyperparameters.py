@@ -1,0 +1,110 @@
+"""The table of runs, under HParams: what each run was set to beside what it reached."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.tensorboard.summary import hparams
+
+from specforge.training.board.writers import writers
+from specforge.training.module import DraftModule
+
+# Of the trainer's settings, those that change what a run learns or takes.
+TRAINER = (
+    "accumulate_grad_batches",
+    "devices",
+    "gradient_clip_val",
+    "max_epochs",
+    "max_steps",
+    "num_nodes",
+    "precision",
+    "strategy",
+)
+# What says where things are, not what they are.
+PLACES = ("output_dir", "ckpt_path", "save_every_n_steps", "data.cache_dir")
+
+
+class Hyperparameters(Callback):
+    """Writes a run's settings for its loggers, and at its end the figures to compare it by.
+
+    TensorBoard makes its table of all runs in a folder, settings that differ first. It takes every scalar's last value
+    for a result and shows the first five by name: ``best/...``, ``epoch`` and ``final/...``.
+
+    Args:
+        config: The resolved configuration.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._settings = settings_of(config)
+        # The first would fix the columns of the table to those of this run.
+        _, self._start, self._end = hparams(self._settings, {})
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the settings."""
+        for logger in trainer.loggers:
+            if not isinstance(logger, TensorBoardLogger):  # which would add a result that nobody measured
+                logger.log_hyperparams(self._settings)
+        for writer in writers(trainer):
+            writer._get_file_writer().add_summary(self._start)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last results, and that the run is over."""
+        log_results("final", trainer, pl_module)
+        for writer in writers(trainer):
+            writer._get_file_writer().add_summary(self._end)
+
+    @rank_zero_only
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write the last results of a run that was stopped."""
+        log_results("final", trainer, pl_module)
+
+
+def log_results(group: str, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Log acceptance length and loss of the last validation, if there was one, once more under another name.
+
+    Args:
+        group: What stands before the slash.
+        trainer: It keeps the figures.
+        pl_module: The module that measured them.
+    """
+    found = trainer.callback_metrics
+    if "val/loss" not in found:
+        return
+    results = {
+        name.replace("val/", f"{group}/"): float(found[name])
+        for name in (cast(DraftModule, pl_module).monitor, "val/loss")
+    }
+    for logger in trainer.loggers:
+        logger.log_metrics(results, trainer.global_step)
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, str | int | float]:
+    """Return the settings that runs are compared by, by the path of their keys.
+
+    Numbers and texts are what they are, all others what JSON writes for them.
+
+    Args:
+        config: The resolved configuration.
+    """
+    settings = {}
+    for key, value in _flat(config):
+        group, _, name = key.partition(".")
+        if name in TRAINER if group == "trainer" else key not in PLACES:
+            is_plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+            settings[key] = value if is_plain else json.dumps(value)
+    return settings
+
+
+def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
