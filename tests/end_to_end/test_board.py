@@ -28,6 +28,7 @@ from specforge.training.board.acceptance import MOST_CURVES, draw_acceptance
 from specforge.training.board.samples import PROMPT_TOKENS, SAMPLES, Sample, to_markdown
 from specforge.verifier.features import capture
 
+PAGE = Path(__file__).parents[2] / "docs" / "tensorboard.md"
 THREE_VALIDATIONS = ["--trainer.max_steps=12", "--trainer.val_check_interval=4"]
 
 
@@ -194,3 +195,16 @@ class TestHyperparameters:
         run = fit("runs", "--data.validation=null", "--data.validation_share=0", "--trainer.max_steps=2")
         assert SESSION_START_INFO_TAG in events_of(run).summary_metadata
         assert not [tag for tag in events_of(run).Tags()["scalars"] if tag.startswith(("best/", "final/"))]
+
+
+def test_the_page_tells_of_every_tag_and_of_no_other(events):
+    table = PAGE.read_text().partition("## All tags")[2].partition("\n## ")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    described = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    patterns = {name: re.escape(name) for name in described}
+    for placeholder, values in (("<k>", r"\d+"), ("<K>", r"\d+"), ("<objective>", "kl"), (r"\*", "(train|val)")):
+        patterns = {name: pattern.replace(placeholder, values) for name, pattern in patterns.items()}
+    tags = {tag for kind in ("scalars", "images") for tag in events.Tags()[kind]}
+    tags |= {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"] if tag.endswith("/text_summary")}
+    assert not {tag for tag in tags if not any(re.fullmatch(one, tag) for one in patterns.values())}
+    assert not {name for name, one in patterns.items() if not any(re.fullmatch(one, tag) for tag in tags)}
