@@ -1,0 +1,66 @@
+"""`speculators` 0.9.0: ``Eagle3DraftModel`` built by ``from_training_args``, called as its Trainer calls it.
+
+Its step reads states before the final norm and forms the verifier's logits over the draft vocabulary alone, for every
+row of the batch; then the draft's logits, losses and accuracies of every row at every step, which a mask thins out.
+It never needs the verifier's whole vocabulary, since it counts rows whose most probable token is no draft token too.
+
+Changed for a CPU: attention by ``sdpa`` with a dense mask instead of flex attention, and its own ``eager`` losses
+instead of its Triton kernels; both are options of its command line. Its Trainer does not start without an accelerator,
+and compiles the forward pass on CUDA only. Changed for equal work: its head is trained (it freezes it), the losses of
+later steps decay by 0.8 (1.0 by default), float32 instead of bfloat16.
+"""
+
+from __future__ import annotations
+
+import torch
+from contestant import Trainer, serve
+from speculators.models.eagle3 import Eagle3DraftModel
+from speculators.models.eagle3.data import shift_batch
+from speculators.train.data import CollateFn
+from task import AUX_LAYERS, STEP_DECAY, Task
+from torch import Tensor
+from transformers import LlamaConfig
+
+
+def build(task: Task) -> Trainer:
+    """Build the draft and its batch."""
+    layers = LlamaConfig.from_pretrained(task.verifier)
+    layers.num_hidden_layers = 1
+    settings = {"ttt_steps": task.steps, "ttt_step_loss_decay": STEP_DECAY}
+    model = Eagle3DraftModel.from_training_args(
+        layers,
+        t2d=task.t2d,
+        d2t=task.d2t,
+        draft_vocab_size=task.draft_vocabulary,
+        norm_before_residual=False,
+        target_layer_ids=list(AUX_LAYERS),
+        verifier_name_or_path=str(task.verifier),
+        draft_attn_impl="sdpa",
+        **settings,
+    )
+    model.load_state_dict(task.draft, strict=False)
+    model.lm_head.requires_grad_(True)
+    model.train()
+    arguments, _ = Eagle3DraftModel.get_trainer_kwargs(loss_fn="kl_div", loss_implementation="eager", **settings)
+    tensors = task.tensors
+    row = {
+        "input_ids": tensors["input_ids"],
+        "hidden_states": tensors["aux"].flatten(1),
+        "verifier_last_hidden_states": tensors["last"],
+        "loss_mask": tensors["counts"],
+        "lengths": torch.tensor([task.length]),
+        "position_ids": torch.arange(task.length),
+    }
+    collate = CollateFn(task.length - 1, task.hidden, dtype=torch.float32, preprocess=shift_batch)
+    batch = collate([row])
+    batch.pop("error_records")
+
+    def loss() -> Tensor:
+        _, value, _ = model(**batch, **arguments)
+        return value
+
+    return loss, {name: one for name, one in model.named_parameters() if one.requires_grad}
+
+
+if __name__ == "__main__":
+    serve(build)
