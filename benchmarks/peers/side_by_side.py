@@ -13,7 +13,7 @@ Before anything is measured, each peer's loss and gradients are compared with ou
 different numbers of rows, and one omits the verifier's entropy, a constant; ours is then asked for the same.
 
 A figure is the median of the rounds, after a step that does not count. Memory is how much the peak of what is resident
-grows during a step, in a process of its own, over weights, optimizer states and batch: gradients, activations, logits.
+grows during a step, in another process, over weights, optimizer states and batch: gradients, activations, logits.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from task import Task
+from torch import Tensor
 
 HERE = Path(__file__).parent
 # Relative differences in float32, of the loss and of a weight's gradients.
@@ -116,49 +117,55 @@ def running(contestant: Contestant, task: Task, environments: Path, **variables:
             process.kill()
 
 
-def compare(peer: Contestant, task: Task, environments: Path) -> dict[str, float]:
+@dataclass(frozen=True)
+class First:
+    """What a contestant did first: loss, gradients by weight, and the memory of a step, in MiB."""
+
+    trained: int
+    loss: float
+    gradients: dict[str, Tensor]
+    memory: float
+
+
+def first_step(contestant: Contestant, task: Task, environments: Path, denominator: str) -> First:
+    """Let a contestant find loss and gradients of the first step, and measure its memory, in a process of its own."""
+    replace(task, denominator=denominator).write_settings()
+    file = Path(task.folder) / "gradients.safetensors"
+    with running(contestant, task, environments, **MEMORY_SETTINGS) as process:
+        loss = process.ask(f"gradients {file}")["loss"]
+        return First(process.trained, loss, load_file(file), process.ask("memory")["bytes"] / 2**20)
+
+
+def difference(peer: str, ours: First, theirs: First) -> dict[str, float]:
     """Compare loss and gradients of the first step with ours; end the program where they differ.
 
     Returns:
         The relative difference of the loss, and the largest of a weight's gradients.
     """
-    losses, gradients = [], []
-    for number, contestant in enumerate((OURS, peer)):
-        file = f"{task.folder}/{number}.safetensors"
-        with running(contestant, with_denominator(task, peer.denominator), environments) as process:
-            losses.append(process.ask(f"gradients {file}")["loss"])
-        gradients.append(load_file(file))
-    ours, theirs = gradients
-    if ours.keys() != theirs.keys():
-        sys.exit(f"{peer.name} trains other weights than ours: {sorted(ours.keys() ^ theirs.keys())}")
-    loss = abs(losses[1] / losses[0] - 1)
-    gradient = max(float((theirs[name] - one).norm() / one.norm()) for name, one in ours.items())
+    if ours.gradients.keys() != theirs.gradients.keys():
+        sys.exit(f"{peer} trains other weights: {sorted(ours.gradients.keys() ^ theirs.gradients.keys())}")
+    loss = abs(theirs.loss / ours.loss - 1)
+    gradient = max(float((theirs.gradients[name] - one).norm() / one.norm()) for name, one in ours.gradients.items())
     if loss > SAME_LOSS or gradient > SAME_GRADIENTS:
         sys.exit(
-            f"{peer.name} does not compute what ours does: its loss is {losses[1]}, ours {losses[0]}; gradients differ "
-            f"by up to {gradient:.1e}"
+            f"{peer} does not compute what ours does: its loss is {theirs.loss}, ours {ours.loss}; gradients differ by "
+            f"up to {gradient:.1e}"
         )
     return {"loss": loss, "gradients": gradient}
 
 
-def with_denominator(task: Task, denominator: str) -> Task:
-    """Say in the task's folder what a step's loss is divided by."""
-    task = replace(task, denominator=denominator)
-    task.write_settings()
-    return task
-
-
 def measure(task: Task, environments: Path, rounds: int) -> dict[str, Any]:
-    """Compare the contestants on a task, let them take steps in turn, and measure their memory."""
-    same = {peer.name: compare(peer, task, environments) for peer in PEERS}
-    task = with_denominator(task, OURS.denominator)
-    contestants = (OURS, *PEERS)
-    figures: dict[str, dict[str, Any]] = {}
-    for contestant in contestants:
-        with running(contestant, task, environments, **MEMORY_SETTINGS) as process:
-            memory = [process.ask("memory")["bytes"] / 2**20]
-            figures[contestant.name] = {"trained": process.trained, "memory": memory, "cpu": [], "wall": []}
-    for contestant, step in in_turn(contestants, task, environments, rounds):
+    """Compare the contestants on a task, measure their memory, and let them take steps in turn."""
+    ours = {one: first_step(OURS, task, environments, one) for one in ("all", "valid")}
+    firsts = {OURS.name: ours[OURS.denominator]}
+    firsts |= {peer.name: first_step(peer, task, environments, peer.denominator) for peer in PEERS}
+    same = {peer.name: difference(peer.name, ours[peer.denominator], firsts[peer.name]) for peer in PEERS}
+    figures: dict[str, dict[str, Any]] = {
+        name: {"trained": first.trained, "memory": [first.memory], "cpu": [], "wall": []}
+        for name, first in firsts.items()
+    }
+    task.write_settings()
+    for contestant, step in in_turn((OURS, *PEERS), task, environments, rounds):
         for clock in ("cpu", "wall"):
             figures[contestant.name][clock].append(step[clock])
     return {"task": asdict(task), "same": same, "figures": figures}
@@ -235,8 +242,8 @@ def main() -> None:
                 results.append(measure(task, arguments.environments.absolute(), arguments.rounds))
             print("\n".join(table(results[-1])), flush=True)
             if arguments.output is not None:
-                machine = {"processor": platform.processor(), "torch": torch.__version__}
-                arguments.output.write_text(json.dumps({**machine, "results": results}, indent=1))
+                about = {"platform": platform.platform(), "torch": torch.__version__, "rounds": arguments.rounds}
+                arguments.output.write_text(json.dumps({**about, "results": results}, indent=1))
 
 
 if __name__ == "__main__":
