@@ -19,6 +19,7 @@ grows during a step, in another process, over weights, optimizer states and batc
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -88,7 +89,7 @@ class Running:
         line = self._process.stdout.readline()
         if not line:
             said = "\n".join(self._log.read_text().splitlines()[-20:])
-            sys.exit(f"{' '.join(map(str, self._process.args))} has ended:\n{said}")
+            sys.exit(f"{self._log.stem} has ended:\n{said}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -207,6 +208,20 @@ def table(result: dict[str, Any]) -> Iterator[str]:
     yield ""
 
 
+def shape(text: str) -> tuple[int, int, int, int]:
+    """Read the sizes of verifier, draft and batch."""
+    hidden, vocabulary, draft_vocabulary, length = (int(one) for one in text.split(","))
+    if hidden % 256:
+        raise ValueError
+    return hidden, vocabulary, draft_vocabulary, length
+
+
+def case(text: str) -> tuple[int, float]:
+    """Read the number of draft steps and the share of supervised rows."""
+    steps, share = text.split(",")
+    return int(steps), float(share)
+
+
 def main() -> None:
     """Measure every case and print a table of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -214,15 +229,17 @@ def main() -> None:
     parser.add_argument(
         "--shapes",
         nargs="+",
+        type=shape,
         metavar="WIDTH,VOCABULARY,DRAFT_VOCABULARY,LENGTH",
-        default=["256,4096,1024,512", "512,32000,8000,2048"],
+        default=[(256, 4096, 1024, 512), (512, 32000, 8000, 2048)],
         help="Widths are multiples of 256.",
     )
     parser.add_argument(
         "--cases",
         nargs="+",
+        type=case,
         metavar="STEPS,SHARE",
-        default=["7,0.3", "7,1", "3,0.3"],
+        default=[(7, 0.3), (7, 1.0), (3, 0.3)],
         help="Draft steps, and share of the rows that are supervised.",
     )
     parser.add_argument("--rounds", type=int, default=7, help="Steps of each contestant that count.")
@@ -231,19 +248,16 @@ def main() -> None:
     if not (arguments.environments / "ready").exists():
         parser.error(f"{arguments.environments} has no environments; make them: {HERE / 'install'} FOLDER")
     results = []
-    for shape in arguments.shapes:
-        sizes = [int(one) for one in shape.split(",")]
-        for case in arguments.cases:
-            steps, share = case.split(",")
-            print(f"shape {shape}, case {case}", file=sys.stderr)
-            with tempfile.TemporaryDirectory() as folder:
-                task = Task(folder, *sizes, int(steps), float(share))
-                task.write()
-                results.append(measure(task, arguments.environments.absolute(), arguments.rounds))
-            print("\n".join(table(results[-1])), flush=True)
-            if arguments.output is not None:
-                about = {"platform": platform.platform(), "torch": torch.__version__, "rounds": arguments.rounds}
-                arguments.output.write_text(json.dumps({**about, "results": results}, indent=1))
+    for sizes, rows in itertools.product(arguments.shapes, arguments.cases):
+        print(f"shape {sizes}, case {rows}", file=sys.stderr)
+        with tempfile.TemporaryDirectory() as folder:
+            task = Task(folder, *sizes, *rows)
+            task.write()
+            results.append(measure(task, arguments.environments.absolute(), arguments.rounds))
+        print("\n".join(table(results[-1])), flush=True)
+        if arguments.output is not None:
+            about = {"platform": platform.platform(), "torch": torch.__version__, "rounds": arguments.rounds}
+            arguments.output.write_text(json.dumps({**about, "results": results}, indent=1))
 
 
 if __name__ == "__main__":
