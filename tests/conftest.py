@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     LlamaConfig,
     PreTrainedConfig,
@@ -50,6 +51,14 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ def random_verifier(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def tiny_verifiers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, TinyVerifier]:
-    """Saved random verifiers: llama, llama-sharded (both untied), llama-tied, qwen3, gemma2, gemma3."""
+    """Saved random verifiers: llama, llama-sharded (both untied), llama-tied, qwen3, gemma2, gemma3, and one of images too."""
     root = tmp_path_factory.mktemp("verifiers")
     windows = {"sliding_window": 4, "query_pre_attn_scalar": 8}
     configs: dict[str, PreTrainedConfig] = {
@@ -87,6 +96,7 @@ def tiny_verifiers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Tin
         "qwen3": Qwen3Config(**SHAPE, tie_word_embeddings=False),
         "gemma2": Gemma2Config(**SHAPE, **windows, final_logit_softcapping=3.0),
         "gemma3": Gemma3TextConfig(**SHAPE, **windows),
+        "gemma3-images": Gemma3Config(text_config={**SHAPE, **windows}, vision_config=VISION, mm_tokens_per_image=4),
     }
     made = {}
     for seed, (name, config) in enumerate(configs.items()):

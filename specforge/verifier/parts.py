@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from specforge.config import find_file, read_json
 from specforge.errors import UsageError
@@ -75,8 +76,10 @@ class VerifierParts:
         tied = parts.lm_head.weight is parts.embed_tokens.weight or parts.config.tie_word_embeddings
         dtype = loading.torch_dtype(parts.config.dtype)
         for module in (parts.embed_tokens, parts.norm) if tied else (parts.embed_tokens, parts.norm, parts.lm_head):
-            wanted = [f"{names[module]}.{key}" for key in module.state_dict()]
-            tensors = read_tensors(name_or_path, wanted, revision=loading.revision)
+            own = {f"{names[module]}.{key}": tensor for key, tensor in module.state_dict().items()}
+            # Files of models that read more than text name tensors otherwise than their modules are called.
+            stored = revert_weight_conversion(skeleton, own)
+            tensors = read_tensors(name_or_path, stored, revision=loading.revision)
             state = {name.rpartition(".")[2]: tensor.to(dtype) for name, tensor in tensors.items()}
             _assign(module, names[module], state, name_or_path)
             _restore_constants(module)

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 from specforge.errors import UsageError
 from specforge.verifier.features import capture, check_aux_layers, check_documents, default_aux_layers
+from specforge.verifier.parts import decoder
 
-FAMILIES = ["llama", "llama-tied", "qwen3", "gemma2", "gemma3"]
+FAMILIES = ["llama", "llama-tied", "qwen3", "gemma2", "gemma3", "gemma3-images"]
 
 
 def tokens_of(lengths: list[int], vocabulary: int, seed: int = 0) -> list[Tensor]:
@@ -25,7 +26,7 @@ def tokens_of(lengths: list[int], vocabulary: int, seed: int = 0) -> list[Tensor
 def reference_states(model: Any, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
     """Run one document alone; return transformers' hidden states and the input of its final norm."""
     seen: list[Tensor] = []
-    handle = model.model.norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    handle = decoder(model).norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     with torch.no_grad():
         output = model(tokens[None], output_hidden_states=True, use_cache=False)
     handle.remove()
@@ -35,25 +36,25 @@ def reference_states(model: Any, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_captured_states_are_those_of_transformers(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
     model = tiny_verifiers[name].model
-    (tokens,) = tokens_of([9], model.config.vocab_size)
-    number = model.config.num_hidden_layers
+    (tokens,) = tokens_of([9], model.config.get_text_config().vocab_size)
+    number = model.config.get_text_config().num_hidden_layers
     layers = list(range(number + 1))
     features = capture(model, tokens[None], torch.arange(9)[None], layers)
     hidden, before_norm = reference_states(model, tokens)
-    assert features.aux.shape == (1, 9, number + 1, model.config.hidden_size)
+    assert features.aux.shape == (1, 9, number + 1, model.config.get_text_config().hidden_size)
     for layer in range(number):
         torch.testing.assert_close(features.aux[:, :, layer], hidden[layer])
     torch.testing.assert_close(features.last, before_norm)
     torch.testing.assert_close(features.aux[:, :, number], features.last)
     # transformers' last hidden state is after the final norm: ours must not be.
     assert (features.last - hidden[-1]).abs().max() > 0.1
-    torch.testing.assert_close(model.model.norm(features.last), hidden[-1])
+    torch.testing.assert_close(decoder(model).norm(features.last), hidden[-1])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_documents_do_not_see_each_other(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
     model = deepcopy(tiny_verifiers[name].model).double()
-    packed = [tokens_of([5, 1, 7, 2], model.config.vocab_size, 1), tokens_of([8, 7], model.config.vocab_size, 2)]
+    packed = [tokens_of([5, 1, 7, 2], model.config.get_text_config().vocab_size, 1), tokens_of([8, 7], model.config.get_text_config().vocab_size, 2)]
     ids = torch.stack([torch.cat(row) for row in packed])
     positions = torch.stack([torch.cat([torch.arange(len(document)) for document in row]) for row in packed])
     features = capture(model, ids, positions, [0, 2, 5])

@@ -14,9 +14,9 @@ from transformers import BertConfig, LlamaConfig
 
 from specforge.errors import UsageError
 from specforge.verifier.loading import VerifierLoading, load_config, load_verifier
-from specforge.verifier.parts import VerifierParts
+from specforge.verifier.parts import VerifierParts, decoder
 
-ALL = ["llama", "llama-sharded", "llama-tied", "qwen3", "gemma2", "gemma3"]
+ALL = ["llama", "llama-sharded", "llama-tied", "qwen3", "gemma2", "gemma3", "gemma3-images"]
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_logits_of_the_last_state_are_the_models(name: str, source: str, tiny_ve
     made = tiny_verifiers[name]
     parts = VerifierParts.of(made.model) if source == "model" else VerifierParts.from_pretrained(str(made.folder))
     last: list[torch.Tensor] = []
-    handle = made.model.model.norm.register_forward_pre_hook(lambda _, arguments: last.append(arguments[0]))
+    handle = decoder(made.model).norm.register_forward_pre_hook(lambda _, arguments: last.append(arguments[0]))
     with torch.no_grad():
         expected = made.model(torch.tensor([[3, 9, 27, 4]])).logits
         handle.remove()
