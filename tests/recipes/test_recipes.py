@@ -18,7 +18,17 @@ RECIPES = sorted((ROOT / "configs" / "models").glob("*.yaml"))
 VERIFIERS = Path(__file__).parent / "verifiers"
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
 # Weights in billions, as the models are published.
-PUBLISHED = {"llama-3.1-8b": 8.03, "llama-3.3-70b": 70.55, "qwen3-8b": 8.19, "qwen3-32b": 32.76, "gpt-oss-20b": 20.91}
+PUBLISHED = {
+    "gemma-3-1b": 1.00,
+    "gpt-oss-20b": 20.91,
+    "llama-3.1-8b": 8.03,
+    "llama-3.3-70b": 70.55,
+    "mistral-7b": 7.25,
+    "mistral-small-24b": 23.57,
+    "qwen3-4b": 4.02,
+    "qwen3-8b": 8.19,
+    "qwen3-32b": 32.76,
+}
 
 # Verifiers that attend across documents of a packed row.
 UNPACKED = {"gpt-oss-20b"}
