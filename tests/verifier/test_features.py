@@ -54,7 +54,8 @@ def test_captured_states_are_those_of_transformers(name: str, tiny_verifiers: Ma
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_documents_do_not_see_each_other(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
     model = deepcopy(tiny_verifiers[name].model).double()
-    packed = [tokens_of([5, 1, 7, 2], model.config.get_text_config().vocab_size, 1), tokens_of([8, 7], model.config.get_text_config().vocab_size, 2)]
+    vocabulary = model.config.get_text_config().vocab_size
+    packed = [tokens_of([5, 1, 7, 2], vocabulary, 1), tokens_of([8, 7], vocabulary, 2)]
     ids = torch.stack([torch.cat(row) for row in packed])
     positions = torch.stack([torch.cat([torch.arange(len(document)) for document in row]) for row in packed])
     features = capture(model, ids, positions, [0, 2, 5])
