@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
-from specforge import __version__
-from specforge.errors import SpecforgeError
+from specforge import __version__, quiet
+from specforge.errors import SpecforgeError, UsageError, nearest_name
 from specforge.hookspecs import Algorithm, Command
 from specforge.registry import Registry, installed
+
+PROGRAM = "specforge"
+OPTIONS = ("--help", "--version", quiet.FLAG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,23 +26,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 for success, 1 for a failure at run time, 2 for wrong usage or configuration.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    verbose = quiet.FLAG in words
+    words = [word for word in words if word != quiet.FLAG]
     name = words[0] if words else "--help"
+    program = PROGRAM
     try:
         if name in ("-h", "--help"):
             print(help_text(installed()))
             return 0
         if name == "--version":
-            print(f"specforge {__version__}")
+            print(f"{PROGRAM} {__version__}")
             return 0
+        if name.startswith("-"):
+            raise UsageError(f"unknown option {name!r}.{nearest_name(name, OPTIONS)} See: {PROGRAM} --help")
+        command = installed().find(Command, name)
+        program = f"{PROGRAM} {name}"
+        quiet.begin(verbose)
         # Threads that spin while they wait make everything many times slower on a processor that others use too.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        command = installed().find(Command, name)
         return int(installed().load(command, "run")(words[1:]))
     except SpecforgeError as error:
-        print(f"specforge {name}: error: {error}", file=sys.stderr)
+        if verbose:
+            traceback.print_exc()
+        print(f"{' '.join(filter(None, (program, error.subcommand)))}: error: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print(f"specforge {name}: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (`| head`) has gone; leave quietly instead of failing once more at the flush on exit.
@@ -53,16 +66,20 @@ def help_text(registry: Registry) -> str:
     lines = [
         "usage: specforge COMMAND [options]",
         "",
-        "Train draft models for speculative decoding, measure them, and write checkpoints that engines load.",
+        "Train draft models for speculative decoding, measure them, and write checkpoints",
+        "that engines load.",
         "",
         "commands:",
         *(f"  {name:<{width}}  {commands[name].summary}" for name in sorted(commands)),
         "",
+        "options of every command:",
+        "  --help     what it does, and all that can be set",
+        f"  {quiet.FLAG}  say all that libraries have to say, and where an error arose",
+        "",
         "start here:",
-        "  specforge fit --config configs/quickstart.yaml   train a small draft in about a minute",
-        "  specforge fit --algorithm NAME --help            every setting of an algorithm"
-        f" ({', '.join(sorted(registry.all(Algorithm)))})",
-        "  specforge COMMAND --help                         what a command does",
+        "  specforge fit --config configs/quickstart.yaml   train a small draft in a minute",
+        "  specforge fit --algorithm NAME --help            every setting of an algorithm:",
+        f"{'':<51}{', '.join(sorted(registry.all(Algorithm)))}",
     ]
     broken = [plugin for plugin in registry.plugins if plugin.faults]
     if broken:

@@ -11,9 +11,15 @@ if TYPE_CHECKING:
 
 
 class SpecforgeError(Exception):
-    """Something failed at run time; ``specforge`` prints the message and exits with status 1."""
+    """Something failed at run time; ``specforge`` prints the message and exits with status 1.
+
+    Attributes:
+        exit_status: Of the process.
+        subcommand: Word that stands between the command and the message, for a command that has several.
+    """
 
     exit_status = 1
+    subcommand: str | None = None
 
 
 class UsageError(SpecforgeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 from typing import Any
 
@@ -14,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from tqdm import tqdm
 
-from specforge.commands.trainer import choose
+from specforge.commands.trainer import choose, quieten
 from specforge.errors import UsageError
 from specforge.estimation.device import measured_flops
 from specforge.estimation.estimate import ACCELERATOR_UTILISATION, CPU_UTILISATION, Estimate, Plan, flops_per_token
@@ -89,9 +88,7 @@ def run(arguments: list[str]) -> int:
     algorithm = choose(arguments, HELP)
     if algorithm is None:
         return 0
-    # The trainer here is none that anybody waits for.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    quieten()
     cli = EstimateCLI(algorithm, arguments, "estimate")
     found = estimate(cli)
     title = f"{algorithm.name}: {found.trained:,} trained weights, towards {cli.config.verifier}"

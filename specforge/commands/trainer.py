@@ -8,6 +8,7 @@ import warnings
 
 from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
+from specforge.quiet import is_verbose
 from specforge.registry import installed
 
 
@@ -59,7 +60,7 @@ def _run(subcommand: str, arguments: list[str]) -> int:
 
     from specforge.training.cli import TrainingCLI
 
-    _quieten()
+    quieten()
     try:
         TrainingCLI(algorithm, arguments, subcommand).run()
     except MisconfigurationException as error:
@@ -86,10 +87,13 @@ def _help(subcommand: str, algorithms: dict[str, Algorithm]) -> str:
 
 
 @functools.cache
-def _quieten() -> None:
+def quieten() -> None:
     """Leave out what concerns neither the user's data nor their settings."""
-    # Lightning advertises other products on each run (issue 21294 of its repository).
-    _drop("lightning.pytorch.utilities.rank_zero", "💡")
+    if is_verbose():
+        return
+    # What they find and do; their warnings are heard. Set behind the import of Lightning, which sets it too.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     _drop("lightning.pytorch.trainer.connectors.checkpoint_connector", "weights_only")
     for message in (
         "LeafSpec",

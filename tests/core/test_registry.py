@@ -330,8 +330,15 @@ def test_unknown_command_gives_the_nearest_name(capsys, word, nearest):
     assert main([word]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith(f"specforge {word}: error: ") and len(shown.err.splitlines()) == 1
+    assert shown.err.startswith("specforge: error: ") and len(shown.err.splitlines()) == 1
     assert f"Did you mean {nearest!r}?" in shown.err
+
+
+def test_unknown_option_gives_the_nearest_name(capsys):
+    assert main(["--verison"]) == 2
+    assert capsys.readouterr().err == (
+        "specforge: error: unknown option '--verison'. Did you mean '--version'? See: specforge --help\n"
+    )
 
 
 def test_unknown_command_far_from_all_lists_them(capsys):

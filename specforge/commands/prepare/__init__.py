@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
-from specforge.errors import UsageError, nearest_name
+from specforge.errors import SpecforgeError, UsageError, nearest_name
 
 _SUBCOMMANDS = {
     "responses": "let the verifier answer prompts anew, in this process or through a serving engine",
@@ -29,7 +29,11 @@ def run(arguments: list[str]) -> int:
         known = ", ".join(_SUBCOMMANDS)
         raise UsageError(f"unknown subcommand {name!r}; known: {known}.{nearest_name(name, _SUBCOMMANDS)}")
     subcommand: Callable[[list[str]], int] = import_module(f"{__name__}.{name}").run
-    return subcommand(arguments[1:])
+    try:
+        return subcommand(arguments[1:])
+    except SpecforgeError as error:
+        error.subcommand = name
+        raise
 
 
 def _help() -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specforge.commands.trainer import quieten
 from specforge.data.features.capturing import Capturing
 from specforge.data.features.dtypes import FeatureType
 from specforge.data.features.importing import Importing
@@ -55,6 +56,7 @@ def run(arguments: list[str]) -> int:
         found, words = _parser().parse_known_args(arguments[len(sources) :])
     except argparse.ArgumentError as error:
         raise UsageError(f"{error.argument_name}: {error.message}") from None
+    quieten()
     if found.output is None:
         raise UsageError("output: is required; give a folder as --output")
     output = Path(found.output)
