@@ -11,6 +11,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from pydantic import BaseModel, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from specforge.commands.wrapping import HelpFormatter
 from specforge.config import SpeculatorModelConfig
 from specforge.data.verifier_text import VerifierText
 from specforge.decoding.verification import Verification
@@ -23,21 +24,25 @@ from specforge.verifier.loading import VerifierLoading, VerifierType, load_verif
 PROPOSAL = "NAME or NAME:KEY=VALUE,...; names: specforge plugins."
 
 
-def command_parser(command: str, description: str) -> ArgumentParser:
+def command_parser(command: str, usage: str, description: str) -> ArgumentParser:
     """Return a parser that also takes its flags from a file; a command adds them.
 
     Args:
         command: The subcommand's name.
+        usage: What has to be said behind it.
         description: What it does, for ``--help``.
     """
     parser = ArgumentParser(
         prog=f"specforge {command}",
+        usage=f"specforge {command} {usage} [options]",
         description=description,
         exit_on_error=False,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--config", action="config", help="A YAML file with flags as keys; flags go over it.")
+    parser.add_argument(
+        "--config", action="config", metavar="FILE", help="A YAML file with flags as keys; flags go over it."
+    )
     return parser
 
 
@@ -48,43 +53,52 @@ def add_verifier_flags(parser: ArgumentParser, verifier: str) -> None:
         parser: The command's.
         verifier: What ``--help`` says of ``--verifier``.
     """
-    parser.add_argument("--verifier", type=str | None, default=None, help=verifier)
+    parser.add_argument("--verifier", type=str | None, default=None, metavar="MODEL", help=verifier)
     parser.add_argument(
-        "--verifier_dtype", type=VerifierType, default="auto", help="As stored; float32 without an accelerator."
+        "--verifier_dtype",
+        type=VerifierType,
+        default="auto",
+        help="Type of its weights; auto: as stored, but float32 without an accelerator.",
     )
-    parser.add_argument("--verifier_revision", type=str | None, default=None, help="Its branch, tag or commit.")
+    parser.add_argument(
+        "--verifier_revision", type=str | None, default=None, metavar="NAME", help="Its branch, tag or commit."
+    )
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with it.")
 
 
-def answering_parser(command: str, description: str, max_new_tokens: int, verifier: str) -> ArgumentParser:
+def answering_parser(command: str, usage: str, description: str, max_new_tokens: int, verifier: str) -> ArgumentParser:
     """Return a parser with the flags of a verifier that answers; a command adds its own.
 
     Args:
         command: The subcommand's name.
+        usage: What has to be said behind it.
         description: What it does, for ``--help``.
         max_new_tokens: Its default.
         verifier: What ``--help`` says of ``--verifier``.
     """
-    parser = command_parser(command, description)
+    parser = command_parser(command, usage, description)
     add_verifier_flags(parser, verifier)
-    parser.add_argument("--temperature", type=float, default=0.0, help=_described(Sampling, "temperature"))
-    parser.add_argument("--top_k", type=int, default=0, help=_described(Sampling, "top_k"))
-    parser.add_argument("--top_p", type=float, default=1.0, help=_described(Sampling, "top_p"))
-    parser.add_argument("--max_new_tokens", type=PositiveInt, default=max_new_tokens, help="Longest response.")
-    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="Seed of everything random.")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help=_described(Sampling, "temperature"))
+    parser.add_argument("--top_k", type=int, default=0, metavar="K", help=_described(Sampling, "top_k"))
+    parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help=_described(Sampling, "top_p"))
+    parser.add_argument(
+        "--max_new_tokens", type=PositiveInt, default=max_new_tokens, metavar="N", help="Longest response."
+    )
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, metavar="N", help="Seed of everything random.")
     return parser
 
 
-def decoding_parser(command: str, description: str, max_new_tokens: int) -> ArgumentParser:
+def decoding_parser(command: str, usage: str, description: str, max_new_tokens: int) -> ArgumentParser:
     """Return a parser with the flags of decoding; a command adds its own.
 
     Args:
         command: The subcommand's name.
+        usage: What has to be said behind it.
         description: What it does, for ``--help``.
         max_new_tokens: Its default.
     """
     verifier = "Folder or hub id; by default the draft's own."
-    parser = answering_parser(command, description, max_new_tokens, verifier)
+    parser = answering_parser(command, usage, description, max_new_tokens, verifier)
     methods = Verification.model_fields["method"].annotation
     parser.add_argument(
         "--verification", type=methods, default=get_args(methods)[0], help=_described(Verification, "method")

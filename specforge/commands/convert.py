@@ -15,7 +15,7 @@ Read a published draft, in safetensors or .bin files, whole or in shards, and st
 it is in is found out. A tensor that is missing, unknown or of the wrong shape is named and refused: nothing is left at
 random. Of .bin files, nothing but tensors is ever unpickled.
 
-  specforge convert owner/published-head --verifier meta-llama/Llama-3.1-8B-Instruct
+  specforge convert owner/published-head --verifier MODEL
   specforge convert heads/mine --verifier MODEL --output mine
 
 Then measure it (specforge evaluate), train on from it (specforge fit --model.init_from) or export it."""
@@ -39,11 +39,23 @@ def run(arguments: list[str]) -> int:
 
 
 def _parser() -> ArgumentParser:
-    parser = command_parser("convert", DESCRIPTION)
-    parser.add_argument("source", type=str, help="Folder or hub id of the draft.")
-    parser.add_argument("--verifier", type=str, required=True, help="Folder or hub id of its verifier.")
-    parser.add_argument("--output", type=str | None, default=None, help="Folder to write; NAME-specforge by default.")
+    parser = command_parser("convert", "DRAFT --verifier MODEL", DESCRIPTION)
+    parser.add_argument("source", type=str, metavar="DRAFT", help="Folder or hub id of the draft.")
     parser.add_argument(
-        "--format", type=str | None, default=None, help="Format that it is in, where files alone do not tell."
+        "--verifier", type=str, required=True, metavar="MODEL", help="Folder or hub id of its verifier."
+    )
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        default=None,
+        metavar="FOLDER",
+        help="Folder to write; by default NAME-specforge.",
+    )
+    parser.add_argument(
+        "--format",
+        type=str | None,
+        default=None,
+        metavar="NAME",
+        help="Format that it is in, where files alone do not tell.",
     )
     return parser

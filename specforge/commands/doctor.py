@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 from packaging.requirements import Requirement
 
+from specforge.commands.wrapping import HelpFormatter, hanging
 from specforge.data.module import default_cache
 from specforge.estimation.table import in_units
 from specforge.registry import installed
@@ -46,9 +47,7 @@ class Finding:
 
 def run(arguments: list[str]) -> int:
     """Print what was found, section by section."""
-    parser = argparse.ArgumentParser(
-        prog="specforge doctor", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="specforge doctor", description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.parse_args(arguments)
     machine = f"{platform.system()} {platform.machine()}"
     print(f"specforge {version(DISTRIBUTION)}, Python {platform.python_version()}, {machine}")
@@ -56,9 +55,9 @@ def run(arguments: list[str]) -> int:
     for look in SECTIONS:
         print(f"\n{look.__name__}")
         for finding in look():
-            print(f"  {finding.what:<18} {finding.state}")
+            print(hanging(f"  {finding.what:<18} ", finding.state))
             if finding.mend is not None:
-                print(f"  FAULT: {finding.mend}")
+                print(hanging("  FAULT: ", finding.mend))
                 faults += 1
     if faults:
         print(f"\n{faults} fault(s). Mend them, then: specforge doctor")

@@ -24,23 +24,29 @@ from specforge.training.cli import TrainingCLI
 from specforge.training.module import DraftModule
 
 FLAGS = ("--tokens", "--supervised_share", "--device_flops")
-HELP = """\
+HELP = r"""\
 usage: specforge estimate --config FILE [--config FILE ...] [--KEY VALUE ...]
                           [--tokens N --supervised_share S] [--device_flops F]
 
-Say what specforge fit, with the same configuration, will take: disk for stored features, memory on each device,
-operations a token, and time. Nothing is loaded: the verifier's config.json is enough, and the training step is the
+Say what specforge fit, with the same configuration, will take: disk for
+stored features, memory on each device, operations a token, and time. Nothing
+is loaded: the verifier's config.json is enough, and the training step is the
 real one, run with tensors that have shapes and no values.
 
   specforge estimate --config configs/quickstart.yaml
-  specforge estimate --config FILE --verifier meta-llama/Llama-3.1-8B-Instruct --tokens 1000000000 \\
-    --supervised_share 0.6 --trainer.precision bf16-mixed --trainer.accelerator gpu --device_flops 989e12
+  specforge estimate --config FILE --verifier meta-llama/Llama-3.1-8B-Instruct \
+    --tokens 1000000000 --supervised_share 0.6 --trainer.precision bf16-mixed \
+    --trainer.accelerator gpu --device_flops 989e12
 
-  --tokens N              Tokens of an epoch, where the rows are not there yet. Without it, the rows of data.train are
-                          counted: prepared ones, those of an earlier run, or a small file.
-  --supervised_share S    Share of those tokens that is supervised, from 0 to 1 (default: 1, which costs most).
-  --device_flops F        Operations a second of one device on large matrix products, such as 989e12 for an H100 in
-                          bfloat16. Without it, a second of matrix products is timed here.
+  --tokens N              Tokens of an epoch, where the rows are not there yet.
+                          Without it, the rows of data.train are counted:
+                          prepared ones, those of an earlier run, or a small
+                          file.
+  --supervised_share S    Share of those tokens that is supervised, from 0 to 1
+                          (default: 1, which costs most).
+  --device_flops F        Operations a second of one device on large matrix
+                          products, such as 989e12 for an H100 in bfloat16.
+                          Without it, a second of matrix products is timed here.
 
 All settings of an algorithm: specforge estimate --algorithm NAME --help"""
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from specforge.checkpoints.run_record import find_draft
 from specforge.commands.arguments import PROPOSAL, decoding_parser, find_verifier, load, load_draft, parse, sampling_of
 from specforge.config import SpeculatorModelConfig
 from specforge.data.bigrams import bigram_table
@@ -35,9 +36,12 @@ DESCRIPTION = """\
 Measure drafts on prompt sets: acceptance length, rates by position, time, and speedup over the verifier alone, which
 answers the same prompts in turn. Baselines that need no draft stand beside them: a draft has to beat them.
 
-  specforge evaluate runs/quickstart/version_0/draft --prompts configs/quickstart/validation.jsonl --limit 20
-  specforge evaluate DRAFT_A DRAFT_B --prompts mt-bench.jsonl gsm8k.jsonl --proposal greedy dynamic_tree:depth=5
-  specforge evaluate DRAFT --prompts mt-bench.jsonl --baselines prompt_lookup bigram --bigram_rows train.jsonl
+  specforge evaluate runs/quickstart/version_0/draft --limit 20 \\
+    --prompts configs/quickstart/validation.jsonl
+  specforge evaluate DRAFT_A DRAFT_B --prompts mt-bench.jsonl gsm8k.jsonl \\
+    --proposal greedy dynamic_tree:depth=5
+  specforge evaluate DRAFT --prompts mt-bench.jsonl --bigram_rows train.jsonl \\
+    --baselines prompt_lookup bigram
 
 Writes results.json and report.html, one page with plots, to --output."""
 
@@ -47,6 +51,7 @@ def run(arguments: list[str]) -> int:
     found = parse(_parser(), arguments)
     if not found.drafts and not found.baselines:
         raise UsageError("nothing to measure: give drafts, or --baselines")
+    found.drafts = [find_draft(name)[0] for name in found.drafts]
     configs = [SpeculatorModelConfig.from_pretrained(name) for name in found.drafts]
     sampling, verification = sampling_of(found), Verification(method=found.verification)
     names = [prompt_set_name(source) for source in found.prompts]
@@ -86,14 +91,17 @@ def run(arguments: list[str]) -> int:
 
 
 def _parser() -> ArgumentParser:
-    parser = decoding_parser("evaluate", DESCRIPTION, max_new_tokens=128)
-    parser.add_argument("drafts", type=str, nargs="*", help="Folders or hub ids of drafts.")
-    parser.add_argument("--prompts", type=str, nargs="+", required=True, help="Prompt sets, JSON lines.")
+    parser = decoding_parser("evaluate", "DRAFT ... --prompts FILE ...", DESCRIPTION, max_new_tokens=128)
+    parser.add_argument("drafts", type=str, nargs="*", metavar="DRAFT", help="Folders of runs or drafts, or hub ids.")
+    parser.add_argument(
+        "--prompts", type=str, nargs="+", required=True, metavar="FILE", help="Prompt sets, JSON lines."
+    )
     parser.add_argument(
         "--proposal",
         type=str,
         nargs="+",
         default=[],
+        metavar="METHOD",
         help=f"For each draft; its own by default. {PROPOSAL}",
     )
     parser.add_argument(
@@ -101,12 +109,19 @@ def _parser() -> ArgumentParser:
         type=str,
         nargs="*",
         default=["prompt_lookup"],
+        metavar="METHOD",
         help="Methods without a draft.",
     )
-    parser.add_argument("--bigram_rows", type=str | None, default=None, help="Rows to count bigrams from.")
-    parser.add_argument("--limit", type=PositiveInt | None, default=None, help="Only so many prompts of each set.")
-    parser.add_argument("--batch_size", type=PositiveInt, default=1, help="Responses decoded side by side.")
-    parser.add_argument("--output", type=str, default="evaluation", help="Folder of the report.")
+    parser.add_argument(
+        "--bigram_rows", type=str | None, default=None, metavar="ROWS", help="Rows to count bigrams from."
+    )
+    parser.add_argument(
+        "--limit", type=PositiveInt | None, default=None, metavar="N", help="Only so many prompts of each set."
+    )
+    parser.add_argument(
+        "--batch_size", type=PositiveInt, default=1, metavar="N", help="Responses decoded side by side."
+    )
+    parser.add_argument("--output", type=str, default="evaluation", metavar="FOLDER", help="Folder of the report.")
     return parser
 
 

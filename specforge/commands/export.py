@@ -22,7 +22,8 @@ Write a trained draft in the form that a server loads. Every rule of the reader 
 out or run wrong is refused here, with the reason. The export is read again and has to compute what the draft does.
 
   specforge export runs/quickstart/version_0 --format vllm
-  specforge export RUN --format sglang --dtype bf16 --output drafts/mine --push_to_hub owner/name
+  specforge export RUN --format sglang --dtype bf16 --output drafts/mine \\
+    --push_to_hub owner/name
 
 Each algorithm has its own formats:
 {formats}
@@ -62,21 +63,29 @@ def run(arguments: list[str]) -> int:
 
 
 def _parser() -> ArgumentParser:
-    parser = command_parser("export", DESCRIPTION.format(formats="\n".join(_formats())))
-    parser.add_argument("source", type=str, help="A run folder, a draft folder or a hub id.")
-    parser.add_argument("--format", type=str, required=True, help="What is to read it.")
-    parser.add_argument("--output", type=str | None, default=None, help="Folder to write; by default beside the draft.")
+    parser = command_parser("export", "DRAFT --format NAME", DESCRIPTION.format(formats="\n".join(_formats())))
+    parser.add_argument("source", type=str, metavar="DRAFT", help="A run folder, a draft folder or a hub id.")
+    parser.add_argument("--format", type=str, required=True, metavar="NAME", help="What is to read it.")
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        default=None,
+        metavar="FOLDER",
+        help="Folder to write; by default beside the draft.",
+    )
     parser.add_argument(
         "--dtype",
         type=Literal["bf16", "fp16", "fp32"] | None,
         default=None,
-        help="Type of the weights; as stored by default.",
+        metavar="{bf16,fp16,fp32}",
+        help="Type of the weights; by default as stored.",
     )
     add_verifier_flags(parser, "Folder or hub id that readers find it by; by default the draft's own.")
     parser.add_argument(
         "--prompts",
         type=str | None,
         default=None,
+        metavar="FILE",
         help="The probe's prompts, JSON lines; by default four of the run's validation, or plain questions.",
     )
     parser.add_argument(
@@ -84,7 +93,9 @@ def _parser() -> ArgumentParser:
         action="store_true",
         help="Do not run the verifier; no acceptance is expected of a server then.",
     )
-    parser.add_argument("--push_to_hub", type=str | None, default=None, help="Repository to upload to, owner/name.")
+    parser.add_argument(
+        "--push_to_hub", type=str | None, default=None, metavar="OWNER/NAME", help="Repository to upload to."
+    )
     return parser
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from specforge.checkpoints.run_record import find_draft
 from specforge.commands.arguments import PROPOSAL, decoding_parser, find_verifier, load, load_draft, parse, sampling_of
 from specforge.config import SpeculatorModelConfig
 from specforge.data.chat import Message
@@ -25,7 +26,8 @@ DESCRIPTION = """\
 Answer prompts with a draft's help. The text is the verifier's own: token for token at temperature 0, in distribution
 above. Without --prompt and --file, prompts are read from the terminal, and the chat goes on until an empty line.
 
-  specforge generate runs/quickstart/version_0/draft --prompt "How many days are 3 weeks?" --show-drafts
+  specforge generate runs/quickstart/version_0/draft --show-drafts \\
+    --prompt "How many days are 3 weeks?"
   specforge generate DRAFT --file prompts.jsonl --proposal dynamic_tree:depth=5
   specforge generate --verifier MODEL --proposal prompt_lookup"""
 ACCEPTED = "black on bright_green"
@@ -33,17 +35,24 @@ ACCEPTED = "black on bright_green"
 
 def run(arguments: list[str]) -> int:
     """Answer prompts, streaming."""
-    parser = decoding_parser("generate", DESCRIPTION, max_new_tokens=256)
-    parser.add_argument("draft", type=str, nargs="?", help="Folder or hub id of the draft.")
-    parser.add_argument("--prompt", type=str | None, default=None, help="What to answer.")
-    parser.add_argument("--file", type=str | None, default=None, help="A prompt set, JSON lines.")
-    parser.add_argument("--proposal", type=str | None, default=None, help=PROPOSAL)
+    parser = decoding_parser("generate", "DRAFT", DESCRIPTION, max_new_tokens=256)
+    parser.add_argument("draft", type=str, nargs="?", metavar="DRAFT", help="Folder of a run or a draft, or hub id.")
+    parser.add_argument("--prompt", type=str | None, default=None, metavar="TEXT", help="What to answer.")
+    parser.add_argument("--file", type=str | None, default=None, metavar="FILE", help="A prompt set, JSON lines.")
+    parser.add_argument("--proposal", type=str | None, default=None, metavar="METHOD", help=PROPOSAL)
     parser.add_argument("--show_drafts", action="store_true", help="Colour the tokens that the draft had proposed.")
     found = parse(parser, arguments)
     if found.prompt is not None and found.file is not None:
         raise UsageError("--prompt and --file exclude each other; give one of them")
     if found.prompt is not None and not found.prompt.strip():
         raise UsageError("--prompt is empty; give a text to answer")
+    if found.draft is None and found.proposal is None:
+        raise UsageError(
+            "draft: none is given; name a folder or hub id, or a method that needs none: --verifier MODEL --proposal "
+            "prompt_lookup"
+        )
+    if found.draft is not None:
+        found.draft, _ = find_draft(found.draft)
     conversations = read_prompts(found.file, "--file") if found.file is not None else None
     decoder, tokenizer = _prepare(found)
     _Talk(found, decoder, tokenizer).hold(conversations)

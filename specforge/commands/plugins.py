@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from specforge.commands.plugin_start import PREFIX, write_start
+from specforge.commands.wrapping import hanging
 from specforge.hookspecs import Algorithm
 from specforge.registry import KINDS, Plugin, installed, key_of
 
@@ -41,11 +42,11 @@ def describe(plugin: Plugin) -> str:
     for word, kind in KINDS.items():
         for descriptor in plugin.descriptors:
             if isinstance(descriptor, kind):
-                note = "  [loads; training is not provided]" if _loads_only(descriptor) else ""
-                lines.append(f"  {word:<17}  {key_of(descriptor):<18}  {descriptor.summary}{note}")
+                note = " [loads; training is not provided]" if _loads_only(descriptor) else ""
+                lines.append(hanging(f"  {word:<17}  {key_of(descriptor):<18}  ", f"{descriptor.summary}{note}"))
     if not plugin.descriptors and not plugin.faults:
         lines.append("  contributes nothing yet")
-    lines += [f"  FAULT: {fault}" for fault in plugin.faults]
+    lines += [hanging("  FAULT: ", fault) for fault in plugin.faults]
     return "\n".join(lines)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
+from pathlib import Path
 
+from specforge.commands.wrapping import hanging, reflowed
 from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
 from specforge.quiet import is_verbose
@@ -44,6 +46,9 @@ def choose(arguments: list[str], help_text: str) -> Algorithm | None:
         if {"-h", "--help"} & set(arguments):
             print(help_text)
             return None
+        files = [word for word in arguments[:1] if Path(word).suffix in (".yaml", ".yml")]
+        if files:
+            raise UsageError(f"{files[0]} stands alone; a configuration file is given as --config {files[0]}")
         names = ", ".join(installed().all(Algorithm))
         raise UsageError(f"no algorithm is chosen; give --config FILE, or --algorithm with one of: {names}")
     algorithm = installed().find(Algorithm, name)
@@ -69,17 +74,20 @@ def _run(subcommand: str, arguments: list[str]) -> int:
 
 
 def _help(subcommand: str, algorithms: dict[str, Algorithm]) -> str:
-    rows = [f"  {name:<12} {one.summary}" for name, one in sorted(algorithms.items())]
+    rows = [hanging(f"  {name:<12} ", one.summary) for name, one in sorted(algorithms.items())]
     return "\n".join(
         [
             f"usage: specforge {subcommand} --config FILE [--config FILE ...] [--KEY VALUE ...]",
             "",
-            "A configuration names an algorithm, a verifier, and the settings of trainer, model and data. Later files",
-            "go over earlier ones, flags over files: --model.ttt_steps 5, --trainer.max_epochs 2.",
+            reflowed(
+                "A configuration names an algorithm, a verifier, and the settings of trainer, model and data. Later "
+                "files go over earlier ones, flags over files: --model.ttt_steps 5, --trainer.max_epochs 2."
+            ),
             "",
             "algorithms:",
             *rows,
             "",
+            "Ready configurations:       configs/ and configs/models/, docs/recipes.md",
             f"All settings of one:        specforge {subcommand} --algorithm NAME --help",
             f"A whole configuration:      specforge {subcommand} --config FILE --print_config",
         ]

@@ -52,8 +52,10 @@ def run(arguments: list[str]) -> int:
 
 
 def _parser() -> ArgumentParser:
-    parser = command_parser("verify", DESCRIPTION)
-    parser.add_argument("export", type=str, help="What specforge export wrote: a folder or a hub id.")
+    parser = command_parser("verify", "EXPORT", DESCRIPTION)
+    parser.add_argument("export", type=str, metavar="EXPORT", help="What specforge export wrote: a folder or a hub id.")
     add_verifier_flags(parser, "Folder or hub id; also run the draft beside it.")
-    parser.add_argument("--endpoint", type=str | None, default=None, help="Address of a server that serves the export.")
+    parser.add_argument(
+        "--endpoint", type=str | None, default=None, metavar="URL", help="Address of a server that serves the export."
+    )
     return parser

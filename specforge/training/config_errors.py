@@ -45,6 +45,12 @@ def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
         if reason.endswith("got 'None'"):
             reason = f"is required; give it in the configuration file or as --{match['key']}"
         return f"{match['key']}: {reason}{_place(match['key'], arguments)}"
+    if match := re.match(r"argument (?P<flag>\S+): expected (at least )?one argument", message):
+        return f"{match['flag']}: a value is missing behind it"
+    if match := re.match(r"the following arguments are required: (?P<names>.*)", message):
+        return f"required, but not given: {', '.join(_as_typed(name, parser) for name in match['names'].split(', '))}{_see(parser)}"
+    if match := re.match(r"unrecognized arguments: (?P<words>[^-].*)", message, re.IGNORECASE):
+        return f"{match['words']!r} belongs to no option; a value stands behind its own, --KEY VALUE{_see(parser)}"
     return " ".join(message.split())
 
 
@@ -133,6 +139,18 @@ def _value(values: Any, key: str) -> Any:
     return values
 
 
+def _as_typed(name: str, parser: ArgumentParser) -> str:
+    """Name an option as it is typed, and what has a place of its own as the usage names it."""
+    action = next((one for one in parser._actions if one.dest == name), None)
+    if action is None:
+        return name
+    return action.option_strings[0] if action.option_strings else str(action.metavar or name)
+
+
+def _see(parser: ArgumentParser) -> str:
+    return f"; see: {parser.prog} --help"
+
+
 def _unknown_key(message: str) -> str | None:
     for pattern in (
         r"[Uu]nrecognized arguments: --(?P<key>[^\s=]+)",
@@ -169,6 +187,8 @@ def _reason(text: str) -> str:
     # One given value after one or several types that it could have had.
     got = re.search(r"(?:Got value|got|Given value): (.*)", text, re.DOTALL)
     value = f", got {got[1].strip()!r}" if got else ""
+    if number := re.search(r"(?:invalid literal for (int)\(\).*|could not convert string to float): '(.*?)'", text):
+        return f"expected {'an integer' if number[1] else 'a number'}, got {number[2]!r}"
     if "Unable to load config" in text:
         return f"expected keys and values, or a file of them, got {text.split(chr(39))[1]!r}"
     expected = dict.fromkeys(_plain_type(one) for one in re.findall(r"Expected an? ((?:typing\.|<).*?[\]>])", text))

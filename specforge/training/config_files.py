@@ -34,7 +34,7 @@ def _flags(arguments: list[str]) -> argparse.Namespace:
     try:
         return parser.parse_known_args(arguments)[0]
     except argparse.ArgumentError as error:
-        raise UsageError(str(error).removeprefix("argument ")) from None
+        raise UsageError(f"{str(error.argument_name).rpartition('/')[2]}: a value is missing behind it") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
+from specforge.commands.wrapping import hanging
 from specforge.errors import SpecforgeError, UsageError, nearest_name
 
 _SUBCOMMANDS = {
@@ -37,10 +38,12 @@ def run(arguments: list[str]) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:<10} {summary}" for name, summary in _SUBCOMMANDS.items()]
+    lines = [hanging(f"  {name:<10} ", summary) for name, summary in _SUBCOMMANDS.items()]
     return "\n".join(
         [
             "usage: specforge prepare SUBCOMMAND [options]",
+            "",
+            "Make ready what a draft is trained on.",
             "",
             "subcommands:",
             *lines,

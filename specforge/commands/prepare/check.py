@@ -22,21 +22,22 @@ DESCRIPTION = """\
 Tell whether responses are the verifier's own: how probable it finds them, beside how probable its own would be. A draft
 that is trained on text of another hand learns to predict what its verifier does not write.
 
-  specforge prepare check rows.jsonl --verifier HuggingFaceTB/SmolLM2-135M-Instruct --number 64
+  specforge prepare check rows.jsonl --verifier MODEL --number 64
 
 Exit status 1 says that they are not."""
 
 
 def run(arguments: list[str]) -> int:
     """Check rows that stand evenly apart, and print the figures."""
-    parser = command_parser("prepare check", DESCRIPTION)
-    parser.add_argument("rows", type=str, nargs="?", help="A file, folder or hub data set with rows.")
+    parser = command_parser("prepare check", "ROWS --verifier MODEL", DESCRIPTION)
+    parser.add_argument("rows", type=str, nargs="?", metavar="ROWS", help="A file, folder or hub data set with rows.")
     add_verifier_flags(parser, "Folder or hub id; required.")
-    parser.add_argument("--number", type=PositiveInt, default=64, help="Rows to check.")
+    parser.add_argument("--number", type=PositiveInt, default=64, metavar="N", help="Rows to check.")
     found = parse(parser, arguments)
-    for name in ("rows", "verifier"):
-        if not getattr(found, name):
-            raise UsageError(f"{name}: is required")
+    if not found.rows:
+        raise UsageError("rows: none are given; name a file, folder or hub data set")
+    if not found.verifier:
+        raise UsageError("verifier: is required; give it as --verifier, or in the file of --config")
     check_source(found.rows, "rows")
     step = max(count_records(found.rows) // found.number, 1)
     chosen = islice(read_raw_records(found.rows), 0, step * found.number, step)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specforge.commands.trainer import quieten
+from specforge.commands.wrapping import HelpFormatter
 from specforge.data.features.capturing import Capturing
 from specforge.data.features.dtypes import FeatureType
 from specforge.data.features.importing import Importing
@@ -39,7 +40,8 @@ DESCRIPTION = """\
 Run the verifier over token rows once, and store the states that drafts are trained on.
 
   specforge prepare features --config FILE --output features
-  specforge prepare features rows/train rows/validation --config FILE --output features --dtype float8_e4m3fn
+  specforge prepare features rows/train rows/validation --config FILE \\
+    --output features --dtype float8_e4m3fn
   specforge prepare features rows/train --algorithm NAME --verifier MODEL --output features
 
 The rows are those of the configuration (data.train, data.validation, ...) unless sources are named; they come first.
@@ -87,24 +89,24 @@ def _parser() -> argparse.ArgumentParser:
         prog="specforge prepare features",
         usage="specforge prepare features [SOURCE ...] --output FOLDER --config FILE [--KEY VALUE ...]",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("--output", help="Folder to write; required.")
-    parser.add_argument(
-        "--dtype", choices=get_args(FeatureType), default="bfloat16", help="Type of the stored values (bfloat16)."
-    )
+    parser.add_argument("--output", metavar="FOLDER", help="Folder to write; required.")
+    parser.add_argument("--dtype", choices=get_args(FeatureType), default="bfloat16", help="Type of the stored values.")
     parser.add_argument(
         "--batch_tokens",
         "--batch-tokens",
         type=_positive,
         default=8192,
-        help="Tokens of a pass of the verifier (8192).",
+        metavar="N",
+        help="Tokens of a pass of the verifier.",
     )
     parser.add_argument(
         "--from_vllm",
         "--from-vllm",
+        metavar="FOLDER",
         help="Folder of states that vLLM extracted; taken instead of running the verifier.",
     )
     parser.add_argument("--verify", action="store_true", help="Only check the checksums of what is in --output.")

@@ -37,9 +37,11 @@ Let the verifier answer prompts anew, turn by turn: a draft has to predict what 
 else wrote. The verifier answers in this process, or any engine with OpenAI's chat completions does (vLLM, SGLang,
 transformers serve). A run that was ended in any way goes on where it was when the same command is typed again.
 
-  specforge prepare responses prompts.jsonl --verifier HuggingFaceTB/SmolLM2-135M-Instruct --output responses
-  specforge prepare responses chats.jsonl --endpoint http://localhost:8000/v1 --temperature 0.7 --output responses
-  specforge prepare responses chats.jsonl --endpoint URL_A URL_B --concurrency 256 --verifier MODEL --output responses
+  specforge prepare responses prompts.jsonl --verifier MODEL --output responses
+  specforge prepare responses chats.jsonl --endpoint http://localhost:8000/v1 \\
+    --temperature 0.7 --output responses
+  specforge prepare responses chats.jsonl --endpoint URL_A URL_B --concurrency 256 \\
+    --verifier MODEL --output responses
 
 A prompt is a row with turns, messages (replies in it are left out), ShareGPT conversations, prompt, or input_ids and
 loss_mask. An API key is read from OPENAI_API_KEY.
@@ -130,29 +132,58 @@ class _Verifier:
 def _parser() -> ArgumentParser:
     parser = answering_parser(
         "prepare responses",
+        "PROMPTS ... --output FOLDER (--verifier MODEL | --endpoint URL ...)",
         DESCRIPTION,
         max_new_tokens=1024,
         verifier="Folder or hub id. With --endpoint only to check that the engine serves it; it must fit in here.",
     )
-    parser.add_argument("sources", type=str, nargs="*", help="Files, folders or hub data sets with prompts.")
-    parser.add_argument("--output", type=str | None, default=None, help="Folder to write; required.")
-    parser.add_argument("--limit", type=PositiveInt | None, default=None, help="Only so many prompts.")
     parser.add_argument(
-        "--thinking", type=bool | None, default=None, help="Switch enable_thinking of the chat template; as it has it."
+        "sources", type=str, nargs="*", metavar="PROMPTS", help="Files, folders or hub data sets with prompts."
     )
-    parser.add_argument("--batch_size", type=PositiveInt, default=16, help="In process: answers side by side.")
+    parser.add_argument("--output", type=str | None, default=None, metavar="FOLDER", help="Folder to write; required.")
+    parser.add_argument("--limit", type=PositiveInt | None, default=None, metavar="N", help="Only so many prompts.")
     parser.add_argument(
-        "--endpoint", type=str, nargs="+", default=[], help="Engines to ask, by URL, such as http://localhost:8000/v1."
+        "--thinking",
+        type=bool | None,
+        default=None,
+        help="Switch enable_thinking of the chat template; by default as that has it.",
     )
-    parser.add_argument("--model", type=str | None, default=None, help="The engines' name for the verifier.")
-    parser.add_argument("--concurrency", type=PositiveInt, default=64, help="Conversations in flight, all in all.")
     parser.add_argument(
-        "--max_failures", type=PositiveInt, default=8, help="Requests in a row that fail until an engine is given up."
+        "--batch_size", type=PositiveInt, default=16, metavar="N", help="In process: answers side by side."
     )
-    parser.add_argument("--retries", type=NonNegativeInt, default=4, help="Of a request, before it counts as failed.")
-    parser.add_argument("--timeout", type=PositiveFloat, default=600.0, help="Seconds that an answer may take.")
     parser.add_argument(
-        "--check", type=NonNegativeInt, default=16, help="Rows to check for being the verifier's own; 0: none."
+        "--endpoint",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="URL",
+        help="Engines to ask, such as http://localhost:8000/v1.",
+    )
+    parser.add_argument(
+        "--model", type=str | None, default=None, metavar="NAME", help="The engines' name for the verifier."
+    )
+    parser.add_argument(
+        "--concurrency", type=PositiveInt, default=64, metavar="N", help="Conversations in flight, all in all."
+    )
+    parser.add_argument(
+        "--max_failures",
+        type=PositiveInt,
+        default=8,
+        metavar="N",
+        help="Requests in a row that fail until an engine is given up.",
+    )
+    parser.add_argument(
+        "--retries", type=NonNegativeInt, default=4, metavar="N", help="Of a request, before it counts as failed."
+    )
+    parser.add_argument(
+        "--timeout", type=PositiveFloat, default=600.0, metavar="SECONDS", help="What an answer may take."
+    )
+    parser.add_argument(
+        "--check",
+        type=NonNegativeInt,
+        default=16,
+        metavar="N",
+        help="Rows to check for being the verifier's own; 0: none.",
     )
     return parser
 

@@ -31,8 +31,9 @@ Tokenise conversations with the verifier's tokenizer and chat template, mask wha
 hold out a validation share, and count what draft vocabularies would cover. Sources are streamed, on all cores; a run
 that was ended in any way goes on where it was when the same command is typed again.
 
-  specforge prepare rows chats.jsonl --verifier HuggingFaceTB/SmolLM2-135M-Instruct --output rows --show 2
-  specforge prepare rows sharegpt.jsonl owner/name:train --verifier MODEL --output rows --max_length 4096
+  specforge prepare rows chats.jsonl --verifier MODEL --output rows --show 2
+  specforge prepare rows sharegpt.jsonl owner/name:train --verifier MODEL \\
+    --output rows --max_length 4096
 
 A source is a .jsonl file, a folder of rows or of datasets.save_to_disk, or a hub data set as owner/name:split. A row
 holds messages, ShareGPT conversations, prompt and response, text, or input_ids and loss_mask.
@@ -70,21 +71,33 @@ def run(arguments: list[str]) -> int:
 
 
 def _parser() -> ArgumentParser:
-    parser = command_parser("prepare rows", DESCRIPTION)
-    parser.add_argument("sources", type=str, nargs="*", help="Where the rows are.")
-    parser.add_argument("--verifier", type=str | None, default=None, help="Folder or hub id; required.")
-    parser.add_argument("--verifier_revision", type=str | None, default=None, help="Its branch, tag or commit.")
+    parser = command_parser("prepare rows", "SOURCE ... --verifier MODEL --output FOLDER", DESCRIPTION)
+    parser.add_argument("sources", type=str, nargs="*", metavar="SOURCE", help="Where the rows are.")
+    parser.add_argument(
+        "--verifier", type=str | None, default=None, metavar="MODEL", help="Folder or hub id; required."
+    )
+    parser.add_argument(
+        "--verifier_revision", type=str | None, default=None, metavar="NAME", help="Its branch, tag or commit."
+    )
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with it.")
-    parser.add_argument("--output", type=str | None, default=None, help="Folder to write; required.")
-    parser.add_argument("--max_length", type=RowLength, default=2048, help="Longest row, in tokens; 2048.")
+    parser.add_argument("--output", type=str | None, default=None, metavar="FOLDER", help="Folder to write; required.")
+    parser.add_argument("--max_length", type=RowLength, default=2048, metavar="N", help="Longest row, in tokens.")
     parser.add_argument(
         "--long_rows", type=Literal["truncate", "drop"], default="truncate", help="Cut longer rows, or leave them out."
     )
-    parser.add_argument("--validation_share", type=Share, default=0.05, help="Share of the rows to hold out; 0.05.")
-    parser.add_argument("--seed", type=NonNegativeInt, default=42, help="Chooses which; 42.")
-    parser.add_argument("--workers", type=PositiveInt | None, default=None, help="Processes; by default one a core.")
     parser.add_argument(
-        "--show", type=NonNegativeInt, default=0, help="First print so many rows, supervised tokens set off."
+        "--validation_share", type=Share, default=0.05, metavar="SHARE", help="Share of the rows to hold out."
+    )
+    parser.add_argument("--seed", type=NonNegativeInt, default=42, metavar="N", help="Chooses which.")
+    parser.add_argument(
+        "--workers", type=PositiveInt | None, default=None, metavar="N", help="Processes; by default one a core."
+    )
+    parser.add_argument(
+        "--show",
+        type=NonNegativeInt,
+        default=0,
+        metavar="N",
+        help="First print so many rows, supervised tokens set off.",
     )
     return parser
 
