@@ -8,16 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from lightning.pytorch.cli import LightningArgumentParser
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from specforge.commands.trainer import settings_parser
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
-from specforge.training.cli import TrainingCLI
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = "configuration.md"
@@ -75,20 +74,8 @@ def configuration() -> str:
     return "\n".join([INTRODUCTION, *(_section(name, algorithms[name]) for name in sorted(algorithms))])
 
 
-class _ParserFound(Exception):
-    """Carries the parser out of a command line that is not to be run."""
-
-
-class _ParserOnly(TrainingCLI):
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        raise _ParserFound(parser)
-
-
 def _section(name: str, algorithm: Algorithm) -> str:
-    try:
-        _ParserOnly(algorithm, [], "fit")
-    except _ParserFound as found:
-        parser = found.args[0]
+    parser = settings_parser(algorithm)
     lines = [f"## {name}", "", f"{algorithm.summary[0].upper()}{algorithm.summary[1:]}.", ""]
     lines += ["| key | values | default | meaning |", "|---|---|---|---|"]
     for action in filter(_is_own, parser._actions):

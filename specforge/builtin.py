@@ -13,18 +13,19 @@ _OBJECTIVES = "specforge.training.objectives"
 def specforge_commands() -> Iterable[Command]:
     """The subcommands of the core."""
     return [
-        Command("prepare", "make ready what a draft is trained on", "specforge.commands.prepare:run"),
-        Command("estimate", "say what a run will take, before it begins", "specforge.commands.estimate:run"),
-        Command("fit", "train a draft", "specforge.commands.trainer:fit"),
-        Command("validate", "measure a trained draft on the validation data", "specforge.commands.trainer:validate"),
-        Command("test", "measure a trained draft on the test data", "specforge.commands.trainer:test"),
-        Command("generate", "answer prompts with a draft's help", "specforge.commands.generate:run"),
-        Command("evaluate", "measure drafts on prompt sets, with a report", "specforge.commands.evaluate:run"),
-        Command("export", "write a draft in the form that a server loads", "specforge.commands.export:run"),
-        Command("convert", "read a published draft, to measure it or train on", "specforge.commands.convert:run"),
-        Command("verify", "check an export: alone, beside its verifier, or served", "specforge.commands.verify:run"),
-        Command("doctor", "look for what is wrong here: versions, devices, hub", "specforge.commands.doctor:run"),
-        Command("plugins", "list the installed plugins and their faults; begin one", "specforge.commands.plugins:run"),
+        _command("prepare", "make ready what a draft is trained on"),
+        _command("estimate", "say what a run will take, before it begins"),
+        _command("fit", "train a draft", "trainer:fit"),
+        _command("validate", "measure a trained draft on the validation data", "trainer:validate"),
+        _command("test", "measure a trained draft on the test data", "trainer:test"),
+        _command("generate", "answer prompts with a draft's help"),
+        _command("evaluate", "measure drafts on prompt sets, with a report"),
+        _command("export", "write a draft in the form that a server loads"),
+        _command("convert", "read a published draft, to measure it or train on"),
+        _command("verify", "check an export: alone, beside its verifier, or served"),
+        _command("doctor", "look for what is wrong here: versions, devices, hub"),
+        _command("plugins", "list the installed plugins and their faults; begin one"),
+        _command("completion", "print a script that completes words in your shell"),
     ]
 
 
@@ -66,3 +67,9 @@ def specforge_objectives() -> Iterable[Objective]:
 def _proposal(name: str, prefix: str, summary: str) -> ProposalMethod:
     where = f"specforge.proposals.{name}:{prefix}"
     return ProposalMethod(name, summary, config=f"{where}TokenProposalConfig", proposer=f"{where}Proposer")
+
+
+def _command(name: str, summary: str, run: str | None = None) -> Command:
+    module, _, function = (run or f"{name}:run").partition(":")
+    where = f"specforge.commands.{module}"
+    return Command(name, summary, f"{where}:{function}", f"{where}:command_line")

@@ -101,11 +101,13 @@ class Command:
         name: The word after ``specforge``.
         summary: One line for ``specforge --help``.
         run: ``function(arguments: list[str]) -> int``; the result is the exit status.
+        parser: ``function() -> argparse.ArgumentParser``, by which shells complete its words; None: its name alone.
     """
 
     name: str
     summary: str
     run: str
+    parser: str | None = None
 
 
 Descriptor = Algorithm | ProposalMethod | Objective | CheckpointFormat | Command

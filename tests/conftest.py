@@ -86,7 +86,7 @@ def random_verifier(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def tiny_verifiers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, TinyVerifier]:
-    """Saved random verifiers: llama and llama-sharded (both untied), llama-tied, qwen3, gemma2, gemma3, gemma3-images."""
+    """Saved random verifiers: llama, llama-sharded (both untied), llama-tied, qwen3, gemma2, gemma3, gemma3-images."""
     root = tmp_path_factory.mktemp("verifiers")
     windows = {"sliding_window": 4, "query_pre_attn_scalar": 8}
     configs: dict[str, PreTrainedConfig] = {

@@ -23,7 +23,7 @@ Then measure it (specforge evaluate), train on from it (specforge fit --model.in
 
 def run(arguments: list[str]) -> int:
     """Convert, and say what can be done with the draft."""
-    found = parse(_parser(), arguments)
+    found = parse(command_line(), arguments)
     done = convert(found.source, found.verifier, None if found.output is None else Path(found.output), found.format)
     parameters = sum(one.numel() for one in done.model.parameters())
     measure = shlex.join(["specforge", "evaluate", str(done.folder), "--prompts", "FILE"])
@@ -38,7 +38,8 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
+def command_line() -> ArgumentParser:
+    """Return the parser of what is typed behind the command."""
     parser = command_parser("convert", "DRAFT --verifier MODEL", DESCRIPTION)
     parser.add_argument("source", type=str, metavar="DRAFT", help="Folder or hub id of the draft.")
     parser.add_argument(

@@ -47,8 +47,7 @@ class Finding:
 
 def run(arguments: list[str]) -> int:
     """Print what was found, section by section."""
-    parser = argparse.ArgumentParser(prog="specforge doctor", description=DESCRIPTION, formatter_class=HelpFormatter)
-    parser.parse_args(arguments)
+    command_line().parse_args(arguments)
     machine = f"{platform.system()} {platform.machine()}"
     print(f"specforge {version(DISTRIBUTION)}, Python {platform.python_version()}, {machine}")
     faults = 0
@@ -64,6 +63,11 @@ def run(arguments: list[str]) -> int:
         return 1
     print("\nNothing is wrong. To see a draft trained:\n  specforge fit --config configs/quickstart.yaml")
     return 0
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of what is typed behind the command."""
+    return argparse.ArgumentParser(prog="specforge doctor", description=DESCRIPTION, formatter_class=HelpFormatter)
 
 
 def packages() -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from specforge.commands.trainer import choose, quieten
+from specforge.commands.trainer import command_line as settings_of_all
 from specforge.errors import UsageError
 from specforge.estimation.device import measured_flops
 from specforge.estimation.estimate import ACCELERATOR_UTILISATION, CPU_UTILISATION, Estimate, Plan, flops_per_token
@@ -101,6 +103,14 @@ def run(arguments: list[str]) -> int:
     print_estimate(found, title, _assumptions(found, cli), Console(highlight=False))
     print(f"\nTo start it:\n  {shlex.join(['specforge', 'fit', *_without_own(arguments)])}")
     return 0
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of the settings of every algorithm and of its own flags."""
+    parser = settings_of_all()
+    for flag in FLAGS:
+        parser.add_argument(flag)
+    return parser
 
 
 def estimate(cli: EstimateCLI) -> Estimate:

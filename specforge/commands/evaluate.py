@@ -48,7 +48,7 @@ Writes results.json and report.html, one page with plots, to --output."""
 
 def run(arguments: list[str]) -> int:
     """Measure, print a table and write a report."""
-    found = parse(_parser(), arguments)
+    found = parse(command_line(), arguments)
     if not found.drafts and not found.baselines:
         raise UsageError("nothing to measure: give drafts, or --baselines")
     found.drafts = [find_draft(name)[0] for name in found.drafts]
@@ -90,7 +90,8 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
+def command_line() -> ArgumentParser:
+    """Return the parser of what is typed behind the command."""
     parser = decoding_parser("evaluate", "DRAFT ... --prompts FILE ...", DESCRIPTION, max_new_tokens=128)
     parser.add_argument("drafts", type=str, nargs="*", metavar="DRAFT", help="Folders of runs or drafts, or hub ids.")
     parser.add_argument(

@@ -35,7 +35,7 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def run(arguments: list[str]) -> int:
     """Export, push where that is asked for, and say how to serve."""
-    found = parse(_parser(), arguments)
+    found = parse(command_line(), arguments)
     done = export(
         Order(
             source=found.source,
@@ -62,7 +62,8 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
+def command_line() -> ArgumentParser:
+    """Return the parser of what is typed behind the command."""
     parser = command_parser("export", "DRAFT --format NAME", DESCRIPTION.format(formats="\n".join(_formats())))
     parser.add_argument("source", type=str, metavar="DRAFT", help="A run folder, a draft folder or a hub id.")
     parser.add_argument("--format", type=str, required=True, metavar="NAME", help="What is to read it.")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from io import TextIOBase
 
 import torch
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -35,13 +35,7 @@ ACCEPTED = "black on bright_green"
 
 def run(arguments: list[str]) -> int:
     """Answer prompts, streaming."""
-    parser = decoding_parser("generate", "DRAFT", DESCRIPTION, max_new_tokens=256)
-    parser.add_argument("draft", type=str, nargs="?", metavar="DRAFT", help="Folder of a run or a draft, or hub id.")
-    parser.add_argument("--prompt", type=str | None, default=None, metavar="TEXT", help="What to answer.")
-    parser.add_argument("--file", type=str | None, default=None, metavar="FILE", help="A prompt set, JSON lines.")
-    parser.add_argument("--proposal", type=str | None, default=None, metavar="METHOD", help=PROPOSAL)
-    parser.add_argument("--show_drafts", action="store_true", help="Colour the tokens that the draft had proposed.")
-    found = parse(parser, arguments)
+    found = parse(command_line(), arguments)
     if found.prompt is not None and found.file is not None:
         raise UsageError("--prompt and --file exclude each other; give one of them")
     if found.prompt is not None and not found.prompt.strip():
@@ -57,6 +51,17 @@ def run(arguments: list[str]) -> int:
     decoder, tokenizer = _prepare(found)
     _Talk(found, decoder, tokenizer).hold(conversations)
     return 0
+
+
+def command_line() -> ArgumentParser:
+    """Return the parser of what is typed behind the command."""
+    parser = decoding_parser("generate", "DRAFT", DESCRIPTION, max_new_tokens=256)
+    parser.add_argument("draft", type=str, nargs="?", metavar="DRAFT", help="Folder of a run or a draft, or hub id.")
+    parser.add_argument("--prompt", type=str | None, default=None, metavar="TEXT", help="What to answer.")
+    parser.add_argument("--file", type=str | None, default=None, metavar="FILE", help="A prompt set, JSON lines.")
+    parser.add_argument("--proposal", type=str | None, default=None, metavar="METHOD", help=PROPOSAL)
+    parser.add_argument("--show_drafts", action="store_true", help="Colour the tokens that the draft had proposed.")
+    return parser
 
 
 def _prepare(found: Namespace) -> tuple[Decoder, PreTrainedTokenizerBase]:

@@ -13,19 +13,24 @@ from specforge.registry import KINDS, Plugin, installed, key_of
 
 def run(arguments: list[str]) -> int:
     """Print every plugin with its package, version, contributions and faults; or begin a new one."""
-    parser = argparse.ArgumentParser(prog="specforge plugins", description=run.__doc__)
-    subcommands = parser.add_subparsers(dest="subcommand", metavar="new")
-    summary = "write a package to begin a plugin with, which trains, drafts and passes its own tests"
-    new = subcommands.add_parser("new", help=summary, description=summary)
-    new.add_argument("name", help="what the algorithm is called: lower-case letters, digits and _")
-    new.add_argument("--output", type=Path, help=f"folder of the package (default: {PREFIX}NAME)")
-    found = parser.parse_args(arguments)
+    found = command_line().parse_args(arguments)
     if found.subcommand == "new":
         _begin(found.name, found.output or Path(f"{PREFIX}{found.name}"))
         return 0
     for plugin in installed().plugins:
         print(describe(plugin))
     return 0
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of what is typed behind the command."""
+    parser = argparse.ArgumentParser(prog="specforge plugins", description=run.__doc__)
+    subcommands = parser.add_subparsers(dest="subcommand", metavar="new")
+    summary = "write a package to begin a plugin with, which trains, drafts and passes its own tests"
+    new = subcommands.add_parser("new", help=summary, description=summary)
+    new.add_argument("name", help="what the algorithm is called: lower-case letters, digits and _")
+    new.add_argument("--output", type=Path, help=f"folder of the package (default: {PREFIX}NAME)")
+    return parser
 
 
 def _begin(name: str, folder: Path) -> None:

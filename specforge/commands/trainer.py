@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 from specforge.commands.wrapping import hanging, reflowed
 from specforge.errors import UsageError
@@ -71,6 +73,35 @@ def _run(subcommand: str, arguments: list[str]) -> int:
     except MisconfigurationException as error:
         raise UsageError(str(error)) from error
     return 0
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return a parser that knows the settings of every algorithm."""
+    from specforge.commands.completion import add_options
+
+    parser = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
+    for algorithm in installed().all(Algorithm).values():
+        if algorithm.module is not None and algorithm.data is not None:
+            add_options(settings_parser(algorithm), parser)
+    return parser
+
+
+def settings_parser(algorithm: Algorithm) -> argparse.ArgumentParser:
+    """Return the parser of all settings of an algorithm; nothing is run."""
+    from specforge.training.cli import TrainingCLI
+
+    class Found(Exception):
+        """Carries the parser out of a command line."""
+
+    class ParserOnly(TrainingCLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            raise Found(parser)
+
+    try:
+        ParserOnly(algorithm, [], "fit")
+    except Found as found:
+        parser: argparse.ArgumentParser = found.args[0]
+    return parser
 
 
 def _help(subcommand: str, algorithms: dict[str, Algorithm]) -> str:

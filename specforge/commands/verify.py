@@ -23,7 +23,7 @@ Every fault is told with its likeliest cause; the exit status is 1 if there is o
 
 def run(arguments: list[str]) -> int:
     """Check, print what is wrong, and return 1 if anything is."""
-    found = parse(_parser(), arguments)
+    found = parse(command_line(), arguments)
     probe = Probe.load(found.export)
     print(f"{found.export}: {probe.format} format, {probe.algorithm}, for {probe.verifier.name_or_path}")
     faults = verify(found.export, found.verifier, loading_of(found))
@@ -51,7 +51,8 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
+def command_line() -> ArgumentParser:
+    """Return the parser of what is typed behind the command."""
     parser = command_parser("verify", "EXPORT", DESCRIPTION)
     parser.add_argument("export", type=str, metavar="EXPORT", help="What specforge export wrote: a folder or a hub id.")
     add_verifier_flags(parser, "Folder or hub id; also run the draft beside it.")

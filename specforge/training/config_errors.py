@@ -48,7 +48,8 @@ def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
     if match := re.match(r"argument (?P<flag>\S+): expected (at least )?one argument", message):
         return f"{match['flag']}: a value is missing behind it"
     if match := re.match(r"the following arguments are required: (?P<names>.*)", message):
-        return f"required, but not given: {', '.join(_as_typed(name, parser) for name in match['names'].split(', '))}{_see(parser)}"
+        names = (_as_typed(name, parser) for name in match["names"].split(", "))
+        return f"required, but not given: {', '.join(names)}{_see(parser)}"
     if match := re.match(r"unrecognized arguments: (?P<words>[^-].*)", message, re.IGNORECASE):
         return f"{match['words']!r} belongs to no option; a value stands behind its own, --KEY VALUE{_see(parser)}"
     return " ".join(message.split())

@@ -15,7 +15,7 @@ SIGNATURES = """\
 Algorithm(name: str, summary: str, config: str, model: str, module: str | None = None, data: str | None = None, \
 proposals: tuple[str, ...] = ('greedy', 'sampling', 'static_tree', 'dynamic_tree'))
 CheckpointFormat(name: str, summary: str, algorithm: str, layout: str)
-Command(name: str, summary: str, run: str)
+Command(name: str, summary: str, run: str, parser: str | None = None)
 Objective(name: str, summary: str, function: str, uses_mean_acceptance: bool = False, uses_text: bool = False)
 ProposalMethod(name: str, summary: str, config: str, proposer: str)
 specforge_algorithms() -> Iterable[Algorithm]

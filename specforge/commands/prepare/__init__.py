@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from importlib import import_module
 
@@ -35,6 +36,17 @@ def run(arguments: list[str]) -> int:
     except SpecforgeError as error:
         error.subcommand = name
         raise
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return a parser that holds those of all subcommands."""
+    parser = argparse.ArgumentParser(prog="specforge prepare")
+    subcommands = parser.add_subparsers()
+    for name, summary in _SUBCOMMANDS.items():
+        own = import_module(f"{__name__}.{name}").command_line()
+        subcommands.add_parser(name, help=summary, add_help=False)
+        subcommands.choices[name] = own
+    return parser
 
 
 def _help() -> str:

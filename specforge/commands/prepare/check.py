@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 import torch
+from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.text import Text
@@ -29,11 +30,7 @@ Exit status 1 says that they are not."""
 
 def run(arguments: list[str]) -> int:
     """Check rows that stand evenly apart, and print the figures."""
-    parser = command_parser("prepare check", "ROWS --verifier MODEL", DESCRIPTION)
-    parser.add_argument("rows", type=str, nargs="?", metavar="ROWS", help="A file, folder or hub data set with rows.")
-    add_verifier_flags(parser, "Folder or hub id; required.")
-    parser.add_argument("--number", type=PositiveInt, default=64, metavar="N", help="Rows to check.")
-    found = parse(parser, arguments)
+    found = parse(command_line(), arguments)
     if not found.rows:
         raise UsageError("rows: none are given; name a file, folder or hub data set")
     if not found.verifier:
@@ -46,6 +43,15 @@ def run(arguments: list[str]) -> int:
         raise UsageError(f"{found.rows}: no response token in the rows that were checked")
     print_check(check, Console(highlight=False))
     return 0 if check.is_own else 1
+
+
+def command_line() -> ArgumentParser:
+    """Return the parser of what is typed behind the command."""
+    parser = command_parser("prepare check", "ROWS --verifier MODEL", DESCRIPTION)
+    parser.add_argument("rows", type=str, nargs="?", metavar="ROWS", help="A file, folder or hub data set with rows.")
+    add_verifier_flags(parser, "Folder or hub id; required.")
+    parser.add_argument("--number", type=PositiveInt, default=64, metavar="N", help="Rows to check.")
+    return parser
 
 
 def check_rows(

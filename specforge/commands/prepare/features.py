@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> int:
     """Capture what is missing, and print what the store holds and what was saved."""
     sources = list(takewhile(lambda word: not word.startswith("-"), arguments))
     try:
-        found, words = _parser().parse_known_args(arguments[len(sources) :])
+        found, words = command_line().parse_known_args(arguments[len(sources) :])
     except argparse.ArgumentError as error:
         raise UsageError(f"{error.argument_name}: {error.message}") from None
     quieten()
@@ -84,7 +84,8 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of what is typed behind the command, but for the settings of ``fit``."""
     parser = argparse.ArgumentParser(
         prog="specforge prepare features",
         usage="specforge prepare features [SOURCE ...] --output FOLDER --config FILE [--KEY VALUE ...]",

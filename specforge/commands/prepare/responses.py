@@ -51,7 +51,7 @@ Writes --output/responses.jsonl, in the order of the prompts, and summary.json."
 
 def run(arguments: list[str]) -> int:
     """Let prompts be answered, and print what came of it."""
-    found = parse(_parser(), arguments)
+    found = parse(command_line(), arguments)
     _check_flags(found)
     asking = Asking(sampling_of(found), found.max_new_tokens, found.seed, found.thinking)
     verifier = _Verifier(found)
@@ -129,7 +129,8 @@ class _Verifier:
         return check_rows(*self.loaded, records)
 
 
-def _parser() -> ArgumentParser:
+def command_line() -> ArgumentParser:
+    """Return the parser of what is typed behind the command."""
     parser = answering_parser(
         "prepare responses",
         "PROMPTS ... --output FOLDER (--verifier MODEL | --endpoint URL ...)",

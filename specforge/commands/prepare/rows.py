@@ -43,7 +43,7 @@ Writes --output/train and --output/validation for fit's data.train and data.vali
 
 def run(arguments: list[str]) -> int:
     """Show some rows, prepare all, and print what became of them."""
-    found = parse(_parser(), arguments)
+    found = parse(command_line(), arguments)
     if not found.sources:
         raise UsageError("sources: none are given; name at least one file, folder or hub data set")
     for name in ("verifier", "output"):
@@ -70,7 +70,8 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
+def command_line() -> ArgumentParser:
+    """Return the parser of what is typed behind the command."""
     parser = command_parser("prepare rows", "SOURCE ... --verifier MODEL --output FOLDER", DESCRIPTION)
     parser.add_argument("sources", type=str, nargs="*", metavar="SOURCE", help="Where the rows are.")
     parser.add_argument(

@@ -1,0 +1,84 @@
+"""``specforge completion``: a script by which a shell completes commands, options, their values and files."""
+
+from __future__ import annotations
+
+import argparse
+
+import shtab
+
+from specforge.commands.wrapping import HelpFormatter
+from specforge.hookspecs import Command
+from specforge.quiet import FLAG
+from specforge.registry import Registry, installed
+
+DESCRIPTION = """\
+Print a script that completes commands, options and files. It knows the plugins that are installed now: print it again
+after that has changed.
+
+  specforge completion bash > ~/.local/share/bash-completion/completions/specforge
+  specforge completion zsh > ~/.zsh/completions/_specforge    # a folder of $fpath"""
+# What stands for a value in help: where it is a file, and where a folder.
+FILES = {"FILE", "SOURCE", "ROWS", "PROMPTS", "CONFIG"}
+FOLDERS = {"FOLDER", "MODEL", "DRAFT", "EXPORT"}
+
+
+def run(arguments: list[str]) -> int:
+    """Print the script."""
+    found = command_line().parse_args(arguments)
+    print(shtab.complete(whole_parser(installed()), found.shell))
+    return 0
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of what is typed behind the command."""
+    parser = argparse.ArgumentParser(
+        prog="specforge completion", description=DESCRIPTION, formatter_class=HelpFormatter
+    )
+    parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
+    return parser
+
+
+def whole_parser(registry: Registry) -> argparse.ArgumentParser:
+    """Return one parser with all commands in it, to complete by."""
+    whole = argparse.ArgumentParser("specforge")
+    whole.add_argument("--version", action="store_true")
+    commands = whole.add_subparsers()
+    for name, command in sorted(registry.all(Command).items()):
+        own = commands.add_parser(name, help=command.summary)
+        own.add_argument(FLAG, action="store_true")
+        if command.parser is not None:
+            add_options(registry.load(command, "parser")(), own)
+    return whole
+
+
+def add_options(parser: argparse.ArgumentParser, target: argparse.ArgumentParser) -> None:
+    """Copy to a parser what another one knows and it does not know yet, as far as words can be completed by it.
+
+    Types, defaults and whatever else a library has added to argparse are left behind.
+
+    Args:
+        parser: Is left as it is.
+        target: Is added to.
+    """
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            subcommands = target.add_subparsers()
+            summaries = {one.dest: one.help for one in action._choices_actions}
+            for name, inner in action.choices.items():
+                # Those without a summary are taken for hidden.
+                add_options(inner, subcommands.add_parser(name, help=summaries.get(name, name)))
+            continue
+        words = [word for word in action.option_strings if word not in target._option_string_actions]
+        if action.help == argparse.SUPPRESS or (action.option_strings and not words):
+            continue
+        metavar = str(action.metavar or action.dest).rpartition(".")[2]
+        if action.nargs == 0:
+            target.add_argument(*words, action="store_true")
+            continue
+        copied = target.add_argument(*words or [action.dest], nargs="*" if action.nargs in ("*", "+") else None)
+        if metavar.startswith("{"):
+            copied.choices = metavar.strip("{}").split(",")
+        elif action.choices is not None:
+            copied.choices = list(action.choices)
+        elif metavar in FILES | FOLDERS:
+            copied.complete = shtab.FILE if metavar in FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
