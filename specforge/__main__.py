@@ -77,9 +77,9 @@ def help_text(registry: Registry) -> str:
         f"  {quiet.FLAG}  say all that libraries have to say, and where an error arose",
         "",
         "start here:",
-        "  specforge fit --config configs/quickstart.yaml   train a small draft in a minute",
-        "  specforge fit --algorithm NAME --help            every setting of an algorithm:",
-        f"{'':<51}{', '.join(sorted(registry.all(Algorithm)))}",
+        "  specforge fit --config configs/quickstart.yaml  a small draft, in a minute",
+        "  specforge fit --algorithm NAME --help           every setting of an algorithm:",
+        f"{'':<50}{', '.join(sorted(registry.all(Algorithm)))}",
     ]
     broken = [plugin for plugin in registry.plugins if plugin.faults]
     if broken:

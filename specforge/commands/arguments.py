@@ -11,7 +11,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from pydantic import BaseModel, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specforge.commands.wrapping import HelpFormatter
+from specforge.commands.wrapping import HelpFormatter, hanging
 from specforge.config import SpeculatorModelConfig
 from specforge.data.verifier_text import VerifierText
 from specforge.decoding.verification import Verification
@@ -34,7 +34,7 @@ def command_parser(command: str, usage: str, description: str) -> ArgumentParser
     """
     parser = ArgumentParser(
         prog=f"specforge {command}",
-        usage=f"specforge {command} {usage} [options]",
+        usage=hanging(f"specforge {command} ", f"{usage} [options]", label="usage: "),
         description=description,
         exit_on_error=False,
         allow_abbrev=False,

@@ -15,8 +15,9 @@ DESCRIPTION = """\
 Print a script that completes commands, options and files. It knows the plugins that are installed now: print it again
 after that has changed.
 
-  specforge completion bash > ~/.local/share/bash-completion/completions/specforge
-  specforge completion zsh > ~/.zsh/completions/_specforge    # a folder of $fpath"""
+  specforge completion bash \\
+    > ~/.local/share/bash-completion/completions/specforge
+  specforge completion zsh > ~/.zsh/completions/_specforge  # a folder of $fpath"""
 # What stands for a value in help: where it is a file, and where a folder.
 FILES = {"FILE", "SOURCE", "ROWS", "PROMPTS", "CONFIG"}
 FOLDERS = {"FOLDER", "MODEL", "DRAFT", "EXPORT"}

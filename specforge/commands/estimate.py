@@ -26,7 +26,7 @@ from specforge.training.cli import TrainingCLI
 from specforge.training.module import DraftModule
 
 FLAGS = ("--tokens", "--supervised_share", "--device_flops")
-HELP = r"""\
+HELP = """\
 usage: specforge estimate --config FILE [--config FILE ...] [--KEY VALUE ...]
                           [--tokens N --supervised_share S] [--device_flops F]
 
@@ -36,8 +36,8 @@ is loaded: the verifier's config.json is enough, and the training step is the
 real one, run with tensors that have shapes and no values.
 
   specforge estimate --config configs/quickstart.yaml
-  specforge estimate --config FILE --verifier meta-llama/Llama-3.1-8B-Instruct \
-    --tokens 1000000000 --supervised_share 0.6 --trainer.precision bf16-mixed \
+  specforge estimate --config FILE --verifier meta-llama/Llama-3.1-8B-Instruct \\
+    --tokens 1000000000 --supervised_share 0.6 --trainer.precision bf16-mixed \\
     --trainer.accelerator gpu --device_flops 989e12
 
   --tokens N              Tokens of an epoch, where the rows are not there yet.

@@ -17,6 +17,7 @@ from specforge.commands.arguments import PROPOSAL, decoding_parser, find_verifie
 from specforge.config import SpeculatorModelConfig
 from specforge.data.chat import Message
 from specforge.data.prompts import Conversation, read_prompts
+from specforge.data.showing import set_off
 from specforge.decoding.loop import Decoder, Emission
 from specforge.decoding.verification import Verification, is_lossy
 from specforge.errors import UsageError
@@ -30,7 +31,6 @@ above. Without --prompt and --file, prompts are read from the terminal, and the 
     --prompt "How many days are 3 weeks?"
   specforge generate DRAFT --file prompts.jsonl --proposal dynamic_tree:depth=5
   specforge generate --verifier MODEL --proposal prompt_lookup"""
-ACCEPTED = "black on bright_green"
 
 
 def run(arguments: list[str]) -> int:
@@ -60,7 +60,11 @@ def command_line() -> ArgumentParser:
     parser.add_argument("--prompt", type=str | None, default=None, metavar="TEXT", help="What to answer.")
     parser.add_argument("--file", type=str | None, default=None, metavar="FILE", help="A prompt set, JSON lines.")
     parser.add_argument("--proposal", type=str | None, default=None, metavar="METHOD", help=PROPOSAL)
-    parser.add_argument("--show_drafts", action="store_true", help="Colour the tokens that the draft had proposed.")
+    parser.add_argument(
+        "--show_drafts",
+        action="store_true",
+        help="Set off the accepted tokens of the draft, in color or between ⟦ and ⟧.",
+    )
     return parser
 
 
@@ -131,14 +135,15 @@ class _Talk:
 
     def _show(self, tokens: list[int], shown: str, emission: Emission) -> str:
         """Print what a round adds to the text, and return the text as far as it is shown."""
-        for number, token in enumerate(emission.tokens):
-            tokens.append(token)
+        drafted = emission.path if self.settings.show_drafts else 0
+        for part, is_drafted in ((emission.tokens[:drafted], True), (emission.tokens[drafted:], False)):
+            tokens.extend(part)
             text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
             # Bytes of a character that is not whole yet decode to a mark that later tokens replace.
-            if text.endswith("\ufffd"):
+            if text == shown or text.endswith("\ufffd"):
                 continue
-            is_drafted = self.settings.show_drafts and number < emission.path
-            self.console.print(Text(text[len(shown) :], style=ACCEPTED if is_drafted else ""), end="")
+            added = text[len(shown) :]
+            self.console.print(set_off(added, self.console) if is_drafted else Text(added), end="")
             shown = text
         self.console.file.flush()
         return shown

@@ -13,11 +13,23 @@ def reflowed(text: str) -> str:
     return "\n\n".join(paragraphs)
 
 
-def hanging(head: str, text: str) -> str:
-    """Wrap a text behind a head, further lines below where the first one begins."""
-    return textwrap.fill(
-        text, columns(), initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False
+def hanging(head: str, text: str, label: str = "") -> str:
+    """Wrap a text behind a head, further lines below where the first one begins.
+
+    Args:
+        head: Beginning of the first line.
+        text: Words.
+        label: What somebody else will write before the head.
+    """
+    wrapped = textwrap.fill(
+        text,
+        columns(),
+        initial_indent=label + head,
+        subsequent_indent=" " * len(label + head),
+        break_on_hyphens=False,
+        break_long_words=False,
     )
+    return wrapped.removeprefix(label)
 
 
 def columns() -> int:

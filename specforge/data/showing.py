@@ -16,7 +16,7 @@ from specforge.data.sources import RawRecord
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SUPERVISED = "black on bright_green"
+SET_OFF = "black on bright_green"
 Mark = TypeVar("Mark", bound=Hashable)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # in the data; it must not steer the terminal
 
@@ -41,11 +41,15 @@ def show_row(record: RawRecord, recipe: Recipe, tokenizer: PreTrainedTokenizerBa
     share = f"{supervised:,} supervised ({supervised / max(number, 1):.1%})"
     heading = f"{record.location}: {number:,} tokens, {share}, {fate}"
     console.print(Text(heading, style="bold"))
-    has_color = console.color_system is not None and not console.no_color
     for text, is_supervised in stretches(kept.input_ids.tolist(), kept.loss_mask.tolist(), tokenizer):
-        marked = text if has_color or not is_supervised else f"⟦{text}⟧"
-        console.print(Text(marked, style=SUPERVISED if is_supervised else ""), end="", soft_wrap=True)
+        console.print(set_off(text, console) if is_supervised else Text(text), end="", soft_wrap=True)
     console.print("\n")
+
+
+def set_off(text: str, console: Console) -> Text:
+    """Return a text in color, or between ⟦ and ⟧ where there is none: a pipe, or ``NO_COLOR``."""
+    has_color = console.color_system is not None and not console.no_color
+    return Text(text, style=SET_OFF) if has_color else Text(f"⟦{text}⟧")
 
 
 def stretches(

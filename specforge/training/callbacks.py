@@ -85,8 +85,9 @@ class ProgressBar(RichProgressBar):
         super().__init__(leave=True, theme=RichProgressBarTheme(metrics_format=".3f"))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Leave out the number of the run, which stands in its folder's name."""
-        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+        """Leave out what is said elsewhere, so that a line holds the rest: the run's number, and each validation."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name: value for name, value in metrics.items() if name != "v_num" and not name.startswith("val/")}
 
 
 class Summary(Callback):

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specforge.commands.trainer import quieten
-from specforge.commands.wrapping import HelpFormatter
+from specforge.commands.wrapping import HelpFormatter, hanging
 from specforge.data.features.capturing import Capturing
 from specforge.data.features.dtypes import FeatureType
 from specforge.data.features.importing import Importing
@@ -42,7 +42,8 @@ Run the verifier over token rows once, and store the states that drafts are trai
   specforge prepare features --config FILE --output features
   specforge prepare features rows/train rows/validation --config FILE \\
     --output features --dtype float8_e4m3fn
-  specforge prepare features rows/train --algorithm NAME --verifier MODEL --output features
+  specforge prepare features rows/train --algorithm NAME --verifier MODEL \\
+    --output features
 
 The rows are those of the configuration (data.train, data.validation, ...) unless sources are named; they come first.
 All other flags are those of specforge fit: the configuration says which layers are read and how long rows are.
@@ -88,7 +89,11 @@ def command_line() -> argparse.ArgumentParser:
     """Return the parser of what is typed behind the command, but for the settings of ``fit``."""
     parser = argparse.ArgumentParser(
         prog="specforge prepare features",
-        usage="specforge prepare features [SOURCE ...] --output FOLDER --config FILE [--KEY VALUE ...]",
+        usage=hanging(
+            "specforge prepare features ",
+            "[SOURCE ...] --output FOLDER --config FILE [--KEY VALUE ...]",
+            label="usage: ",
+        ),
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
         allow_abbrev=False,

@@ -40,8 +40,8 @@ transformers serve). A run that was ended in any way goes on where it was when t
   specforge prepare responses prompts.jsonl --verifier MODEL --output responses
   specforge prepare responses chats.jsonl --endpoint http://localhost:8000/v1 \\
     --temperature 0.7 --output responses
-  specforge prepare responses chats.jsonl --endpoint URL_A URL_B --concurrency 256 \\
-    --verifier MODEL --output responses
+  specforge prepare responses chats.jsonl --endpoint URL_A URL_B \\
+    --concurrency 256 --verifier MODEL --output responses
 
 A prompt is a row with turns, messages (replies in it are left out), ShareGPT conversations, prompt, or input_ids and
 loss_mask. An API key is read from OPENAI_API_KEY.
@@ -133,7 +133,7 @@ def command_line() -> ArgumentParser:
     """Return the parser of what is typed behind the command."""
     parser = answering_parser(
         "prepare responses",
-        "PROMPTS ... --output FOLDER (--verifier MODEL | --endpoint URL ...)",
+        "PROMPTS ... --output FOLDER (--verifier MODEL | --endpoint URL)",
         DESCRIPTION,
         max_new_tokens=1024,
         verifier="Folder or hub id. With --endpoint only to check that the engine serves it; it must fit in here.",
