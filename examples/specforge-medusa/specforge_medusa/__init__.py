@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from specforge.hookspecs import Algorithm, CheckpointFormat, Command, Objective, hookimpl
+from specforge.hookspecs import Algorithm, CheckpointFormat, Command, Objective, ProposalMethod, hookimpl
 
 
 @hookimpl
@@ -17,7 +17,21 @@ def specforge_algorithms() -> Iterable[Algorithm]:
             config="specforge_medusa.config:MedusaConfig",
             model="specforge_medusa.model:MedusaModel",
             module="specforge_medusa.module:MedusaModule",
-            data="specforge.data.module:DraftDataModule",
+            data="specforge_medusa.data:MedusaDataModule",
+            proposals=("greedy", "sampling", "static_tree", "dynamic_tree", "medusa_tree"),
+        )
+    ]
+
+
+@hookimpl
+def specforge_proposals() -> Iterable[ProposalMethod]:
+    """A tree for heads that do not hear each other; any other draft may propose it as well."""
+    return [
+        ProposalMethod(
+            "medusa_tree",
+            "a tree that is sparse where ranks are low, as Medusa's",
+            config="specforge_medusa.proposal:SparseTreeTokenProposalConfig",
+            proposer="specforge_medusa.proposal:SparseTreeProposer",
         )
     ]
 
@@ -51,5 +65,10 @@ def specforge_checkpoint_formats() -> Iterable[CheckpointFormat]:
 def specforge_commands() -> Iterable[Command]:
     """A look at what the heads say."""
     return [
-        Command("medusa-heads", "show what each Medusa head proposes behind a text", "specforge_medusa.command:run")
+        Command(
+            "medusa-heads",
+            "show what each Medusa head proposes behind a text",
+            run="specforge_medusa.command:run",
+            parser="specforge_medusa.command:command_line",
+        )
     ]

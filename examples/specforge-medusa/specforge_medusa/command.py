@@ -17,17 +17,22 @@ from specforge_medusa.model import MedusaModel
 
 def run(arguments: list[str]) -> int:
     """Show the most probable tokens of each Medusa head behind a prompt and the verifier's next token."""
-    parser = argparse.ArgumentParser(prog="specforge medusa-heads", description=run.__doc__)
-    parser.add_argument("draft", help="folder or hub id of the draft")
-    parser.add_argument("--prompt", required=True, help="what to answer, as one turn of a chat")
-    parser.add_argument("--top", type=int, default=3, help="tokens to show of each head (default: 3)")
-    found = parser.parse_args(arguments)
+    found = command_line().parse_args(arguments)
     draft = load_draft(found.draft)
     if not 1 <= found.top <= draft.config.vocab_size:
         raise UsageError(f"--top {found.top}: allowed are 1 to {draft.config.vocab_size:,}")
     print("\n".join(describe_heads(draft, found.prompt, found.top)))
     print(f"Decode with them: specforge generate {found.draft} --prompt ...")
     return 0
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of what is typed behind the command; shells complete by it."""
+    parser = argparse.ArgumentParser(prog="specforge medusa-heads", description=run.__doc__)
+    parser.add_argument("draft", metavar="DRAFT", help="folder or hub id of the draft")
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="what to answer, as one turn of a chat")
+    parser.add_argument("--top", metavar="N", type=int, default=3, help="tokens to show of each head (default: 3)")
+    return parser
 
 
 def load_draft(name: str) -> MedusaModel:

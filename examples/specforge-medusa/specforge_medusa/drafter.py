@@ -33,17 +33,17 @@ class MedusaDrafter(Drafter):
         states = self._network.first_state(last)[:, 0]
         heads = range(self._network.config.num_heads)
         by_head = [self._network.logits(self._network.advance(states, head), head) for head in heads]
-        self._by_head = torch.stack(by_head, dim=1)
+        self.by_head = torch.stack(by_head, dim=1)
         # Of the root, then of the nodes.
         self._depths = torch.zeros_like(tokens[:, :1])
-        self.root = self._by_head[:, 0]
+        self.root = self.by_head[:, 0]
 
     def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
         """Return what the heads of the nodes' depths have said."""
         rows = torch.arange(len(parents), device=parents.device)[:, None]
         depths = self._depths[rows, parents + 1] + 1
         self._depths = torch.cat([self._depths, depths], dim=1)
-        return self._by_head[rows, depths]
+        return self.by_head[rows, depths]
 
     def select(self, rows: Tensor) -> None:
         """Go on with some of the sequences; the next ``commit`` brings all that there is to know of them."""

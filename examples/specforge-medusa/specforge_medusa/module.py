@@ -19,6 +19,7 @@ from specforge.verifier.features import Features
 from specforge.verifier.parts import VerifierParts
 from specforge_medusa.config import MedusaConfig
 from specforge_medusa.model import MedusaModel
+from specforge_medusa.proposal import SparseTreeTokenProposalConfig
 
 
 class MedusaModule(DraftModule):
@@ -65,7 +66,10 @@ class MedusaModule(DraftModule):
                 num_heads=self.heads,
                 speculators_config=SpeculatorsConfig(
                     algorithm="medusa",
-                    proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=self.heads)],
+                    proposal_methods=[
+                        GreedyTokenProposalConfig(speculative_tokens=self.heads),
+                        SparseTreeTokenProposalConfig(depth=self.heads),
+                    ],
                     default_proposal_method="greedy",
                     verifier=VerifierConfig.from_config(self.verifier_config, self.stored_verifier_name),
                 ),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import entry_points
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.registry import GROUP, Registry
+from specforge.sampling import Chance, Sampling
 from specforge.training.objectives import Distributions
 from specforge.verifier.features import Features, capture
 from specforge.verifier.parts import VerifierParts
 from specforge_medusa.command import run
 from specforge_medusa.config import MedusaConfig
+from specforge_medusa.data import MedusaDataModule
 from specforge_medusa.model import MedusaModel
 from specforge_medusa.module import MedusaModule
 from specforge_medusa.objectives import top_token_cross_entropy
+from specforge_medusa.proposal import SparseTreeProposer, SparseTreeTokenProposalConfig
 
 HEADS, WIDTH, VOCABULARY = 3, 16, 29
 NO_DATA: Any = None
@@ -97,11 +103,43 @@ def test_a_node_hears_the_head_of_its_depth(draft: MedusaModel) -> None:
     torch.testing.assert_close(below, torch.stack([torch.stack(row) for row in expected]))
 
 
-@pytest.mark.parametrize("proposal", ["greedy:speculative_tokens=3", "static_tree:depth=3", "dynamic_tree:depth=3"])
+@pytest.mark.parametrize(
+    "proposal", ["greedy:speculative_tokens=3", "static_tree:depth=3", "dynamic_tree:depth=3", "medusa_tree"]
+)
 def test_the_text_is_the_verifiers_own(draft: MedusaModel, verifier: LlamaForCausalLM, proposal: str) -> None:
     prompt = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
     expected = verifier.generate(prompt, do_sample=False, max_new_tokens=20, pad_token_id=0)
     assert torch.equal(draft.generate(prompt, max_new_tokens=20, proposal=proposal), expected)
+
+
+def test_the_tree_holds_the_paths_whose_ranks_have_a_small_product(draft: MedusaModel) -> None:
+    drafter = draft.drafter(2)
+    drafter.commit(torch.zeros(2, 5, dtype=torch.int64), random_states(2, 5), torch.tensor([5, 3]))
+    by_head = drafter.by_head.argsort(-1, descending=True)
+    config = SparseTreeTokenProposalConfig(breadth=5, depth=3)
+    proposal = SparseTreeProposer(config, Sampling(), Chance()).propose([], drafter)
+    for row in range(2):
+        paths: list[tuple[int, ...]] = []
+        for token, parent in zip(proposal.tokens[row].tolist(), proposal.parents[row].tolist(), strict=True):
+            above = () if parent < 0 else paths[parent]
+            paths.append((*above, by_head[row, len(above)].tolist().index(token) + 1))
+        every = (path for depth in (1, 2, 3) for path in product(range(1, 6), repeat=depth))
+        assert sorted(paths) == sorted(path for path in every if prod(path) <= 5)
+
+
+def test_rows_that_teach_no_last_head_are_left_out(tmp_path: Path, verifier: LlamaForCausalLM) -> None:
+    verifier.save_pretrained(tmp_path / "verifier")
+    masks = [[0, 1, 1, 1, 1], [0, 1, 1, 1, 0], [1, 1, 0, 1, 1], [0, 0, 1, 1, 1, 1, 1]]
+    rows = [{"input_ids": list(range(1, len(mask) + 1)), "loss_mask": mask} for mask in masks]
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sources = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "validation")}
+    data = MedusaDataModule(verifier=str(tmp_path / "verifier"), cache_dir=str(tmp_path / "cache"), **sources)
+    data.prepare_data()
+    data.setup()
+    assert [data.train_rows[number]["loss_mask"].tolist() for number in range(2)] == [masks[0], masks[3]]
+    assert data.validation_rows is not None and len(data.validation_rows) == len(masks)
+    assert "2 response too short for the heads" in data.summary_text()
 
 
 def test_a_stored_draft_is_found_by_its_name(draft: MedusaModel, tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""Rows that teach every head: those with a response long enough for the last one."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from jsonargparse.typing import PositiveInt
+from tqdm import tqdm
+
+from specforge.data.module import DraftDataModule
+from specforge.data.rows import TokenRows
+
+TOO_SHORT = "response too short for the heads"
+
+
+class MedusaDataModule(DraftDataModule):
+    """Rows of text for training Medusa heads.
+
+    Args:
+        train: Source of the training rows.
+        shortest_response: Training rows without a response of so many tokens are left out, and counted. K heads learn
+            from K + 1 tokens: where there are fewer, the verifier runs over a row for some heads alone.
+    """
+
+    def __init__(self, train: str, shortest_response: PositiveInt = 4, **kwargs: Any) -> None:
+        super().__init__(train=train, **kwargs)
+        self.train_source = train
+        self.shortest_response = shortest_response
+
+    def rows_of(self, source: str) -> TokenRows:
+        """Return the rows of a source; of the training source, those that are long enough."""
+        rows = super().rows_of(source)
+        if source != self.train_source:
+            return rows
+        # disable=None shows the bar on a terminal only; delay hides it for short sources.
+        numbers = tqdm(range(len(rows)), desc="measuring responses", unit=" rows", disable=None, delay=2)
+        long_enough = [
+            number
+            for number in numbers
+            if longest_response(rows[number]["loss_mask"].tolist()) >= self.shortest_response
+        ]
+        if len(long_enough) == len(rows):
+            return rows
+        kept = rows.select(np.array(long_enough, dtype=np.int64))
+        kept.summary.dropped[TOO_SHORT] = len(rows) - len(kept)
+        return kept
+
+
+def longest_response(loss_mask: list[bool]) -> int:
+    """Return how many response tokens stand behind one another at most."""
+    return max((len(list(run)) for is_response, run in groupby(loss_mask) if is_response), default=0)
