@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -36,15 +37,10 @@ class MedusaDataModule(DraftDataModule):
             return rows
         # disable=None shows the bar on a terminal only; delay hides it for short sources.
         numbers = tqdm(range(len(rows)), desc="measuring responses", unit=" rows", disable=None, delay=2)
-        long_enough = [
-            number
-            for number in numbers
-            if longest_response(rows[number]["loss_mask"].tolist()) >= self.shortest_response
-        ]
-        if len(long_enough) == len(rows):
-            return rows
-        kept = rows.select(np.array(long_enough, dtype=np.int64))
-        kept.summary.dropped[TOO_SHORT] = len(rows) - len(kept)
+        lengths = np.array([longest_response(rows[number]["loss_mask"].tolist()) for number in numbers])
+        kept = rows.select(np.flatnonzero(lengths >= self.shortest_response))
+        if left_out := len(rows) - len(kept):
+            kept.summary = replace(kept.summary, dropped=kept.summary.dropped | {TOO_SHORT: left_out})
         return kept
 
 
