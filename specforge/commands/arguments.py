@@ -43,6 +43,8 @@ def command_parser(command: str, usage: str, description: str) -> ArgumentParser
     parser.add_argument(
         "--config", action="config", metavar="FILE", help="A YAML file with flags as keys; flags go over it."
     )
+    printing = next(one for one in parser._actions if one.dest == "print_config")
+    printing.help = "Print all settings as such a file, and exit."
     return parser
 
 

@@ -50,7 +50,8 @@ class HelpFormatter(argparse.HelpFormatter):
         return reflowed(text)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        nothing = action.default in (None, False, argparse.SUPPRESS) or action.default == []
+        # Not by equality: a default of 0 is said.
+        nothing = any(action.default is one for one in (None, False, argparse.SUPPRESS)) or action.default == []
         if action.help is None or nothing or action.required or "default" in action.help:
             return action.help
         shown = " ".join(action.default) if isinstance(action.default, list) else str(action.default)

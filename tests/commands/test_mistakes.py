@@ -1,0 +1,45 @@
+"""What a person who has never seen the commands gets wrong, and what they are told."""
+
+from __future__ import annotations
+
+import pytest
+
+from specforge.__main__ import main
+
+CONFIG = "configs/quickstart.yaml"
+SEE = "see: specforge {} --help"
+
+
+@pytest.mark.parametrize(
+    ("words", "command", "expected"),
+    [
+        (["fit"], "fit", ["no algorithm is chosen", "--config FILE", "--algorithm"]),
+        (["fit", CONFIG], "fit", [f"--config {CONFIG}"]),
+        (["fit", "--config"], "fit", ["--config: a value is missing"]),
+        (["fit", "--config", CONFIG, "more.yaml"], "fit", ["'more.yaml' belongs to no option", SEE.format("fit")]),
+        (["fit", "--config", CONFIG, "--model.ttt_steps"], "fit", ["--model.ttt_steps: a value is missing"]),
+        (["fit", "--config", CONFIG, "--model.ttt_steps", "three"], "fit", ["expected an integer, got 'three'"]),
+        (["estimate", "--config", CONFIG, "--tokens", "many"], "estimate", ["tokens: expected an integer, got 'many'"]),
+        (["prepare", "row"], "prepare", ["unknown subcommand 'row'", "Did you mean 'rows'?"]),
+        (["prepare", "rows"], "prepare rows", ["sources: none are given"]),
+        (["prepare", "rows", "a.jsonl", "--verifier"], "prepare rows", ["--verifier: a value is missing"]),
+        (["prepare", "rows", "a.jsonl", "--max_length", "x"], "prepare rows", ["max_length: expected an integer"]),
+        (["prepare", "check"], "prepare check", ["rows: none are given"]),
+        (["prepare", "check", "a.jsonl"], "prepare check", ["verifier: is required", "--verifier"]),
+        (["prepare", "responses"], "prepare responses", ["sources: none are given"]),
+        (["prepare", "features"], "prepare features", ["output: is required"]),
+        (["generate"], "generate", ["draft: none is given", "--proposal prompt_lookup"]),
+        (["generate", "draft", "other"], "generate", ["'other' belongs to no option", SEE.format("generate")]),
+        (["evaluate"], "evaluate", ["required, but not given: --prompts", SEE.format("evaluate")]),
+        (["export"], "export", ["required, but not given: DRAFT, --format", SEE.format("export")]),
+        (["convert", "draft"], "convert", ["required, but not given: --verifier"]),
+        (["verify"], "verify", ["required, but not given: EXPORT"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_one_line_says_what_to_do(words, command, expected, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr()
+    [line] = said.err.splitlines()
+    assert line.startswith(f"specforge {command}: error: ") and not said.out
+    assert all(part in line for part in expected), line
