@@ -26,8 +26,10 @@ from specforge.training.objectives import Distributions, acceptance
 from specforge.training.totals import total
 from specforge.verifier.parts import VerifierParts
 
-# Logits of one chunk, draft and verifier together: 64 MiB in float32.
-LOGITS_PER_CHUNK = 2**24
+# Logits of one chunk, draft and verifier together: 16 MiB in float32; but so many targets that heads are not read anew
+# for a handful of rows.
+LOGITS_PER_CHUNK = 2**22
+LEAST_TARGETS = 64
 # Logits that a CPU compares at a time: 2 MiB in float32.
 LOGITS_PER_BLOCK = 2**19
 
@@ -380,7 +382,7 @@ def _chunks(work: _Work, heads: Sequence[Tensor]) -> Iterator[_Chunk]:
     steps, rows = work.supervised.nonzero(as_tuple=True)
     targets, target_of = work.targets[steps, rows].unique(return_inverse=True)
     verifier_size = work.teacher.parts.lm_head.weight.shape[0]
-    size = max(1, LOGITS_PER_CHUNK // (verifier_size + len(work.supervised) * len(heads[0])))
+    size = max(LEAST_TARGETS, LOGITS_PER_CHUNK // (verifier_size + len(work.supervised) * len(heads[0])))
     # Within a chunk, pairs stay in the order of their steps, so that each head reads one slice.
     order = (target_of // size).argsort(stable=True)
     every = _Chunk(targets, steps[order], rows[order], work.places[steps, rows][order], target_of[order])

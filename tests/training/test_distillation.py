@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,14 @@ from specforge.verifier.parts import VerifierParts
 H, V = 5, 13
 PRUNED = [1, 2, 5, 8, 12]
 NAMES = ["kl", "reverse_kl", "cross_entropy", "total_variation", "jsd", "lk_alpha", "lk_lambda", "text"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_chunks() -> Iterator[None]:
+    """Chunks may hold a single target."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distillation, "LEAST_TARGETS", 1)
+        yield
 
 
 @dataclass(frozen=True)
