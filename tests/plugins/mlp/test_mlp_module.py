@@ -203,6 +203,7 @@ def test_logits_of_all_heads_are_never_formed(
     heads, rows, vocabulary = 3, 64, 61
     # Logits of four targets: those of the verifier, and of every head.
     monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", 4 * (1 + heads) * vocabulary)
+    monkeypatch.setattr(distillation, "LEAST_TARGETS", 1)
     draft = {"num_layers": heads, "tie_weights": tied}
     module = make_module(tiny_verifiers, draft=draft, supervision="all", objective=terms)
     tokens = torch.randint(3, vocabulary, (2, rows // 2), generator=torch.Generator().manual_seed(0))
