@@ -1,0 +1,245 @@
+r"""A training step of every algorithm: time, memory and operations, by length, draft steps and vocabulary.
+
+    OMP_NUM_THREADS=1 python benchmarks/training_step.py --output step.json --plot step.svg
+
+Each figure is of a process of its own with one thread, in float32. A step is what `specforge fit` repeats on stored
+states: draft steps, losses, gradients and AdamW, of the algorithm's own module. Rows hold documents of 512 tokens (or
+one document), of which the last 30 % are supervised; sizes beside the one that varies are those of ``SHAPE``.
+
+Time is the processor's, the median of five steps. Memory is how much the peak of what is resident grows in a step, over
+weights, optimizer and batch. Operations are counted by torch; their rate is divided by that of a matrix product,
+measured in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from memory import growth_of_peak
+
+ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "EAGLE-3": ("eagle3", {}),
+    "EAGLE-1": ("eagle", {}),
+    "HASS": ("eagle", {"objective": {"cross_entropy": 0.1, "top_k": 1.0}}),
+    "MLP": ("mlp", {}),
+}
+DOCUMENT = 512
+SUPERVISED = 0.3
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a step works on.
+
+    Attributes:
+        length: Tokens of the batch's one row.
+        document: Tokens of a document.
+        steps: Draft steps, or heads.
+        vocabulary: Of the verifier; EAGLE-3 drafts a quarter of it, the others all.
+        width: Of verifier and draft; the draft's MLP is 3.5 times as wide.
+    """
+
+    length: int = 2048
+    document: int = DOCUMENT
+    steps: int = 3
+    vocabulary: int = 8192
+    width: int = 256
+
+
+SHAPE = Shape()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step takes.
+
+    Attributes:
+        seconds: Of the processor.
+        memory: Bytes over weights, optimizer and batch.
+        flops: Operations.
+        share: Of the rate of a matrix product.
+    """
+
+    seconds: float
+    memory: int
+    flops: int
+    share: float
+
+
+def series() -> Iterator[tuple[str, str, Shape]]:
+    """Yield what is measured: a table's name, an algorithm and a shape."""
+    for name in ALGORITHMS:
+        steps = {"EAGLE-1": 1, "EAGLE-3": 7}.get(name, 3)
+        for length in (512, 1024, 2048, 4096, 8192):
+            yield "length", name, replace(SHAPE, length=length, steps=steps)
+    for length in (512, 1024, 2048, 4096, 8192):
+        yield "length of one document", "EAGLE-3", replace(SHAPE, length=length, document=length, steps=7)
+    for name in ("EAGLE-3", "HASS", "MLP"):
+        for steps in (1, 3, 5, 7):
+            yield "draft steps", name, replace(SHAPE, steps=steps)
+    for name in ALGORITHMS:
+        steps = 1 if name == "EAGLE-1" else 3
+        for vocabulary in (1024, 8192, 32_768, 131_072):
+            yield "vocabulary", name, replace(SHAPE, length=1024, vocabulary=vocabulary, steps=steps)
+
+
+def measure(name: str, shape: Shape) -> Cost:
+    """Measure a step in this process."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from specforge.estimation.device import measured_flops
+    from specforge.estimation.shapes import MORE_FORMULAS
+    from specforge.training.optimizers import OptimizerSettings, build_optimizer
+
+    logging.disable()
+    torch.set_num_threads(1)
+    module, batch = build(name, shape)
+    optimizer = build_optimizer(module.draft, OptimizerSettings())
+
+    def step() -> None:
+        module.draft_steps(batch, module.features(batch)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    seconds = []
+    for _ in range(ROUNDS):
+        begin = time.process_time()
+        step()
+        seconds.append(time.process_time() - begin)
+    counter = FlopCounterMode(display=False, custom_mapping=MORE_FORMULAS)
+    with counter:
+        step()
+    flops = counter.get_total_flops()
+    rate = flops / statistics.median(seconds)
+    return Cost(statistics.median(seconds), growth_of_peak(step), flops, rate / measured_flops(torch.float32))
+
+
+def build(name: str, shape: Shape) -> tuple[Any, dict[str, Any]]:
+    """Build an algorithm's module with random weights, and a batch of random states."""
+    import torch
+    from lightning.pytorch import Trainer
+    from torch import nn
+    from transformers import LlamaConfig
+
+    from specforge.hookspecs import Algorithm
+    from specforge.registry import installed
+    from specforge.verifier.parts import VerifierParts
+    from specforge_eagle3.module import Eagle3DraftSettings
+    from specforge_mlp.module import MLPDraftSettings
+
+    algorithm, options = ALGORITHMS[name]
+    width, vocabulary = shape.width, shape.vocabulary
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=width * 7 // 2,
+        num_hidden_layers=8,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 256,
+        vocab_size=vocabulary,
+        max_position_embeddings=shape.length,
+        architectures=["LlamaForCausalLM"],
+    )
+    module_class = installed().load(installed().find(Algorithm, algorithm), "module")
+    settings: dict[str, Any] = {
+        "eagle3": {"ttt_steps": shape.steps, "draft": Eagle3DraftSettings(draft_vocab_size=vocabulary // 4)},
+        "eagle": {"alignment_steps": shape.steps},
+        "mlp": {"draft": MLPDraftSettings(num_layers=shape.steps)},
+    }[algorithm]
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        module = module_class(verifier=folder, **settings, **options)
+    module.trainer = Trainer(accelerator="cpu", logger=False, max_steps=1)
+    parts = VerifierParts(
+        config, nn.Embedding(vocabulary, width), nn.RMSNorm(width), nn.Linear(width, vocabulary, bias=False)
+    )
+    for part in (parts.embed_tokens, parts.norm, parts.lm_head):
+        part.requires_grad_(False)
+    module.take_verifier(None, parts, SimpleNamespace(vocabulary_counts=lambda: torch.arange(vocabulary)))
+    module.train()
+    positions = torch.arange(shape.document).repeat(shape.length // shape.document)[None]
+    batch = {
+        "input_ids": torch.randint(vocabulary, (1, shape.length)),
+        "loss_mask": positions >= round(shape.document * (1 - SUPERVISED)),
+        "document_ids": (positions == 0).cumsum(1),
+        "position_ids": positions,
+        "aux": torch.randn(1, shape.length, len(module.aux_layers), width),
+        "last": torch.randn(1, shape.length, width),
+    }
+    return module, batch
+
+
+def table(what: str, costs: list[tuple[str, Shape, Cost]]) -> Iterator[str]:
+    """Yield the lines of a Markdown table."""
+    attribute = what.split()[0] if what != "draft steps" else "steps"
+    yield f"| algorithm | {what} | tokens/s | ms a token | memory | operations a token | share of the rate |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, shape, cost in costs:
+        yield (
+            f"| {name} | {getattr(shape, attribute):,} | {shape.length / cost.seconds:,.0f} | "
+            f"{cost.seconds / shape.length * 1e3:.3f} | {cost.memory / 2**20:,.0f} MiB | "
+            f"{cost.flops / shape.length / 1e6:,.1f} M | {cost.share:.0%} |"
+        )
+    yield ""
+
+
+def plot(found: dict[str, list[tuple[str, Shape, Cost]]], file: Path) -> None:
+    """Draw milliseconds a token and memory against what varies."""
+    from matplotlib.figure import Figure
+
+    from specforge.drawing import COLORS, house_style
+
+    with house_style():
+        figure = Figure(figsize=(11, 6), layout="constrained")
+        axes = figure.subplots(2, len(found))
+        for column, (what, costs) in enumerate(found.items()):
+            attribute = what.split()[0] if what != "draft steps" else "steps"
+            for color, name in zip(COLORS, dict.fromkeys(one for one, *_ in costs), strict=False):
+                own = [(getattr(shape, attribute), shape, cost) for one, shape, cost in costs if one == name]
+                places = [place for place, *_ in own]
+                milliseconds = [cost.seconds / shape.length * 1e3 for _, shape, cost in own]
+                axes[0, column].plot(places, milliseconds, "o-", color=color, label=name)
+                memory = [cost.memory / 2**20 for *_, cost in own]
+                axes[1, column].plot(places, memory, "o-", color=color, label=name)
+            for row in (0, 1):
+                axes[row, column].set(xlabel=what, ylim=0, xscale="linear" if attribute != "vocabulary" else "log")
+        axes[0, 0].set_ylabel("ms a token")
+        axes[1, 0].set_ylabel("memory of a step, MiB")
+        axes[0, 0].legend()
+        figure.savefig(file)
+
+
+def main() -> None:
+    """Measure everything, print tables, and write figures and a plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="JSON file for every figure.")
+    parser.add_argument("--plot", type=Path, help="SVG file.")
+    arguments = parser.parse_args()
+    found: dict[str, list[tuple[str, Shape, Cost]]] = {}
+    for what, name, shape in series():
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found.setdefault(what, []).append((name, shape, pool.apply(measure, (name, shape))))
+    for what, costs in found.items():
+        print("\n".join(table(what, costs)), flush=True)
+    if arguments.output is not None:
+        every = {what: [(name, asdict(shape), asdict(cost)) for name, shape, cost in of] for what, of in found.items()}
+        arguments.output.write_text(json.dumps(every, indent=1))
+    if arguments.plot is not None:
+        plot(found, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
