@@ -1,13 +1,14 @@
-"""Attention for training-time test, without a mask.
+"""Attention for training-time test, without a mask that grows with the square of the length.
 
 At TTT step k, row t attends causally to the step-0 keys of its document and to its own key of each later step 1..k
-(https://arxiv.org/abs/2503.01840, section 3.2). A mask of L x (k + 1) L would say so at a cost that grows
-with the square of the length. Here each later step is one extra *selector* key, shared by all rows: a row carries its
-own logit for that step in an extra feature, the selector is one-hot in that feature, and its value is one-hot too, so
-that the output reports the weight which the softmax gave it. The weight times the row's own value is then added.
-Selectors stand before the step-0 keys, so plain causal attention lets every row see all of them.
+(https://arxiv.org/abs/2503.01840, section 3.2). A mask of L x (k + 1) L would say so. Here each later step is one
+extra *selector* key, shared by all rows: a row carries its own logit for that step in an extra feature, the selector is
+one-hot in that feature, and its value is one-hot too, so that the output reports the weight which the softmax gave it.
+The weight times the row's own value is then added. Selectors stand before the step-0 keys, so plain causal attention
+lets every row see all of them.
 
-A step runs the rows that are needed of it alone (``specforge.models.draft_rows``); the others are attended to.
+A step runs the rows that are needed of it alone (``specforge.models.draft_rows``); the others are attended to. On a CPU
+a few hundred queries at a time go by a mask of their own; accelerators are faster at all positions without one.
 
 Letters in shapes: N rows (a flattened batch), n rows that a step runs, D width of a head.
 """
