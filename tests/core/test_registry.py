@@ -90,7 +90,7 @@ class TestGoodPlugin:
         assert (done.returncode, done.stderr) == (0, "")
         rows = [re.split(r"\s{2,}", line) for line in section(done.stdout, "toy  (toy-package 0.1)")]
         assert rows == [
-            ["algorithm", "toyalgo", "a toy", "[loads; training is not provided]"],
+            ["algorithm", "toyalgo", "a toy [loads; training is not provided]"],
             ["proposal method", "toychain", "a chain for play"],
             ["objective", "toyloss", "a loss for play"],
             ["checkpoint format", "toyalgo/toyformat", "a layout for play"],
