@@ -9,23 +9,29 @@ one document), of which the last 30 % are supervised; sizes beside the one that 
 Time is the processor's, the median of five steps. Memory is how much the peak of what is resident grows in a step, over
 weights, optimizer and batch. Operations are counted by torch; their rate is divided by that of a matrix product,
 measured in the same process.
+
+Where there is a CUDA device, EAGLE-3 for an 8B verifier is measured on it instead, in bfloat16 with float32 weights;
+time is then that of the clock, and memory that of the device's tensors.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import multiprocessing
+import re
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from memory import growth_of_peak
 
 ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,7 +53,8 @@ class Shape:
         length: Tokens of the batch's one row.
         document: Tokens of a document.
         steps: Draft steps, or heads.
-        vocabulary: Of the verifier; EAGLE-3 drafts a quarter of it, the others all.
+        vocabulary: Of the verifier.
+        share: Of the vocabulary that EAGLE-3 drafts; the others draft all.
         width: Of verifier and draft; the draft's MLP is 3.5 times as wide.
     """
 
@@ -55,6 +62,7 @@ class Shape:
     document: int = DOCUMENT
     steps: int = 3
     vocabulary: int = 8192
+    share: float = 0.25
     width: int = 256
 
 
@@ -66,7 +74,7 @@ class Cost:
     """What a step takes.
 
     Attributes:
-        seconds: Of the processor.
+        seconds: Of the processor, or of the clock on an accelerator.
         memory: Bytes over weights, optimizer and batch.
         flops: Operations.
         share: Of the rate of a matrix product.
@@ -78,8 +86,13 @@ class Cost:
     share: float
 
 
-def series() -> Iterator[tuple[str, str, Shape]]:
+def series(device: str) -> Iterator[tuple[str, str, Shape]]:
     """Yield what is measured: a table's name, an algorithm and a shape."""
+    if device != "cpu":
+        for length, share in itertools.product((2048, 4096, 8192), (0.25, 1.0)):
+            real = Shape(length, min(length, 2048), steps=7, vocabulary=128_000, share=share, width=4096)
+            yield f"length, drafting {round(share * 128_000):,} tokens", "EAGLE-3", real
+        return
     for name in ALGORITHMS:
         steps = {"EAGLE-1": 1, "EAGLE-3": 7}.get(name, 3)
         for length in (512, 1024, 2048, 4096, 8192):
@@ -95,9 +108,8 @@ def series() -> Iterator[tuple[str, str, Shape]]:
             yield "vocabulary", name, replace(SHAPE, length=1024, vocabulary=vocabulary, steps=steps)
 
 
-def measure(name: str, shape: Shape) -> Cost:
+def measure(name: str, shape: Shape, device: str) -> Cost:
     """Measure a step in this process."""
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from specforge.estimation.device import measured_flops
@@ -106,31 +118,46 @@ def measure(name: str, shape: Shape) -> Cost:
 
     logging.disable()
     torch.set_num_threads(1)
-    module, batch = build(name, shape)
+    on_cpu = device == "cpu"
+    dtype = torch.float32 if on_cpu else torch.bfloat16
+    module, batch = build(name, shape, device, dtype)
     optimizer = build_optimizer(module.draft, OptimizerSettings())
+    clock = time.process_time if on_cpu else time.perf_counter
 
     def step() -> None:
-        module.draft_steps(batch, module.features(batch)).loss.backward()
+        with torch.autocast(device, dtype, enabled=not on_cpu):
+            loss = module.draft_steps(batch, module.features(batch)).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if not on_cpu:
+            torch.accelerator.synchronize()
 
     step()
     seconds = []
     for _ in range(ROUNDS):
-        begin = time.process_time()
+        begin = clock()
         step()
-        seconds.append(time.process_time() - begin)
+        seconds.append(clock() - begin)
     counter = FlopCounterMode(display=False, custom_mapping=MORE_FORMULAS)
     with counter:
         step()
     flops = counter.get_total_flops()
     rate = flops / statistics.median(seconds)
-    return Cost(statistics.median(seconds), growth_of_peak(step), flops, rate / measured_flops(torch.float32))
+    memory = growth_of_peak(step) if on_cpu else growth_on_device(step)
+    return Cost(statistics.median(seconds), memory, flops, rate / measured_flops(dtype))
 
 
-def build(name: str, shape: Shape) -> tuple[Any, dict[str, Any]]:
+def growth_on_device(step: Callable[[], None]) -> int:
+    """Return by how much the peak of a CUDA device's tensors grows in a step, in bytes."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def build(name: str, shape: Shape, device: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """Build an algorithm's module with random weights, and a batch of random states."""
-    import torch
     from lightning.pytorch import Trainer
     from torch import nn
     from transformers import LlamaConfig
@@ -155,7 +182,10 @@ def build(name: str, shape: Shape) -> tuple[Any, dict[str, Any]]:
     )
     module_class = installed().load(installed().find(Algorithm, algorithm), "module")
     settings: dict[str, Any] = {
-        "eagle3": {"ttt_steps": shape.steps, "draft": Eagle3DraftSettings(draft_vocab_size=vocabulary // 4)},
+        "eagle3": {
+            "ttt_steps": shape.steps,
+            "draft": Eagle3DraftSettings(draft_vocab_size=round(shape.share * vocabulary)),
+        },
         "eagle": {"alignment_steps": shape.steps},
         "mlp": {"draft": MLPDraftSettings(num_layers=shape.steps)},
     }[algorithm]
@@ -167,24 +197,29 @@ def build(name: str, shape: Shape) -> tuple[Any, dict[str, Any]]:
         config, nn.Embedding(vocabulary, width), nn.RMSNorm(width), nn.Linear(width, vocabulary, bias=False)
     )
     for part in (parts.embed_tokens, parts.norm, parts.lm_head):
-        part.requires_grad_(False)
+        part.requires_grad_(False).to(device, dtype)
     module.take_verifier(None, parts, SimpleNamespace(vocabulary_counts=lambda: torch.arange(vocabulary)))
-    module.train()
+    module.train().to(device)
     positions = torch.arange(shape.document).repeat(shape.length // shape.document)[None]
     batch = {
         "input_ids": torch.randint(vocabulary, (1, shape.length)),
         "loss_mask": positions >= round(shape.document * (1 - SUPERVISED)),
         "document_ids": (positions == 0).cumsum(1),
         "position_ids": positions,
-        "aux": torch.randn(1, shape.length, len(module.aux_layers), width),
-        "last": torch.randn(1, shape.length, width),
+        "aux": torch.randn(1, shape.length, len(module.aux_layers), width, dtype=dtype),
+        "last": torch.randn(1, shape.length, width, dtype=dtype),
     }
-    return module, batch
+    return module, {key: one.to(device) for key, one in batch.items()}
+
+
+def attribute_of(what: str) -> str:
+    """Return which of a shape's sizes varies in a table."""
+    return "steps" if what == "draft steps" else re.split(r"\W", what)[0]
 
 
 def table(what: str, costs: list[tuple[str, Shape, Cost]]) -> Iterator[str]:
     """Yield the lines of a Markdown table."""
-    attribute = what.split()[0] if what != "draft steps" else "steps"
+    attribute = attribute_of(what)
     yield f"| algorithm | {what} | tokens/s | ms a token | memory | operations a token | share of the rate |"
     yield "|---|---|---|---|---|---|---|"
     for name, shape, cost in costs:
@@ -206,7 +241,7 @@ def plot(found: dict[str, list[tuple[str, Shape, Cost]]], file: Path) -> None:
         figure = Figure(figsize=(11, 6), layout="constrained")
         axes = figure.subplots(2, len(found))
         for column, (what, costs) in enumerate(found.items()):
-            attribute = what.split()[0] if what != "draft steps" else "steps"
+            attribute = attribute_of(what)
             for color, name in zip(COLORS, dict.fromkeys(one for one, *_ in costs), strict=False):
                 own = [(getattr(shape, attribute), shape, cost) for one, shape, cost in costs if one == name]
                 places = [place for place, *_ in own]
@@ -229,9 +264,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="SVG file.")
     arguments = parser.parse_args()
     found: dict[str, list[tuple[str, Shape, Cost]]] = {}
-    for what, name, shape in series():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for what, name, shape in series(device):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found.setdefault(what, []).append((name, shape, pool.apply(measure, (name, shape))))
+            found.setdefault(what, []).append((name, shape, pool.apply(measure, (name, shape, device))))
     for what, costs in found.items():
         print("\n".join(table(what, costs)), flush=True)
     if arguments.output is not None:
