@@ -239,21 +239,23 @@ def plot(found: dict[str, list[tuple[str, Shape, Cost]]], file: Path) -> None:
 
     with house_style():
         figure = Figure(figsize=(11, 6), layout="constrained")
-        axes = figure.subplots(2, len(found))
+        axes = figure.subplots(2, len(found), squeeze=False)
         for column, (what, costs) in enumerate(found.items()):
             attribute = attribute_of(what)
-            for color, name in zip(COLORS, dict.fromkeys(one for one, *_ in costs), strict=False):
+            for color, name in zip(COLORS, ALGORITHMS, strict=False):
                 own = [(getattr(shape, attribute), shape, cost) for one, shape, cost in costs if one == name]
+                if not own:
+                    continue
                 places = [place for place, *_ in own]
                 milliseconds = [cost.seconds / shape.length * 1e3 for _, shape, cost in own]
                 axes[0, column].plot(places, milliseconds, "o-", color=color, label=name)
                 memory = [cost.memory / 2**20 for *_, cost in own]
                 axes[1, column].plot(places, memory, "o-", color=color, label=name)
             for row in (0, 1):
-                axes[row, column].set(xlabel=what, ylim=0, xscale="linear" if attribute != "vocabulary" else "log")
+                axes[row, column].set(xlabel=what, ylim=0)
         axes[0, 0].set_ylabel("ms a token")
         axes[1, 0].set_ylabel("memory of a step, MiB")
-        axes[0, 0].legend()
+        axes[0, 0].legend(loc="lower left")
         figure.savefig(file)
 
 
