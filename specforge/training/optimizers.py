@@ -48,6 +48,8 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
         weight_decay=settings.weight_decay,
         fused=True,  # a step in one pass over the weights: six times as fast on a CPU, too
     )
+    # Lightning does not clip the gradients of optimizers that unscale them themselves, as fused ones offer to.
+    adamw._step_supports_amp_scaling = False
     if not by_muon:
         return adamw
     muon = Muon(
