@@ -16,7 +16,7 @@ from specforge.estimation.text import Text
 # Of a device's rate on large matrix products, what training reaches on the whole. Accelerators: published trainers
 # (SpecForge 43 to 44 %, and less without tuning); processors: measured, see docs/estimate.md.
 ACCELERATOR_UTILISATION = (0.25, 0.5)
-CPU_UTILISATION = (0.2, 0.8)
+CPU_UTILISATION = (0.15, 0.8)
 STORED_TYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.int8)
 
 
