@@ -28,8 +28,15 @@ class FeatureNetwork(Protocol):
     def first_feature(self, features: Features) -> Tensor:
         """Return what the first step reads of the verifier's states, [B, T, H]."""
 
-    def advance(self, tokens: Tensor, feature: Tensor, position_ids: Tensor, attention: DraftAttention) -> Tensor:
-        """Run the network once over [B, T] tokens; return its states [B, T, H]."""
+    def advance(
+        self,
+        tokens: Tensor,
+        feature: Tensor,
+        position_ids: Tensor,
+        attention: DraftAttention,
+        wanted: int | None = None,
+    ) -> Tensor:
+        """Run the network once over [B, T] tokens; return its states [B, T, H], or of the first ``wanted`` rows."""
 
     def fed_back(self, states: Tensor) -> Tensor:
         """Return what the next step reads of states, [..., H]."""

@@ -22,17 +22,20 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
-from specforge.models.alignment import step_tokens
 from specforge.models.base_components import rotary_options, single_layer_config
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention, cache_argument, causal_mask
 from specforge.models.draft_rows import DraftRows
+from specforge.models.feature_chain import run_chain
 from specforge.models.feature_drafter import FeatureDrafter
 from specforge.models.speculator import AttachmentMode, SpeculatorModel
-from specforge.models.ttt_attention import TrainingTimeTest, run_first
+from specforge.models.ttt_attention import run_first
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features
 from specforge.verifier.parts import VerifierParts, decoder
 from specforge_eagle.config import EagleSpeculatorConfig
+
+# Row t stands at the position of token t.
+FIRST_POSITION = 0
 
 
 class EagleSpeculator(SpeculatorModel):
@@ -328,19 +331,7 @@ class EagleSpeculator(SpeculatorModel):
             Predicted features, one step behind the other, [P, H] (see ``DraftRows.places``); those of row t at step k
             are of token x_{t+1+k}.
         """
-        attention = TrainingTimeTest(document_ids, rows)
-        tokens = step_tokens(input_ids, len(rows.counts)).flatten(1)[:, None, rows.order]
-        positions = position_ids.flatten()[None, rows.order]
-        read = feature.flatten(0, 1)[None, rows.order]
-        predicted = []
-        for step, count in enumerate(rows.counts):
-            # All rows are read at step 0, to be attended to.
-            read = read if step == 0 else read[:, :count]
-            own = slice(read.shape[1])
-            states = self.advance(tokens[step, :, own], read, positions[:, own] + step, attention.at(step), count)
-            predicted.append(states)
-            read = self.fed_back(states.detach() if detached else states)
-        return torch.cat(predicted, dim=1)[0]
+        return run_chain(self, input_ids, feature, position_ids, document_ids, rows, FIRST_POSITION, detached)
 
     def unroll(
         self, input_ids: Tensor, features: Features, position_ids: Tensor, document_ids: Tensor, steps: int
@@ -352,7 +343,7 @@ class EagleSpeculator(SpeculatorModel):
 
     def drafter(self, batch_size: int) -> FeatureDrafter:
         """Begin to draft for some sequences; row t stands at position t."""
-        return FeatureDrafter(self, batch_size, self.fusion_fc.weight.device, first_position=0)
+        return FeatureDrafter(self, batch_size, self.fusion_fc.weight.device, FIRST_POSITION)
 
     def stored_config(self) -> dict[str, Any]:
         """Return what ``config.json`` says in the ``speculators`` layout.

@@ -15,17 +15,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
-from specforge.models.alignment import step_tokens
 from specforge.models.base_components import Family, draft_layer_config, family
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention
 from specforge.models.draft_rows import DraftRows
+from specforge.models.feature_chain import run_chain
 from specforge.models.feature_drafter import FeatureDrafter
 from specforge.models.speculator import SpeculatorModel
-from specforge.models.ttt_attention import TrainingTimeTest, run_first
+from specforge.models.ttt_attention import run_first
 from specforge.models.vocabulary import DraftVocabulary
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features, default_aux_layers
 from specforge_eagle3.config import Eagle3SpeculatorConfig
+
+# Row t stands at the position of the token that it reads.
+FIRST_POSITION = 1
 
 
 class FirstLayer(nn.Module):
@@ -237,19 +240,8 @@ class Eagle3DraftModel(SpeculatorModel):
         Returns:
             Their states after the final norm, one step behind the other, [P, H] (see ``DraftRows.places``).
         """
-        attention = TrainingTimeTest(document_ids, rows)
-        tokens = step_tokens(input_ids, len(rows.counts)).flatten(1)[:, None, rows.order]
-        positions = position_ids.flatten()[None, rows.order] + 1
-        feature = self.fuse(aux).flatten(0, 1)[None, rows.order]
-        outputs = []
-        for step, count in enumerate(rows.counts):
-            # All rows are read at step 0, to be attended to.
-            read = feature if step == 0 else feature[:, :count]
-            own = slice(read.shape[1])
-            state = self.advance(tokens[step, :, own], read, positions[:, own] + step, attention.at(step), count)
-            outputs.append(self.norm(state))
-            feature = outputs[-1] if self.config.norm_output else state
-        return torch.cat(outputs, dim=1)[0]
+        states = run_chain(self, input_ids, self.fuse(aux), position_ids, document_ids, rows, FIRST_POSITION)
+        return cast(Tensor, self.norm(states))
 
     def advance(
         self,
@@ -308,7 +300,7 @@ class Eagle3DraftModel(SpeculatorModel):
 
     def drafter(self, batch_size: int) -> FeatureDrafter:
         """Begin to draft for some sequences; row t stands at position t + 1."""
-        return FeatureDrafter(self, batch_size, self.fc.weight.device, first_position=1)
+        return FeatureDrafter(self, batch_size, self.fc.weight.device, FIRST_POSITION)
 
     def reset_constants(self) -> None:
         """Recompute the rotary frequencies, which no checkpoint holds."""

@@ -1,0 +1,53 @@
+"""The steps of a chain in training, for networks that predict features: each reads what the one before predicted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specforge.models.alignment import step_tokens
+from specforge.models.draft_rows import DraftRows
+from specforge.models.feature_drafter import FeatureNetwork
+from specforge.models.ttt_attention import TrainingTimeTest
+
+
+def run_chain(
+    network: FeatureNetwork,
+    input_ids: Tensor,
+    feature: Tensor,
+    position_ids: Tensor,
+    document_ids: Tensor,
+    rows: DraftRows,
+    first_position: int,
+    detached: bool = False,
+) -> Tensor:
+    """Run the steps of a chain at the rows that are needed, fed with the true tokens.
+
+    In the rows of ``specforge.models.alignment``: row t at step k reads token x_{t+1+k}, beside what the verifier has
+    of token t (step 0) or its own state of step k - 1.
+
+    Args:
+        network: The draft network.
+        input_ids: The verifier's tokens x, [B, T].
+        feature: What the first step reads of the verifier, [B, T, H].
+        position_ids: Positions that restart at 0 with each document, [B, T].
+        document_ids: Which document a token belongs to, -1 for padding, [B, T].
+        rows: The rows that each step runs.
+        first_position: Position of row 0 at step 0, as in drafting.
+        detached: No gradient flows through what is fed back.
+
+    Returns:
+        The network's states, one step behind the other, [P, H] for P pairs of row and step (see ``DraftRows.places``).
+    """
+    attention = TrainingTimeTest(document_ids, rows)
+    tokens = step_tokens(input_ids, len(rows.counts)).flatten(1)[:, None, rows.order]
+    positions = position_ids.flatten()[None, rows.order] + first_position
+    read = feature.flatten(0, 1)[None, rows.order]
+    states = []
+    for step, count in enumerate(rows.counts):
+        # All rows are read at step 0, to be attended to.
+        read = read if step == 0 else read[:, :count]
+        own = slice(read.shape[1])
+        states.append(network.advance(tokens[step, :, own], read, positions[:, own] + step, attention.at(step), count))
+        read = network.fed_back(states[-1].detach() if detached else states[-1])
+    return torch.cat(states, dim=1)[0]
