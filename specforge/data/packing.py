@@ -86,15 +86,13 @@ class PackedRows(Dataset[dict[str, Tensor]]):
             `position_ids` int64 [T], which restart at each document; and what `features` adds, if there are any.
         """
         chosen = self.bins[index if index >= 0 else -1 - index]
-        documents = [self.rows[document] for document in chosen]
-        lengths = torch.tensor([len(document["input_ids"]) for document in documents])
-        loss_mask = torch.cat([document["loss_mask"] for document in documents])
+        joined, lengths = self.rows.join(chosen)
         starts = lengths.cumsum(0) - lengths
         return {
-            "input_ids": torch.cat([document["input_ids"] for document in documents]),
-            "loss_mask": loss_mask if index >= 0 else torch.zeros_like(loss_mask),
-            "document_ids": torch.arange(len(documents)).repeat_interleave(lengths),
-            "position_ids": torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths),
+            "input_ids": joined["input_ids"],
+            "loss_mask": joined["loss_mask"] if index >= 0 else torch.zeros_like(joined["loss_mask"]),
+            "document_ids": torch.arange(len(chosen)).repeat_interleave(lengths),
+            "position_ids": torch.arange(len(joined["input_ids"])) - starts.repeat_interleave(lengths),
             **(self.features.join(chosen, lengths.tolist()) if self.features else {}),
         }
 

@@ -50,10 +50,21 @@ class TokenRows:
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return `input_ids` int64 [T] and `loss_mask` bool [T] of one row."""
-        row = self._table[index]
-        ids = row["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        mask = row["loss_mask"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return {"input_ids": torch.from_numpy(ids.astype(np.int64)), "loss_mask": torch.from_numpy(mask)}
+        return self.join([index])[0]
+
+    def join(self, indices: list[int]) -> tuple[dict[str, Tensor], Tensor]:
+        """Read some rows, one behind the other.
+
+        Returns:
+            `input_ids` int64 [T] and `loss_mask` bool [T] of all of them, and the tokens of each, int64 [rows].
+        """
+        rows = self._table[indices]  # all at once: looking up a row takes longer than reading it
+        ids, mask = rows["input_ids"].combine_chunks(), rows["loss_mask"].combine_chunks()
+        joined = {
+            "input_ids": torch.from_numpy(ids.flatten().to_numpy().astype(np.int64)),
+            "loss_mask": torch.from_numpy(mask.flatten().to_numpy(zero_copy_only=False)),
+        }
+        return joined, torch.from_numpy(ids.value_lengths().to_numpy().astype(np.int64))
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from specforge.data.features.dtypes import torch_dtype
+from specforge.data.features.dtypes import has_scales, torch_dtype
 from specforge.data.features.manifest import Manifest, describe_layers
 from specforge.data.features.shards import check_shard, layer_name, open_shard, scales_name
 from specforge.errors import SpecforgeError, UsageError
@@ -33,6 +33,7 @@ class FeatureStore:
         self.manifest = manifest or Manifest.read(folder)
         self.dtype = torch_dtype(self.manifest.dtype)
         self._files: dict[int, safe_open] = {}
+        self._mapped: dict[tuple[int, str], Tensor] = {}
         digests, starts, kept, shards = [], [], [], []
         for number, shard in enumerate(self.manifest.shards):
             path = folder / shard.file
@@ -57,7 +58,7 @@ class FeatureStore:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the open files behind: each process maps its own."""
-        return {**self.__dict__, "_files": {}}
+        return {**self.__dict__, "_files": {}, "_mapped": {}}
 
     def locate(self, digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         """Find rows.
@@ -79,13 +80,12 @@ class FeatureStore:
             layer: Id of the layer.
 
         Returns:
-            The stored values [T, H], and the scales [T] of types that have them.
+            The stored values [T, H], and the scales [T] of types that have them: views of the file.
         """
-        file = self._file(int(self._shards[place]))
-        begin = int(self._starts[place])
-        end = begin + int(self.kept[place])
-        scales = file.get_slice(scales_name(layer))[begin:end] if self.dtype.itemsize == 1 else None
-        return file.get_slice(layer_name(layer))[begin:end], scales
+        shard, begin = int(self._shards[place]), int(self._starts[place])
+        row = slice(begin, begin + int(self.kept[place]))
+        scales = self._map(shard, scales_name(layer))[row] if has_scales(self.dtype) else None
+        return self._map(shard, layer_name(layer))[row], scales
 
     def summary_text(self) -> str:
         """Return one line for a person."""
@@ -109,6 +109,12 @@ class FeatureStore:
                 faults.append(str(error))
         if faults:
             raise SpecforgeError("; ".join(faults) + "; remove these files and run the store's command again")
+
+    def _map(self, shard: int, name: str) -> Tensor:
+        """Return a whole tensor of a shard, of which the disk gives what is touched; mapping it anew would take longer."""
+        if (shard, name) not in self._mapped:
+            self._mapped[shard, name] = self._file(shard).get_tensor(name)
+        return self._mapped[shard, name]
 
     def _file(self, number: int) -> safe_open:
         if number not in self._files:
