@@ -111,7 +111,7 @@ class FeatureStore:
             raise SpecforgeError("; ".join(faults) + "; remove these files and run the store's command again")
 
     def _map(self, shard: int, name: str) -> Tensor:
-        """Return a whole tensor of a shard, of which the disk gives what is touched; mapping it anew would take longer."""
+        """Return a whole tensor of a shard, of which the disk gives what is touched; mapping it anew takes longer."""
         if (shard, name) not in self._mapped:
             self._mapped[shard, name] = self._file(shard).get_tensor(name)
         return self._mapped[shard, name]
