@@ -96,32 +96,32 @@ class DocumentLayout:
             found.append(Queries(places, positions))
         return found
 
-    def attend_at(
-        self,
-        queries: Sequence[Queries],
-        attention: Callable[..., Tensor],
-        of_queries: Sequence[Tensor],
-        of_keys: Sequence[Tensor],
-    ) -> Tensor:
-        """Apply attention to each document of a batch of one row, at some of its tokens.
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Take the tokens of a batch of one row [1, heads, T, width] to each group, [G, heads, L, width]."""
+        flat = tensor[0].transpose(0, 1)
+        return [_gather(flat, group) for group in self.groups]
 
-        Args:
-            queries: These tokens, for each group.
-            attention: Maps tensors [G, heads, Q, width] of queries, then [G, heads, L, width] of keys, and the
-                queries' positions in their documents, [G, Q], to one [G, heads, Q, width].
-            of_queries: Its inputs at n queries, [1, heads, n, width] each.
-            of_keys: Its inputs at all tokens, [1, heads, T, width] each.
 
-        Returns:
-            The output at the queries, [1, heads, n, width]; zero on padding.
-        """
-        flat_queries, flat_keys = ([one[0].transpose(0, 1) for one in some] for some in (of_queries, of_keys))
-        outputs = []
-        for group, own in zip(self.groups, queries, strict=True):
-            read = [_gather(one, own.places) for one in flat_queries] + [_gather(one, group) for one in flat_keys]
-            outputs.append(attention(*read, own.positions))
-        output = _scatter(outputs, [own.places for own in queries], len(flat_queries[0]))
-        return output.transpose(0, 1)[None]
+def attend_at(
+    queries: Sequence[Queries], attention: Callable[..., Tensor], query: Tensor, of_keys: Sequence[Sequence[Tensor]]
+) -> Tensor:
+    """Apply attention to each document of a batch of one row, at some of its tokens.
+
+    Args:
+        queries: These tokens, for each group.
+        attention: Maps tensors [G, heads, Q, width] of the queries, those of a group of ``of_keys``, and the queries'
+            positions in their documents, [G, Q], to one [G, heads, Q, width].
+        query: Its input at n queries, [1, heads, n, width].
+        of_keys: Its inputs at all tokens of each group.
+
+    Returns:
+        The output at the queries, [1, heads, n, width]; zero on padding.
+    """
+    flat = query[0].transpose(0, 1)
+    outputs = [
+        attention(_gather(flat, own.places), *keys, own.positions) for own, keys in zip(queries, of_keys, strict=True)
+    ]
+    return _scatter(outputs, [own.places for own in queries], len(flat)).transpose(0, 1)[None]
 
 
 def _gather(tensor: Tensor, places: Tensor) -> Tensor:

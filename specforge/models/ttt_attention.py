@@ -5,7 +5,7 @@ At TTT step k, row t attends causally to the step-0 keys of its document and to 
 extra *selector* key, shared by all rows: a row carries its own logit for that step in an extra feature, the selector is
 one-hot in that feature, and its value is one-hot too, so that the output reports the weight which the softmax gave it.
 The weight times the row's own value is then added. Selectors stand before the step-0 keys, so plain causal attention
-lets every row see all of them.
+lets every row see all of them; that of step 1 stands last, so that what step k attends to is a view.
 
 A step runs the rows that are needed of it alone (``specforge.models.draft_rows``); the others are attended to. On a CPU
 a few hundred queries at a time go by a mask of their own; accelerators are faster at all positions without one.
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specforge.documents import DocumentLayout
+from specforge.documents import DocumentLayout, attend_at
 from specforge.models.draft_attention import DraftAttention
 from specforge.models.draft_rows import DraftRows
 
@@ -48,7 +48,9 @@ class TrainingTimeTest:
         self.layout = DocumentLayout.of(document_ids).in_order(rows.order)
         # At step 0, all layers but the last one run all rows.
         self.queries = {count: self.layout.first(count) for count in {len(rows.order), *rows.counts}}
-        self._steps: dict[int, list[KeysAndValues]] = {}
+        self.later_steps = len(rows.counts) - 1
+        self._first: dict[int, list[KeysAndValues]] = {}
+        self._later: dict[int, list[KeysAndValues]] = {}
         self._others: dict[int, KeysAndValues] = {}
 
     def at(self, step: int) -> TrainingTimeStep:
@@ -59,23 +61,45 @@ class TrainingTimeTest:
         """Remember keys and values of the rows behind those that step 0 runs in a layer."""
         self._others[layer] = key, value
 
-    def until(self, step: int, layer: int, key: Tensor, value: Tensor) -> list[KeysAndValues]:
+    def until(
+        self, step: int, layer: int, key: Tensor, value: Tensor
+    ) -> tuple[list[KeysAndValues], list[KeysAndValues]]:
         """Remember a layer's keys and values of a step, and return those of steps 0 .. step.
 
-        Those of step 0 are of all rows, [1, key-value heads, N, D], those of later steps of the n that this one runs.
+        Returns:
+            Of step 0, for each group of documents: those of all rows, behind the selectors of steps 1 .. step. Then of
+            each later step: those of the n rows that this one runs, [1, key-value heads, n, D].
         """
-        own = key, value
-        if step == 0 and layer in self._others:
-            other_keys, other_values = self._others[layer]
-            own = torch.cat([key, other_keys], dim=2), torch.cat([value, other_values], dim=2)
-        known = self._steps.setdefault(layer, [])
         # Where activations are recomputed, a step runs again when later ones have run already.
-        if len(known) == step:
-            known.append(own)
         if step == 0:
-            return [own]
-        rows = key.shape[2]
-        return [known[0], *((k[:, :, :rows], v[:, :, :rows]) for k, v in known[1:step]), own]
+            first, later = self._behind_selectors(layer, key, value), []
+            self._first.setdefault(layer, first)
+        else:
+            first, known = self._first[layer], self._later.setdefault(layer, [])
+            if len(known) < step:
+                known.append((key, value))
+            rows = key.shape[2]
+            later = [*((k[:, :, :rows], v[:, :, :rows]) for k, v in known[: step - 1]), (key, value)]
+        to_come = self.later_steps - step
+        return [(keys[:, :, to_come:], values[:, :, to_come:]) for keys, values in first], later
+
+    def _behind_selectors(self, layer: int, key: Tensor, value: Tensor) -> list[KeysAndValues]:
+        """Gather the keys and values of all rows by group, with every selector in front of them."""
+        if layer in self._others:
+            other_keys, other_values = self._others[layer]
+            key, value = torch.cat([key, other_keys], dim=2), torch.cat([value, other_values], dim=2)
+        number, width = self.later_steps, key.shape[3]
+        extra = _extra_features(number, key.dtype)
+        selector = torch.arange(number, device=key.device)
+        found = []
+        for keys, values in zip(self.layout.gather(key), self.layout.gather(value), strict=True):
+            keys, values = (F.pad(one, (0, extra, number, 0)) for one in (keys, values))
+            keys[:, :, number - 1 - selector, width + selector] = 1
+            values[:, :, number - 1 - selector, width + selector] = 1
+            if _is_short(key.dtype):
+                keys[:, :, number - 1 - selector, width + number + selector] = 1
+            found.append((keys, values))
+        return found
 
 
 @dataclass(frozen=True)
@@ -98,20 +122,15 @@ class TrainingTimeStep:
 
         Arguments and result are those of ``DraftAttention.attend``; the window counts positions, as in decoding.
         """
-        (keys, values), *later = self.test.until(self.step, layer, key, value)
-        repeats = query.shape[1] // key.shape[1]
-        # In short types, the logits of the row's own keys must not be rounded before the softmax sees them.
-        wide = query.to(torch.promote_types(query.dtype, torch.float32))
-        own_logits = [(wide * k.repeat_interleave(repeats, dim=1)).sum(-1) for k, _ in later]
-        carried = _high_and_low(own_logits, query)
-        attention = partial(_selector_attention, scale=scale, window=window)
-        queries = self.test.queries[query.shape[2]]
-        output = self.test.layout.attend_at(queries, attention, [query, carried], [keys, values])
-        attended = output[..., : query.shape[-1]]
+        first, later = self.test.until(self.step, layer, key, value)
+        width, groups = query.shape[3], key.shape[1]
+        carrying = _carry([_own_logits(query, own_key) for own_key, _ in later], query, self.test.later_steps)
+        attention = partial(_selector_attention, steps=self.step, scale=scale, window=window)
+        output = attend_at(self.test.queries[query.shape[2]], attention, carrying, first).unflatten(1, (groups, -1))
+        attended = output[..., :width]
         for number, (_, own_value) in enumerate(later):
-            weight = output[..., query.shape[-1] + number, None]
-            attended = attended + weight * own_value.repeat_interleave(repeats, dim=1)
-        return attended
+            attended = attended + output[..., width + number, None] * own_value[:, :, None]
+        return attended.flatten(1, 2)
 
 
 def run_first(run: Callable[[slice, DraftAttention], T], attention: DraftAttention, rows: int, wanted: int | None) -> T:
@@ -151,48 +170,69 @@ class _KeysTaken(Exception):
     """What is wanted of a layer has been computed."""
 
 
-def _high_and_low(logits: list[Tensor], query: Tensor) -> Tensor:
-    """Stack one logit a later step as features [..., 2n]; in short types, a second half carries the rounding rest."""
+def _own_logits(query: Tensor, key: Tensor) -> Tensor:
+    """Multiply queries [1, heads, n, D] with keys of the same rows [1, key-value heads, n, D], to [1, heads, n]."""
+    # In short types, the logits of the row's own keys must not be rounded before the softmax sees them.
+    wide = query.to(torch.promote_types(query.dtype, torch.float32)).unflatten(1, (key.shape[1], -1))
+    return (wide * key[:, :, None]).sum(-1).flatten(1, 2)
+
+
+def _is_short(dtype: torch.dtype) -> bool:
+    return dtype.itemsize < 4
+
+
+def _extra_features(number: int, dtype: torch.dtype) -> int:
+    """Return how many features queries, keys and values get for so many selectors."""
+    # Fused kernels want head sizes in multiples of 8.
+    return -(-number * (1 + _is_short(dtype)) // 8) * 8
+
+
+def _carry(logits: list[Tensor], query: Tensor, number: int) -> Tensor:
+    """Append one logit a later step to queries [..., D], as features for so many selectors.
+
+    In short types, as many features more carry the rounding rest.
+    """
     if not logits:
-        return query.new_zeros(*query.shape[:-1], 0)
+        return query
     exact = torch.stack(logits, dim=-1)
     high = exact.to(query.dtype)
-    low = (exact - high).to(query.dtype)
-    return torch.cat([high, low], dim=-1)
+    parts = [query, F.pad(high, (0, number - len(logits)))]
+    if _is_short(query.dtype):
+        parts.append((exact - high).to(query.dtype))
+    together = torch.cat(parts, dim=-1)
+    width = query.shape[-1] + _extra_features(number, query.dtype)
+    return F.pad(together, (0, width - together.shape[-1]))
 
 
 def _selector_attention(
-    query: Tensor, carried: Tensor, key: Tensor, value: Tensor, positions: Tensor, *, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    *,
+    steps: int,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
-    """Causal attention of some tokens of each document, with selectors in front of the keys.
+    """Causal attention of some tokens of each document, with n selectors in front of the keys.
 
     Args:
-        query: [G, heads, Q, D].
-        carried: Own logits of n later steps as high and low halves, [G, heads, Q, 2n].
-        key: [G, key-value heads, L, D].
-        value: [G, key-value heads, L, D].
+        query: With extra features where there are selectors, [G, heads, Q, D or D + extra].
+        key: [G, key-value heads, n + L, D + extra].
+        value: [G, key-value heads, n + L, D + extra].
         positions: Where the queries stand among the L keys, int64 [G, Q].
+        steps: Number n of selectors.
         scale: Factor of the logits.
         window: Sliding window over positions, or None.
 
     Returns:
-        [G, heads, Q, D + n]: attended step-0 values, then the weights of the n later steps.
+        Of the width of the query: attended step-0 values, then the weights of the n later steps.
     """
-    width, steps = key.shape[3], carried.shape[3] // 2
-    # Fused kernels want head sizes in multiples of 8.
-    extra = -(-2 * steps // 8) * 8
-    queries = F.pad(torch.cat([query, carried], dim=-1), (0, extra - 2 * steps))
-    keys = F.pad(key, (0, extra, steps, 0))
-    values = F.pad(value, (0, extra, steps, 0))
-    if steps:
-        selector = torch.arange(steps, device=key.device)
-        keys[:, :, selector, width + selector] = 1
-        keys[:, :, selector, width + steps + selector] = 1
-        values[:, :, selector, width + selector] = 1
+    key, value = key[..., : query.shape[3]], value[..., : query.shape[3]]
     attend = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=True)
-    is_short = window is not None and window < keys.shape[2]
+    is_short = window is not None and window < key.shape[2]
     kernel = _in_blocks if query.device.type == "cpu" or is_short else _at_all_positions
-    return kernel(attend, queries, keys, values, positions, steps, window)[..., : width + steps]
+    return kernel(attend, query, key, value, positions, steps, window)
 
 
 def _in_blocks(
@@ -244,6 +284,6 @@ def _visible(positions: Tensor, length: int, steps: int, window: int | None) -> 
     keys = torch.arange(-steps, length, device=positions.device)
     seen = keys <= rows
     if window is not None:
-        # Selector -n holds the key of step 1, selector -1 that of step n.
-        seen = seen & torch.where(keys < 0, keys >= -window, keys > rows + steps - window)
+        # Selector -1 holds the key of step 1, selector -n that of step n.
+        seen = seen & torch.where(keys < 0, keys < window - steps, keys > rows + steps - window)
     return seen
