@@ -30,8 +30,8 @@ from specforge.verifier.parts import VerifierParts
 # for a handful of rows.
 LOGITS_PER_CHUNK = 2**22
 LEAST_TARGETS = 64
-# Logits that a CPU compares at a time: 2 MiB in float32.
-LOGITS_PER_BLOCK = 2**19
+# Logits that a CPU compares at a time: 1 MiB in float32.
+LOGITS_PER_BLOCK = 2**18
 
 
 @dataclass(frozen=True)
