@@ -27,6 +27,7 @@ from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention, cac
 from specforge.models.draft_rows import DraftRows
 from specforge.models.feature_chain import run_chain
 from specforge.models.feature_drafter import FeatureDrafter
+from specforge.models.lean_blocks import make_lean
 from specforge.models.speculator import AttachmentMode, SpeculatorModel
 from specforge.models.ttt_attention import run_first
 from specforge.proposals import GreedyTokenProposalConfig
@@ -78,6 +79,7 @@ class EagleSpeculator(SpeculatorModel):
         self.rotary: nn.Module = config.decoder_layer.rotary(self._layer_config)
         norms = self._norms() if config.layernorms else [nn.Identity(), nn.Identity(), nn.Identity()]
         self.embedding_layernorm, self.transformer.input_layernorm, self.pre_lm_head_layernorm = norms
+        make_lean(self)
         self._initialise(getattr(self._layer_config, "initializer_range", 0.02))
         if verifier is not None and verifier_attachment_mode != "detached":
             self.attach_verifier(verifier, verifier_attachment_mode)

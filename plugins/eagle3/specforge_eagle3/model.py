@@ -20,6 +20,7 @@ from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention
 from specforge.models.draft_rows import DraftRows
 from specforge.models.feature_chain import run_chain
 from specforge.models.feature_drafter import FeatureDrafter
+from specforge.models.lean_blocks import make_lean
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.ttt_attention import run_first
 from specforge.models.vocabulary import DraftVocabulary
@@ -102,6 +103,7 @@ class Eagle3DraftModel(SpeculatorModel):
         if config.draft_vocab_size != config.target_vocab_size:
             self.d2t = nn.Buffer(torch.zeros(config.draft_vocab_size, dtype=torch.int64))
             self.t2d = nn.Buffer(torch.zeros(config.target_vocab_size, dtype=torch.bool))
+        make_lean(self)
         self._initialise(layers.initializer_range)
 
     @classmethod

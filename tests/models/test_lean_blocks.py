@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
+from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
+
+from specforge.models.lean_blocks import LeanMLP, LeanRMSNorm, make_lean
+
+SIZES: Any = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+BLOCKS: list[Callable[[], nn.Module]] = [
+    lambda: LlamaRMSNorm(16),
+    lambda: MistralRMSNorm(16),
+    lambda: Qwen3RMSNorm(16),
+    lambda: LlamaMLP(LlamaConfig(**SIZES, mlp_bias=True)),
+    lambda: MistralMLP(MistralConfig(**SIZES)),
+    lambda: Qwen3MLP(Qwen3Config(**SIZES)),
+]
+
+
+def pair(build: Callable[[], nn.Module], dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """Return a block of transformers with random weights, and a lean one with the same."""
+    torch.manual_seed(0)
+    plain = build().to(dtype)
+    for weight in plain.parameters():
+        nn.init.normal_(weight)
+    lean = copy.deepcopy(plain)
+    make_lean(lean)
+    assert isinstance(lean, LeanRMSNorm | LeanMLP)
+    return plain, lean
+
+
+def run(block: nn.Module, states: Tensor, upstream: Tensor) -> list[Tensor]:
+    """Return the output and the gradients of the states and of every weight."""
+    states = states.clone().requires_grad_()
+    output = block(states)
+    weights = list(block.parameters())
+    return [output, *torch.autograd.grad(output, [states, *weights], upstream.to(output.dtype))]
+
+
+@pytest.mark.parametrize("build", BLOCKS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_outputs_and_gradients_are_those_of_transformers(build: Callable[[], nn.Module], autocast: bool) -> None:
+    plain, lean = pair(build, torch.float32)
+    states, upstream = torch.randn(3, 7, 16), torch.randn(3, 7, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        mine, reference = run(lean, states, upstream), run(plain, states, upstream)
+    for one, wanted in zip(mine, reference, strict=True):
+        assert one.dtype == wanted.dtype
+        torch.testing.assert_close(one, wanted, **({"rtol": 2e-2, "atol": 1e-1} if autocast else {}))
+
+
+@pytest.mark.parametrize("build", BLOCKS)
+def test_in_bfloat16_they_are_as_close_to_exact_ones_as_those_of_transformers(build: Callable[[], nn.Module]) -> None:
+    plain, lean = pair(build, torch.bfloat16)
+    states, upstream = torch.randn(50, 16).bfloat16(), torch.randn(50, 16).bfloat16()
+    exact = run(copy.deepcopy(plain).float(), states.float(), upstream.float())
+    for one, theirs, wanted in zip(run(lean, states, upstream), run(plain, states, upstream), exact, strict=True):
+        assert one.dtype == theirs.dtype == torch.bfloat16
+        error, of_theirs = ((each.float() - wanted).norm() for each in (one, theirs))
+        assert error <= 1.5 * of_theirs
+
+
+@pytest.mark.parametrize("build", BLOCKS)
+def test_gradients_are_those_of_finite_differences(build: Callable[[], nn.Module]) -> None:
+    _, lean = pair(build, torch.float64)
+    names, weights = zip(*lean.named_parameters(), strict=True)
+
+    def output(states: Tensor, *weights: Tensor) -> Any:
+        return torch.func.functional_call(lean, dict(zip(names, weights, strict=True)), states)
+
+    states = torch.randn(2, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(output, (states, *weights))
+
+
+@pytest.mark.parametrize(("build", "share"), [(BLOCKS[0], 0.6), (BLOCKS[3], 0.85)])
+def test_less_is_kept_for_the_backward_pass(build: Callable[[], nn.Module], share: float) -> None:
+    plain, lean = pair(build, torch.float32)
+    assert kept_bytes(lean) <= share * kept_bytes(plain)
+
+
+def kept_bytes(block: nn.Module) -> int:
+    """Return the bytes that a forward pass keeps beside the weights."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    weights = {weight.untyped_storage().data_ptr() for weight in block.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(torch.randn(64, 16, requires_grad=True))
+    return sum(one.untyped_storage().nbytes() for place, one in kept.items() if place not in weights)
+
+
+def test_weights_keep_their_names_and_inner_norms_are_found() -> None:
+    attention = Qwen3Attention(Qwen3Config(**SIZES, head_dim=8), layer_idx=0)
+    names = list(attention.state_dict())
+    make_lean(attention)
+    assert list(attention.state_dict()) == names
+    assert isinstance(attention.q_norm, LeanRMSNorm) and isinstance(attention.k_norm, LeanRMSNorm)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        Gemma3RMSNorm(16),
+        Gemma3MLP(Gemma3TextConfig(**SIZES)),
+        LlamaMLP(LlamaConfig(**SIZES, hidden_act="gelu")),
+        nn.RMSNorm(16),
+    ],
+)
+def test_blocks_that_compute_something_else_are_left_alone(block: nn.Module) -> None:
+    before = type(block)
+    make_lean(block)
+    assert type(block) is before
