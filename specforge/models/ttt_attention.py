@@ -124,7 +124,7 @@ class TrainingTimeStep:
         """
         first, later = self.test.until(self.step, layer, key, value)
         width, groups = query.shape[3], key.shape[1]
-        carrying = _carry([_own_logits(query, own_key) for own_key, _ in later], query, self.test.later_steps)
+        carrying = _carry(_own_logits(query, [own_key for own_key, _ in later]), query, self.test.later_steps)
         attention = partial(_selector_attention, steps=self.step, scale=scale, window=window)
         output = attend_at(self.test.queries[query.shape[2]], attention, carrying, first).unflatten(1, (groups, -1))
         attended = output[..., :width]
@@ -170,11 +170,11 @@ class _KeysTaken(Exception):
     """What is wanted of a layer has been computed."""
 
 
-def _own_logits(query: Tensor, key: Tensor) -> Tensor:
-    """Multiply queries [1, heads, n, D] with keys of the same rows [1, key-value heads, n, D], to [1, heads, n]."""
+def _own_logits(query: Tensor, keys: list[Tensor]) -> list[Tensor]:
+    """Multiply queries [1, heads, n, D] with own keys [1, key-value heads, n, D] of some steps, to [1, heads, n]."""
     # In short types, the logits of the row's own keys must not be rounded before the softmax sees them.
-    wide = query.to(torch.promote_types(query.dtype, torch.float32)).unflatten(1, (key.shape[1], -1))
-    return (wide * key[:, :, None]).sum(-1).flatten(1, 2)
+    wide = query.to(torch.promote_types(query.dtype, torch.float32))
+    return [(wide.unflatten(1, (key.shape[1], -1)) * key[:, :, None]).sum(-1).flatten(1, 2) for key in keys]
 
 
 def _is_short(dtype: torch.dtype) -> bool:
