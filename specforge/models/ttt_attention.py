@@ -28,6 +28,7 @@ from torch import Tensor
 from specforge.documents import DocumentLayout, attend_at
 from specforge.models.draft_attention import DraftAttention
 from specforge.models.draft_rows import DraftRows
+from specforge.models.masked_attention import masked_attention
 
 # On a CPU: small enough that few keys are looked at in vain, large enough that each product is a large one.
 QUERIES_PER_MASK = 256
@@ -229,20 +230,13 @@ def _selector_attention(
         Of the width of the query: attended step-0 values, then the weights of the n later steps.
     """
     key, value = key[..., : query.shape[3]], value[..., : query.shape[3]]
-    attend = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=True)
     is_short = window is not None and window < key.shape[2]
     kernel = _in_blocks if query.device.type == "cpu" or is_short else _at_all_positions
-    return kernel(attend, query, key, value, positions, steps, window)
+    return kernel(query, key, value, positions, steps, scale, window)
 
 
 def _in_blocks(
-    attend: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    steps: int,
-    window: int | None,
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, steps: int, scale: float, window: int | None
 ) -> Tensor:
     """Attend some queries at a time, by masks over the keys up to the last of them: nothing is square."""
     if not positions.numel():
@@ -251,19 +245,13 @@ def _in_blocks(
     for some, own in zip(query.split(QUERIES_PER_MASK, 2), positions.split(QUERIES_PER_MASK, 1), strict=True):
         length = int(own.max()) + 1
         seen = slice(steps + length)
-        mask = _visible(own, length, steps, window)[:, None]
-        outputs.append(attend(some, key[:, :, seen], value[:, :, seen], attn_mask=mask))
+        visible = partial(_visible, own, length, steps, window)
+        outputs.append(masked_attention(some, key[:, :, seen], value[:, :, seen], visible, scale))
     return torch.cat(outputs, dim=2)
 
 
 def _at_all_positions(
-    attend: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    steps: int,
-    window: int | None,
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, steps: int, scale: float, window: int | None
 ) -> Tensor:
     """Attend at every key's position without a mask, as the fastest kernels of accelerators do, and keep the queries'.
 
@@ -271,16 +259,17 @@ def _at_all_positions(
     """
     index = (steps + positions)[:, None, :, None].expand_as(query)
     every = query.new_zeros(*query.shape[:2], *key.shape[2:]).scatter(2, index, query)
-    return attend(every, key, value, is_causal=True).gather(2, index)
+    attended = F.scaled_dot_product_attention(every, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    return attended.gather(2, index)
 
 
 def _visible(positions: Tensor, length: int, steps: int, window: int | None) -> Tensor:
-    """Return what queries see of n selectors and L step-0 keys, bool [G, Q, n + L].
+    """Return what queries see of n selectors and L step-0 keys, bool [G, 1, Q, n + L].
 
     At step n, row t stands n positions behind its token: with a sliding window it sees step-0 keys after
     t + n - window and, of its own later keys, the last ``window``.
     """
-    rows = positions[..., None]
+    rows = positions[:, None, :, None]
     keys = torch.arange(-steps, length, device=positions.device)
     seen = keys <= rows
     if window is not None:

@@ -1,0 +1,58 @@
+"""Attention by a mask that is not kept for the backward pass, but made again there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# What scaled_dot_product_attention runs on a CPU, and its gradients.
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Callable[[], Tensor], scale: float) -> Tensor:
+    """Attend by a mask.
+
+    On a CPU no mask outlives the call; on accelerators torch keeps it.
+
+    Args:
+        query: [G, heads, Q, D].
+        key: [G, key-value heads, L, D].
+        value: [G, key-value heads, L, D].
+        visible: Says what each query sees, bool [G, 1, Q, L]; it always says the same, and every query sees a key.
+        scale: Factor of the logits.
+
+    Returns:
+        [G, heads, Q, D].
+    """
+    if query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible(), scale=scale, enable_gqa=True)
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (one.to(torch.get_autocast_dtype("cpu")) for one in (query, key, value))
+    return cast(Tensor, _OnCPU.apply(query, key, value, visible, scale))
+
+
+class _OnCPU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, visible: Callable[[], Tensor], scale: float
+    ) -> Tensor:
+        output, logsumexp = _FORWARD(query, key, value, attn_mask=_summand(visible(), query.dtype), scale=scale)
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        ctx.visible, ctx.scale = visible, scale
+        return cast(Tensor, output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, *kept = ctx.saved_tensors
+        mask = _summand(ctx.visible(), query.dtype)
+        return *_BACKWARD(gradient, query, *kept, 0.0, False, attn_mask=mask, scale=ctx.scale), None, None
+
+
+def _summand(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn what is visible into what is added to logits."""
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
