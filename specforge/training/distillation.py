@@ -248,10 +248,7 @@ class _Run:
         states = self.hidden[chunk.places].to(self.heads[0].dtype)
         logits = self._logits(states, chunk)
         for block in _blocks(logits):
-            gradient = self._compare(logits[block], target, chunk.part(block))
-            if gradient is not None:
-                # No logit is read again, so that their gradients take their place.
-                logits[block] = gradient
+            self._compare(logits[block], target, chunk.part(block))
         if self.trains:
             self._accumulate(logits, states, chunk)
 
@@ -262,23 +259,28 @@ class _Run:
             torch.mm(states[own], head.T, out=logits[own])
         return logits
 
-    def _compare(self, logits: Tensor, target: _Target, chunk: _Chunk) -> Tensor | None:
-        """Add some pairs of a chunk to all but the gradients; return that of their logits, [m, D]."""
+    def _compare(self, logits: Tensor, target: _Target, chunk: _Chunk) -> None:
+        """Add some pairs of a chunk to all but the gradients; that of their logits [m, D] takes their place."""
         with torch.set_grad_enabled(self.trains):
             leaf = logits.detach().requires_grad_(self.trains)
-            finished = self.work.finish(leaf)
-            log_q = _log_softmax(finished)
-            mean = None if self.mean_acceptance is None else self.mean_acceptance[chunk.steps]
-            log_p, log_p_full = target.of_pairs(chunk)
-            rows = Distributions(log_q, log_p, log_p_full, mean, self._text(chunk))
-            loss = self._loss(rows, target, chunk)
+            # All that is not kept for the gradient has gone when it is formed.
+            loss = self._judge(self.work.finish(leaf), target, chunk)
         self.loss += loss.detach()
+        if self.trains:
+            # No logit is read again.
+            logits.copy_(torch.autograd.grad(loss, leaf)[0])
+
+    def _judge(self, logits: Tensor, target: _Target, chunk: _Chunk) -> Tensor:
+        """Note what the metrics of some pairs are, and return their loss."""
+        log_q = _log_softmax(logits)
+        mean = None if self.mean_acceptance is None else self.mean_acceptance[chunk.steps]
+        rows = Distributions(log_q, *target.of_pairs(chunk), mean, self._text(chunk))
         self.acceptance[chunk.steps, chunk.rows] = acceptance(replace(rows, log_q=log_q.detach()))
         top = log_q.argmax(-1)
         self.agreement[chunk.steps, chunk.rows] = (top == target.top[chunk.target_of]).to(self.agreement.dtype)
         if self.work.labels is not None:
-            self._replay(self.work.labels, finished.detach(), top, target, chunk)
-        return torch.autograd.grad(loss, leaf)[0] if self.trains else None
+            self._replay(self.work.labels, logits.detach(), top, target, chunk)
+        return self._loss(rows, target, chunk)
 
     def _text(self, chunk: _Chunk) -> Tensor | None:
         if self.work.labels is None:
