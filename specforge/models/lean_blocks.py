@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -90,6 +91,7 @@ def _computes_as(module: nn.Module, example: type[nn.Module]) -> bool:
     return _words(type(module).forward) == _words(example.forward)
 
 
+@cache
 def _words(function: Callable[..., Any]) -> str:
     try:
         return inspect.getsource(function)

@@ -230,8 +230,8 @@ def _selector_attention(
         Of the width of the query: attended step-0 values, then the weights of the n later steps.
     """
     key, value = key[..., : query.shape[3]], value[..., : query.shape[3]]
-    is_short = window is not None and window < key.shape[2]
-    kernel = _in_blocks if query.device.type == "cpu" or is_short else _at_all_positions
+    slides = window is not None and window < key.shape[2]
+    kernel = _in_blocks if query.device.type == "cpu" or slides else _at_all_positions
     return kernel(query, key, value, positions, steps, scale, window)
 
 
