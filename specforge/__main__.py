@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from specforge import __version__, quiet
+from specforge import __version__, interrupts, quiet
 from specforge.errors import SpecforgeError, UsageError, nearest_name
 from specforge.hookspecs import Algorithm, Command
 from specforge.registry import Registry, installed
@@ -39,12 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if name.startswith("-"):
             raise UsageError(f"unknown option {name!r}.{nearest_name(name, OPTIONS)} See: {PROGRAM} --help")
-        command = installed().find(Command, name)
-        program = f"{PROGRAM} {name}"
-        quiet.begin(verbose)
-        # Threads that spin while they wait make everything many times slower on a processor that others use too.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        return int(installed().load(command, "run")(words[1:]))
+        with interrupts.heard():
+            command = installed().find(Command, name)
+            program = f"{PROGRAM} {name}"
+            quiet.begin(verbose)
+            # Threads that spin while they wait make everything many times slower on a processor that others use too.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            return int(installed().load(command, "run")(words[1:]))
     except SpecforgeError as error:
         if verbose:
             traceback.print_exc()

@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[2]
 CORE = sorted((ROOT / "specforge").rglob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 
-GROUND = {"registry", "hookspecs", "config", "errors", "bounds", "sampling", "drawing", "documents", "quiet"}
+GROUND = {
+    *("registry", "hookspecs", "config", "errors", "bounds"),
+    *("sampling", "drawing", "documents", "quiet", "interrupts"),
+}
 FEATURES = GROUND | {"verifier"}
 DRAFTS = FEATURES | {"models", "proposals", "decoding"}
 # Each room, and the other rooms that it may know.

@@ -1,0 +1,71 @@
+"""Ctrl-C ends a command as Ctrl-C, also where a library makes another error of it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from specforge import interrupts
+
+PLUGIN = """
+from specforge.hookspecs import Command, hookimpl
+
+@hookimpl
+def specforge_commands():
+    return [Command("toy", "play", "behind:run")]
+"""
+MANGLED = """
+import signal
+
+def swallow():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise {error} from None
+"""
+ERRORS = ("ImportError('no module of that name')", "ValueError('too many values to unpack')")
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("where", ["swallow()\ndef run(words): ...", "def run(words): swallow()"])
+def test_an_error_that_a_library_makes_of_it(toys, error, where):
+    toys.install("toy-plugin", PLUGIN)
+    toys.write("behind.py", MANGLED.format(error=error) + where)
+    done = toys.run("toy")
+    assert (done.returncode, done.stderr) == (130, "specforge toy: interrupted\n")
+
+
+def test_errors_without_it_stay_what_they_are():
+    with pytest.raises(ValueError, match="own"), interrupts.heard():
+        raise ValueError("own")
+
+
+def test_the_signal_is_given_back():
+    with pytest.raises(KeyboardInterrupt), interrupts.heard():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_handler_of_somebody_else_is_left_alone():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts.heard():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_are_not_told_of_signals():
+    ran = []
+
+    def work() -> None:
+        with interrupts.heard():
+            ran.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert ran
