@@ -22,6 +22,7 @@ from torch import Tensor
 from specforge.decoding.recorded import acceptance_of_drawn, draft_places, label_log_probs
 from specforge.models.draft_rows import DraftRows
 from specforge.sampling import Sampling
+from specforge.training.comparison import Compared, Term, compare, compiled_compare, gathered, log_softmax, wide_type
 from specforge.training.objectives import Distributions, acceptance
 from specforge.training.totals import total
 from specforge.verifier.parts import VerifierParts
@@ -32,25 +33,6 @@ LOGITS_PER_CHUNK = 2**22
 LEAST_TARGETS = 64
 # Logits that a CPU compares at a time: 1 MiB in float32.
 LOGITS_PER_BLOCK = 2**18
-
-
-@dataclass(frozen=True)
-class Term:
-    """One summand of the objective.
-
-    Attributes:
-        name: The objective's name.
-        weight: Its factor.
-        function: Maps ``Distributions`` of n rows to n values.
-        uses_mean_acceptance: Whether it reads ``Distributions.mean_acceptance``.
-        uses_text: Whether it reads ``Distributions.text``.
-    """
-
-    name: str
-    weight: float
-    function: Callable[[Distributions], Tensor]
-    uses_mean_acceptance: bool = False
-    uses_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +98,7 @@ def distill(
     labels: Labels | None = None,
     finish: Callable[[Tensor], Tensor] = lambda logits: logits,
     rows: DraftRows | None = None,
+    compiled: bool = False,
 ) -> DraftSteps:
     """Compare a draft's steps with the verifier.
 
@@ -131,6 +114,7 @@ def distill(
         labels: What the text goes on with; None where decoding is not replayed.
         finish: What is done to the draft's logits behind its head, where that head is the verifier's.
         rows: The rows that were run at each step, all that count among them; None where every row was.
+        compiled: Whether torch.compile fuses what is done with the logits; takes a while at the first call.
     """
     if rows is None:
         hidden = hidden.flatten(0, 1)
@@ -138,7 +122,10 @@ def distill(
     else:
         places = rows.places()
     step_weights = step_weights.to(hidden.device)
-    work = _Work(teacher, places, targets, supervised, terms, step_weights, skip_targets_outside, labels, finish)
+    work = _Work(
+        *(teacher, places, targets, supervised, terms, step_weights, skip_targets_outside, labels, finish),
+        compare=compiled_compare() if compiled else compare,
+    )
     heads = [head] if isinstance(head, Tensor) else list(head)
     if not torch.is_grad_enabled():
         # Without this, a head that is trained would ask for its gradient in validation too.
@@ -159,6 +146,7 @@ class _Work:
     skip_targets_outside: bool
     labels: Labels | None
     finish: Callable[[Tensor], Tensor]
+    compare: Callable[..., Compared]
 
 
 @dataclass(frozen=True)
@@ -230,7 +218,7 @@ class _Run:
         self.hidden = hidden.detach()
         self.heads = [head.detach().to(compute_type) for head in heads]
         shape = work.supervised.shape
-        zeros = partial(torch.zeros, device=hidden.device, dtype=_wide_type(hidden.dtype))
+        zeros = partial(torch.zeros, device=hidden.device, dtype=wide_type(hidden.dtype))
         self.loss = zeros(())
         self.sums = zeros(len(work.terms), shape[0])
         self.acceptance = zeros(shape)
@@ -264,23 +252,29 @@ class _Run:
         with torch.set_grad_enabled(self.trains):
             leaf = logits.detach().requires_grad_(self.trains)
             # All that is not kept for the gradient has gone when it is formed.
-            loss = self._judge(self.work.finish(leaf), target, chunk)
-        self.loss += loss.detach()
+            found = self._judge(leaf, target, chunk)
+        self._note(found, logits, target, chunk)
         if self.trains:
             # No logit is read again.
-            logits.copy_(torch.autograd.grad(loss, leaf)[0])
+            logits.copy_(torch.autograd.grad(found.loss, leaf)[0])
 
-    def _judge(self, logits: Tensor, target: _Target, chunk: _Chunk) -> Tensor:
-        """Note what the metrics of some pairs are, and return their loss."""
-        log_q = _log_softmax(logits)
+    def _judge(self, logits: Tensor, target: _Target, chunk: _Chunk) -> Compared:
+        """Compare some pairs with their targets."""
+        weights = self.work.step_weights[chunk.steps]
+        if self.work.skip_targets_outside:
+            weights = weights * (target.top[chunk.target_of] >= 0)
         mean = None if self.mean_acceptance is None else self.mean_acceptance[chunk.steps]
-        rows = Distributions(log_q, *target.of_pairs(chunk), mean, self._text(chunk))
-        self.acceptance[chunk.steps, chunk.rows] = acceptance(replace(rows, log_q=log_q.detach()))
-        top = log_q.argmax(-1)
-        self.agreement[chunk.steps, chunk.rows] = (top == target.top[chunk.target_of]).to(self.agreement.dtype)
+        targets = target.log_p, target.log_p_full, chunk.target_of
+        return self.work.compare(logits, *targets, weights, self.work.terms, self.work.finish, mean, self._text(chunk))
+
+    def _note(self, found: Compared, logits: Tensor, target: _Target, chunk: _Chunk) -> None:
+        """Add what came of some pairs to the loss, the sums and the per-row results."""
+        self.loss += found.loss.detach()
+        self.sums.index_add_(1, chunk.steps, found.values)
+        self.acceptance[chunk.steps, chunk.rows] = found.acceptance
+        self.agreement[chunk.steps, chunk.rows] = (found.top == target.top[chunk.target_of]).to(self.agreement.dtype)
         if self.work.labels is not None:
-            self._replay(self.work.labels, logits.detach(), top, target, chunk)
-        return self._loss(rows, target, chunk)
+            self._replay(self.work.labels, self.work.finish(logits), found.top, target, chunk)
 
     def _text(self, chunk: _Chunk) -> Tensor | None:
         if self.work.labels is None:
@@ -299,17 +293,6 @@ class _Run:
         log_q = label_log_probs(logits, places, labels.sampling)
         accepted = acceptance_of_drawn(log_q, target.log_p_text[chunk.target_of])
         self.drawn[chunk.steps, chunk.rows] = accepted.to(self.drawn.dtype)
-
-    def _loss(self, rows: Distributions, target: _Target, chunk: _Chunk) -> Tensor:
-        weights = self.work.step_weights[chunk.steps]
-        if self.work.skip_targets_outside:
-            weights = weights * (target.top[chunk.target_of] >= 0)
-        loss = rows.log_q.new_zeros(())
-        for number, term in enumerate(self.work.terms):
-            values = term.function(rows)
-            self.sums[number].index_add_(0, chunk.steps, values.detach())
-            loss = loss + term.weight * (weights * values).sum()
-        return loss
 
     def _accumulate(self, of_logits: Tensor, states: Tensor, chunk: _Chunk) -> None:
         """Add the gradients of the states and heads that a chunk's logits were made of."""
@@ -333,8 +316,12 @@ class _Run:
             logits = self._logits(self.hidden[chunk.places].to(self.heads[0].dtype), chunk)
             for block in _blocks(logits):
                 pairs = chunk.part(block)
-                log_q = _log_softmax(self.work.finish(logits[block]))
-                sums.index_add_(0, pairs.steps, acceptance(Distributions(log_q, *target.of_pairs(pairs))))
+                log_q = log_softmax(self.work.finish(logits[block]))
+                sums.index_add_(
+                    0,
+                    pairs.steps,
+                    acceptance(Distributions(log_q, *gathered(target.log_p, target.log_p_full, pairs.target_of))),
+                )
         return total(sums) / total(self.work.supervised.sum(1)).clamp(min=1)
 
 
@@ -355,11 +342,6 @@ class _Target:
     top: Tensor
     log_p_text: Tensor | None
 
-    def of_pairs(self, chunk: _Chunk) -> tuple[Tensor, Tensor]:
-        """Return ``log_p`` and ``log_p_full`` of the target of each pair, [M, D]."""
-        log_p = self.log_p[chunk.target_of]
-        return log_p, log_p if self.log_p_full is self.log_p else self.log_p_full[chunk.target_of]
-
 
 def _target(work: _Work, chunk: _Chunk) -> _Target:
     draft_ids = work.teacher.draft_ids
@@ -371,9 +353,9 @@ def _target(work: _Work, chunk: _Chunk) -> _Target:
         said = tokens.new_zeros(len(chunk.targets)).index_copy(0, chunk.target_of, tokens)
         of_text = label_log_probs(logits, said, work.labels.sampling)
     if draft_ids is None:
-        log_p = _log_softmax(logits)
+        log_p = log_softmax(logits)
         return _Target(log_p, log_p, top, of_text)
-    wide = _wide_type(logits.dtype)
+    wide = wide_type(logits.dtype)
     normaliser = torch.cat([logits[block].to(wide).logsumexp(-1) for block in _blocks(logits)])
     log_p_full = logits[:, draft_ids].to(wide) - normaliser[:, None]
     return _Target(log_p_full.log_softmax(-1), log_p_full, draft_places(top, draft_ids), of_text)
@@ -406,12 +388,3 @@ def _compute_type(hidden: Tensor) -> torch.dtype:
     """Return the type of the matrix products: autocast's where it is on."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
-def _wide_type(dtype: torch.dtype) -> torch.dtype:
-    """Return at least float32: short types are for matrix products alone."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.to(_wide_type(logits.dtype)).log_softmax(-1)

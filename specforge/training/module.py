@@ -26,7 +26,8 @@ from specforge.hookspecs import Objective
 from specforge.models.speculator import SpeculatorModel
 from specforge.registry import installed
 from specforge.sampling import Sampling
-from specforge.training.distillation import DraftSteps, Labels, Term
+from specforge.training.comparison import Term
+from specforge.training.distillation import DraftSteps, Labels
 from specforge.training.metrics import StageMetrics, step_sums
 from specforge.training.optimizers import OptimizerSettings, build_optimizer
 from specforge.training.schedules import ScheduleSettings, build_schedule

@@ -1,0 +1,108 @@
+"""What some pairs of draft and target cost: losses and metrics of a few rows of logits, by operations on tensors alone.
+
+Operation by operation these are some fifteen passes over the logits; torch.compile makes a few of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specforge.training.objectives import Distributions, acceptance
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the objective.
+
+    Attributes:
+        name: The objective's name.
+        weight: Its factor.
+        function: Maps ``Distributions`` of n rows to n values.
+        uses_mean_acceptance: Whether it reads ``Distributions.mean_acceptance``.
+        uses_text: Whether it reads ``Distributions.text``.
+    """
+
+    name: str
+    weight: float
+    function: Callable[[Distributions], Tensor]
+    uses_mean_acceptance: bool = False
+    uses_text: bool = False
+
+
+class Compared(NamedTuple):
+    """What comes of m pairs.
+
+    Attributes:
+        loss: The weighted sum of all terms, a scalar with gradient.
+        values: Of each term at each pair, [terms, m].
+        acceptance: Probability that a sampled draft token is accepted, [m].
+        top: The most probable draft token, int64 [m].
+    """
+
+    loss: Tensor
+    values: Tensor
+    acceptance: Tensor
+    top: Tensor
+
+
+def compare(
+    logits: Tensor,
+    log_p: Tensor,
+    log_p_full: Tensor,
+    target_of: Tensor,
+    weights: Tensor,
+    terms: Sequence[Term],
+    finish: Callable[[Tensor], Tensor],
+    mean_acceptance: Tensor | None = None,
+    text: Tensor | None = None,
+) -> Compared:
+    """Compare m pairs of a draft's logits and one of R targets.
+
+    Args:
+        logits: The draft's, [m, D].
+        log_p: The verifier's at each target, normalised over the draft vocabulary, [R, D].
+        log_p_full: The same under its whole vocabulary, [R, D]; the same tensor where the vocabularies are the same.
+        target_of: Index of each pair's target, int64 [m].
+        weights: Factor of each pair in the loss, [m].
+        terms: The summands of the objective.
+        finish: What is done to the logits first.
+        mean_acceptance: See ``Distributions``, [m].
+        text: See ``Distributions``, int64 [m].
+    """
+    log_q = log_softmax(finish(logits))
+    rows = Distributions(log_q, *gathered(log_p, log_p_full, target_of), mean_acceptance, text)
+    loss = log_q.new_zeros(())
+    values = []
+    for term in terms:
+        values.append(term.function(rows))
+        loss = loss + term.weight * (weights * values[-1]).sum()
+    accepted = acceptance(replace(rows, log_q=log_q.detach()))
+    return Compared(loss, torch.stack(values).detach(), accepted, log_q.argmax(-1))
+
+
+@functools.cache
+def compiled_compare() -> Callable[..., Compared]:
+    """Return ``compare`` compiled, for any number of pairs and targets."""
+    return torch.compile(compare, dynamic=True)
+
+
+def gathered(log_p: Tensor, log_p_full: Tensor, target_of: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two tensors of R targets, [R, D], for each of m pairs, [m, D]; the same twice where they are the same."""
+    of_pairs = log_p[target_of]
+    return of_pairs, of_pairs if log_p_full is log_p else log_p_full[target_of]
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Return log-probabilities, in float32 at least."""
+    return logits.to(wide_type(logits.dtype)).log_softmax(-1)
+
+
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """Return at least float32: short types are for matrix products alone."""
+    return torch.promote_types(dtype, torch.float32)
