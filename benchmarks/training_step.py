@@ -8,7 +8,7 @@ one document), of which the last 30 % are supervised; sizes beside the one that 
 
 Time is the processor's, the median of five steps. Memory is how much the peak of what is resident grows in a step, over
 weights, optimizer and batch. Operations are counted by torch; their rate is divided by that of a matrix product,
-measured in the same process.
+measured in the same process. "Compiled" is with `model.compile: true`.
 
 Where there is a CUDA device, EAGLE-3 for an 8B verifier is measured on it instead, in bfloat16 with float32 weights;
 time is then that of the clock, and memory that of the device's tensors.
@@ -40,6 +40,7 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "HASS": ("eagle", {"objective": {"cross_entropy": 0.1, "top_k": 1.0}}),
     "MLP": ("mlp", {}),
 }
+COMPILED = "EAGLE-3, compiled"
 DOCUMENT = 512
 SUPERVISED = 0.3
 ROUNDS = 5
@@ -89,12 +90,12 @@ class Cost:
 def series(device: str) -> Iterator[tuple[str, str, Shape]]:
     """Yield what is measured: a table's name, an algorithm and a shape."""
     if device != "cpu":
-        for length, share in itertools.product((2048, 4096, 8192), (0.25, 1.0)):
+        for share, name, length in itertools.product((0.25, 1.0), ("EAGLE-3", COMPILED), (2048, 4096, 8192)):
             real = Shape(length, min(length, 2048), steps=7, vocabulary=128_000, share=share, width=4096)
-            yield f"length, drafting {round(share * 128_000):,} tokens", "EAGLE-3", real
+            yield f"length, drafting {round(share * 128_000):,} tokens", name, real
         return
-    for name in ALGORITHMS:
-        steps = {"EAGLE-1": 1, "EAGLE-3": 7}.get(name, 3)
+    for name in (*ALGORITHMS, COMPILED):
+        steps = {"EAGLE-1": 1, "EAGLE-3": 7, COMPILED: 7}.get(name, 3)
         for length in (512, 1024, 2048, 4096, 8192):
             yield "length", name, replace(SHAPE, length=length, steps=steps)
     for length in (512, 1024, 2048, 4096, 8192):
@@ -168,7 +169,7 @@ def build(name: str, shape: Shape, device: str, dtype: torch.dtype) -> tuple[Any
     from specforge_eagle3.module import Eagle3DraftSettings
     from specforge_mlp.module import MLPDraftSettings
 
-    algorithm, options = ALGORITHMS[name]
+    algorithm, options = ("eagle3", {"compile": True}) if name == COMPILED else ALGORITHMS[name]
     width, vocabulary = shape.width, shape.vocabulary
     config = LlamaConfig(
         hidden_size=width,
@@ -242,7 +243,7 @@ def plot(found: dict[str, list[tuple[str, Shape, Cost]]], file: Path) -> None:
         axes = figure.subplots(2, len(found), squeeze=False)
         for column, (what, costs) in enumerate(found.items()):
             attribute = attribute_of(what)
-            for color, name in zip(COLORS, ALGORITHMS, strict=False):
+            for color, name in zip(COLORS, (*ALGORITHMS, COMPILED), strict=False):
                 own = [(getattr(shape, attribute), shape, cost) for one, shape, cost in costs if one == name]
                 if not own:
                     continue

@@ -28,8 +28,9 @@ from specforge.training.totals import total
 from specforge.verifier.parts import VerifierParts
 
 # Logits of one chunk, draft and verifier together: 16 MiB in float32; but so many targets that heads are not read anew
-# for a handful of rows.
+# for a handful of rows. Accelerators read a head in the time of some 200 rows of its product, and hold 16 times more.
 LOGITS_PER_CHUNK = 2**22
+LOGITS_PER_CHUNK_OF_ACCELERATORS = 2**26
 LEAST_TARGETS = 64
 # Logits that a CPU compares at a time: 1 MiB in float32.
 LOGITS_PER_BLOCK = 2**18
@@ -366,7 +367,8 @@ def _chunks(work: _Work, heads: Sequence[Tensor]) -> Iterator[_Chunk]:
     steps, rows = work.supervised.nonzero(as_tuple=True)
     targets, target_of = work.targets[steps, rows].unique(return_inverse=True)
     verifier_size = work.teacher.parts.lm_head.weight.shape[0]
-    size = max(LEAST_TARGETS, LOGITS_PER_CHUNK // (verifier_size + len(work.supervised) * len(heads[0])))
+    most = LOGITS_PER_CHUNK if work.targets.device.type == "cpu" else LOGITS_PER_CHUNK_OF_ACCELERATORS
+    size = max(LEAST_TARGETS, most // (verifier_size + len(work.supervised) * len(heads[0])))
     # Within a chunk, pairs stay in the order of their steps, so that each head reads one slice.
     order = (target_of // size).argsort(stable=True)
     every = _Chunk(targets, steps[order], rows[order], work.places[steps, rows][order], target_of[order])

@@ -60,7 +60,7 @@ class DraftModule(LightningModule, ABC):
         init_from: Draft to start from, a folder or hub id, instead of a fresh one; it must be of the same network.
         activation_checkpointing: Whether to run each draft step again in the backward pass instead of keeping what it
             computed. Takes more time and much less memory.
-        compile: Whether to compile the draft's steps with torch.compile. Takes a while at the start.
+        compile: Whether to compile the draft's steps and the losses with torch.compile. Takes a while at the start.
     """
 
     draft: SpeculatorModel

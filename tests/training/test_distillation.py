@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specforge.sampling import Sampling
 from specforge.training import distillation
+from specforge.training.comparison import compiled_compare
 from specforge.training.distillation import DraftSteps, Labels, Teacher, distill
 from specforge.training.module import objective_terms
 from specforge.verifier.parts import VerifierParts
@@ -70,7 +74,7 @@ def make_problem(
     )
 
 
-def run(problem: Problem, objective: dict[str, float], skip: bool = False) -> DraftSteps:
+def run(problem: Problem, objective: dict[str, float], skip: bool = False, compiled: bool = False) -> DraftSteps:
     return distill(
         problem.hidden,
         problem.head,
@@ -81,6 +85,7 @@ def run(problem: Problem, objective: dict[str, float], skip: bool = False) -> Dr
         problem.weights,
         skip_targets_outside=skip,
         labels=Labels(problem.tokens, Sampling()),
+        compiled=compiled,
     )
 
 
@@ -185,6 +190,47 @@ def test_any_mixture_in_any_chunks(
     assert not outcome.acceptance[~problem.supervised].any()
     assert not outcome.agreement[~problem.supervised].any()
     assert_same(problem, outcome, plain(problem, objective, skip))
+
+
+@pytest.fixture
+def compile_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
+    """Choose the backend of torch.compile for losses; whatever cannot be traced is an error."""
+
+    def choose(backend: Any) -> None:
+        torch.compiler.reset()
+        compiled_compare.cache_clear()
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+
+    yield choose
+    compiled_compare.cache_clear()
+
+
+@pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "full"])
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_losses_are_the_plain_ones(name: str, pruned: bool, compile_by: Callable[[Any], None]) -> None:
+    compile_by("aot_eager")
+    problem = make_problem(pruned=pruned)
+    assert_same(problem, run(problem, {name: 1.0}, True, compiled=True), plain(problem, {name: 1.0}, True))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_code_that_torch_generates_for_losses_computes_the_same(compile_by: Callable[[Any], None]) -> None:
+    compile_by("inductor")
+    objective = {name: 0.5 + number for number, name in enumerate(NAMES)}
+    problem = make_problem(steps=4, rows=9)
+    assert_same(problem, run(problem, objective, compiled=True), plain(problem, objective))
+
+
+def test_losses_are_compiled_once_for_batches_of_any_size(compile_by: Callable[[Any], None]) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_by(counter)
+    for rows in (7, 9, 20, 33):
+        problem = make_problem(seed=rows, rows=rows)
+        assert_same(problem, run(problem, {"kl": 1.0}, compiled=True), plain(problem, {"kl": 1.0}))
+    assert counter.frame_count == 1
+    with torch.no_grad():
+        run(problem, {"kl": 1.0}, compiled=True)
+    assert counter.frame_count == 2
 
 
 def test_some_targets_lie_outside_the_draft_vocabulary() -> None:

@@ -95,4 +95,5 @@ class MedusaModule(DraftModule):
             self.terms,
             self.step_weights(supervised),
             labels=self.labels(batch, targets),
+            compiled=self.compile_steps,
         )

@@ -140,6 +140,7 @@ class EagleModule(DraftModule):
             labels=self.labels(batch, targets),
             finish=self.parts.finish,
             rows=rows,
+            compiled=self.compile_steps,
         )
         distances = feature_distances(predicted, rows.places(), true.flatten(0, 1), targets, supervised)
         loss = outcome.loss + self.feature_weight * (weights * distances).sum()

@@ -145,4 +145,5 @@ class Eagle3Module(DraftModule):
             skip_targets_outside=supervision == "compat",
             labels=self.labels(batch, targets),
             rows=rows,
+            compiled=self.compile_steps,
         )

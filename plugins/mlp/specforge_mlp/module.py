@@ -160,6 +160,7 @@ class MLPModule(DraftModule):
             self.step_weights(supervised),
             labels=self.labels(batch, targets),
             rows=rows,
+            compiled=self.compile_steps,
         )
 
     def _supervised_tokens(self, batch: Batch) -> Tensor:
