@@ -51,7 +51,7 @@ class DocumentLayout:
         begins = torch.ones_like(ids, dtype=torch.bool)
         begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
         starts = begins.flatten().nonzero().squeeze(1)
-        lengths = torch.diff(starts, append=torch.tensor([ids.numel()]))
+        lengths = torch.diff(starts, append=starts.new_tensor([ids.numel()]))
         real = ids.flatten()[starts] >= 0
         starts, lengths = starts[real], lengths[real]
         whole_rows = bool((begins & (ids >= 0)).sum() == ids.shape[0]) and bool((ids[:, 0] >= 0).all())
@@ -146,7 +146,7 @@ def _group(starts: Tensor, lengths: Tensor) -> list[Tensor]:
     classes = torch.floor(torch.log2(lengths[order].double())).long()
     for size_class in classes.unique(sorted=True).flip(0):
         members = order[classes == size_class]
-        offsets = torch.arange(int(lengths[members].max()))
+        offsets = torch.arange(int(lengths[members].max()), device=lengths.device)
         inside = offsets < lengths[members, None]
         groups.append(torch.where(inside, starts[members, None] + offsets, -1))
     return groups

@@ -186,14 +186,16 @@ class DraftModule(LightningModule, ABC):
         """Load the verifier, or its parts where all states are stored, and create the draft, once."""
         if self._frozen is not None:
             return
-        data: DraftDataModule = self.trainer.datamodule
-        all_stored = data.use_features(self.feature_needs, self.trainer.state.fn)
-        self._recorder = data.recorder
-        self.take_verifier(*self._load_verifier(whole=self.runs_verifier or not all_stored), data)
-        if self.init_from is not None:
-            start_from(self.draft, self.init_from)
-        for stage, metrics in self.means.items():
-            self.add_module(f"{stage}_means", metrics)
+        # Lightning makes the run's device the default one in here; what is read and counted belongs on the CPU.
+        with torch.device("cpu"):
+            data: DraftDataModule = self.trainer.datamodule
+            all_stored = data.use_features(self.feature_needs, self.trainer.state.fn)
+            self._recorder = data.recorder
+            self.take_verifier(*self._load_verifier(whole=self.runs_verifier or not all_stored), data)
+            if self.init_from is not None:
+                start_from(self.draft, self.init_from)
+            for stage, metrics in self.means.items():
+                self.add_module(f"{stage}_means", metrics)
 
     def take_verifier(self, verifier: PreTrainedModel | None, parts: VerifierParts, data: DraftDataModule) -> None:
         """Hold the frozen verifier, and create the draft towards it.
@@ -213,7 +215,8 @@ class DraftModule(LightningModule, ABC):
             if self._verifier_is_split:
                 verifier = load_sharded_verifier(self.verifier_name, self.verifier_loading, device)
             else:
-                verifier = load_verifier(self.verifier_name, self.verifier_loading).to(device)
+                with device:  # each weight goes there as it is read
+                    verifier = load_verifier(self.verifier_name, self.verifier_loading).to(device)
             check_logits(verifier)
             if self.trainer.datamodule.packing:
                 check_documents(verifier)
