@@ -87,7 +87,7 @@ def devices() -> Iterator[Finding]:
     """Name the processor and every accelerator, with memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding("cpu", f"{os.cpu_count()} cores, {in_units(memory, 'B')} of memory")
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         yield Finding("accelerator", f"none that torch {torch.__version__} can use; training runs on the processor")
     elif accelerator.type == "mps":

@@ -15,7 +15,7 @@ def measured_flops(dtype: torch.dtype) -> float:
     Args:
         dtype: Type of the matrices.
     """
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     # Large enough to keep the device busy, small enough that others do not interrupt every one of them.
     width = 512 if device.type == "cpu" else 8192
     left, right = torch.ones(2, width, width, device=device, dtype=dtype)

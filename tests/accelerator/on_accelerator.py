@@ -1,0 +1,163 @@
+"""What ``test_accelerator.py`` runs in a process of its own: commands and drafts on the pretended device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretended import DEVICE, install, pretended
+from quickstart_runs import VERIFIER, Workshop
+from small_models import CONFIGS, random_draft, random_model
+from training_runs import scalars, weights
+
+from specforge.__main__ import main
+
+install()
+
+FIT: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "eagle3": ({}, []),
+    "eagle3, other settings": (
+        {},
+        [
+            '--model.objective={"lk_lambda": 1.0, "kl": 0.5}',
+            "--model.activation_checkpointing=true",
+            "--model.optimizer.name=muon",
+            "--model.draft.num_layers=2",
+            "--data.features=record",
+        ],
+    ),
+    "hass": (
+        {"algorithm": "eagle", "model": {"noise": 0.0, "alignment_steps": 3}},
+        ['--model.objective={"cross_entropy": 0.1, "top_k": 1.0}'],
+    ),
+    "mlp": (
+        {"algorithm": "mlp", "model": {"draft": {"num_layers": 2, "intermediate_size": 64}}},
+        ["--model.stage_two.begin=0.5", "--model.stage_two.new_tokens=8", "--model.stage_two.prompt_length=8"],
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("rows")
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, cache: Path) -> Workshop:
+    made = Workshop(tmp_path, cache)
+    made.values["verifier_dtype"] = "float32"  # by default, accelerators take the stored one
+    made.values["trainer"] = {
+        **{"max_steps": 2, "max_epochs": 9, "log_every_n_steps": 1},
+        **{"val_check_interval": 2, "limit_val_batches": 1},
+    }
+    return made
+
+
+def on_both(run: Callable[[str], Any]) -> tuple[Any, Any]:
+    """Run something on the CPU and on the pretended accelerator."""
+    on_cpu = run("cpu")
+    with pretended():
+        return on_cpu, run(DEVICE.type)
+
+
+def test_the_two_devices_do_not_mix() -> None:
+    with pretended():
+        here, there = torch.ones(3), torch.ones(3, device=DEVICE)
+        assert (there + there).tolist() == [2, 2, 2] and (there * torch.tensor(2.0)).tolist() == [2, 2, 2]
+        assert there[torch.tensor([True, False, True])].device == DEVICE
+        for mixing in (
+            lambda: here + there,
+            lambda: torch.cat([here, there]),
+            lambda: here[there.long()],
+            lambda: here.add_(there[0]),
+            there.numpy,
+        ):
+            with pytest.raises(RuntimeError):
+                mixing()
+
+
+@pytest.mark.parametrize("name", FIT)
+def test_fit_validate_and_going_on(name: str, workshop: Workshop) -> None:
+    values, options = FIT[name]
+    workshop.values |= values
+
+    def run(device: str) -> Path:
+        words = [*workshop.words(device, *options), f"--trainer.accelerator={device}", "--model.optimizer.lr=1e-4"]
+        if "--data.features=record" in options:
+            words.append(f"--data.cache_dir={workshop.folder / device / 'cache'}")
+        assert main(["fit", *words]) == 0
+        assert main(["fit", *words, "--trainer.max_steps=3", "--ckpt_path=last"]) == 0
+        assert main(["validate", *words, "--ckpt_path=last"]) == 0
+        return workshop.run_folder(device)
+
+    on_cpu, there = on_both(run)
+    for tag in ("train/loss", "val/loss", "val/acceptance_length"):
+        expected = scalars(on_cpu, tag)
+        assert scalars(there, tag) == [(step, pytest.approx(value, rel=1e-3)) for step, value in expected] and expected
+    trained = weights(there / "checkpoints" / "last.ckpt")
+    assert not any(one.device == DEVICE for one in trained.values())
+    for place, expected in weights(on_cpu / "checkpoints" / "last.ckpt").items():
+        torch.testing.assert_close(trained[place], expected, rtol=1e-2, atol=1e-2, msg=place)
+
+
+def test_prepared_features_are_the_same_and_are_trained_on(workshop: Workshop) -> None:
+    def run(device: str) -> Path:
+        store, words = workshop.folder / f"features-{device}", workshop.words(device)
+        assert main(["prepare", "features", *words, "--output", str(store), "--dtype=float32"]) == 0
+        words += [f"--trainer.accelerator={device}", f"--data.features={store}"]
+        assert main(["fit", *words]) == 0
+        return workshop.run_folder(device)
+
+    on_cpu, there = on_both(run)
+    expected = scalars(on_cpu, "train/loss")
+    assert scalars(there, "train/loss") == [(step, pytest.approx(value, rel=1e-3)) for step, value in expected]
+
+
+@pytest.mark.parametrize(
+    ("proposal", "size"), [(None, None), ("dynamic_tree:depth=3", 12), ("sampling", 12), ("dynamic_tree:depth=3", None)]
+)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_texts_are_the_same(family: str, size: int | None, proposal: str | None) -> None:
+    prompts = torch.randint(1, 31, (3, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]])
+    sampled = {"temperature": 1.0, "verification": "block", "seed": 4} if proposal == "sampling" else {}
+
+    def run(device: str) -> list[list[int]]:
+        verifier = random_model(CONFIGS[family](), seed=3, scale=0.5).to(device)
+        draft = random_draft(verifier, size=size).to(device)
+        draft.attach_verifier(verifier)
+        ids = (prompts * mask).to(device)
+        return draft.generate(ids, mask.to(device), max_new_tokens=12, proposal=proposal, **sampled).tolist()
+
+    on_cpu, there = on_both(run)
+    assert there == on_cpu
+
+
+def test_other_commands(workshop: Workshop, capfd: pytest.CaptureFixture[str]) -> None:
+    prompts = workshop.folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in ("How many apples?", "Tom has 3 cats.")))
+
+    def run(device: str) -> list[Any]:
+        assert main(["fit", *workshop.words(device), f"--trainer.accelerator={device}"]) == 0
+        draft, responses = workshop.run_folder(device) / "draft", workshop.folder / f"responses-{device}"
+        words = ["--prompts", str(prompts), "--max_new_tokens", "4", "--output", str(workshop.folder / f"ev-{device}")]
+        words.append("--verifier_dtype=float32")
+        assert main(["evaluate", str(draft), *words]) == 0
+        words = ["--verifier", str(VERIFIER), "--max_new_tokens", "4", "--output", str(responses)]
+        words.append("--verifier_dtype=float32")
+        assert main(["prepare", "responses", str(prompts), *words]) == 0
+        capfd.readouterr()
+        assert main(["doctor"]) == 0
+        assert ("pretended" in capfd.readouterr().out) == (device == DEVICE.type)
+        found = json.loads((workshop.folder / f"ev-{device}" / "results.json").read_text())
+        return [
+            (responses / "responses.jsonl").read_text(),
+            [one["sets"][0]["num_accepted_tokens"] for one in found["contenders"]],
+        ]
+
+    on_cpu, there = on_both(run)
+    assert there == on_cpu
