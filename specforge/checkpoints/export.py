@@ -14,7 +14,7 @@ from specforge.checkpoints.logits import stand_in_logits
 from specforge.checkpoints.probe import PROBE, Probe, digests, meaning
 from specforge.checkpoints.rules import file_faults
 from specforge.checkpoints.run_record import find_draft
-from specforge.checkpoints.served import expected_of, probe_prompts, running_verifier
+from specforge.checkpoints.served import expected_of, probe_prompts
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.checkpoints.verify import verify
 from specforge.checkpoints.writing import written_whole
@@ -24,7 +24,7 @@ from specforge.data.verifier_text import VerifierText
 from specforge.errors import SpecforgeError, UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.storage import write_checkpoint
-from specforge.verifier.loading import VerifierLoading, load_config
+from specforge.verifier.loading import VerifierLoading, load_config, running_verifier
 from specforge.verifier.parts import VerifierParts
 
 

@@ -19,7 +19,6 @@ from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.sampling import Sampling
 from specforge.verifier.features import Features, capture
-from specforge.verifier.loading import VerifierLoading, load_verifier
 from specforge.verifier.parts import VerifierParts
 
 CHAIN = 8
@@ -49,18 +48,6 @@ def probe_prompts(text: VerifierText, conversations: list[Conversation] | None =
     except UsageError:
         size = text.vocabulary_size
         return [[(3 + (7 + one) * place) % size for place in range(8)] for one in range(len(QUESTIONS))]
-
-
-def running_verifier(name_or_path: str, loading: VerifierLoading | None = None) -> PreTrainedModel:
-    """Load a verifier onto the accelerator, if there is one.
-
-    Raises:
-        UsageError: It cannot be loaded.
-    """
-    verifier = load_verifier(name_or_path, loading)
-    if torch.accelerator.is_available():
-        verifier.to(torch.accelerator.current_accelerator())
-    return verifier
 
 
 def expected_of(model: SpeculatorModel, verifier: PreTrainedModel, prompts: list[list[int]]) -> Served:

@@ -14,12 +14,12 @@ from specforge.checkpoints.layout import Layout, StoredDraft
 from specforge.checkpoints.logits import attach_stand_in, difference
 from specforge.checkpoints.probe import Probe, digests, meaning
 from specforge.checkpoints.rules import file_faults
-from specforge.checkpoints.served import running_verifier, served_differences
+from specforge.checkpoints.served import served_differences
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.config import VerifierConfig
 from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
-from specforge.verifier.loading import VerifierLoading
+from specforge.verifier.loading import VerifierLoading, running_verifier
 
 
 def verify(

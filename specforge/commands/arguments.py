@@ -19,7 +19,7 @@ from specforge.errors import UsageError, describe_invalid
 from specforge.models.speculator import SpeculatorModel
 from specforge.sampling import Sampling
 from specforge.training.config_errors import explain
-from specforge.verifier.loading import VerifierLoading, VerifierType, load_verifier
+from specforge.verifier.loading import VerifierLoading, VerifierType, running_verifier
 
 PROPOSAL = "NAME or NAME:KEY=VALUE,...; names: specforge plugins."
 
@@ -160,11 +160,7 @@ def load(found: Namespace, name: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     Raises:
         UsageError: One of them cannot be loaded.
     """
-    import torch
-
-    verifier = load_verifier(name, loading_of(found))
-    if torch.accelerator.is_available():
-        verifier.to(torch.accelerator.current_accelerator())
+    verifier = running_verifier(name, loading_of(found))
     return verifier, VerifierText(name, found.verifier_revision, found.trust_remote_code).tokenizer
 
 

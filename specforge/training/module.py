@@ -215,8 +215,7 @@ class DraftModule(LightningModule, ABC):
             if self._verifier_is_split:
                 verifier = load_sharded_verifier(self.verifier_name, self.verifier_loading, device)
             else:
-                with device:  # each weight goes there as it is read
-                    verifier = load_verifier(self.verifier_name, self.verifier_loading).to(device)
+                verifier = load_verifier(self.verifier_name, self.verifier_loading, device)
             check_logits(verifier)
             if self.trainer.datamodule.packing:
                 check_documents(verifier)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -70,12 +71,15 @@ def load_config(name_or_path: str, loading: VerifierLoading | None = None) -> Pr
     return config
 
 
-def load_verifier(name_or_path: str, loading: VerifierLoading | None = None) -> PreTrainedModel:
+def load_verifier(
+    name_or_path: str, loading: VerifierLoading | None = None, device: torch.device | None = None
+) -> PreTrainedModel:
     """Load a whole verifier, frozen and in evaluation mode.
 
     Args:
         name_or_path: Folder or hub id.
         loading: Type, revision and trust; the defaults when None.
+        device: Where each weight goes as it is read; torch's default device when None.
 
     Raises:
         UsageError: There is no such verifier, or its weights cannot be read.
@@ -83,14 +87,15 @@ def load_verifier(name_or_path: str, loading: VerifierLoading | None = None) -> 
     loading = loading or VerifierLoading()
     config = load_config(name_or_path, loading)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            config=config,
-            dtype=loading.torch_dtype(config.get_text_config().dtype),
-            revision=loading.revision,
-            trust_remote_code=loading.trust_remote_code,
-            output_loading_info=True,
-        )
+        with device or nullcontext():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name_or_path,
+                config=config,
+                dtype=loading.torch_dtype(config.get_text_config().dtype),
+                revision=loading.revision,
+                trust_remote_code=loading.trust_remote_code,
+                output_loading_info=True,
+            )
     except Exception as error:
         raise UsageError(f"verifier {name_or_path} cannot be loaded: {str(error).splitlines()[0]}") from error
     if report["missing_keys"]:
@@ -99,3 +104,9 @@ def load_verifier(name_or_path: str, loading: VerifierLoading | None = None) -> 
     attend_by_documents(model)
     model.requires_grad_(False)
     return model.eval()
+
+
+def running_verifier(name_or_path: str, loading: VerifierLoading | None = None) -> PreTrainedModel:
+    """Load a whole verifier onto the accelerator, or where there is none onto the CPU; see ``load_verifier``."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return load_verifier(name_or_path, loading, accelerator)

@@ -150,6 +150,12 @@ def test_other_commands(workshop: Workshop, capfd: pytest.CaptureFixture[str]) -
         words = ["--verifier", str(VERIFIER), "--max_new_tokens", "4", "--output", str(responses)]
         words.append("--verifier_dtype=float32")
         assert main(["prepare", "responses", str(prompts), *words]) == 0
+        words = ["--verifier", str(VERIFIER), "--verifier_dtype=float32"]
+        assert (
+            main(["export", str(draft.parent), *words, "--format=vllm", f"--output={workshop.folder / device}-vllm"])
+            == 0
+        )
+        assert main(["verify", f"{workshop.folder / device}-vllm", *words]) == 0
         capfd.readouterr()
         assert main(["doctor"]) == 0
         assert ("pretended" in capfd.readouterr().out) == (device == DEVICE.type)

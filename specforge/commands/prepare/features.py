@@ -34,7 +34,7 @@ from specforge.training.cli import TrainingCLI
 from specforge.training.config_files import choose_algorithm
 from specforge.training.module import DraftModule
 from specforge.verifier.features import capture, check_documents, check_logits
-from specforge.verifier.loading import load_verifier
+from specforge.verifier.loading import running_verifier
 
 DESCRIPTION = """\
 Run the verifier over token rows once, and store the states that drafts are trained on.
@@ -160,12 +160,11 @@ class _Verifier:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The verifier, on the accelerator of this process."""
-        verifier = load_verifier(self.module.verifier_name, self.module.verifier_loading)
-        check_logits(verifier)
-        check_documents(verifier)  # rows are packed here, whatever training does
         if torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
-            verifier.to(torch.accelerator.current_accelerator())
+        verifier = running_verifier(self.module.verifier_name, self.module.verifier_loading)
+        check_logits(verifier)
+        check_documents(verifier)  # rows are packed here, whatever training does
         return verifier
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
