@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor, device
+    from torch import Generator, Tensor, device, dtype
 
 
 class Sampling(BaseModel):
@@ -87,8 +87,10 @@ class Chance:
             log_probs: [..., V].
             number: How many to draw, at most V.
         """
+        import torch
+
         # The largest sums of log-probabilities and Gumbel noise are such draws; -log of an exponential is Gumbel.
-        noise = log_probs.new_empty(log_probs.shape).double().exponential_(generator=self.generator)
+        noise = torch.empty_like(log_probs, dtype=_widest(log_probs.device)).exponential_(generator=self.generator)
         return (log_probs - noise.log()).topk(number, dim=-1).indices
 
 
@@ -106,7 +108,7 @@ class RowChance(Chance):
 
         super().__init__()
         rows = [torch.rand(number, generator=torch.Generator().manual_seed(seed), dtype=torch.double) for seed in seeds]
-        self._uniforms = torch.stack(rows).to(device)
+        self._uniforms = torch.stack(rows).to(_widest(device)).to(device)
         self._drawn = 0
 
     def select(self, rows: Tensor) -> None:
@@ -117,9 +119,16 @@ class RowChance(Chance):
         """Draw one of V for each row of probabilities [B, ..., V] with one distribution a row, int64 [B, ...]."""
         import torch
 
-        rows = probabilities.reshape(len(self._uniforms), -1).double().cumsum(-1)
+        rows = probabilities.reshape(len(self._uniforms), -1).to(self._uniforms.dtype).cumsum(-1)
         places = self._uniforms[:, self._drawn, None] * rows[:, -1:]
         self._drawn += 1
         # To the right of equal sums: a token without probability is never drawn.
         drawn = torch.searchsorted(rows, places, right=True).clamp(max=rows.shape[-1] - 1)
         return drawn.view(probabilities.shape[:-1])
+
+
+def _widest(device: device) -> dtype:
+    """Return float64, or float32 on Apple's GPUs, which know no more."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64

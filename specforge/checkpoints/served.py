@@ -118,7 +118,7 @@ def acceptance(
         lengths.append(anchors)
     if not by_text:
         raise UsageError("the verifier ends its answer to every probe prompt at once; give others as --prompts")
-    rounds = replay(pad_sequence(by_text, batch_first=True), torch.tensor(lengths, device=by_text[0].device))
+    rounds = replay(pad_sequence(by_text, batch_first=True), torch.tensor(lengths))
     total = float(rounds.tokens)
     found = {chain: total / float(rounds.rounds[chain - 1]) for chain in range(1, steps + 1)}
     longest = figures(total, float(rounds.rounds[-1]), rounds.accepted[-1].tolist())

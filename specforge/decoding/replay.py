@@ -50,16 +50,16 @@ def replay(acceptance: Tensor, lengths: Tensor) -> Rounds:
             what lies behind a turn's end is not read.
         lengths: Anchors of each turn, int64 [M].
     """
+    # On the CPU: each of many steps is too small for an accelerator.
+    acceptance, lengths = acceptance.cpu(), lengths.cpu()
     turns, anchors, steps = acceptance.shape
-    places = torch.arange(anchors, device=acceptance.device)[:, None] + torch.arange(
-        steps + 1, device=acceptance.device
-    )
+    places = torch.arange(anchors)[:, None] + torch.arange(steps + 1)
     inside = places < lengths[:, None, None]
     acceptance = torch.where(inside[..., :steps], acceptance.double(), 0)
     # Probability that at least k = 0 .. S tokens are accepted.
     joint = torch.cat([torch.ones_like(acceptance[..., :1]), acceptance.cumprod(-1)], dim=-1)
     # Probability that exactly m are, for chains of K = 1 .. S: what more a longer chain would accept ends at K.
-    number = torch.arange(steps + 1, device=acceptance.device)
+    number = torch.arange(steps + 1)
     chain = number[1:, None]
     following = torch.cat([joint[..., 1:], torch.zeros_like(joint[..., :1])], dim=-1)
     exactly = torch.where(
@@ -109,9 +109,9 @@ class AcceptanceLength(Metric):
         flat = acceptance.flatten(1).T
         turns = [flat[start : start + length] for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)]
         found = replay(pad_sequence(turns, batch_first=True), lengths)
-        self.tokens += found.tokens
-        self.rounds += found.rounds
-        self.accepted += found.accepted
+        self.tokens += found.tokens.to(self.tokens)
+        self.rounds += found.rounds.to(self.rounds)
+        self.accepted += found.accepted.to(self.accepted)
 
     def compute(self) -> dict[int, dict[str, float]]:
         """Return, for each length K of the chain, the figures of ``figures``; empty without any turn."""

@@ -85,14 +85,13 @@ def check_policy(verifier: PreTrainedModel, rows: Iterable[tuple[Tensor, Tensor,
 def _sums(logits: Tensor, chosen: Tensor, temperature: float) -> Tensor:
     """Return number, log-probabilities, their means and variances, summed over places; double [4]."""
     log_p = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    own = log_p.gather(1, chosen[:, None]).sum(dtype=torch.double)
+    own = log_p.gather(1, chosen[:, None]).squeeze(1)
     if temperature:
         p = log_p.exp()
         finite = log_p.clamp(min=-1e4)  # a token that is ruled out counts 0 times infinity
-        means = (p * finite).sum(1)
-        variance = ((p * finite.square()).sum(1) - means.square()).sum(dtype=torch.double)
-        expected = means.sum(dtype=torch.double)
+        expected = (p * finite).sum(1)
+        variance = (p * finite.square()).sum(1) - expected.square()
     else:
-        expected = log_p.max(1).values.sum(dtype=torch.double)
+        expected = log_p.max(1).values
         variance = torch.zeros_like(expected)
-    return torch.stack([torch.full_like(own, len(chosen)), own, expected, variance]).cpu()
+    return torch.stack([torch.ones_like(own), own, expected, variance]).cpu().double().sum(1)
