@@ -6,9 +6,10 @@ r"""Losses and gradients of a step alone: ours beside the formula as written, to
 All compute the loss from hidden states and heads, and the gradients of the draft's states and head, in float32 with
 one thread, each in a process of its own. `kl` is the divergence from the verifier's distribution, whose logits all form
 too; `text` is the cross-entropy with the text. Ours forms a target's distribution once for all draft steps, and also
-returns acceptance probabilities and top-1 agreement, with any loss. Liger's Triton kernels need an accelerator; its
-chunked Jensen-Shannon loss, at beta 0 the same divergence, is plain torch, here without torch.compile. torch's
-``linear_cross_entropy`` takes classes (or stored probabilities, which are what is to be avoided).
+returns acceptance probabilities and top-1 agreement, with any loss; "compiled" is with `model.compile: true`. Liger's
+Triton kernels need an accelerator; its chunked Jensen-Shannon loss, at beta 0 the same divergence, is plain torch, here
+without torch.compile. torch's ``linear_cross_entropy`` takes classes (or stored probabilities, which are what is to be
+avoided).
 
 The losses must agree. Time is the processor's, the median of three; memory is the growth of the peak over weights and
 inputs.
@@ -26,6 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,7 +74,7 @@ class Problem:
         return self.teacher.parts.norm(self.teacher.last)[self.targets.flatten()]
 
 
-def ours(problem: Problem, objective: str) -> Tensor:
+def ours(problem: Problem, objective: str, compiled: bool = False) -> Tensor:
     """Return the loss as training computes it."""
     steps, rows = problem.targets.shape
     return distill(
@@ -84,6 +86,7 @@ def ours(problem: Problem, objective: str) -> Tensor:
         objective_terms({objective: 1.0}),
         torch.full((steps,), 1 / (steps * rows)),
         labels=Labels(problem.text, Sampling()),
+        compiled=compiled,
     ).loss
 
 
@@ -113,6 +116,7 @@ def of_liger(problem: Problem, objective: str) -> Tensor:
 
 CONTESTANTS: dict[str, tuple[Callable[[Problem, str], Tensor], tuple[str, ...]]] = {
     OURS: (ours, ("kl", "text")),
+    "ours, compiled": (partial(ours, compiled=True), ("kl", "text")),
     "as the formula is written": (plain, ("kl", "text")),
     "torch's linear_cross_entropy": (of_torch, ("text",)),
     "Liger's chunked loss": (of_liger, ("kl",)),
