@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -25,7 +26,21 @@ def swallow():
     except KeyboardInterrupt:
         raise {error} from None
 """
+# Tests that run in the background of a script inherit an ignored Ctrl-C.
+START = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from specforge.__main__ import main
+sys.exit(main(["toy"]))
+"""
 ERRORS = ("ImportError('no module of that name')", "ValueError('too many values to unpack')")
+
+
+@pytest.fixture(autouse=True)
+def _usual_handler() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -33,7 +48,7 @@ ERRORS = ("ImportError('no module of that name')", "ValueError('too many values 
 def test_an_error_that_a_library_makes_of_it(toys, error, where):
     toys.install("toy-plugin", PLUGIN)
     toys.write("behind.py", MANGLED.format(error=error) + where)
-    done = toys.run("toy")
+    done = toys.python("-c", START)
     assert (done.returncode, done.stderr) == (130, "specforge toy: interrupted\n")
 
 
@@ -49,13 +64,10 @@ def test_the_signal_is_given_back():
 
 
 def test_a_handler_of_somebody_else_is_left_alone():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with interrupts.heard():
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interrupts.heard():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_other_threads_are_not_told_of_signals():
