@@ -126,7 +126,7 @@ def estimate(cli: EstimateCLI) -> Estimate:
     text = _text(cli)
     # Schedules and stages are laid out over the steps of the run.
     cli.trainer.fit_loop.epoch_loop.max_steps = plan.steps(text.packed_rows)
-    rehearsal = Rehearsal(module, cli.trainer, _verifier_dtype(module, config))
+    rehearsal = Rehearsal(module, cli.trainer, _verifier_dtype(module, config), on_accelerator=not _on_cpu(config))
     # disable=None shows the bar on a terminal only; delay hides it for small models.
     batches = tqdm(text.batches, desc="running a step without values", unit=" batches", disable=None, delay=2)
     costs = [rehearsal.run(batch) for batch in batches]

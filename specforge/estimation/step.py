@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from specforge.data.module import DraftDataModule
 from specforge.errors import SpecforgeError
 from specforge.estimation.shapes import Shapes
+from specforge.training.distillation import for_accelerator
 from specforge.training.module import Batch, DraftModule
 from specforge.verifier.packed_attention import attend_by_documents
 from specforge.verifier.parts import VerifierParts
@@ -81,10 +82,14 @@ class Rehearsal:
         module: The algorithm's module, as the configuration makes it; it is used up.
         trainer: Answers what a step asks its trainer, and has the run's precision; it runs nothing.
         verifier_dtype: Type of the verifier's weights.
+        on_accelerator: Whether the run is meant for one, which holds more logits at a time than a CPU.
     """
 
-    def __init__(self, module: DraftModule, trainer: Trainer, verifier_dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: DraftModule, trainer: Trainer, verifier_dtype: torch.dtype, on_accelerator: bool = False
+    ) -> None:
         self.module = module
+        self._on_accelerator = on_accelerator
         module.trainer = trainer
         self._precision: Any = trainer.strategy.precision_plugin
         self._shapes = Shapes()
@@ -106,6 +111,7 @@ class Rehearsal:
         Raises:
             SpecforgeError: The verifier or the draft asks for values.
         """
+        meant_for = for_accelerator.set(self._on_accelerator)
         try:
             with self._shapes:
                 self._step(batch)
@@ -117,6 +123,8 @@ class Rehearsal:
                 "with a config.json of another family with as many layers and as wide, or with --verifier_dtype "
                 "bfloat16 where experts are the reason"
             ) from error
+        finally:
+            for_accelerator.reset(meant_for)
 
     def _step(self, batch: Batch) -> StepCost:
         """Run one step, in the order of Lightning: gradients of the step before live until the backward pass."""

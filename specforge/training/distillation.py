@@ -11,6 +11,7 @@ H width, V verifier and D draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -34,6 +35,8 @@ LOGITS_PER_CHUNK_OF_ACCELERATORS = 2**26
 LEAST_TARGETS = 64
 # Logits that a CPU compares at a time: 1 MiB in float32.
 LOGITS_PER_BLOCK = 2**18
+# Set where a step that is meant for an accelerator is rehearsed on the CPU.
+for_accelerator: ContextVar[bool] = ContextVar("for_accelerator", default=False)
 
 
 @dataclass(frozen=True)
@@ -367,7 +370,7 @@ def _chunks(work: _Work, heads: Sequence[Tensor]) -> Iterator[_Chunk]:
     steps, rows = work.supervised.nonzero(as_tuple=True)
     targets, target_of = work.targets[steps, rows].unique(return_inverse=True)
     verifier_size = work.teacher.parts.lm_head.weight.shape[0]
-    most = LOGITS_PER_CHUNK if work.targets.device.type == "cpu" else LOGITS_PER_CHUNK_OF_ACCELERATORS
+    most = LOGITS_PER_CHUNK if _is_for_cpu(work.targets) else LOGITS_PER_CHUNK_OF_ACCELERATORS
     size = max(LEAST_TARGETS, most // (verifier_size + len(work.supervised) * len(heads[0])))
     # Within a chunk, pairs stay in the order of their steps, so that each head reads one slice.
     order = (target_of // size).argsort(stable=True)
@@ -382,8 +385,12 @@ def _chunks(work: _Work, heads: Sequence[Tensor]) -> Iterator[_Chunk]:
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
     """Split rows of logits so that what is done with one block after the other stays in a processor's cache."""
-    size = max(1, LOGITS_PER_BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    size = max(1, LOGITS_PER_BLOCK // logits.shape[1]) if _is_for_cpu(logits) else len(logits)
     return (slice(begin, begin + size) for begin in range(0, len(logits), max(1, size)))
+
+
+def _is_for_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not for_accelerator.get()
 
 
 def _compute_type(hidden: Tensor) -> torch.dtype:

@@ -15,16 +15,9 @@ from specforge.estimation.step import HEAD, LAYERS, VERIFIER, Rehearsal, StepCos
 from specforge.estimation.text import given_text
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
-from specforge.training import distillation
 from specforge_mlp.module import MLPDraftSettings
 
 TOKENS = 2048
-
-
-@pytest.fixture(autouse=True)
-def _whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare a chunk's logits at once: the operations that are counted are the same, in a fraction of the calls."""
-    monkeypatch.setattr(distillation, "LOGITS_PER_BLOCK", distillation.LOGITS_PER_CHUNK * 2**10)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +44,7 @@ def cost_of(folder: Path, name: str, **settings: Any) -> StepCost:
     module = installed().load(installed().find(Algorithm, name), "module")(verifier=str(folder), **settings)
     trainer = Trainer(accelerator="cpu", devices=1, precision="bf16-mixed", max_steps=1, logger=False)
     text = given_text(10**6, 1.0, Namespace(max_length=TOKENS, batch_size=1))
-    return Rehearsal(module, trainer, torch.bfloat16).run(text.batches[0])
+    return Rehearsal(module, trainer, torch.bfloat16, on_accelerator=True).run(text.batches[0])
 
 
 # Draft and heads, forward and backward, GFLOP a token, the verifier's head for the targets included.
