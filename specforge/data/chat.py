@@ -1,104 +1,183 @@
-"""What a row says: the messages of a chat, checked, from each of the layouts in use."""
+"""What a row says: a conversation in one normal form, from each of the forms in which people publish them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
+from specforge.data.bad_rows import BadRow
 from specforge.data.sources import Record
-from specforge.errors import UsageError, nearest_name
+from specforge.data.tool_calls import parsed, read_tools
+from specforge.data.turns import Message, is_reply, read_turn
+from specforge.errors import nearest_name
 
-Message = dict[str, Any]
+__all__ = ["CHAT_KEYS", "Chat", "Message", "read_chat"]
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-ROW_KEYS = ("messages", "conversations", "prompt", "text", "input_ids")
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "system": "system",
-}
+CHAT_KEYS = ("messages", "conversations", "conversation")
+_REPLY_KEYS = ("response", "completion")
+_ROW_KEYS = (*CHAT_KEYS, "prompt", *_REPLY_KEYS, "instruction", "output", "text", "input_ids", "loss_mask")
+_FORMS = (
+    "'messages', 'conversations', 'prompt' and 'response' or 'completion', 'instruction' and 'output', 'text', or "
+    "'input_ids' and 'loss_mask'"
+)
+_UNUSABLE = "a row without a usable turn"
 
 
-def read_messages(record: Record, needs_reply: bool = True) -> list[Message] | None:
-    """Return the messages of a `messages` or `conversations` row, or None for a row of another layout.
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation in its normal form.
+
+    Attributes:
+        messages: As ``specforge.data.turns.read_turn`` returns them.
+        tools: Descriptions of tools for the template, function-wrapped; None if there are none.
+        supervised: For each message whether it is a reply to train on. Never true of the first one, which answers
+            nothing.
+        texts: Prompt and reply of a row that gave two bare texts; a tokenizer without a chat template takes them, one
+            after the other. None for other rows.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None
+    supervised: tuple[bool, ...]
+    texts: tuple[str, str] | None = None
+
+
+def read_chat(record: Record, needs_reply: bool = True) -> Chat | str:
+    """Return the conversation of a row, or the text of a ``text`` row.
 
     Args:
-        record: the row; ShareGPT turns (`from`, `value`) come back as `role` and `content`.
-        needs_reply: refuse a chat without any reply, which nothing can be learned from.
-
-    Returns:
-        Messages as the chat template reads them. Keys beyond `role` and `content`, such as `tool_calls`, are kept.
+        record: A row of any form but ``input_ids`` and ``loss_mask``.
+        needs_reply: Refuse a conversation without a reply to train on.
 
     Raises:
-        UsageError: a message is malformed, or no assistant message that answers something holds text.
+        BadRow: The row is malformed, or none of the forms.
     """
-    value, location = record.value, record.location
-    turns = value.get("messages")
-    if turns is None:
-        turns = value.get("conversations")
-    if turns is None:
-        return None
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UsageError(f"{location}: a chat is a list of objects such as {{'role': 'user', 'content': 'Hi'}}")
-    messages = [_read_message(turn, f"{location}: message {number}") for number, turn in enumerate(turns)]
-    replies = (one for one in messages[1:] if one["role"] == "assistant" and one.get("content", "").strip())
-    if needs_reply and not any(replies):
-        raise UsageError(
-            f"{location}: a row without a usable turn: it needs an assistant message with text as an answer"
+    try:
+        chat = _read(record)
+    except RecursionError:
+        raise BadRow(record.location, "nested too deeply", "the row's values are nested too deeply") from None
+    if isinstance(chat, Chat) and needs_reply and not any(chat.supervised):
+        raise _without_reply(chat, record.value, record.location)
+    return chat
+
+
+def _read(record: Record) -> Chat | str:
+    row, location = record.value, record.location
+    for key in CHAT_KEYS:
+        if row.get(key) is not None:
+            return _from_turns(_turn_list(row[key], key, location), row, location)
+    reply_key = next((key for key in _REPLY_KEYS if row.get(key) is not None), None)
+    if row.get("prompt") is not None and (reply_key or isinstance(row["prompt"], list)):
+        return _from_prompt(row, reply_key, location)
+    if row.get("instruction") is not None:
+        return _from_instruction(row, location)
+    if row.get("text") is not None:
+        return _read_text(row["text"], "text", location)
+    raise _unknown_form(row, location)
+
+
+def _turn_list(value: Any, key: str, location: str) -> list[Any]:
+    turns = parsed(value)
+    if not isinstance(turns, list):
+        raise BadRow(
+            location,
+            f"malformed {key}",
+            f"{key!r} must be a list of objects such as {{'role': 'user', 'content': 'Hi'}}, found "
+            f"{type(turns).__name__}",
         )
-    return messages
+    if not turns:
+        raise BadRow(location, "no messages", f"{key!r} holds no messages")
+    return turns
 
 
-def read_prompt(record: Record) -> tuple[str, str] | None:
-    """Return prompt and response of a `prompt` / `response` row, or None for a row of another layout."""
-    prompt, response = record.value.get("prompt"), record.value.get("response")
-    if prompt is None:
-        return None
-    if not isinstance(prompt, str) or not isinstance(response, str) or not response.strip():
-        raise UsageError(
-            f"{record.location}: a row without a usable turn: 'prompt' and 'response' must be strings, the response "
-            "not empty"
+def _from_turns(turns: list[Any], row: dict[str, Any], location: str, context: int = 0) -> Chat:
+    """Return the chat of some turns, the first of which are context that is not trained on."""
+    read = [read_turn(turn, location, number) for number, turn in enumerate(turns)]
+    messages = [message for message, _ in read]
+    supervised = [wanted and number >= max(context, 1) for number, (_, wanted) in enumerate(read)]
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and messages[0]["role"] not in ("system", "developer"):
+        messages, supervised = [{"role": "system", "content": system}, *messages], [False, *supervised]
+    tools = row.get("tools") if row.get("tools") is not None else row.get("functions")
+    return Chat(messages, read_tools(tools, location), tuple(supervised))
+
+
+def _from_prompt(row: dict[str, Any], reply_key: str | None, location: str) -> Chat:
+    prompt, reply = row["prompt"], row[reply_key] if reply_key else []
+    asked = prompt if isinstance(prompt, list) else [_user(_read_text(prompt, "prompt", location))]
+    answered = reply if isinstance(reply, list) else [_assistant(_read_text(reply, str(reply_key), location))]
+    if not asked or (reply_key and not answered):
+        raise BadRow(location, "no messages", f"'prompt' or {reply_key!r} holds no messages")
+    chat = _from_turns([*asked, *answered], row, location, context=len(asked))
+    is_bare = isinstance(prompt, str) and isinstance(reply, str) and len(chat.messages) == 2
+    return replace(chat, texts=(prompt, reply)) if is_bare else chat
+
+
+def _from_instruction(row: dict[str, Any], location: str) -> Chat:
+    """Read a row as Alpaca has them; ``history`` holds earlier pairs of instruction and output."""
+    instruction = _read_text(row["instruction"], "instruction", location)
+    key = next((key for key in ("output", *_REPLY_KEYS) if row.get(key) is not None), "output")
+    output = _read_text(row.get(key), key, location)
+    history, turns = row.get("history") or [], []
+    if not isinstance(history, list):
+        raise BadRow(location, "malformed history", "'history' must be a list of pairs of instruction and output")
+    for pair in history:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRow(location, "malformed history", f"'history' must hold pairs of texts, found {pair!r:.80}")
+        turns += [_user(pair[0]), _assistant(pair[1])]
+    given = next((row[key] for key in ("input", "context") if row.get(key)), "")
+    if not isinstance(given, str):
+        raise BadRow(location, "malformed input", f"'input' must be a string, found {type(given).__name__}")
+    prompt = f"{instruction}\n{given}" if given.strip() else instruction
+    chat = _from_turns([*turns, _user(prompt), _assistant(output)], row, location)
+    return replace(chat, texts=(prompt, output)) if len(chat.messages) == 2 else chat
+
+
+def _user(content: Any) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: Any) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def _read_text(value: Any, key: str, location: str) -> str:
+    if not isinstance(value, str):
+        found = "nothing" if value is None else type(value).__name__
+        raise BadRow(location, f"malformed {key}", f"{key!r} must be a string, found {found}")
+    if not value.strip():
+        raise BadRow(location, f"empty {key}", f"{key!r} is empty")
+    return value
+
+
+def _without_reply(chat: Chat, row: dict[str, Any], location: str) -> BadRow:
+    if row.get("chosen") is not None:
+        return _preference_pair(location)
+    if any(is_reply(message) for message in chat.messages[1:]):
+        return BadRow(location, "no reply to train on", "each reply in it says that it shall not be trained on")
+    return BadRow(
+        location,
+        "no reply",
+        f"{_UNUSABLE}: it needs an assistant message with text or tool calls as an answer",
+    )
+
+
+def _unknown_form(row: dict[str, Any], location: str) -> BadRow:
+    if row.get("chosen") is not None:
+        return _preference_pair(location)
+    if row.get("prompt") is not None:
+        return BadRow(
+            location, "no reply", "a row without a usable turn: a 'prompt' needs a 'response' or 'completion'"
         )
-    return prompt, response
+    keys = sorted(map(str, row))
+    hint = next((hint for key in keys if (hint := nearest_name(key, _ROW_KEYS))), "")
+    return BadRow(location, "unknown form", f"{_UNUSABLE}: it has {keys!r:.200}, and needs {_FORMS}.{hint}")
 
 
-def read_text(record: Record) -> str:
-    """Return the text of a `text` row, the last layout that is tried."""
-    text = record.value.get("text")
-    if text is None:
-        keys = sorted(record.value)
-        hint = next((hint for key in keys if (hint := nearest_name(key, ROW_KEYS))), "")
-        raise UsageError(
-            f"{record.location}: a row without a usable turn: it has {keys}, and needs 'messages', 'conversations', "
-            f"'prompt' and 'response', 'text', or 'input_ids' and 'loss_mask'.{hint}"
-        )
-    if not isinstance(text, str) or not text.strip():
-        raise UsageError(f"{record.location}: a row without a usable turn: 'text' must be a string that is not empty")
-    return text
-
-
-def _read_message(turn: Message, location: str) -> Message:
-    # datasets fills absent keys with None; templates handle a missing key, but print "None" for a present one.
-    message = {key: value for key, value in turn.items() if value is not None}
-    if "role" not in message and "from" in message:
-        message = _from_sharegpt(message, location)
-    role = message.get("role")
-    if role not in ROLES:
-        raise UsageError(f"{location}: role {role!r} is not one of {list(ROLES)}.{nearest_name(str(role), ROLES)}")
-    calls_tools = role == "assistant" and "tool_calls" in message and "content" not in message
-    if not calls_tools and not isinstance(message.get("content"), str):
-        raise UsageError(f"{location}: the content must be a string, found {type(message.get('content')).__name__}")
-    return message
-
-
-def _from_sharegpt(turn: Message, location: str) -> Message:
-    speaker = turn["from"]
-    if speaker not in _SHAREGPT_ROLES:
-        allowed = list(_SHAREGPT_ROLES)
-        raise UsageError(
-            f"{location}: speaker {speaker!r} is not one of {allowed}.{nearest_name(str(speaker), allowed)}"
-        )
-    return {"role": _SHAREGPT_ROLES[speaker], "content": turn.get("value")}
+def _preference_pair(location: str) -> BadRow:
+    return BadRow(
+        location,
+        "preference pair",
+        "'chosen' and 'rejected' replies are not trained on as they are; to train on the chosen ones, rename 'chosen' "
+        "to 'completion' beside a 'prompt', or to 'messages' if it holds the whole chat",
+    )

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from specforge.data.chat import read_messages, read_prompt, read_text
+from specforge.data.chat import read_chat
 from specforge.data.origin import Origin, read_origin
 from specforge.data.sources import Record
 from specforge.data.template import ChatRenderer, Span, SupervisedText
@@ -133,17 +133,13 @@ def tokens_inside(offsets: npt.NDArray[np.int64], spans: Sequence[Span]) -> npt.
 
 
 def _supervised_text(record: Record, renderer: ChatRenderer) -> SupervisedText:
-    messages = read_messages(record)
-    prompt = None if messages else read_prompt(record)
-    if prompt and renderer.has_template:
-        messages = [{"role": "user", "content": prompt[0]}, {"role": "assistant", "content": prompt[1]}]
-    if messages:
-        return renderer.render(messages, record.value.get("tools"), record.location)
-    if prompt:
-        text = prompt[0] + prompt[1]
-        return SupervisedText(text, [(len(prompt[0]), len(text))], add_special_tokens=True)
-    text = read_text(record)
-    return SupervisedText(text, [(0, len(text))], add_special_tokens=True)
+    chat = read_chat(record)
+    if isinstance(chat, str):
+        return SupervisedText(chat, [(0, len(chat))], add_special_tokens=True)
+    if chat.texts and not renderer.has_template:
+        prompt, reply = chat.texts
+        return SupervisedText(prompt + reply, [(len(prompt), len(prompt + reply))], add_special_tokens=True)
+    return renderer.render(chat.messages, chat.tools, record.location)
 
 
 def _masked_tokens(encoding: Any, spans: Sequence[Span]) -> _Tokens:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from specforge.data.bad_rows import BadRow
 from specforge.data.sources import Record
-from specforge.errors import UsageError, describe_invalid
+from specforge.errors import describe_invalid
 from specforge.sampling import Sampling
 
 
@@ -42,7 +43,7 @@ def read_origin(record: Record) -> Origin | None:
     """Return what a row says of its responses; None where it says nothing.
 
     Raises:
-        UsageError: ``origin`` is there, but wrong.
+        BadRow: ``origin`` is there, but wrong.
     """
     value = record.value.get("origin")
     if value is None:
@@ -50,7 +51,7 @@ def read_origin(record: Record) -> Origin | None:
     try:
         return Origin.model_validate(value)
     except ValidationError as error:
-        raise UsageError(f"{record.location}: origin: {describe_invalid(error)}") from None
+        raise BadRow(record.location, "malformed origin", f"origin: {describe_invalid(error)}") from None
 
 
 def why_proxy(origins: Sequence[Origin | None], fingerprint: str) -> str | None:

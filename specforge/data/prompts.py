@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specforge.data.chat import Message, read_messages
+from specforge.data.bad_rows import BadRow
+from specforge.data.chat import CHAT_KEYS, Chat, Message, read_chat
 from specforge.data.sources import Record, check_source, read_records
 from specforge.errors import UsageError
 
@@ -90,7 +91,7 @@ def read_conversation(record: Record) -> Conversation:
     """Return the prompts of one row, see ``read_prompts``.
 
     Raises:
-        UsageError: The row is wrong.
+        BadRow: The row is wrong.
     """
     return Conversation(tuple(_turns(record)), record.location)
 
@@ -105,30 +106,33 @@ def _turns(record: Record) -> list[list[Message] | list[int]]:
     if "turns" in value:
         turns = value["turns"]
         if not isinstance(turns, list) or not turns or not all(isinstance(one, str) and one.strip() for one in turns):
-            raise UsageError(f"{record.location}: 'turns' must be a list of texts that are not empty")
+            raise BadRow(record.location, "malformed turns", "'turns' must be a list of texts that are not empty")
         return [[{"role": "user", "content": one}] for one in turns]
     if value.get("input_ids") is not None and value.get("loss_mask") is not None:
         mask = list(value["loss_mask"])
         begin = mask.index(1) if 1 in mask else len(mask)
         if begin == 0 or not all(isinstance(token, int) for token in value["input_ids"]):
-            raise UsageError(f"{record.location}: 'input_ids' holds no prompt before the first supervised token")
+            raise BadRow(record.location, "no prompt", "'input_ids' holds no prompt before the first supervised token")
         return [list(value["input_ids"][:begin])]
     if isinstance(value.get("prompt"), str) and value["prompt"].strip():
         return [[{"role": "user", "content": value["prompt"]}]]
-    if "messages" in value or "conversations" in value:
+    if isinstance(value.get("prompt"), list) or any(value.get(key) is not None for key in (*CHAT_KEYS, "instruction")):
         return _asked(record)
-    raise UsageError(
-        f"{record.location}: a row without a prompt: it has {sorted(value)}, and needs 'turns', 'messages', "
-        "'conversations', 'prompt', or 'input_ids' and 'loss_mask'"
+    raise BadRow(
+        record.location,
+        "unknown form",
+        f"a row without a prompt: it has {sorted(value)!r:.200}, and needs 'turns', 'messages', 'conversations', "
+        "'prompt', 'instruction', or 'input_ids' and 'loss_mask'",
     )
 
 
 def _asked(record: Record) -> list[list[Message] | list[int]]:
     """Split a chat at its replies, which are left out; what follows the last one counts only if somebody asks."""
-    messages = read_messages(record, needs_reply=False) or []
+    chat = read_chat(record, needs_reply=False)
+    assert isinstance(chat, Chat)  # the row is none of text
     turns: list[list[Message] | list[int]] = []
     said: list[Message] = []
-    for message in messages:
+    for message in chat.messages:
         if message["role"] != "assistant":
             said.append(message)
         elif any(one["role"] in ("user", "tool") for one in said):
@@ -137,5 +141,5 @@ def _asked(record: Record) -> list[list[Message] | list[int]]:
     if any(one["role"] in ("user", "tool") for one in said):
         turns.append(said)
     if not turns:
-        raise UsageError(f"{record.location}: a chat in which nobody asks anything")
+        raise BadRow(record.location, "no prompt", "a chat in which nobody asks anything")
     return turns

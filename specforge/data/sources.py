@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specforge.data.bad_rows import BadRow
 from specforge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class RawRecord:
         """Return the row.
 
         Raises:
-            UsageError: the line is no JSON object; the message names file and line.
+            BadRow: the line is no JSON object; the message names file and line.
         """
         content = self.content
         return Record(_parse_line(content, self.location) if isinstance(content, bytes) else content, self.location)
@@ -146,15 +147,21 @@ def _parse_line(line: bytes, location: str) -> dict[str, Any]:
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UsageError(f"{location}: not UTF-8 text ({error.reason} at byte {error.start} of the line)") from error
+        raise BadRow(
+            location, "not UTF-8", f"not UTF-8 text ({error.reason} at byte {error.start} of the line)"
+        ) from error
     except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{location}: invalid JSON: {error.msg} (column {error.colno}); each line must be one whole JSON object"
+        raise BadRow(
+            location,
+            "invalid JSON",
+            f"invalid JSON: {error.msg} (column {error.colno}); each line must be one whole JSON object",
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise UsageError(f"{location}: invalid JSON: {error}") from error
+        raise BadRow(location, "invalid JSON", f"invalid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise UsageError(f"{location}: expected a JSON object, one a line, found a JSON {type(value).__name__}")
+        raise BadRow(
+            location, "no JSON object", f"expected a JSON object, one a line, found a JSON {type(value).__name__}"
+        )
     return value
 
 
