@@ -109,8 +109,9 @@ def _from_prompt(row: dict[str, Any], reply_key: str | None, location: str) -> C
     if not asked or (reply_key and not answered):
         raise BadRow(location, "no messages", f"'prompt' or {reply_key!r} holds no messages")
     chat = _from_turns([*asked, *answered], row, location, context=len(asked))
-    is_bare = isinstance(prompt, str) and isinstance(reply, str) and len(chat.messages) == 2
-    return replace(chat, texts=(prompt, reply)) if is_bare else chat
+    if isinstance(prompt, str) and isinstance(reply, str) and len(chat.messages) == 2:
+        return replace(chat, texts=(prompt, reply))
+    return chat
 
 
 def _from_instruction(row: dict[str, Any], location: str) -> Chat:

@@ -73,7 +73,7 @@ def read_turn(turn: Any, location: str, number: int) -> tuple[Message, bool]:
     reasoning = _read_reasoning(message, location, where)
     if content is None and (calls or role == "tool" or reasoning):
         content = ""
-    normal = {"role": role, "content": _read_content(content, location, where)}
+    normal: Message = {"role": role, "content": _read_content(content, location, where)}
     if reasoning:
         normal["reasoning_content"] = reasoning
     if calls:
