@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from specforge import SpeculatorModel
 from specforge.config import SpeculatorModelConfig
 from specforge.data.prompts import prompt_set_name, read_prompts
+from specforge.data.verifier_text import VerifierText
 from specforge.decoding.loop import Decoder
 from specforge.decoding.recorded import chain_acceptance
 from specforge.decoding.replay import replay
@@ -118,7 +118,7 @@ def main() -> None:
     name = arguments.verifier
     if name is None:
         name = SpeculatorModelConfig.from_pretrained(arguments.draft).speculators_config.verifier.name_or_path
-    verifier, tokenizer = load_verifier(name), AutoTokenizer.from_pretrained(name)
+    verifier, template = load_verifier(name), VerifierText(name).template
     draft = SpeculatorModel.from_pretrained(arguments.draft, verifier=verifier, dtype=verifier.dtype)
     sampling = Sampling(temperature=arguments.temperature)
     methods = {"greedy": GreedyTokenProposalConfig(speculative_tokens=arguments.chain)}
@@ -127,7 +127,8 @@ def main() -> None:
     print(f"| prompts | chain | {' | '.join(FIGURES)} | real - replay, standard errors |")
     print(f"|---|---|{'---|' * len(FIGURES)}---|")
     for source in arguments.prompts:
-        prompts = [torch.tensor(one.prompt(0, [], tokenizer)) for one in read_prompts(source, limit=arguments.limit)]
+        conversations = read_prompts(source, limit=arguments.limit)
+        prompts = [torch.tensor(one.prompt(0, [], template)) for one in conversations]
         counted: dict[str, list[Counted]] = {kind: [] for kind in methods}
         alone = Decoder(verifier, sampling=sampling)
         decoders = {kind: Decoder(verifier, draft, method, sampling) for kind, method in methods.items()}

@@ -41,10 +41,10 @@ def probe_prompts(text: VerifierText, conversations: list[Conversation] | None =
             without a tokenizer, or one without a chat template, some tokens that mean nothing.
     """
     if conversations is not None:
-        return [one.prompt(0, [], text.tokenizer) for one in conversations]
+        return [one.prompt(0, [], text.template) for one in conversations]
     asked = [Conversation(([{"role": "user", "content": one}],), "probe") for one in QUESTIONS]
     try:
-        return [one.prompt(0, [], text.tokenizer) for one in asked]
+        return [one.prompt(0, [], text.template) for one in asked]
     except UsageError:
         size = text.vocabulary_size
         return [[(3 + (7 + one) * place) % size for place in range(8)] for one in range(len(QUESTIONS))]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
-from typing import get_args
+from typing import Any, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from pydantic import BaseModel, ValidationError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from specforge.commands.wrapping import HelpFormatter, hanging
 from specforge.config import SpeculatorModelConfig
+from specforge.data.template import ChatTemplate
 from specforge.data.verifier_text import VerifierText
 from specforge.decoding.verification import Verification
 from specforge.errors import UsageError, describe_invalid
@@ -66,6 +68,40 @@ def add_verifier_flags(parser: ArgumentParser, verifier: str) -> None:
         "--verifier_revision", type=str | None, default=None, metavar="NAME", help="Its branch, tag or commit."
     )
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with it.")
+    add_template_flags(parser)
+
+
+def add_template_flags(parser: ArgumentParser) -> None:
+    """Add the flags of what the verifier's chat template is given besides the chat."""
+    parser.add_argument(
+        "--template_arguments",
+        type=dict[str, Any] | None,
+        default=None,
+        metavar="OBJECT",
+        help="Of the chat template, as --template_arguments.enable_thinking false.",
+    )
+    parser.add_argument(
+        "--template_date",
+        type=str | None,
+        default=None,
+        metavar="DAY",
+        help="What a chat template prints as today, as 2026-11-29.",
+    )
+
+
+def verifier_text(found: Namespace, name: str) -> VerifierText:
+    """Return the text side of a verifier, with the chat template as the flags want it."""
+    return VerifierText(
+        name, found.verifier_revision, found.trust_remote_code, found.template_arguments, found.template_date
+    )
+
+
+def template_words(found: Namespace, prefix: str = "") -> list[str]:
+    """Return the flags that render chats in the same way in another command."""
+    words = []
+    for key, value in (found.template_arguments or {}).items():
+        words += [f"--{prefix}template_arguments.{key}", json.dumps(value)]
+    return [*words, f"--{prefix}template_date", found.template_date] if found.template_date else words
 
 
 def answering_parser(command: str, usage: str, description: str, max_new_tokens: int, verifier: str) -> ArgumentParser:
@@ -154,14 +190,14 @@ def find_verifier(found: Namespace, drafts: list[SpeculatorModelConfig]) -> str:
     return str(named.pop())
 
 
-def load(found: Namespace, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a verifier onto the accelerator, if there is one, and its tokenizer.
+def load(found: Namespace, name: str) -> tuple[PreTrainedModel, ChatTemplate]:
+    """Load a verifier onto the accelerator, if there is one, and its chat template with the tokenizer.
 
     Raises:
         UsageError: One of them cannot be loaded.
     """
     verifier = running_verifier(name, loading_of(found))
-    return verifier, VerifierText(name, found.verifier_revision, found.trust_remote_code).tokenizer
+    return verifier, verifier_text(found, name).template
 
 
 def load_draft(name: str, verifier: PreTrainedModel) -> SpeculatorModel:

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from specforge.checkpoints.run_record import find_draft
 from specforge.commands.arguments import PROPOSAL, decoding_parser, find_verifier, load, load_draft, parse, sampling_of
@@ -22,6 +22,7 @@ from specforge.data.prompts import Conversation, prompt_set_name, read_prompts
 from specforge.data.rows import build_rows
 from specforge.data.sources import check_source, source_fingerprint
 from specforge.data.summary import RowSettings
+from specforge.data.template import ChatTemplate
 from specforge.decoding.verification import Verification
 from specforge.errors import UsageError
 from specforge.evaluation.measuring import Contender, Measuring, Settings
@@ -67,8 +68,8 @@ def run(arguments: list[str]) -> int:
     for text in found.baselines:
         _check_baseline(text)
     verifier_name = find_verifier(found, configs)
-    verifier, tokenizer = load(found, verifier_name)
-    contenders = _contenders(found, configs, verifier, tokenizer)
+    verifier, template = load(found, verifier_name)
+    contenders = _contenders(found, configs, verifier, template)
     settings = Settings(sampling, verification, found.max_new_tokens, found.batch_size, found.seed)
     results = Results(
         verifier=verifier_name,
@@ -78,11 +79,12 @@ def run(arguments: list[str]) -> int:
         max_new_tokens=found.max_new_tokens,
         batch_size=found.batch_size,
         seed=found.seed,
+        template_arguments=found.template_arguments or {},
         machine=_machine(verifier),
         versions={name: version(name) for name in ("specforge-lightning", "torch", "transformers")},
         prompt_sets=names,
     )
-    _measure(Measuring(verifier, tokenizer, contenders, settings), prompt_sets)
+    _measure(Measuring(verifier, template, contenders, settings), prompt_sets)
     results.contenders = [one.result(verification) for one in contenders]
     print_table(results, Console())
     write_report(results, Path(found.output))
@@ -136,14 +138,14 @@ def _contenders(
     found: Namespace,
     configs: list[SpeculatorModelConfig],
     verifier: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
 ) -> list[Contender]:
     contenders = []
     for path, config in zip(found.drafts, configs, strict=True):
         proposals = [choose_proposal(text, config) for text in found.proposal or [None]]
         draft = load_draft(path, verifier)
         contenders += [Contender(f"{_short(path)} {describe(one)}", one, draft, path) for one in proposals]
-    table = _bigram_table(found, verifier, tokenizer) if found.bigram_rows else None
+    table = _bigram_table(found, verifier, template) if found.bigram_rows else None
     for text in found.baselines:
         proposal = choose_proposal(text, None, **({} if table is None else {"table": str(table)}))
         contenders.append(Contender(describe(proposal), proposal))
@@ -153,10 +155,10 @@ def _contenders(
     return contenders
 
 
-def _bigram_table(found: Namespace, verifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+def _bigram_table(found: Namespace, verifier: PreTrainedModel, template: ChatTemplate) -> Path:
     cache = default_cache()
     vocabulary = verifier.config.get_text_config().vocab_size
-    rows = build_rows(found.bigram_rows, lambda: tokenizer, vocabulary, RowSettings(2048, "truncate"), cache / "rows")
+    rows = build_rows(found.bigram_rows, lambda: template, vocabulary, RowSettings(2048, "truncate"), cache / "rows")
     return bigram_table(rows, f"{source_fingerprint(found.bigram_rows)} {vocabulary}", cache / "bigrams")
 
 

@@ -10,7 +10,6 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from specforge.checkpoints.run_record import find_draft
 from specforge.commands.arguments import PROPOSAL, decoding_parser, find_verifier, load, load_draft, parse, sampling_of
@@ -18,6 +17,7 @@ from specforge.config import SpeculatorModelConfig
 from specforge.data.chat import Message
 from specforge.data.prompts import Conversation, read_prompts
 from specforge.data.showing import set_off
+from specforge.data.template import ChatTemplate
 from specforge.decoding.loop import Decoder, Emission
 from specforge.decoding.verification import Verification, is_lossy
 from specforge.errors import UsageError
@@ -48,8 +48,8 @@ def run(arguments: list[str]) -> int:
     if found.draft is not None:
         found.draft, _ = find_draft(found.draft)
     conversations = read_prompts(found.file, "--file") if found.file is not None else None
-    decoder, tokenizer = _prepare(found)
-    _Talk(found, decoder, tokenizer).hold(conversations)
+    decoder, template = _prepare(found)
+    _Talk(found, decoder, template).hold(conversations)
     return 0
 
 
@@ -68,15 +68,15 @@ def command_line() -> ArgumentParser:
     return parser
 
 
-def _prepare(found: Namespace) -> tuple[Decoder, PreTrainedTokenizerBase]:
+def _prepare(found: Namespace) -> tuple[Decoder, ChatTemplate]:
     config = None if found.draft is None else SpeculatorModelConfig.from_pretrained(found.draft)
     proposal = choose_proposal(found.proposal, config)
     sampling, verification = sampling_of(found), Verification(method=found.verification)
-    verifier, tokenizer = load(found, find_verifier(found, [] if config is None else [config]))
+    verifier, template = load(found, find_verifier(found, [] if config is None else [config]))
     draft = None if found.draft is None else load_draft(found.draft, verifier)
     if is_lossy(verification, proposal):
         print("LOSSY: with these settings the text may differ from the verifier's own.", file=sys.stderr)
-    return Decoder(verifier, draft, proposal, sampling, verification), tokenizer
+    return Decoder(verifier, draft, proposal, sampling, verification), template
 
 
 class _Talk:
@@ -85,13 +85,13 @@ class _Talk:
     Args:
         found: The command's settings.
         decoder: Answers.
-        tokenizer: The verifier's.
+        template: The verifier's chat template, with the tokenizer.
     """
 
-    def __init__(self, found: Namespace, decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, found: Namespace, decoder: Decoder, template: ChatTemplate) -> None:
         self.settings = found
         self.decoder = decoder
-        self.tokenizer = tokenizer
+        self.template = template
         self.console = Console(highlight=False, soft_wrap=True)
         self.notes = Console(stderr=True, highlight=False)
 
@@ -122,7 +122,7 @@ class _Talk:
 
     def _answer(self, conversation: Conversation, replies: list[str]) -> None:
         """Stream the reply to the next turn, and add it to the replies."""
-        prompt = torch.tensor(conversation.prompt(len(replies), replies, self.tokenizer))
+        prompt = torch.tensor(conversation.prompt(len(replies), replies, self.template))
         emissions = []
         text = ""
         tokens: list[int] = []
@@ -138,7 +138,7 @@ class _Talk:
         drafted = emission.path if self.settings.show_drafts else 0
         for part, is_drafted in ((emission.tokens[:drafted], True), (emission.tokens[drafted:], False)):
             tokens.extend(part)
-            text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+            text = str(self.template.tokenizer.decode(tokens, skip_special_tokens=True))
             # Bytes of a character that is not whole yet decode to a mark that later tokens replace.
             if text == shown or text.endswith("\ufffd"):
                 continue

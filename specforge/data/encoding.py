@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from specforge.data.chat import read_chat
-from specforge.data.origin import Origin, read_origin
+from specforge.data.bad_rows import BadRow
+from specforge.data.chat import Chat, read_chat
+from specforge.data.origin import Origin, read_origin, template_arguments_of
+from specforge.data.replies import ReplyFinder, SupervisedText
 from specforge.data.sources import Record
-from specforge.data.template import ChatRenderer, Span, SupervisedText
+from specforge.data.template import ChatTemplate, Span, TooSlow, arguments_advice
 from specforge.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
+_MOST_SLOW = 3  # rows that may take too long to render; then it is the template that does
+_CHARACTERS = 6  # rendered for each token that is kept, before it is known how many tokens they are
 _Tokens = tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]
 
 
@@ -32,11 +37,13 @@ class TokenRow:
         input_ids: int32 [T].
         loss_mask: bool [T], True where the verifier would have to produce the token.
         origin: Who wrote the responses; None where the row does not say.
+        rules: For each reply how its span was found; empty for a row that held tokens.
     """
 
     input_ids: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
     origin: Origin | None = None
+    rules: tuple[str, ...] = ()
 
 
 def holds_tokens(record: Record) -> bool:
@@ -48,16 +55,20 @@ class RowEncoder:
     """Turns records into token rows.
 
     Args:
-        tokenizer: the verifier's tokenizer; None for a source whose rows hold tokens already.
+        template: the verifier's, with its tokenizer; None for a source whose rows hold tokens already.
         vocabulary_size: number of ids of the verifier; a row with another id is refused.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int) -> None:
+    def __init__(self, template: ChatTemplate | None, vocabulary_size: int) -> None:
+        self.template = template
         self.vocabulary_size = vocabulary_size
-        self._renderer = None if tokenizer is None else ChatRenderer(tokenizer)
-        self._tokenizer_state = None if tokenizer is None else _tokenizer_state(tokenizer)
+        self._finder = None if template is None else ReplyFinder(template)
+        self._tokenizer_state = None if template is None else _tokenizer_state(template.tokenizer)
         self._tokenizer = None if self._tokenizer_state is None else Tokenizer.from_str(self._tokenizer_state)
-        self._templates = None if tokenizer is None else [tokenizer.chat_template, tokenizer.special_tokens_map]
+        ends = [] if template is None else template.tokenizer.convert_tokens_to_ids(list(template.end_tokens))
+        self.end_ids = np.array(ends, dtype=np.int32)
+        """Ids of the verifier's end tokens, int32 [E]."""
+        self._slow = 0
 
     @property
     def has_tokenizer(self) -> bool:
@@ -67,33 +78,111 @@ class RowEncoder:
     @property
     def identity(self) -> str:
         """All that the rows depend on besides the source: the tokenizer, its template and the vocabulary's size."""
-        return json.dumps([self._tokenizer_state, self._templates, self.vocabulary_size], sort_keys=True, default=str)
+        template = None if self.template is None else self.template.identity
+        return json.dumps([self._tokenizer_state, template, self.vocabulary_size], sort_keys=True, default=str)
 
-    def encode(self, records: Sequence[Record]) -> list[TokenRow]:
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """What tells the tokenizer and its chat template from others, whatever arguments it gets; None without one."""
+        if self.template is None:
+            return None
+        names = [self.template.tokenizer.chat_template, self.template.tokenizer.special_tokens_map]
+        stored = json.dumps([self._tokenizer_state, names, self.vocabulary_size], sort_keys=True, default=str)
+        return hashlib.sha256(stored.encode()).hexdigest()
+
+    def on(self, date: str) -> RowEncoder:
+        """Return the same encoder on another day, for templates that print it."""
+        return self if self.template is None else RowEncoder(self.template.on(date), self.vocabulary_size)
+
+    def encode(self, records: Sequence[Record], max_length: int | None = None) -> list[list[TokenRow] | BadRow]:
         """Tokenise records, the texts among them in one call.
 
-        Raises:
-            UsageError: a record is refused; the message names its location.
-        """
-        texts = {number: self._read(record) for number, record in enumerate(records) if not holds_tokens(record)}
-        encoded = dict(zip(texts, self._tokenise(list(texts.values())), strict=True))
-        pairs = [encoded[n] if n in encoded else _stored_tokens(record) for n, record in enumerate(records)]
-        return [self._row(*pair, record) for pair, record in zip(pairs, records, strict=True)]
+        Args:
+            records: the records.
+            max_length: tokens of a row that are kept; longer chats need not be rendered to their end.
 
-    def _read(self, record: Record) -> SupervisedText:
-        if self._renderer is None:
+        Returns:
+            For each record its rows, or why it is bad. A chat is one row, or one a turn where the chat template renders
+            earlier turns in another way than it did when they were the last.
+
+        Raises:
+            UsageError: the rows were written with other template arguments, or the template takes too long.
+        """
+        made: list[list[TokenRow] | BadRow] = []
+        texts: list[SupervisedText] = []
+        pending: list[tuple[int, Record, int, bool]] = []
+        for record in records:
+            try:
+                if holds_tokens(record):
+                    made.append([self._row(*_stored_tokens(record), record)])
+                    continue
+                read, is_whole = self._read(record, max_length and max_length * _CHARACTERS)
+                pending.append((len(made), record, len(read), is_whole))
+                texts += read
+                made.append([])
+            except BadRow as error:
+                self._count_slow(error)
+                made.append(error)
+        tokens = iter(self._tokenise(texts))
+        chosen = iter(texts)
+        for number, record, count, is_whole in pending:
+            rows = [(next(chosen), next(tokens)) for _ in range(count)]
+            try:
+                if not is_whole and len(rows[-1][1][0]) <= (max_length or 0):
+                    rows = self._whole(record)
+                made[number] = [self._row(*pair, record, text.rules) for text, pair in rows]
+            except BadRow as error:
+                made[number] = error
+        return made
+
+    def _whole(self, record: Record) -> list[tuple[SupervisedText, _Tokens]]:
+        """Render a record to its end, after all."""
+        texts, _ = self._read(record, None)
+        return list(zip(texts, self._tokenise(texts), strict=True))
+
+    def _read(self, record: Record, characters: int | None) -> tuple[list[SupervisedText], bool]:
+        """Return the texts of a record, and whether they are all of it."""
+        if self._finder is None:
             raise UsageError(
                 f"{record.location}: a row of text in a source whose first row holds 'input_ids' and 'loss_mask'; "
                 "keep the two kinds in separate sources"
             )
-        text = _supervised_text(record, self._renderer)
-        try:
-            text.text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(f"{record.location}: the text holds half a character: {error.reason}") from error
-        return text
+        chat = read_chat(record)
+        if isinstance(chat, Chat) and (self._finder.template.exists or chat.texts is None):
+            self._require_same_arguments(record, self._finder.template)
+            replies = self._finder.find(chat, record.location, characters)
+            texts, is_whole = replies.texts, replies.is_whole
+        else:
+            prompt, text = ("", chat) if isinstance(chat, str) else chat.texts or ("", "")
+            span = (len(prompt), len(prompt) + len(text))
+            texts, is_whole = [SupervisedText(prompt + text, (span,), ("text",), add_special_tokens=True)], True
+        for one in texts:
+            try:
+                one.text.encode()
+            except UnicodeEncodeError as error:
+                raise BadRow(
+                    record.location, "half a character", f"the text holds half a character: {error.reason}"
+                ) from error
+        return texts, is_whole
 
-    def _tokenise(self, texts: list[SupervisedText]) -> list[_Tokens]:
+    def _require_same_arguments(self, record: Record, template: ChatTemplate) -> None:
+        written = template_arguments_of(record)
+        if written is not None and written != template.arguments:
+            raise UsageError(
+                f"{record.location}: origin: the response was written with the template arguments {written}, and rows "
+                f"are rendered with {template.arguments}; {arguments_advice(written)}"
+            )
+
+    def _count_slow(self, error: BadRow) -> None:
+        if isinstance(error.__cause__, TooSlow):
+            self._slow += 1
+            if self._slow == _MOST_SLOW:
+                raise UsageError(
+                    f"{error}; it is the third such row: the verifier's chat template seems not to end. Mend it, "
+                    "or give rows with 'input_ids' and 'loss_mask'"
+                )
+
+    def _tokenise(self, texts: Sequence[SupervisedText]) -> list[_Tokens]:
         rows: dict[int, _Tokens] = {}
         for add_special_tokens in (False, True):
             chosen = [n for n, text in enumerate(texts) if text.add_special_tokens == add_special_tokens]
@@ -101,17 +190,43 @@ class RowEncoder:
                 encodings = self._tokenizer.encode_batch(
                     [texts[n].text for n in chosen], add_special_tokens=add_special_tokens
                 )
-                rows.update((n, _masked_tokens(e, texts[n].spans)) for n, e in zip(chosen, encodings, strict=True))
+                rows.update((n, self._masked(e, texts[n])) for n, e in zip(chosen, encodings, strict=True))
         return [rows[number] for number in range(len(texts))]
 
-    def _row(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_], record: Record) -> TokenRow:
+    def _masked(self, encoding: Any, text: SupervisedText) -> _Tokens:
+        """Return a text's tokens and which are supervised.
+
+        Serving tokenises only the prompt, and the verifier adds the tokens of its reply: no token covers the end of the
+        one and the start of the other. Where one does, the text is tokenised in pieces that it does not reach over.
+        """
+        ids, offsets = _arrays(encoding)
+        cuts = _straddled(offsets, text.spans)
+        if cuts and self._tokenizer is not None:
+            bounds = [0, *cuts, len(text.text)]
+            pieces = [self._tokenizer.encode(text.text[a:b], add_special_tokens=False) for a, b in pairwise(bounds)]
+            parts = [
+                (ids, offsets + begin) for (ids, offsets), begin in zip(map(_arrays, pieces), bounds, strict=False)
+            ]
+            joined = np.concatenate([part for part, _ in parts])
+            # Tokenizers that begin each text with a blank of their own would add some here.
+            if self._tokenizer.decode(joined, skip_special_tokens=False) == self._tokenizer.decode(
+                ids, skip_special_tokens=False
+            ):
+                ids, offsets = joined, np.concatenate([part for _, part in parts])
+        return ids, tokens_inside(offsets, text.spans)
+
+    def _row(
+        self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_], record: Record, rules: tuple[str, ...] = ()
+    ) -> TokenRow:
         outside = np.flatnonzero((ids < 0) | (ids >= self.vocabulary_size))
         if outside.size:
-            raise UsageError(
-                f"{record.location}: id {ids[outside[0]]} at position {outside[0]} is outside the verifier's "
-                f"vocabulary of {self.vocabulary_size} ids; was the row written with another tokenizer?"
+            raise BadRow(
+                record.location,
+                "id outside the vocabulary",
+                f"id {ids[outside[0]]} at position {outside[0]} is outside the verifier's vocabulary of "
+                f"{self.vocabulary_size} ids; was the row written with another tokenizer?",
             )
-        return TokenRow(ids.astype(np.int32), mask, read_origin(record))
+        return TokenRow(ids.astype(np.int32), mask, read_origin(record), rules)
 
 
 def tokens_inside(offsets: npt.NDArray[np.int64], spans: Sequence[Span]) -> npt.NDArray[np.bool_]:
@@ -132,28 +247,28 @@ def tokens_inside(offsets: npt.NDArray[np.int64], spans: Sequence[Span]) -> npt.
     return inside
 
 
-def _supervised_text(record: Record, renderer: ChatRenderer) -> SupervisedText:
-    chat = read_chat(record)
-    if isinstance(chat, str):
-        return SupervisedText(chat, [(0, len(chat))], add_special_tokens=True)
-    if chat.texts and not renderer.has_template:
-        prompt, reply = chat.texts
-        return SupervisedText(prompt + reply, [(len(prompt), len(prompt + reply))], add_special_tokens=True)
-    return renderer.render(chat.messages, chat.tools, record.location)
+def _arrays(encoding: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return ids, int64 [T], and offsets, int64 [T, 2]."""
+    return np.asarray(encoding.ids, dtype=np.int64), np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
 
 
-def _masked_tokens(encoding: Any, spans: Sequence[Span]) -> _Tokens:
-    offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-    return np.asarray(encoding.ids, dtype=np.int64), tokens_inside(offsets, spans)
+def _straddled(offsets: npt.NDArray[np.int64], spans: Sequence[Span]) -> list[int]:
+    """Return the boundaries of spans that are inside of a token, ascending."""
+    bounds = np.unique(np.asarray(spans, dtype=np.int64))
+    before = np.searchsorted(offsets[:, 0], bounds, side="left") - 1  # the last token that starts before
+    is_inside = (before >= 0) & (offsets[before, 1] > bounds)
+    return [int(bound) for bound in bounds[is_inside]]
 
 
 def _stored_tokens(record: Record) -> _Tokens:
     ids = _flat_integers(record, "input_ids", "i")
     mask = _flat_integers(record, "loss_mask", "ib")
     if len(ids) != len(mask):
-        raise UsageError(f"{record.location}: 'input_ids' has {len(ids)} entries, 'loss_mask' {len(mask)}")
+        raise BadRow(
+            record.location, "malformed tokens", f"'input_ids' has {len(ids)} entries, 'loss_mask' {len(mask)}"
+        )
     if not np.isin(mask, (0, 1)).all():
-        raise UsageError(f"{record.location}: 'loss_mask' holds values other than 0 and 1")
+        raise BadRow(record.location, "malformed tokens", "'loss_mask' holds values other than 0 and 1")
     return ids, mask.astype(np.bool_)
 
 
@@ -163,7 +278,7 @@ def _flat_integers(record: Record, key: str, kinds: str) -> npt.NDArray[Any]:
     except ValueError:
         array = np.empty(0, dtype=object)
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in kinds:
-        raise UsageError(f"{record.location}: {key!r} must be a list of integers that is not empty")
+        raise BadRow(record.location, "malformed tokens", f"{key!r} must be a list of integers that is not empty")
     return array
 
 

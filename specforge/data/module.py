@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from specforge.data.features.recording import FeatureRecorder
 from specforge.data.features.store import FeatureStore
 from specforge.data.loader import PackedSampler, ResumableLoader
 from specforge.data.packing import PackedRows, collate, pack
-from specforge.data.rows import TokenRows, build_rows, is_built, tokenizer_digest
+from specforge.data.rows import TokenRows, build_rows, is_built
 from specforge.data.sources import check_source
 from specforge.data.summary import RowSettings
 from specforge.data.verifier_text import VerifierText
@@ -36,8 +36,8 @@ LIVE, RECORD = "live", "record"
 class DraftDataModule(LightningDataModule):
     """Rows of text for training a draft: tokenised once, cached, packed and batched.
 
-    A source is a .jsonl file, a folder of rows that specforge prepare rows wrote (taken as they are), a folder of
-    datasets.save_to_disk, or a hub data set as owner/name or owner/name:split.
+    A source is a .jsonl, .json or .parquet file, a folder of rows that specforge prepare rows wrote (taken as they
+    are), a folder of datasets.save_to_disk, or a hub data set as owner/name or owner/name:split.
     A row holds `messages`, ShareGPT `conversations`, `prompt` and `response`, `text`, or `input_ids` and `loss_mask`.
 
     Args:
@@ -48,6 +48,11 @@ class DraftDataModule(LightningDataModule):
         validation_share: Share of the training rows to hold out without a validation source, below 1. 0 holds out none.
         max_length: Longest row in tokens, at least 2, and how many tokens a packed row takes.
         long_rows: What to do with longer rows: truncate cuts them at the end, drop leaves them out. Both are counted.
+        bad_rows: What to do with rows that cannot be trained on: drop leaves them out and counts them, refuse ends the
+            run with the first.
+        max_bad_share: Share of the rows of a source that may be bad, below 1. More end the run.
+        template_arguments: What the chat template is given besides the chat, such as enable_thinking: false.
+        template_date: Day that the chat template prints as today's, as 2026-11-29. Default: the day of the build.
         packing: Whether to join several documents in one row. No attention and no training step crosses a document.
         batch_size: Rows a batch, on each device. With packing, packed rows.
         num_workers: Processes that load batches, on each device. 0 loads in the training process.
@@ -68,6 +73,10 @@ class DraftDataModule(LightningDataModule):
         validation_share: Share = 0.05,
         max_length: RowLength = 2048,
         long_rows: Literal["truncate", "drop"] = "truncate",
+        bad_rows: Literal["drop", "refuse"] = "drop",
+        max_bad_share: Share = 0.05,
+        template_arguments: dict[str, Any] | None = None,
+        template_date: str | None = None,
         packing: bool = True,
         batch_size: PositiveInt = 1,
         num_workers: NonNegativeInt = 0,
@@ -84,7 +93,7 @@ class DraftDataModule(LightningDataModule):
                 check_source(source, f"data.{split}")
         self.verifier = verifier
         self.validation_share = validation_share
-        self.row_settings = RowSettings(max_length, long_rows)
+        self.row_settings = RowSettings(max_length, long_rows, bad_rows, max_bad_share)
         self.packing = packing
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -100,7 +109,7 @@ class DraftDataModule(LightningDataModule):
                 ) from None
         self._caches = Path(cache_dir).expanduser() if cache_dir else default_cache()
         self.cache_dir = self._caches if cache_dir else self._caches / "rows"
-        self._text = VerifierText(verifier, verifier_revision, trust_remote_code)
+        self._text = VerifierText(verifier, verifier_revision, trust_remote_code, template_arguments, template_date)
         self._packed: dict[str, PackedRows] = {}
         self._feature_lines: list[str] = []
         self.recorder: FeatureRecorder | None = None
@@ -120,7 +129,7 @@ class DraftDataModule(LightningDataModule):
     def tokenizer_digest(self) -> str | None:
         """Digest of the verifier's tokenizer and chat template; None where it has none that can be loaded."""
         try:
-            return tokenizer_digest(RowEncoder(self.tokenizer, self.vocabulary_size))
+            return RowEncoder(self._text.template, self.vocabulary_size).tokenizer_digest
         except UsageError:
             return None
 
@@ -148,7 +157,7 @@ class DraftDataModule(LightningDataModule):
     def is_built(self) -> bool:
         """Whether the rows of every source are there, so that `setup` only opens them."""
         return all(
-            is_built(source, lambda: self.tokenizer, self.vocabulary_size, self.row_settings, self.cache_dir)
+            is_built(source, lambda: self._text.template, self.vocabulary_size, self.row_settings, self.cache_dir)
             for source in self._sources.values()
             if source is not None
         )
@@ -254,7 +263,8 @@ class DraftDataModule(LightningDataModule):
     def _split_summary(self, split: str, packed: PackedRows) -> str:
         summary = packed.rows.summary
         share = summary.supervised_tokens / summary.tokens
-        dropped = ", ".join(f"{count:,} {reason}" for reason, count in summary.dropped.items()) or "none"
+        left_out = {**summary.dropped, **{f"bad: {reason}": one.count for reason, one in summary.bad.items()}}
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()) or "none"
         fill_share = packed.fill_share(self.row_settings.max_length)
         packing = f"; {len(packed):,} packed rows, {fill_share:.1%} full" if self.packing else ""
         return (
@@ -265,20 +275,23 @@ class DraftDataModule(LightningDataModule):
 
     def rows_of(self, source: str) -> TokenRows:
         """Return the token rows of a source, from the cache where they are there."""
-        return build_rows(source, lambda: self.tokenizer, self.vocabulary_size, self.row_settings, self.cache_dir)
+        return build_rows(source, lambda: self._text.template, self.vocabulary_size, self.row_settings, self.cache_dir)
 
     def _build(self, split: str) -> TokenRows | None:
         source = self._sources[split]
         return None if source is None else self.rows_of(source)
 
     def _hold_out(self, rows: TokenRows) -> tuple[TokenRows, TokenRows]:
-        """Split off the last share of a seeded shuffle, at least one row."""
+        """Split off the last share of a seeded shuffle, at least one chat: the rows of one are never parted."""
         if len(rows) < 2:
             raise UsageError("data.validation_share: one row cannot be split; set it to 0, or give data.validation")
-        order = np.random.default_rng(self.seed).permutation(len(rows))
-        kept = min(len(rows) - 1, round(len(rows) * (1 - self.validation_share)))
+        _, first, chats = np.unique(rows.chats, return_index=True, return_inverse=True)
+        number = np.argsort(np.argsort(first))[chats]  # of each row's chat, counted as they come
+        order = np.random.default_rng(self.seed).permutation(len(first))
+        kept = max(1, min(len(first) - 1, round(len(first) * (1 - self.validation_share))))
+        is_kept = np.isin(number, order[:kept])
         # In the order of the file, neighbours are read from one place of the disk.
-        return rows.select(np.sort(order[:kept])), rows.select(np.sort(order[kept:]))
+        return rows.select(np.flatnonzero(is_kept)), rows.select(np.flatnonzero(~is_kept))
 
     def _bins(self, rows: TokenRows) -> list[list[int]]:
         return pack(rows.lengths, self.row_settings.max_length) if self.packing else [[row] for row in range(len(rows))]

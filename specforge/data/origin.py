@@ -7,6 +7,7 @@ decoding will use; on any other text the same figure is only a proxy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -52,6 +53,13 @@ def read_origin(record: Record) -> Origin | None:
         return Origin.model_validate(value)
     except ValidationError as error:
         raise BadRow(record.location, "malformed origin", f"origin: {describe_invalid(error)}") from None
+
+
+def template_arguments_of(record: Record) -> dict[str, Any] | None:
+    """Return the template arguments that a row's responses were written with; None where it does not say."""
+    origin = record.value.get("origin")
+    arguments = origin.get("template_arguments") if isinstance(origin, dict) else None
+    return arguments if isinstance(arguments, dict) else None
 
 
 def why_proxy(origins: Sequence[Origin | None], fingerprint: str) -> str | None:

@@ -133,6 +133,7 @@ def _write(folder: Path, sources: Sequence[str], recipe: Recipe, workers: int, i
     progress = _read_progress(folder, identity)
     if progress["done"]:
         _log.warning("going on after %s rows of an earlier run", f"{progress['done']:,}")
+        recipe = recipe.on(progress["date"])
     else:
         shutil.rmtree(folder, ignore_errors=True)
     with ExitStack() as closing:
@@ -140,9 +141,11 @@ def _write(folder: Path, sources: Sequence[str], recipe: Recipe, workers: int, i
         for writer in writers.values():
             closing.callback(writer.close)
 
+        date = recipe.encoder.template.date if recipe.encoder.template else ""
+
         def note(done: int) -> None:
             sizes = {split: [one.size, one.summary.to_json()] for split, one in writers.items()}
-            _write_progress(folder, {"identity": identity, "done": done, "splits": sizes})
+            _write_progress(folder, {"identity": identity, "date": date, "done": done, "splits": sizes})
 
         write_rows(sources, recipe, writers, workers, progress["done"], note)
         summaries = {split: writer.summary for split, writer in writers.items()}

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from specforge.data.bad_rows import BadRow
 from specforge.data.chat import CHAT_KEYS, Chat, Message, read_chat
 from specforge.data.sources import Record, check_source, read_records
+from specforge.data.template import ChatTemplate, TemplateRefusal, time_limit
 from specforge.errors import UsageError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -27,16 +25,13 @@ class Conversation:
     turns: tuple[list[Message] | list[int], ...]
     location: str
 
-    def prompt(
-        self, turn: int, replies: list[str], tokenizer: PreTrainedTokenizerBase, **template_options: Any
-    ) -> list[int]:
+    def prompt(self, turn: int, replies: list[str], template: ChatTemplate) -> list[int]:
         """Return the tokens that a reply follows.
 
         Args:
             turn: Which reply, from 0.
             replies: The replies so far, one before each later turn.
-            tokenizer: The verifier's.
-            **template_options: Passed to the chat template.
+            template: The verifier's.
 
         Raises:
             UsageError: The tokenizer has no chat template, or it refuses the chat.
@@ -44,13 +39,15 @@ class Conversation:
         said = self.turns[turn]
         if said and isinstance(said[0], int):
             return [token for token in said if isinstance(token, int)]
-        try:
-            tokens: list[int] = tokenizer.apply_chat_template(
-                self.chat(turn, replies), add_generation_prompt=True, return_dict=False, **template_options
+        if not template.exists:
+            raise UsageError(
+                f"{self.location}: the verifier's tokenizer has no chat template; give rows with 'input_ids'"
             )
-        except Exception as error:  # templates are programs, and fail in their own ways
-            raise UsageError(f"{self.location}: the chat cannot be rendered: {str(error).splitlines()[0]}") from error
-        return tokens
+        try:
+            with time_limit():
+                return template.prompt(self.chat(turn, replies))
+        except TemplateRefusal as error:
+            raise UsageError(f"{self.location}: the chat cannot be rendered: {error}") from error
 
     def chat(self, turn: int, replies: list[str]) -> list[Any]:
         """Return the messages that a reply follows, the replies so far among them; not where a prompt is tokens."""

@@ -5,17 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+from specforge.data.bad_rows import BadRow
 from specforge.data.encoding import RowEncoder, TokenRow
-from specforge.data.sources import RawRecord
-from specforge.data.summary import RowSettings, RowsSummary
+from specforge.data.replies import CORRECTED
+from specforge.data.sources import RawRecord, Record
+from specforge.data.summary import BadRows, RowSettings, RowsSummary
 
-FORMAT = 2  # raised when the same source would give other rows, so that old caches are left alone
-SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))])
+FORMAT = 3  # raised when the same source would give other rows, so that old caches are left alone
+SCHEMA = pa.schema(
+    # `chat` is equal for the rows of one chat, which a split must not part.
+    [("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_())), ("chat", pa.int64())]
+)
 TRAIN, VALIDATION = "train", "validation"
 
 
@@ -38,7 +44,7 @@ class Recipe:
 
     Attributes:
         encoder: tokenises.
-        settings: what is done with long rows.
+        settings: what is done with long and with bad rows.
         validation_share: share of the rows that goes to the validation split, from 0 to below 1.
         seed: chooses which.
     """
@@ -52,21 +58,25 @@ class Recipe:
     def identity(self) -> str:
         """All that the rows depend on besides the sources."""
         split = [self.validation_share, self.seed] if self.validation_share else None
-        return json.dumps([FORMAT, asdict(self.settings), split, self.encoder.identity])
+        length = [self.settings.max_length, self.settings.long_rows]
+        return json.dumps([FORMAT, length, split, self.encoder.identity])
+
+    def on(self, date: str) -> Recipe:
+        """Return the same recipe on another day, for templates that print it."""
+        return replace(self, encoder=self.encoder.on(date))
 
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits."""
         return (TRAIN, VALIDATION) if self.validation_share else (TRAIN,)
 
-    def split_of(self, row: TokenRow) -> str:
-        """Return the split of a row.
+    def split_of(self, rows: Sequence[TokenRow]) -> str:
+        """Return the split of the rows of a record.
 
-        It depends on the row's tokens and the seed alone: equal rows never stand on both sides, and a row stays where
-        it is when others come and go.
+        It depends only on the tokens of the first and on the seed: neither equal rows nor the rows of one chat are ever
+        parted, and a row stays where it is when others come and go.
         """
-        digest = hashlib.blake2b(f"{self.seed} ".encode() + row.input_ids.tobytes(), digest_size=8).digest()
-        return VALIDATION if int.from_bytes(digest) < self.validation_share * 2**64 else TRAIN
+        return VALIDATION if _digest(rows[0], f"{self.seed} ") < self.validation_share * 2**64 else TRAIN
 
     def fit(self, row: TokenRow) -> TokenRow | str:
         """Return the row as it is kept, or the reason why it is not."""
@@ -82,37 +92,76 @@ class Recipe:
         return replace(row, input_ids=row.input_ids[:limit], loss_mask=row.loss_mask[:limit])
 
     def make(self, chunk: Sequence[RawRecord]) -> dict[str, Batch]:
-        """Return what a chunk of raw rows adds to each split.
+        """Return what a chunk of raw rows adds to each split; bad rows count to the first.
 
         Raises:
-            UsageError: a row is refused; the message names its location.
+            UsageError: a row is bad, and none may be; the message names its location.
         """
-        rows = self.encoder.encode([record.parse() for record in chunk])
-        by_split: dict[str, list[TokenRow]] = {split: [] for split in self.splits}
-        for row in rows:
-            by_split[self.split_of(row)].append(row)
-        return {split: self._batch(chosen) for split, chosen in by_split.items()}
+        splits = {split: _Split(RowsSummary()) for split in self.splits}
+        parsed = [_parse(raw) for raw in chunk]
+        encoded = iter(
+            self.encoder.encode([one for one in parsed if isinstance(one, Record)], self.settings.max_length)
+        )
+        for record in parsed:
+            rows = next(encoded) if isinstance(record, Record) else record
+            if isinstance(rows, BadRow):
+                if self.settings.bad_rows == "refuse":
+                    raise rows
+                splits[TRAIN].summary += RowsSummary(bad={rows.reason: BadRows(1, str(rows))})
+            else:
+                splits[self.split_of(rows)].add(rows, self)
+        return {split: one.batch(self.encoder.end_ids) for split, one in splits.items()}
 
-    def _batch(self, rows: list[TokenRow]) -> Batch:
-        summary = RowsSummary()
+
+@dataclass
+class _Split:
+    """The rows of one split, on their way into a batch."""
+
+    summary: RowsSummary
+    rows: list[TokenRow] = field(default_factory=list)
+    chats: list[int] = field(default_factory=list)
+
+    def add(self, rows: Sequence[TokenRow], recipe: Recipe) -> None:
+        """Add the rows of one record."""
         kept = []
         for row in rows:
-            fitted = self.fit(row)
+            fitted = recipe.fit(row)
             if isinstance(fitted, str):
-                summary.dropped[fitted] = summary.dropped.get(fitted, 0) + 1
+                self.summary.dropped[fitted] += 1
                 continue
             kept.append(fitted)
-            summary.truncated += fitted is not row
-        summary.rows = len(kept)
-        summary.tokens = sum(len(row.input_ids) for row in kept)
-        summary.supervised_tokens = sum(int(row.loss_mask.sum()) for row in kept)
-        summary.origins = list(dict.fromkeys(row.origin for row in kept))
-        return Batch(_record_batch(kept).serialize().to_pybytes(), summary)
+            self.summary.truncated += fitted is not row
+            self.summary.corrected_replies += row.rules.count(CORRECTED)
+        if len(rows) > 1:
+            self.summary.split_chats += 1
+            self.summary.repeated_tokens += sum(len(row.input_ids) for row in kept[:-1])
+        self.rows += kept
+        self.chats += [_digest(rows[0]) - 2**63] * len(kept)
+
+    def batch(self, end_ids: npt.NDArray[np.int32]) -> Batch:
+        """Return the batch, with its summary."""
+        summary, rows = self.summary, self.rows
+        offsets = np.cumsum([0, *(len(row.input_ids) for row in rows)], dtype=np.int32)
+        ids = np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in rows)])
+        mask = np.concatenate([np.empty(0, np.bool_), *(row.loss_mask for row in rows)])
+        begins = mask & ~np.concatenate([[False], mask[:-1]])
+        begins[offsets[:-1]] = mask[offsets[:-1]]
+        summary.rows, summary.tokens, summary.supervised_tokens = len(rows), len(ids), int(mask.sum())
+        summary.replies = int(begins.sum())
+        summary.ended_replies = int((mask & np.isin(ids, end_ids)).sum())
+        summary.origins = list(dict.fromkeys(row.origin for row in rows))
+        columns = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (ids, mask)]
+        columns.append(pa.array(self.chats, pa.int64()))
+        return Batch(pa.record_batch(columns, schema=SCHEMA).serialize().to_pybytes(), summary)
 
 
-def _record_batch(rows: list[TokenRow]) -> pa.RecordBatch:
-    offsets = np.cumsum([0, *(len(row.input_ids) for row in rows)], dtype=np.int32)
-    ids = np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in rows)])
-    mask = np.concatenate([np.empty(0, np.bool_), *(row.loss_mask for row in rows)])
-    columns = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (ids, mask)]
-    return pa.record_batch(columns, schema=SCHEMA)
+def _parse(raw: RawRecord) -> Record | BadRow:
+    try:
+        return raw.parse()
+    except BadRow as error:
+        return error
+
+
+def _digest(row: TokenRow, salt: str = "") -> int:
+    """Return 64 bits that tell a row's tokens from others."""
+    return int.from_bytes(hashlib.blake2b(salt.encode() + row.input_ids.tobytes(), digest_size=8).digest())

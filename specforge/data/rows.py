@@ -19,23 +19,25 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from specforge.data.bad_rows import BadRow
 from specforge.data.cache import ensure_folder
 from specforge.data.encoding import RowEncoder, holds_tokens
-from specforge.data.recipe import TRAIN, Recipe
-from specforge.data.sources import ROWS_FILE, read_records, source_fingerprint
+from specforge.data.recipe import FORMAT, TRAIN, Recipe
+from specforge.data.sources import ROWS_FILE, Record, count_records, read_raw_records, source_fingerprint
 from specforge.data.summary import RowSettings, RowsSummary
+from specforge.data.template import arguments_advice
 from specforge.data.writing import SUMMARY_FILE, RowsWriter, write_rows
 from specforge.errors import UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from specforge.data.template import ChatTemplate
 
 
 class TokenRows:
     """Tokenised rows, read from disk as they are needed.
 
     Args:
-        table: columns `input_ids` (lists of int32) and `loss_mask` (lists of bool).
+        table: columns `input_ids` (lists of int32), `loss_mask` (lists of bool) and `chat` (int64).
         summary: what became of the source.
         vocabulary_size: number of ids of the verifier, V.
     """
@@ -71,6 +73,11 @@ class TokenRows:
         """Tokens of each row, int64 [rows]."""
         parts = [pc.list_value_length(batch["input_ids"]).to_numpy() for batch in self._batches()]
         return np.concatenate(parts).astype(np.int64)
+
+    @cached_property
+    def chats(self) -> npt.NDArray[np.int64]:
+        """The chat of each row, int64 [rows]: equal for rows that are turns of one."""
+        return np.concatenate([batch["chat"].to_numpy() for batch in self._batches()])
 
     @cached_property
     def supervised_counts(self) -> Tensor:
@@ -117,7 +124,7 @@ def row_digest(input_ids: npt.NDArray[Any]) -> bytes:
 
 def build_rows(
     source: str,
-    load_tokenizer: Callable[[], PreTrainedTokenizerBase],
+    load_template: Callable[[], ChatTemplate],
     vocabulary_size: int,
     settings: RowSettings,
     cache_dir: Path,
@@ -126,23 +133,24 @@ def build_rows(
 
     Args:
         source: path or hub name, see `specforge.data.sources`.
-        load_tokenizer: returns the verifier's tokenizer; not called where the source holds tokens of any tokenizer.
+        load_template: returns the verifier's chat template; not called where the source holds tokens of any tokenizer.
         vocabulary_size: number of ids of the verifier.
-        settings: what is done with long rows.
+        settings: what is done with long rows, and with bad ones.
         cache_dir: folder of the caches; the rows lie in a folder named by all that they depend on.
 
     Raises:
-        UsageError: a row is refused (the message names file and line), no supervised token is left, or a folder of
-            rows is damaged, was made for another verifier, or holds rows that are too long.
+        UsageError: too many rows are bad (the message names the first by file and line), no supervised token is left,
+            or a folder of rows is damaged, was made for another verifier, or holds rows that are too long.
         SpecforgeError: the cache cannot be written.
     """
     if (Path(source) / ROWS_FILE).is_file():
-        rows = _prepared_rows(Path(source), load_tokenizer, vocabulary_size, settings.max_length)
+        rows = _prepared_rows(Path(source), load_template, vocabulary_size, settings.max_length)
     else:
-        recipe = Recipe(make_encoder([source], load_tokenizer, vocabulary_size), settings)
+        recipe = Recipe(make_encoder([source], load_template, vocabulary_size), settings)
         folder = _cache_folder(source, recipe, cache_dir)
         ensure_folder(folder, lambda target: _write_rows(target, source, recipe), is_whole)
         rows = open_rows(folder, vocabulary_size)
+        rows.summary.require_few_bad(settings, count_records(source), source)
     # The first token of a row has nothing before it: a mask of all ones may leave it out.
     if rows.summary.supervised_tokens >= rows.summary.tokens - rows.summary.rows:
         warnings.warn(f"{source}: every token is supervised; is that meant, or is the loss mask missing?", stacklevel=2)
@@ -151,7 +159,7 @@ def build_rows(
 
 def is_built(
     source: str,
-    load_tokenizer: Callable[[], PreTrainedTokenizerBase],
+    load_template: Callable[[], ChatTemplate],
     vocabulary_size: int,
     settings: RowSettings,
     cache_dir: Path,
@@ -159,40 +167,46 @@ def is_built(
     """Tell whether ``build_rows`` would find the rows of a source ready; the arguments are the same."""
     if (Path(source) / ROWS_FILE).is_file():
         return True
-    recipe = Recipe(make_encoder([source], load_tokenizer, vocabulary_size), settings)
+    recipe = Recipe(make_encoder([source], load_template, vocabulary_size), settings)
     return is_whole(_cache_folder(source, recipe, cache_dir))
 
 
-def make_encoder(
-    sources: Sequence[str], load_tokenizer: Callable[[], PreTrainedTokenizerBase], vocabulary_size: int
-) -> RowEncoder:
+def make_encoder(sources: Sequence[str], load_template: Callable[[], ChatTemplate], vocabulary_size: int) -> RowEncoder:
     """Return the encoder of some sources; it goes without a tokenizer where all their first rows hold tokens.
 
     Args:
         sources: paths or hub names.
-        load_tokenizer: returns the verifier's tokenizer.
+        load_template: returns the verifier's chat template.
         vocabulary_size: number of ids of the verifier.
 
     Raises:
-        UsageError: a source holds no rows, or its first one is no JSON.
+        UsageError: a source holds no rows that can be parsed.
     """
-    holds_texts = False
-    for source in sources:
-        first = next(read_records(source), None)
-        if first is None:
-            raise UsageError(f"{source}: holds no rows")
-        holds_texts = holds_texts or not holds_tokens(first)
-    return RowEncoder(load_tokenizer() if holds_texts else None, vocabulary_size)
+    holds_texts = not all(holds_tokens(_first_record(source)) for source in sources)
+    return RowEncoder(load_template() if holds_texts else None, vocabulary_size)
 
 
-def identity_of(encoder: RowEncoder) -> dict[str, int | str | None]:
-    """Return what a folder of rows stores of its verifier: `vocabulary_size`, and a digest of the tokenizer, if any."""
-    return {"vocabulary_size": encoder.vocabulary_size, "tokenizer": tokenizer_digest(encoder)}
+def _first_record(source: str) -> Record:
+    """Return the first row that can be parsed."""
+    bad = None
+    for raw in read_raw_records(source):
+        try:
+            return raw.parse()
+        except BadRow as error:
+            bad = bad or error
+    raise bad or UsageError(f"{source}: holds no rows")
 
 
-def tokenizer_digest(encoder: RowEncoder) -> str | None:
-    """Return what tells the encoder's tokenizer and chat template from others; None where it has none."""
-    return hashlib.sha256(encoder.identity.encode()).hexdigest() if encoder.has_tokenizer else None
+def identity_of(encoder: RowEncoder) -> dict[str, Any]:
+    """Return what a folder of rows stores of how it was made: its format, and what it needs of a verifier."""
+    template = encoder.template
+    return {
+        "format": FORMAT,
+        "vocabulary_size": encoder.vocabulary_size,
+        "tokenizer": encoder.tokenizer_digest,
+        "template_arguments": template and template.arguments,
+        "template_date": template.date if template and template.prints_date else None,
+    }
 
 
 def open_rows(folder: Path, vocabulary_size: int) -> TokenRows:
@@ -247,23 +261,32 @@ def _cache_folder(source: str, recipe: Recipe, cache_dir: Path) -> Path:
 
 
 def _prepared_rows(
-    folder: Path, load_tokenizer: Callable[[], PreTrainedTokenizerBase], vocabulary_size: int, max_length: int
+    folder: Path, load_template: Callable[[], ChatTemplate], vocabulary_size: int, max_length: int
 ) -> TokenRows:
     """Open a folder of rows, and make sure that it suits the run."""
     if not is_whole(folder):
         raise UsageError(f"{folder}: the rows are damaged; prepare them again")
     stored = json.loads((folder / SUMMARY_FILE).read_text())
+    if stored.get("format") != FORMAT:
+        raise UsageError(f"{folder}: the rows were prepared by another version of specforge; prepare them again")
     if stored.get("vocabulary_size") != vocabulary_size:
         raise UsageError(
             f"{folder}: the rows were prepared for a verifier of {stored.get('vocabulary_size')} ids, this one has "
             f"{vocabulary_size}; prepare them for this verifier"
         )
-    tokenizer = stored.get("tokenizer")
-    if tokenizer and tokenizer != tokenizer_digest(RowEncoder(load_tokenizer(), vocabulary_size)):
-        raise UsageError(
-            f"{folder}: the rows were prepared with another tokenizer or chat template than this verifier's; prepare "
-            "them for this verifier"
-        )
+    if stored.get("tokenizer"):
+        template = load_template()
+        if stored["tokenizer"] != RowEncoder(template, vocabulary_size).tokenizer_digest:
+            raise UsageError(
+                f"{folder}: the rows were prepared with another tokenizer or chat template than this verifier's; "
+                "prepare them for this verifier"
+            )
+        arguments = stored.get("template_arguments") or {}
+        if arguments != template.arguments:
+            raise UsageError(
+                f"{folder}: the rows were prepared with the template arguments {arguments}, this run has "
+                f"{template.arguments}; {arguments_advice(arguments).replace('--', '--data.')}"
+            )
     rows = open_rows(folder, vocabulary_size)
     longest = int(rows.lengths.max())
     if longest > max_length:
@@ -279,6 +302,7 @@ def _write_rows(folder: Path, source: str, recipe: Recipe) -> None:
     writer = RowsWriter(folder)
     try:
         write_rows([source], recipe, {TRAIN: writer})
+        writer.summary.require_few_bad(recipe.settings, count_records(source), source)
         require_supervision(writer.summary, source)
         writer.finish(identity_of(recipe.encoder))
     finally:

@@ -10,10 +10,18 @@ from specforge.data.coverage import Coverage
 from specforge.data.prepared import Prepared
 from specforge.data.summary import RowsSummary
 
+_MOST_REASONS = 10
+_RARE = ("corrected generation tags", "chats with a row a turn", "tokens repeated for that")  # shown if there are any
+
 
 def print_prepared(prepared: Prepared, console: Console) -> None:
     """Print what became of the rows, and what draft vocabularies cover; 80 columns are enough."""
     console.print(_rows(prepared))
+    bad = sorted(prepared.total.bad.values(), key=lambda one: -one.count)
+    for one in bad[:_MOST_REASONS]:
+        console.print(Text(f"bad: {one.count:,} such as {one.first}", style="yellow"), soft_wrap=True)
+    if len(bad) > _MOST_REASONS:
+        console.print(Text(f"bad: {len(bad) - _MOST_REASONS:,} further reasons in summary.json", style="yellow"))
     console.print()
     console.print(_coverage(prepared.coverage))
 
@@ -24,10 +32,14 @@ def _rows(prepared: Prepared) -> Table:
         summaries["all"] = prepared.total
     table = _table("Rows", *summaries)
     figures = [_figures(summary) for summary in summaries.values()]
-    for name in figures[0]:
-        table.add_row(name, *(column[name] for column in figures))
+    for name, figure in figures[-1].items():
+        if name not in _RARE or not figure.startswith("0"):
+            table.add_row(name, *(column[name] for column in figures))
     for reason in prepared.total.dropped:
         table.add_row(Text(f"dropped: {reason}"), *(f"{one.dropped.get(reason, 0):,}" for one in summaries.values()))
+    for reason in list(prepared.total.bad)[:_MOST_REASONS]:
+        counts = [one.bad[reason].count if reason in one.bad else 0 for one in summaries.values()]
+        table.add_row(Text(f"bad: {reason}"), *(f"{count:,}" for count in counts))
     return table
 
 
@@ -37,8 +49,12 @@ def _figures(summary: RowsSummary) -> dict[str, str]:
         "tokens": f"{summary.tokens:,}",
         "supervised tokens": f"{summary.supervised_tokens:,}",
         "supervised share": f"{summary.supervised_tokens / summary.tokens:.1%}",
+        "end token": f"supervised {summary.ended_replies:,} of {summary.replies:,}",
+        "corrected generation tags": f"{summary.corrected_replies:,}",
+        "chats with a row a turn": f"{summary.split_chats:,}",
+        "tokens repeated for that": f"{summary.repeated_tokens:,} ({summary.repeated_tokens / summary.tokens:.1%})",
         "truncated rows": f"{summary.truncated:,}",
-        "dropped rows": f"{sum(summary.dropped.values()):,}",
+        "dropped rows": f"{summary.dropped.total():,}",
     }
 
 

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from specforge.data.origin import Origin
+from specforge.errors import UsageError
 
 
 @dataclass(frozen=True)
 class RowSettings:
-    """What is done with long rows.
+    """What is done with long rows, and with bad ones.
 
     Attributes:
         max_length: longest row, in tokens.
         long_rows: `truncate` cuts longer rows at the end, `drop` leaves them out.
+        bad_rows: `drop` leaves bad rows out and counts them, `refuse` ends with the first.
+        max_bad_share: share of the source's rows that may be bad.
     """
 
     max_length: int
     long_rows: Literal["truncate", "drop"]
+    bad_rows: Literal["drop", "refuse"] = "drop"
+    max_bad_share: float = 0.05
+
+
+@dataclass
+class BadRows:
+    """Rows that are bad for one reason.
+
+    Attributes:
+        count: how many.
+        first: what is wrong with the first of them, with its file and line.
+    """
+
+    count: int
+    first: str
+
+    def __add__(self, other: BadRows) -> BadRows:
+        """Return both; the first stays the first."""
+        return BadRows(self.count + other.count, self.first)
 
 
 @dataclass
@@ -30,8 +52,14 @@ class RowsSummary:
         rows: rows kept.
         tokens: tokens in them.
         supervised_tokens: tokens in them whose loss mask is set.
-        truncated: rows of the source that were cut.
-        dropped: rows of the source that were left out, by reason.
+        truncated: rows that were cut.
+        dropped: rows that were left out, by reason.
+        bad: rows of the source that were left out since they are bad, by reason.
+        replies: supervised spans in the rows kept.
+        ended_replies: those whose last token is an end token of the verifier.
+        corrected_replies: those that the template's generation tags marked wrong.
+        split_chats: chats of which each turn is a row, since the template rewrites earlier turns.
+        repeated_tokens: tokens that these rows hold besides the last of their chat.
         origins: who wrote the responses of the rows kept, each once; None stands for rows that do not say.
     """
 
@@ -39,25 +67,67 @@ class RowsSummary:
     tokens: int = 0
     supervised_tokens: int = 0
     truncated: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+    bad: dict[str, BadRows] = field(default_factory=dict)
+    replies: int = 0
+    ended_replies: int = 0
+    corrected_replies: int = 0
+    split_chats: int = 0
+    repeated_tokens: int = 0
     origins: list[Origin | None] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Read a summary back."""
-        return cls(**{**values, "origins": [one and Origin.model_validate(one) for one in values["origins"]]})
+        read = {
+            "dropped": Counter(values["dropped"]),
+            "bad": {reason: BadRows(**one) for reason, one in values["bad"].items()},
+            "origins": [one and Origin.model_validate(one) for one in values["origins"]],
+        }
+        return cls(**{**values, **read})
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
-        return {**asdict(self), "origins": [one and one.model_dump() for one in self.origins]}
+        return {
+            **vars(self),
+            "bad": {reason: vars(one) for reason, one in self.bad.items()},
+            "origins": [one and one.model_dump() for one in self.origins],
+        }
 
     def __add__(self, other: RowsSummary) -> RowsSummary:
         """Return the summary of both."""
-        return RowsSummary(
-            rows=self.rows + other.rows,
-            tokens=self.tokens + other.tokens,
-            supervised_tokens=self.supervised_tokens + other.supervised_tokens,
-            truncated=self.truncated + other.truncated,
-            dropped=dict(Counter(self.dropped) + Counter(other.dropped)),
-            origins=list(dict.fromkeys([*self.origins, *other.origins])),
+        bad = dict(self.bad)
+        for reason, one in other.bad.items():
+            bad[reason] = bad[reason] + one if reason in bad else one
+        origins = list(dict.fromkeys([*self.origins, *other.origins]))
+        numbers = {
+            name: getattr(self, name) + getattr(other, name) for name in vars(self) if name not in ("bad", "origins")
+        }
+        return RowsSummary(**numbers, bad=bad, origins=origins)
+
+    @property
+    def bad_rows(self) -> int:
+        """Rows of the source that are bad."""
+        return sum(one.count for one in self.bad.values())
+
+    def require_few_bad(self, settings: RowSettings, number: int, source: str) -> None:
+        """Refuse a source with too many bad rows.
+
+        Args:
+            settings: how many may be.
+            number: rows of the source.
+            source: its name, for the message.
+
+        Raises:
+            UsageError: more are bad.
+        """
+        if not self.bad or (settings.bad_rows == "drop" and self.bad_rows <= settings.max_bad_share * number):
+            return
+        worst = sorted(self.bad.items(), key=lambda item: -item[1].count)
+        shown = "; ".join(f"{one.count:,} ({reason}), the first {one.first}" for reason, one in worst[:3])
+        allowed = (
+            "bad_rows: refuse allows none"
+            if settings.bad_rows == "refuse"
+            else f"max_bad_share allows {settings.max_bad_share:.0%}"
         )
+        raise UsageError(f"{source}: {self.bad_rows:,} of {number:,} rows are bad, and {allowed}: {shown}")

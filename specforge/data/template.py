@@ -1,133 +1,181 @@
-"""From messages to one text with the stretches in it that the verifier would have to produce."""
+"""A verifier's chat template: from messages to text, exactly as serving renders them."""
 
 from __future__ import annotations
 
+import copy
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date as Date
+from datetime import datetime
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from specforge.data.chat import Message
-from specforge.errors import UsageError
+from specforge.data.turns import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
+TIME_LIMIT = 10.0  # seconds that rendering one row may take
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_EXCERPT = 40
 
 
-@dataclass(frozen=True, slots=True)
-class SupervisedText:
-    """A text and its supervised stretches.
+class TemplateRefusal(Exception):
+    """The template cannot render a chat; the message says why."""
 
-    Attributes:
-        text: what is tokenised, in one piece.
-        spans: half-open character ranges, ascending and disjoint, whose tokens are supervised.
-        add_special_tokens: whether the tokenizer adds its own (a chat template writes them itself).
+
+class TooSlow(TemplateRefusal):
+    """Rendering took longer than its time limit."""
+
+
+class ChatTemplate:
+    """Renders chats with a tokenizer's chat template.
+
+    Args:
+        tokenizer: The verifier's.
+        arguments: What the template is given besides the chat, such as ``{"enable_thinking": False}``.
+        date: Day that a template prints as today's, as ``2026-11-29``. Default: the day on which this object is made.
+        end_tokens: Texts of the tokens that end a reply. Default: the tokenizer's end-of-sequence token.
     """
 
-    text: str
-    spans: Sequence[Span]
-    add_special_tokens: bool
-
-
-class ChatRenderer:
-    """Renders chats with a tokenizer's chat template and finds the responses in the text."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-        self._closing_tokens = tuple({*tokenizer.all_special_tokens, *added})
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: Mapping[str, Any] | None = None,
+        date: str | None = None,
+        end_tokens: Sequence[str] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.arguments = dict(arguments or {})
+        self.date = date or Date.today().isoformat()
+        self._given_date = date
+        own = [str(tokenizer.eos_token)] if tokenizer.eos_token else []
+        self.end_tokens = tuple(own if end_tokens is None else end_tokens)
 
     @property
-    def has_template(self) -> bool:
+    def exists(self) -> bool:
         """Whether the tokenizer has a chat template at all."""
-        return bool(self._tokenizer.chat_template)
+        return bool(self.tokenizer.chat_template)
 
-    def render(self, messages: list[Message], tools: list[Any] | None, location: str) -> SupervisedText:
-        """Render a chat; its spans come from the `{% generation %}` tags, or else from the render boundaries.
+    @property
+    def prints_date(self) -> bool:
+        """Whether what it renders depends on the day."""
+        return "strftime_now" in json.dumps(self.tokenizer.chat_template)
+
+    @property
+    def identity(self) -> list[Any]:
+        """What rendered rows depend on besides the chat; of the day only if it was given, else it stays as built."""
+        names = [self.tokenizer.chat_template, self.tokenizer.special_tokens_map]
+        return [*names, self.end_tokens, self.arguments, self._given_date]
+
+    def on(self, date: str) -> ChatTemplate:
+        """Return the same template on another day, with the same identity."""
+        other = copy.copy(self)
+        other.date = date
+        return other
+
+    def with_arguments(self, **arguments: Any) -> ChatTemplate:
+        """Return the same template with further arguments."""
+        other = copy.copy(self)
+        other.arguments = {**self.arguments, **arguments}
+        return other
+
+    def has_tags(self, tools: list[Any] | None) -> bool:
+        """Tell whether the template for these tools marks replies by ``{% generation %}``."""
+        return bool(_GENERATION_TAG.search(self._source(tools)))
+
+    def render(self, messages: Sequence[Message], tools: list[Any] | None, add_generation_prompt: bool = False) -> str:
+        """Return the text of a chat.
 
         Args:
-            messages: the whole chat.
-            tools: descriptions of tools for the template, if the row has any.
-            location: place to name in errors.
+            messages: The chat.
+            tools: Descriptions of tools, if the chat has any.
+            add_generation_prompt: Whether to end with what opens a reply, as serving does.
 
         Raises:
-            UsageError: there is no template, it refuses the chat, or its prefixes do not hold.
+            TemplateRefusal: The template refuses the chat, or fails.
         """
-        if not self.has_template:
-            raise UsageError(
-                f"{location}: the verifier's tokenizer has no chat template; give rows with 'text', with 'prompt' and "
-                "'response', or with 'input_ids' and 'loss_mask'"
-            )
-        render = _BoundTemplate(self._tokenizer, tools, location)
-        if _GENERATION_TAG.search(render.template):
-            text, spans = render.with_generation_spans(messages)
-        else:
-            text, spans = self._boundary_spans(messages, render, location)
-        return SupervisedText(text, spans, add_special_tokens=False)
-
-    def _boundary_spans(self, messages: list[Message], render: _BoundTemplate, location: str) -> tuple[str, list[Span]]:
-        text = render(messages)
-        spans = []
-        # A greeting before any user message answers nothing, and templates cannot render an empty chat before it.
-        for number in range(1, len(messages)):
-            if messages[number]["role"] != "assistant":
-                continue
-            prefix = render(messages[:number], add_generation_prompt=True)
-            through = render(messages[: number + 1])
-            _require_prefix(prefix, through, f"{location}: message {number}")
-            end = self._response_end(through, len(prefix))
-            _require_prefix(through[:end], text, f"{location}: message {number}")
-            spans.append((len(prefix), end))
-        return text, spans
-
-    def _response_end(self, text: str, start: int) -> int:
-        """Return where the response ends: after its closing token, before the blanks that the template adds."""
-        stripped = text[start:].rstrip()
-        return start + len(stripped) if stripped.endswith(self._closing_tokens) else len(text)
-
-
-class _BoundTemplate:
-    """The template that fits the tools of a row; call it to render messages to text."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, location: str) -> None:
-        self._tools = tools
-        self._location = location
-        self._special_tokens = tokenizer.special_tokens_map
-        self.template: str = tokenizer.get_chat_template(tools=tools)
-
-    def __call__(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        texts, _ = self._render(messages, add_generation_prompt=add_generation_prompt)
+        texts, _ = self._render(messages, tools, add_generation_prompt=add_generation_prompt)
         return str(texts[0])
 
-    def with_generation_spans(self, messages: list[Message]) -> tuple[str, list[Span]]:
-        texts, spans = self._render(messages, return_assistant_tokens_mask=True)
-        return texts[0], [(int(start), int(end)) for start, end in spans[0]]
+    def prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
+        """Return the tokens that a reply to a chat follows.
 
-    def _render(self, messages: list[Message], **options: bool) -> tuple[list[str], list[list[Span]]]:
+        Raises:
+            TemplateRefusal: As ``render``.
+        """
+        text = self.render(messages, tools, add_generation_prompt=True)
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens
+
+    def tagged_spans(self, messages: Sequence[Message], tools: list[Any] | None) -> list[Span]:
+        """Return what ``{% generation %}`` tags mark, as half-open ranges of characters of the rendered chat.
+
+        Raises:
+            TemplateRefusal: As ``render``.
+        """
+        _, spans = self._render(messages, tools, return_assistant_tokens_mask=True)
+        return [(int(start), int(end)) for start, end in spans[0]]
+
+    def _render(
+        self, messages: Sequence[Message], tools: list[Any] | None, **options: bool
+    ) -> tuple[list[str], list[list[Span]]]:
+        source = self._source(tools)
+        names = {**self.tokenizer.special_tokens_map, **self.arguments}
         try:
+            # One day for all rows of a build. The compiled template is shared, so that it is told before each use.
+            _compile_jinja_template(source).globals["strftime_now"] = datetime.fromisoformat(self.date).strftime
             rendered: tuple[list[str], list[list[Span]]] = render_jinja_template(
-                [messages], tools=self._tools, chat_template=self.template, **options, **self._special_tokens
+                [list(messages)], tools=tools, chat_template=source, **options, **names
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UsageError(f"{self._location}: the chat template refuses this chat: {error}") from error
+        except TooSlow:
+            raise
+        except RecursionError:
+            raise TemplateRefusal("it is nested too deeply") from None
+        except Exception as error:  # templates are programs, and fail in their own ways
+            raise TemplateRefusal(_described(error)) from error
         return rendered
 
+    def _source(self, tools: list[Any] | None) -> str:
+        return self.tokenizer.get_chat_template(tools=tools)
 
-def _require_prefix(prefix: str, text: str, location: str) -> None:
-    if text.startswith(prefix):
+
+@contextmanager
+def time_limit(seconds: float = TIME_LIMIT) -> Iterator[None]:
+    """Stop what runs inside after some seconds; without effect outside of the main thread, which alone takes signals.
+
+    Raises:
+        TooSlow: The time is over.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
         return
-    pairs = enumerate(zip(prefix, text, strict=False))
-    parting = next((place for place, (left, right) in pairs if left != right), min(len(prefix), len(text)))
-    shared, expected, found = prefix[:parting][-_EXCERPT:], prefix[parting:][:_EXCERPT], text[parting:][:_EXCERPT]
-    raise UsageError(
-        f"{location}: the chat template's prefixes do not hold, so the response cannot be told from the render "
-        f"boundaries: after {shared!r} the shorter render goes on {expected!r}, the longer one {found!r}. "
-        "Use a template with {% generation %} tags, or rows with 'input_ids' and 'loss_mask'"
-    )
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TooSlow(f"rendering took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def arguments_advice(arguments: Mapping[str, Any]) -> str:
+    """Return what to do to render with some template arguments."""
+    flags = " ".join(f"--template_arguments.{key} {json.dumps(value)}" for key, value in arguments.items())
+    return f"give {flags}" if flags else "leave --template_arguments out"
+
+
+def _described(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    kind = "" if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: "
+    return f"{kind}{lines[0]}"[:300].strip(": ") or type(error).__name__

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from specforge.data.recipe import SCHEMA, Batch, Recipe
+from specforge.data.recipe import SCHEMA, TRAIN, Batch, Recipe
 from specforge.data.sources import ROWS_FILE, count_records, read_raw_records
 from specforge.data.summary import RowsSummary
 from specforge.data.workers import make_batches
@@ -87,7 +87,7 @@ def write_rows(
         after_batch: called with the raw rows finished so far, whenever a batch of them is written.
 
     Raises:
-        UsageError: a source or a row is refused; the message names file and line.
+        UsageError: a source is refused, or more of its rows are bad than may be; the message names file and line.
         SpecforgeError: a worker was ended from outside.
         OSError: the rows cannot be written.
     """
@@ -98,6 +98,8 @@ def write_rows(
         for number, batches in make_batches(records, recipe, workers):
             for split, batch in batches.items():
                 writers[split].append(batch)
+            # More than the share of all rows: what follows cannot mend it.
+            writers[TRAIN].summary.require_few_bad(recipe.settings, total, ", ".join(sources))
             done += number
             after_batch(done)
             bar.update(number)

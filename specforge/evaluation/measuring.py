@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from specforge.config import TokenProposalConfig
 from specforge.data.prompts import Conversation
+from specforge.data.template import ChatTemplate
 from specforge.decoding.loop import Decoder, Emission, Times
 from specforge.decoding.recorded import chain_acceptance, replay_text
 from specforge.decoding.replay import Rounds, replay
@@ -83,7 +84,7 @@ class Measuring:
 
     Args:
         verifier: The verifier.
-        tokenizer: Its tokenizer.
+        template: Its chat template, with the tokenizer.
         contenders: Who is measured; their tallies are filled.
         settings: How responses are decoded.
 
@@ -94,12 +95,12 @@ class Measuring:
     def __init__(
         self,
         verifier: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        template: ChatTemplate,
         contenders: Sequence[Contender],
         settings: Settings,
     ) -> None:
         self.verifier = verifier
-        self.tokenizer = tokenizer
+        self.template = template
         self.contenders = contenders
         self.settings = settings
         self.alone = Decoder(verifier, sampling=settings.sampling)
@@ -130,10 +131,10 @@ class Measuring:
         replies: list[list[str]] = [[] for _ in batch]
         for turn in range(max(len(one.turns) for one in batch)):
             going = [number for number, one in enumerate(batch) if turn < len(one.turns)]
-            prompts = [torch.tensor(batch[number].prompt(turn, replies[number], self.tokenizer)) for number in going]
+            prompts = [torch.tensor(batch[number].prompt(turn, replies[number], self.template)) for number in going]
             keys = [(name, first + number) for number in going]
             for number, response in zip(going, self._answer(keys, prompts), strict=True):
-                replies[number].append(str(self.tokenizer.decode(response, skip_special_tokens=True)))
+                replies[number].append(str(self.template.tokenizer.decode(response, skip_special_tokens=True)))
             report(len(going))
 
     def _answer(self, keys: list[tuple[str, int]], prompts: list[Tensor]) -> list[list[int]]:

@@ -121,6 +121,7 @@ class Results(Result):
         max_new_tokens: Most tokens of a response.
         batch_size: Responses decoded side by side.
         seed: Seed of everything random.
+        template_arguments: What the chat template was given besides the chats.
         machine: Device, threads and types, for people.
         versions: Version of each package that matters.
         prompt_sets: Names of the prompt sets.
@@ -134,6 +135,7 @@ class Results(Result):
     max_new_tokens: int
     batch_size: int
     seed: int
+    template_arguments: dict[str, Any] = Field(default_factory=dict)
     machine: str
     versions: dict[str, str]
     prompt_sets: list[str]

@@ -44,7 +44,7 @@ def test_rows_are_shown_prepared_and_told_of(words, tmp_path, capsys, monkeypatc
     assert rows(*words, "--show", 1, "--workers", 1, "--long_rows", "drop") == 0
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines()]
-    assert "⟦It is 0.<|im_end|>⟧" in printed
+    assert "⟦It is 0.<|im_end|>■⟧" in printed
     splits = json.loads((tmp_path / "rows" / "summary.json").read_text())["splits"]
     assert ["rows", str(splits["train"]["rows"]), str(splits["validation"]["rows"]), "300"] in lines
     assert lines[-2][:3] == ["Done:", str(tmp_path / "rows"), "holds"]

@@ -24,6 +24,7 @@ from specforge.data.responses.journal import Journal
 from specforge.data.rows import build_rows
 from specforge.data.sources import read_records
 from specforge.data.summary import RowSettings
+from specforge.data.template import ChatTemplate
 from specforge.verifier.fingerprint import fingerprint
 
 VALIDATION = QUICKSTART / "validation.jsonl"
@@ -82,7 +83,7 @@ class TestInProcess:
     def test_fit_takes_the_rows_as_exact(self, chats, tokenizer, tmp_path):
         in_process(chats, tmp_path / "out", "--temperature", 0.8, "--top_k", 50)
         source = str(tmp_path / "out" / "responses.jsonl")
-        rows = build_rows(source, lambda: tokenizer, 1280, RowSettings(512, "drop"), tmp_path / "cache")
+        rows = build_rows(source, lambda: ChatTemplate(tokenizer), 1280, RowSettings(512, "drop"), tmp_path / "cache")
         assert len(rows) == len(read(tmp_path / "out")) and rows.summary.supervised_tokens > 50
         assert why_proxy(rows.summary.origins, fingerprint(str(VERIFIER))) is None
         assert (rows.summary.origins[0].temperature, rows.summary.origins[0].top_k) == (0.8, 50)
@@ -133,8 +134,8 @@ class TestInProcess:
             ([VALIDATION], "output: is required"),
             ([VALIDATION, "--output", "out"], "who answers? give --verifier MODEL, or --endpoint URL"),
             (
-                [VALIDATION, "--output", "out", "--verifier", VERIFIER, "--thinking", "true"],
-                "no switch enable_thinking",
+                [VALIDATION, "--output", "out", "--verifier", VERIFIER, "--template_arguments.enable_thinking", "true"],
+                "template_arguments.enable_thinking: the chat template of",
             ),
             (["nowhere.jsonl", "--output", "out", "--verifier", VERIFIER], "nowhere.jsonl does not exist"),
             ([VALIDATION, "--output", "out.jsonl", "--verifier", VERIFIER], "is no name for a folder"),
@@ -172,7 +173,7 @@ class TestThinking:
                 thinker,
                 "--max_new_tokens",
                 9,
-                "--thinking",
+                "--template_arguments.enable_thinking",
                 thinking,
                 "--output",
                 tmp_path / thinking,
@@ -187,7 +188,7 @@ class TestThinking:
         first, second = read(tmp_path / "false")
         assert sum(first["loss_mask"]) == sum(second["loss_mask"]) == 9
         assert second["loss_mask"] == sorted(second["loss_mask"])
-        assert second["origin"]["thinking"] is False
+        assert second["origin"]["template_arguments"] == {"enable_thinking": False}
 
 
 class TestCheck:
@@ -269,9 +270,9 @@ class TestThroughTransformersServe:
         assert "they can be the verifier's own" in shown
         # It returns no token ids; what is made of the text is the same here, but it need not be.
         assert "the engine returns no token ids" in shown and {row["origin"]["fingerprint"] for row in there} == {""}
-        encoder = RowEncoder(tokenizer, 1280)
+        encoder = RowEncoder(ChatTemplate(tokenizer), 1280)
         encoded = encoder.encode(list(read_records(str(tmp_path / "there" / "responses.jsonl"))))
-        for row, expected in zip(encoded, here, strict=True):
+        for (row,), expected in zip(encoded, here, strict=True):
             length = len(expected["input_ids"])
             assert row.input_ids[:length].tolist() == expected["input_ids"]
             assert row.loss_mask.tolist()[:length] == [bool(own) for own in expected["loss_mask"]]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from specforge.data.bad_rows import BadRow
 from specforge.data.encoding import RowEncoder, tokens_inside
 from specforge.data.sources import Record
+from specforge.data.template import ChatTemplate, time_limit
 from specforge.errors import UsageError
 
 VOCABULARY_SIZE = 320
@@ -45,7 +48,7 @@ def encoders(load_tokenizer: Callable[..., PreTrainedTokenizerBase], templates: 
         load_tokenizer(templates["generation"]),
         load_tokenizer(templates["chatml"], trim_offsets=True),
     ]
-    return [RowEncoder(tokenizer, VOCABULARY_SIZE) for tokenizer in tokenizers]
+    return [RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE) for tokenizer in tokenizers]
 
 
 @given(turns=CHAT)
@@ -56,7 +59,7 @@ def test_the_mask_of_a_chat_equals_a_slow_reference(
     ids, mask = reference(tokenizer, messages)
     assert ids == tokenizer.apply_chat_template(messages, return_dict=False)
     for encoder in encoders:
-        (row,) = encoder.encode([Record({"messages": messages}, "here")])
+        ((row,),) = encoder.encode([Record({"messages": messages}, "here")])
         assert row.input_ids.tolist() == ids
         assert row.loss_mask.tolist() == mask
 
@@ -86,7 +89,8 @@ def test_layouts_mixed_in_one_source_keep_their_order(
         {"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]},
         {"input_ids": [5], "loss_mask": [1], "text": "not used"},
     ]
-    rows = RowEncoder(tokenizer, VOCABULARY_SIZE).encode([Record(value, "here") for value in values])
+    encoded = RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE).encode([Record(value, "here") for value in values])
+    rows = [row for (row,) in encoded]
     assert tokenizer.decode(rows[0].input_ids) == "one two"
     assert rows[0].loss_mask.all()
     assert rows[2].input_ids.tolist() == [5, 6, 7]
@@ -102,18 +106,20 @@ def test_a_prompt_without_chat_template_supervises_the_response(
     load_tokenizer: Callable[..., PreTrainedTokenizerBase],
 ) -> None:
     plain = load_tokenizer(None)
-    (row,) = RowEncoder(plain, VOCABULARY_SIZE).encode([Record({"prompt": "one", "response": " two three"}, "here")])
+    ((row,),) = RowEncoder(ChatTemplate(plain), VOCABULARY_SIZE).encode(
+        [Record({"prompt": "one", "response": " two three"}, "here")]
+    )
     assert plain.decode(row.input_ids) == "one two three"
     assert plain.decode(row.input_ids[row.loss_mask]) == " two three"
 
 
 def test_the_tokenizers_own_truncation_is_not_used(load_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> None:
     tokenizer = load_tokenizer()
-    before = RowEncoder(tokenizer, VOCABULARY_SIZE)
+    before = RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE)
     tokenizer("one two", truncation=True, max_length=1)
-    after = RowEncoder(tokenizer, VOCABULARY_SIZE)
+    after = RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE)
     assert after.identity == before.identity
-    assert len(after.encode([Record({"text": "one two three four"}, "here")])[0].input_ids) > 1
+    assert len(after.encode([Record({"text": "one two three four"}, "here")])[0][0].input_ids) > 1
 
 
 @pytest.mark.parametrize(
@@ -129,16 +135,66 @@ def test_the_tokenizers_own_truncation_is_not_used(load_tokenizer: Callable[...,
         ({"input_ids": [], "loss_mask": []}, "'input_ids' must be a list of integers that is not empty"),
         ({"input_ids": [1], "loss_mask": [2]}, "'loss_mask' holds values other than 0 and 1"),
         ({"input_ids": [1], "loss_mask": [None]}, "'loss_mask' must be a list of integers"),
-        ({"input_ids": [1]}, "without a usable turn"),
+        ({"input_ids": [1]}, r"it has \['input_ids'\], and needs"),
         ({"text": "half \ud83d"}, "half a character"),
     ],
 )
 def test_bad_rows_are_refused_with_their_place(
     tokenizer: PreTrainedTokenizerBase, value: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(UsageError, match=reason) as refused:
-        RowEncoder(tokenizer, VOCABULARY_SIZE).encode([Record(value, "train.jsonl:7")])
-    assert str(refused.value).startswith("train.jsonl:7: ")
+    good = Record({"text": "one two"}, "train.jsonl:8")
+    bad, (row,) = RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE).encode([Record(value, "train.jsonl:7"), good])
+    assert isinstance(bad, BadRow) and re.search(reason, str(bad)) and str(bad).startswith("train.jsonl:7: ")
+    assert len(row.input_ids) > 1, "the rows around it are encoded"
+
+
+def test_no_token_covers_the_prompt_and_the_reply(load_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> None:
+    """The tokens are those of serving's prompt, and then those of the reply."""
+    template = "{{ messages[0].content + '\n' }}{% if messages[1:] %}{{ '\n' + messages[1].content }}{% endif %}"
+    tokenizer = load_tokenizer(template)
+    assert len(tokenizer.tokenize("\n\n")) == 1
+    record = Record({"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]}, "here")
+    ((row,),) = RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE).encode([record])
+    prompt, reply = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("one\n", "\ntwo"))
+    assert row.input_ids.tolist() == prompt + reply
+    assert row.loss_mask.tolist() == [False] * len(prompt) + [True] * len(reply)
+
+
+def test_what_is_after_max_length_is_not_rendered(
+    tokenizer: PreTrainedTokenizerBase, chat: Callable[..., dict[str, Any]]
+) -> None:
+    encoder = RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE)
+    record = Record(chat(*(" " * 40 if number % 2 == 0 else "one" for number in range(400))), "here")
+    ((whole,),) = encoder.encode([record])
+    for max_length in (10, 100, 1000):
+        ((row,),) = encoder.encode([record], max_length)
+        assert max_length < len(row.input_ids) <= len(whole.input_ids)
+        assert row.input_ids[:max_length].tolist() == whole.input_ids[:max_length].tolist()
+        assert row.loss_mask[:max_length].tolist() == whole.loss_mask[:max_length].tolist()
+    assert len(encoder.encode([record], 10)[0][0].input_ids) < 200
+
+
+def test_rows_of_other_template_arguments_are_refused(
+    tokenizer: PreTrainedTokenizerBase, chat: Callable[..., dict[str, Any]]
+) -> None:
+    origin = {"model": "m", "fingerprint": "f", "temperature": 0, "template_arguments": {"enable_thinking": False}}
+    record = Record({**chat("one", "two"), "origin": origin}, "train.jsonl:7")
+    with pytest.raises(UsageError, match=r"train.jsonl:7: .*give --template_arguments.enable_thinking false"):
+        RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE).encode([record])
+    ((row,),) = RowEncoder(ChatTemplate(tokenizer, {"enable_thinking": False}), VOCABULARY_SIZE).encode([record])
+    assert row.loss_mask.any()
+
+
+def test_a_template_without_end_is_told_by_its_third_row(
+    load_tokenizer: Callable[..., PreTrainedTokenizerBase],
+    chat: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    encoder = RowEncoder(ChatTemplate(load_tokenizer(loops)), VOCABULARY_SIZE)
+    monkeypatch.setattr("specforge.data.replies.time_limit", lambda: time_limit(0.05))
+    with pytest.raises(UsageError, match=r"here:3: .*longer than 0\.05 s; it is the third such row"):
+        encoder.encode([Record(chat("one", "two"), f"here:{number}") for number in range(1, 9)])
 
 
 def test_text_among_rows_of_tokens_is_refused() -> None:

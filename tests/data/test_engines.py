@@ -80,7 +80,7 @@ class TestAnswers:
         assert responses.tally.with_tokens == 30 and responses.tally.replies == 45
 
     def test_what_is_asked_overrides_the_defaults_of_the_engine(self, engine, prompts, tmp_path):
-        thinking = Asking(WARM.sampling, 32, 5, thinking=False)
+        thinking = Asking(WARM.sampling, 32, 5, {"enable_thinking": False})
         write(prompts, tmp_path / "out", engine, asking=thinking)
         body = next(one for one in engine.requests if asked(one) == 3 and len(one["messages"]) == 1)
         expected = {"model": MODEL, "temperature": 0.7, "top_p": 0.9, "top_k": 20, "max_tokens": 32}

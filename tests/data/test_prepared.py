@@ -28,6 +28,7 @@ from specforge.data.prepared import Prepared, check_output, prepare_rows
 from specforge.data.recipe import Recipe
 from specforge.data.rows import TokenRows, build_rows, open_rows
 from specforge.data.summary import RowSettings, RowsSummary
+from specforge.data.template import ChatTemplate
 from specforge.errors import SpecforgeError, UsageError
 
 VOCABULARY_SIZE = 320
@@ -78,9 +79,9 @@ class TestSplit:
         for row in rows:
             one = TokenRow(np.array(row, np.int32), np.ones(len(row), np.bool_))
             other = TokenRow(np.array(row, np.int32), np.zeros(len(row), np.bool_))
-            assert cook.split_of(one) == cook.split_of(other)
-            if recipe(share / 2, seed).split_of(one) == "validation":
-                assert cook.split_of(one) == "validation", "a larger share holds out more, not others"
+            assert cook.split_of([one]) == cook.split_of([other, one])
+            if recipe(share / 2, seed).split_of([one]) == "validation":
+                assert cook.split_of([one]) == "validation", "a larger share holds out more, not others"
 
     def test_seeds_hold_out_different_rows(self, source, tmp_path):
         for seed in (0, 1):
@@ -97,11 +98,13 @@ class TestSplit:
 
 def test_the_number_of_workers_changes_nothing(tokenizer: PreTrainedTokenizerBase, write_lines, chat, tmp_path):
     source = write_lines([chat(f"ask {number}", "say " * (number % 7 + 1)) for number in range(1500)])
-    cook = Recipe(RowEncoder(tokenizer, VOCABULARY_SIZE), RowSettings(24, "truncate"), 0.1, 3)
+    cook = Recipe(RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE), RowSettings(24, "truncate"), 0.1, 3)
     for workers in (1, 2):
         prepare_rows([source], cook, tmp_path / str(workers), workers)
     assert files(tmp_path / "1") == files(tmp_path / "2")
-    alone = build_rows(source, lambda: tokenizer, VOCABULARY_SIZE, RowSettings(24, "truncate"), tmp_path / "cache")
+    alone = build_rows(
+        source, lambda: ChatTemplate(tokenizer), VOCABULARY_SIZE, RowSettings(24, "truncate"), tmp_path / "cache"
+    )
     parts = [open_rows(tmp_path / "1" / split, VOCABULARY_SIZE) for split in ("train", "validation")]
     assert Counter(ids(alone)) == Counter(ids(parts[0]) + ids(parts[1]))
 
@@ -114,7 +117,10 @@ def test_the_summary_counts_all_rows(write_lines, tmp_path):
     cook = recipe(0.5, settings=RowSettings(6, "truncate"))
     prepared = prepare_rows([write_lines(rows)], cook, tmp_path / "out", 1)
     dropped = {"no supervised token within max_length": 20, "no supervised token": 10}
-    assert prepared.total == RowsSummary(80, 50 * 5 + 30 * 6, 50 * 3 + 30 * 3, 30, dropped, [None])
+    supervised = 50 * 3 + 30 * 3
+    assert prepared.total == RowsSummary(
+        80, 50 * 5 + 30 * 6, supervised, truncated=30, dropped=Counter(dropped), replies=80, origins=[None]
+    )
     assert all(summary.rows for summary in prepared.splits.values())
     assert Prepared.read(tmp_path / "out") == prepared
 
@@ -207,18 +213,20 @@ class TestEnds:
     def test_what_an_ended_run_has_done_is_not_done_again(self, source, tmp_path, monkeypatch, caplog):
         encode, encoded = RowEncoder.encode, []
 
-        def count(self: RowEncoder, records: Any) -> Any:
+        def count(self: RowEncoder, records: Any, max_length: int) -> Any:
             if len(encoded) == 7:
                 raise KeyboardInterrupt
             encoded.append(len(records))
-            return encode(self, records)
+            return encode(self, records, max_length)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(RowEncoder, "encode", count)
             prepare_rows([source], recipe(), tmp_path / "out", 1)
         begun = len(encoded)
         encoded[:] = [0] * -100
-        monkeypatch.setattr(RowEncoder, "encode", lambda self, rows: encoded.append(len(rows)) or encode(self, rows))
+        monkeypatch.setattr(
+            RowEncoder, "encode", lambda self, rows, most: encoded.append(len(rows)) or encode(self, rows, most)
+        )
         prepare_rows([source], recipe(), tmp_path / "out", 1)
         assert sum(encoded) == 3000 - 256 * begun
         assert "going on after 1,792 rows of an earlier run" in caplog.text
@@ -256,7 +264,7 @@ class TestEnds:
         with Path(source).open("a") as file:
             file.write('{"input_ids": [1, 2\n')
         with pytest.raises(UsageError, match=r"train.jsonl:3001: invalid JSON: .* must be one whole JSON object"):
-            prepare_rows([source], recipe(), tmp_path / "out", 1)
+            prepare_rows([source], recipe(settings=RowSettings(32, "truncate", "refuse")), tmp_path / "out", 1)
         assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
 
     def test_rows_that_teach_nothing_leave_nothing(self, write_lines, tmp_path):
@@ -285,7 +293,7 @@ class TestFit:
     @pytest.fixture
     def prepared(self, tokenizer, write_lines, chat, tmp_path) -> Path:
         source = write_lines([chat(f"ask {number}", "say " * (number % 7 + 1)) for number in range(200)])
-        cook = Recipe(RowEncoder(tokenizer, VOCABULARY_SIZE), RowSettings(64, "truncate"), 0.2)
+        cook = Recipe(RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE), RowSettings(64, "truncate"), 0.2)
         prepare_rows([source], cook, tmp_path / "out", 1)
         return tmp_path / "out"
 

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from specforge.data.prompts import prompt_set_name, read_prompts
+from specforge.data.template import ChatTemplate
 from specforge.errors import UsageError
 
 VERIFIER = Path(__file__).parents[2] / "configs" / "quickstart" / "verifier"
@@ -38,8 +39,8 @@ def rendered(tokenizer, *messages):
 def test_turns_are_asked_one_after_the_other(read, tokenizer):
     [conversation] = read({"turns": ["Hi", "And?"]})
     assert len(conversation.turns) == 2
-    assert conversation.prompt(0, [], tokenizer) == rendered(tokenizer, "Hi")
-    assert conversation.prompt(1, ["Hello."], tokenizer) == rendered(tokenizer, "Hi", "Hello.", "And?")
+    assert conversation.prompt(0, [], ChatTemplate(tokenizer)) == rendered(tokenizer, "Hi")
+    assert conversation.prompt(1, ["Hello."], ChatTemplate(tokenizer)) == rendered(tokenizer, "Hi", "Hello.", "And?")
 
 
 def test_replies_of_a_chat_are_left_to_the_verifier(read, tokenizer):
@@ -52,12 +53,12 @@ def test_replies_of_a_chat_are_left_to_the_verifier(read, tokenizer):
 
 def test_a_tokenised_row_asks_what_comes_before_its_response(read, tokenizer):
     [conversation] = read({"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1], "messages": "not read"})
-    assert conversation.prompt(0, [], tokenizer) == [5, 6]
+    assert conversation.prompt(0, [], ChatTemplate(tokenizer)) == [5, 6]
 
 
 def test_a_prompt_is_one_turn(read, tokenizer):
     [conversation] = read({"prompt": "Hi", "response": "not read"})
-    assert conversation.prompt(0, [], tokenizer) == rendered(tokenizer, "Hi")
+    assert conversation.prompt(0, [], ChatTemplate(tokenizer)) == rendered(tokenizer, "Hi")
 
 
 def test_only_so_many_are_read(read):
@@ -69,7 +70,7 @@ def test_a_template_that_refuses_a_chat_is_named_with_its_line(read, tokenizer):
     bare = AutoTokenizer.from_pretrained(VERIFIER)
     bare.chat_template = "{{ raise_exception('no chats here') }}"
     with pytest.raises(UsageError, match=r"prompts.jsonl:1: the chat cannot be rendered: no chats here"):
-        conversation.prompt(0, [], bare)
+        conversation.prompt(0, [], ChatTemplate(bare))
 
 
 @pytest.mark.parametrize(

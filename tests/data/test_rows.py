@@ -14,9 +14,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from specforge.data import rows as rows_module
-from specforge.data.encoding import RowEncoder, TokenRow
+from specforge.data.encoding import RowEncoder
 from specforge.data.rows import TokenRows, build_rows
 from specforge.data.summary import RowSettings
+from specforge.data.template import ChatTemplate
 from specforge.errors import SpecforgeError, UsageError
 
 VOCABULARY_SIZE = 320
@@ -35,7 +36,13 @@ def build(tmp_path: Path) -> Build:
         raise AssertionError("rows of tokens need no tokenizer")
 
     def build(source: str, settings: RowSettings = CUT, tokenizer: PreTrainedTokenizerBase | None = None) -> TokenRows:
-        return build_rows(source, lambda: tokenizer or refuse(), VOCABULARY_SIZE, settings, tmp_path / "cache" / "rows")
+        return build_rows(
+            source,
+            lambda: ChatTemplate(tokenizer) if tokenizer else refuse(),
+            VOCABULARY_SIZE,
+            settings,
+            tmp_path / "cache" / "rows",
+        )
 
     return build
 
@@ -141,15 +148,15 @@ def test_the_cache_depends_on_all_that_rows_depend_on(
     assert len(folders()) == 6
 
 
-def stop_after(chunks: int, stop: Callable[[], None]) -> Callable[..., list[TokenRow]]:
+def stop_after(chunks: int, stop: Callable[[], None]) -> Callable[..., Any]:
     """Return an `encode` that stops the build after some chunks were written."""
     encode, done = RowEncoder.encode, []
 
-    def encode_and_stop(self: RowEncoder, records: Any) -> list[TokenRow]:
+    def encode_and_stop(self: RowEncoder, records: Any, max_length: int) -> Any:
         if len(done) == chunks:
             stop()
         done.append(len(records))
-        return encode(self, records)
+        return encode(self, records, max_length)
 
     return encode_and_stop
 

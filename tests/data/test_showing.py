@@ -10,9 +10,10 @@ from rich.console import Console
 
 from specforge.data.encoding import RowEncoder
 from specforge.data.recipe import Recipe
-from specforge.data.showing import show_row
+from specforge.data.showing import show_record
 from specforge.data.sources import RawRecord
 from specforge.data.summary import RowSettings
+from specforge.data.template import ChatTemplate
 
 COLOR = {"force_terminal": True, "color_system": "standard"}
 
@@ -22,9 +23,11 @@ def shown(tokenizer):
     """Return what is printed of a row."""
 
     def show(row, max_length=200, **options) -> str:
-        encoder = RowEncoder(tokenizer, len(tokenizer))
+        encoder = RowEncoder(ChatTemplate(tokenizer), len(tokenizer))
         console = Console(file=io.StringIO(), width=80, legacy_windows=False, **options)
-        show_row(RawRecord(row, "a.jsonl:1"), Recipe(encoder, RowSettings(max_length, "truncate")), tokenizer, console)
+        show_record(
+            RawRecord(row, "a.jsonl:1"), Recipe(encoder, RowSettings(max_length, "truncate")), tokenizer, console
+        )
         return console.file.getvalue()
 
     return show
@@ -33,8 +36,8 @@ def shown(tokenizer):
 @pytest.mark.parametrize("options", [{}, COLOR | {"no_color": True}])
 def test_without_colors_supervised_text_stands_in_brackets(shown, chat, options):
     text = re.sub(r"\x1b\[[0-9;]*m", "", shown(chat("ask", "say [bold]", "more", "é ✓"), **options))
-    assert "<|im_start|>assistant\n⟦say [bold]<|im_end|>" in text
-    assert "⟦é ✓<|im_end|>" in text
+    assert "<|im_start|>assistant\n⟦say [bold]<|im_end|>■⟧" in text
+    assert "⟦é ✓<|im_end|>■⟧" in text
     assert "⟦ask" not in text and text.count("⟦") == text.count("⟧") == 2
 
 

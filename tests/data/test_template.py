@@ -1,82 +1,72 @@
+"""The chat template as serving renders it: arguments, one date, and what a template does wrong as one message."""
+
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from specforge.data.template import ChatRenderer, SupervisedText
-from specforge.errors import UsageError
+from specforge.data.template import ChatTemplate, TemplateRefusal, TooSlow, arguments_advice, time_limit
 
 Load = Callable[..., PreTrainedTokenizerBase]
-Chat = Callable[..., dict[str, Any]]
+HELLO = [{"role": "user", "content": "Hello"}]
 
 
-def supervised(rendered: SupervisedText) -> list[str]:
-    return [rendered.text[start:end] for start, end in rendered.spans]
+def test_arguments_reach_the_template(load_tokenizer: Load) -> None:
+    template = ChatTemplate(load_tokenizer("{{ messages[0].content }}{{ ' thinks' if enable_thinking else '' }}"))
+    assert template.render(HELLO, None) == "Hello"
+    assert template.with_arguments(enable_thinking=True).render(HELLO, None) == "Hello thinks"
+    assert template.with_arguments(enable_thinking=True).identity != template.identity
 
 
-@pytest.mark.parametrize("name", ["chatml", "generation"])
-def test_each_response_with_its_closing_token_is_supervised(
-    load_tokenizer: Load, templates: dict[str, str], chat: Chat, name: str
-) -> None:
-    messages = chat("one", "two", "three", "four \n")["messages"]
-    rendered = ChatRenderer(load_tokenizer(templates[name])).render(messages, None, "here")
-    assert supervised(rendered) == ["two<|im_end|>", "four \n<|im_end|>"]
-    assert rendered.text.endswith("four \n<|im_end|>\n")
-    assert not rendered.add_special_tokens
+def test_the_prompt_is_what_serving_renders(load_tokenizer: Load, templates: dict[str, str]) -> None:
+    tokenizer = load_tokenizer(templates["chatml"])
+    expected = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
+    assert ChatTemplate(tokenizer).prompt(HELLO) == expected
 
 
-def test_without_a_closing_token_the_response_reaches_to_its_end(load_tokenizer: Load, chat: Chat) -> None:
-    template = (
-        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    rendered = ChatRenderer(load_tokenizer(template)).render(chat("one", "two")["messages"], None, "here")
-    assert supervised(rendered) == ["two\n"]
+def test_a_template_prints_one_date(load_tokenizer: Load) -> None:
+    tokenizer = load_tokenizer("{{ strftime_now('%d %b %Y') }}")
+    old, new = ChatTemplate(tokenizer, date="2024-02-29"), ChatTemplate(tokenizer)
+    assert (old.render(HELLO, None), new.prints_date) == ("29 Feb 2024", True)
+    assert new.on("2020-01-05").render(HELLO, None) == "05 Jan 2020"
+    assert old.render(HELLO, None) == "29 Feb 2024", "the compiled template is shared, its date is not"
+    assert new.on("2020-01-05").identity == new.identity != old.identity
 
 
-def test_a_greeting_before_any_question_is_context(load_tokenizer: Load, templates: dict[str, str]) -> None:
-    messages = [{"role": "assistant", "content": "Welcome"}, {"role": "user", "content": "Hi"}]
-    messages.append({"role": "assistant", "content": "Hello"})
-    rendered = ChatRenderer(load_tokenizer(templates["chatml"])).render(messages, None, "here")
-    assert supervised(rendered) == ["Hello<|im_end|>"]
-    assert "Welcome" in rendered.text
+def test_the_private_name_of_transformers_takes_a_date() -> None:
+    compiled = _compile_jinja_template("{{ strftime_now('%Y') }} of the day")
+    compiled.globals["strftime_now"] = lambda form: f"now {form}"
+    assert _compile_jinja_template("{{ strftime_now('%Y') }} of the day").render() == "now %Y of the day"
 
 
-def test_prefixes_that_do_not_hold_are_refused(load_tokenizer: Load, templates: dict[str, str], chat: Chat) -> None:
-    renderer = ChatRenderer(load_tokenizer(templates["strips_thinking"]))
-    thinking = chat("one", "<think>so</think>two", "three", "four")["messages"]
-    with pytest.raises(UsageError, match=r"^train.jsonl:3: message 1: .*prefixes do not hold") as refused:
-        renderer.render(thinking, None, "train.jsonl:3")
-    assert "goes on '<think>so</think>two<|im_end|>', the longer one 'two<|im_end|>" in str(refused.value)
-    assert "{% generation %}" in str(refused.value)
-    assert supervised(renderer.render(thinking[:2], None, "here")) == ["<think>so</think>two<|im_end|>"]
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ missing.name.other }}", "missing"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "nested too deeply"),
+    ],
+)
+def test_what_a_template_does_wrong_is_one_message(load_tokenizer: Load, source: str, message: str) -> None:
+    with pytest.raises(TemplateRefusal, match=message):
+        ChatTemplate(load_tokenizer(source)).render(HELLO, None)
 
 
-def test_a_generation_prompt_that_the_answer_lacks_is_refused(load_tokenizer: Load, templates: dict[str, str]) -> None:
-    template = templates["chatml"].replace(
-        "<|im_start|>assistant\n' }}{% endif", "<|im_start|>assistant\n<think>' }}{% endif"
-    )
-    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-    with pytest.raises(UsageError, match="prefixes do not hold"):
-        ChatRenderer(load_tokenizer(template)).render(messages, None, "here")
+def test_an_endless_loop_is_stopped(load_tokenizer: Load) -> None:
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(TooSlow, match=r"longer than 0\.2 s"), time_limit(0.2):
+        ChatTemplate(load_tokenizer(loops)).render(HELLO, None)
+    with time_limit(5.0):
+        time.sleep(0)  # the clock of the first has stopped
+    time.sleep(0.3)
 
 
-def test_a_template_that_raises_is_named_with_the_row(load_tokenizer: Load, chat: Chat) -> None:
-    renderer = ChatRenderer(load_tokenizer("{{ raise_exception('roles must alternate') }}"))
-    with pytest.raises(UsageError, match=r"train.jsonl:3: the chat template refuses this chat: roles must alternate"):
-        renderer.render(chat("one", "two")["messages"], None, "train.jsonl:3")
-
-
-def test_no_template_is_named(load_tokenizer: Load, chat: Chat) -> None:
-    with pytest.raises(UsageError, match=r"train.jsonl:3: .* no chat template"):
-        ChatRenderer(load_tokenizer(None)).render(chat("one", "two")["messages"], None, "train.jsonl:3")
-
-
-def test_tools_reach_the_template(load_tokenizer: Load, templates: dict[str, str], chat: Chat) -> None:
-    template = "{% if tools %}{{ tools[0]['name'] }}{% endif %}" + templates["chatml"]
-    rendered = ChatRenderer(load_tokenizer(template)).render(chat("one", "two")["messages"], [{"name": "add"}], "here")
-    assert rendered.text.startswith("add<|im_start|>user")
-    assert supervised(rendered) == ["two<|im_end|>"]
+def test_what_to_do_is_said_as_flags() -> None:
+    assert arguments_advice({"enable_thinking": False}) == "give --template_arguments.enable_thinking false"
+    assert arguments_advice({}) == "leave --template_arguments out"

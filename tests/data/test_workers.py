@@ -17,6 +17,7 @@ from specforge.data.workers import CHUNK, make_batches
 from specforge.errors import SpecforgeError, UsageError
 
 RECIPE = Recipe(RowEncoder(None, 10), RowSettings(8, "truncate"))
+STRICT = Recipe(RowEncoder(None, 10), RowSettings(8, "truncate", "refuse"))
 ROW = {"input_ids": [1, 2], "loss_mask": [0, 1]}
 
 
@@ -25,7 +26,7 @@ def test_of_several_faults_the_first_is_told(write_lines):
     rows[1900] = {"input_ids": [77], "loss_mask": [1]}
     rows[700] = {"input_ids": [55], "loss_mask": [1]}
     with pytest.raises(UsageError, match=r"train.jsonl:701: id 55"):
-        list(make_batches(read_raw_records(write_lines(rows)), RECIPE, 2))
+        list(make_batches(read_raw_records(write_lines(rows)), STRICT, 2))
     assert not multiprocessing.active_children()
 
 

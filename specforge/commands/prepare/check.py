@@ -11,11 +11,13 @@ from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.text import Text
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from specforge.commands.arguments import add_verifier_flags, command_parser, load, parse
-from specforge.data.encoding import RowEncoder
+from specforge.data.bad_rows import BadRow
+from specforge.data.encoding import RowEncoder, TokenRow
 from specforge.data.sources import Record, check_source, count_records, read_raw_records
+from specforge.data.template import ChatTemplate
 from specforge.errors import UsageError
 from specforge.verifier.policy import PolicyCheck, check_policy
 
@@ -54,9 +56,7 @@ def command_line() -> ArgumentParser:
     return parser
 
 
-def check_rows(
-    verifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Iterable[Record]
-) -> PolicyCheck | None:
+def check_rows(verifier: PreTrainedModel, template: ChatTemplate, records: Iterable[Record]) -> PolicyCheck | None:
     """Compare the responses of rows with what a verifier would have written; None where there are none.
 
     A row is taken to be drawn as its ``origin`` says, or else at temperature 1.
@@ -64,7 +64,7 @@ def check_rows(
     Raises:
         UsageError: A row is refused; the message names the place.
     """
-    encoder = RowEncoder(tokenizer, verifier.config.get_text_config().vocab_size)
+    encoder = RowEncoder(template, verifier.config.get_text_config().vocab_size)
     return check_policy(
         verifier,
         (
@@ -74,9 +74,16 @@ def check_rows(
                 1.0 if row.origin is None else row.origin.temperature,
             )
             for record in tqdm(records, "check", unit=" rows", disable=None)  # None shows it on a terminal only
-            for row in encoder.encode([record])
+            for row in _rows(encoder, record)
         ),
     )
+
+
+def _rows(encoder: RowEncoder, record: Record) -> list[TokenRow]:
+    (rows,) = encoder.encode([record])
+    if isinstance(rows, BadRow):
+        raise rows
+    return rows
 
 
 def print_check(check: PolicyCheck, console: Console) -> None:

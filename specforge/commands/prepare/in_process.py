@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from itertools import groupby
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from specforge.data.prompts import Conversation
 from specforge.data.responses.asking import Asking, Keep, Prompt, Refuse, Reply
+from specforge.data.template import ChatTemplate
 from specforge.decoding.checks import context_length
 from specforge.decoding.loop import Decoder
 from specforge.errors import UsageError
@@ -20,15 +21,13 @@ class VerifierAnswerer:
 
     Args:
         verifier: The verifier.
-        tokenizer: Its tokenizer.
+        template: Its chat template, with the tokenizer.
         asking: How it is asked.
         batch_size: Conversations side by side.
     """
 
-    def __init__(
-        self, verifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asking: Asking, batch_size: int
-    ) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, verifier: PreTrainedModel, template: ChatTemplate, asking: Asking, batch_size: int) -> None:
+        self.template = template
         self.asking = asking
         self.batch_size = batch_size
         self.decoder = Decoder(verifier, sampling=asking.sampling)
@@ -68,7 +67,7 @@ class VerifierAnswerer:
 
     def _tokens(self, conversation: Conversation, turn: int, replies: list[Reply]) -> list[int]:
         said = [reply.text for reply in replies]
-        tokens = conversation.prompt(turn, said, self.tokenizer, **self.asking.template_options)
+        tokens = conversation.prompt(turn, said, self.template)
         if len(tokens) >= self._context:
             raise UsageError(
                 f"{conversation.location}: turn {turn + 1} has {len(tokens):,} tokens, and the verifier's context "
@@ -85,5 +84,5 @@ class VerifierAnswerer:
             said[emission.sequence] += emission.tokens
         for (prompt, tokens), produced in zip(asked, said, strict=True):
             finish = "stop" if produced[-1] in self.decoder.stop_tokens else "length"
-            text = str(self.tokenizer.decode(produced, skip_special_tokens=True))
+            text = str(self.template.tokenizer.decode(produced, skip_special_tokens=True))
             yield prompt, Reply(text, finish, len(produced), tokens, produced)

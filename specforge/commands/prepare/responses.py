@@ -15,16 +15,16 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from specforge.commands.arguments import answering_parser, load, parse, sampling_of
+from specforge.commands.arguments import answering_parser, load, parse, sampling_of, template_words, verifier_text
 from specforge.commands.prepare.check import check_rows, print_check
 from specforge.commands.prepare.in_process import VerifierAnswerer
 from specforge.data.responses.asking import Answer, Asking, Keep, Prompt, Refuse
 from specforge.data.responses.journal import Journal
 from specforge.data.responses.writing import RESPONSES_FILE, Responses, check_output, write_responses
 from specforge.data.sources import Record, check_source, source_fingerprint
-from specforge.data.verifier_text import VerifierText
+from specforge.data.template import ChatTemplate
 from specforge.errors import UsageError
 from specforge.verifier.fingerprint import fingerprint
 from specforge.verifier.policy import PolicyCheck
@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> int:
     """Let prompts be answered, and print what came of it."""
     found = parse(command_line(), arguments)
     _check_flags(found)
-    asking = Asking(sampling_of(found), found.max_new_tokens, found.seed, found.thinking)
+    asking = Asking(sampling_of(found), found.max_new_tokens, found.seed, found.template_arguments or {})
     verifier = _Verifier(found)
     identity = verifier.identity if found.verifier else {}
     answer, name, who = verifier.answerer(asking), found.verifier, identity
@@ -66,7 +66,7 @@ def run(arguments: list[str]) -> int:
         "limit": found.limit,
         **who,
         **how,
-        "thinking": asking.thinking,
+        **verifier.rendering,
     }
 
     def conclude(journal: Journal) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -76,7 +76,7 @@ def run(arguments: list[str]) -> int:
             "model": name if doubt is None else f"{name} ({doubt})",
             "fingerprint": "" if doubt is not None else identity["verifier"],
             **how,
-            "thinking": asking.thinking,
+            **verifier.rendering,
             "template": identity.get("template"),
             "revision": found.verifier_revision,
         }
@@ -93,22 +93,28 @@ class _Verifier:
 
     def __init__(self, found: Namespace) -> None:
         self._found = found
+        self._text = verifier_text(found, found.verifier)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What tells it from others."""
-        text = VerifierText(self._found.verifier, self._found.verifier_revision, self._found.trust_remote_code)
-        template = str(text.tokenizer.chat_template or "")
-        if self._found.thinking is not None and "enable_thinking" not in template:
-            raise UsageError("--thinking: the chat template of this verifier has no switch enable_thinking")
+        template = str(self._text.template.tokenizer.chat_template or "")
         return {
             "verifier": fingerprint(self._found.verifier, self._found.verifier_revision),
             "verifier_dtype": self._found.verifier_dtype,
             "template": hashlib.sha256(template.encode()).hexdigest()[:16],
         }
 
+    @property
+    def rendering(self) -> dict[str, Any]:
+        """How the prompts are rendered."""
+        date = self._found.template_date
+        if self._found.verifier and not self._found.endpoint and self._text.template.prints_date:
+            date = self._text.template.date
+        return {"template_arguments": self._found.template_arguments or {}, "template_date": date}
+
     @cached_property
-    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def loaded(self) -> tuple[PreTrainedModel, ChatTemplate]:
         """All of it."""
         return load(self._found, self._found.verifier)
 
@@ -143,12 +149,6 @@ def command_line() -> ArgumentParser:
     )
     parser.add_argument("--output", type=str | None, default=None, metavar="FOLDER", help="Folder to write; required.")
     parser.add_argument("--limit", type=PositiveInt | None, default=None, metavar="N", help="Only so many prompts.")
-    parser.add_argument(
-        "--thinking",
-        type=bool | None,
-        default=None,
-        help="Switch enable_thinking of the chat template; by default as that has it.",
-    )
     parser.add_argument(
         "--batch_size", type=PositiveInt, default=16, metavar="N", help="In process: answers side by side."
     )
@@ -253,4 +253,5 @@ def _print(responses: Responses, console: Console) -> None:
 def _closing_line(found: Namespace) -> str:
     rows = Path(found.output) / RESPONSES_FILE
     words = ["specforge", "prepare", "rows", str(rows), "--verifier", found.verifier or "MODEL", "--output", "rows"]
+    words += template_words(found)
     return f"Done: {rows} holds the responses, summary.json what came of them. Next:\n  {shlex.join(words)}"

@@ -14,16 +14,15 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
 from specforge.bounds import RowLength, Share
-from specforge.commands.arguments import command_parser, parse
+from specforge.commands.arguments import add_template_flags, command_parser, parse, template_words, verifier_text
 from specforge.data.coverage_plot import draw_coverage
 from specforge.data.prepared import Prepared, check_output, prepare_rows
 from specforge.data.recipe import TRAIN, VALIDATION, Recipe
 from specforge.data.rows import make_encoder
 from specforge.data.rows_table import print_prepared
-from specforge.data.showing import show_row
+from specforge.data.showing import show_record
 from specforge.data.sources import RawRecord, check_source, read_raw_records
 from specforge.data.summary import RowSettings
-from specforge.data.verifier_text import VerifierText
 from specforge.errors import UsageError
 
 DESCRIPTION = """\
@@ -53,14 +52,14 @@ def run(arguments: list[str]) -> int:
         check_source(source, "sources")
     output = Path(found.output)
     is_there = check_output(output) is not None
-    verifier = VerifierText(found.verifier, found.verifier_revision, found.trust_remote_code)
-    encoder = make_encoder(found.sources, lambda: verifier.tokenizer, verifier.vocabulary_size)
+    verifier = verifier_text(found, found.verifier)
+    encoder = make_encoder(found.sources, lambda: verifier.template, verifier.vocabulary_size)
     # Plain numbers: worker processes do not know the types of the command line.
-    settings = RowSettings(int(found.max_length), found.long_rows)
+    settings = RowSettings(int(found.max_length), found.long_rows, found.bad_rows, float(found.max_bad_share))
     recipe = Recipe(encoder, settings, float(found.validation_share), int(found.seed))
     console = Console(highlight=False)
     for record in _first_records(found):
-        show_row(record, recipe, verifier.tokenizer, console)
+        show_record(record, recipe, verifier.tokenizer, console)
     prepared = prepare_rows(found.sources, recipe, output, found.workers or len(os.sched_getaffinity(0)))
     plot = output / "coverage.svg"
     if not plot.exists():
@@ -81,10 +80,20 @@ def command_line() -> ArgumentParser:
         "--verifier_revision", type=str | None, default=None, metavar="NAME", help="Its branch, tag or commit."
     )
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with it.")
+    add_template_flags(parser)
     parser.add_argument("--output", type=str | None, default=None, metavar="FOLDER", help="Folder to write; required.")
     parser.add_argument("--max_length", type=RowLength, default=2048, metavar="N", help="Longest row, in tokens.")
     parser.add_argument(
         "--long_rows", type=Literal["truncate", "drop"], default="truncate", help="Cut longer rows, or leave them out."
+    )
+    parser.add_argument(
+        "--bad_rows",
+        type=Literal["drop", "refuse"],
+        default="drop",
+        help="Leave rows that cannot be trained on out, or end with the first.",
+    )
+    parser.add_argument(
+        "--max_bad_share", type=Share, default=0.05, metavar="SHARE", help="Share of bad rows that ends the run."
     )
     parser.add_argument(
         "--validation_share", type=Share, default=0.05, metavar="SHARE", help="Share of the rows to hold out."
@@ -112,5 +121,5 @@ def _closing_lines(found: Namespace, prepared: Prepared) -> str:
     words = ["specforge", "fit", "--config", "FILE", "--verifier", found.verifier, "--data.train", str(output / TRAIN)]
     if VALIDATION in prepared.splits:
         words += ["--data.validation", str(output / VALIDATION)]
-    words += ["--data.max_length", str(found.max_length)]
+    words += ["--data.max_length", str(found.max_length), *template_words(found, "data.")]
     return f"{output} holds the rows, summary.json and coverage.svg. To train on them:\n  {shlex.join(words)}"

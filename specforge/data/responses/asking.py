@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
@@ -21,18 +21,13 @@ class Asking:
         sampling: How it chooses its tokens.
         max_new_tokens: Most tokens of a reply.
         seed: Seed of everything random.
-        thinking: The chat template's switch ``enable_thinking``; None leaves it as the template has it.
+        template_arguments: What the chat template is given besides the chat.
     """
 
     sampling: Sampling
     max_new_tokens: int
     seed: int
-    thinking: bool | None = None
-
-    @property
-    def template_options(self) -> dict[str, bool]:
-        """What the chat template is told."""
-        return {} if self.thinking is None else {"enable_thinking": self.thinking}
+    template_arguments: dict[str, Any] = field(default_factory=dict)
 
     def seed_of(self, index: int, turn: int) -> int:
         """Return the seed of one reply, 31 bits: it hangs on its place alone, not on when or beside what it is made."""

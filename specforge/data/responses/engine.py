@@ -77,7 +77,7 @@ class Engine:
         Raises:
             SpecforgeError: They will not do.
         """
-        few = Asking(asking.sampling, 1, asking.seed, asking.thinking)
+        few = Asking(asking.sampling, 1, asking.seed, asking.template_arguments)
         hello = [{"role": "user", "content": "Hello"}]
         try:
             await self._complete(model, hello, few, asking.seed_of(0, 0))
@@ -129,8 +129,8 @@ class Engine:
         if self.takes_extensions:
             # Engines fall back on the model's generation_config.json for what is left out; -1 stands for all tokens.
             extra = {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
-        if asking.template_options:
-            extra["chat_template_kwargs"] = asking.template_options
+        if asking.template_arguments:
+            extra["chat_template_kwargs"] = asking.template_arguments
         return await self.client.chat.completions.create(
             model=model,
             messages=chat,
