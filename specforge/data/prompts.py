@@ -94,8 +94,9 @@ def read_conversation(record: Record) -> Conversation:
 
 
 def prompt_set_name(source: str) -> str:
-    """Return what to call a prompt set: the file's name without its ending, or the source as it is."""
-    return Path(source).stem if Path(source).suffix else source
+    """Return what to call a prompt set: the file's name without its endings, or the source as it is."""
+    path = Path(source.removesuffix(".gz"))
+    return path.stem if path.suffix else source
 
 
 def _turns(record: Record) -> list[list[Message] | list[int]]:

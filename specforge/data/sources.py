@@ -1,54 +1,33 @@
-"""Where rows come from: a JSON-lines file, a folder of token rows or of `datasets`, or a data set on the hub."""
+"""Where rows come from: files, a folder of token rows, of files or of `datasets`, or a data set on the hub."""
 
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from specforge.data.bad_rows import BadRow
+from specforge.data.files import JSON, LINES, PARQUET, count_rows, kind_of, read_file
+from specforge.data.records import RawRecord, Record
 from specforge.errors import UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+__all__ = ["RawRecord", "Record"]
+
 ALLOWED_SOURCES = (
-    "allowed: a .jsonl or .json file with one JSON object a line, a folder written by specforge prepare rows or by "
-    "datasets.save_to_disk, or a hub data set as owner/name or owner/name:split"
+    "allowed: a .jsonl file with one JSON object a line, a .json file of the same or of one array, a .parquet file, "
+    "each also as .gz; a folder of .jsonl or .parquet files, or a pattern of files with *; a folder written by "
+    "specforge prepare rows or by datasets.save_to_disk; a hub data set as owner/name or owner/name:split"
 )
 ROWS_FILE = "rows.arrow"  # in a folder of token rows
-_FILE_SUFFIXES = (".jsonl", ".json")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w\[\]%:+.-]+)?")
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One raw row and the place to name when it is refused, such as `train.jsonl:12`."""
-
-    value: dict[str, Any]
-    location: str
-
-
-@dataclass(frozen=True, slots=True)
-class RawRecord:
-    """A row as it lies in its source: a line of JSON that nobody has parsed yet, or the values of a data set."""
-
-    content: bytes | dict[str, Any]
-    location: str
-
-    def parse(self) -> Record:
-        """Return the row.
-
-        Raises:
-            BadRow: the line is no JSON object; the message names file and line.
-        """
-        content = self.content
-        return Record(_parse_line(content, self.location) if isinstance(content, bytes) else content, self.location)
+_SHARD_NAME = re.compile(r"(.+?)-\d{5}-of-\d{5}\b.*")  # as the hub names the files of a split
 
 
 def check_source(source: str, key: str) -> None:
@@ -59,26 +38,44 @@ def check_source(source: str, key: str) -> None:
         key: configuration key to name in the message, such as `data.train`.
 
     Raises:
-        UsageError: the file is missing or empty, or the folder is no folder of `datasets`.
+        UsageError: a file is missing or empty, or a folder holds no rows, or those of several splits.
     """
     path = Path(source)
-    if path.is_dir():
-        if (path / ROWS_FILE).is_file():
-            return
-        if splits := sorted(str(file.parent) for file in path.glob(f"*/{ROWS_FILE}")):
-            raise UsageError(f"{key}: {source} holds several sets of rows; name one of {splits}")
-        if (path / "dataset_dict.json").is_file():
-            splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-            raise UsageError(f"{key}: {source} holds several splits; name one of {[f'{source}/{s}' for s in splits]}")
-        if not (path / "state.json").is_file():
-            raise UsageError(f"{key}: {source} is a folder without rows; {ALLOWED_SOURCES}")
-    elif path.exists():
-        if path.suffix not in _FILE_SUFFIXES:
-            raise UsageError(f"{key}: {source} is no JSON-lines file by its name; {ALLOWED_SOURCES}")
-        if path.stat().st_size == 0:
-            raise UsageError(f"{key}: {source} is empty; it needs at least one row")
-    elif path.suffix in _FILE_SUFFIXES or not _HUB_NAME.fullmatch(source):
+    if (path / ROWS_FILE).is_file():
+        return
+    if splits := sorted(str(file.parent) for file in path.glob(f"*/{ROWS_FILE}")):
+        raise UsageError(f"{key}: {source} holds several sets of rows; name one of {splits}")
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(str(file.parent) for file in path.glob("*/state.json"))
+        raise UsageError(f"{key}: {source} holds several splits; name one of {splits}")
+    if (path / "state.json").is_file():
+        return
+    files = source_files(source)
+    if path.is_file() and kind_of(path) is None:
+        raise UsageError(f"{key}: {source} is no file of rows by its name; {ALLOWED_SOURCES}")
+    if empty := next((file for file in files if file.stat().st_size == 0), None):
+        raise UsageError(f"{key}: {empty} is empty; it needs at least one row")
+    if path.is_dir() and not files:
+        below = sorted(str(folder) for folder in path.iterdir() if folder.is_dir() and source_files(str(folder)))
+        hint = f"; did you mean one of {below}?" if below else ""
+        raise UsageError(f"{key}: {source} is a folder without rows{hint}; {ALLOWED_SOURCES}")
+    splits = sorted({match[1] for file in files if (match := _SHARD_NAME.fullmatch(file.name))})
+    if len(splits) > 1:
+        patterns = [str(files[0].with_name(f"{split}-*")) for split in splits]
+        raise UsageError(f"{key}: {source} holds several splits; name one of {patterns}")
+    if not files and (kind_of(path) or "*" in source or not _HUB_NAME.fullmatch(source)):
         raise UsageError(f"{key}: {source} does not exist; {ALLOWED_SOURCES}")
+
+
+def source_files(source: str) -> list[Path]:
+    """Return the files of a source in order; none for token rows, `datasets` and the hub."""
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    pattern = f"{glob.escape(source)}/*" if path.is_dir() else source if "*" in source else ""
+    # Files of .json in a folder of rows tell about them, such as `dataset_infos.json`.
+    kinds = {LINES, PARQUET} if path.is_dir() else {LINES, PARQUET, JSON}
+    return sorted(file for file in map(Path, glob.glob(pattern)) if kind_of(file) in kinds and file.is_file())
 
 
 def read_records(source: str) -> Iterator[Record]:
@@ -100,8 +97,9 @@ def read_raw_records(source: str) -> Iterator[RawRecord]:
         UsageError: the source cannot be opened.
     """
     check_source(source, "data")
-    if Path(source).is_file():
-        yield from _read_lines(source)
+    if files := source_files(source):
+        for file in files:
+            yield from read_file(file)
     else:
         for number, row in enumerate(_open_dataset(source)):
             yield RawRecord(row, f"{source} row {number}")
@@ -109,19 +107,17 @@ def read_raw_records(source: str) -> Iterator[RawRecord]:
 
 def count_records(source: str) -> int:
     """Return how many rows a source has, for progress bars: blank lines of a file count too."""
-    if not Path(source).is_file():
-        return len(_open_dataset(source))
-    with Path(source).open("rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    files = source_files(source)
+    return sum(map(count_rows, files)) if files else len(_open_dataset(source))
 
 
 def source_fingerprint(source: str) -> str:
-    """Return a digest of the source's content: of a file's bytes, or the fingerprint that `datasets` keeps."""
-    path = Path(source)
-    if path.is_file():
-        status = path.stat()
-        return _file_digest(path.resolve(), status.st_size, status.st_mtime_ns)
-    return str(_open_dataset(source)._fingerprint)
+    """Return a digest of the source's content: of its files' bytes, or the fingerprint that `datasets` keeps."""
+    files = source_files(source)
+    if not files:
+        return str(_open_dataset(source)._fingerprint)
+    digests = [_file_digest(file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=16)
@@ -129,40 +125,6 @@ def _file_digest(path: Path, size: int, modified: int) -> str:
     """Hash a file once a process; size and time of change only tell when to hash it again."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_lines(source: str) -> Iterator[RawRecord]:
-    try:
-        # Bytes, not text: a line that is no UTF-8 must be named, and text mode decodes ahead of the line it is at.
-        file = Path(source).open("rb")  # noqa: SIM115
-    except OSError as error:
-        raise UsageError(f"{source}: cannot be read: {error.strerror}") from error
-    with file as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield RawRecord(line, f"{source}:{number}")
-
-
-def _parse_line(line: bytes, location: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRow(
-            location, "not UTF-8", f"not UTF-8 text ({error.reason} at byte {error.start} of the line)"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise BadRow(
-            location,
-            "invalid JSON",
-            f"invalid JSON: {error.msg} (column {error.colno}); each line must be one whole JSON object",
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise BadRow(location, "invalid JSON", f"invalid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise BadRow(
-            location, "no JSON object", f"expected a JSON object, one a line, found a JSON {type(value).__name__}"
-        )
-    return value
 
 
 def _open_dataset(source: str) -> Dataset:

@@ -16,8 +16,8 @@ ANSWER = {"role": "assistant", "content": "Hello"}
 ARGUMENTS = {"city": "Rome", "unit": None}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}}
 CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+SCHEMA: dict[str, Any] = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
 
 
 def record(**value: Any) -> Record:

@@ -1,0 +1,108 @@
+"""The elements of a JSON array, read as a stream: the file may be larger than memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from typing import IO, Any
+
+from specforge.data.records import RawRecord
+from specforge.errors import UsageError
+
+_BLOCK = 1 << 20
+_BLANKS = re.compile(r"[ \t\n\r]*")
+_LONGEST_WORD = 16  # an error so close to the end of a block may only say that a word goes on in the next
+
+
+def read_array(file: IO[bytes], shown: str) -> Iterator[RawRecord]:
+    """Yield the elements of a file that is one array.
+
+    Args:
+        file: opened at its start.
+        shown: name of the file in locations and errors.
+
+    Raises:
+        UsageError: the file is not one array of JSON values; the message names file and line.
+    """
+    text = _JsonText(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+    number = 0
+    try:
+        text.take("[")
+        while text.peek() != "]":
+            if number:
+                text.take(",")
+            yield RawRecord(text.value(), f"{shown} row {number}")
+            number += 1
+        text.take("]")
+        text.take("")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{shown}: not UTF-8 text: {error.reason} at row {number}") from error
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise UsageError(f"{shown}:{text.line}: invalid JSON at row {number}: {reason}") from error
+
+
+class _JsonText:
+    """A text file of JSON, of which a block at a time is in memory."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+        self._decoder = json.JSONDecoder()
+        self._lines = 0  # before the block
+        self._block = ""
+        self._at = 0
+
+    @property
+    def line(self) -> int:
+        """The line of what is read next, from 1."""
+        return self._lines + self._block.count("\n", 0, self._at) + 1
+
+    def peek(self) -> str:
+        """Return the next character that is not blank; an empty string at the end."""
+        while True:
+            self._at = _BLANKS.match(self._block, self._at).end()  # type: ignore[union-attr]  # matches nothing too
+            if self._at < len(self._block) or not self._read_on(_BLOCK):
+                return self._block[self._at : self._at + 1]
+
+    def take(self, expected: str) -> None:
+        """Move past the next character that is not blank; an empty string stands for the end.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        found = self.peek()
+        if found != expected:
+            raise ValueError(f"expected {expected or 'the end'!r}, found {found or 'the end'!r}")
+        self._at += len(found)
+
+    def value(self) -> Any:
+        """Return the next value, and move past it.
+
+        Raises:
+            ValueError: there is none.
+        """
+        self.peek()
+        size = _BLOCK
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._block, self._at)
+                goes_on = end == len(self._block)  # a number may
+            except json.JSONDecodeError as error:
+                goes_on = error.msg.startswith("Unterminated") or error.pos + _LONGEST_WORD > len(self._block)
+                if not (goes_on and self._read_on(size)):
+                    self._at = min(error.pos, len(self._block))
+                    raise
+            else:
+                if not (goes_on and self._read_on(size)):
+                    self._at = end
+                    return value
+            size *= 2  # a value of many blocks is read a few times over, not once a block
+
+    def _read_on(self, size: int) -> bool:
+        more = self._file.read(size)
+        if more:
+            self._lines += self._block.count("\n", 0, self._at)
+            self._block, self._at = self._block[self._at :] + more, 0
+        return bool(more)

@@ -1,0 +1,53 @@
+"""Raw rows, and where each of them is from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from specforge.data.bad_rows import BadRow
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row and the place to name when it is refused, such as `train.jsonl:12`."""
+
+    value: dict[str, Any]
+    location: str
+
+
+@dataclass(frozen=True, slots=True)
+class RawRecord:
+    """A row as its source holds it: a line of JSON that nobody has parsed yet, or values."""
+
+    content: bytes | Any
+    location: str
+
+    def parse(self) -> Record:
+        """Return the row.
+
+        Raises:
+            BadRow: the row is no JSON object; the message names file and line.
+        """
+        content = self.content
+        value = _parse_line(content, self.location) if isinstance(content, bytes) else content
+        if not isinstance(value, dict):
+            found = "null" if value is None else type(value).__name__
+            raise BadRow(self.location, "no JSON object", f"a row must be a JSON object, found {found}")
+        return Record(value, self.location)
+
+
+def _parse_line(line: bytes, location: str) -> Any:
+    try:
+        return json.loads(line.removeprefix(BYTE_ORDER_MARK).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        explanation = f"not UTF-8 text ({error.reason} at byte {error.start} of the line)"
+        raise BadRow(location, "not UTF-8", explanation) from error
+    except json.JSONDecodeError as error:
+        explanation = f"invalid JSON: {error.msg} (column {error.colno}); each line must be one whole JSON object"
+        raise BadRow(location, "invalid JSON", explanation) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise BadRow(location, "invalid JSON", f"invalid JSON: {error}") from error
