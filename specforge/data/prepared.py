@@ -21,9 +21,11 @@ from specforge.data.coverage import Coverage, coverage_by_size
 from specforge.data.lock import locked
 from specforge.data.recipe import TRAIN, VALIDATION, Recipe
 from specforge.data.rows import count_stored, identity_of, is_whole, require_supervision
-from specforge.data.sources import ROWS_FILE, source_fingerprint
+from specforge.data.sealed import read_sealed, write_sealed
+from specforge.data.sources import source_fingerprint
+from specforge.data.stored_rows import ROWS_FILE, SUMMARY_FILE, written_parts
 from specforge.data.summary import RowsSummary
-from specforge.data.writing import SUMMARY_FILE, RowsWriter, write_rows
+from specforge.data.writing import RowsWriter, chained, write_rows
 from specforge.errors import SpecforgeError, UsageError
 
 _PROGRESS_FILE = "progress.json"
@@ -53,7 +55,7 @@ class Prepared:
     def read(cls, folder: Path) -> Self | None:
         """Read the summary of a folder; None where it is none of prepared rows."""
         try:
-            values = json.loads((folder / SUMMARY_FILE).read_text())
+            values = read_sealed(folder / SUMMARY_FILE)
             splits = {split: RowsSummary.from_json(one) for split, one in values["splits"].items()}
             return cls(values["identity"], splits, [Coverage(**one) for one in values["coverage"]])
         except (OSError, ValueError, KeyError, TypeError):
@@ -63,7 +65,7 @@ class Prepared:
         """Write the summary into a folder."""
         splits = {split: summary.to_json() for split, summary in self.splits.items()}
         values = {"identity": self.identity, "splits": splits, "coverage": [asdict(one) for one in self.coverage]}
-        (folder / SUMMARY_FILE).write_text(json.dumps(values, indent=2) + "\n")
+        write_sealed(folder / SUMMARY_FILE, values, indent=2)
 
 
 def prepare_rows(sources: Sequence[str], recipe: Recipe, output: Path, workers: int) -> Prepared:
@@ -144,7 +146,7 @@ def _write(folder: Path, sources: Sequence[str], recipe: Recipe, workers: int, i
         date = recipe.encoder.template.date if recipe.encoder.template else ""
 
         def note(done: int) -> None:
-            sizes = {split: [one.size, one.summary.to_json()] for split, one in writers.items()}
+            sizes = {split: [one.size, one.summary.to_json(), one.checksum] for split, one in writers.items()}
             _write_progress(folder, {"identity": identity, "date": date, "done": done, "splits": sizes})
 
         write_rows(sources, recipe, writers, workers, progress["done"], note)
@@ -163,22 +165,24 @@ def _write(folder: Path, sources: Sequence[str], recipe: Recipe, workers: int, i
     return prepared
 
 
-def _open(folder: Path, earlier: tuple[int, dict[str, Any]] | None) -> RowsWriter:
+def _open(folder: Path, earlier: tuple[int, dict[str, Any], int] | None) -> RowsWriter:
     if earlier is None:
         folder.mkdir(parents=True)
         return RowsWriter(folder)
-    size, summary = earlier
+    size, summary, _ = earlier
     return RowsWriter(folder, size, RowsSummary.from_json(summary))
 
 
 def _read_progress(folder: Path, identity: str) -> dict[str, Any]:
     """Return how far an earlier run of the same sources and settings came."""
     try:
-        progress = json.loads((folder / _PROGRESS_FILE).read_text())
-        sizes = {split: (folder / split / ROWS_FILE).stat().st_size for split in progress["splits"]}
-        # A machine that went down may have lost what it had promised to write.
-        if progress["identity"] == identity and all(sizes[s] >= size for s, (size, _) in progress["splits"].items()):
-            return dict(progress)
+        progress = read_sealed(folder / _PROGRESS_FILE)
+        if progress["identity"] == identity:
+            for split, (size, _, checksum) in progress["splits"].items():
+                # A machine that went down may have lost what it had promised to write.
+                if chained(written_parts(folder / split / ROWS_FILE, size)) != checksum:
+                    raise ValueError("the rows are damaged")
+            return progress
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return {"done": 0, "splits": {}}
@@ -186,5 +190,5 @@ def _read_progress(folder: Path, identity: str) -> dict[str, Any]:
 
 def _write_progress(folder: Path, progress: dict[str, Any]) -> None:
     beside = folder / f".{_PROGRESS_FILE}"
-    beside.write_text(json.dumps(progress))
+    write_sealed(beside, progress)
     os.replace(beside, folder / _PROGRESS_FILE)

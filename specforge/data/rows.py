@@ -16,18 +16,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from specforge.data.bad_rows import BadRow
 from specforge.data.cache import ensure_folder
 from specforge.data.encoding import RowEncoder, holds_tokens
 from specforge.data.recipe import FORMAT, TRAIN, Recipe
-from specforge.data.sources import ROWS_FILE, Record, count_records, read_raw_records, source_fingerprint
+from specforge.data.sources import Record, count_records, read_raw_records, source_fingerprint
+from specforge.data.stored_rows import ROWS_FILE, StoredRows
 from specforge.data.summary import RowSettings, RowsSummary
 from specforge.data.template import arguments_advice
-from specforge.data.writing import SUMMARY_FILE, RowsWriter, write_rows
-from specforge.errors import UsageError
+from specforge.data.writing import RowsWriter, write_rows
+from specforge.errors import SpecforgeError, UsageError
 
 if TYPE_CHECKING:
     from specforge.data.template import ChatTemplate
@@ -37,18 +37,26 @@ class TokenRows:
     """Tokenised rows, read from disk as they are needed.
 
     Args:
-        table: columns `input_ids` (lists of int32), `loss_mask` (lists of bool) and `chat` (int64).
+        stored: columns `input_ids` (lists of int32), `loss_mask` (lists of bool) and `chat` (int64).
         summary: what became of the source.
         vocabulary_size: number of ids of the verifier, V.
+        chosen: indices of the rows to take; None for all.
     """
 
-    def __init__(self, table: Dataset, summary: RowsSummary, vocabulary_size: int) -> None:
+    def __init__(
+        self,
+        stored: StoredRows,
+        summary: RowsSummary,
+        vocabulary_size: int,
+        chosen: npt.NDArray[np.int64] | None = None,
+    ) -> None:
         self.summary = summary
         self.vocabulary_size = vocabulary_size
-        self._table = table.with_format("arrow")
+        self._stored = stored
+        self._chosen = chosen
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._stored if self._chosen is None else self._chosen)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return `input_ids` int64 [T] and `loss_mask` bool [T] of one row."""
@@ -59,8 +67,12 @@ class TokenRows:
 
         Returns:
             `input_ids` int64 [T] and `loss_mask` bool [T] of all of them, and the tokens of each, int64 [rows].
+
+        Raises:
+            SpecforgeError: they are damaged.
         """
-        rows = self._table[indices]  # all at once: looking up a row takes longer than reading it
+        wanted = np.asarray(indices, dtype=np.int64)
+        rows = self._stored.take(wanted if self._chosen is None else self._chosen[wanted])
         ids, mask = rows["input_ids"].combine_chunks(), rows["loss_mask"].combine_chunks()
         joined = {
             "input_ids": torch.from_numpy(ids.flatten().to_numpy().astype(np.int64)),
@@ -71,8 +83,7 @@ class TokenRows:
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each row, int64 [rows]."""
-        parts = [pc.list_value_length(batch["input_ids"]).to_numpy() for batch in self._batches()]
-        return np.concatenate(parts).astype(np.int64)
+        return self._stored.lengths if self._chosen is None else self._stored.lengths[self._chosen]
 
     @cached_property
     def chats(self) -> npt.NDArray[np.int64]:
@@ -108,13 +119,16 @@ class TokenRows:
 
     def select(self, indices: npt.NDArray[np.int64]) -> TokenRows:
         """Return some of the rows; `truncated` and `dropped` of the summary still tell of the whole source."""
-        chosen = TokenRows(self._table.select(indices), self.summary, self.vocabulary_size)
+        rows = indices if self._chosen is None else self._chosen[indices]
+        chosen = TokenRows(self._stored, self.summary, self.vocabulary_size, rows)
         tokens, supervised_tokens = int(chosen.lengths.sum()), int(chosen.supervised_counts.sum())
         chosen.summary = replace(self.summary, rows=len(chosen), tokens=tokens, supervised_tokens=supervised_tokens)
         return chosen
 
     def _batches(self) -> Iterator[pa.Table]:
-        return iter(self._table.iter(batch_size=1024))
+        if self._chosen is None:
+            return self._stored.tables()
+        return map(self._stored.take, np.split(self._chosen, range(1024, len(self), 1024)))
 
 
 def row_digest(input_ids: npt.NDArray[Any]) -> bytes:
@@ -210,11 +224,13 @@ def identity_of(encoder: RowEncoder) -> dict[str, Any]:
 
 
 def open_rows(folder: Path, vocabulary_size: int) -> TokenRows:
-    """Open a folder of rows that is whole."""
-    stored = json.loads((folder / SUMMARY_FILE).read_text())
-    return TokenRows(
-        Dataset.from_file(str(folder / ROWS_FILE)), RowsSummary.from_json(stored["summary"]), vocabulary_size
-    )
+    """Open a folder of rows.
+
+    Raises:
+        UsageError: they are damaged.
+    """
+    stored = StoredRows(folder)
+    return TokenRows(stored, RowsSummary.from_json(stored.description["summary"]), vocabulary_size)
 
 
 def count_stored(folder: Path, vocabulary_size: int) -> Tensor:
@@ -227,13 +243,12 @@ def count_stored(folder: Path, vocabulary_size: int) -> Tensor:
 
 
 def is_whole(folder: Path) -> bool:
-    """Tell whether a folder holds the rows that its summary speaks of."""
+    """Tell whether a folder holds all the rows that its summary speaks of, as they were written."""
     try:
-        stored = json.loads((folder / SUMMARY_FILE).read_text())
-        rows = Dataset.from_file(str(folder / ROWS_FILE))
-        return bool(len(rows) == stored["summary"]["rows"] and (folder / ROWS_FILE).stat().st_size == stored["bytes"])
-    except (OSError, ValueError, KeyError, TypeError):
+        StoredRows(folder).check()
+    except SpecforgeError:
         return False
+    return True
 
 
 def require_supervision(summary: RowsSummary, source: str) -> None:
@@ -264,9 +279,7 @@ def _prepared_rows(
     folder: Path, load_template: Callable[[], ChatTemplate], vocabulary_size: int, max_length: int
 ) -> TokenRows:
     """Open a folder of rows, and make sure that it suits the run."""
-    if not is_whole(folder):
-        raise UsageError(f"{folder}: the rows are damaged; prepare them again")
-    stored = json.loads((folder / SUMMARY_FILE).read_text())
+    stored = StoredRows(folder).description
     if stored.get("format") != FORMAT:
         raise UsageError(f"{folder}: the rows were prepared by another version of specforge; prepare them again")
     if stored.get("vocabulary_size") != vocabulary_size:

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING
 
 from specforge.data.files import JSON, LINES, PARQUET, count_rows, kind_of, read_file
 from specforge.data.records import RawRecord, Record
+from specforge.data.stored_rows import ROWS_FILE, StoredRows
 from specforge.errors import UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["RawRecord", "Record"]
+__all__ = ["ROWS_FILE", "RawRecord", "Record"]
 
 ALLOWED_SOURCES = (
     "allowed: a .jsonl file with one JSON object a line, a .json file of the same or of one array, a .parquet file, "
     "each also as .gz; a folder of .jsonl or .parquet files, or a pattern of files with *; a folder written by "
     "specforge prepare rows or by datasets.save_to_disk; a hub data set as owner/name or owner/name:split"
 )
-ROWS_FILE = "rows.arrow"  # in a folder of token rows
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w\[\]%:+.-]+)?")
 _SHARD_NAME = re.compile(r"(.+?)-\d{5}-of-\d{5}\b.*")  # as the hub names the files of a split
 
@@ -101,21 +101,22 @@ def read_raw_records(source: str) -> Iterator[RawRecord]:
         for file in files:
             yield from read_file(file)
     else:
-        for number, row in enumerate(_open_dataset(source)):
+        for number, row in enumerate(_open_rows(source)):
             yield RawRecord(row, f"{source} row {number}")
 
 
 def count_records(source: str) -> int:
     """Return how many rows a source has, for progress bars: blank lines of a file count too."""
     files = source_files(source)
-    return sum(map(count_rows, files)) if files else len(_open_dataset(source))
+    return sum(map(count_rows, files)) if files else len(_open_rows(source))
 
 
 def source_fingerprint(source: str) -> str:
     """Return a digest of the source's content: of its files' bytes, or the fingerprint that `datasets` keeps."""
     files = source_files(source)
     if not files:
-        return str(_open_dataset(source)._fingerprint)
+        rows = _open_rows(source)
+        return rows.fingerprint if isinstance(rows, StoredRows) else str(rows._fingerprint)
     digests = [_file_digest(file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
@@ -127,13 +128,14 @@ def _file_digest(path: Path, size: int, modified: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _open_dataset(source: str) -> Dataset:
+def _open_rows(source: str) -> StoredRows | Dataset:
+    if (Path(source) / ROWS_FILE).is_file():
+        return StoredRows(Path(source))
     import datasets
 
     if Path(source).is_dir():
-        rows = Path(source) / ROWS_FILE
         try:
-            return datasets.Dataset.from_file(str(rows)) if rows.is_file() else datasets.Dataset.load_from_disk(source)
+            return datasets.Dataset.load_from_disk(source)
         except Exception as error:  # datasets raises OSError, KeyError, ArrowInvalid ... for a damaged folder
             raise UsageError(f"{source}: cannot be read as a folder of rows: {_first_line(error)}") from error
     name, _, split = source.partition(":")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 from tqdm import tqdm
 
 from specforge.data.recipe import SCHEMA, TRAIN, Batch, Recipe
-from specforge.data.sources import ROWS_FILE, count_records, read_raw_records
+from specforge.data.sealed import write_sealed
+from specforge.data.sources import count_records, read_raw_records
+from specforge.data.stored_rows import ROWS_FILE, SUMMARY_FILE, Part, batch_part, schema_part, written_parts
 from specforge.data.summary import RowsSummary
 from specforge.data.workers import make_batches
-
-SUMMARY_FILE = "summary.json"
 
 
 class RowsWriter:
@@ -23,8 +24,12 @@ class RowsWriter:
 
     Args:
         folder: the folder, which exists.
-        size: bytes of the rows' file to keep, from an earlier run; 0 starts anew.
+        size: bytes of the rows' file to keep, from an earlier run; 0 starts with none.
         summary: what became of the rows in them.
+
+    Attributes:
+        summary: what became of the rows so far.
+        checksum: of the rows so far.
     """
 
     def __init__(self, folder: Path, size: int = 0, summary: RowsSummary | None = None) -> None:
@@ -34,8 +39,13 @@ class RowsWriter:
         self._file = (folder / ROWS_FILE).open("r+b" if size else "wb", buffering=0)
         self._file.truncate(size)
         self._file.seek(size)
-        if not size:
-            self._file.write(SCHEMA.serialize())
+        if size:
+            self._parts = written_parts(folder / ROWS_FILE, size)
+        else:
+            schema = SCHEMA.serialize().to_pybytes()
+            self._file.write(schema)
+            self._parts = [schema_part(schema)]
+        self.checksum = chained(self._parts)
 
     @property
     def size(self) -> int:
@@ -51,6 +61,8 @@ class RowsWriter:
         left = memoryview(batch.message)
         while left:  # a disk that is nearly full takes a part, and refuses the next
             left = left[self._file.write(left) :]
+        self._parts.append(batch_part(batch.message, batch.summary.rows))
+        self.checksum = chained(self._parts[-1:], self.checksum)
         self.summary += batch.summary
 
     def close(self) -> None:
@@ -63,9 +75,16 @@ class RowsWriter:
         Args:
             identity: what the rows are bound to, to be stored.
         """
-        stored = {"bytes": self.size, "summary": self.summary.to_json(), **identity}
         self.close()
-        (self.folder / SUMMARY_FILE).write_text(json.dumps(stored))
+        stored = {"summary": self.summary.to_json(), "checksums": self._parts, **identity}
+        write_sealed(self.folder / SUMMARY_FILE, stored)
+
+
+def chained(parts: Sequence[Part], before: int = 0) -> int:
+    """Return a checksum of parts, which continues that of the parts before them."""
+    for part in parts:
+        before = zlib.crc32(json.dumps(part).encode(), before)
+    return before
 
 
 def write_rows(

@@ -239,11 +239,14 @@ class TestEnds:
         prepare_rows([source], recipe(0.4), tmp_path / "undisturbed", 1)
         assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
-    def test_files_that_are_shorter_than_promised_are_written_anew(self, source, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("damage", ["cut", "changed"])
+    def test_files_that_are_not_as_promised_are_written_again(self, source, tmp_path, monkeypatch, damage):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr("specforge.data.prepared.require_supervision", interrupt)
             prepare_rows([source], recipe(), tmp_path / "out", 1)
-        os.truncate(tmp_path / ".out.partial" / "train" / "rows.arrow", 1000)
+        rows = tmp_path / ".out.partial" / "train" / "rows.arrow"
+        content = rows.read_bytes()
+        rows.write_bytes(content[:1000] if damage == "cut" else content[:-200] + b"x" + content[-199:])
         prepare_rows([source], recipe(), tmp_path / "out", 1)
         prepare_rows([source], recipe(), tmp_path / "undisturbed", 1)
         assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
@@ -338,7 +341,7 @@ class TestFit:
 
     def test_refuses_damaged_rows(self, verifier, prepared):
         os.truncate(prepared / "train" / "rows.arrow", 500)
-        with pytest.raises(UsageError, match="the rows are damaged; prepare them again"):
+        with pytest.raises(UsageError, match=r"the rows are damaged: rows.arrow has 500 bytes.*; prepare them again"):
             self.ready(verifier, prepared)
 
     def test_rows_can_be_prepared_from_rows(self, prepared, tmp_path):

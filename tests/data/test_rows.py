@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import pickle
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from specforge.data import rows as rows_module
 from specforge.data.encoding import RowEncoder
-from specforge.data.rows import TokenRows, build_rows
+from specforge.data.prepared import prepare_rows
+from specforge.data.recipe import Recipe
+from specforge.data.rows import TokenRows, build_rows, open_rows
+from specforge.data.sources import count_records, read_records, source_fingerprint
+from specforge.data.stored_rows import StoredRows
 from specforge.data.summary import RowSettings
 from specforge.data.template import ChatTemplate
 from specforge.errors import SpecforgeError, UsageError
@@ -203,7 +208,13 @@ def test_a_killed_build_leaves_nothing_that_a_later_one_would_take(
     assert [folder.name[0] == "." for folder in folders()] == [True, False]
 
 
-@pytest.mark.parametrize("damage", ["cut", "no rows", "no summary", "broken summary", "no schema"])
+def flip(path: Path, position: int, bit: int = 3) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["cut", "no rows", "no summary", "broken summary", "no schema", "bit"])
 def test_a_damaged_cache_is_built_again(
     write_lines: Write, build: Build, folders: Callable[[], list[Path]], caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
@@ -222,6 +233,8 @@ def test_a_damaged_cache_is_built_again(
             summary.write_text(summary.read_text()[:-5])
         case "no schema":
             content.write_bytes(bytes(content.stat().st_size))
+        case "bit":
+            flip(content, -100)
     with caplog.at_level(logging.WARNING):
         assert len(build(source)) == 600
     assert "is damaged and is built again" in caplog.text
@@ -248,3 +261,61 @@ def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path, write_lines
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(SpecforgeError, match=r"cannot write below .*data.cache_dir"):
         build(write_lines(token_rows(1)))
+
+
+class TestStoredRows:
+    """A folder of rows as a source: what is read is what was written."""
+
+    @pytest.fixture
+    def folder(self, write_lines: Write, tmp_path: Path) -> Path:
+        recipe = Recipe(RowEncoder(None, VOCABULARY_SIZE), CUT)
+        prepare_rows([write_lines(token_rows(600))], recipe, tmp_path / "out", workers=1)
+        return tmp_path / "out" / "train"
+
+    def test_any_order_of_rows_over_batches_and_in_another_process(self, folder: Path) -> None:
+        rows = open_rows(folder, VOCABULARY_SIZE)
+        wanted = [599, 0, 255, 256, 0, 511]
+        for read in (rows, pickle.loads(pickle.dumps(rows)), rows.select(np.arange(600))):
+            joined, lengths = read.join(wanted)
+            assert joined["input_ids"].view(-1, 4)[:, 2].tolist() == [index % 100 for index in wanted]
+            assert lengths.tolist() == [4] * 6
+        chosen = rows.select(np.arange(1, 600, 2)).select(np.array([0, 299]))
+        assert chosen.join([1, 0])[0]["input_ids"].view(-1, 4)[:, 2].tolist() == [99, 1]
+
+    def test_a_value_that_changed_is_found_when_its_batch_is_read(self, folder: Path) -> None:
+        flip(folder / "rows.arrow", -100)  # in the last batch
+        rows = open_rows(folder, VOCABULARY_SIZE)
+        assert len(rows) == len(rows.lengths) == 600
+        rows.join([0, 511])
+        for read in (lambda: rows[512], lambda: rows.supervised_counts, lambda: rows.digests):
+            with pytest.raises(SpecforgeError, match=r"rows.arrow: rows 512 to 599 are damaged.*make the rows again"):
+                read()
+
+    def test_a_length_or_header_that_changed_is_found_at_once(self, folder: Path, build: Build) -> None:
+        part = StoredRows(folder)._parts[1]
+        begin = StoredRows(folder)._begins[1]
+        for position in (0, 5, begin + 4, begin + 20, begin + part.head - 3, begin + part.head - 4 * 200):
+            flip(folder / "rows.arrow", position)
+            with pytest.raises(UsageError, match=f"{folder}: the rows are damaged: .* prepare them again"):
+                build(str(folder))
+            flip(folder / "rows.arrow", position)
+        assert len(build(str(folder))) == 600
+
+    def test_a_summary_that_changed_is_refused(self, folder: Path, build: Build) -> None:
+        summary = folder / "summary.json"
+        text = summary.read_text()
+        for changed in (text.replace("2400", "2401"), text[:-9], "{}", "[]", text.replace('"checksum"', '"checks"')):
+            assert changed != text
+            summary.write_text(changed)
+            with pytest.raises(UsageError, match=f"{folder}: the rows are damaged.*prepare them again"):
+                build(str(folder))
+
+    def test_rows_as_a_source_of_other_rows_are_checked_too(self, folder: Path) -> None:
+        records = list(read_records(str(folder)))
+        assert records[599].value["input_ids"] == [8, 7, 99, 9]
+        assert count_records(str(folder)) == 600
+        before = source_fingerprint(str(folder))
+        flip(folder / "rows.arrow", -100)
+        assert source_fingerprint(str(folder)) == before
+        with pytest.raises(SpecforgeError, match="rows 512 to 599 are damaged"):
+            list(read_records(str(folder)))

@@ -1,0 +1,184 @@
+"""Token rows in a folder: an Arrow stream, each batch of which is checked against a checksum when it is first read.
+
+Arrow trusts what it reads: a changed bit of a value is trained on, one of a header may end the process. Therefore the
+header of each batch, and the offsets that its rows' lengths follow from, are checked when the folder is opened, before
+Arrow reads them: few bytes, however many rows there are. The rest of a batch is checked when one of its rows is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from specforge.data.sealed import read_sealed
+from specforge.errors import SpecforgeError, UsageError
+
+ROWS_FILE = "rows.arrow"
+SUMMARY_FILE = "summary.json"
+_PREFIX = 8  # bytes of a message before its header: a marker, and the header's size
+_OFFSET = 4  # bytes
+
+
+class Part(NamedTuple):
+    """A message of the stream: the schema, or a batch.
+
+    Attributes:
+        size: bytes.
+        head: bytes up to the end of the offsets of its first column; all of a schema.
+        head_checksum: CRC-32 of these.
+        rest_checksum: CRC-32 of the others.
+    """
+
+    size: int
+    head: int
+    head_checksum: int
+    rest_checksum: int
+
+
+def schema_part(message: bytes | memoryview) -> Part:
+    """Return what is stored of the schema."""
+    return Part(len(message), len(message), zlib.crc32(message), 0)
+
+
+def batch_part(message: bytes | memoryview, rows: int) -> Part:
+    """Return what is stored of a batch of lists, to find changes of it."""
+    view = memoryview(message)
+    header = int.from_bytes(view[4:_PREFIX], "little")
+    head = min(_PREFIX + header + _OFFSET * (rows + 1), len(view))
+    return Part(len(view), head, zlib.crc32(view[:head]), zlib.crc32(view[head:]))
+
+
+def written_parts(path: Path, size: int) -> list[Part]:
+    """Return the parts of the first bytes of a rows' file, of which no summary tells yet.
+
+    Raises:
+        OSError, ValueError: The bytes are no whole messages.
+    """
+    with pa.memory_map(str(path)) as file:
+        buffer = file.read_buffer(size)
+    reader, view = pa.BufferReader(buffer), memoryview(buffer)
+    schema = pa.ipc.read_schema(reader)
+    parts, begin = [schema_part(view[: reader.tell()])], reader.tell()
+    while begin < size:
+        rows = pa.ipc.read_record_batch(pa.ipc.read_message(reader), schema).num_rows
+        parts.append(batch_part(view[begin : reader.tell()], rows))
+        begin = reader.tell()
+    return parts
+
+
+class StoredRows:
+    """The rows of a folder, read through a memory map.
+
+    Args:
+        folder: holds `rows.arrow` and the summary that vouches for it.
+
+    Attributes:
+        folder: as given.
+        description: what the summary holds.
+
+    Raises:
+        UsageError: there are no rows, they have no checksums, or what is checked at once is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.description = read_sealed(folder / SUMMARY_FILE)
+            self._parts = [Part(*part) for part in self.description["checksums"]]
+            with pa.memory_map(str(folder / ROWS_FILE)) as file:
+                self._bytes = file.read_buffer()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{folder}: the rows are damaged, or were written by an earlier version ({error}); prepare them again"
+            ) from error
+        view = memoryview(self._bytes)
+        self._begins = np.cumsum([0, *(part.size for part in self._parts)]).tolist()
+        if len(view) != self._begins[-1]:
+            raise UsageError(
+                f"{folder}: the rows are damaged: {ROWS_FILE} has {len(view):,} bytes, and had {self._begins[-1]:,}; "
+                "prepare them again"
+            )
+        for part, begin in zip(self._parts, self._begins, strict=False):
+            if zlib.crc32(view[begin : begin + part.head]) != part.head_checksum:
+                raise UsageError(
+                    f"{folder}: the rows are damaged: {ROWS_FILE} was changed between bytes {begin:,} and "
+                    f"{begin + part.head:,}; prepare them again"
+                )
+        schema, *batches = map(self._bytes.slice, self._begins, [part.size for part in self._parts])
+        self.schema = pa.ipc.read_schema(schema)
+        self._batches = [pa.ipc.read_record_batch(batch, self.schema) for batch in batches]
+        self._first_rows = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self._is_checked = [False] * len(self._batches)
+
+    def __len__(self) -> int:
+        return int(self._first_rows[-1])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows as values, a batch at a time."""
+        for table in self.tables():
+            yield from table.to_pylist()
+
+    def __reduce__(self) -> tuple[type[StoredRows], tuple[Path]]:
+        return StoredRows, (self.folder,)
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row, int64 [rows]."""
+        parts = [pc.list_value_length(batch.column(0)).to_numpy() for batch in self._batches]
+        return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the content."""
+        return hashlib.sha256(json.dumps(self._parts).encode()).hexdigest()
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Yield all rows in order, as many at a time as were written together.
+
+        Raises:
+            SpecforgeError: they are damaged.
+        """
+        return (pa.Table.from_batches([self._batch(n)]) for n, batch in enumerate(self._batches) if batch.num_rows)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> pa.Table:
+        """Return some rows, in the order given.
+
+        Raises:
+            SpecforgeError: they are damaged.
+        """
+        batches = self._first_rows.searchsorted(rows, side="right") - 1
+        within = rows - self._first_rows[batches]
+        chosen = zip(batches.tolist(), within.tolist(), strict=True)
+        return pa.Table.from_batches([self._batch(batch).slice(row, 1) for batch, row in chosen], self.schema)
+
+    def check(self) -> None:
+        """Check all rows at once.
+
+        Raises:
+            SpecforgeError: some are damaged.
+        """
+        for number in range(len(self._batches)):
+            self._batch(number)
+
+    def _batch(self, number: int) -> pa.RecordBatch:
+        if not self._is_checked[number]:
+            begin, part = self._begins[number + 1], self._parts[number + 1]
+            rest = memoryview(self._bytes)[begin + part.head : begin + part.size]
+            if zlib.crc32(rest) != part.rest_checksum:
+                first, last = self._first_rows[number], self._first_rows[number + 1] - 1
+                raise SpecforgeError(
+                    f"{self.folder / ROWS_FILE}: rows {first:,} to {last:,} are damaged, they differ from their "
+                    f"checksum; remove {self.folder} and make the rows again"
+                )
+            self._is_checked[number] = True
+        return self._batches[number]
