@@ -107,11 +107,13 @@ def _turns(record: Record) -> list[list[Message] | list[int]]:
             raise BadRow(record.location, "malformed turns", "'turns' must be a list of texts that are not empty")
         return [[{"role": "user", "content": one}] for one in turns]
     if value.get("input_ids") is not None and value.get("loss_mask") is not None:
-        mask = list(value["loss_mask"])
+        tokens, mask = value["input_ids"], value["loss_mask"]
+        if not isinstance(tokens, list) or not isinstance(mask, list) or not all(type(one) is int for one in tokens):
+            raise BadRow(record.location, "malformed tokens", "'input_ids' and 'loss_mask' must be lists of integers")
         begin = mask.index(1) if 1 in mask else len(mask)
-        if begin == 0 or not all(isinstance(token, int) for token in value["input_ids"]):
+        if not tokens[:begin]:
             raise BadRow(record.location, "no prompt", "'input_ids' holds no prompt before the first supervised token")
-        return [list(value["input_ids"][:begin])]
+        return [tokens[:begin]]
     if isinstance(value.get("prompt"), str) and value["prompt"].strip():
         return [[{"role": "user", "content": value["prompt"]}]]
     if isinstance(value.get("prompt"), list) or any(value.get(key) is not None for key in (*CHAT_KEYS, "instruction")):
