@@ -36,9 +36,10 @@ LIVE, RECORD = "live", "record"
 class DraftDataModule(LightningDataModule):
     """Rows of text for training a draft: tokenised once, cached, packed and batched.
 
-    A source is a .jsonl, .json or .parquet file, a folder of rows that specforge prepare rows wrote (taken as they
-    are), a folder of datasets.save_to_disk, or a hub data set as owner/name or owner/name:split.
-    A row holds `messages`, ShareGPT `conversations`, `prompt` and `response`, `text`, or `input_ids` and `loss_mask`.
+    A source is a .jsonl, .json or .parquet file, also as .gz, or a folder of them, a folder of rows that specforge
+    prepare rows wrote (taken as they are), a folder of datasets.save_to_disk, or a hub data set as owner/name or
+    owner/name:split. A row holds `messages`, ShareGPT `conversations`, `prompt` and `response` or `completion`,
+    `instruction` and `output`, `text`, or `input_ids` and `loss_mask`.
 
     Args:
         verifier: Hub name or folder of the verifier, for its tokenizer, chat template and vocabulary size.

@@ -16,7 +16,7 @@ def without_nulls(value: Any) -> Any:
     Arrow gives each object the fields of all others in its column, and fills them with null. Elements of lists stay.
     """
     if isinstance(value, dict):
-        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+        return {key: one if type(one) is str else without_nulls(one) for key, one in value.items() if one is not None}
     if isinstance(value, list):
         return [without_nulls(one) for one in value]
     return value

@@ -105,27 +105,26 @@ def _read_role(message: Message, location: str, where: str) -> str:
 def _says_trained_on(message: Message, location: str, where: str) -> bool:
     """Take the keys out of a message that say whether it is trained on."""
     trained_on = True
-    for key, excluding in _TRAINING_KEYS.items():
-        if key not in message:
-            continue
+    for key in sorted(_TRAINING_KEYS.keys() & message):
         value = message.pop(key)
         if not isinstance(value, bool | int | float):
             raise BadRow(
                 location, f"malformed {key}", f"{where}: {key!r} must be true, false or a number, found {value!r:.80}"
             )
-        trained_on = trained_on and bool(value) != excluding
+        trained_on = trained_on and bool(value) != _TRAINING_KEYS[key]
     return trained_on
 
 
 def _read_reasoning(message: Message, location: str, where: str) -> str:
     """Take the thinking out of a message, whatever its key."""
-    for value, key in [(message.pop(key), key) for key in _REASONING_KEYS if key in message]:
+    reasoning = ""
+    for key in _REASONING_KEYS:
+        value = message.pop(key, "")
         if not isinstance(value, str):
             found = type(value).__name__
             raise BadRow(location, f"malformed {key}", f"{where}: {key!r} must be a string, found {found}")
-        if value:
-            return value
-    return ""
+        reasoning = reasoning or value
+    return reasoning
 
 
 def _read_content(content: Any, location: str, where: str) -> str:

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer
 
-from specforge.data.encoding import RowEncoder
+from specforge.data.bad_rows import BadRow
+from specforge.data.encoding import RowEncoder, TokenRow
 from specforge.data.prepared import Prepared, prepare_rows
 from specforge.data.prompts import read_conversation
 from specforge.data.recipe import Recipe
 from specforge.data.rows import open_rows
-from specforge.data.sources import RawRecord, read_records
+from specforge.data.sources import RawRecord, Record, read_records
 from specforge.data.summary import RowSettings
+from specforge.data.verifier_text import VerifierText
 from specforge.errors import SpecforgeError, UsageError
 
 VERIFIER = Path(__file__).parents[2] / "configs" / "quickstart" / "verifier"
@@ -64,7 +65,8 @@ JUNK: list[Any] = [
 
 @pytest.fixture(scope="module")
 def encoder() -> RowEncoder:
-    return RowEncoder(AutoTokenizer.from_pretrained(VERIFIER), AutoConfig.from_pretrained(VERIFIER).vocab_size)
+    text = VerifierText(str(VERIFIER))
+    return RowEncoder(text.template, text.vocabulary_size)
 
 
 def junk(chance: random.Random) -> Any:
@@ -112,10 +114,17 @@ def raw_records(number: int, chance: random.Random) -> list[RawRecord]:
     return records
 
 
+def encoded(encoder: RowEncoder, record: Record) -> list[TokenRow]:
+    (rows,) = encoder.encode([record])
+    if isinstance(rows, BadRow):
+        raise rows
+    return rows
+
+
 def test_a_changed_row_is_a_row_or_one_message(encoder: RowEncoder) -> None:
     ends: Counter[str] = Counter()
     for raw in raw_records(2500, random.Random(0)):
-        for take in (lambda record: encoder.encode([record]), read_conversation):
+        for take in (lambda record: encoded(encoder, record), read_conversation):
             try:
                 take(raw.parse())
                 ends["taken"] += 1

@@ -34,8 +34,9 @@ that was ended in any way goes on where it was when the same command is typed ag
   specforge prepare rows sharegpt.jsonl owner/name:train --verifier MODEL \\
     --output rows --max_length 4096
 
-A source is a .jsonl file, a folder of rows or of datasets.save_to_disk, or a hub data set as owner/name:split. A row
-holds messages, ShareGPT conversations, prompt and response, text, or input_ids and loss_mask.
+A source is a .jsonl, .json or .parquet file, also as .gz, or a folder of them, a folder of rows or of
+datasets.save_to_disk, or a hub data set as owner/name:split. A row holds messages, ShareGPT conversations, prompt and
+response or completion, instruction and output, text, or input_ids and loss_mask.
 
 Writes --output/train and --output/validation for fit's data.train and data.validation, summary.json, coverage.svg."""
 
