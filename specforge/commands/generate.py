@@ -15,7 +15,7 @@ from specforge.checkpoints.run_record import find_draft
 from specforge.commands.arguments import PROPOSAL, decoding_parser, find_verifier, load, load_draft, parse, sampling_of
 from specforge.config import SpeculatorModelConfig
 from specforge.data.chat import Message
-from specforge.data.prompts import Conversation, read_prompts
+from specforge.data.prompts import Conversation, read_prompts, reply_text
 from specforge.data.showing import set_off
 from specforge.data.template import ChatTemplate
 from specforge.decoding.loop import Decoder, Emission
@@ -131,7 +131,7 @@ class _Talk:
             text = self._show(tokens, text, emission)
         self.console.print()
         self._summarise(emissions)
-        replies.append(text)
+        replies.append(reply_text(tokens, self.template.tokenizer))
 
     def _show(self, tokens: list[int], shown: str, emission: Emission) -> str:
         """Print what a round adds to the text, and return the text as far as it is shown."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specforge.data.bad_rows import BadRow
 from specforge.data.chat import CHAT_KEYS, Chat, Message, read_chat
 from specforge.data.sources import Record, check_source, read_records
 from specforge.data.template import ChatTemplate, TemplateRefusal, time_limit
+from specforge.data.tool_calls import read_tools
 from specforge.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -19,11 +24,13 @@ class Conversation:
 
     Attributes:
         turns: What comes before each reply: messages of a chat, or one list of tokens for a prompt that is tokenised.
-        location: Place to name in errors, such as ``prompts.jsonl:12``.
+        location: File and line to name in errors, such as ``prompts.jsonl:12``.
+        tools: Descriptions of tools for the chat template; None if there are none.
     """
 
     turns: tuple[list[Message] | list[int], ...]
     location: str
+    tools: list[dict[str, Any]] | None = None
 
     def prompt(self, turn: int, replies: list[str], template: ChatTemplate) -> list[int]:
         """Return the tokens that a reply follows.
@@ -45,7 +52,7 @@ class Conversation:
             )
         try:
             with time_limit():
-                return template.prompt(self.chat(turn, replies))
+                return template.prompt(self.chat(turn, replies), self.tools)
         except TemplateRefusal as error:
             raise UsageError(f"{self.location}: the chat cannot be rendered: {error}") from error
 
@@ -90,7 +97,23 @@ def read_conversation(record: Record) -> Conversation:
     Raises:
         BadRow: The row is wrong.
     """
-    return Conversation(tuple(_turns(record)), record.location)
+    turns = _turns(record)
+    tools = None if isinstance(turns[0][0], int) else read_tools(record.value.get("tools"), record.location)
+    return Conversation(tuple(turns), record.location, tools)
+
+
+def reply_text(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a reply as a later turn reads it: its text after its last control token, as channels of thinking have them.
+
+    Args:
+        tokens: The reply, with its end token.
+        tokenizer: The verifier's.
+    """
+    special = set(tokenizer.all_special_ids)
+    body = list(tokens[:-1]) if tokens and tokens[-1] in special else list(tokens)
+    last = max((position for position, token in enumerate(body) if token in special), default=-1)
+    text = str(tokenizer.decode(body[last + 1 :], skip_special_tokens=True))
+    return text if text.strip() else str(tokenizer.decode(body, skip_special_tokens=True))
 
 
 def prompt_set_name(source: str) -> str:

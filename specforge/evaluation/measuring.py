@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specforge.config import TokenProposalConfig
-from specforge.data.prompts import Conversation
+from specforge.data.prompts import Conversation, reply_text
 from specforge.data.template import ChatTemplate
 from specforge.decoding.loop import Decoder, Emission, Times
 from specforge.decoding.recorded import chain_acceptance, replay_text
@@ -134,7 +134,7 @@ class Measuring:
             prompts = [torch.tensor(batch[number].prompt(turn, replies[number], self.template)) for number in going]
             keys = [(name, first + number) for number in going]
             for number, response in zip(going, self._answer(keys, prompts), strict=True):
-                replies[number].append(str(self.template.tokenizer.decode(response, skip_special_tokens=True)))
+                replies[number].append(reply_text(response, self.template.tokenizer))
             report(len(going))
 
     def _answer(self, keys: list[tuple[str, int]], prompts: list[Tensor]) -> list[list[int]]:

@@ -8,7 +8,7 @@ from itertools import groupby
 import torch
 from transformers import PreTrainedModel
 
-from specforge.data.prompts import Conversation
+from specforge.data.prompts import Conversation, reply_text
 from specforge.data.responses.asking import Asking, Keep, Prompt, Refuse, Reply
 from specforge.data.template import ChatTemplate
 from specforge.decoding.checks import context_length
@@ -84,5 +84,5 @@ class VerifierAnswerer:
             said[emission.sequence] += emission.tokens
         for (prompt, tokens), produced in zip(asked, said, strict=True):
             finish = "stop" if produced[-1] in self.decoder.stop_tokens else "length"
-            text = str(self.template.tokenizer.decode(produced, skip_special_tokens=True))
+            text = reply_text(produced, self.template.tokenizer)
             yield prompt, Reply(text, finish, len(produced), tokens, produced)

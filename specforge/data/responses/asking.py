@@ -119,7 +119,8 @@ def _messages(conversation: Conversation, said: list[str]) -> dict[str, Any]:
     if isinstance(conversation.turns[0][0], int):
         return {}
     last = {"role": "assistant", "content": said[-1]}
-    return {"messages": [*conversation.chat(len(said) - 1, said), last]}
+    tools = {"tools": conversation.tools} if conversation.tools else {}
+    return {"messages": [*conversation.chat(len(said) - 1, said), last], **tools}
 
 
 def _as_chat(record: Record) -> Record:
