@@ -103,7 +103,7 @@ def read_conversation(record: Record) -> Conversation:
 
 
 def reply_text(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a reply as a later turn reads it: its text after its last control token, as channels of thinking have them.
+    """Return a reply as a later turn reads it: its text after its last control token, where channels of thinking end.
 
     Args:
         tokens: The reply, with its end token.
