@@ -15,7 +15,7 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,24 +77,46 @@ def replay(acceptance: Tensor, lengths: Tensor) -> Rounds:
     return Rounds(lengths.sum().double(), visits.sum((0, 1)), accepted)
 
 
-class AcceptanceLength(Metric):
+class Sums(Metric):
+    """A metric whose states are sums over batches and ranks; they keep their type when a module around it is cast."""
+
+    full_state_update = False
+
+    def add_sum(self, name: str, *shape: int) -> None:
+        """Add a state of zeros.
+
+        Args:
+            name: Name of the attribute.
+            shape: Its shape.
+        """
+        # Sums over millions of rows lose digits in float32, but Apple's GPUs have nothing wider.
+        wide = torch.float32 if torch.backends.mps.is_available() else torch.float64
+        self.add_state(name, torch.zeros(shape, dtype=wide), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Metric:
+        # torch and torchmetrics both cast and move states by this; only the move is wanted.
+        def move(state: Tensor) -> Tensor:
+            return state.to(fn(state).device)
+
+        return super()._apply(move, exclude_state)
+
+
+class AcceptanceLength(Sums):
     """Tokens for each pass of the verifier, exact over batches and ranks of different size.
 
     Args:
         steps: Number S of draft steps.
     """
 
-    full_state_update = False
     tokens: Tensor
     rounds: Tensor
     accepted: Tensor
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        wide = torch.float32 if torch.backends.mps.is_available() else torch.float64
-        self.add_state("tokens", torch.zeros((), dtype=wide), dist_reduce_fx="sum")
-        self.add_state("rounds", torch.zeros(steps, dtype=wide), dist_reduce_fx="sum")
-        self.add_state("accepted", torch.zeros(steps, steps, dtype=wide), dist_reduce_fx="sum")
+        self.add_sum("tokens")
+        self.add_sum("rounds", steps)
+        self.add_sum("accepted", steps, steps)
 
     def update(self, acceptance: Tensor, reachable: Tensor) -> None:
         """Add a batch.

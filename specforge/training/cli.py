@@ -23,6 +23,7 @@ from specforge.training.board.hyperparameters import Hyperparameters
 from specforge.training.board.writers import writers
 from specforge.training.callbacks import ProgressBar, fit_callbacks
 from specforge.training.config_errors import check_files, check_values, explain, explain_class, explain_settings
+from specforge.training.precision import check_precision
 from specforge.training.runs import CHECKPOINTS, next_version, resolve_checkpoint, version_of
 from specforge.training.saving import WholeCheckpointIO
 from specforge.training.stopping import is_of_a_lost_process
@@ -173,9 +174,11 @@ class TrainingCLI(LightningCLI):
         if settings["default_root_dir"] is None:
             kwargs["default_root_dir"] = output_dir
         try:
-            return self.trainer_class(**{**settings, **kwargs, "callbacks": callbacks})
+            trainer = self.trainer_class(**{**settings, **kwargs, "callbacks": callbacks})
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise UsageError(f"trainer: {error}") from error
+        check_precision(trainer.precision)  # one of trainer.plugins may have set another than trainer.precision
+        return trainer
 
     def _resolved_config(self) -> str:
         config = self.config.clone()

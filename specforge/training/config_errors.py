@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from specforge.errors import UsageError, nearest_name
 from specforge.training.config_files import config_files, read_yaml
+from specforge.training.precision import check_precision
 
 # Others shard by means that a draft's steps do not go through, or leave parts of checkpoints with each process.
 STRATEGIES = ("auto", "ddp", "fsdp2")
@@ -121,6 +122,7 @@ def check_values(config: Namespace) -> None:
             f"trainer.strategy: {strategy!r} does not train drafts; allowed: {', '.join(STRATEGIES)}."
             f"{nearest_name(strategy, STRATEGIES)}"
         )
+    check_precision(config.trainer.precision)
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:

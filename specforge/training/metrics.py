@@ -6,16 +6,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from specforge.data.origin import Origin, why_proxy
 from specforge.data.rows import TokenRows
-from specforge.decoding.replay import AcceptanceLength
+from specforge.decoding.replay import AcceptanceLength, Sums
 from specforge.sampling import Sampling
 from specforge.training.distillation import DraftSteps
 
 
-class StepMeans(Metric):
+class StepMeans(Sums):
     """Means over supervised rows at each step: every objective, acceptance probability and top-1 agreement.
 
     Args:
@@ -23,17 +22,14 @@ class StepMeans(Metric):
         steps: Number S of draft steps.
     """
 
-    full_state_update = False
     sums: Tensor
     counts: Tensor
 
     def __init__(self, terms: Sequence[str], steps: int) -> None:
         super().__init__()
         self.quantities = (*terms, "acceptance", "agreement")
-        # Means over millions of rows lose digits when they are summed in float32, but Apple's GPUs know no more.
-        wide = torch.float32 if torch.backends.mps.is_available() else torch.float64
-        self.add_state("sums", torch.zeros(len(self.quantities), steps, dtype=wide), dist_reduce_fx="sum")
-        self.add_state("counts", torch.zeros(steps, dtype=wide), dist_reduce_fx="sum")
+        self.add_sum("sums", len(self.quantities), steps)
+        self.add_sum("counts", steps)
 
     def update(self, outcome: DraftSteps) -> None:
         """Add a batch."""

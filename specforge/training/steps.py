@@ -15,7 +15,8 @@ def prepare_steps(draft: SpeculatorModel, activation_checkpointing: bool, compil
 
     Args:
         draft: The draft, which is changed.
-        activation_checkpointing: Keep only what a step reads and returns, and run it again in the backward pass.
+        activation_checkpointing: Keep only what a step reads and returns, and run it again in the backward pass, with
+            the same random numbers.
         compiled: Let torch.compile fuse what lies around the attention.
     """
     if not (activation_checkpointing or compiled):
@@ -24,6 +25,5 @@ def prepare_steps(draft: SpeculatorModel, activation_checkpointing: bool, compil
     if compiled:
         advance = torch.compile(advance)
     if activation_checkpointing:
-        # Nothing in a step is random.
-        advance = partial(checkpoint, advance, use_reentrant=False, preserve_rng_state=False)
+        advance = partial(checkpoint, advance, use_reentrant=False)
     setattr(draft, "advance", advance)  # noqa: B010  (a method of this one draft)

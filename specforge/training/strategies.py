@@ -66,9 +66,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             torch.distributed.broadcast(tensor.data, src=0)
         mixed = self.precision_plugin.precision == "bf16-mixed"
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if mixed else None, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+        computed, reduced = (torch.bfloat16, torch.float32) if mixed else (None, None)
+        policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=reduced, cast_forward_inputs=False)
         mesh = self.device_mesh["data_parallel"]
         fully_shard(self.model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
         for step in STEPS:
