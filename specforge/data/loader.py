@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from specforge.data.packing import window_of
 from specforge.errors import UsageError
 
 Batch = dict[str, Tensor]
@@ -68,6 +70,9 @@ class ResumableLoader(DataLoader[Batch]):
     batch_size: int
     transform: Callable[[Iterator[Batch], int, int], Iterator[Batch]] | None = None
     """Makes an epoch's batches into others, one for one; called with them, the epoch, and the number of the first."""
+    window_end: Callable[[int], int] | None = None
+    """Maps the number of a batch to that of the first one after its optimizer step. Where a step takes several
+    batches, each holds the masks of all of them (see `window_of`)."""
     seconds_waited = 0.0
     """How long whoever takes the batches has waited until they were read, over all epochs."""
     _epoch = 0
@@ -84,17 +89,25 @@ class ResumableLoader(DataLoader[Batch]):
 
         All of this runs at the first `next`: Lightning calls `iter` before it tells the sampler its epoch.
         """
-        if not isinstance(self.sampler, PackedSampler):  # Lightning's overfit_batches puts its own there
-            yield from self._timed(super().__iter__())
-            return
-        resumed, self._resumed = self._resumed, None
-        self._epoch = self.sampler.epoch
-        self._yielded = resumed[1] if resumed and resumed[0] == self._epoch else 0
-        self.sampler.skip = min(self._yielded * self.stride, self.sampler.number)
+        self._yielded = 0
+        if isinstance(self.sampler, PackedSampler):  # Lightning's overfit_batches puts its own there
+            resumed, self._resumed = self._resumed, None
+            self._epoch = self.sampler.epoch
+            self._yielded = resumed[1] if resumed and resumed[0] == self._epoch else 0
+            self.sampler.skip = min(self._yielded * self.stride, self.sampler.number)
         batches = self._timed(super().__iter__())
-        for batch in batches if self.transform is None else self.transform(batches, self._epoch, self._yielded):
+        if self.transform is not None:
+            batches = self.transform(batches, self._epoch, self._yielded)
+        for batch in batches if self.window_end is None else self._in_windows(batches, self.window_end):
             self._yielded += 1
             yield batch
+
+    def _in_windows(self, batches: Iterator[Batch], end: Callable[[int], int]) -> Iterator[Batch]:
+        """Read the batches of an optimizer step ahead, so that each of them knows all."""
+        while window := deque(islice(batches, max(end(self._yielded) - self._yielded, 1))):
+            masks = window_of(window) if len(window) > 1 else {}
+            while window:
+                yield window.popleft() | masks
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:

@@ -236,7 +236,10 @@ class DraftDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the training batches of this rank, shuffled anew each epoch."""
-        return self._loader("train", shuffle=True)
+        loader = self._loader("train", shuffle=True)
+        if self.trainer is not None:
+            loader.window_end = self._window_end
+        return loader
 
     def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
         """Return the validation batches of this rank; an empty list, which Lightning takes for none, without any."""
@@ -296,6 +299,12 @@ class DraftDataModule(LightningDataModule):
 
     def _bins(self, rows: TokenRows) -> list[list[int]]:
         return pack(rows.lengths, self.row_settings.max_length) if self.packing else [[row] for row in range(len(rows))]
+
+    def _window_end(self, number: int) -> int:
+        """Return the number of the first batch after the optimizer step that a batch of an epoch belongs to."""
+        assert self.trainer is not None
+        accumulated = self.trainer.accumulate_grad_batches
+        return min((number // accumulated + 1) * accumulated, int(self.trainer.num_training_batches))
 
     def _loader(self, split: str, shuffle: bool) -> ResumableLoader:
         items = self._packed[split]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -16,6 +17,8 @@ from specforge.data.features.reading import RowFeatures, stack_features
 from specforge.data.rows import TokenRows
 
 _PADDING = {"input_ids": 0, "loss_mask": False, "document_ids": -1, "position_ids": 0}
+# What the masks of a window are called beside those of a batch.
+_WINDOW = "window_"
 
 
 def pack(lengths: npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
@@ -112,3 +115,23 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         for key, padding in _PADDING.items()
     }
     return padded | stack_features(items)
+
+
+def window_of(batches: Collection[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return which tokens are supervised in several batches, as in the one batch that they would be together.
+
+    Returns:
+        `window_loss_mask` and `window_document_ids`, [W * B, T] each for W batches, padded to the longest.
+    """
+    longest = max(one["loss_mask"].shape[1] for one in batches)
+    return {
+        f"{_WINDOW}{name}": torch.cat(
+            [F.pad(one[name], (0, longest - one[name].shape[1]), value=_PADDING[name]) for one in batches]
+        )
+        for name in ("loss_mask", "document_ids")
+    }
+
+
+def window_in(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the `loss_mask` and `document_ids` of all batches of an optimizer step; empty where it takes only one."""
+    return {name.removeprefix(_WINDOW): one for name, one in batch.items() if name.startswith(_WINDOW)}

@@ -21,8 +21,10 @@ from specforge.data.features.dtypes import decode
 from specforge.data.features.manifest import FeatureNeeds
 from specforge.data.features.recording import FeatureRecorder
 from specforge.data.module import DraftDataModule
+from specforge.data.packing import window_in
 from specforge.errors import SpecforgeError, UsageError
 from specforge.hookspecs import Objective
+from specforge.models.alignment import Alignment, align
 from specforge.models.speculator import SpeculatorModel
 from specforge.registry import installed
 from specforge.sampling import Sampling
@@ -97,6 +99,10 @@ class DraftModule(LightningModule, ABC):
         # Outside the module tree, so that the verifier is never trained, sharded with the draft, or saved.
         self._frozen: tuple[PreTrainedModel | None, VerifierParts] | None = None
         self._recorder: FeatureRecorder | None = None
+        # Which positions count in all batches of the optimizer step under way; None where it takes only one.
+        self._window: Tensor | None = None
+        # Loss, sums and counts of its batches so far.
+        self._so_far: tuple[Tensor, ...] | None = None
 
     @property
     @abstractmethod
@@ -140,6 +146,18 @@ class DraftModule(LightningModule, ABC):
             batch: ``input_ids``, ``loss_mask``, ``document_ids`` and ``position_ids``, [B, T] each.
             features: The verifier's states over the batch.
         """
+
+    def alignment(self, batch: Batch) -> Alignment:
+        """Return what each row and step is compared with, and which of them count.
+
+        An algorithm that counts other positions overrides this: where an optimizer step takes several batches, their
+        losses are divided by what all of them count.
+
+        Args:
+            batch: ``loss_mask`` and ``document_ids``, [B, T] each.
+        """
+        steps = self.num_steps if self.training else self.validation_steps
+        return align(batch["loss_mask"], batch["document_ids"], steps)
 
     @property
     def term_weights(self) -> dict[str, float]:
@@ -300,22 +318,24 @@ class DraftModule(LightningModule, ABC):
     def step_weights(self, supervised: Tensor) -> Tensor:
         """Return the factor of each step's sum of losses, [S]: decay over denominator.
 
-        The denominator is that of the batches of all processes together, so that their losses have the mean that one
-        process would find on the same rows.
+        The denominator is that of the batches of all processes together, and of all batches of an optimizer step, so
+        that their losses have the mean that one process would find on the same rows in one batch.
 
         Args:
             supervised: Which positions count, bool [S, N].
         """
-        steps, rows = supervised.shape
-        decay = self.step_decay ** torch.arange(steps, device=supervised.device)
-        counts = supervised.sum(1) if self.denominator == "valid" else torch.full_like(decay, rows)
+        decay = self.step_decay ** torch.arange(len(supervised), device=supervised.device)
+        counted = supervised if self._window is None or not self.training else self._window
+        counts = counted.sum(1) if self.denominator == "valid" else torch.full_like(decay, counted.shape[1])
         # Gradients are averaged over the processes, which may hold different numbers of positions.
         return decay * processes() / total(counts).clamp(min=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Run one batch; Lightning updates the draft with the loss that comes back."""
+        window = window_in(batch)
+        self._window = self.alignment(window).supervised.flatten(1) if window else None
         outcome = self.draft_steps(batch, self.features(batch))
-        loss, sums, counts = self._over_processes(outcome)
+        loss, sums, counts = self._over_window(*self._over_processes(outcome))
         if not torch.isfinite(loss):
             raise SpecforgeError(
                 f"the training loss is {loss.item()} at step {self.trainer.global_step}, before it reached the "
@@ -333,7 +353,15 @@ class DraftModule(LightningModule, ABC):
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         self.log("loss", loss, prog_bar=True, logger=False)
         self.log("accept", means["acceptance"][0], prog_bar=True, logger=False)
-        return outcome.loss
+        # Lightning divides by this, as if each batch had a mean of its own; the step's weights are those of the window.
+        return outcome.loss * self.trainer.accumulate_grad_batches
+
+    def _over_window(self, *figures: Tensor) -> tuple[Tensor, ...]:
+        """Add up the figures of the batches of an optimizer step, as far as it has come."""
+        if self._so_far is not None:
+            figures = tuple(before + one for before, one in zip(self._so_far, figures, strict=True))
+        self._so_far = figures if self.trainer.fit_loop._should_accumulate() else None
+        return figures
 
     def _over_processes(self, outcome: DraftSteps) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss, the sums by quantity and step, and the counts by step, of all processes together."""

@@ -18,6 +18,8 @@ STEPS = 20
 # Rounding differs where sums are split, and AdamW takes a full step however small a gradient is.
 SAME_FIGURES = {"rel": 2e-5, "abs": 1e-6}
 SAME_WEIGHTS = {"rtol": 1e-4, "atol": 5e-5}
+# One that reads no mean over the batch.
+KL = ["--model.objective={kl: 1.0}"]
 SPREADS = ("ddp", "fsdp2")
 """Two processes with batches of 1; beside them, one process has batches of 2."""
 
@@ -42,15 +44,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
     few, half = "--trainer.max_steps=4", f"--trainer.max_steps={STEPS // 2}"
     muon, by_value = "--model.optimizer.name=muon", "--trainer.gradient_clip_algorithm=value"
     bf16 = "--trainer.precision=bf16-mixed"
+    # 24 rows: optimizer steps of 10, 10 and 4 of them.
+    by_ten, by_five = ["--data.batch_size=10", *KL], ["--trainer.accumulate_grad_batches=5", *KL]
     for algorithm in ALGORITHMS:
         assert main(made.words(f"{algorithm}-one", algorithm)) == 0
     assert main(made.words("half-one", "eagle3", half)) == 0
     assert main(made.words("muon-one", "eagle3", few, muon)) == 0
     assert main(made.words("by-value-one", "eagle3", few, by_value)) == 0
+    assert main(made.words("by-ten-one", "eagle3", few, *by_ten)) == 0
     by_srun(
         2,
         [
             *(task(made, f"{name}-{spread}", name, spread) for name in ALGORITHMS for spread in SPREADS),
+            *(task(made, f"by-ten-{spread}", "eagle3", spread, few, *by_five) for spread in SPREADS),
             *(task(made, f"bf16-{spread}", "eagle3", spread, few, bf16) for spread in SPREADS),
             task(made, "sharded-verifier", "eagle3", "ddp", few, "--verifier_sharding=true"),
             task(made, "muon-fsdp2", "eagle3", "fsdp2", few, muon),
@@ -96,6 +102,16 @@ def test_mixed_precision_stays_close_with_masters_in_float32(runs: SmallRuns, sp
     states = [value for of_one in stored["optimizer_states"][0]["state"].values() for value in of_one.values()]
     assert {one.dtype for one in states} == {torch.float32}
     assert {one.dtype for one in stored["state_dict"].values() if one.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_accumulated_batches_of_two_processes_are_one_large_batch(runs: SmallRuns, spread: str) -> None:
+    """With uneven numbers of supervised tokens, and a shorter window at the end of the epoch."""
+    expected, found = (logged(runs.run(f"by-ten-{name}")) for name in ("one", spread))
+    assert len(expected["train/loss"]) == 4 and found.keys() == expected.keys()
+    for tag, figures in expected.items():
+        assert found[tag] == pytest.approx(figures, **SAME_FIGURES), tag
+    assert_close(runs.last("by-ten-one"), runs.last(f"by-ten-{spread}"), **SAME_WEIGHTS)
 
 
 def test_a_sharded_verifier_trains_the_same_draft(runs: SmallRuns) -> None:

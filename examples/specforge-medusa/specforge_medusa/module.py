@@ -9,7 +9,6 @@ from jsonargparse.typing import PositiveInt
 from specforge.bounds import Decay
 from specforge.config import SpeculatorsConfig, VerifierConfig
 from specforge.data.module import DraftDataModule
-from specforge.models.alignment import align
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.training.distillation import DraftSteps, Teacher, distill
 from specforge.training.module import Batch, DraftModule
@@ -81,7 +80,7 @@ class MedusaModule(DraftModule):
 
     def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
         """Run all heads at every row, and compare them with the text and the verifier."""
-        alignment = align(batch["loss_mask"], batch["document_ids"], self.num_steps)
+        alignment = self.alignment(batch)
         targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
         states = self.draft.unroll(
             batch["input_ids"], features, batch["position_ids"], batch["document_ids"], self.num_steps

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specforge.bounds import Decay
 from specforge.data.module import DraftDataModule
-from specforge.models.alignment import Supervision, align
+from specforge.models.alignment import Alignment, Supervision, align
 from specforge.models.draft_rows import DraftRows
 from specforge.training.distillation import DraftSteps, Teacher, distill
 from specforge.training.module import Batch, DraftModule
@@ -116,11 +116,15 @@ class EagleModule(DraftModule):
         draft.attach_verifier(parts)
         return draft
 
+    def alignment(self, batch: Batch) -> Alignment:
+        """Return targets and counted positions; validation counts those of decoding, whatever training counts."""
+        if not self.training:
+            return super().alignment(batch)
+        return align(batch["loss_mask"], batch["document_ids"], self.num_steps, self.supervision)
+
     def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
         """Predict features step by step, and compare them and their distributions with the verifier's."""
-        steps, supervision = self.num_steps if self.training else self.validation_steps, self.supervision
-        supervision = supervision if self.training else "exact"
-        alignment = align(batch["loss_mask"], batch["document_ids"], steps, supervision)
+        alignment = self.alignment(batch)
         targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
         true = self.parts.norm(features.last)
         read = true + self._noise(true, batch["document_ids"]) if self.training else true

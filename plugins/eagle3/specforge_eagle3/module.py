@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from specforge.data.module import DraftDataModule
 from specforge.errors import UsageError
-from specforge.models.alignment import Supervision, align
+from specforge.models.alignment import Alignment, Supervision, align
 from specforge.models.draft_rows import DraftRows
 from specforge.models.vocabulary import DraftVocabulary
 from specforge.training.distillation import DraftSteps, Teacher, distill
@@ -127,10 +127,14 @@ class Eagle3Module(DraftModule):
         size = self.draft.lm_head.out_features
         return f"{super().summary_text()}\n  {size:,} draft tokens cover {coverage:.1%} of the supervised ones"
 
+    def alignment(self, batch: Batch) -> Alignment:
+        """Return targets and counted positions; validation counts those of decoding, whatever training counts."""
+        supervision = self.supervision if self.training else "exact"
+        return align(batch["loss_mask"], batch["document_ids"], self.ttt_steps, supervision)
+
     def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
         """Run the training-time test over a packed batch and compare each step with the verifier."""
-        supervision = self.supervision if self.training else "exact"
-        alignment = align(batch["loss_mask"], batch["document_ids"], self.ttt_steps, supervision)
+        alignment = self.alignment(batch)
         targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
         rows = DraftRows.needed(supervised)
         hidden = self.draft.chain(batch["input_ids"], features.aux, batch["position_ids"], batch["document_ids"], rows)
@@ -142,7 +146,7 @@ class Eagle3Module(DraftModule):
             supervised,
             self.terms,
             self.step_weights(supervised),
-            skip_targets_outside=supervision == "compat",
+            skip_targets_outside=self.training and self.supervision == "compat",
             labels=self.labels(batch, targets),
             rows=rows,
             compiled=self.compile_steps,

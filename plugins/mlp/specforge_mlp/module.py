@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from specforge.bounds import Decay
 from specforge.data.module import DraftDataModule
 from specforge.errors import UsageError
-from specforge.models.alignment import align
+from specforge.models.alignment import Alignment, align
 from specforge.models.draft_rows import DraftRows
 from specforge.training.distillation import DraftSteps, Teacher, distill
 from specforge.training.module import Batch, DraftModule
@@ -144,10 +144,13 @@ class MLPModule(DraftModule):
             return super().build_schedule(optimizer, total_steps)
         return LambdaLR(optimizer, lambda step: two_stage_factor(step, begin, total_steps))
 
+    def alignment(self, batch: Batch) -> Alignment:
+        """Return targets and counted positions, of the responses or of all text."""
+        return align(self._supervised_tokens(batch), batch["document_ids"], self.num_steps)
+
     def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
         """Run all heads at every row, fed with the true tokens, and compare them with text and verifier."""
-        mask = self._supervised_tokens(batch)
-        alignment = align(mask, batch["document_ids"], self.num_steps)
+        alignment = self.alignment(batch)
         targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
         rows = DraftRows.needed(supervised)
         return distill(
