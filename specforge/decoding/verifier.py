@@ -13,7 +13,8 @@ from specforge.decoding.checks import context_length
 from specforge.errors import UsageError
 from specforge.models.draft_attention import cache_argument
 from specforge.models.tree_cache import TreeCache
-from specforge.verifier.features import Features, capture
+from specforge.verifier.features import Features, capture, name_of
+from specforge.verifier.finite import check_finite
 from specforge.verifier.packed_attention import IMPLEMENTATION
 from specforge.verifier.parts import decoder
 
@@ -56,12 +57,13 @@ class VerifierPasses:
         options: dict[str, Any] = {self._cache_argument: self.cache, "use_cache": True}
         # Padding may stand behind the last position that a model has learnt.
         positions = index.clamp(max=self._context - 1)
-        if self.cache.is_plain:
-            return capture(self._verifier, tokens, positions, self._aux_layers, **options)
-        masks = {kind: self._mask(kind) for kind in self._kinds}
-        # Models with layers of one kind take a mask, those with several a mask for each.
-        options["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
-        return capture(self._verifier, tokens, positions, self._aux_layers, **options)
+        if not self.cache.is_plain:
+            masks = {kind: self._mask(kind) for kind in self._kinds}
+            # Models with layers of one kind take a mask, those with several a mask for each.
+            options["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
+        features = capture(self._verifier, tokens, positions, self._aux_layers, **options)
+        check_finite(features.last, self._verifier, name_of(self._verifier))
+        return features
 
     def _mask(self, kind: str) -> Tensor:
         window = self._config.sliding_window if kind == "sliding_attention" else None

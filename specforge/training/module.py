@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
@@ -37,6 +37,7 @@ from specforge.training.steps import prepare_steps
 from specforge.training.totals import processes, total
 from specforge.verifier.features import Features, capture, check_documents, check_logits
 from specforge.verifier.fingerprint import fingerprint
+from specforge.verifier.finite import check_finite
 from specforge.verifier.loading import VerifierLoading, VerifierType, load_config, load_verifier
 from specforge.verifier.parts import VerifierParts
 from specforge.verifier.sharding import load_sharded_verifier
@@ -334,9 +335,11 @@ class DraftModule(LightningModule, ABC):
         """Run one batch; Lightning updates the draft with the loss that comes back."""
         window = window_in(batch)
         self._window = self.alignment(window).supervised.flatten(1) if window else None
-        outcome = self.draft_steps(batch, self.features(batch))
+        features = self.features(batch)
+        outcome = self.draft_steps(batch, features)
         loss, sums, counts = self._over_window(*self._over_processes(outcome))
         if not torch.isfinite(loss):
+            self._check_verifier(features)
             raise SpecforgeError(
                 f"the training loss is {loss.item()} at step {self.trainer.global_step}, before it reached the "
                 "weights. Try a lower model.optimizer.lr, a longer warmup or trainer.gradient_clip_val"
@@ -440,8 +443,21 @@ class DraftModule(LightningModule, ABC):
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return math.ceil(batches / trainer.accumulate_grad_batches) * int(trainer.max_epochs)
 
+    def _check_verifier(self, features: Features) -> None:
+        """Make sure that the verifier is not the reason for a loss that is not finite."""
+        assert self._frozen is not None
+        whole, parts = self._frozen
+        if whole is not None:
+            check_finite(features.last, whole, self.verifier_name)
+        else:
+            modules = nn.ModuleDict({"embed_tokens": parts.embed_tokens, "norm": parts.norm, "lm_head": parts.lm_head})
+            check_finite(parts.logits(features.last), modules, self.verifier_name)
+
     def _measure(self, batch: Batch) -> DraftSteps:
-        outcome = self.draft_steps(batch, self.features(batch))
+        features = self.features(batch)
+        outcome = self.draft_steps(batch, features)
+        if not torch.isfinite(outcome.loss):
+            self._check_verifier(features)
         self.means[self._stage].update(outcome, batch["input_ids"].shape)
         return outcome
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specforge.errors import UsageError
+from specforge.verifier.finite import check_finite
 from specforge.verifier.packed_attention import documents_of
 from specforge.verifier.parts import VerifierParts, decoder
 
@@ -113,13 +114,15 @@ def check_logits(verifier: PreTrainedModel) -> None:
     silently.
 
     Raises:
-        UsageError: They do not.
+        UsageError: They do not, or are not finite.
     """
     vocabulary = verifier.config.get_text_config().vocab_size
     tokens = torch.arange(1, 9).remainder(vocabulary)[None].to(verifier.device)
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     last = capture(verifier, tokens, positions, [0]).last
+    check_finite(last, verifier, name_of(verifier))
     rebuilt, own = VerifierParts.of(verifier).logits(last), verifier(tokens, use_cache=False).logits
+    check_finite(own, verifier, name_of(verifier))
     if not torch.allclose(rebuilt.float(), own.float(), atol=1e-2, rtol=1e-2):
         raise UsageError(
             f"{type(verifier).__name__}: its final norm and head do not give its own logits from the last layer's "
@@ -146,6 +149,11 @@ def check_documents(verifier: PreTrainedModel) -> None:
             f"data.packing: {type(verifier).__name__} attends across the documents of a packed row, so drafts would "
             "learn from states that serving does not have; train with data.packing: false and data.features: live"
         )
+
+
+def name_of(verifier: PreTrainedModel) -> str:
+    """Return the folder or hub id of a verifier, or of one that was made in memory its class."""
+    return verifier.config._name_or_path or type(verifier).__name__
 
 
 def decoder_layers(verifier: PreTrainedModel) -> nn.ModuleList:
