@@ -25,3 +25,7 @@ def __getattr__(name: str) -> object:
 
         return SpeculatorModel
     raise AttributeError(f"module 'specforge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

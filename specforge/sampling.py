@@ -10,6 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     from torch import Generator, Tensor, device, dtype
 
+# Below it, the most probable token has all the probability, and logits over the temperature soon overflow; engines
+# choose greedily below the same.
+LEAST_TEMPERATURE = 1e-5
+
 
 class Sampling(BaseModel):
     """Settings of sampling; verifier and draft are both subject to them.
@@ -19,7 +23,7 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    temperature: float = Field(default=0.0, ge=0, description="0 takes the most probable token.")
+    temperature: float = Field(default=0.0, ge=0, description="0, or nearly so, takes the most probable token.")
     top_k: int = Field(default=0, ge=0, description="Sample from the k most probable tokens alone; 0: from all.")
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="Sample from the fewest tokens that hold this much probability."
@@ -28,7 +32,7 @@ class Sampling(BaseModel):
     @property
     def is_greedy(self) -> bool:
         """Whether the most probable token is taken, so that nothing is random."""
-        return self.temperature == 0
+        return self.temperature < LEAST_TEMPERATURE
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """Return the log-probabilities that tokens are drawn with, [..., V], in float32 or wider; not at temperature 0.

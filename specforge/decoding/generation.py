@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from specforge.config import TokenProposalConfig
 from specforge.decoding.checks import default_stop_tokens
-from specforge.decoding.loop import Decoder
-from specforge.decoding.verification import Verification
+from specforge.decoding.generate_arguments import (
+    check_integers,
+    check_others,
+    check_prompt_ids,
+    chosen_sampling,
+    chosen_verification,
+    stop_ids,
+)
+from specforge.decoding.loop import Decoder, Emission
+from specforge.models.generated import Generated
 from specforge.models.speculator import SpeculatorModel
 from specforge.proposals.choice import choose_proposal
-from specforge.sampling import Sampling
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -23,41 +31,65 @@ if TYPE_CHECKING:
 def generate(
     draft: SpeculatorModel,
     input_ids: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | None,
     *,
-    max_new_tokens: int = 256,
-    sampling: Sampling | None = None,
-    proposal: str | TokenProposalConfig | None = None,
-    verification: Verification | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    seed: int | None = None,
-    streamer: BaseStreamer | None = None,
-) -> Tensor:
+    max_new_tokens: int | None,
+    do_sample: bool | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    proposal: str | TokenProposalConfig | None,
+    verification: str,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    seed: int | None,
+    streamer: BaseStreamer | None,
+    others: Mapping[str, Any],
+) -> Generated:
     """Generate with a draft and its attached verifier; see ``SpeculatorModel.generate``."""
+    check_others(others, inspect.signature(SpeculatorModel.generate).parameters)
     verifier = draft.verifier
     if verifier is None:
         raise ValueError("generate needs the whole verifier; call attach_verifier(verifier, mode='full') before")
+    check_prompt_ids(input_ids, attention_mask, verifier.config.get_text_config().vocab_size)
+    check_integers(max_new_tokens=max_new_tokens, pad_token_id=pad_token_id, seed=seed)
+    most = 256 if max_new_tokens is None else max_new_tokens
     if streamer is not None and len(input_ids) != 1:
         raise ValueError(f"a streamer takes one sequence, and there are {len(input_ids)}")
+    sampling = chosen_sampling(do_sample, temperature, top_k, top_p)
+    if not isinstance(proposal, str | TokenProposalConfig | None):
+        raise TypeError(f'proposal is {proposal!r}; give a name, "NAME:KEY=VALUE,...", or the settings of a method')
     chosen = proposal if isinstance(proposal, TokenProposalConfig) else choose_proposal(proposal, draft.config)
-    stop = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or default_stop_tokens(verifier))
-    decoder = Decoder(verifier, draft, chosen, sampling, verification, stop)
+    stop = stop_ids(eos_token_id) or default_stop_tokens(verifier)
+    decoder = Decoder(verifier, draft, chosen, sampling, chosen_verification(verification), stop)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     prompts = [row[seen.bool()] for row, seen in zip(input_ids, mask, strict=True)]
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    new: list[list[int]] = [[] for _ in prompts]
-    for emission in decoder.decode(prompts, max_new_tokens, seed):
-        new[emission.sequence] += emission.tokens
+    emissions: list[list[Emission]] = [[] for _ in prompts]
+    for emission in decoder.decode(prompts, most, seed):
+        emissions[emission.sequence].append(emission)
         if streamer is not None:
             streamer.put(torch.tensor(emission.tokens))
     if streamer is not None:
         streamer.end()
+    new = [[token for one in of_one for token in one.tokens] for of_one in emissions]
     padding = pad_token_id if pad_token_id is not None else _padding(draft, stop)
-    width = max(len(tokens) for tokens in new)
-    padded = torch.tensor([tokens + [padding] * (width - len(tokens)) for tokens in new], device=input_ids.device)
-    return torch.cat([input_ids, padded], dim=1)
+    width = max(map(len, new), default=0)
+    padded = input_ids.new_tensor([tokens + [padding] * (width - len(tokens)) for tokens in new]).view(len(new), width)
+    return Generated(
+        torch.cat([input_ids, padded], dim=1),
+        *_counted([[one.accepted for one in of_one if one.drafted is not None] for of_one in emissions]),
+        seconds=decoder.times.prompt + decoder.times.total,
+    )
+
+
+def _counted(accepted: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Count rounds [B], and those that accepted at least k = 1 .. K tokens [B, K], from the tokens of each round."""
+    most = max((one for of_one in accepted for one in of_one), default=0)
+    reached = [[sum(one >= position for one in of_one) for position in range(1, most + 1)] for of_one in accepted]
+    rounds = torch.tensor([len(of_one) for of_one in accepted])
+    return rounds, torch.tensor(reached, dtype=torch.int64).view(len(accepted), most)
 
 
 def _padding(draft: SpeculatorModel, stop: Sequence[int]) -> int:

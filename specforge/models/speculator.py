@@ -15,9 +15,9 @@ from specforge.config import SpeculatorModelConfig, TokenProposalConfig
 from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
 from specforge.models.drafter import Drafter
+from specforge.models.generated import Generated
 from specforge.models.storage import read_all_weights, write_checkpoint
 from specforge.registry import installed
-from specforge.sampling import Sampling
 from specforge.verifier.features import Features
 from specforge.verifier.loading import load_verifier
 from specforge.verifier.parts import VerifierParts
@@ -155,26 +155,32 @@ class SpeculatorModel(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         proposal: str | TokenProposalConfig | None = None,
         verification: Literal["token", "block", "typical"] = "token",
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         seed: int | None = None,
         streamer: BaseStreamer | None = None,
-    ) -> Tensor:
+        return_dict_in_generate: bool = False,
+        **others: Any,
+    ) -> Tensor | Generated:
         """Generate text that is the attached verifier's own: token for token at temperature 0, in distribution above.
+
+        Arguments that transformers' ``generate`` has as well have the same meaning.
 
         Args:
             input_ids: Prompts, int64 [B, T]; of different lengths with padding on either side.
             attention_mask: 1 on the prompts' tokens, 0 on padding, [B, T]; all ones when None.
-            max_new_tokens: Most tokens to add.
-            temperature: 0 takes the most probable token.
-            top_k: Sample from the k most probable tokens alone; 0 for all.
-            top_p: Sample from the fewest tokens that hold this much probability.
+            max_new_tokens: Most tokens to add; 256 when None.
+            do_sample: Whether to sample; when None, where a temperature above 0 is given.
+            temperature: 0 takes the most probable token; when None, 1 with ``do_sample=True`` and 0 otherwise.
+            top_k: Sample only from the k most probable tokens; None or 0 for all.
+            top_p: Sample from the fewest tokens that hold this much probability; None for all.
             proposal: Settings of the proposal method, its name, or ``"NAME:KEY=VALUE,..."``; the draft's default one
                 when None.
             verification: ``"token"`` and ``"block"`` are lossless; ``"typical"`` is LOSSY.
@@ -182,31 +188,38 @@ class SpeculatorModel(nn.Module):
             pad_token_id: What shorter sequences are filled up with; by default as ``eos_token_id``.
             seed: Seed of everything random; None takes the device's own state.
             streamer: A streamer of transformers, for one sequence.
+            return_dict_in_generate: Return rounds, acceptance and time as well.
+            **others: Other arguments of transformers' ``generate``, refused unless they ask for nothing.
 
         Returns:
-            Prompts and what was added, int64 [B, T + new].
+            Prompts and what was added, int64 [B, T + new]; or ``Generated``, which holds them as ``sequences``.
 
         Raises:
-            ValueError: No whole verifier is attached.
+            ValueError: No whole verifier is attached, a value is out of bounds, or an argument is not possible.
+            TypeError: Prompts are no token ids, or there is no such argument.
             UsageError: Draft, proposal method, verifier and prompts do not go together.
         """
         # Decoding stands above the drafts that it runs; this is the one way back, taken when it is called.
         from specforge.decoding.generation import generate
-        from specforge.decoding.verification import Verification
 
-        return generate(
+        generated = generate(
             self,
             input_ids,
             attention_mask,
             max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             proposal=proposal,
-            verification=Verification(method=verification),
+            verification=verification,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
             seed=seed,
             streamer=streamer,
+            others=others,
         )
+        return generated if return_dict_in_generate else generated.sequences
 
     @classmethod
     def from_pretrained(
