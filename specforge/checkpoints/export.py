@@ -14,13 +14,14 @@ from specforge.checkpoints.logits import stand_in_logits
 from specforge.checkpoints.probe import PROBE, Probe, digests, meaning
 from specforge.checkpoints.rules import file_faults
 from specforge.checkpoints.run_record import find_draft
-from specforge.checkpoints.served import expected_of, probe_prompts
+from specforge.checkpoints.served import drafter_agreement, expected_of, probe_prompts
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.checkpoints.verify import verify
 from specforge.checkpoints.writing import written_whole
 from specforge.config import SpeculatorModelConfig, VerifierConfig
 from specforge.data.prompts import Conversation
 from specforge.data.verifier_text import VerifierText
+from specforge.decoding.agreement import Agreement
 from specforge.errors import SpecforgeError, UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.storage import write_checkpoint
@@ -64,12 +65,14 @@ class Export:
         probe: What travels with it.
         serving: The command that serves it.
         tokens: Tokens that it then drafts in a round.
+        agreement: Real decoding of the probe's prompts beside replay.
     """
 
     folder: Path
     probe: Probe
     serving: str
     tokens: int
+    agreement: Agreement
 
 
 def export(order: Order) -> Export:
@@ -94,7 +97,7 @@ def export(order: Order) -> Export:
     with written_whole(output, PROBE) as folder:
         write_checkpoint(folder, stored.config, stored.tensors)
         prompts = order.prompts if order.prompts is not None else record.prompts
-        probe = _probe(model, layout, stored, facts, order, prompts)
+        probe, agreement = _probe(model, layout, stored, facts, order, prompts)
         probe.save(folder)
         tokens = chain_length(model)
         served_from = order.served_from or str(output)
@@ -105,7 +108,7 @@ def export(order: Order) -> Export:
                 f"the {order.format} export of {path} is not the draft that it was made from, and is not kept: "
                 + "; ".join(one.what for one in wrong)
             )
-    return Export(output, probe, layout.serving(served_from, facts.name_or_path, tokens), tokens)
+    return Export(output, probe, layout.serving(served_from, facts.name_or_path, tokens), tokens, agreement)
 
 
 def default_output(source: str, draft: str, format: str) -> Path:
@@ -150,19 +153,21 @@ def _probe(
     facts: VerifierFacts,
     order: Order,
     conversations: list[Conversation] | None,
-) -> Probe:
-    """Record what the trained draft computes, rounded as it is written, in float32."""
+) -> tuple[Probe, Agreement]:
+    """Record what the trained draft computes, rounded as it is written, in float32; and whether decoding does that."""
     written = layout.read(stored, VerifierConfig())
     layers = model.aux_layers
     model.cast(torch.float32)
     alone = stand_in_logits(model, facts)
-    served = None
+    served, agreement = None, Agreement()
     if order.runs_verifier:
         loading = order.loading
         text = VerifierText(facts.name_or_path, loading.revision, loading.trust_remote_code)
         prompts = probe_prompts(text, conversations)
-        served = expected_of(model, running_verifier(facts.name_or_path, loading), prompts)
-    return Probe(
+        verifier = running_verifier(facts.name_or_path, loading)
+        served = expected_of(model, verifier, prompts)
+        agreement = drafter_agreement(model, verifier, served.texts)
+    probe = Probe(
         algorithm=layout.format.algorithm,
         format=layout.format.name,
         verifier=facts,
@@ -172,3 +177,4 @@ def _probe(
         alone=alone,
         served=served,
     )
+    return probe, agreement

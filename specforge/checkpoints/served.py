@@ -12,11 +12,13 @@ from specforge.checkpoints.logits import difference, greatest_logits
 from specforge.checkpoints.probe import Served, Text
 from specforge.data.prompts import Conversation
 from specforge.data.verifier_text import VerifierText
-from specforge.decoding.loop import Decoder
+from specforge.decoding.agreement import Agreement, compare_rounds
+from specforge.decoding.loop import Decoder, Emission
 from specforge.decoding.recorded import chain_acceptance
 from specforge.decoding.replay import figures, replay
 from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
+from specforge.proposals import GreedyTokenProposalConfig
 from specforge.sampling import Sampling
 from specforge.verifier.features import Features, capture
 from specforge.verifier.parts import VerifierParts
@@ -78,6 +80,34 @@ def expected_of(model: SpeculatorModel, verifier: PreTrainedModel, prompts: list
         acceptance_length=lengths,
         accept_rates=rates,
     )
+
+
+def drafter_agreement(model: SpeculatorModel, verifier: PreTrainedModel, texts: list[Text]) -> Agreement:
+    """Decode the probe's prompts by greedy chains, and compare every round with a replay of what was decoded.
+
+    Args:
+        model: The draft, attached.
+        verifier: Its verifier.
+        texts: What the verifier answered to the prompts.
+
+    Returns:
+        The rounds; none where this pair can be trained and served, but not decoded here.
+    """
+    chain = min(CHAIN, model.drafter(1).max_depth or CHAIN)
+    prompts = [torch.tensor(text.tokens[: text.begin]) for text in texts]
+    spoken: list[list[Emission]] = [[] for _ in prompts]
+    try:
+        decoder = Decoder(verifier, model, GreedyTokenProposalConfig(speculative_tokens=chain))
+        for emission in decoder.decode(prompts, NEW_TOKENS):
+            spoken[emission.sequence].append(emission)
+    except UsageError:
+        return Agreement()
+    found = Agreement()
+    for prompt, emissions in zip(prompts, spoken, strict=True):
+        text = Text(tokens=[*prompt.tolist(), *(token for one in emissions for token in one.tokens)], begin=len(prompt))
+        accepted = [one.accepted for one in emissions if one.drafted is not None]
+        found += compare_rounds(model, *_states(model, verifier, text), text.begin, accepted, chain)
+    return found
 
 
 def served_differences(model: SpeculatorModel, verifier: PreTrainedModel, expected: Served) -> list[str]:

@@ -113,6 +113,8 @@ def _closing(done: Export, where: str) -> str:
     if done.probe.served is not None:
         expected = done.probe.served.expected(done.tokens)
         lines.append(f"  expected     {expected:.3f} tokens a pass of the verifier, by greedy chains of {done.tokens}")
+    if done.agreement.differing:
+        lines.append(f"  WARNING: {done.agreement}. The export holds what was trained.")
     serving = done.serving.replace("\n", "\n               ")
     check = shlex.join(["specforge", "verify", str(done.folder)])
     return "\n".join(

@@ -125,7 +125,8 @@ def check_integers(**values: Any) -> None:
         if value is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool):
-            advice = "; an id is tokenizer.convert_tokens_to_ids(token)" if isinstance(value, str) else ""
+            is_token = isinstance(value, str) and name.endswith("token_id")
+            advice = "; for a token, give tokenizer.convert_tokens_to_ids(token)" if is_token else ""
             raise TypeError(f"{name} is {value!r}, and must be an integer{advice}")
         if value < 0:
             raise ValueError(f"{name} is {value}; give 0 or more")

@@ -75,7 +75,7 @@ def chain_acceptance(
     greedy = torch.zeros(steps, anchors, device=tokens.device)
     drawn = torch.zeros_like(greedy)
     for step in range(steps):
-        for row in _chunks(anchors - step, parts.lm_head.weight.shape[0]):
+        for row in chunks(anchors - step, parts.lm_head.weight.shape[0]):
             # Anchor j is row t = s - 1 + j, whose step i drafts x_{t+2+i}.
             rows = begin - 1 + row
             labels = tokens[rows + 2 + step]
@@ -130,5 +130,6 @@ def replay_text(
     return rounds
 
 
-def _chunks(rows: int, vocabulary: int) -> Iterator[Tensor]:
+def chunks(rows: int, vocabulary: int) -> Iterator[Tensor]:
+    """Split rows of logits so that few are held at once; yield the indices of each part."""
     return iter(torch.arange(max(rows, 0)).split(max(1, LOGITS_PER_CHUNK // vocabulary)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from specforge.config import TokenProposalConfig
 from specforge.data.prompts import Conversation, reply_text
 from specforge.data.template import ChatTemplate
+from specforge.decoding.agreement import Agreement, compare_rounds
 from specforge.decoding.loop import Decoder, Emission, Times
 from specforge.decoding.recorded import chain_acceptance, replay_text
 from specforge.decoding.replay import Rounds, replay
@@ -20,6 +22,7 @@ from specforge.evaluation.results import ContenderResult
 from specforge.evaluation.tally import Response, Tally
 from specforge.hookspecs import ProposalMethod
 from specforge.models.speculator import SpeculatorModel
+from specforge.proposals import GreedyTokenProposalConfig, SamplingTokenProposalConfig
 from specforge.proposals.proposal import Proposer
 from specforge.registry import installed
 from specforge.sampling import Chance, Sampling
@@ -27,6 +30,8 @@ from specforge.verifier.features import Features, capture
 
 # Longest chain that is replayed.
 CHAIN = 8
+# Methods that propose the draft's most probable chain at temperature 0.
+CHAINS = (GreedyTokenProposalConfig, SamplingTokenProposalConfig)
 
 
 @dataclass
@@ -158,6 +163,7 @@ class Measuring:
                     self._replay_chains(contender, text.to(self.verifier.device), len(prompt))
                     for text, prompt in zip(recorded, prompts, strict=True)
                 ],
+                agreement=sum(map(partial(self._compare, contender), prompts, emissions), Agreement()),
             )
             contender.tallies[keys[0][0]] += tally
         return said
@@ -184,6 +190,18 @@ class Measuring:
         )
         chosen = drawn if contender.proposal.proposal_type == "sampling" else greedy
         return replay(chosen.T[None], lengths)
+
+    def _compare(self, contender: Contender, prompt: Tensor, emissions: Sequence[Emission]) -> Agreement:
+        """Compare the rounds of a response with a replay of its own text, where the text determines them."""
+        draft, proposal = contender.draft, contender.proposal
+        is_determined = self.settings.sampling.is_greedy and not is_lossy(self.settings.verification, proposal)
+        if draft is None or not isinstance(proposal, CHAINS) or not is_determined:
+            return Agreement()
+        said = [token for one in emissions for token in one.tokens]
+        text = torch.cat([prompt, torch.tensor(said)]).to(self.verifier.device)
+        accepted = [one.accepted for one in emissions if one.drafted is not None]
+        features = self._features(draft.aux_layers, text)
+        return compare_rounds(draft, text, features, len(prompt), accepted, proposal.speculative_tokens)
 
     def _replay_method(self, contender: Contender, text: Tensor, begin: int) -> Rounds:
         """Replay a method that needs no draft, for each length anew."""

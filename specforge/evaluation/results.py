@@ -63,6 +63,9 @@ class Measurement(Result):
         by_stretch: Acceptance length by where in the response a round begins.
         by_chain_length: What the acceptance length would be with chains of K = 1, 2, ... tokens, by replay on the
             verifier's own responses; empty where that is not known.
+        compared_rounds: Rounds that were compared with a replay of the same text; 0 where it does not determine them.
+        differing_rounds: How many of them accept other tokens than the replay: the draft's drafter is wrong.
+        difference: That in words, with an example; empty if none differs.
     """
 
     prompt_set: str
@@ -86,6 +89,9 @@ class Measurement(Result):
     identical_responses: int | None
     by_stretch: list[Stretch]
     by_chain_length: list[float]
+    compared_rounds: int = 0
+    differing_rounds: int = 0
+    difference: str = ""
 
 
 class ContenderResult(Result):

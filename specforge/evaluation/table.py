@@ -88,6 +88,9 @@ def _figures(pooled: Measurement) -> Table:
         lines["Acceptance length, K = 1, 2, …"] = words.series(pooled.by_chain_length, 2)
     if pooled.identical_responses is not None:
         lines["Identical responses"] = words.identical(pooled)
+    if pooled.compared_rounds:
+        same = pooled.compared_rounds - pooled.differing_rounds
+        lines["Rounds as replayed"] = f"{same:,} of {pooled.compared_rounds:,}"
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")

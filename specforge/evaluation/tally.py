@@ -10,6 +10,7 @@ from typing import Self
 import numpy as np
 import torch
 
+from specforge.decoding.agreement import Agreement
 from specforge.decoding.loop import Emission, Times
 from specforge.decoding.replay import Rounds, figures
 from specforge.evaluation.results import Measurement, Stretch
@@ -66,6 +67,7 @@ class Tally:
         alone_tokens: Tokens that rounds of the verifier alone yielded on the same prompts.
         alone_seconds: Seconds that they took.
         chains: Replayed rounds of chains of K = 1, 2, ... tokens.
+        agreement: Its own rounds beside a replay of its own text; none where the text does not determine them.
     """
 
     responses: list[Response] = field(default_factory=list)
@@ -73,6 +75,7 @@ class Tally:
     alone_tokens: int = 0
     alone_seconds: float = 0.0
     chains: list[Rounds] = field(default_factory=list)
+    agreement: Agreement = field(default_factory=Agreement)
 
     def __add__(self, other: Tally) -> Tally:
         times = Times(*(a + b for a, b in zip(vars(self.times).values(), vars(other.times).values(), strict=True)))
@@ -82,6 +85,7 @@ class Tally:
             self.alone_tokens + other.alone_tokens,
             self.alone_seconds + other.alone_seconds,
             self.chains + other.chains,
+            self.agreement + other.agreement,
         )
 
     def measurement(self, prompt_set: str) -> Measurement:
@@ -119,6 +123,9 @@ class Tally:
             identical_responses=sum(identical) if identical else None,
             by_stretch=_by_stretch(rounds),
             by_chain_length=self._by_chain_length(),
+            compared_rounds=self.agreement.rounds,
+            differing_rounds=self.agreement.differing,
+            difference=str(self.agreement) if self.agreement.differing else "",
         )
 
     def _confidence_interval(self) -> tuple[float, float] | None:

@@ -128,6 +128,7 @@ def warnings(results: Results) -> list[str]:
             f"{name} does not beat the baseline {best}, which needs no draft: "
             f"{ours} tokens a verifier pass against {theirs}"
         )
+    lines += [f"{one.name}: {one.all_sets.difference}" for one in results.contenders if one.all_sets.difference]
     for one in results.contenders:
         if one.is_lossy:
             lines.append(f"{one.name} is {LOSSY}")

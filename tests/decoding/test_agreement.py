@@ -1,0 +1,116 @@
+"""Real decoding beside a replay of its own text: the same rounds, or a drafter that computes something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from random_verifiers import VOCABULARY
+from small_models import CONFIGS, learn, random_draft, random_model
+from torch import Tensor
+
+from specforge.decoding.agreement import Agreement, compare_rounds
+from specforge.decoding.loop import Decoder
+from specforge.models.drafter import Drafter
+from specforge.proposals import GreedyTokenProposalConfig
+from specforge.verifier.features import Features, capture
+
+NEW = 20
+CHAIN = 3
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    return random_model(CONFIGS["qwen3"](), seed=3, scale=0.5)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in (2, 5, 9, 3)]
+
+
+def decode(verifier, draft, prompts) -> list[tuple[Tensor, list[int]]]:
+    """Text and accepted tokens of each round, by greedy chains; by the verifier alone without a draft."""
+    proposal = None if draft is None else GreedyTokenProposalConfig(speculative_tokens=CHAIN)
+    found = [(prompt.tolist(), []) for prompt in prompts]
+    for one in Decoder(verifier, draft, proposal, stop_tokens=[7]).decode(prompts, NEW):
+        text, accepted = found[one.sequence]
+        text += one.tokens
+        accepted += [] if one.drafted is None else [one.accepted]
+    return [(torch.tensor(text), accepted) for text, accepted in found]
+
+
+def agreement(verifier, draft, prompts) -> Agreement:
+    found = Agreement()
+    for prompt, (text, accepted) in zip(prompts, decode(verifier, draft, prompts), strict=True):
+        features = capture(verifier, text[None], torch.arange(len(text))[None], draft.aux_layers)
+        found += compare_rounds(draft, text, features, len(prompt), accepted, CHAIN)
+    return found
+
+
+@pytest.fixture(scope="module", params=[None, 12], ids=["whole vocabulary", "pruned"])
+def draft(request, verifier, prompts):
+    made = random_draft(verifier, seed=2, size=request.param)
+    if request.param is None:
+        learn(made, verifier, [text for text, _ in decode(verifier, None, prompts)], updates=25)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_right_drafter_agrees_in_every_round(verifier, draft, prompts, dtype):
+    wide = verifier.dtype
+    try:
+        verifier.to(dtype)
+        draft.cast(dtype)
+        found = agreement(verifier, draft, prompts)
+    finally:
+        verifier.to(wide)
+        draft.cast(wide)
+    assert found.differing == 0 and not found.example
+    assert found.rounds == sum(len(accepted) for _, accepted in decode(verifier, draft, prompts)) or dtype != wide
+
+
+def wrong_token(commit: Callable[..., None]) -> Callable[..., None]:
+    """One commits the token before the last decided one, an index that is one off."""
+    return lambda tokens, features, counts: commit(tokens.roll(1, dims=1), features, counts)
+
+
+def wrong_feature(commit: Callable[..., None]) -> Callable[..., None]:
+    """One commits the features of the token after."""
+
+    def wrong(tokens: Tensor, features: Features, counts: Tensor) -> None:
+        commit(tokens, replace(features, aux=features.aux.roll(-1, dims=1)), counts)
+
+    return wrong
+
+
+@pytest.mark.parametrize("fault", [wrong_token, wrong_feature])
+def test_a_wrong_drafter_is_found(verifier, prompts, fault, monkeypatch):
+    draft = random_draft(verifier, seed=2)
+    learn(draft, verifier, [text for text, _ in decode(verifier, None, prompts)], updates=25)
+    right = type(draft).drafter
+
+    def broken(self, batch_size: int) -> Drafter:
+        drafter = right(self, batch_size)
+        drafter.commit = fault(drafter.commit)
+        return drafter
+
+    monkeypatch.setattr(type(draft), "drafter", broken)
+    found = agreement(verifier, draft, prompts)
+    assert found.differing > 0
+    assert "is rejected where replay has it accepted" in str(found) and f"of {found.rounds:,} rounds" in str(found)
+
+
+def test_acceptance_that_replay_lacks_is_found(verifier, draft, prompts):
+    """And what a longer chain would have accepted, or a token that the text does not have, is no difference."""
+    text, accepted = decode(verifier, draft, prompts)[0]
+    features = capture(verifier, text[None], torch.arange(len(text))[None], draft.aux_layers)
+    rounds = len(accepted)
+    boasted = [CHAIN] * ((len(text) - len(prompts[0]) - 1) // (CHAIN + 1))
+    found = compare_rounds(draft, text, features, len(prompts[0]), boasted, CHAIN)
+    assert 0 < found.differing <= len(boasted) and "is accepted where replay has it rejected" in found.example
+    assert compare_rounds(draft, text, features, len(prompts[0]), [], CHAIN) == Agreement()
+    assert found + Agreement(rounds) == Agreement(rounds + found.rounds, found.differing, found.example)
