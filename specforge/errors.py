@@ -37,6 +37,12 @@ def nearest_name(name: str, allowed: Iterable[str]) -> str:
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
+def describe_os_error(error: OSError) -> str:
+    """Return which file or folder could not be used, and why, in one line."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
 def describe_invalid(error: ValidationError) -> str:
     """Return one line for each fault of a pydantic validation: the key's path, the value and what is allowed."""
     lines = []

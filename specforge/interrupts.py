@@ -31,7 +31,7 @@ def heard() -> Iterator[None]:
     signal.signal(signal.SIGINT, note)
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if came:
             raise KeyboardInterrupt from error
         raise

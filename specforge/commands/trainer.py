@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from specforge.commands.wrapping import hanging, reflowed
-from specforge.errors import UsageError
+from specforge.errors import UsageError, describe_os_error
 from specforge.hookspecs import Algorithm
 from specforge.quiet import is_verbose
 from specforge.registry import installed
@@ -72,6 +72,10 @@ def _run(subcommand: str, arguments: list[str]) -> int:
         TrainingCLI(algorithm, arguments, subcommand).run()
     except MisconfigurationException as error:
         raise UsageError(str(error)) from error
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{describe_os_error(error)}; give a path that may be used") from error
     return 0
 
 
@@ -140,6 +144,7 @@ def quieten() -> None:
         "LightningCLI's args parameter",
         "callbacks used to create",
         "sync_dist=True",
+        "trying to `self.log",  # barebones logs nothing, as its name says
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from specforge.data.packing import window_of
-from specforge.errors import UsageError
+from specforge.errors import SpecforgeError, UsageError
 
 Batch = dict[str, Tensor]
 
@@ -112,7 +112,10 @@ class ResumableLoader(DataLoader[Batch]):
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
             since = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except SpecforgeError as error:
+                raise type(error)(_own_words(error)) from None
             self.seconds_waited += time.perf_counter() - since
             if batch is None:
                 return
@@ -158,3 +161,10 @@ class ResumableLoader(DataLoader[Batch]):
                 "data.batch_size so that they do"
             )
         return items // self.stride
+
+
+def _own_words(error: SpecforgeError) -> str:
+    """Return an error's message, without the traceback that torch puts around it in a process that loads batches."""
+    text = str(error)
+    marker = f"\n{type(error).__module__}.{type(error).__qualname__}: "
+    return text.rpartition(marker)[2].rstrip() if "in DataLoader worker process" in text else text

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from specforge.bounds import RowLength, Share
+from specforge.bounds import Batch, RowLength, Seed, Share, Workers
 from specforge.data.encoding import RowEncoder
 from specforge.data.features.dtypes import FeatureType
 from specforge.data.features.manifest import FeatureNeeds, Manifest
@@ -79,9 +78,9 @@ class DraftDataModule(LightningDataModule):
         template_arguments: dict[str, Any] | None = None,
         template_date: str | None = None,
         packing: bool = True,
-        batch_size: PositiveInt = 1,
-        num_workers: NonNegativeInt = 0,
-        seed: NonNegativeInt = 42,
+        batch_size: Batch = 1,
+        num_workers: Workers = 0,
+        seed: Seed = 42,
         features: str = LIVE,
         cache_dir: str | None = None,
         verifier_revision: str | None = None,

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from specforge.data.mapped import require_size
 from specforge.data.sealed import read_sealed
 from specforge.errors import SpecforgeError, UsageError
 
@@ -156,6 +157,7 @@ class StoredRows:
         Raises:
             SpecforgeError: they are damaged.
         """
+        require_size(self.folder / ROWS_FILE, len(self._bytes))
         batches = self._first_rows.searchsorted(rows, side="right") - 1
         within = rows - self._first_rows[batches]
         chosen = zip(batches.tolist(), within.tolist(), strict=True)
@@ -172,6 +174,7 @@ class StoredRows:
 
     def _batch(self, number: int) -> pa.RecordBatch:
         if not self._is_checked[number]:
+            require_size(self.folder / ROWS_FILE, len(self._bytes))
             begin, part = self._begins[number + 1], self._parts[number + 1]
             rest = memoryview(self._bytes)[begin + part.head : begin + part.size]
             if zlib.crc32(rest) != part.rest_checksum:

@@ -27,7 +27,7 @@ from specforge.training.stopping import StopRequest
 
 
 def fit_callbacks(arguments: list[str], save_every_n_steps: int, folder: Path) -> list[Callback]:
-    """Return the callbacks of a training run.
+    """Return the callbacks of a training run that is stored.
 
     Args:
         arguments: The words after ``specforge fit``, to tell a person how to go on.
@@ -35,7 +35,7 @@ def fit_callbacks(arguments: list[str], save_every_n_steps: int, folder: Path) -
         folder: Folder of the checkpoints.
     """
     return [
-        Summary(),
+        Summary(folder.parent),
         ScalarLayout(),
         AcceptanceFigure(),
         SampleTexts(),
@@ -91,14 +91,27 @@ class ProgressBar(RichProgressBar):
 
 
 class Summary(Callback):
-    """Says at the start what is trained on what, and after each validation how far it has come."""
+    """Says at the start what is trained on what and for how long, and after each validation how far it has come.
+
+    Args:
+        run: Folder of the run; None if nothing is stored.
+    """
+
+    def __init__(self, run: Path | None) -> None:
+        self.run = run
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the length of the run, which may be refused, before a verifier is loaded."""
+        _ = cast(DraftModule, pl_module).length
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the summaries of data and draft."""
+        """Print the summaries of data, draft and run."""
+        module = cast(DraftModule, pl_module)
         say(trainer.datamodule.summary_text())
-        say(cast(DraftModule, pl_module).summary_text())
-        say(f"run: {checkpoint_folder(trainer).parent}")
+        say(module.summary_text())
+        say(str(module.length))
+        say(f"run: {self.run or 'nothing of it is stored'}")
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,7 +195,7 @@ class LastCheckpoint(Checkpoint):
         if between_steps or _epoch_is_complete(trainer):  # the whole epoch is saved when it has ended
             return
         self._leaving = self._stop.agreed(trainer)
-        is_last_step = trainer.global_step == trainer.max_steps
+        is_last_step = trainer.global_step == trainer.max_steps or _stops_early(trainer)
         if self._leaving or is_last_step or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
 
@@ -234,6 +247,9 @@ class DraftWriter(Callback):
         next_steps.append(f"serve it     {shlex.join(['specforge', 'export', str(run), '--format', 'NAME'])}")
         next_steps.append(f"load it      SpeculatorModel.from_pretrained({str(run / 'draft')!r})")
         draft.save_pretrained(run / "draft")
+        if trainer.global_step < module.length.steps:
+            why = "trainer.max_time is over, or a callback asked to stop"
+            say(f"\nEnded at step {trainer.global_step:,} of {module.length.steps:,}: {why}.")
         say("\n  ".join([f"\nDone: {run / 'draft'} holds {which}.", *next_steps]))
 
 
@@ -258,6 +274,11 @@ def checkpoint_folder(trainer: Trainer) -> Path:
 
 def _best(trainer: Trainer) -> BestCheckpoint:
     return next(one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint))
+
+
+def _stops_early(trainer: Trainer) -> bool:
+    """Tell whether ``max_time`` is over, or a callback has asked to stop, and the trainer will do so."""
+    return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
 
 
 def _epoch_is_complete(trainer: Trainer) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -16,24 +16,27 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import ValidationError
 
-from specforge.errors import SpecforgeError, UsageError
+from specforge.bounds import Interval
+from specforge.errors import SpecforgeError, UsageError, describe_os_error
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
 from specforge.training.board.hyperparameters import Hyperparameters
 from specforge.training.board.writers import writers
-from specforge.training.callbacks import ProgressBar, fit_callbacks
+from specforge.training.callbacks import ProgressBar, Summary, fit_callbacks
+from specforge.training.claims import claim
 from specforge.training.config_errors import check_files, check_values, explain, explain_class, explain_settings
+from specforge.training.length import settle_length
 from specforge.training.precision import check_precision
-from specforge.training.runs import CHECKPOINTS, next_version, resolve_checkpoint, version_of
+from specforge.training.runs import CHECKPOINTS, CONFIG, check_name, resolve_checkpoint
 from specforge.training.saving import WholeCheckpointIO
-from specforge.training.stopping import is_of_a_lost_process
+from specforge.training.stopping import explain_lost
 from specforge.training.strategies import FSDP2, FSDP2Strategy
+from specforge.training.trainer_values import explain_trainer
 from specforge.verifier.loading import VerifierType
 
 # What a run needs to be set otherwise than Lightning does by itself. Weights that are gathered in inference mode could
 # not be trained on, where they are sharded.
 TRAINER_DEFAULTS = {
-    "max_epochs": 1,
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
     "inference_mode": False,
@@ -58,6 +61,7 @@ class TrainingCLI(LightningCLI):
         self.algorithm = algorithm
         self.arguments = arguments
         self.subcommand_name = subcommand
+        self._claims = ExitStack()
         super().__init__(
             model_class=installed().load(algorithm, "module"),
             datamodule_class=installed().load(algorithm, "data"),
@@ -101,7 +105,13 @@ class TrainingCLI(LightningCLI):
             help="Folder of the runs; each run gets a folder version_N there.",
         )
         parser.add_argument(
-            "--save_every_n_steps", type=PositiveInt, default=500, help="Optimizer steps between two savings."
+            "--run_name",
+            type=str | None,
+            default=None,
+            help="Name of the run, and of its folder in output_dir instead of version_N.",
+        )
+        parser.add_argument(
+            "--save_every_n_steps", type=Interval, default=500, help="Optimizer steps between two savings."
         )
         parser.add_argument(
             "--ckpt_path",
@@ -127,7 +137,8 @@ class TrainingCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
             raise UsageError(explain(str(error), parser, self.arguments)) from None
-        check_values(self.config)
+        check_values(self.config, self.parser, self.arguments)
+        settle_length(self.config.trainer)
 
     def instantiate_classes(self) -> None:
         """Build module, data and trainer; none of them loads anything yet."""
@@ -146,39 +157,46 @@ class TrainingCLI(LightningCLI):
         wanted = self.config.ckpt_path
         if wanted is None and self.subcommand_name != "fit":
             wanted = "best"
-        self.checkpoint = resolve_checkpoint(wanted, Path(self.config.output_dir)) if wanted else None
+        output_dir, name = Path(self.config.output_dir), self.config.run_name
+        if name is not None:
+            check_name(name)
+        self.checkpoint = resolve_checkpoint(wanted, output_dir, name) if wanted else None
         if self.subcommand_name == "test" and not self.config.data.get("test"):
             raise UsageError("data.test is not set; give a source of test rows")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Create the trainer with a TensorBoard logger in the run's folder, unless the configuration says otherwise."""
         settings = self.config_init["trainer"]
-        output_dir = Path(self.config.output_dir)
-        callbacks = list(settings["callbacks"] or [])
-        if settings["enable_progress_bar"] is not False:
+        # A trial run of a few batches, or one to be timed, stores nothing.
+        stores = self.subcommand_name == "fit" and not settings["fast_dev_run"] and not settings["barebones"]
+        callbacks = _as_list(settings["callbacks"])
+        if settings["enable_progress_bar"] is not False and not settings["barebones"]:
             callbacks.append(ProgressBar())
-        if self.subcommand_name != "fit":
-            kwargs["logger"] = False
-        else:
-            version = version_of(self.checkpoint, output_dir) or next_version(output_dir)
-            run = output_dir / version
-            if settings["logger"] in (None, True):
-                kwargs["logger"] = TensorBoardLogger(output_dir, name="", version=version)
-            # A trial run of a few batches stores nothing.
-            if not settings["fast_dev_run"]:
-                resolved = self._resolved_config()
-                callbacks += fit_callbacks(self.arguments, self.config.save_every_n_steps, run / CHECKPOINTS)
-                callbacks += [RunRecord(resolved, run), Hyperparameters(yaml.safe_load(resolved))]
-                plugins = settings["plugins"] or []
-                kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
         if settings["default_root_dir"] is None:
-            kwargs["default_root_dir"] = output_dir
+            kwargs["default_root_dir"] = self.config.output_dir
         try:
+            if stores:
+                callbacks += self._store_run(settings, kwargs)
+            else:
+                kwargs["logger"] = False
+                callbacks += [Summary(None)] if self.subcommand_name == "fit" else []
             trainer = self.trainer_class(**{**settings, **kwargs, "callbacks": callbacks})
-        except (ValueError, TypeError, MisconfigurationException) as error:
-            raise UsageError(f"trainer: {error}") from error
+        except (ValueError, TypeError, RuntimeError, KeyError, OverflowError, MisconfigurationException) as error:
+            self._claims.close()
+            raise UsageError(f"trainer: {explain_trainer(error)}") from error
         check_precision(trainer.precision)  # one of trainer.plugins may have set another than trainer.precision
         return trainer
+
+    def _store_run(self, settings: Any, kwargs: dict[str, Any]) -> list[Callback]:
+        """Claim the run's folder, have logs and checkpoints written there, and return the callbacks for it."""
+        config = self.config
+        run = claim(self._claims, Path(config.output_dir), config.run_name, config.ckpt_path, self.checkpoint)
+        if settings["logger"] in (None, True):
+            kwargs["logger"] = TensorBoardLogger(run.parent, name="", version=run.name)
+        kwargs["plugins"] = [*_as_list(settings["plugins"]), WholeCheckpointIO()]
+        resolved = self._resolved_config()
+        callbacks = fit_callbacks(self.arguments, config.save_every_n_steps, run / CHECKPOINTS)
+        return [*callbacks, RunRecord(resolved, run), Hyperparameters(yaml.safe_load(resolved))]
 
     def _resolved_config(self) -> str:
         config = self.config.clone()
@@ -186,22 +204,42 @@ class TrainingCLI(LightningCLI):
         return str(self.parser.dump(config, skip_none=False))
 
     def run(self) -> None:
-        """Fit, validate or test."""
+        """Fit, validate or test; the run's folder is free afterwards."""
+        with self._claims:
+            try:
+                self._call_trainer()
+            except SystemExit as leaving:
+                # Lightning ends a run with status 1 when Ctrl-C interrupts it.
+                if isinstance(leaving.__context__, KeyboardInterrupt):
+                    raise KeyboardInterrupt from None
+                raise
+
+    def _call_trainer(self) -> None:
         method = getattr(self.trainer, self.subcommand_name)
         try:
             method(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint, weights_only=True)
+        except BrokenPipeError:
+            raise
         except OSError as error:
+            if self.trainer.global_step == 0:
+                raise SpecforgeError(f"the run did not begin: {describe_os_error(error)}") from error
             raise SpecforgeError(
                 f"the run in {self.config.output_dir} stopped: {error}. Checkpoints written before are whole; when "
                 "there is room and leave to write, go on with --ckpt_path last"
             ) from error
         except RuntimeError as error:
-            if not is_of_a_lost_process(error):
+            reason = explain_lost(error)
+            if reason is None:
                 raise
             raise SpecforgeError(
-                f"rank {self.trainer.global_rank} stopped at step {self.trainer.global_step}, because another process "
-                "of the run has ended; its output, or the launcher's, says why. Then go on with --ckpt_path last"
+                f"rank {self.trainer.global_rank} stopped at step {self.trainer.global_step}: {reason}. Then resume "
+                "with --ckpt_path last"
             ) from error
+
+
+def _as_list(given: Any) -> list[Any]:
+    """Return what a key holds that takes one object or several."""
+    return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
 
 
 class RunRecord(Callback):
@@ -220,8 +258,8 @@ class RunRecord(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it, before anything else of the run."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        beside = self.folder / ".config.yaml"
+        beside = self.folder / f".{CONFIG}"
         beside.write_text(self.config, encoding="utf-8")
-        beside.replace(self.folder / "config.yaml")
+        beside.replace(self.folder / CONFIG)
         for writer in writers(trainer):
             writer.add_text("configuration", f"```yaml\n{self.config}\n```")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from argparse import Action
-from typing import Any
+from argparse import SUPPRESS, Action
+from typing import Any, get_args
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -13,9 +13,8 @@ from pydantic import ValidationError
 from specforge.errors import UsageError, nearest_name
 from specforge.training.config_files import config_files, read_yaml
 from specforge.training.precision import check_precision
+from specforge.training.trainer_values import check_trainer
 
-# Others shard by means that a draft's steps do not go through, or leave parts of checkpoints with each process.
-STRATEGIES = ("auto", "ddp", "fsdp2")
 # Keys of the whole run that module and data both get from the top level.
 SHARED = ("verifier", "verifier_dtype", "verifier_revision", "trust_remote_code", "verifier_sharding")
 MISSING = object()
@@ -44,10 +43,13 @@ def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
     if match:
         reason = _reason(match["reason"])
         if reason.endswith("got 'None'"):
+            default = _default_of(match["key"], parser)
+            if default is not None:
+                return f"{match['key']}: {_no_null(default)}{_place(match['key'], arguments)}"
             reason = f"is required; give it in the configuration file or as --{match['key']}"
         return f"{match['key']}: {reason}{_place(match['key'], arguments)}"
     if match := re.match(r"argument (?P<flag>\S+): expected (at least )?one argument", message):
-        return f"{match['flag']}: a value is missing behind it"
+        return f"{match['flag']} needs a value"
     if match := re.match(r"the following arguments are required: (?P<names>.*)", message):
         names = (_as_typed(name, parser) for name in match["names"].split(", "))
         return f"required, but not given: {', '.join(names)}{_see(parser)}"
@@ -74,6 +76,15 @@ def explain_class(message: str) -> str | None:
     Args:
         message: What the parser said.
     """
+    if problem := re.search(r"Problem with given class_path '([^']+)':\s*([^\n]+)", message):
+        reason = problem[2].strip()
+        if reason.startswith("No module named"):
+            return f"{problem[1]}: {reason}; install the package that it is part of"
+        return f"{problem[1].rpartition('.')[2]}: {reason}"
+    if unknown := re.search(r"Expected a dot import path string: (\S+)", message):
+        return f"{unknown[1]}: there is no such class here; give its full path, such as package.module.{unknown[1]}"
+    if other := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", message):
+        return f"{other[1]} is no {other[2]}"
     name = re.search(r"class_path='(?:[\w.]*\.)?(\w+)'", message)
     fault = re.search(
         r"Errors:\s*- (?:Problem with given class_path '[^']*':\s*)?(?!Expected )(.*?)\s*(?:\n\s*- |\nGiven value)",
@@ -105,23 +116,28 @@ def check_files(parser: ArgumentParser, arguments: list[str]) -> None:
                 )
 
 
-def check_values(config: Namespace) -> None:
+def check_values(config: Namespace, parser: ArgumentParser, arguments: list[str]) -> None:
     """Refuse values that the parser lets through and Lightning would fail on.
+
+    Args:
+        config: The parsed configuration.
+        parser: It knows types and defaults.
+        arguments: The words of the command line.
 
     Raises:
         UsageError: With the key, the value and what is allowed.
     """
+    # The parser takes null for any key that stands in a file, whatever its type.
+    for action in parser._actions:
+        key, default = action.dest, action.default
+        if default not in (None, SUPPRESS) and config.get(key, default) is None and not _may_be_null(action):
+            raise UsageError(f"{key}: {_no_null(default)}{_place(key, arguments)}")
     seed = config.seed_everything
     if not isinstance(seed, bool) and not 0 <= seed < 2**32:
         raise UsageError(f"seed_everything: expected a number from 0 to {2**32 - 1}, true or false, got {seed}")
     if not config.output_dir:
         raise UsageError(f"output_dir: expected a folder, got {config.output_dir!r}")
-    strategy = config.trainer.strategy
-    if isinstance(strategy, str) and strategy not in STRATEGIES:
-        raise UsageError(
-            f"trainer.strategy: {strategy!r} does not train drafts; allowed: {', '.join(STRATEGIES)}."
-            f"{nearest_name(strategy, STRATEGIES)}"
-        )
+    check_trainer(config.trainer)
     check_precision(config.trainer.precision)
 
 
@@ -148,6 +164,18 @@ def _as_typed(name: str, parser: ArgumentParser) -> str:
     if action is None:
         return name
     return action.option_strings[0] if action.option_strings else str(action.metavar or name)
+
+
+def _may_be_null(action: Action) -> bool:
+    return type(None) in get_args(getattr(action, "_typehint", None))
+
+
+def _default_of(key: str, parser: ArgumentParser) -> Any:
+    return next((action.default for action in parser._actions if action.dest == key), None)
+
+
+def _no_null(default: Any) -> str:
+    return f"null is none of its values; leave the key out for its default, {default!r}"
 
 
 def _see(parser: ArgumentParser) -> str:

@@ -10,6 +10,9 @@ import yaml
 
 from specforge.errors import UsageError
 
+DEEPEST = 32  # levels; a configuration has some six
+MOST_VALUES = 100_000
+
 
 def choose_algorithm(arguments: list[str]) -> str | None:
     """Find which algorithm a command line asks for: ``--algorithm``, else that key of the last file that has it.
@@ -19,7 +22,9 @@ def choose_algorithm(arguments: list[str]) -> str | None:
     """
     flag: str | None = _flags(arguments).algorithm
     named = [values["algorithm"] for values in map(read_yaml, config_files(arguments)) if values.get("algorithm")]
-    return flag or (str(named[-1]) if named else None)
+    if named and not isinstance(named[-1], str):
+        raise UsageError(f"algorithm: expected a name, got {named[-1]!r}")
+    return flag or (named[-1] if named else None)
 
 
 def config_files(arguments: list[str]) -> list[Path]:
@@ -34,17 +39,20 @@ def _flags(arguments: list[str]) -> argparse.Namespace:
     try:
         return parser.parse_known_args(arguments)[0]
     except argparse.ArgumentError as error:
-        raise UsageError(f"{str(error.argument_name).rpartition('/')[2]}: a value is missing behind it") from None
+        raise UsageError(f"{str(error.argument_name).rpartition('/')[2]} needs a value") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a configuration file.
 
     Raises:
-        UsageError: It is missing, is not YAML, or does not hold keys and values.
+        UsageError: It is missing, is not YAML, does not hold keys and values, sets a key twice, or holds more than a
+            configuration can.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_nodes(path, yaml.compose(text, Loader=yaml.SafeLoader))
+        values = yaml.safe_load(text)
     except FileNotFoundError:
         raise UsageError(f"--config {path}: there is no such file (working directory {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -52,8 +60,54 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise UsageError(f"{path}:{line} is not valid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise UsageError(f"{path}: more than {DEEPEST} levels of keys or lists, one inside the other") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, a number of thousands of digits
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} must hold keys and values, for example 'algorithm: NAME'")
     return values
+
+
+def _check_nodes(path: Path, root: yaml.Node | None) -> None:
+    """Refuse what the parsers after this one would take wrongly, or never finish with.
+
+    Aliases share nodes, so that a few lines stand for billions of values: each node is counted once, and its size is
+    that of what it stands for.
+    """
+    sizes: dict[yaml.Node, int] = {}
+    inside: list[yaml.Node] = []
+
+    def size(node: yaml.Node) -> int:
+        where = f"{path}:{node.start_mark.line + 1}"
+        if node in inside:
+            raise UsageError(f"{where} stands inside itself: an alias (*) names a value that holds it")
+        if len(inside) > DEEPEST:
+            raise UsageError(f"{where}: more than {DEEPEST} levels of keys or lists, one inside the other")
+        if node not in sizes:
+            inside.append(node)
+            sizes[node] = 1 + sum(size(one) for one in _children(path, node))
+            inside.pop()
+            if sizes[node] > MOST_VALUES:
+                raise UsageError(f"{where} stands for more than {MOST_VALUES:,} values, with its aliases (*) filled in")
+        return sizes[node]
+
+    if root is not None:
+        size(root)
+
+
+def _children(path: Path, node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.SequenceNode):
+        return list(node.value)
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode) or key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+            shown = key.value if isinstance(key, yaml.ScalarNode) else "a list or a group of keys"
+            raise UsageError(f"{path}:{line}: a key must be text, got {shown}")
+        if key.value in lines:
+            raise UsageError(f"{path}:{line}: {key.value} is set twice, first in line {lines[key.value]}")
+        lines[key.value] = line
+    return [value for _, value in node.value]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
@@ -30,6 +29,7 @@ from specforge.registry import installed
 from specforge.sampling import Sampling
 from specforge.training.comparison import Term
 from specforge.training.distillation import DraftSteps, Labels
+from specforge.training.length import RunLength
 from specforge.training.metrics import StageMetrics, step_sums
 from specforge.training.optimizers import OptimizerSettings, build_optimizer
 from specforge.training.schedules import ScheduleSettings, build_schedule
@@ -424,24 +424,17 @@ class DraftModule(LightningModule, ABC):
     def configure_optimizers(self) -> dict[str, Any]:
         """Create the optimizer and the schedule of the run."""
         optimizer = build_optimizer(self.draft, self.optimizer_settings)
-        schedule = self.build_schedule(optimizer, self._total_steps())
+        schedule = self.build_schedule(optimizer, self.length.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
     def build_schedule(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
         """Create the schedule of a run of so many optimizer steps; overridden where an algorithm has its own."""
         return build_schedule(optimizer, self.schedule_settings, total_steps)
 
-    def _total_steps(self) -> int:
-        # Not trainer.estimated_stepping_batches, which makes Lightning forget the loader's position on resuming.
-        trainer = self.trainer
-        if trainer.max_steps > 0:
-            return int(trainer.max_steps)
-        if trainer.max_epochs is None or trainer.max_epochs < 1:
-            raise UsageError("set trainer.max_epochs or trainer.max_steps: a schedule needs to know where the run ends")
-        batches = len(trainer.datamodule.train_dataloader())
-        limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        return math.ceil(batches / trainer.accumulate_grad_batches) * int(trainer.max_epochs)
+    @cached_property
+    def length(self) -> RunLength:
+        """How many optimizer steps the run takes; once the data are set up."""
+        return RunLength.of(self.trainer)
 
     def _check_verifier(self, features: Features) -> None:
         """Make sure that the verifier is not the reason for a loss that is not finite."""
@@ -510,8 +503,8 @@ def objective_terms(objective: Mapping[str, float]) -> list[Term]:
         raise UsageError("model.objective is empty; give at least one loss, for example {kl: 1.0}")
     terms = []
     for name, weight in objective.items():
-        if weight <= 0:
-            raise UsageError(f"model.objective.{name} must be positive, got {weight}")
+        if not 0 < weight <= 1e6:
+            raise UsageError(f"model.objective.{name} must be above 0 and at most 1e6, got {weight}")
         try:
             descriptor = installed().find(Objective, name)
         except UsageError as error:

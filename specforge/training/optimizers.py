@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from specforge.bounds import Amount, LearningRate
+
 # What the heads of draft networks are called.
 HEADS = ("lm_head.", "head.")
 
@@ -24,9 +26,9 @@ class OptimizerSettings(BaseModel):
     name: Literal["adamw", "muon"] = Field(
         default="adamw", description="muon: matrices of the layers by Muon, scaled to AdamW's step; the rest by AdamW."
     )
-    lr: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
+    lr: LearningRate = Field(default=1e-4, description="Peak learning rate.")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
-    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of matrices.")
+    weight_decay: Amount = Field(default=0.0, description="Decoupled weight decay of matrices.")
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer:

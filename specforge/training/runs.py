@@ -1,7 +1,8 @@
 """Where a run keeps its files, and how a checkpoint is found again.
 
-``<output_dir>/version_N/`` holds ``config.yaml``, the logger's files, ``checkpoints/`` with ``last.ckpt``, the one
-before it in ``previous.ckpt``, and ``best.ckpt``, and, at the end, the best draft in ``draft/``.
+``<output_dir>/version_N/``, or ``<output_dir>/NAME/`` for a run with a ``run_name``, holds ``config.yaml``, the
+logger's files, ``checkpoints/`` with ``last.ckpt``, the one before it in ``previous.ckpt``, and ``best.ckpt``, and, at
+the end, the best draft in ``draft/``.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from specforge.errors import UsageError
 _log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
+VERSION = re.compile(r"version_(\d+)")
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 NAMES = {"last": (LAST, PREVIOUS), "best": (BEST,), "auto": (LAST, PREVIOUS)}
 
 
-def resolve_checkpoint(wanted: str, output_dir: Path) -> Path | None:
+def resolve_checkpoint(wanted: str, output_dir: Path, name: str | None = None) -> Path | None:
     """Find a checkpoint that is whole.
 
     Args:
         wanted: A file, or ``"last"`` or ``"best"`` of the newest run that has one, or ``"auto"``, which is ``"last"``
             where there is one. Those that are found so, but are damaged or something else, are named and passed over.
         output_dir: Folder of the runs.
+        name: ``run_name``; then only the run of this name is looked at.
 
     Returns:
         The file; None to begin a new run, under ``"auto"`` alone.
@@ -42,7 +46,7 @@ def resolve_checkpoint(wanted: str, output_dir: Path) -> Path | None:
             raise UsageError(f"--ckpt_path {wanted}: there is no such file; give a file, or one of: {', '.join(NAMES)}")
         check_checkpoint(Path(wanted))
         return Path(wanted)
-    for path in (run / CHECKPOINTS / name for run in reversed(runs(output_dir)) for name in NAMES[wanted]):
+    for path in (run / CHECKPOINTS / file for run in reversed(runs(output_dir, name)) for file in NAMES[wanted]):
         try:
             if path.is_file():
                 check_checkpoint(path)
@@ -53,7 +57,7 @@ def resolve_checkpoint(wanted: str, output_dir: Path) -> Path | None:
         return None
     raise UsageError(
         f"no run in {output_dir} has a whole checkpoint {wanted!r}; start one without --ckpt_path, name a file, or set "
-        "--output_dir to where the runs are"
+        "--output_dir, or --run_name, to where the run is"
     )
 
 
@@ -76,25 +80,45 @@ def check_checkpoint(path: Path) -> None:
         raise UsageError(f"{path} is not a checkpoint of a run; runs write checkpoints/{LAST} and {BEST}")
 
 
-def runs(output_dir: Path) -> list[Path]:
-    """Return the folders of the runs in a folder, oldest first."""
+def runs(output_dir: Path, name: str | None = None) -> list[Path]:
+    """Return the folders of the runs in a folder, oldest first.
+
+    Args:
+        output_dir: The folder.
+        name: ``run_name``; then only the run of this name, and otherwise those without a name.
+    """
+    if name is not None:
+        return [output_dir / name] if (output_dir / name).is_dir() else []
     numbered = {
         int(match[1]): path
         for path in (output_dir.iterdir() if output_dir.is_dir() else [])
-        if (match := re.fullmatch(r"version_(\d+)", path.name))
+        if (match := VERSION.fullmatch(path.name))
     }
     return [numbered[number] for number in sorted(numbered)]
 
 
-def next_version(output_dir: Path) -> str:
-    """Return the name of the next new run."""
-    numbers = [int(run.name.removeprefix("version_")) for run in runs(output_dir)]
-    return f"version_{max(numbers, default=-1) + 1}"
+def check_name(name: str) -> None:
+    """Refuse a ``run_name`` that is no name of a folder, or that runs without a name have.
+
+    Raises:
+        UsageError: It is.
+    """
+    if not re.fullmatch(r"\w[\w.+=@-]{0,199}", name) or VERSION.fullmatch(name):
+        raise UsageError(
+            f"run_name: {name!r} cannot name a folder of output_dir; allowed are letters, digits and _ . + = @ -, up "
+            "to 200 of them, but not version_N, which is what runs without a name are called"
+        )
 
 
-def version_of(checkpoint: Path | None, output_dir: Path) -> str | None:
-    """Return the name of the run that a checkpoint belongs to; None to begin a new run."""
+def next_number(output_dir: Path) -> int:
+    """Return N of the next new run without a name."""
+    return max((int(run.name.removeprefix("version_")) for run in runs(output_dir)), default=-1) + 1
+
+
+def run_of(checkpoint: Path | None, output_dir: Path) -> Path | None:
+    """Return the folder of the run that a checkpoint belongs to; None to begin a new run."""
     if checkpoint is None:
         return None
-    run = checkpoint.absolute().parent.parent
-    return run.name if run in [path.absolute() for path in runs(output_dir)] else None
+    run = output_dir / checkpoint.absolute().parent.parent.name
+    is_below = checkpoint.absolute().parent.parent.parent == output_dir.absolute()
+    return run if is_below and (VERSION.fullmatch(run.name) or (run / CONFIG).is_file()) else None

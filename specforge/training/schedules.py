@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from specforge.bounds import Amount, Portion
+
 
 class ScheduleSettings(BaseModel):
     """How the learning rate moves over the run."""
@@ -18,11 +20,11 @@ class ScheduleSettings(BaseModel):
     name: Literal["cosine", "linear", "constant", "wsd"] = Field(
         default="cosine", description="What follows the warmup; wsd stays at the peak and decays linearly at the end."
     )
-    warmup: float = Field(
-        default=0.015, ge=0, description="Length of the linear warmup: below 1 a share of all steps, otherwise steps."
+    warmup: Amount = Field(
+        default=0.015, description="Length of the linear warmup: below 1 a share of all steps, otherwise steps."
     )
-    final_ratio: float = Field(default=0.0, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
-    decay_share: float = Field(default=0.2, gt=0, le=1, description="Share of all steps in which wsd decays.")
+    final_ratio: Portion = Field(default=0.0, description="Learning rate at the end, as a share of the peak.")
+    decay_share: Portion = Field(default=0.2, gt=0, description="Share of all steps in which wsd decays.")
 
 
 def build_schedule(optimizer: Optimizer, settings: ScheduleSettings, total_steps: int) -> LambdaLR:

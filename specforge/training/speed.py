@@ -42,7 +42,8 @@ class Throughput(Callback):
     ) -> None:
         """Count, and log at the trainer's interval."""
         self._tokens = self._tokens + (batch["document_ids"] >= 0).sum()
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps
+        if every and (batch_idx + 1) % every == 0:
             tokens = float(total(torch.as_tensor(self._tokens)))
             seconds = time.perf_counter() - self._since
             device = trainer.strategy.root_device

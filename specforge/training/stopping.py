@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from contextlib import suppress
 from types import FrameType
 
@@ -25,8 +26,11 @@ class StopRequest:
 
         They are SIGINT, SIGTERM, and the one that SLURM is asked to send before it ends a job (SIGUSR1, unless the
         trainer's plugin says otherwise). Lightning's own handler of that one saves in the middle of a step.
+        Outside the main thread, where Python has no signals, whoever runs the main thread decides.
         """
         self._received, self._process = 0, os.getpid()
+        if threading.current_thread() is not threading.main_thread():
+            return
         environment = trainer._accelerator_connector.cluster_environment
         asked = environment.requeue_signal if isinstance(environment, SLURMEnvironment) else None
         for number in {signal.SIGINT, signal.SIGTERM, asked or signal.SIGUSR1}:
@@ -56,6 +60,18 @@ def is_of_a_lost_process(error: RuntimeError) -> bool:
     """Tell whether an error comes from talking to a process of the run that is no longer there."""
     # Gloo has no type of its own for it.
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+def explain_lost(error: RuntimeError) -> str | None:
+    """Return what a run says when a process or memory that it needs is lost; None for other errors."""
+    text = str(error).partition("\n")[0].strip()
+    if is_of_a_lost_process(error):
+        return "another process of the run has ended; its output, or the launcher's, says why"
+    if "DataLoader worker" in text:
+        return f"a process that loads batches was lost, perhaps for want of memory: {text} Set data.num_workers lower"
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+        return f"memory ran out: {text}. Set data.batch_size or data.max_length lower; see specforge estimate"
+    return None
 
 
 @rank_zero_only

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from specforge.bounds import Decay
+from specforge.bounds import Decay, Steps, Weight
 from specforge.data.module import DraftDataModule
 from specforge.models.alignment import Alignment, Supervision, align
 from specforge.models.draft_rows import DraftRows
@@ -67,10 +66,10 @@ class EagleModule(DraftModule):
     def __init__(
         self,
         draft: EagleDraftSettings = EagleDraftSettings(),
-        alignment_steps: PositiveInt = 1,
-        measured_steps: PositiveInt = 5,
-        feature_weight: NonNegativeFloat = 1.0,
-        noise: NonNegativeFloat = 0.1,
+        alignment_steps: Steps = 1,
+        measured_steps: Steps = 5,
+        feature_weight: Weight = 1.0,
+        noise: Weight = 0.1,
         supervision: Supervision = "exact",
         objective: dict[str, float] = {"cross_entropy": 0.1},  # noqa: B006  (shown as the default in --help)
         step_decay: Decay = 1.0,

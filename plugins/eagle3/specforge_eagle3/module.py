@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from jsonargparse.typing import PositiveInt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from specforge.bounds import Count, Layers, Steps, Width
 from specforge.data.module import DraftDataModule
 from specforge.errors import UsageError
 from specforge.models.alignment import Alignment, Supervision, align
@@ -25,10 +25,10 @@ class Eagle3DraftSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     layer_type: Literal["llama", "qwen3"] = Field(default="llama", description="Family of the draft's layers.")
-    num_layers: int = Field(default=1, ge=1, description="Number of decoder layers.")
-    intermediate_size: int | None = Field(default=None, ge=1, description="Width of the MLPs; null: the verifier's.")
-    draft_vocab_size: int | None = Field(
-        default=32000, ge=1, description="Most frequent tokens that the draft can propose; null: all of them."
+    num_layers: Layers = Field(default=1, description="Number of decoder layers.")
+    intermediate_size: Width | None = Field(default=None, ge=1, description="Width of the MLPs; null: the verifier's.")
+    draft_vocab_size: Count | None = Field(
+        default=32000, description="Most frequent tokens that the draft can propose; null: all of them."
     )
     aux_layers: list[int] | None = Field(
         default=None, description="Verifier layers before which features are taken, ascending; null: [2, N//2, N-3]."
@@ -62,7 +62,7 @@ class Eagle3Module(DraftModule):
     def __init__(
         self,
         draft: Eagle3DraftSettings = Eagle3DraftSettings(),
-        ttt_steps: PositiveInt = 7,
+        ttt_steps: Steps = 7,
         supervision: Supervision = "exact",
         **kwargs: Any,
     ) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from specforge.bounds import Decay
+from specforge.bounds import Decay, Layers, Width
 from specforge.data.module import DraftDataModule
 from specforge.errors import UsageError
 from specforge.models.alignment import Alignment, align
@@ -31,8 +31,8 @@ class MLPDraftSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_layers: int = Field(default=3, ge=1, description="Heads: the most tokens that are drafted in a round.")
-    intermediate_size: int = Field(default=0, ge=0, description="Width of the heads' state; 0 for the verifier's.")
+    num_layers: Layers = Field(default=3, description="Heads: the most tokens that are drafted in a round.")
+    intermediate_size: Width = Field(default=0, description="Width of the heads' state; 0 for the verifier's.")
     tie_weights: bool = Field(default=True, description="Share embedding, norm and head over all heads.")
     scale_input: bool = Field(default=True, description="Normalise the verifier's state before the first head.")
 
@@ -111,7 +111,7 @@ class MLPModule(DraftModule):
     def first_step_of_stage_two(self) -> int:
         """The first optimizer step of stage 2; only where there is one."""
         assert self.settings_of_stage_two is not None
-        return self.settings_of_stage_two.first_step(self._total_steps())
+        return self.settings_of_stage_two.first_step(self.length.steps)
 
     def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> MLPSpeculator:
         """Create the network, at random."""
@@ -128,7 +128,7 @@ class MLPModule(DraftModule):
             return super().summary_text()
         return (
             f"{super().summary_text()}\n"
-            f"  stage 2, on the verifier's text, from step {self.first_step_of_stage_two:,} of {self._total_steps():,}"
+            f"  stage 2, on the verifier's text, from step {self.first_step_of_stage_two:,} of {self.length.steps:,}"
         )
 
     def build_schedule(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:

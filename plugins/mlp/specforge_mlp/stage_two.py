@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from specforge.bounds import Amount, Count, Width
 from specforge.data.loader import Batch
 from specforge.data.packing import collate
 from specforge.decoding.loop import Decoder
@@ -27,16 +28,16 @@ class StageTwoSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    begin: float = Field(
+    begin: Amount = Field(
         default=0.7,
         gt=0,
         description="Where stage 2 begins: below 1 a share of all steps, otherwise an optimizer step.",
     )
-    prompt_length: int = Field(default=64, ge=1, description="Tokens of each prompt that is cut from the rows.")
-    new_tokens: int = Field(default=256, ge=1, description="Most tokens that the verifier adds to each prompt.")
-    temperature: float = Field(default=1.0, ge=0, description="Temperature of the verifier.")
-    top_k: int = Field(default=10, ge=0, description="The verifier samples from so many tokens; 0 from all.")
-    buffer: int = Field(default=2, ge=1, description="Batches that are written ahead while the draft is trained.")
+    prompt_length: Count = Field(default=64, description="Tokens of each prompt that is cut from the rows.")
+    new_tokens: Count = Field(default=256, description="Most tokens that the verifier adds to each prompt.")
+    temperature: Amount = Field(default=1.0, description="Temperature of the verifier.")
+    top_k: Width = Field(default=10, description="The verifier samples from so many tokens; 0 from all.")
+    buffer: Count = Field(default=2, le=1000, description="Batches that are written ahead while the draft is trained.")
 
     def first_step(self, total_steps: int) -> int:
         """Return the first optimizer step of stage 2 in a run of so many."""

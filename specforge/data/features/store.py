@@ -14,6 +14,7 @@ from tqdm import tqdm
 from specforge.data.features.dtypes import has_scales, torch_dtype
 from specforge.data.features.manifest import Manifest, describe_layers
 from specforge.data.features.shards import check_shard, layer_name, open_shard, scales_name
+from specforge.data.mapped import require_size
 from specforge.errors import SpecforgeError, UsageError
 
 
@@ -84,6 +85,8 @@ class FeatureStore:
         """
         shard, begin = int(self._shards[place]), int(self._starts[place])
         row = slice(begin, begin + int(self.kept[place]))
+        described = self.manifest.shards[shard]
+        require_size(self.folder / described.file, described.bytes)
         scales = self._map(shard, scales_name(layer))[row] if has_scales(self.dtype) else None
         return self._map(shard, layer_name(layer))[row], scales
 

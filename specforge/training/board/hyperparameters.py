@@ -26,7 +26,7 @@ TRAINER = (
     "strategy",
 )
 # What says where things are, not what they are.
-PLACES = ("output_dir", "ckpt_path", "save_every_n_steps", "data.cache_dir")
+PLACES = ("output_dir", "run_name", "ckpt_path", "save_every_n_steps", "data.cache_dir")
 
 
 class Hyperparameters(Callback):

@@ -1,0 +1,171 @@
+"""A run's folder belongs to one process while it lives: on one machine, with several ranks, on shared file systems.
+
+A new folder is claimed by ``mkdir``, which succeeds for one process only on every file system. A lock on the file
+``.lock`` in it is then held until the run ends. It is a POSIX record lock: the operating system drops it when the
+process dies, however that happens; NFS and other shared file systems tell it to other machines; and processes that load
+batches do not inherit it, so that none of them keeps it after the run was killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from specforge.errors import UsageError
+from specforge.training.runs import CHECKPOINTS, NAMES, next_number, run_of, runs
+
+_log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+# Set to 0 in the first process of a job by the launchers: Lightning's own, torchrun, srun, MPI.
+RANKS = (
+    *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"),
+    *("SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK"),
+)
+_UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+# Within one process, locks of this kind exclude nobody.
+_held: set[Path] = set()
+
+
+def is_first_process() -> bool:
+    """Tell whether this process is the one of its job that claims and writes the run's folder."""
+    return all(os.environ.get(name, "0") == "0" for name in RANKS)
+
+
+def claim(held: ExitStack, output_dir: Path, name: str | None, wanted: str | None, checkpoint: Path | None) -> Path:
+    """Claim the folder of a run, which is that of the checkpoint's run, or a new one.
+
+    Args:
+        held: Keeps the claim until it is closed.
+        output_dir: Folder of the runs.
+        name: ``run_name``, if one is set.
+        wanted: ``--ckpt_path`` as it was given.
+        checkpoint: The file that it stands for.
+
+    Returns:
+        The folder. Processes other than the first of a job claim none: theirs is a guess, until Lightning tells all of
+        them where the first one saves.
+
+    Raises:
+        UsageError: Another process holds the run, or a run of that name exists.
+    """
+    run = run_of(checkpoint, output_dir)
+    if not is_first_process():
+        return run or output_dir / (name or f"version_{next_number(output_dir)}")
+    if wanted in NAMES:
+        _refuse_live(output_dir, name, wanted, run)
+    if run is not None:
+        if not held.enter_context(claimed(run, new=False)):
+            raise UsageError(_live(wanted, run))
+        return run
+    if name is not None:
+        return _claim_named(held, output_dir / name)
+    number = next_number(output_dir)
+    while not held.enter_context(claimed(output_dir / f"version_{number}", new=True)):
+        number += 1
+    return output_dir / f"version_{number}"
+
+
+def _claim_named(held: ExitStack, run: Path) -> Path:
+    if not held.enter_context(claimed(run, new=False)):
+        raise UsageError(f"run_name: the run {run} is live, another process writes it; choose another name")
+    if (run / CHECKPOINTS).exists():
+        raise UsageError(
+            f"run_name: there is a run {run} already; choose another name, or resume it with --ckpt_path last"
+        )
+    return run
+
+
+def _refuse_live(output_dir: Path, name: str | None, wanted: str, run: Path | None) -> None:
+    """Refuse to resume an older run, or to begin one, beside a newer one that lives and has saved nothing yet."""
+    for other in reversed(runs(output_dir, name)):
+        if is_live(other):
+            raise UsageError(_live(wanted, other))
+        if other == run:
+            return
+
+
+def _live(wanted: str | None, run: Path) -> str:
+    return (
+        f"--ckpt_path {wanted}: the run {run} is live, another process writes it. Wait until it has ended, or stop it; "
+        "to begin another run beside it, leave --ckpt_path out"
+    )
+
+
+@contextmanager
+def claimed(folder: Path, *, new: bool) -> Iterator[bool]:
+    """Hold a run's folder for this process; a folder that is still empty at the end is removed.
+
+    Args:
+        folder: The folder of the run, which is created if it is missing.
+        new: Whether the folder must not exist yet.
+
+    Yields:
+        Whether the folder is held; False if another process holds it, or has made it before.
+
+    Raises:
+        UsageError: The folder cannot be created.
+    """
+    folder = folder.absolute()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=not new)
+        lock = None if folder in _held else _lock(folder / LOCK, os.O_CREAT)
+    except FileExistsError as error:
+        if folder.is_dir():
+            lock = None
+        else:
+            raise UsageError(f"output_dir: {folder} cannot be created: {error.strerror}") from error
+    except OSError as error:
+        raise UsageError(f"output_dir: {folder} cannot be written: {error.strerror}") from error
+    if lock is None:
+        yield False
+        return
+    _held.add(folder)
+    try:
+        yield True
+    finally:
+        _held.discard(folder)
+        with suppress(OSError):
+            (folder / LOCK).unlink()
+        os.close(lock)
+        with suppress(OSError):
+            folder.rmdir()  # only if nothing was written
+
+
+def is_live(folder: Path) -> bool:
+    """Tell whether a process holds a run's folder."""
+    folder = folder.absolute()
+    if folder in _held:
+        return True  # without a look at the file: closing it again would drop the lock
+    try:
+        lock = _lock(folder / LOCK, 0)
+    except OSError:  # there is no lock, or it may not be opened
+        return False
+    if lock is not None:
+        os.close(lock)
+    return lock is None
+
+
+def _lock(path: Path, flags: int) -> int | None:
+    """Open and lock a file; None if another process has it locked."""
+    file = os.open(path, os.O_RDWR | flags, 0o666)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The process that held it may have removed the file since it was opened here: then the lock holds nothing.
+        if flags and not os.path.samestat(os.fstat(file), os.stat(path)):
+            raise FileNotFoundError(errno.ENOENT, "removed", str(path))
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            _log.warning("%s: this file system has no locks (%s); start no second run in it", path, error.strerror)
+            return file
+        os.close(file)
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.ENOENT):
+            return None
+        raise
+    return file

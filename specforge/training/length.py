@@ -1,0 +1,113 @@
+"""How many optimizer steps a run takes, and which setting ends it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from specforge.errors import UsageError
+
+NEEDS_AN_END = (
+    "set trainer.max_steps or trainer.max_epochs: the learning-rate schedule spans the whole run, so it needs to know "
+    "its last step"
+)
+
+
+def settle_length(trainer: Any) -> None:
+    """Train one epoch if nothing else is set to end the run; Lightning would train 1,000.
+
+    Args:
+        trainer: The parsed settings of the trainer, which are changed.
+
+    Raises:
+        UsageError: Nothing tells how many steps the run takes.
+    """
+    has_steps = trainer.max_steps != -1
+    if trainer.max_epochs is None and not has_steps and trainer.max_time is None:
+        trainer.max_epochs = 1
+    if trainer.max_epochs in (None, -1) and not has_steps and not trainer.fast_dev_run:
+        alone = "trainer.max_time only ends a run early; " if trainer.max_time is not None else ""
+        raise UsageError(f"{alone}{NEEDS_AN_END}")
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """The length of a run, by Lightning's rules: it ends at ``max_steps`` or ``max_epochs``, whichever comes first.
+
+    Attributes:
+        steps: Optimizer steps of the whole run, those before a checkpoint that it resumes from included.
+        why: What ends the run, in words.
+    """
+
+    steps: int
+    why: str
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> RunLength:
+        """Find the length of a run whose data are set up.
+
+        Raises:
+            UsageError: Nothing ends the run, or a setting asks for more or fewer batches than an epoch has.
+        """
+        by_steps = trainer.max_steps if trainer.max_steps != -1 else None
+        epochs = None if trainer.max_epochs in (None, -1) else int(trainer.max_epochs)
+        if by_steps is None and epochs is None:
+            raise UsageError(NEEDS_AN_END)
+        if trainer.datamodule is None:  # a rehearsal without data, whose steps are given
+            return cls(int(by_steps or 0), "trainer.max_steps")
+        # Not trainer.estimated_stepping_batches, which makes Lightning forget the loader's position on resuming.
+        batches = limited(len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches)
+        _check_validation(trainer, batches)
+        by_epochs = None if epochs is None else epochs * math.ceil(batches / trainer.accumulate_grad_batches)
+        early = f", or earlier when trainer.max_time is over ({_duration(trainer)})" if _duration(trainer) else ""
+        accumulated = trainer.accumulate_grad_batches
+        together = f", {accumulated:,} to a step" if accumulated > 1 else ""
+        if by_epochs is not None and (by_steps is None or by_epochs <= by_steps):
+            return cls(by_epochs, f"trainer.max_epochs {epochs:,}, of {batches:,} batches each{together}{early}")
+        return cls(int(by_steps or 0), f"trainer.max_steps; an epoch has {batches:,} batches{together}{early}")
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return f"length: {self.steps:,} optimizer step{'s' * (self.steps != 1)} ({self.why})"
+
+
+def limited(batches: int, limit: int | float) -> int:
+    """Return the batches of an epoch that are trained on.
+
+    Args:
+        batches: Batches of the data.
+        limit: ``trainer.limit_train_batches``, a number of batches or a share of them.
+
+    Raises:
+        UsageError: The share is less than one batch.
+    """
+    if isinstance(limit, int):
+        return min(batches, limit)
+    if 0 < batches * limit < 1:
+        raise UsageError(
+            f"trainer.limit_train_batches: {limit} of the {batches:,} batches of an epoch is less than one; give at "
+            f"least {1 / batches:.2g}, or a number of batches"
+        )
+    return int(batches * limit)
+
+
+def _check_validation(trainer: Trainer, batches: int) -> None:
+    interval = getattr(trainer, "val_check_interval", None)  # missing if a time is set instead
+    counts_epochs = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches > 0
+    if isinstance(interval, int) and counts_epochs and 0 < batches < interval:
+        raise UsageError(
+            f"trainer.val_check_interval: {interval:,} batches are more than an epoch has, which is {batches:,}; give "
+            "fewer, or set trainer.check_val_every_n_epoch: null to count batches across epochs"
+        )
+
+
+def _duration(trainer: Trainer) -> str:
+    from datetime import timedelta
+
+    from lightning.pytorch.callbacks import Timer
+
+    seconds = [one._duration for one in trainer.callbacks if isinstance(one, Timer) and one._duration is not None]
+    return str(timedelta(seconds=min(seconds))) if seconds else ""
