@@ -42,9 +42,9 @@ def _is_number(value: Any) -> Any:
 Number = BeforeValidator(_is_number)
 """Refuses true and false, which pydantic takes for 1 and 0."""
 
-Layers = Annotated[int, Number, Field(ge=1, le=100)]
-Width = Annotated[int, Number, Field(ge=0, le=2**20)]
-Count = Annotated[int, Number, Field(ge=1, le=LARGEST)]
-LearningRate = Annotated[float, Number, Field(gt=0, le=1000)]
-Amount = Annotated[float, Number, Field(ge=0, le=LARGEST)]
-Portion = Annotated[float, Number, Field(ge=0, le=1)]
+Layers = Annotated[int, Field(ge=1, le=100), Number]
+Width = Annotated[int, Field(ge=0, le=2**20), Number]
+Count = Annotated[int, Field(ge=1, le=LARGEST), Number]
+LearningRate = Annotated[float, Field(gt=0, le=1000), Number]
+Amount = Annotated[float, Field(ge=0, le=LARGEST), Number]
+Portion = Annotated[float, Field(ge=0, le=1), Number]

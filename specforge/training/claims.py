@@ -112,6 +112,7 @@ def claimed(folder: Path, *, new: bool) -> Iterator[bool]:
         UsageError: The folder cannot be created.
     """
     folder = folder.absolute()
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(exist_ok=not new)
@@ -135,7 +136,8 @@ def claimed(folder: Path, *, new: bool) -> Iterator[bool]:
             (folder / LOCK).unlink()
         os.close(lock)
         with suppress(OSError):
-            folder.rmdir()  # only if nothing was written
+            for one in made:
+                one.rmdir()  # succeeds only if nothing was written
 
 
 def is_live(folder: Path) -> bool:

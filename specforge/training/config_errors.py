@@ -22,7 +22,7 @@ MISSING = object()
 # What pydantic adds around the sentence that matters.
 NOISE = (
     r"^Value error, ",
-    r"\d+ validation errors? for \S+",
+    r"\d+ validation errors? for .*",
     r"For further information visit \S+",
     r"\[type=[^\]]*\]",
 )
@@ -220,6 +220,8 @@ def _reason(text: str) -> str:
     value = f", got {got[1].strip()!r}" if got else ""
     if number := re.search(r"(?:invalid literal for (int)\(\).*|could not convert string to float): '(.*?)'", text):
         return f"expected {'an integer' if number[1] else 'a number'}, got {number[2]!r}"
+    if fault := re.search(r"^\s*(?:Value error, )?(.+) \[type=\w+, input_value", text, re.MULTILINE):
+        return f"{fault[1]}{value}"
     if "Unable to load config" in text:
         return f"expected keys and values, or a file of them, got {text.split(chr(39))[1]!r}"
     expected = dict.fromkeys(_plain_type(one) for one in re.findall(r"Expected an? ((?:typing\.|<).*?[\]>])", text))

@@ -504,7 +504,7 @@ def objective_terms(objective: Mapping[str, float]) -> list[Term]:
     terms = []
     for name, weight in objective.items():
         if not 0 < weight <= 1e6:
-            raise UsageError(f"model.objective.{name} must be above 0 and at most 1e6, got {weight}")
+            raise UsageError(f"model.objective.{name} must be positive, and at most 1e6, got {weight}")
         try:
             descriptor = installed().find(Objective, name)
         except UsageError as error:

@@ -12,6 +12,8 @@ from training_runs import RunsFolder, write_rows
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
 VERIFIER = QUICKSTART / "verifier"
 TTT_STEPS = 3
+# Weights grow by 1e12 a step.
+DIVERGING = ("--model.optimizer.lr=1000", "--model.optimizer.weight_decay=1e9", "--trainer.max_steps=9")
 
 
 def rows(name: str, number: int) -> list[dict[str, Any]]:

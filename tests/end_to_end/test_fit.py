@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from quickstart_runs import TTT_STEPS, VERIFIER, rows
+from quickstart_runs import DIVERGING, TTT_STEPS, VERIFIER, rows
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import assert_same_weights, scalars, weights, write_rows
@@ -340,7 +340,7 @@ def test_fast_dev_run_works_or_is_refused(workshop, capfd):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(workshop, capfd):
-    status = main(["fit", *workshop.words("runs", "--model.optimizer.lr=1e30", "--trainer.max_steps=9")])
+    status = main(["fit", *workshop.words("runs", *DIVERGING)])
     assert status == 1
     message = capfd.readouterr().err
     assert "loss is" in message and "model.optimizer.lr" in message and "Traceback" not in message

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from quickstart_runs import DIVERGING
 from training_runs import scalars
 
 from specforge.__main__ import main
@@ -32,7 +33,7 @@ def test_the_second_run_of_a_process_is_the_same_as_the_first(workshop, fit):
 
 def test_a_failed_run_leaves_the_next_alone(workshop, fit):
     assert main(["fit", *workshop.words("failed", "--model.ttt_steps=0")]) == 2
-    assert main(["fit", *workshop.words("failed", "--model.optimizer.lr=1e30", "--trainer.max_steps=9")]) == 1
+    assert main(["fit", *workshop.words("failed", *DIVERGING)]) == 1
     after, alone = (fit(name, "--trainer.max_steps=3") for name in ("after", "alone"))
     assert scalars(after, "train/loss") == scalars(alone, "train/loss")
 

@@ -47,7 +47,7 @@ class TestMerging:
         assert config["seed_everything"] == 42
         assert config["model"]["ttt_steps"] == 7
         assert config["model"]["draft"]["draft_vocab_size"] == 32000
-        assert config["trainer"]["max_epochs"] == 1
+        assert config["trainer"]["max_epochs"] is None  # one epoch, unless steps or time end the run
 
     def test_file_over_defaults(self, printed, tmp_path):
         file = write(tmp_path / "a.yaml", {"algorithm": "eagle3", "model": {"ttt_steps": 4}})

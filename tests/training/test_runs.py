@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specforge.errors import UsageError
-from specforge.training.runs import resolve_checkpoint, runs, version_of
+from specforge.training.runs import check_name, resolve_checkpoint, run_of, runs
 
 
 def checkpoint(output_dir: Path, version: int | str, name: str = "last") -> Path:
@@ -144,24 +144,40 @@ def test_auto_begins_a_new_run_where_there_is_none(tmp_path):
     assert resolve_checkpoint("auto", tmp_path) == newest
 
 
-class TestVersion:
+class TestRunOf:
     def test_new_run(self, tmp_path):
-        assert version_of(None, tmp_path) is None
+        assert run_of(None, tmp_path) is None
 
     def test_run_of_a_checkpoint(self, tmp_path):
-        assert version_of(checkpoint(tmp_path, 3), tmp_path) == "version_3"
+        assert run_of(checkpoint(tmp_path, 3), tmp_path) == tmp_path / "version_3"
 
     def test_relative_paths(self, tmp_path, monkeypatch):
         checkpoint(tmp_path / "runs", 3)
         monkeypatch.chdir(tmp_path)
         relative = Path("runs/version_3/checkpoints/last.ckpt")
-        assert version_of(relative, Path("runs")) == "version_3"
-        assert version_of(relative, tmp_path / "runs") == "version_3"
-        assert version_of(relative.absolute(), Path("runs")) == "version_3"
+        assert run_of(relative, Path("runs")) == Path("runs/version_3")
+        assert run_of(relative, tmp_path / "runs") == tmp_path / "runs" / "version_3"
+        assert run_of(relative.absolute(), Path("runs")) == Path("runs/version_3")
 
     def test_checkpoint_of_another_output_folder_begins_a_new_run(self, tmp_path):
-        assert version_of(checkpoint(tmp_path / "other", 3), tmp_path / "runs") is None
+        assert run_of(checkpoint(tmp_path / "other", 3), tmp_path / "runs") is None
 
     def test_checkpoint_beside_the_runs_begins_a_new_run(self, tmp_path):
         checkpoint(tmp_path, 3)
-        assert version_of(tmp_path / "last.ckpt", tmp_path) is None
+        assert run_of(tmp_path / "last.ckpt", tmp_path) is None
+
+    def test_a_run_with_a_name_is_known_by_its_configuration(self, tmp_path):
+        path = checkpoint(tmp_path, 3).parent.parent.rename(tmp_path / "mine") / "checkpoints" / "last.ckpt"
+        assert run_of(path, tmp_path) is None
+        (tmp_path / "mine" / "config.yaml").touch()
+        assert run_of(path, tmp_path) == tmp_path / "mine"
+        assert resolve_checkpoint("last", tmp_path, "mine") == path
+        with pytest.raises(UsageError, match="no run"):
+            resolve_checkpoint("last", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", ".hidden", "version_3", "x" * 201, "a b", "-x"])
+def test_a_name_that_names_no_folder_is_refused(name):
+    check_name("eagle3-lr_1e-4.v2")
+    with pytest.raises(UsageError, match="run_name"):
+        check_name(name)
