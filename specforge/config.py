@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -22,6 +23,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 CONFIG_NAME = "config.json"
+
+NOT_COMPUTED = frozenset(
+    {
+        *("_name_or_path", "name_or_path", "architectures", "auto_map", "transformers_version", "is_encoder_decoder"),
+        *("output_attentions", "output_hidden_states", "return_dict", "torchscript", "chunk_size_feed_forward"),
+        *("id2label", "label2id", "problem_type", "task_specific_params", "use_cache", "pretraining_tp"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+        *("initializer_range", "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
+    }
+)
+"""Fields of a model's configuration that do not change what it computes, once trained, over given tokens."""
 
 
 class StoredConfig(BaseModel):
@@ -63,6 +75,19 @@ class VerifierConfig(StoredConfig):
         from transformers import AutoConfig
 
         return cls.from_config(AutoConfig.from_pretrained(name_or_path, **options), str(name_or_path))
+
+
+def verifier_difference(stored: str, own: str) -> str:
+    """Say in a few words what tells two verifiers apart.
+
+    Args:
+        stored: A fingerprint that is stored somewhere, see ``specforge.verifier.fingerprint``.
+        own: That of the verifier at hand, which differs.
+    """
+    if re.fullmatch(r"[0-9a-f]{16}", stored):
+        return "the first is a fingerprint of an earlier version of specforge, which read less of a verifier"
+    weights, computation = stored.partition("-")[0] != own.partition("-")[0], stored[16:] != own[16:]
+    return " and ".join(["other weights"] * weights + ["another computation in config.json"] * computation)
 
 
 class TokenProposalConfig(StoredConfig):

@@ -17,7 +17,7 @@ class VerifierFacts(BaseModel):
 
     Attributes:
         name_or_path: Folder or hub id.
-        fingerprint: What its weights are told apart by; None where it has no safetensors.
+        fingerprint: What it is told apart by; None if it has no weights that can be read.
         hidden_size: Width H.
         vocab_size: Number V of tokens.
         num_hidden_layers: Number N of decoder layers.
@@ -45,7 +45,7 @@ class VerifierFacts(BaseModel):
         loading = loading or VerifierLoading()
         config = load_config(name_or_path, loading).get_text_config()
         try:
-            digest = fingerprint(name_or_path, loading.revision)
+            digest = fingerprint(name_or_path, loading)
         except UsageError:
             digest = None
         return cls(

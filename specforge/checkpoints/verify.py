@@ -16,7 +16,7 @@ from specforge.checkpoints.probe import Probe, digests, meaning
 from specforge.checkpoints.rules import file_faults
 from specforge.checkpoints.served import served_differences
 from specforge.checkpoints.verifier_facts import VerifierFacts
-from specforge.config import VerifierConfig
+from specforge.config import VerifierConfig, verifier_difference
 from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.loading import VerifierLoading, running_verifier
@@ -100,13 +100,19 @@ def _computed(model: SpeculatorModel, probe: Probe, explained: bool) -> Iterator
         yield Fault(f"on the probe, {differs}", "see above" if explained else causes.COMPUTED)
 
 
+def _verifier_difference(there: VerifierFacts, here: VerifierFacts) -> str:
+    if there.fingerprint is None or here.fingerprint is None:
+        return "the weights of one of them could not be read"
+    return verifier_difference(there.fingerprint, here.fingerprint)
+
+
 def _beside(model: SpeculatorModel, probe: Probe, verifier: str, loading: VerifierLoading | None) -> Iterator[Fault]:
     """Yield what the draft does otherwise beside a verifier."""
     facts = VerifierFacts.read(verifier, loading)
     if facts.fingerprint != probe.verifier.fingerprint:
         yield Fault(
-            f"{verifier} is not the verifier that the draft was trained for, {probe.verifier.name_or_path}: its "
-            "weights are others",
+            f"{verifier} is not the verifier that the draft was trained for, {probe.verifier.name_or_path}: "
+            f"{_verifier_difference(probe.verifier, facts)}",
             causes.VERIFIER,
         )
         return

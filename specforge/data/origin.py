@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from specforge.config import verifier_difference
 from specforge.data.bad_rows import BadRow
 from specforge.data.sources import Record
 from specforge.errors import describe_invalid
@@ -73,7 +74,17 @@ def why_proxy(origins: Sequence[Origin | None], fingerprint: str) -> str | None:
         return "rows do not say who wrote their responses (key 'origin')"
     for origin in origins:
         if origin is not None and origin.fingerprint != fingerprint:
-            return f"responses were written by {origin.model}, which is not this verifier"
+            return _other_verifier(origin, fingerprint)
     if len(origins) > 1:
         return "responses were sampled in different ways"
     return None
+
+
+def _other_verifier(origin: Origin, fingerprint: str) -> str:
+    if not origin.fingerprint:
+        return f"responses were written by {origin.model}, which is not known to be this verifier"
+    return (
+        f"responses were written by {origin.model} ({origin.fingerprint}), which is not this verifier ({fingerprint}): "
+        f"{verifier_difference(origin.fingerprint, fingerprint)}. Let this verifier answer the prompts with specforge "
+        "prepare responses; or, if it did write them, set that fingerprint in the rows"
+    )

@@ -194,7 +194,7 @@ class DraftModule(LightningModule, ABC):
         config = self.verifier_config.get_text_config()
         return FeatureNeeds(
             self.verifier_name,
-            fingerprint(self.verifier_name, self.verifier_loading.revision),
+            fingerprint(self.verifier_name, self.verifier_loading),
             tuple(self.aux_layers),
             config.num_hidden_layers,
             config.hidden_size,

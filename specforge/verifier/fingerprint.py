@@ -1,47 +1,114 @@
-"""Telling verifiers apart by their weights, whatever they are called and wherever they lie."""
+"""Telling verifiers apart by what decides their states: their tensors, and the computation that config.json asks for.
+
+Names, paths and the split into files do not count. The tokenizer has a digest of its own, see ``specforge.data.rows``.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterator
+from mmap import MADV_RANDOM, PROT_READ, mmap
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 
-from specforge.config import find_file
+from specforge.config import NOT_COMPUTED
 from specforge.errors import UsageError
-from specforge.verifier.parts import WEIGHTS, files_of
+from specforge.verifier.files import find_weights
+from specforge.verifier.loading import VerifierLoading, load_config
+
+# A tensor of up to 256 KiB is read whole. Of a larger one, a block of 2 KiB is read in each MiB, and at least 16: about
+# 40 MB of 16 GB.
+WHOLE_BYTES = 2**18
+BLOCK_BYTES = 2**11
+BYTES_PER_BLOCK = 2**20
+LEAST_BLOCKS = 16
+
+_Bytes = npt.NDArray[np.uint8]
+_Tensor = tuple[str, list[int], _Bytes]
+"""Name, shape and content."""
 
 
-def fingerprint(name_or_path: str, revision: str | None = None) -> str:
-    """Return 16 hexadecimal digits that other weights would change.
+def fingerprint(name_or_path: str, loading: VerifierLoading | None = None) -> str:
+    """Return a verifier's fingerprint: 16 hexadecimal digits for its tensors, a dash, and 8 for its computation.
 
-    Names, types and shapes of all tensors count, and the first row of each: enough to tell a fine-tuned or converted
-    verifier from its origin without reading all of it.
+    Names, shapes and sizes of all tensors count, and a sample of each that is spread over all of it; a quantised tensor
+    counts as it is stored. Of ``config.json`` all fields count that can change the computation.
 
     Args:
         name_or_path: Folder or hub id of the verifier.
-        revision: Branch, tag or commit on the hub.
+        loading: Its revision, and whether to trust its code; the defaults when None.
 
     Raises:
-        UsageError: The verifier has no safetensors files, or they are damaged.
+        UsageError: There is no such verifier, it has no weights, or a file is damaged.
     """
-    names = sorted(set(files_of(name_or_path, revision).values())) or [WEIGHTS]
-    rows = [row for name in names for row in _tensor_digests(find_file(name_or_path, name, revision=revision))]
-    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()[:16]
+    loading = loading or VerifierLoading()
+    fields = json.dumps(_computation(load_config(name_or_path, loading)), default=str)
+    computation = json.dumps(json.loads(fields, parse_int=float), sort_keys=True)  # 10000 and 10000.0 are the same
+    files = find_weights(name_or_path, revision=loading.revision)
+    tensors = sorted(one for file in files for one in _tensors(file))
+    return f"{_digest(chr(10).join(tensors).encode())[:16]}-{_digest(computation.encode())[:8]}"
 
 
-def _tensor_digests(path: Path) -> list[str]:
-    digests = []
+def _computation(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what a configuration says of the computation, without its family's defaults.
+
+    A default counts the same whether it is written out or not: versions of transformers differ in what they write out.
+    """
+    found: dict[str, Any] = {"model_type": config.model_type}
+    for name, value in config.to_dict().items():
+        if name in NOT_COMPUTED or name.startswith("_") or value == getattr(type(config), name, None):
+            continue
+        part = getattr(config, name, None)
+        found[name] = _computation(part) if isinstance(part, PreTrainedConfig) else value
+    return found
+
+
+def _tensors(path: Path) -> Iterator[str]:
+    """Yield name, shape, size and digest of each tensor of a file, of which only samples are read."""
+    read = _safetensors if path.suffix == ".safetensors" else _pickled
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                part = file.get_slice(name)
-                shape = part.get_shape()
-                first = part[:1] if shape else file.get_tensor(name)
-                content = first.contiguous().flatten().view(torch.uint8).numpy()
-                digest = hashlib.sha256(content).hexdigest()
-                digests.append(f"{name} {part.get_dtype()} {shape} {digest}")
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is damaged or not a safetensors file: {error}") from None
-    return digests
+        for name, shape, content in read(path):
+            yield f"{name} {shape} {content.size} {_digest(_sample(content))}"
+    except Exception as error:  # damaged files fail in many ways
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UsageError(f"{path} is damaged, or holds something other than tensors by name: {reason}") from None
+
+
+def _safetensors(path: Path) -> Iterator[_Tensor]:
+    # Without MADV_RANDOM, and by safetensors' own reader, the disk reads around each block: all of the file, in the end.
+    with path.open("rb") as file:
+        mapped = mmap(file.fileno(), 0, prot=PROT_READ)
+    mapped.madvise(MADV_RANDOM)
+    begin = 8 + int.from_bytes(mapped[:8], "little")
+    header, content = json.loads(mapped[8:begin]), np.frombuffer(mapped, np.uint8)[begin:]
+    header.pop("__metadata__", None)
+    for name, one in header.items():
+        first, last = one["data_offsets"]
+        if not 0 <= first <= last <= content.size:
+            raise ValueError(f"it ends before its tensor {name}")
+        yield name, one["shape"], content[first:last]
+
+
+def _pickled(path: Path) -> Iterator[_Tensor]:
+    for name, tensor in torch.load(path, map_location="cpu", weights_only=True, mmap=True).items():
+        yield name, list(tensor.shape), tensor.contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _sample(content: _Bytes) -> bytes:
+    if content.size <= WHOLE_BYTES:
+        return content.tobytes()
+    blocks = content[: content.size // BLOCK_BYTES * BLOCK_BYTES].reshape(-1, BLOCK_BYTES)
+    number = max(LEAST_BLOCKS, content.size // BYTES_PER_BLOCK)
+    # From the first block to the last; at no whole number of rows from each other, so that all columns are met.
+    chosen = np.linspace(0, len(blocks) - 1, number).round().astype(np.int64)
+    return bytes(blocks[chosen].tobytes() + content[-BLOCK_BYTES:].tobytes())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

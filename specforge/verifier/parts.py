@@ -19,10 +19,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from specforge.config import find_file, read_json
 from specforge.errors import UsageError
+from specforge.verifier.files import WEIGHTS, WEIGHTS_INDEX
 from specforge.verifier.loading import VerifierLoading, load_config
 
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f")
 
 

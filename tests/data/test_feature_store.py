@@ -179,8 +179,8 @@ class TestReading:
         from specforge.data.features import store as module
 
         store = prepare()
-        assert len(store._files) == len(store.manifest.shards)
-        monkeypatch.setattr(module, "open_shard", lambda path: pytest.fail("opened again"))
+        assert len(store._shards) == len(store.manifest.shards)
+        monkeypatch.setattr(module, "StoredShard", lambda path: pytest.fail("opened again"))
         for place in range(90):
             store.read(place, 8)
         monkeypatch.undo()
@@ -289,10 +289,10 @@ class TestRefusals:
         content = bytearray(path.read_bytes())
         content[-100] ^= 1
         path.write_bytes(content)
-        with pytest.raises(SpecforgeError, match=r"shard-00002.safetensors is damaged: its checksum"):
+        with pytest.raises(SpecforgeError, match=r"shard-00002.safetensors is damaged: the states of its row"):
             FeatureStore(tmp_path / "store").verify()
 
-    @pytest.mark.parametrize("harm", ["{", "{}", '{"format": 1, "convention": "", "shards": [{}]}', "[]"])
+    @pytest.mark.parametrize("harm", ["{", "{}", '{"format": 2, "convention": "", "shards": [{}]}', "[]"])
     def test_a_wrong_manifest_is_named(self, prepare, tmp_path, harm):
         prepare()
         (tmp_path / "store" / "manifest.json").write_text(harm)

@@ -46,7 +46,10 @@ def test_a_wrong_one_is_refused_with_its_place(origin, named):
         ([None], "do not say"),
         ([GREEDY, None], "do not say"),
         ([GREEDY, SAMPLED], "different ways"),
-        ([GREEDY.model_copy(update={"fingerprint": "other"})], "a verifier, which is not this verifier"),
+        (
+            [GREEDY.model_copy(update={"fingerprint": "other"})],
+            "a verifier (other), which is not this verifier (abc): other weights",
+        ),
     ],
 )
 def test_only_one_origin_of_this_verifier_is_exact(origins, reason):

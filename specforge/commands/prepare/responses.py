@@ -17,7 +17,15 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from specforge.commands.arguments import answering_parser, load, parse, sampling_of, template_words, verifier_text
+from specforge.commands.arguments import (
+    answering_parser,
+    load,
+    loading_of,
+    parse,
+    sampling_of,
+    template_words,
+    verifier_text,
+)
 from specforge.commands.prepare.check import check_rows, print_check
 from specforge.commands.prepare.in_process import VerifierAnswerer
 from specforge.data.responses.asking import Answer, Asking, Keep, Prompt, Refuse
@@ -100,7 +108,7 @@ class _Verifier:
         """What tells it from others."""
         template = str(self._text.template.tokenizer.chat_template or "")
         return {
-            "verifier": fingerprint(self._found.verifier, self._found.verifier_revision),
+            "verifier": fingerprint(self._found.verifier, loading_of(self._found)),
             "verifier_dtype": self._found.verifier_dtype,
             "template": hashlib.sha256(template.encode()).hexdigest()[:16],
         }

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from xxhash import xxh3_128
+
+from specforge.config import verifier_difference
 from specforge.data.features.dtypes import FeatureType, state_bytes, torch_dtype
 from specforge.errors import UsageError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _CONVENTION = (
     "layer k is the residual stream before decoder layer k (transformers' hidden_states[k]); the highest k, the number "
     "of layers, is the output of the last layer before the final norm"
@@ -27,7 +30,7 @@ class FeatureNeeds:
 
     Attributes:
         verifier: Its name, for messages.
-        fingerprint: Tells its weights from others'.
+        fingerprint: See ``specforge.verifier.fingerprint``.
         aux_layers: Ids of the aux layers, ascending.
         num_layers: Number of decoder layers, which is the id of the last state.
         width: Width H of a state.
@@ -67,14 +70,14 @@ class Shard:
         rows: Rows in it.
         tokens: Tokens whose states are in it.
         bytes: Its size.
-        sha256: Digest of its tensors.
+        checksum: Of its index, which holds the checksums of its rows.
     """
 
     file: str
     rows: int
     tokens: int
     bytes: int
-    sha256: str
+    checksum: str
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Manifest:
 
     Attributes:
         verifier: Name of the verifier.
-        fingerprint: Tells its weights from others'.
+        fingerprint: See ``specforge.verifier.fingerprint``.
         tokenizer: Digest of its tokenizer and chat template; None where it has none.
         vocabulary_size: Number of its ids.
         layers: Ids of the stored layers, ascending; the last is the number of decoder layers.
@@ -132,7 +135,12 @@ class Manifest:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("format") != FORMAT:
-                raise UsageError(f"{path} is of another format than this version's; prepare the features again")
+                raise UsageError(
+                    f"{path} was written by another version of specforge, in another format; run the command that wrote "
+                    "it again, which captures the features again"
+                )
+            if values.pop("checksum") != _checksum(values):
+                raise ValueError("its checksum is wrong")
             del values["convention"]
             return cls(**{**values, "shards": tuple(Shard(**one) for one in values["shards"])})
         except FileNotFoundError:
@@ -140,13 +148,14 @@ class Manifest:
             what = "is not finished; run its command again, and it goes on" if begun else "is no store of features"
             raise UsageError(f"{folder} {what} (it has no {MANIFEST})") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+            raise UsageError(f"{path} is damaged: {error}; remove it and run the command that wrote it again") from None
 
     def write(self, folder: Path) -> None:
         """Write the manifest; a store with one is whole."""
         beside = folder / f".{MANIFEST}"
-        values = {"format": FORMAT, "convention": _CONVENTION, **asdict(self)}
-        beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        values = {"convention": _CONVENTION, **asdict(self)}
+        whole = {"format": FORMAT, **values, "checksum": _checksum(values)}
+        beside.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
         os.replace(beside, folder / MANIFEST)
 
     def require(self, needs: FeatureNeeds, tokenizer: str | None, where: str) -> None:
@@ -163,7 +172,8 @@ class Manifest:
         if self.fingerprint != needs.fingerprint:
             raise UsageError(
                 f"{where} holds states of another verifier: {self.verifier} ({self.fingerprint}), not "
-                f"{needs.verifier} ({needs.fingerprint}); prepare features of this one, or set data.features: live"
+                f"{needs.verifier} ({needs.fingerprint}): {verifier_difference(self.fingerprint, needs.fingerprint)}; "
+                "prepare features of this one, or set data.features: live"
             )
         if None not in (tokenizer, self.tokenizer) and tokenizer != self.tokenizer:
             raise UsageError(
@@ -180,6 +190,10 @@ class Manifest:
                 f"{where} holds rows up to their last supervised token, but this configuration trains on whole rows; "
                 "prepare features with the same configuration"
             )
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return xxh3_128(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def describe_layers(layers: Sequence[int]) -> str:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from specforge.data.features.dtypes import encode, has_scales, torch_dtype
 from specforge.data.features.manifest import MANIFEST, Manifest
 from specforge.data.features.plan import Plan
-from specforge.data.features.shards import layer_name, read_shard, scales_name, write_shard
+from specforge.data.features.shards import StoredShard, layer_name, scales_name, write_shard
 from specforge.data.lock import locked
 from specforge.errors import SpecforgeError, UsageError
 
@@ -68,7 +68,7 @@ def prepare_features(plan: Plan, manifest: Manifest, output: Path, states: State
             except SpecforgeError:
                 return None
             _clean(output)
-            whole = replace(manifest, shards=tuple(read_shard(path)[0] for path in paths))
+            whole = replace(manifest, shards=tuple(StoredShard(path).entry for path in paths))
             whole.write(output)
             return whole
     except OSError as error:
@@ -95,9 +95,9 @@ def _is_done(path: Path, manifest: Manifest) -> bool:
     if not path.exists():
         return False
     try:
-        identity = read_shard(path)[1]
+        identity = StoredShard(path).identity
     except SpecforgeError as error:
-        _log.warning("%s; it is made anew", error)
+        _log.warning("%s. It is made again", error)
         return False
     if identity != manifest.identity:
         own = manifest.identity

@@ -17,7 +17,7 @@ from specforge.data.features.dtypes import decode, encode, torch_dtype
 from specforge.data.features.manifest import FeatureNeeds, Manifest, describe_layers
 from specforge.data.features.plan import SHARD_BYTES
 from specforge.data.features.reading import read_from
-from specforge.data.features.shards import layer_name, read_shard, write_shard
+from specforge.data.features.shards import StoredShard, layer_name, write_shard
 from specforge.data.features.store import FeatureStore
 from specforge.data.packing import PackedRows
 from specforge.data.rows import row_digest
@@ -116,10 +116,10 @@ class FeatureRecorder:
         shards = []
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             try:
-                shard, identity = read_shard(path)
+                shard = StoredShard(path)
             except SpecforgeError as error:
-                _log.warning("%s; its rows are captured again", error)
+                _log.warning("%s. Its rows are captured again", error)
                 continue
-            if identity == self.manifest.identity:
-                shards.append(shard)
+            if shard.identity == self.manifest.identity:
+                shards.append(shard.entry)
         return FeatureStore(self.folder, replace(self.manifest, shards=tuple(shards))) if shards else None

@@ -1,27 +1,34 @@
 """One file of a store: the states of some rows, one tensor a layer, with the digests by which rows are found.
 
-Tensors: `digests` uint8 [rows, 16], `starts` int64 [rows + 1]; for each layer k `layer.k` [tokens, H] and, for types of
-one byte, `layer.k.scales` float32 [tokens]. Row r has the tokens from starts[r] to starts[r + 1].
+Tensors: `digests` uint8 [rows, 16], `starts` int64 [rows + 1], `checksums` int64 [rows, layers]; for each layer k
+`layer.k` [tokens, H] and, for types of one byte, `layer.k.scales` float32 [tokens]. Row r has the tokens from starts[r]
+to starts[r + 1]. Its checksum at a layer is the XXH3 of its values and scales; everything else in the file has one
+checksum, which is in the header.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from xxhash import xxh3_64, xxh3_128
 
-from specforge.data.features.manifest import Shard
+from specforge.data.features.manifest import FORMAT, Shard
+from specforge.data.mapped import require_size
 from specforge.errors import SpecforgeError
 
 _KEY = "specforge"  # one key for all: safetensors writes several in any order
+_INDEX = ("digests", "starts", "checksums")
+AGAIN = "remove it and run the command that wrote it again, which captures its rows again"
 
 
 def layer_name(layer: int) -> str:
@@ -39,16 +46,17 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], identity: Mapping[str
 
     Args:
         path: The file.
-        tensors: Its tensors.
-        identity: What it is part of.
+        tensors: Its tensors, without the checksums.
+        identity: What it is part of; `layers` are the layers that it holds.
 
     Raises:
         SpecforgeError: It cannot be written.
     """
     beside = path.with_name(f".{path.name}")
-    metadata = json.dumps({"sha256": _digest(tensors), "identity": identity})
+    whole = {**tensors, "checksums": _checksums(tensors, identity["layers"])}
+    metadata = json.dumps({"checksum": _index_checksum(whole, identity), "identity": identity})
     try:
-        save_file(dict(tensors), beside, {_KEY: metadata})
+        save_file(whole, beside, {_KEY: metadata})
         # safetensors lets nobody but the owner read; whoever may read the folder may read the shard.
         beside.chmod(path.parent.stat().st_mode & 0o666)
         with beside.open("rb") as file:
@@ -62,51 +70,106 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], identity: Mapping[str
         ) from error
 
 
-def read_shard(path: Path) -> tuple[Shard, dict[str, Any]]:
-    """Return what a shard says of itself, and what it is part of.
+class StoredShard:
+    """A shard that is mapped into memory; its index is checked when it is opened, each row when it is read.
+
+    Args:
+        path: The file.
 
     Raises:
-        SpecforgeError: It is missing, truncated or no shard.
+        SpecforgeError: It is missing, damaged or no shard of this version.
     """
-    with open_shard(path) as file:
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
         try:
-            metadata = json.loads(file.metadata()[_KEY])
-            starts = file.get_tensor("starts")
-            shard = Shard(path.name, len(starts) - 1, int(starts[-1]), path.stat().st_size, metadata["sha256"])
-            return shard, metadata["identity"]
+            with safe_open(path, framework="pt") as file:
+                metadata = json.loads(file.metadata()[_KEY])
+                # Mapped once, for all rows; the disk gives what is touched.
+                self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self.identity: dict[str, Any] = metadata["identity"]
+            """What it is part of."""
+            is_current = self.identity["format"] == FORMAT
+            found = _index_checksum(self._tensors, self.identity) if is_current else ""
+        except FileNotFoundError:
+            raise SpecforgeError(f"{path} is missing; run the command that wrote it again") from None
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise SpecforgeError(f"{path} is no shard of features: {error}") from None
+            raise SpecforgeError(f"{path} is damaged or no shard of features: {error}; {AGAIN}") from None
+        if not is_current:
+            raise SpecforgeError(f"{path} was written by another version of specforge; {AGAIN}")
+        if found != metadata["checksum"]:
+            raise SpecforgeError(f"{path} is damaged: the checksum of its index is wrong; {AGAIN}")
+        self.digests: npt.NDArray[np.uint64] = self._tensors["digests"].numpy().view(np.uint64)
+        """Digests of the rows, uint64 [rows, 2]."""
+        self.starts: npt.NDArray[np.int64] = self._tensors["starts"].numpy()
+        """First token of each row, and the number of tokens, int64 [rows + 1]."""
+        self._checksums = self._tensors["checksums"].numpy().view(np.uint64)
+        self._columns = {layer: column for column, layer in enumerate(self.identity["layers"])}
+        self.entry = Shard(path.name, len(self.starts) - 1, int(self.starts[-1]), path.stat().st_size, found)
+        """What a manifest says of it."""
+
+    def read(self, row: int, layer: int) -> tuple[Tensor, Tensor | None]:
+        """Read the states of a row, and compare them with their checksum.
+
+        Args:
+            row: Its number in the shard.
+            layer: Id of the layer.
+
+        Returns:
+            The stored values [T, H], and the scales [T] of types that have them: views of the file.
+
+        Raises:
+            SpecforgeError: They are not what was written.
+        """
+        require_size(self.path, self.entry.bytes)
+        tokens = slice(int(self.starts[row]), int(self.starts[row + 1]))
+        found = _row(self._tensors, layer, tokens)
+        if _row_checksum(*found) != self._checksums[row, self._columns[layer]]:
+            raise SpecforgeError(
+                f"{self.path} is damaged: the states of its row {row} at layer {layer} are not those that were "
+                f"written; {AGAIN}"
+            )
+        return found
+
+    def check(self) -> None:
+        """Read all of it, and compare it with the checksums.
+
+        Raises:
+            SpecforgeError: They differ.
+        """
+        for row in range(self.entry.rows):
+            for layer in self._columns:
+                self.read(row, layer)
 
 
-def open_shard(path: Path) -> safe_open:
-    """Map a shard into memory.
-
-    Raises:
-        SpecforgeError: It is missing or truncated.
-    """
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise SpecforgeError(f"{path} is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise SpecforgeError(f"{path} is damaged: {error}") from None
+def _row(tensors: Mapping[str, Tensor], layer: int, tokens: slice) -> tuple[Tensor, Tensor | None]:
+    scales = tensors.get(scales_name(layer))
+    return tensors[layer_name(layer)][tokens], None if scales is None else scales[tokens]
 
 
-def check_shard(path: Path, expected: Shard) -> None:
-    """Read a whole shard, and compare its tensors with their checksum.
-
-    Raises:
-        SpecforgeError: They differ, or it cannot be read.
-    """
-    with open_shard(path) as file:
-        names = sorted(file.keys())
-        if _digest({name: file.get_tensor(name) for name in names}) != expected.sha256:
-            raise SpecforgeError(f"{path} is damaged: its checksum is not that of the manifest")
+def _checksums(tensors: Mapping[str, Tensor], layers: list[int]) -> Tensor:
+    starts = tensors["starts"].tolist()
+    checksums = np.empty((len(starts) - 1, len(layers)), np.uint64)
+    for column, layer in enumerate(layers):
+        for row, tokens in enumerate(map(slice, starts[:-1], starts[1:])):
+            checksums[row, column] = _row_checksum(*_row(tensors, layer, tokens))
+    return torch.from_numpy(checksums.view(np.int64))
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _row_checksum(values: Tensor, scales: Tensor | None) -> int:
+    checksum = xxh3_64(_content(values))
+    if scales is not None:
+        checksum.update(_content(scales))
+    return checksum.intdigest()
+
+
+def _index_checksum(tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> str:
+    kinds = {name: f"{one.dtype} {list(one.shape)}" for name, one in tensors.items()}
+    checksum = xxh3_128(json.dumps([kinds, identity], sort_keys=True).encode())
+    for name in _INDEX:
+        checksum.update(_content(tensors[name]))
+    return checksum.hexdigest()
+
+
+def _content(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())

@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from specforge.data.features.dtypes import has_scales, torch_dtype
-from specforge.data.features.manifest import Manifest, describe_layers
-from specforge.data.features.shards import check_shard, layer_name, open_shard, scales_name
-from specforge.data.mapped import require_size
+from specforge.data.features.dtypes import torch_dtype
+from specforge.data.features.manifest import MANIFEST, Manifest, describe_layers
+from specforge.data.features.shards import AGAIN, StoredShard
 from specforge.errors import SpecforgeError, UsageError
 
 
@@ -27,39 +25,41 @@ class FeatureStore:
 
     Raises:
         UsageError: It is no store, it is unfinished, or a shard is missing or truncated; the file is named.
+        SpecforgeError: The index of a shard is damaged; the file is named.
     """
 
     def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
         self.folder = folder
         self.manifest = manifest or Manifest.read(folder)
         self.dtype = torch_dtype(self.manifest.dtype)
-        self._files: dict[int, safe_open] = {}
-        self._mapped: dict[tuple[int, str], Tensor] = {}
-        digests, starts, kept, shards = [], [], [], []
+        self._shards: dict[int, StoredShard] = {}
+        digests, kept, shards, rows = [], [], [], []
         for number, shard in enumerate(self.manifest.shards):
             path = folder / shard.file
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
                 found = "is missing" if size is None else f"has {size:,} bytes instead of {shard.bytes:,}"
-                raise UsageError(f"{path} {found}; remove it and run the store's command again, which makes it anew")
-            bounds = self._file(number).get_tensor("starts").numpy()
-            digests.append(self._file(number).get_tensor("digests").numpy().view(np.uint64))
-            starts.append(bounds[:-1])
-            kept.append(np.diff(bounds))
+                raise UsageError(f"{path} {found}; {AGAIN}")
+            stored = self._shard(number)
+            if stored.entry != shard:
+                raise SpecforgeError(f"{path} is damaged: it is not the file that {MANIFEST} describes; {AGAIN}")
+            digests.append(stored.digests)
+            kept.append(np.diff(stored.starts))
             shards.append(np.full(shard.rows, number))
+            rows.append(np.arange(shard.rows))
         # By the first half of the digest; the second half tells whether it is really that row. Of equal rows, which
         # only recordings have, the one with the most tokens comes first.
         found_by, tokens = np.concatenate(digests), np.concatenate(kept)
         order = np.lexsort((-tokens, found_by[:, 0]))
         self._digests = found_by[order]
-        self._starts = np.concatenate(starts)[order]
-        self._shards = np.concatenate(shards)[order]
+        self._shard_of = np.concatenate(shards)[order]
+        self._row_of = np.concatenate(rows)[order]
         self.kept: npt.NDArray[np.int64] = tokens[order]
         """Tokens of each place that have states."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the open files behind: each process maps its own."""
-        return {**self.__dict__, "_files": {}, "_mapped": {}}
+        return {**self.__dict__, "_shards": {}}
 
     def locate(self, digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         """Find rows.
@@ -82,13 +82,11 @@ class FeatureStore:
 
         Returns:
             The stored values [T, H], and the scales [T] of types that have them: views of the file.
+
+        Raises:
+            SpecforgeError: They are not what was written; the file is named.
         """
-        shard, begin = int(self._shards[place]), int(self._starts[place])
-        row = slice(begin, begin + int(self.kept[place]))
-        described = self.manifest.shards[shard]
-        require_size(self.folder / described.file, described.bytes)
-        scales = self._map(shard, scales_name(layer))[row] if has_scales(self.dtype) else None
-        return self._map(shard, layer_name(layer))[row], scales
+        return self._shard(int(self._shard_of[place])).read(int(self._row_of[place]), layer)
 
     def summary_text(self) -> str:
         """Return one line for a person."""
@@ -105,21 +103,15 @@ class FeatureStore:
             SpecforgeError: Shards are damaged; they are named.
         """
         faults = []
-        for shard in tqdm(self.manifest.shards, desc="verifying", unit=" shards", disable=None, delay=2):
+        for number in tqdm(range(len(self.manifest.shards)), desc="verifying", unit=" shards", disable=None, delay=2):
             try:
-                check_shard(self.folder / shard.file, shard)
+                self._shard(number).check()
             except SpecforgeError as error:
                 faults.append(str(error))
         if faults:
-            raise SpecforgeError("; ".join(faults) + "; remove these files and run the store's command again")
+            raise SpecforgeError("; ".join(faults))
 
-    def _map(self, shard: int, name: str) -> Tensor:
-        """Return a whole tensor of a shard, of which the disk gives what is touched; mapping it anew takes longer."""
-        if (shard, name) not in self._mapped:
-            self._mapped[shard, name] = self._file(shard).get_tensor(name)
-        return self._mapped[shard, name]
-
-    def _file(self, number: int) -> safe_open:
-        if number not in self._files:
-            self._files[number] = open_shard(self.folder / self.manifest.shards[number].file)
-        return self._files[number]
+    def _shard(self, number: int) -> StoredShard:
+        if number not in self._shards:
+            self._shards[number] = StoredShard(self.folder / self.manifest.shards[number].file)
+        return self._shards[number]
