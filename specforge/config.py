@@ -10,10 +10,21 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from specforge.errors import UsageError, describe_invalid
 from specforge.hookspecs import Algorithm, ProposalMethod
@@ -48,10 +59,17 @@ class VerifierConfig(StoredConfig):
     Attributes:
         name_or_path: Hub id or folder of the verifier; None when it is not known.
         architectures: Class names of the verifier, as its own ``config.json`` gives them.
+        fingerprint: What tells it from others, see ``specforge.verifier.fingerprint``; not stored if not known.
     """
 
     name_or_path: str | None = None
     architectures: list[str] = Field(default_factory=list)
+    fingerprint: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_an_unknown_fingerprint(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return {name: one for name, one in values.items() if name != "fingerprint" or one is not None}
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, name_or_path: str | None = None) -> Self:
@@ -205,6 +223,26 @@ class SpeculatorModelConfig(StoredConfig):
         beside = target.with_name(f".{CONFIG_NAME}.{os.getpid()}")
         beside.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(beside, target)
+
+
+def meaning(config: SpeculatorModelConfig) -> dict[str, Any]:
+    """Return what a draft's configuration says of its network, field by field: ``{"layers.rope": ...}``.
+
+    Whom it speculates for, and who wrote it, is left out.
+    """
+    values = config.to_dict()
+    for name in ("speculators_config", "speculators_version", "dtype", "architectures", "transformers_version"):
+        values.pop(name, None)
+    return dict(flat(values))
+
+
+def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested dicts, each with the path of its keys, such as ``"model.draft.num_layers"``."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
 
 
 def find_file(name_or_path: str | os.PathLike[str], file_name: str, **options: Any) -> Path:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from specforge.checkpoints.verifier_facts import VerifierFacts
-from specforge.config import SpeculatorModelConfig, find_file
+from specforge.config import find_file
 from specforge.errors import UsageError, describe_invalid
 
 PROBE = "specforge_probe.json"
@@ -122,17 +122,6 @@ class Probe(BaseModel):
         (folder / PROBE).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def meaning(config: SpeculatorModelConfig) -> dict[str, Any]:
-    """Return what a draft's configuration says of its network, field by field: ``{"layers.rope": ...}``.
-
-    Whom it speculates for, and who wrote it, is left out.
-    """
-    values = config.to_dict()
-    for name in ("speculators_config", "speculators_version", "dtype", "architectures", "transformers_version"):
-        values.pop(name, None)
-    return dict(_flat(values))
-
-
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return type, shape and a digest of the bytes of each tensor."""
     return {name: _digest(tensor) for name, tensor in tensors.items()}
@@ -142,13 +131,3 @@ def _digest(tensor: Tensor) -> str:
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     kind = str(tensor.dtype).removeprefix("torch.")
     return f"{kind} {list(tensor.shape)} {hashlib.sha256(content).hexdigest()[:16]}"
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            pairs += _flat(value, f"{before}{name}.")
-        else:
-            pairs.append((before + name, value))
-    return pairs

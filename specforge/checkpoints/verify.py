@@ -12,11 +12,11 @@ from specforge.checkpoints.faults import Fault
 from specforge.checkpoints.formats import layout_of
 from specforge.checkpoints.layout import Layout, StoredDraft
 from specforge.checkpoints.logits import attach_stand_in, difference
-from specforge.checkpoints.probe import Probe, digests, meaning
+from specforge.checkpoints.probe import Probe, digests
 from specforge.checkpoints.rules import file_faults
 from specforge.checkpoints.served import served_differences
 from specforge.checkpoints.verifier_facts import VerifierFacts
-from specforge.config import VerifierConfig, verifier_difference
+from specforge.config import VerifierConfig, meaning, verifier_difference
 from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.loading import VerifierLoading, running_verifier

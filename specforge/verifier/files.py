@@ -35,9 +35,21 @@ def find_weights(name_or_path: str | os.PathLike[str], **options: Any) -> list[P
                 continue
             if name == whole:
                 return [found]
-            weight_map = read_json(found).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise UsageError(f"{found} has no weight_map, which says what file each tensor is in")
-            return [find_file(name_or_path, shard, **options) for shard in sorted(set(weight_map.values()))]
+            return [find_file(name_or_path, shard, **options) for shard in _shards(found)]
     assert missing is not None
     raise missing
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the names of the files that an index lists; all are beside it.
+
+    Raises:
+        UsageError: The index is wrong.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UsageError(f"{index} has no weight_map, which says what file each tensor is in")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise UsageError(f"{index}: weight_map.{name} is {shard!r:.80}, and must be the name of a file beside it")
+    return sorted(set(weight_map.values()))

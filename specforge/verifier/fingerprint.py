@@ -81,7 +81,7 @@ def _tensors(path: Path) -> Iterator[str]:
 
 
 def _safetensors(path: Path) -> Iterator[_Tensor]:
-    # Without MADV_RANDOM, and by safetensors' own reader, the disk reads around each block: all of the file, in the end.
+    # Without MADV_RANDOM, as by safetensors' own reader, the disk reads around each block: in the end, all of the file.
     with path.open("rb") as file:
         mapped = mmap(file.fileno(), 0, prot=PROT_READ)
     mapped.madvise(MADV_RANDOM)

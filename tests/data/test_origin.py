@@ -46,10 +46,8 @@ def test_a_wrong_one_is_refused_with_its_place(origin, named):
         ([None], "do not say"),
         ([GREEDY, None], "do not say"),
         ([GREEDY, SAMPLED], "different ways"),
-        (
-            [GREEDY.model_copy(update={"fingerprint": "other"})],
-            "a verifier (other), which is not this verifier (abc): other weights",
-        ),
+        ([GREEDY.model_copy(update={"fingerprint": "other"})], "a verifier (other), which is not this verifier (abc)"),
+        ([GREEDY.model_copy(update={"fingerprint": "84cc7e1198794151"})], "of an earlier version of specforge"),
     ],
 )
 def test_only_one_origin_of_this_verifier_is_exact(origins, reason):

@@ -136,8 +136,8 @@ class Manifest:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("format") != FORMAT:
                 raise UsageError(
-                    f"{path} was written by another version of specforge, in another format; run the command that wrote "
-                    "it again, which captures the features again"
+                    f"{path} was written by another version of specforge, in another format; run the command that "
+                    "wrote it again, which captures the features again"
                 )
             if values.pop("checksum") != _checksum(values):
                 raise ValueError("its checksum is wrong")

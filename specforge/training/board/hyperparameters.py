@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
+from specforge.config import flat
 from specforge.training.board.writers import writers
 from specforge.training.module import DraftModule
 
@@ -94,17 +95,9 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, str | int | float]:
         config: The resolved configuration.
     """
     settings = {}
-    for key, value in _flat(config):
+    for key, value in flat(config):
         group, _, name = key.partition(".")
         if name in TRAINER if group == "trainer" else key not in PLACES:
             is_plain = isinstance(value, str | int | float) and not isinstance(value, bool)
             settings[key] = value if is_plain else json.dumps(value)
     return settings
-
-
-def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
