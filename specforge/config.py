@@ -161,6 +161,8 @@ class SpeculatorModelConfig(StoredConfig):
     """
 
     model_type_name: ClassVar[str] = ""
+    proposal_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that say how candidates are chosen, and nothing of what the network computes."""
 
     speculators_model_type: str = ""
     architectures: list[str] = Field(default_factory=list)

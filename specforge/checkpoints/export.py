@@ -18,7 +18,7 @@ from specforge.checkpoints.served import drafter_agreement, expected_of, probe_p
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.checkpoints.verify import verify
 from specforge.checkpoints.writing import written_whole
-from specforge.config import SpeculatorModelConfig, VerifierConfig, meaning
+from specforge.config import SpeculatorModelConfig, VerifierConfig, meaning, verifier_difference
 from specforge.data.prompts import Conversation
 from specforge.data.verifier_text import VerifierText
 from specforge.decoding.agreement import Agreement
@@ -87,6 +87,7 @@ def export(order: Order) -> Export:
     _, model = read_draft(path)
     layout = layout_of(model.config.speculators_model_type, order.format)
     facts = VerifierFacts.read(_verifier_name(order, model.config), order.loading)
+    _require_own_verifier(path, model.config, facts)
     model.attach_verifier(VerifierParts.from_pretrained(facts.name_or_path, order.loading))
     _adapt(model, facts, order)
     layout.prepare(model)
@@ -130,6 +131,16 @@ def _verifier_name(order: Order, config: SpeculatorModelConfig) -> str:
     if not name:
         raise UsageError("which verifier? the draft names none; give --verifier FOLDER_OR_HUB_ID")
     return str(Path(name).absolute()) if Path(name).is_dir() else name
+
+
+def _require_own_verifier(path: str, config: SpeculatorModelConfig, facts: VerifierFacts) -> None:
+    stored = config.speculators_config.verifier if config.speculators_config is not None else VerifierConfig()
+    if None not in (stored.fingerprint, facts.fingerprint) and stored.fingerprint != facts.fingerprint:
+        raise UsageError(
+            f"{path} was trained for the verifier {stored.name_or_path} ({stored.fingerprint}), not for "
+            f"{facts.name_or_path} ({facts.fingerprint}): "
+            f"{verifier_difference(str(stored.fingerprint), str(facts.fingerprint))}; give its own as --verifier"
+        )
 
 
 def _adapt(model: SpeculatorModel, facts: VerifierFacts, order: Order) -> None:

@@ -115,7 +115,7 @@ class ResumableLoader(DataLoader[Batch]):
             try:
                 batch = next(batches, None)
             except SpecforgeError as error:
-                raise type(error)(_own_words(error)) from None
+                raise _without_worker(error) from None
             self.seconds_waited += time.perf_counter() - since
             if batch is None:
                 return
@@ -163,8 +163,6 @@ class ResumableLoader(DataLoader[Batch]):
         return items // self.stride
 
 
-def _own_words(error: SpecforgeError) -> str:
-    """Return an error's message, without the traceback that torch puts around it in a process that loads batches."""
-    text = str(error)
-    marker = f"\n{type(error).__module__}.{type(error).__qualname__}: "
-    return text.rpartition(marker)[2].rstrip() if "in DataLoader worker process" in text else text
+def _without_worker(error: SpecforgeError) -> SpecforgeError:
+    """Return an error with the message that it had in the loading process, where torch puts it after a traceback."""
+    return type(error)(str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].strip())

@@ -27,6 +27,7 @@ from specforge.training.claims import claim
 from specforge.training.config_errors import check_files, check_values, explain, explain_class, explain_settings
 from specforge.training.length import settle_length
 from specforge.training.precision import check_precision
+from specforge.training.resuming import ResumedSettings
 from specforge.training.runs import CHECKPOINTS, CONFIG, check_name, resolve_checkpoint
 from specforge.training.saving import WholeCheckpointIO
 from specforge.training.stopping import explain_lost
@@ -195,8 +196,9 @@ class TrainingCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(run.parent, name="", version=run.name)
         kwargs["plugins"] = [*_as_list(settings["plugins"]), WholeCheckpointIO()]
         resolved = self._resolved_config()
+        values = yaml.safe_load(resolved)
         callbacks = fit_callbacks(self.arguments, config.save_every_n_steps, run / CHECKPOINTS)
-        return [*callbacks, RunRecord(resolved, run), Hyperparameters(yaml.safe_load(resolved))]
+        return [*callbacks, RunRecord(resolved, run), Hyperparameters(values), ResumedSettings(values)]
 
     def _resolved_config(self) -> str:
         config = self.config.clone()

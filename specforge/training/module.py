@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -29,6 +30,7 @@ from specforge.registry import installed
 from specforge.sampling import Sampling
 from specforge.training.comparison import Term
 from specforge.training.distillation import DraftSteps, Labels
+from specforge.training.identity import Identity, different_tensors, start_from
 from specforge.training.length import RunLength
 from specforge.training.metrics import StageMetrics, step_sums
 from specforge.training.optimizers import OptimizerSettings, build_optimizer
@@ -211,6 +213,8 @@ class DraftModule(LightningModule, ABC):
             all_stored = data.use_features(self.feature_needs, self.trainer.state.fn)
             self._recorder = data.recorder
             self.take_verifier(*self._load_verifier(whole=self.runs_verifier or not all_stored), data)
+            if (stored := self.draft.config.speculators_config) is not None:
+                stored.verifier.fingerprint = self.feature_needs.fingerprint
             if self.init_from is not None:
                 start_from(self.draft, self.init_from)
             for stage, metrics in self.means.items():
@@ -270,6 +274,11 @@ class DraftModule(LightningModule, ABC):
         whole = self._frozen is not None and self._frozen[0]
         frozen = f"with {sum(one.numel() for one in whole.parameters()):,}" if whole else "by its stored states"
         lines = [f"draft: {trained:,} trained parameters, towards {self.verifier_name} {frozen}"]
+        if self.init_from is not None and self.trainer.ckpt_path is None:
+            lines.append(
+                f"  starts from the weights of {self.init_from}; optimizer and learning-rate schedule begin again. To "
+                "continue a run with both, resume it with --ckpt_path"
+            )
         if reason := self.means["val"].why_proxy:
             lines.append(f"  {self.monitor} is no exact figure: validation {reason}")
         return "\n".join(lines)
@@ -398,22 +407,33 @@ class DraftModule(LightningModule, ABC):
             self._recorder.reopen()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which optimizer the states belong to; what was recorded is saved as well."""
+        """Note what the states belong to: draft, verifier and optimizer; what was recorded is saved as well."""
         if self._recorder is not None:
             self._recorder.flush()
+        checkpoint["identity"] = Identity.of(self.draft).stored()
         checkpoint["optimizer_name"] = self.optimizer_settings.name
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another network or, in training, of another optimizer.
+        """Refuse the checkpoint of another draft or, in training, of other trained weights or another optimizer.
 
         Raises:
-            UsageError: With the first tensors that differ, or both optimizers.
+            UsageError: With what differs, by name.
         """
-        stored, own = checkpoint["state_dict"], self.state_dict()
-        different = [name for name in own.keys() | stored.keys() if _shape(own, name) != _shape(stored, name)]
-        if different:
-            shown = [f"{name} ({_shape(stored, name)}, not {_shape(own, name)})" for name in sorted(different)[:3]]
-            raise UsageError(f"{self.trainer.ckpt_path} is of another network than this: {', '.join(shown)}")
+        own, path = Identity.of(self.draft), self.trainer.ckpt_path
+        different: list[str] = []
+        if "identity" in checkpoint:
+            stored = Identity(**checkpoint["identity"])
+            different = stored.differences(own)
+            if self.trainer.training and stored.trained != own.trained:
+                names = sorted({*stored.trained} ^ {*own.trained})
+                different.append(f"what is trained differs in {', '.join(names[:3])}")
+        else:
+            rank_zero_warn(f"{path}, of an earlier version, does not say of which draft and verifier it is")
+        if different := different or different_tensors(checkpoint["state_dict"], self.state_dict()):
+            raise UsageError(
+                f"{path} does not fit this run: {'; '.join(different)}. Resume with the settings that it was trained "
+                "with, or begin a new run without --ckpt_path"
+            )
         name = checkpoint.get("optimizer_name")
         if self.trainer.training and name != self.optimizer_settings.name:
             raise UsageError(
@@ -470,24 +490,6 @@ class DraftModule(LightningModule, ABC):
         tau = f"acceptance_length{metrics.suffix}"
         self.log(f"{stage}/{tau}", replayed.pop(tau), prog_bar=True)
         self.log_dict({f"{stage}/{name}": value for name, value in {**means, **replayed}.items()})
-
-
-def _shape(state: Mapping[str, Tensor], name: str) -> list[int] | None:
-    return list(state[name].shape) if name in state else None
-
-
-def start_from(draft: SpeculatorModel, name_or_path: str) -> None:
-    """Give a draft the weights of a stored one, its draft vocabulary included.
-
-    Raises:
-        UsageError: There is none, or it is of another network; the first tensors that differ are named.
-    """
-    stored, own = type(draft).from_pretrained(name_or_path).state_dict(), draft.state_dict()
-    different = [name for name in own.keys() | stored.keys() if _shape(own, name) != _shape(stored, name)]
-    if different:
-        shown = [f"{name} ({_shape(stored, name)}, not {_shape(own, name)})" for name in sorted(different)[:3]]
-        raise UsageError(f"model.init_from: {name_or_path} is of another network than this: {', '.join(shown)}")
-    draft.load_state_dict(stored)
 
 
 def objective_terms(objective: Mapping[str, float]) -> list[Term]:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from specforge.config import flat
+
+_UNSAID = ("output_dir", "run_name", "ckpt_path")  # where things are
 
 
 class RandomState(Callback):
@@ -61,6 +69,69 @@ class BatchNumbers(Callback):
             if loader.stride != state["stride"]:
                 _shift(total, round(total["ready"] * state["stride"] / loader.stride) - total["ready"])
                 _shift(current, loader.batches_before(state) - current["ready"])
+
+
+class ResumedSettings(Callback):
+    """Stores the run's settings in its checkpoints; a resumed run says which it changes, and follows its own.
+
+    Lightning restores the numbers of optimizer and schedule along with their states, so that a changed learning rate
+    would have no effect.
+
+    Args:
+        settings: The resolved configuration.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = dict(flat(settings))
+        self._stored: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the settings."""
+        checkpoint["settings"] = self._settings
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Find those of the run until now; an earlier version stored none."""
+        self._stored = checkpoint.get("settings", self._settings)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what differs, and give optimizer and schedule their settings of now."""
+        if self._stored is None:
+            return
+        stored, self._stored = self._stored, None
+        changed = [
+            f"{name} {stored.get(name)} -> {self._settings.get(name)}"
+            for name in sorted(self._settings.keys() | stored.keys())
+            if name not in _UNSAID and stored.get(name) != self._settings.get(name)
+        ]
+        if changed:
+            _say(f"resumed with other settings: {', '.join(changed)}")
+        before = trainer.optimizers[0].param_groups[0]["lr"]
+        _follow_settings(trainer, pl_module)
+        now = trainer.optimizers[0].param_groups[0]["lr"]
+        if not math.isclose(before, now, rel_tol=1e-6):
+            _say(
+                f"the learning rate continues at {now:.3g} instead of {before:.3g}, as the schedule set now has it "
+                f"at step {trainer.global_step:,}; to keep a rate, set it as model.optimizer.lr, with "
+                "model.schedule.name constant"
+            )
+
+
+def _follow_settings(trainer: Trainer, module: LightningModule) -> None:
+    """Give optimizer and schedule what a new run would give them; their states stay as they are."""
+    fresh = cast(dict[str, Any], module.configure_optimizers())
+    groups, schedule = trainer.optimizers[0].param_groups, trainer.lr_scheduler_configs[0].scheduler
+    for group, own in zip(groups, fresh["optimizer"].param_groups, strict=True):
+        rate = group["lr"]
+        group.update({name: value for name, value in own.items() if name != "params"}, lr=rate)
+    if isinstance(schedule, LambdaLR):
+        schedule.base_lrs = fresh["lr_scheduler"]["scheduler"].base_lrs
+        for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = rate * factor(schedule.last_epoch)
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _shift(progress: dict[str, int], by: int) -> None:

@@ -1,0 +1,120 @@
+"""What a checkpoint is of: a draft network, and the verifier that it is trained for.
+
+Both travel with every checkpoint and with the draft that a run writes, so that a run which would resume or start from
+something else is refused by the names of what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from torch import Tensor
+
+from specforge.config import CONFIG_NAME, NOT_COMPUTED, VerifierConfig, meaning, verifier_difference
+from specforge.errors import UsageError
+from specforge.models.speculator import SpeculatorModel
+
+_SHOWN = 8  # differences in a message
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A draft network and its verifier.
+
+    Attributes:
+        network: What decides what the network computes, by field of its configuration; and ``aux_layers``.
+        trained: Names of the parameters that are trained.
+        verifier: Folder or hub id of the verifier; None if it is not known.
+        fingerprint: Its fingerprint; None if it is not known.
+    """
+
+    network: dict[str, Any]
+    trained: list[str]
+    verifier: str | None
+    fingerprint: str | None
+
+    @classmethod
+    def of(cls, draft: SpeculatorModel) -> Self:
+        """Return the identity of a draft that is attached to its verifier's parts."""
+        stored = draft.config.speculators_config
+        verifier = stored.verifier if stored is not None else VerifierConfig()
+        trained = [name for name, one in draft.named_parameters() if one.requires_grad]
+        return cls(_network(draft), trained, verifier.name_or_path, verifier.fingerprint)
+
+    def stored(self) -> dict[str, Any]:
+        """Return it as a checkpoint holds it, in plain values."""
+        return asdict(self)
+
+    def is_of_another_verifier(self, other: Identity) -> bool:
+        """Tell whether two drafts are known to be for different verifiers."""
+        return None not in (self.fingerprint, other.fingerprint) and self.fingerprint != other.fingerprint
+
+    def differences(self, own: Identity) -> list[str]:
+        """Say of each difference to another draft what it is, by name.
+
+        Args:
+            own: The draft at hand.
+        """
+        found = [
+            f"{name} is {self.network[name]!r} there and {own.network[name]!r} here"
+            for name in sorted(self.network.keys() & own.network.keys())
+            if _differ(name, self.network[name], own.network[name])
+        ]
+        if self.is_of_another_verifier(own):
+            found.append(
+                f"verifier is {self.verifier} ({self.fingerprint}) there and {own.verifier} ({own.fingerprint}) here: "
+                f"{verifier_difference(str(self.fingerprint), str(own.fingerprint))}"
+            )
+        more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        return [*found[:_SHOWN], *more]
+
+
+def different_tensors(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Say of the first tensors whose shapes differ what they are."""
+    names = [name for name in own.keys() | stored.keys() if _shape(own, name) != _shape(stored, name)]
+    return [f"{name} is {_shape(stored, name)} there and {_shape(own, name)} here" for name in sorted(names)[:3]]
+
+
+def start_from(draft: SpeculatorModel, name_or_path: str) -> None:
+    """Give a draft the weights of a stored one, its draft vocabulary included.
+
+    Args:
+        draft: The draft, attached to its verifier's parts.
+        name_or_path: Folder or hub id of the stored one.
+
+    Raises:
+        UsageError: There is none, or it is another network, or for another verifier; what differs is named.
+    """
+    stored = type(draft).from_pretrained(name_or_path, verifier=draft.verifier_parts)
+    there, here = Identity.of(stored), Identity.of(draft)
+    if different := there.differences(here) or different_tensors(stored.state_dict(), draft.state_dict()):
+        what_to_do = "Set model.draft as it was set there"
+        if here.is_of_another_verifier(there):
+            what_to_do = (
+                "Train it for the same verifier; to adapt it to another one, remove "
+                f"speculators_config.verifier.fingerprint from {name_or_path}/{CONFIG_NAME}"
+            )
+        raise UsageError(f"model.init_from: {name_or_path} does not fit this run: {'; '.join(different)}. {what_to_do}")
+    draft.load_state_dict(stored.state_dict())
+
+
+def _network(draft: SpeculatorModel) -> dict[str, Any]:
+    layers = draft.aux_layers
+    left_out = NOT_COMPUTED | draft.config.proposal_fields | {"max_position_embeddings"}  # engines set that themselves
+    return {"aux_layers": layers} | {
+        name: value
+        for name, value in meaning(draft.config).items()
+        if name.rpartition(".")[2] not in left_out and not (layers and value == layers)
+    }
+
+
+def _differ(name: str, there: Any, here: Any) -> bool:
+    # A field of the draft's own that is None stands for a default, which shows in aux_layers and in the tensors.
+    is_default = "." not in name and None in (there, here)
+    return bool(there != here) and not is_default
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> list[int] | None:
+    return list(state[name].shape) if name in state else None
