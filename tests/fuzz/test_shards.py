@@ -98,7 +98,7 @@ def harm(folder: Path, chance: random.Random) -> str:
     """Change one file of a store; return its name."""
     names = [MANIFEST, *sorted(path.name for path in folder.glob("shard-*"))]
     name, other = chance.sample(names, 2)
-    if chance.random() < 0.3:
+    if MANIFEST not in (name, other) and chance.random() < 0.3:
         name = MANIFEST
     kind = chance.random()
     if kind < 0.04:

@@ -97,7 +97,7 @@ class StoredShard:
             raise SpecforgeError(f"{path} is damaged or no shard of features: {error}; {AGAIN}") from None
         if not is_current:
             raise SpecforgeError(f"{path} was written by another version of specforge; {AGAIN}")
-        if found != metadata["checksum"]:
+        if found != metadata.get("checksum"):
             raise SpecforgeError(f"{path} is damaged: the checksum of its index is wrong; {AGAIN}")
         self.digests: npt.NDArray[np.uint64] = self._tensors["digests"].numpy().view(np.uint64)
         """Digests of the rows, uint64 [rows, 2]."""
