@@ -22,6 +22,7 @@ from specforge.errors import SpecforgeError
 from specforge.estimation.shapes import Shapes
 from specforge.training.distillation import for_accelerator
 from specforge.training.module import Batch, DraftModule
+from specforge.verifier.loading import auto_class
 from specforge.verifier.packed_attention import attend_by_documents
 from specforge.verifier.parts import VerifierParts
 
@@ -190,8 +191,9 @@ class _Uncounted:
 
 
 def _verifier(module: DraftModule, dtype: torch.dtype) -> PreTrainedModel:
-    verifier: PreTrainedModel = AutoModelForCausalLM.from_config(
-        module.verifier_config, dtype=dtype, trust_remote_code=module.verifier_loading.trust_remote_code
+    loading = module.verifier_loading
+    verifier: PreTrainedModel = (auto_class(module.verifier_config) or AutoModelForCausalLM).from_config(
+        module.verifier_config, dtype=dtype, trust_remote_code=loading.trust_remote_code
     )
     attend_by_documents(verifier)
     return verifier.requires_grad_(False).eval()

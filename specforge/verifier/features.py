@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specforge.errors import UsageError
+from specforge.verifier.diagnosis import reason_of
 from specforge.verifier.finite import check_finite
 from specforge.verifier.packed_attention import documents_of
-from specforge.verifier.parts import VerifierParts, decoder
+from specforge.verifier.parts import VerifierParts, decoder, layers_of
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,16 @@ def check_logits(verifier: PreTrainedModel) -> None:
     vocabulary = verifier.config.get_text_config().vocab_size
     tokens = torch.arange(1, 9).remainder(vocabulary)[None].to(verifier.device)
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    last = capture(verifier, tokens, positions, [0]).last
-    check_finite(last, verifier, name_of(verifier))
-    rebuilt, own = VerifierParts.of(verifier).logits(last), verifier(tokens, use_cache=False).logits
+    parts = VerifierParts.of(verifier)
+    try:
+        last = capture(verifier, tokens, positions, [0]).last
+        check_finite(last, verifier, name_of(verifier))
+        rebuilt, own = parts.logits(last), verifier(tokens, use_cache=False).logits
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise UsageError(
+            f"{type(verifier).__name__}: its forward pass fails, so what its config.json says does not go together: "
+            f"{reason_of(error)}"
+        ) from error
     check_finite(own, verifier, name_of(verifier))
     if not torch.allclose(rebuilt.float(), own.float(), atol=1e-2, rtol=1e-2):
         raise UsageError(
@@ -162,11 +170,13 @@ def decoder_layers(verifier: PreTrainedModel) -> nn.ModuleList:
     Raises:
         UsageError: The model keeps no list of that length, so that its features cannot be captured.
     """
-    number = verifier.config.get_text_config().num_hidden_layers
-    for module in decoder(verifier).children():
-        if isinstance(module, nn.ModuleList) and len(module) == number:
-            return module
-    raise UsageError(f"{type(verifier).__name__} keeps no list of its {number} decoder layers; it cannot be a verifier")
+    layers = layers_of(decoder(verifier), verifier.config)
+    if layers is None:
+        number = verifier.config.get_text_config().num_hidden_layers
+        raise UsageError(
+            f"{type(verifier).__name__} keeps no list of its {number} decoder layers; it cannot be a verifier"
+        )
+    return layers
 
 
 @contextmanager

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
-from specforge.config import CONFIG_NAME, find_file
+from specforge.config import CONFIG_NAME, find_file, read_json
 from specforge.errors import UsageError
+from specforge.verifier.diagnosis import (
+    field_faults,
+    reason_of,
+    size_faults,
+    why_not_built,
+    why_not_fitting,
+    why_not_read,
+)
 from specforge.verifier.packed_attention import attend_by_documents
 
 if TYPE_CHECKING:
@@ -51,24 +60,52 @@ def load_config(name_or_path: str, loading: VerifierLoading | None = None) -> Pr
         loading: Revision and trust; the defaults when None.
 
     Raises:
-        UsageError: There is no such verifier, or it is not a causal language model of transformers.
+        UsageError: There is no such verifier, a field has a wrong type or value, or it is no language model.
     """
     loading = loading or VerifierLoading()
     try:
-        find_file(name_or_path, CONFIG_NAME, revision=loading.revision)
+        path = find_file(name_or_path, CONFIG_NAME, revision=loading.revision)
+        values = read_json(path)
     except UsageError as error:
         raise UsageError(f"verifier: {error}") from None
+    if faults := list(field_faults(values)):
+        raise UsageError(f"verifier {path}: {'; '.join(faults)}")
     try:
         config = AutoConfig.from_pretrained(
             name_or_path, revision=loading.revision, trust_remote_code=loading.trust_remote_code
         )
-    except (ValueError, OSError, KeyError) as error:
-        raise UsageError(f"verifier {name_or_path}: {str(error).splitlines()[0]}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping and not loading.trust_remote_code:
+    except Exception as error:  # each family checks its fields in ways of its own
+        why = reason_of(error) if "auto_map" in values else why_not_read(values, error)
+        raise UsageError(f"verifier {path}: {why}") from error
+    if auto_class(config) is None and not loading.trust_remote_code:
         raise UsageError(
-            f"verifier {name_or_path}: model type {config.model_type!r} is not a causal language model of transformers"
+            f"verifier {path}: model type {config.model_type!r} is not a causal language model of transformers"
         )
+    if faults := list(size_faults(config)):
+        raise UsageError(f"verifier {path}: {'; '.join(faults)}")
     return config
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the class of transformers that builds a verifier: its language model or, where there is none, all of it.
+
+    None where the configuration is of no language model.
+    """
+    classes = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((one for one in classes if type(config) in one._model_mapping), None)
+
+
+def skeleton_of(config: PreTrainedConfig, name_or_path: str, loading: VerifierLoading) -> PreTrainedModel:
+    """Build a verifier without values, in evaluation mode, in the type that its weights are to have.
+
+    Raises:
+        UsageError: No model can be built from the configuration.
+    """
+    try:
+        return _built(config, loading).eval()
+    except Exception as error:
+        why = why_not_built(config, partial(_built, loading=loading), error)
+        raise UsageError(f"verifier {name_or_path}/{CONFIG_NAME}: {why}") from error
 
 
 def load_verifier(
@@ -82,13 +119,13 @@ def load_verifier(
         device: Where each weight goes as it is read; torch's default device when None.
 
     Raises:
-        UsageError: There is no such verifier, or its weights cannot be read.
+        UsageError: There is no such verifier, or its weights cannot be read or do not fit its configuration.
     """
     loading = loading or VerifierLoading()
     config = load_config(name_or_path, loading)
     try:
         with device or nullcontext():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = (auto_class(config) or AutoModelForCausalLM).from_pretrained(
                 name_or_path,
                 config=config,
                 dtype=loading.torch_dtype(config.get_text_config().dtype),
@@ -97,13 +134,35 @@ def load_verifier(
                 output_loading_info=True,
             )
     except Exception as error:
-        raise UsageError(f"verifier {name_or_path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        skeleton_of(config, name_or_path, loading)
+        if why := _misfit(config, name_or_path, loading):
+            raise UsageError(f"verifier {name_or_path}/{CONFIG_NAME}: {why}") from error
+        raise UsageError(f"verifier {name_or_path} cannot be loaded: {reason_of(error)}") from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UsageError(f"verifier {name_or_path} lacks weights ({len(report['missing_keys'])}): {missing}")
+        why = _misfit(config, name_or_path, loading)
+        because = f"; {CONFIG_NAME}: {why}" if why else ""
+        raise UsageError(f"verifier {name_or_path} lacks weights ({len(report['missing_keys'])}): {missing}{because}")
     attend_by_documents(model)
     model.requires_grad_(False)
-    return model.eval()
+    return cast("PreTrainedModel", model.eval())
+
+
+def _built(config: PreTrainedConfig, loading: VerifierLoading) -> PreTrainedModel:
+    dtype = loading.torch_dtype(config.get_text_config().dtype)
+    with torch.device("meta"):
+        model: PreTrainedModel = (auto_class(config) or AutoModelForCausalLM).from_config(
+            config, dtype=dtype, trust_remote_code=loading.trust_remote_code
+        )
+    return model
+
+
+def _misfit(config: PreTrainedConfig, name_or_path: str, loading: VerifierLoading) -> str | None:
+    """Say why weights do not fit a configuration; None where they do, or cannot be told to."""
+    try:
+        return why_not_fitting(config, partial(_built, loading=loading), name_or_path, loading.revision)
+    except Exception:  # the files are damaged, or of another kind, which loading says itself
+        return None
 
 
 def running_verifier(name_or_path: str, loading: VerifierLoading | None = None) -> PreTrainedModel:

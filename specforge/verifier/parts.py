@@ -14,15 +14,15 @@ from typing import Self
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from specforge.config import find_file, read_json
 from specforge.errors import UsageError
 from specforge.verifier.files import WEIGHTS, WEIGHTS_INDEX
-from specforge.verifier.loading import VerifierLoading, load_config
+from specforge.verifier.loading import VerifierLoading, load_config, skeleton_of
+from specforge.verifier.names import stored_names
 
-FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f")
+FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f", "norm_f", "embedding_norm")
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,16 @@ class VerifierParts:
         """
         loading = loading or VerifierLoading()
         config = load_config(name_or_path, loading)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=loading.trust_remote_code)
-        parts = cls.of(skeleton.eval().requires_grad_(False))
+        skeleton = skeleton_of(config, name_or_path, loading)
+        parts = cls.of(skeleton.requires_grad_(False))
         names = {module: name for name, module in skeleton.named_modules()}
-        tied = parts.lm_head.weight is parts.embed_tokens.weight or parts.config.tie_word_embeddings
+        tied = parts.lm_head.weight is parts.embed_tokens.weight or getattr(parts.config, "tie_word_embeddings", False)
         dtype = loading.torch_dtype(parts.config.dtype)
+        stored = stored_names(skeleton, all_names(name_or_path, loading.revision))
         for module in (parts.embed_tokens, parts.norm) if tied else (parts.embed_tokens, parts.norm, parts.lm_head):
-            own = {f"{names[module]}.{key}": tensor for key, tensor in module.state_dict().items()}
-            # Files of models that read more than text name tensors otherwise than their modules are called.
-            stored = revert_weight_conversion(skeleton, own)
-            tensors = read_tensors(name_or_path, stored, revision=loading.revision)
+            own = [f"{names[module]}.{key}" for key in module.state_dict()]
+            wanted = [stored.get(name, name) for name in own]
+            tensors = read_tensors(name_or_path, wanted, revision=loading.revision)
             state = {name.rpartition(".")[2]: tensor.to(dtype) for name, tensor in tensors.items()}
             _assign(module, names[module], state, name_or_path)
             _restore_constants(module)
@@ -101,24 +100,44 @@ class VerifierParts:
 
     def head(self, states: Tensor) -> Tensor:
         """Turn states after the final norm [..., H] into the verifier's logits [..., V]."""
-        return self.finish(self.lm_head(states))
+        return self._scaled(self.lm_head(states))
 
     def finish(self, logits: Tensor) -> Tensor:
-        """Apply what some model families do behind the head, scaling and soft cap, to logits [..., V]."""
+        """Turn products with the head's matrix [..., V] into logits: bias, scaling and soft cap of the family."""
+        bias = self.lm_head.bias
+        return self._scaled(logits if bias is None else logits + bias)
+
+    def _scaled(self, logits: Tensor) -> Tensor:
         if scale := getattr(self.config, "logits_scaling", None):
             logits = logits / scale
-        if scale := getattr(self.config, "logit_scale", None):
-            logits = logits * scale
+        for name in ("logit_scale", "lm_head_multiplier"):
+            if scale := getattr(self.config, name, None):
+                logits = logits * scale
         if cap := getattr(self.config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
-    """Return the module that holds a model's decoder layers and final norm."""
+    """Return the module that holds a model's decoder layers and final norm, of several modalities the text's."""
     get_decoder = getattr(model, "get_decoder", None)
     found = get_decoder() if get_decoder is not None else None
-    return found if isinstance(found, nn.Module) else model.base_model
+    named = found if isinstance(found, nn.Module) else model.base_model
+    if layers_of(named, model.config) is not None:
+        return named
+    # Some models name another module, or themselves; the layers stand beside the embeddings.
+    embeddings = model.get_input_embeddings()
+    for module in model.modules():
+        if layers_of(module, model.config) is not None and any(child is embeddings for child in module.children()):
+            return module
+    return named
+
+
+def layers_of(body: nn.Module, config: PreTrainedConfig) -> nn.ModuleList | None:
+    """Return the list of decoder layers among a module's children: the one with as many as a configuration says."""
+    number = config.get_text_config().num_hidden_layers
+    lists = (child for child in body.children() if isinstance(child, nn.ModuleList))
+    return next((one for one in lists if len(one) == number), None)
 
 
 def read_tensors(name_or_path: str, wanted: Iterable[str], revision: str | None = None) -> dict[str, Tensor]:
@@ -147,6 +166,22 @@ def read_tensors(name_or_path: str, wanted: Iterable[str], revision: str | None 
     if missing:
         raise UsageError(f"{name_or_path} has no tensor {', '.join(missing)}")
     return tensors
+
+
+def all_names(name_or_path: str, revision: str | None = None) -> list[str]:
+    """Return the names of all tensors of a checkpoint.
+
+    Raises:
+        UsageError: The checkpoint has no safetensors, or its one file is damaged.
+    """
+    if files := files_of(name_or_path, revision):
+        return list(files)
+    path = find_file(name_or_path, WEIGHTS, revision=revision)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is damaged or not a safetensors file: {error}") from None
 
 
 def files_of(name_or_path: str, revision: str | None) -> dict[str, str]:

@@ -7,10 +7,10 @@ import torch.distributed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from specforge.verifier.features import decoder_layers
-from specforge.verifier.loading import VerifierLoading, load_config, load_verifier
+from specforge.verifier.loading import VerifierLoading, load_config, load_verifier, skeleton_of
 from specforge.verifier.packed_attention import attend_by_documents
 from specforge.verifier.parts import decoder
 
@@ -51,12 +51,9 @@ def load_sharded_verifier(name_or_path: str, loading: VerifierLoading, device: t
 
 
 def _skeleton(name_or_path: str, loading: VerifierLoading) -> PreTrainedModel:
-    config = load_config(name_or_path, loading)
-    dtype = loading.torch_dtype(config.get_text_config().dtype)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=loading.trust_remote_code)
+    model = skeleton_of(load_config(name_or_path, loading), name_or_path, loading)
     attend_by_documents(model)
-    return model.eval()
+    return model
 
 
 def _receive(module: nn.Module, device: torch.device) -> None:

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
-from specforge.models.base_components import rotary_options, single_layer_config
+from specforge.models.base_components import norm_scale, rotary_options, single_layer_config, start_norm
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention, cache_argument, causal_mask
 from specforge.models.draft_rows import DraftRows
 from specforge.models.feature_chain import run_chain
@@ -91,8 +91,9 @@ class EagleSpeculator(SpeculatorModel):
         Args:
             verifier_config: The verifier's transformers configuration.
             **kwargs: ``layernorms`` (False), ``fusion_bias`` (False), ``transformer_layer_architecture`` (``"auto"``:
-                a layer of the verifier's own family), ``verifier_name_or_path``, ``speculative_tokens`` (5: tokens of
-                the greedy chain that the draft proposes).
+                a layer of the verifier's own family, or a Llama layer where that has none for drafts),
+                ``verifier_name_or_path``, ``speculative_tokens`` (5: tokens of the greedy chain that the draft
+                proposes).
 
         Returns:
             The draft with random weights.
@@ -186,6 +187,16 @@ class EagleSpeculator(SpeculatorModel):
         """Let go of the attached verifier; the draft cannot run until another is attached."""
         super().detach_verifier()
         self._verifier_rotary = None
+
+    def borrow_weights(self) -> None:
+        """Let the norm before the head start at the size of the verifier's features, which the head is made for.
+
+        Features have passed the verifier's final norm already: the scale is one number, the root mean square of its.
+        """
+        norm, parts = self.pre_lm_head_layernorm, self.verifier_parts
+        if getattr(norm, "weight", None) is not None:
+            scale = norm_scale(parts.norm, parts.lm_head.in_features)
+            start_norm(norm, scale.square().mean().sqrt().expand_as(scale))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed tokens [...] as [..., H], by the verifier's embeddings."""

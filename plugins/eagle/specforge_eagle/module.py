@@ -113,6 +113,7 @@ class EagleModule(DraftModule):
             **self.settings.model_dump(),
         )
         draft.attach_verifier(parts)
+        draft.borrow_weights()
         return draft
 
     def alignment(self, batch: Batch) -> Alignment:

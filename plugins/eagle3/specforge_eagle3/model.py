@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
-from specforge.models.base_components import Family, draft_layer_config, family
+from specforge.models.base_components import Family, draft_layer_config, family, norm_scale, start_norm
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention
 from specforge.models.draft_rows import DraftRows
 from specforge.models.feature_chain import run_chain
@@ -182,9 +182,7 @@ class Eagle3DraftModel(SpeculatorModel):
         rows = parts.lm_head.weight if self.draft_ids is None else parts.lm_head.weight[self.draft_ids.cpu()]
         with torch.no_grad():
             self.lm_head.weight.copy_(rows)
-            # The scale itself, as seen on a vector of unit size: families store it as weight or as 1 + weight.
-            unit = torch.ones_like(parts.lm_head.weight[0])
-            self.norm.load_state_dict({"weight": parts.norm(unit)})
+            start_norm(self.norm, norm_scale(parts.norm, parts.lm_head.in_features))
             if self.embed_tokens is not None:
                 self.embed_tokens.weight.copy_(parts.embed_tokens.weight)
 
