@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from specforge.checkpoints.verifier_facts import VerifierFacts
+from specforge.models.base_components import plain_rope
 
 # What a causal language model's configuration says beside its layers.
 NOT_OF_THE_LAYERS = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map")
@@ -64,10 +65,10 @@ def position_faults(layers: dict[str, Any], verifier: VerifierFacts | None) -> I
             f"max_position_embeddings is {layers.get('max_position_embeddings')}, but the verifier's is "
             f"{longest}: behind the shorter one, engines that do not raise it stop accepting"
         )
-    own = with_new_rope(layers)["rope_parameters"] or {}
-    own = {name: value for name, value in dict(own.get("full_attention") or own).items() if value is not None}
-    if verifier.rope and {"rope_type": "default", **own} != verifier.rope:
-        yield f"the rotary positions are {own}, but the verifier's are {verifier.rope}"
+    own = plain_rope(with_new_rope(layers)["rope_parameters"])
+    expected = plain_rope(verifier.rope, layers.get("head_dim"))
+    if expected and own != expected:
+        yield f"the rotary positions are {own}, but the verifier's are {expected}"
 
 
 def width_faults(width: int | None, verifier: VerifierFacts | None) -> Iterator[str]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from transformers import CONFIG_MAPPING
 
 from specforge.checkpoints.layout import StoredDraft
+from specforge.errors import UsageError
+from specforge.models.base_components import decoder_layer
 
 
 def file_faults(stored: StoredDraft) -> Iterator[str]:
@@ -19,3 +23,42 @@ def file_faults(stored: StoredDraft) -> Iterator[str]:
     said = stored.config.get("dtype") or stored.config.get("torch_dtype")
     if types != [said]:
         yield f"config.json says the dtype {said!r}, but the tensors are {' and '.join(types)}"
+    yield from rotation_faults(stored.config)
+
+
+def rotation_faults(config: dict[str, Any]) -> Iterator[str]:
+    """Yield rotary positions that engines read otherwise than the draft's own layers do.
+
+    vLLM's ``get_rope`` rotates the share ``partial_rotary_factor`` of each head, and takes ``mrope_section`` for
+    positions in three directions, whatever the model type; the layers of most types know neither.
+
+    Args:
+        config: The draft's ``config.json``.
+    """
+    layers = config.get("transformer_layer_config", config)
+    if not isinstance(layers, dict):
+        return
+    given = layers.get("rope_parameters") or layers.get("rope_scaling") or {}
+    rope = given.get("full_attention") or given
+    share = rope.get("partial_rotary_factor", layers.get("partial_rotary_factor"))
+    directions = [name for name in rope if name.startswith("mrope_")]
+    if share in (None, 1) and not directions:
+        return
+    kind = layers.get("model_type")
+    try:
+        made = CONFIG_MAPPING[kind].from_dict({name: one for name, one in layers.items() if name != "model_type"})
+        rotary = decoder_layer("auto", made).rotary(made)
+        rotated, width = 2 * rotary.inv_freq.numel(), made.head_dim
+    except (KeyError, UsageError, AttributeError, TypeError, ValueError) as error:
+        yield f"the rotary positions of {kind!r} layers are not understood: {error}"
+        return
+    if share not in (None, 1) and int(width * share) != rotated:
+        yield (
+            f"partial_rotary_factor is {share}, but the {kind} layers that were trained rotate {rotated} of {width} "
+            f"dimensions: engines would rotate {int(width * share)}; leave it out"
+        )
+    if directions and not hasattr(rotary, "mrope_section"):
+        yield (
+            f"{' and '.join(directions)} ask for positions in three directions, but {kind} layers have one position "
+            "a token; leave them out"
+        )

@@ -16,6 +16,7 @@ from specforge.decoding.agreement import Agreement, compare_rounds
 from specforge.decoding.loop import Decoder, Emission
 from specforge.decoding.recorded import chain_acceptance
 from specforge.decoding.replay import figures, replay
+from specforge.decoding.verifier import why_no_trees
 from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.proposals import GreedyTokenProposalConfig
@@ -64,13 +65,7 @@ def expected_of(model: SpeculatorModel, verifier: PreTrainedModel, prompts: list
         UsageError: They do not go together, or the verifier has nothing to say.
     """
     model.to(verifier.device).attach_verifier(verifier)
-    spoken: list[list[int]] = [[] for _ in prompts]
-    decoder = Decoder(verifier)
-    # disable=None shows the bar on a terminal only.
-    with tqdm(total=len(prompts) * NEW_TOKENS, desc="the verifier answers", unit=" tokens", disable=None) as bar:
-        for emission in decoder.decode([torch.tensor(one) for one in prompts], NEW_TOKENS):
-            spoken[emission.sequence] += emission.tokens
-            bar.update(len(emission.tokens))
+    spoken = _answers(verifier, prompts)
     texts = [Text(tokens=asked + said, begin=len(asked)) for asked, said in zip(prompts, spoken, strict=True)]
     lengths, rates = acceptance(model, verifier, texts)
     tokens, features = _states(model, verifier, texts[0])
@@ -108,6 +103,27 @@ def drafter_agreement(model: SpeculatorModel, verifier: PreTrainedModel, texts: 
         accepted = [one.accepted for one in emissions if one.drafted is not None]
         found += compare_rounds(model, *_states(model, verifier, text), text.begin, accepted, chain)
     return found
+
+
+def _answers(verifier: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
+    """Let the verifier answer each prompt greedily."""
+    # disable=None shows the bar on a terminal only.
+    with tqdm(total=len(prompts) * NEW_TOKENS, desc="the verifier answers", unit=" tokens", disable=None) as bar:
+        spoken: list[list[int]] = [[] for _ in prompts]
+        if why_no_trees(verifier) is not None:
+            # It keeps a state, or attends, in a way that only its own code knows: one prompt a row.
+            for number, prompt in enumerate(prompts):
+                asked = torch.tensor([prompt], device=verifier.device)
+                written = verifier.generate(
+                    asked, attention_mask=torch.ones_like(asked), max_new_tokens=NEW_TOKENS, do_sample=False
+                )
+                spoken[number] = written[0, len(prompt) :].tolist()
+                bar.update(NEW_TOKENS)
+            return spoken
+        for emission in Decoder(verifier).decode([torch.tensor(one) for one in prompts], NEW_TOKENS):
+            spoken[emission.sequence] += emission.tokens
+            bar.update(len(emission.tokens))
+    return spoken
 
 
 def served_differences(model: SpeculatorModel, verifier: PreTrainedModel, expected: Served) -> list[str]:

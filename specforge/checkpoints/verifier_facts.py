@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
-from transformers import PreTrainedConfig
 
 from specforge.errors import UsageError
+from specforge.models.base_components import plain_rope
 from specforge.verifier.fingerprint import fingerprint
 from specforge.verifier.loading import VerifierLoading, load_config
 
@@ -22,7 +22,7 @@ class VerifierFacts(BaseModel):
         vocab_size: Number V of tokens.
         num_hidden_layers: Number N of decoder layers.
         max_position_embeddings: Longest text; None where it does not say.
-        rope: Parameters of its rotary positions, those of full attention.
+        rope: Parameters of its rotary positions, those of full attention, as far as drafts can have them.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -55,13 +55,5 @@ class VerifierFacts(BaseModel):
             vocab_size=config.vocab_size,
             num_hidden_layers=config.num_hidden_layers,
             max_position_embeddings=getattr(config, "max_position_embeddings", None),
-            rope=rope_of(config),
+            rope=plain_rope(getattr(config, "rope_parameters", None)),
         )
-
-
-def rope_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the parameters of rotary positions that say something; of several kinds of attention, the full one's."""
-    rope = dict(getattr(config, "rope_parameters", None) or {})
-    rope = dict(rope.get("full_attention") or rope)
-    rope = {name: value for name, value in rope.items() if value is not None and not isinstance(value, dict)}
-    return {"rope_type": "default", **rope} if rope else {}

@@ -67,11 +67,28 @@ class VerifierPasses:
 
     def _mask(self, kind: str) -> Tensor:
         window = self._config.sliding_window if kind == "sliding_attention" else None
-        visible = self.cache.visible(window)
+        chunk = self._config.attention_chunk_size if kind == "chunked_attention" else None
+        visible = self.cache.visible(window, chunk)
         assert visible is not None
         # Added to the logits, which every implementation understands; padding sees only itself, hence no infinity.
         hidden = torch.finfo(self._verifier.dtype).min
         return torch.zeros_like(visible, dtype=self._verifier.dtype).masked_fill(~visible, hidden)[:, None]
+
+
+def why_no_trees(verifier: PreTrainedModel) -> str | None:
+    """Return why a verifier cannot verify trees of drafted tokens; None where it can."""
+    config = verifier.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or [])
+    unknown = sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"})
+    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if unknown or getattr(verifier, "_is_stateful", False):
+        what = f"layers of {', '.join(unknown)}" if unknown else "a recurrent state"
+        return f"it has {what}, and rejected tokens could not be taken back"
+    if rotary in GROWING_ROTARY:
+        return f"its {rotary} rotary embeddings change as a text grows"
+    if not verifier._supports_attention_backend:
+        return "it does not attend through transformers' common interface, which takes the mask of a tree"
+    return None
 
 
 def _attention_kinds(verifier: PreTrainedModel) -> list[str]:
@@ -81,16 +98,7 @@ def _attention_kinds(verifier: PreTrainedModel) -> list[str]:
     kinds = sorted(set(getattr(config, "layer_types", None) or []))
     if not kinds:
         kinds = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
-    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
-    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    reason = None
-    if unknown or getattr(verifier, "_is_stateful", False):
-        what = f"layers of {', '.join(unknown)}" if unknown else "a recurrent state"
-        reason = f"it has {what}, and rejected tokens could not be taken back"
-    elif rotary in GROWING_ROTARY:
-        reason = f"its {rotary} rotary embeddings change as a text grows"
-    elif not verifier._supports_attention_backend:
-        reason = "it does not attend through transformers' common interface, which takes the mask of a tree"
+    reason = why_no_trees(verifier)
     if reason is not None:
         raise UsageError(f"{name} cannot verify drafts: {reason}")
     implementation = config._attn_implementation

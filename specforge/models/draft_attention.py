@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -110,8 +111,12 @@ def _transformers_attention(
     if draft_attention is not None:
         config: Any = module.config
         layer: Any = module.layer_idx
+        width = value.shape[-1]
+        if width < key.shape[-1]:
+            # As in latent attention; what is added stays zero.
+            value = F.pad(value, (0, key.shape[-1] - width))
         output = draft_attention.attend(layer, query, key, value, scaling, attention_window(config, layer))
-        return output.transpose(1, 2), None
+        return output[..., :width].transpose(1, 2), None
     attend = sdpa_attention_forward if attention_weights is None else eager_attention_forward
     attended, weights = attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout)
     if attention_weights is not None:

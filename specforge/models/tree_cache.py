@@ -80,15 +80,16 @@ class TreeCache(DynamicCache):
         """Whether plain causal attention says what the announced tokens see, but for a window."""
         return self._ancestors is None
 
-    def visible(self, window: int | None = None) -> Tensor | None:
+    def visible(self, window: int | None = None, chunk: int | None = None) -> Tensor | None:
         """Return which slots the announced nodes see, bool [B, Q, S]; None where plain causal attention says it.
 
         Args:
             window: A node sees only so many of the last tokens of its sequence, itself included; None for all.
+            chunk: Sequences are cut into chunks of so many tokens, and a node sees only its own; None for no chunks.
         """
         depths = self._depths[:, -self._new :]
         if self._ancestors is None:
-            if window is None or window >= self._new:
+            if (window is None or window >= self._new) and (chunk is None or chunk >= self._new):
                 return None
             pending = depths[..., None] >= self._depths[:, None, :]
         else:
@@ -99,6 +100,10 @@ class TreeCache(DynamicCache):
             index = self.lengths[:, None] + depths
             committed = committed & (slots > index[..., None] - window)
             pending = pending & (self._depths[:, None, :] > depths[..., None] - window)
+        if chunk is not None:
+            own = (self.lengths[:, None] + depths)[..., None] // chunk
+            committed = committed & (slots // chunk == own)
+            pending = pending & ((self.lengths[:, None] + self._depths)[:, None] // chunk == own)
         return torch.cat([committed, pending], dim=-1)
 
     def attend(

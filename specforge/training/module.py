@@ -240,7 +240,7 @@ class DraftModule(LightningModule, ABC):
             else:
                 verifier = load_verifier(self.verifier_name, self.verifier_loading, device)
             check_logits(verifier)
-            if self.trainer.datamodule.packing:
+            if self.trainer.datamodule.packing and self._verifier_is_split:
                 check_documents(verifier)
             return verifier, VerifierParts.of(verifier)
         parts = VerifierParts.from_pretrained(self.verifier_name, self.verifier_loading)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import takewhile
+from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from specforge.config import find_file
 from specforge.errors import nearest_name
 
 MOST_LAYERS = 1000
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 
+UNSAID = ("model_type", "architectures", "transformers_version", "dtype")
+# How long it is looked for the keys that are to blame.
+SECONDS = 10.0
+
+T = TypeVar("T")
 Build = Callable[[PreTrainedConfig], PreTrainedModel]
 
 
@@ -43,8 +46,8 @@ def why_not_read(values: Mapping[str, Any], error: BaseException) -> str:
     reason = reason_of(error)
     if any(f"'{key}'" in reason for key in values):
         return reason
-    keys = [key for key in values if _is_read({name: one for name, one in values.items() if name != key})]
-    named = ", ".join(f"{key} {values[key]!r:.80}" for key in keys)
+    blamed = [(path, value) for path, value in _paths(values) if _is_read(_without(values, path))]
+    named = _named(blamed)
     return f"{named}: {reason}" if named else reason
 
 
@@ -76,50 +79,103 @@ def why_not_built(config: PreTrainedConfig, build: Build, error: BaseException) 
         build: Makes a model without values of it, or fails.
         error: How it failed.
     """
-    keys = [f"{key} {value!r}" for key, value in _values(config) if _builds(_without(config, key), build)]
-    named = f" (look at {', '.join(keys)})" if keys else ""
+    blamed = []
+    for path, value in _in_time(_paths(config.to_diff_dict())):
+        changed = _changed(config, path)
+        if changed is not None and _differs(changed, build, lambda _: True):
+            blamed.append((path, value))
+    named = f" (look at {_named(blamed)})" if blamed else ""
     return f"no model can be built from it: {reason_of(error)}{named}"
 
 
-def why_not_fitting(config: PreTrainedConfig, build: Build, name_or_path: str, revision: str | None) -> str | None:
+def why_not_fitting(
+    config: PreTrainedConfig, build: Build, found: Mapping[str, Sequence[int]], missing: Collection[str] = ()
+) -> str | None:
     """Say which weight is not in a checkpoint, or has another shape, and the keys that decide that.
 
     Args:
         config: The configuration.
         build: Makes a model without values of it.
-        name_or_path: Folder or hub id of the checkpoint.
-        revision: Branch, tag or commit on the hub.
+        found: Shapes of all weights in the files, by name.
+        missing: Weights that the model would have had to have.
 
     Returns:
         One sentence; None where all weights fit.
     """
-    from specforge.verifier.parts import WEIGHTS, files_of
-
-    found: dict[str, list[int]] = {}
-    for file_name in sorted(set(files_of(name_or_path, revision).values())) or [WEIGHTS]:
-        with safe_open(find_file(name_or_path, file_name, revision=revision), framework="pt") as file:
-            found |= {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     expected = _shapes(build(config))
     for name, shape in expected.items():
-        if name not in found or found[name] == shape:
-            continue
-        keys = ", ".join(_deciding(config, build, name, shape))
-        return f"{name} is {found[name]} in the weights, but {shape} by {keys or 'the configuration'}"
-    # Tied weights are stored once.
-    missing = [name for name in expected if name not in found]
-    for name in missing:
-        if keys := _deciding(config, build, name, expected[name]):
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            return f"the weights lack {name}{more}, which it asks for by {', '.join(keys)}"
+        if name in found and list(found[name]) != shape:
+            keys = _deciding(config, build, lambda shapes: shapes.get(name) != shape)  # noqa: B023  (used at once)
+            return f"{name} is {list(found[name])} in the weights, but {shape} by {keys or 'the configuration'}"
+    # The last of a kind is the one that a number decides.
+    if name := max((one for one in missing if one in expected), key=list(expected).index, default=None):
+        keys = _deciding(config, build, lambda shapes: name not in shapes)
+        return f"it asks for {name}, which the weights do not have, by {keys or 'its family'}"
     return None
 
 
-def _values(config: PreTrainedConfig) -> list[tuple[str, Any]]:
-    """Return what a configuration says beyond its family's defaults, of the text."""
-    text = config.get_text_config()
-    said = text.to_diff_dict() if text is config else text.to_dict()
-    unsaid = ("model_type", "architectures", "transformers_version", "dtype")
-    return [(key, value) for key, value in said.items() if key not in unsaid]
+def _deciding(config: PreTrainedConfig, build: Build, differs: Callable[[Mapping[str, list[int]]], bool]) -> str:
+    """Return the keys whose change makes a difference to the weights, with their values."""
+    keys = []
+    for path, value in _in_time(_paths(config.to_dict())):
+        if not isinstance(value, int):
+            continue
+        others = [not value] if isinstance(value, bool) else [value // 2, 1] if value > 1 else [2]
+        made = (_changed(config, path, other) for other in others)
+        if any(one is not None and _differs(one, build, differs) for one in made):
+            keys.append(f"{'.'.join(path)} {value!r}")
+    return ", ".join(keys)
+
+
+def _paths(values: Mapping[str, Any], before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield each key that decides something, with its value; those inside others after them."""
+    for key, value in values.items():
+        if key not in UNSAID:
+            yield (*before, key), value
+        if isinstance(value, dict):
+            yield from _paths(value, (*before, key))
+
+
+def _in_time(items: Iterator[T]) -> Iterator[T]:
+    """Yield items for some seconds: of large models, each is tried for a while."""
+    end = time.monotonic() + SECONDS
+    return takewhile(lambda _: time.monotonic() < end, items)
+
+
+def _named(blamed: Sequence[tuple[tuple[str, ...], Any]]) -> str:
+    """Name keys with their values; where one inside another is to blame, that one."""
+    paths = [path for path, _ in blamed]
+    deepest = [one for one in blamed if not any(path[: len(one[0])] == one[0] != path for path in paths)]
+    return ", ".join(f"{'.'.join(path)} {value!r:.80}" for path, value in deepest)
+
+
+def _without(values: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """Copy nested values without one of them."""
+    key, *rest = path
+    if not rest:
+        return {name: value for name, value in values.items() if name != key}
+    return {**values, key: _without(values.get(key) or {}, tuple(rest))}
+
+
+def _changed(config: PreTrainedConfig, path: tuple[str, ...], value: Any = None) -> PreTrainedConfig | None:
+    """Make a configuration with another value somewhere, or without one; None where that is refused."""
+    values = _without(config.to_dict(), path)
+    if value is not None:
+        inner = values
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+    try:
+        return type(config).from_dict(values)
+    except Exception:  # each family checks its fields in ways of its own
+        return None
+
+
+def _differs(config: PreTrainedConfig, build: Build, differs: Callable[[Mapping[str, list[int]]], bool]) -> bool:
+    try:
+        return differs(_shapes(build(config)))
+    except Exception:  # no such model can be built
+        return False
 
 
 def _is_read(values: Mapping[str, Any]) -> bool:
@@ -129,51 +185,7 @@ def _is_read(values: Mapping[str, Any]) -> bool:
         return False
 
 
-def _without(config: PreTrainedConfig, key: str) -> PreTrainedConfig | None:
-    return _remade(config, {name: value for name, value in config.get_text_config().to_dict().items() if name != key})
-
-
-def _remade(config: PreTrainedConfig, values: dict[str, Any]) -> PreTrainedConfig | None:
-    """Make a configuration with other values of the text; None where that is refused."""
-    text = config.get_text_config()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            made = type(text).from_dict(values)
-            if text is config:
-                return made
-            whole = copy.deepcopy(config)
-            whole.text_config = made
-            return whole
-        except Exception:
-            return None
-
-
-def _builds(config: PreTrainedConfig | None, build: Build) -> bool:
-    try:
-        return config is not None and build(config) is not None
-    except Exception:
-        return False
-
-
 def _shapes(model: PreTrainedModel) -> Mapping[str, list[int]]:
     """Return the shape of each weight of a model, by the name that it has in files."""
     stored = revert_weight_conversion(model, model.state_dict())
     return {name: list(one.shape) for name, one in stored.items()}
-
-
-def _deciding(config: PreTrainedConfig, build: Build, name: str, shape: list[int]) -> list[str]:
-    """Return the keys that decide whether a weight is there, and its shape: those whose change changes it."""
-    values = config.get_text_config().to_dict()
-    keys = []
-    for key, value in values.items():
-        if not isinstance(value, int):
-            continue
-        other = not value if isinstance(value, bool) else value // 2 if value > 1 else 2
-        changed = _remade(config, {**values, key: other})
-        try:
-            if changed is not None and _shapes(build(changed)).get(name) != shape:
-                keys.append(f"{key} {value!r}")
-        except Exception:  # such a model cannot be
-            continue
-    return keys

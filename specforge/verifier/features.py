@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from threading import get_ident
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from specforge.documents import DocumentLayout
 from specforge.errors import UsageError
 from specforge.verifier.diagnosis import reason_of
 from specforge.verifier.finite import check_finite
-from specforge.verifier.packed_attention import documents_of
+from specforge.verifier.packed_attention import document_numbers, documents_of
 from specforge.verifier.parts import VerifierParts, decoder, layers_of
 
 
@@ -86,13 +89,23 @@ def capture(
     Args:
         verifier: Any transformers causal language model.
         input_ids: Tokens [B, T].
-        position_ids: Positions [B, T]. Where they restart at 0 with each document, attention stays within a document.
+        position_ids: Positions [B, T]. Where they restart at 0 with each document, no document reads another: families
+            that cannot keep documents of a row apart run one a row.
         aux_layers: Ascending layer ids.
         **options: Passed to the decoder: a cache, an attention mask.
 
     Returns:
         The states, in the verifier's type.
     """
+    if not options and _has_several(position_ids) and _must_separate(verifier):
+        return _captured_apart(verifier, input_ids, position_ids, aux_layers)
+    return _captured(verifier, input_ids, position_ids, aux_layers, **options)
+
+
+def _captured(
+    verifier: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, aux_layers: Sequence[int], **options: Any
+) -> Features:
+    """Run rows as they are."""
     body = decoder(verifier)
     layers = decoder_layers(verifier)
     states: dict[int, Tensor] = {}
@@ -105,6 +118,24 @@ def capture(
     if not aux_layers:
         return Features(last.new_empty(*last.shape[:2], 0, last.shape[2]), last)
     return Features(torch.stack([states[layer] for layer in aux_layers], dim=2), last)
+
+
+def _captured_apart(
+    verifier: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, aux_layers: Sequence[int]
+) -> Features:
+    """Run each document as a row of its own, together with others of similar length, and join the states again."""
+    parts, places = [], []
+    for group in DocumentLayout.of(document_numbers(position_ids)).groups:
+        steps = torch.arange(group.shape[1], device=group.device)
+        # Padding goes on behind a document, which does not see it.
+        positions = position_ids.flatten()[group[:, :1]] + steps
+        own = _captured(verifier, input_ids.flatten()[group.clamp(min=0)], positions, aux_layers)
+        real = group >= 0
+        parts.append((own.aux[real], own.last[real]))
+        places.append(group[real])
+    order = torch.cat(places).argsort()
+    aux, last = (torch.cat(one)[order].unflatten(0, input_ids.shape) for one in zip(*parts, strict=True))
+    return Features(aux, last)
 
 
 @torch.no_grad()
@@ -127,8 +158,8 @@ def check_logits(verifier: PreTrainedModel) -> None:
         rebuilt, own = parts.logits(last), verifier(tokens, use_cache=False).logits
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise UsageError(
-            f"{type(verifier).__name__}: its forward pass fails, so what its config.json says does not go together: "
-            f"{reason_of(error)}"
+            f"{type(verifier).__name__}: its forward pass fails, so what {verifier.config._name_or_path}/config.json "
+            f"says does not go together: {reason_of(error)}"
         ) from error
     check_finite(own, verifier, name_of(verifier))
     if not torch.allclose(rebuilt.float(), own.float(), atol=1e-2, rtol=1e-2):
@@ -138,25 +169,51 @@ def check_logits(verifier: PreTrainedModel) -> None:
         )
 
 
-@torch.no_grad()
 def check_documents(verifier: PreTrainedModel) -> None:
-    """Make sure that a document of a packed row does not read the one before it.
+    """Make sure that a document of a packed row does not read the one before it, for a verifier that is split.
 
-    Families that attend in a way of their own, and whose masks are made without the positions, let it.
+    Families that keep a recurrent state, or attend in a way of their own, let it. Elsewhere ``capture`` runs their
+    documents one a row; processes that share a verifier would have different numbers of passes then.
 
     Raises:
         UsageError: It does.
     """
+    if not _keeps_apart(verifier):
+        raise UsageError(
+            f"verifier_sharding: {type(verifier).__name__} reads across the documents of a packed row, and a verifier "
+            "that is split over processes cannot run them one by one; train with data.packing: false, without "
+            "verifier_sharding, or from states that specforge prepare features has stored"
+        )
+
+
+_apart: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def _must_separate(verifier: PreTrainedModel) -> bool:
+    """Tell whether each document needs a row of its own; known after the first time."""
+    if isinstance(decoder_layers(verifier)[0], FSDPModule):
+        return False
+    if verifier not in _apart:
+        _apart[verifier] = not _keeps_apart(verifier)
+    return _apart[verifier]
+
+
+@torch.no_grad()
+def _keeps_apart(verifier: PreTrainedModel) -> bool:
+    """Tell whether a document of a packed row is independent of the one before it."""
+    # Chunks are counted from where a row begins.
+    if "chunked_attention" in (getattr(verifier.config.get_text_config(), "layer_types", None) or []):
+        return False
     vocabulary = verifier.config.get_text_config().vocab_size
     tokens = torch.arange(1, 9).remainder(vocabulary)[None].to(verifier.device)
     others = torch.cat([tokens[:, :4].flip(1), tokens[:, 4:]], dim=1)
     positions = torch.arange(4, device=tokens.device).repeat(2)[None]
-    behind, behind_others = (capture(verifier, one, positions, [0]).last[:, 4:] for one in (tokens, others))
-    if not torch.allclose(behind, behind_others, atol=1e-2 * float(behind.abs().max()), rtol=0):
-        raise UsageError(
-            f"data.packing: {type(verifier).__name__} attends across the documents of a packed row, so drafts would "
-            "learn from states that serving does not have; train with data.packing: false and data.features: live"
-        )
+    after, after_others = (_captured(verifier, one, positions, [0]).last[:, 4:] for one in (tokens, others))
+    return torch.allclose(after, after_others, atol=1e-2 * float(after.abs().max()), rtol=0)
+
+
+def _has_several(position_ids: Tensor) -> bool:
+    return bool((position_ids.diff(dim=1) != 1).any())
 
 
 def name_of(verifier: PreTrainedModel) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -140,7 +141,7 @@ def load_verifier(
         raise UsageError(f"verifier {name_or_path} cannot be loaded: {reason_of(error)}") from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
-        why = _misfit(config, name_or_path, loading)
+        why = _misfit(config, name_or_path, loading, report["missing_keys"])
         because = f"; {CONFIG_NAME}: {why}" if why else ""
         raise UsageError(f"verifier {name_or_path} lacks weights ({len(report['missing_keys'])}): {missing}{because}")
     attend_by_documents(model)
@@ -157,10 +158,15 @@ def _built(config: PreTrainedConfig, loading: VerifierLoading) -> PreTrainedMode
     return model
 
 
-def _misfit(config: PreTrainedConfig, name_or_path: str, loading: VerifierLoading) -> str | None:
+def _misfit(
+    config: PreTrainedConfig, name_or_path: str, loading: VerifierLoading, missing: Collection[str] = ()
+) -> str | None:
     """Say why weights do not fit a configuration; None where they do, or cannot be told to."""
+    from specforge.verifier.parts import stored_shapes  # which imports this module
+
     try:
-        return why_not_fitting(config, partial(_built, loading=loading), name_or_path, loading.revision)
+        shapes = stored_shapes(name_or_path, loading.revision)
+        return why_not_fitting(config, partial(_built, loading=loading), shapes, missing)
     except Exception:  # the files are damaged, or of another kind, which loading says itself
         return None
 

@@ -42,12 +42,16 @@ def attend_by_documents(verifier: PreTrainedModel) -> None:
 @contextmanager
 def documents_of(position_ids: Tensor) -> Iterator[None]:
     """Attend within documents in this thread; one begins wherever positions, [B, T], do not go on by 1."""
-    begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0))
-    token = _layout.set(DocumentLayout.of(begins.cumsum(1)))
+    token = _layout.set(DocumentLayout.of(document_numbers(position_ids)))
     try:
         yield
     finally:
         _layout.reset(token)
+
+
+def document_numbers(position_ids: Tensor) -> Tensor:
+    """Number the documents of rows, [B, T]; one begins wherever positions, [B, T], do not go on by 1."""
+    return F.pad(position_ids.diff(dim=1) != 1, (1, 0)).cumsum(1)
 
 
 def _attention(

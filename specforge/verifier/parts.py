@@ -168,6 +168,23 @@ def read_tensors(name_or_path: str, wanted: Iterable[str], revision: str | None 
     return tensors
 
 
+def stored_shapes(name_or_path: str, revision: str | None = None) -> dict[str, list[int]]:
+    """Return the shapes of all tensors of a checkpoint, by name; all of its files are opened.
+
+    Raises:
+        UsageError: The checkpoint has no safetensors, or a file is damaged.
+    """
+    shapes: dict[str, list[int]] = {}
+    for file_name in sorted(set(files_of(name_or_path, revision).values())) or [WEIGHTS]:
+        path = find_file(name_or_path, file_name, revision=revision)
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  (no mapping)
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path} is damaged or not a safetensors file: {error}") from None
+    return shapes
+
+
 def all_names(name_or_path: str, revision: str | None = None) -> list[str]:
     """Return the names of all tensors of a checkpoint.
 
@@ -176,12 +193,7 @@ def all_names(name_or_path: str, revision: str | None = None) -> list[str]:
     """
     if files := files_of(name_or_path, revision):
         return list(files)
-    path = find_file(name_or_path, WEIGHTS, revision=revision)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is damaged or not a safetensors file: {error}") from None
+    return list(stored_shapes(name_or_path, revision))
 
 
 def files_of(name_or_path: str, revision: str | None) -> dict[str, str]:

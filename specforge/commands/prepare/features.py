@@ -33,7 +33,7 @@ from specforge.registry import installed
 from specforge.training.cli import TrainingCLI
 from specforge.training.config_files import choose_algorithm
 from specforge.training.module import DraftModule
-from specforge.verifier.features import capture, check_documents, check_logits
+from specforge.verifier.features import capture, check_logits
 from specforge.verifier.loading import running_verifier
 
 DESCRIPTION = """\
@@ -164,7 +164,6 @@ class _Verifier:
             torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
         verifier = running_verifier(self.module.verifier_name, self.module.verifier_loading)
         check_logits(verifier)
-        check_documents(verifier)  # rows are packed here, whatever training does
         return verifier
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
