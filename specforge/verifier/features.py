@@ -97,7 +97,7 @@ def capture(
     Returns:
         The states, in the verifier's type.
     """
-    if not options and _has_several(position_ids) and _must_separate(verifier):
+    if not options and _has_several(position_ids) and not packs(verifier):
         return _captured_apart(verifier, input_ids, position_ids, aux_layers)
     return _captured(verifier, input_ids, position_ids, aux_layers, **options)
 
@@ -186,16 +186,19 @@ def check_documents(verifier: PreTrainedModel) -> None:
         )
 
 
-_apart: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_packs: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
-def _must_separate(verifier: PreTrainedModel) -> bool:
-    """Tell whether each document needs a row of its own; known after the first time."""
+def packs(verifier: PreTrainedModel) -> bool:
+    """Tell whether packed rows run as they are; otherwise each document becomes a row. Found out the first time.
+
+    Rows of a verifier that is split over processes always do: see ``check_documents``.
+    """
     if isinstance(decoder_layers(verifier)[0], FSDPModule):
-        return False
-    if verifier not in _apart:
-        _apart[verifier] = not _keeps_apart(verifier)
-    return _apart[verifier]
+        return True
+    if verifier not in _packs:
+        _packs[verifier] = _keeps_apart(verifier)
+    return _packs[verifier]
 
 
 @torch.no_grad()

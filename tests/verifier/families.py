@@ -1,0 +1,240 @@
+"""Try every family of ``tiny_families`` as a verifier, and write what works into docs/families.md.
+
+    python tests/verifier/families.py            try all of them, and write the table
+    python tests/verifier/families.py gpt2 opt   try some, and print what came of them
+
+Each is a tiny random verifier that the commands of specforge work with as a user would, all in this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+import torch
+import transformers
+from tiny_families import FAMILIES, VOCABULARY, make
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specforge.__main__ import main
+from specforge.errors import SpecforgeError
+from specforge.models import SpeculatorModel
+from specforge.verifier.features import capture, packs
+from specforge.verifier.loading import load_verifier
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+ALGORITHMS = {
+    "eagle3": ["--algorithm", "eagle3", "--model.draft.draft_vocab_size", "64", "--model.ttt_steps", "3"],
+    "eagle": ["--algorithm", "eagle"],
+    "hass": ["--algorithm", "eagle", "--model.alignment_steps", "3", "--model.draft.fusion_bias", "true"],
+    "mlp": ["--algorithm", "mlp"],
+}
+YES = "yes"
+NEW_TOKENS = 12
+
+
+@dataclass
+class Outcome:
+    """What came of a family.
+
+    Attributes:
+        model_class: Class of the verifier.
+        packed: Whether documents of a row run in one pass.
+        found: ``YES`` or the reason why not, by what was tried.
+    """
+
+    model_class: str = ""
+    packed: bool = False
+    found: dict[str, str] = field(default_factory=dict)
+
+
+class Trial:
+    """One family, tried in a folder of its own.
+
+    Args:
+        name: Its name in ``FAMILIES``.
+        folder: An empty folder.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.folder = folder
+        self.verifier_folder = folder / "verifier"
+        make(name, self.verifier_folder)
+        self.rows = write_rows(folder / "rows.jsonl")
+
+    def verifier(self) -> PreTrainedModel:
+        """Load the verifier."""
+        return load_verifier(str(self.verifier_folder))
+
+    def fit(self, algorithm: str, output: str, *more: str) -> str:
+        """Train for two steps on packed rows."""
+        return command(
+            "fit",
+            *self._words(algorithm),
+            *("--output_dir", str(self.folder / output), "--seed_everything", "1"),
+            *("--trainer.max_steps", "2", "--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false"),
+            *("--trainer.logger", "false"),
+            *more,
+        )
+
+    def stored(self) -> str:
+        """Store the states, and train on them to the same draft as with the verifier at work."""
+        features = self.folder / "features"
+        said = command("prepare", "features", *self._words("eagle3"), "--output", str(features), "--dtype", "float32")
+        if said != YES:
+            return said
+        said = self.fit("eagle3", "stored", "--data.features", str(features))
+        if said != YES:
+            return said
+        live, stored = (self.draft(one).state_dict() for one in ("eagle3", "stored"))
+        same = all(torch.allclose(live[name], stored[name], atol=1e-4, rtol=1e-3) for name in live)
+        return YES if same else "another draft than with the verifier at work"
+
+    def export(self) -> str:
+        """Export the draft, and verify the export beside the verifier."""
+        output = self.folder / "export"
+        said = command("export", str(self._draft("eagle3")), "--format", "vllm", "--output", str(output))
+        if said != YES:
+            return said
+        return command("verify", str(output), "--verifier", str(self.verifier_folder))
+
+    def generate(self) -> str:
+        """Generate with the draft what the verifier generates without."""
+        draft, verifier = self.draft("eagle3"), self.verifier()
+        prompts = torch.tensor([[5, 9, 14, 33, 60], [7, 3, 71, 20, 11]])
+        with torch.no_grad():
+            expected = verifier.generate(prompts, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+        draft.attach_verifier(verifier)
+        try:
+            found = draft.generate(prompts, max_new_tokens=NEW_TOKENS, eos_token_id=[])
+        except SpecforgeError as error:
+            return str(error)
+        return YES if torch.equal(found, expected) else "another text than the verifier's"
+
+    def draft(self, output: str) -> SpeculatorModel:
+        """Read the draft of a run."""
+        return SpeculatorModel.from_pretrained(self._draft(output))
+
+    def _draft(self, output: str) -> Path:
+        return self.folder / output / "version_0" / "draft"
+
+    def _words(self, algorithm: str) -> list[str]:
+        return [
+            *ALGORITHMS[algorithm],
+            *("--verifier", str(self.verifier_folder)),
+            *("--data.train", str(self.rows), "--data.validation", str(self.rows)),
+            *("--data.max_length", "64", "--data.batch_size", "2", "--data.cache_dir", str(self.folder / "cache")),
+            *("--trainer.accelerator", "cpu"),
+        ]
+
+
+def packed_states_are_right(verifier: PreTrainedModel) -> bool:
+    """Tell whether documents of a packed row have the states that they have alone."""
+    tokens = torch.arange(3, 3 + 40).remainder(VOCABULARY)[None]
+    lengths = [19, 1, 20]
+    packed = capture(verifier, tokens, torch.cat([torch.arange(one) for one in lengths])[None], [0, 2, 4])
+    alone = [
+        capture(verifier, one, torch.arange(one.shape[1])[None], [0, 2, 4]) for one in tokens.split(lengths, dim=1)
+    ]
+    return _close(packed.last, torch.cat([one.last for one in alone], 1)) and _close(
+        packed.aux, torch.cat([one.aux for one in alone], 1)
+    )
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-3)
+
+
+def write_rows(path: Path) -> Path:
+    """Write rows of ready tokens."""
+    draw = random.Random(0)
+    rows = []
+    for _ in range(6):
+        length = draw.randint(8, 30)
+        rows.append({
+            "input_ids": [draw.randrange(3, VOCABULARY) for _ in range(length)],
+            "loss_mask": [int(index > 3) for index in range(length)],
+        })  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def command(*words: str) -> str:
+    """Run a command; return ``YES``, or the error that it ends with."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        status = main(list(words))
+    if status == 0:
+        return YES
+    return re.sub(r"\S+/(verifier|draft)\b", r"\1", said.getvalue().rpartition("error: ")[2].strip())
+
+
+def tried(name: str, folder: Path) -> Outcome:
+    """Try everything with a family."""
+    trial = Trial(name, folder)
+    verifier = trial.verifier()
+    found = {algorithm: trial.fit(algorithm, algorithm) for algorithm in ALGORITHMS}
+    if not packed_states_are_right(verifier):
+        found["eagle3"] = "packed documents have other states than alone"
+    if found["eagle3"] == YES:
+        found |= {"stored": trial.stored(), "export": trial.export(), "generate": trial.generate()}
+    return Outcome(type(verifier).__name__, packs(verifier), found)
+
+
+def table(outcomes: dict[str, Outcome]) -> str:
+    """Return a table in Markdown, with the reasons below it."""
+    tried_things = (*ALGORITHMS, "stored", "export", "generate")
+    reasons: list[str] = []
+
+    def cell(said: str) -> str:
+        if said == YES:
+            return YES
+        if said not in reasons:
+            reasons.append(said)
+        return f"no ({reasons.index(said) + 1})"
+
+    lines = [
+        f"| family | class of the verifier | packed rows | {' | '.join(tried_things)} |",
+        "|---" * (len(tried_things) + 3) + "|",
+    ]
+    for name, outcome in outcomes.items():
+        cells = [cell(outcome.found.get(thing, "there is no draft")) for thing in tried_things]
+        packed = "one pass" if outcome.packed else "one document a row"
+        lines.append(f"| {name} | `{outcome.model_class}` | {packed} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, start=1))])
+
+
+def run(names: list[str]) -> int:
+    """Try some families, or all."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.disable_progress_bar()
+    outcomes = {}
+    for name in names or FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:
+            outcomes[name] = tried(name, Path(folder))
+        print(name, outcomes[name], flush=True)
+    if names:
+        print(table(outcomes))
+        return 0
+    before, mark, _ = PAGE.read_text(encoding="utf-8").partition("<!-- table -->")
+    PAGE.write_text(f"{before}{mark}\n\n{table(outcomes)}\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
