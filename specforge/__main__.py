@@ -58,6 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has gone; leave quietly instead of failing once more at the flush on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # A path that may not be read, a full disk: nothing that a traceback would explain.
+        if verbose:
+            traceback.print_exc()
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+        print(f"{program}: error: {what}", file=sys.stderr)
+        return SpecforgeError.exit_status
 
 
 def help_text(registry: Registry) -> str:

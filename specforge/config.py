@@ -254,10 +254,13 @@ def find_file(name_or_path: str | os.PathLike[str], file_name: str, **options: A
         UsageError: Neither the folder nor the hub has it.
     """
     folder = Path(name_or_path)
-    if folder.is_dir():
-        if not (folder / file_name).is_file():
-            raise UsageError(f"{folder} holds no {file_name}")
-        return folder / file_name
+    try:
+        if folder.is_dir():
+            if not (folder / file_name).is_file():
+                raise UsageError(f"{folder} holds no {file_name}")
+            return folder / file_name
+    except PermissionError as error:
+        raise UsageError(f"{folder / file_name} cannot be read: {error.strerror}") from None
     if folder.is_absolute() or not _looks_like_hub_id(str(name_or_path)):
         raise UsageError(
             f"{name_or_path} is not a folder (working directory {Path.cwd()}), nor a hub id like 'owner/name'"
@@ -277,11 +280,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
     Raises:
-        UsageError: It holds something else, or is no JSON at all.
+        UsageError: It cannot be read, holds something else, or is no JSON at all.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold a JSON object, not a {type(values).__name__}")

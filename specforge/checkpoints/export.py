@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,10 +24,13 @@ from specforge.data.prompts import Conversation
 from specforge.data.verifier_text import VerifierText
 from specforge.decoding.agreement import Agreement
 from specforge.errors import SpecforgeError, UsageError
+from specforge.models.base_components import plain_rope
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.storage import write_checkpoint
 from specforge.verifier.loading import VerifierLoading, load_config, running_verifier
 from specforge.verifier.parts import VerifierParts
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,13 @@ def _adapt(model: SpeculatorModel, facts: VerifierFacts, order: Order) -> None:
         # Engines that do not raise a shorter length stop accepting behind it.
         layers.max_position_embeddings = facts.max_position_embeddings or layers.max_position_embeddings
         layers.tie_word_embeddings = False
+        own, expected = plain_rope(layers.rope_parameters), plain_rope(facts.rope, getattr(layers, "head_dim", None))
+        if own != expected:
+            _log.warning(
+                "the draft's rotary positions are %s, and the verifier's %s: they are written as the draft has them",
+                own,
+                expected,
+            )
     if order.dtype is not None:
         model.cast(order.dtype)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from specforge.checkpoints.verifier_facts import VerifierFacts
-from specforge.models.base_components import plain_rope
 
 # What a causal language model's configuration says beside its layers.
 NOT_OF_THE_LAYERS = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map")
@@ -27,15 +26,6 @@ def with_old_rope(layers: dict[str, Any]) -> dict[str, Any]:
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     is_scaled = rope.get("rope_type", "default") != "default"
     return {**layers, "rope_theta": rope["rope_theta"], "rope_scaling": scaling if is_scaled else None}
-
-
-def with_new_rope(layers: dict[str, Any]) -> dict[str, Any]:
-    """Move rotary positions that stand under the old names alone to ``rope_parameters``."""
-    if "rope_parameters" in layers:
-        return {name: value for name, value in layers.items() if name not in ("rope_theta", "rope_scaling")}
-    scaling = layers.get("rope_scaling") or {"rope_type": "default"}
-    rest = {name: value for name, value in layers.items() if name not in ("rope_theta", "rope_scaling")}
-    return {**rest, "rope_parameters": {**scaling, "rope_theta": layers.get("rope_theta", 10000.0)}}
 
 
 def position_faults(layers: dict[str, Any], verifier: VerifierFacts | None) -> Iterator[str]:
@@ -65,10 +55,6 @@ def position_faults(layers: dict[str, Any], verifier: VerifierFacts | None) -> I
             f"max_position_embeddings is {layers.get('max_position_embeddings')}, but the verifier's is "
             f"{longest}: behind the shorter one, engines that do not raise it stop accepting"
         )
-    own = plain_rope(with_new_rope(layers)["rope_parameters"])
-    expected = plain_rope(verifier.rope, layers.get("head_dim"))
-    if expected and own != expected:
-        yield f"the rotary positions are {own}, but the verifier's are {expected}"
 
 
 def width_faults(width: int | None, verifier: VerifierFacts | None) -> Iterator[str]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from specforge.checkpoints.verifier_facts import VerifierFacts
-from specforge.config import find_file
+from specforge.config import find_file, read_json
 from specforge.errors import UsageError, describe_invalid
 
 PROBE = "specforge_probe.json"
@@ -113,7 +113,7 @@ class Probe(BaseModel):
         except UsageError as error:
             raise UsageError(f"{error}; specforge verify checks what specforge export wrote") from None
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            return cls.model_validate(read_json(path))
         except ValidationError as error:
             raise UsageError(f"{path}: {describe_invalid(error)}") from None
 

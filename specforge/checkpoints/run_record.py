@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -16,6 +18,9 @@ DRAFT = "draft"
 CONFIG = "config.yaml"
 BEST = Path("checkpoints") / "best.ckpt"
 PROMPTS = 4
+Read = TypeVar("Read")
+Choice = tuple[str, float, int | None] | tuple[()]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,17 +52,10 @@ class RunRecord:
 
     @classmethod
     def read(cls, run: Path) -> RunRecord:
-        """Read the files of a run folder; a file that is missing is no fault."""
-        settings: dict[str, Any] = {}
-        if (run / CONFIG).is_file():
-            settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")) or {}
-        if not (run / BEST).is_file():
-            return cls(settings)
-        saved = torch.load(run / BEST, map_location="cpu", weights_only=True, mmap=True)
-        for state in saved.get("callbacks", {}).values():
-            if isinstance(state, dict) and state.get("best_model_score") is not None:
-                return cls(settings, state["monitor"], float(state["best_model_score"]), saved.get("global_step"))
-        return cls(settings)
+        """Read the files of a run folder; one that is missing or damaged is no obstacle, and told of."""
+        settings = _readable(run / CONFIG, _settings, {})
+        nothing: Choice = ()
+        return cls(settings, *_readable(run / BEST, _chosen_by, nothing))
 
 
 def find_draft(source: str) -> tuple[str, RunRecord]:
@@ -80,3 +78,31 @@ def find_draft(source: str) -> tuple[str, RunRecord]:
     if folder.name == DRAFT and (folder.parent / CONFIG).is_file():
         return source, RunRecord.read(folder.parent)
     return source, RunRecord()
+
+
+def _readable(path: Path, read: Callable[[Path], Read], otherwise: Read) -> Read:
+    """Return what is read of a file, or something else if it is missing or damaged; the draft is whole without it."""
+    try:
+        return read(path) if path.is_file() else otherwise
+    except Exception as error:  # damaged files fail in many ways
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        _log.warning("%s cannot be read, and nothing of it is noted: %s", path, reason)
+        return otherwise
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(settings, dict) or not all(
+        isinstance(settings.get(one) or {}, dict) for one in ("data", "model")
+    ):
+        raise ValueError("it does not hold the settings of a run")
+    return settings
+
+
+def _chosen_by(path: Path) -> Choice:
+    """Return the metric that chose the draft, its value and the step; nothing if none did."""
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    for state in saved.get("callbacks", {}).values():
+        if isinstance(state, dict) and state.get("best_model_score") is not None:
+            return state["monitor"], float(state["best_model_score"]), saved.get("global_step")
+    return ()

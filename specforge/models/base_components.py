@@ -97,6 +97,19 @@ def family(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+def built(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
+    """Build a configuration of transformers from stored values.
+
+    Raises:
+        ValueError: Transformers refuses them, in whatever way.
+    """
+    try:
+        return config_class(**values)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"transformers refuses it as a {config_class.model_type} configuration: {reason}") from None
+
+
 @dataclass(frozen=True)
 class DecoderLayer:
     """A decoder layer of any family of transformers, and what goes with it.

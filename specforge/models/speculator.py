@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -16,7 +16,7 @@ from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
 from specforge.models.drafter import Drafter
 from specforge.models.generated import Generated
-from specforge.models.storage import read_all_weights, write_checkpoint
+from specforge.models.storage import FLOATS, read_all_weights, write_checkpoint
 from specforge.registry import installed
 from specforge.verifier.features import Features
 from specforge.verifier.loading import load_verifier
@@ -265,10 +265,19 @@ class SpeculatorModel(nn.Module):
             where: What to name in error messages.
 
         Raises:
-            UsageError: Tensors are missing, unknown or of the wrong shape; they are named.
+            UsageError: The configuration describes no network that can be built; tensors are missing, unknown or of the
+                wrong shape or type, or contradict each other; they are named.
         """
-        with torch.device("meta"):
-            model = cls.for_state(config, state)
+        try:
+            with torch.device("meta"):
+                model = cls.for_state(config, state)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+        except Exception as error:  # what transformers and torch make of sizes that do not go together
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"{where}: no {cls.__name__} can be built from its configuration: {type(error).__name__}: {reason}"
+            ) from None
         own = model.state_dict()
         faults = [f"missing: {name}" for name in sorted(own.keys() - state.keys())]
         faults += [f"unknown: {name}" for name in sorted(state.keys() - own.keys())]
@@ -277,6 +286,11 @@ class SpeculatorModel(nn.Module):
             for name in sorted(own.keys() & state.keys())
             if own[name].shape != state[name].shape
         ]
+        faults = faults or [fault for name in own for fault in _type_faults(name, state[name], own[name])]
+        if not faults:
+            # Whole numbers are stored in types of any width; the network has one for each tensor.
+            state = {n: one if own[n].is_floating_point() else one.to(own[n].dtype) for n, one in state.items()}
+            faults = list(model.stored_faults(state))
         if faults:
             more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
             raise UsageError(f"{where} does not fit {cls.__name__}: {'; '.join(faults[:8])}{more}")
@@ -288,6 +302,14 @@ class SpeculatorModel(nn.Module):
     def for_state(cls, config: SpeculatorModelConfig, state: Mapping[str, Tensor]) -> Self:
         """Build the network that stored tensors belong to; overridden where they decide its structure."""
         return cls(config)
+
+    def stored_faults(self, state: Mapping[str, Tensor]) -> Iterator[str]:
+        """Yield what is wrong with the values of stored tensors; overridden where they may contradict each other.
+
+        Args:
+            state: Tensors by name, of the network's own shapes and types.
+        """
+        yield from ()
 
     def reset_constants(self) -> None:
         """Compute buffers that no checkpoint holds, such as rotary frequencies; overridden where there are any."""
@@ -327,3 +349,15 @@ def network_of(config: SpeculatorModelConfig) -> type[SpeculatorModel]:
         installed().find(Algorithm, config.speculators_model_type), "model"
     )
     return network
+
+
+def _type_faults(name: str, stored: Tensor, own: Tensor) -> Iterator[str]:
+    """Yield why a stored tensor cannot stand for the network's own one of the same shape."""
+    kind = str(stored.dtype).removeprefix("torch.")
+    if own.is_floating_point():
+        if stored.dtype not in FLOATS:
+            yield f"{name} is {kind}; quantised weights are not read, only float32, bfloat16, float16 and float64"
+    elif stored.is_floating_point() or stored.is_complex() or (stored.dtype == torch.bool) > (own.dtype == torch.bool):
+        yield f"{name} is {kind}, and must hold whole numbers"
+    elif own.dtype == torch.bool and bool(((stored != 0) & (stored != 1)).any()):
+        yield f"{name} must hold 0 and 1, and holds {int(stored.max())}"

@@ -18,6 +18,10 @@ from specforge.config import CONFIG_NAME
 from specforge.errors import SpecforgeError, UsageError
 from specforge.verifier.files import WEIGHTS, find_weights
 
+# Types of weights that are read, and endings of the names of what quantisers store beside theirs.
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+QUANTISED = (".weight_scale", ".weight_scale_inv", ".input_scale", ".qweight", ".qzeros", ".SCB", ".absmax")
+
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read all tensors of a safetensors or ``.bin`` file; of the latter, nothing but tensors is ever unpickled.
@@ -28,23 +32,55 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
-        except (SafetensorError, OSError) as error:
+        except PermissionError as error:
+            raise _unreadable(path, error) from None
+        except (SafetensorError, OSError, ValueError) as error:
             raise UsageError(f"{path} is damaged or not a safetensors file: {error}") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise _unreadable(path, error) from None
     except Exception as error:  # damaged files fail in many ways
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UsageError(f"{path} is damaged, or holds more than tensors, which is not loaded: {reason}") from None
-    if not isinstance(content, dict) or not all(isinstance(one, Tensor) for one in content.values()):
-        raise UsageError(f"{path} holds something else than tensors by name")
+    if not isinstance(content, dict) or not all(map(_is_named_tensor, content.items())):
+        raise UsageError(f"{path} holds something else than dense tensors by name")
     return content
 
 
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    name, one = item
+    is_dense = isinstance(one, Tensor) and one.layout is torch.strided and not one.is_meta and not one.is_quantized
+    return isinstance(name, str) and is_dense
+
+
+def _unreadable(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"{path} cannot be read: {error.strerror or error}")
+
+
 def read_all_weights(name_or_path: str | os.PathLike[str], **options: Any) -> dict[str, Tensor]:
-    """Read all tensors of a checkpoint, see ``find_weights`` and ``read_weights``."""
-    return {
-        name: tensor for path in find_weights(name_or_path, **options) for name, tensor in read_weights(path).items()
-    }
+    """Read all tensors of a checkpoint, see ``find_weights`` and ``read_weights``.
+
+    Raises:
+        UsageError: A file is missing or damaged, or two of them hold the same tensor.
+    """
+    state: dict[str, Tensor] = {}
+    for path in find_weights(name_or_path, **options):
+        tensors = read_weights(path)
+        if twice := sorted(state.keys() & tensors.keys()):
+            raise UsageError(f"{path} holds {twice[0]}, and so does another file of {name_or_path}")
+        state |= tensors
+    if quantised := sorted(name for name, one in state.items() if _is_quantised(name, one)):
+        raise UsageError(
+            f"{name_or_path} holds quantised weights ({quantised[0]} is {state[quantised[0]].dtype}), FP8 or another "
+            "scheme with scales, which is not read; use weights in bfloat16, float16 or float32"
+        )
+    return state
+
+
+def _is_quantised(name: str, tensor: Tensor) -> bool:
+    is_short_float = tensor.is_floating_point() and tensor.dtype not in FLOATS
+    return is_short_float or name.endswith(QUANTISED)
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -62,6 +98,8 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], state: Mapping[str
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, beside[WEIGHTS], metadata={"format": "pt"})
         beside[CONFIG_NAME].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        # safetensors makes its files private; every other file has the mode that the umask asks for.
+        beside[WEIGHTS].chmod(beside[CONFIG_NAME].stat().st_mode)
         for name, path in beside.items():
             os.replace(path, folder / name)
     except (OSError, SafetensorError) as error:

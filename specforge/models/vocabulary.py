@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -55,3 +56,24 @@ class DraftVocabulary:
     def coverage(self, counts: Tensor) -> float:
         """Return the share of counted tokens, int64 [V], that lie in the draft vocabulary."""
         return float(counts[self.t2d].sum() / counts.sum().clamp(min=1))
+
+
+def map_faults(d2t: Tensor, t2d: Tensor | None, size: int) -> Iterator[str]:
+    """Yield what is wrong with maps that were read from a file.
+
+    Args:
+        d2t: Offsets [D], integers.
+        t2d: Mask [V]; None if the file has none.
+        size: Number V of the verifier's tokens.
+    """
+    ids = d2t.long() + torch.arange(d2t.numel())
+    if bool((ids.diff() <= 0).any()) or int(ids[0]) < 0 or int(ids[-1]) >= size:
+        absolute = bool((d2t.diff() > 0).all()) and int(d2t[0]) >= 0 and int(d2t[-1]) < size
+        hint = "; it looks like the ids themselves, but must hold id - index" if absolute else ""
+        yield f"d2t[i] + i are not ascending ids below {size}{hint}"
+    elif t2d is not None and not torch.equal(marked := t2d.nonzero().squeeze(-1), ids):
+        zeros = "" if bool(d2t.any()) else ", which is all zeros"
+        yield (
+            f"t2d marks {marked.numel()} tokens, and they are not the {ids.numel()} that d2t leads to{zeros}; d2t must "
+            "hold id - index"
+        )

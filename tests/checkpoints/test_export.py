@@ -94,14 +94,16 @@ def test_the_verifiers_length_is_written(draft_of: Callable[..., Path], tmp_path
     assert config_of(tmp_path / "draft-vllm")["max_position_embeddings"] == 512
 
 
-def test_positions_other_than_the_verifiers_are_refused(
-    draft_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_positions_other_than_the_verifiers_are_written_as_they_are_and_told(
+    draft_of: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     draft = SpeculatorModel.from_pretrained(draft_of("eagle"))
     draft.config.transformer_layer_config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
     draft.save_pretrained(tmp_path / "draft")
-    assert main(["export", str(tmp_path / "draft"), "--format", "vllm"]) == 2
-    assert "the rotary positions are" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "draft"), "--format", "vllm", "--skip_verifier"]) == 0
+    stored = config_of(tmp_path / "draft-vllm")
+    assert stored["rope_theta"] == stored["rope_parameters"]["rope_theta"] == 5.0
+    assert "they are written as the draft has them" in caplog.text
 
 
 def test_a_format_of_another_algorithm_is_refused_with_the_own_ones(

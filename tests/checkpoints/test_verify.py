@@ -107,7 +107,7 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
     "layer ids shifted": ("eagle3/vllm", setting(IDS, lambda ids: [one + 1 for one in ids]), rf"{IDS} is \[3, 5, 6\]"),
     "layer ids not ascending": ("eagle3/vllm", setting(IDS, [5, 4, 2]), "must be ascending"),
     "layer ids missing": ("eagle3/vllm", setting(IDS, None), f"{IDS} is not said"),
-    "d2t absolute": ("eagle3/vllm", tensor("d2t", absolute), "d2t must hold id - place|looks like the ids themselves"),
+    "d2t absolute": ("eagle3/vllm", tensor("d2t", absolute), "d2t must hold id - index|looks like the ids themselves"),
     "d2t and t2d absolute": (
         "eagle3/vllm",
         both(tensor("d2t", absolute), tensor("t2d", None)),
@@ -133,7 +133,7 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
     "rope theta changed": (
         "eagle3/vllm",
         both(setting(f"{LAYERS}.rope_parameters.rope_theta", 5e5), setting(f"{LAYERS}.rope_theta", 5e5)),
-        "rotary positions are",
+        r"rope_theta is 500000\.0, but the draft was trained with 10000\.0",
     ),
     "rope theta changed in its old place": (
         "eagle3/vllm",

@@ -9,7 +9,8 @@ from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedConfig
 
 from specforge.config import SpeculatorModelConfig
 from specforge.errors import UsageError, nearest_name
-from specforge.models.base_components import DecoderLayer, decoder_layer
+from specforge.models.base_components import FAMILIES, DecoderLayer, built, decoder_layer
+from specforge.models.rope import with_settled_rope
 
 # Pydantic must not take transformers' configuration apart field by field: the validator below checks it.
 LayerConfig = Annotated[PreTrainedConfig, GetPydanticSchema(lambda _, handler: handler(Any))]
@@ -68,7 +69,7 @@ class EagleSpeculatorConfig(SpeculatorModelConfig):
         if model_type not in CONFIG_MAPPING:
             hint = nearest_name(str(model_type), CONFIG_MAPPING.keys())
             raise ValueError(f"model_type: transformers knows no {model_type!r}.{hint}")
-        return _make(CONFIG_MAPPING[model_type], value).get_text_config()
+        return _make(CONFIG_MAPPING[model_type], with_settled_rope(value, FAMILIES)).get_text_config()
 
     @field_serializer("transformer_layer_config")
     def serialize_transformer_layer_config(self, value: PreTrainedConfig) -> dict[str, Any]:
@@ -104,8 +105,4 @@ def _stored(config: PreTrainedConfig) -> dict[str, Any]:
 def _make(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
     # Given as an argument, the type would become an attribute that configurations made otherwise lack.
     arguments = {name: value for name, value in values.items() if name != "model_type"}
-    try:
-        return config_class(**arguments)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"transformers refuses it as a {config_class.model_type} configuration: {reason}") from None
+    return built(config_class, arguments)

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from specforge.config import SpeculatorModelConfig
 from specforge.errors import UsageError
-from specforge.models.base_components import family
+from specforge.models.base_components import FAMILIES, built, family
+from specforge.models.rope import with_settled_rope
 
 # Pydantic must not take transformers' configuration apart field by field: the validator below checks it.
 LayerConfig = Annotated[PreTrainedConfig, GetPydanticSchema(lambda _, handler: handler(Any))]
@@ -67,9 +68,10 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
         if not isinstance(value, dict):
             raise ValueError("must be a dict or a transformers configuration")
         try:
-            return family(value.get("model_type", "llama")).config(**value)
+            config_class = family(str(value.get("model_type", "llama"))).config
         except UsageError as error:
             raise ValueError(f"model_type: {error}") from None
+        return built(config_class, with_settled_rope(value, FAMILIES))
 
     @field_serializer("transformer_layer_config")
     def serialize_transformer_config(self, value: PreTrainedConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from specforge.checkpoints.speculators import LAYERS, SpeculatorsLayout
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.models.speculator import SpeculatorModel
 from specforge_eagle3.model import Eagle3DraftModel
-from specforge_eagle3.rules import EMBEDDINGS, LAYER_IDS, layer_id_faults, tensor_faults, without_borrowed_embeddings
+from specforge_eagle3.rules import EMBEDDINGS, LAYER_IDS, layer_id_faults, tensor_faults
 
 NUM_AUX = "num_aux_hidden_states"
 
@@ -73,7 +73,7 @@ class Eagle3SpeculatorsLayout(SpeculatorsLayout):
 
 
 class VLLMLayout(Eagle3SpeculatorsLayout):
-    """The same, without embeddings that are the verifier's: vLLM shares its own where a file has none."""
+    """The same, without embeddings where the draft borrows them: vLLM shares the verifier's if a file has none."""
 
     def recognises(self, stored: StoredDraft) -> bool:
         """Never: it is the speculators layout."""
@@ -81,11 +81,6 @@ class VLLMLayout(Eagle3SpeculatorsLayout):
 
     def prepare(self, model: SpeculatorModel) -> None:
         """Do nothing: the draft may go on borrowing."""
-
-    def write(self, model: SpeculatorModel) -> StoredDraft:
-        """Return tensors and configuration."""
-        stored = super().write(model)
-        return StoredDraft(stored.config, without_borrowed_embeddings(cast(Eagle3DraftModel, model)))
 
     def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
         """Yield what vLLM would refuse, leave at random, or run otherwise."""

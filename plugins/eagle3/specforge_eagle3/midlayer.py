@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specforge.checkpoints.layout import Layout, StoredDraft
-from specforge.checkpoints.plain import NOT_OF_THE_LAYERS, position_faults, width_faults, with_new_rope, with_old_rope
+from specforge.checkpoints.plain import NOT_OF_THE_LAYERS, position_faults, width_faults, with_old_rope
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.config import SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
@@ -22,7 +22,7 @@ from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import default_aux_layers
 from specforge_eagle3.config import Eagle3SpeculatorConfig
 from specforge_eagle3.model import Eagle3DraftModel
-from specforge_eagle3.rules import EMBEDDINGS, LAYER_IDS, layer_id_faults, tensor_faults, without_borrowed_embeddings
+from specforge_eagle3.rules import EMBEDDINGS, LAYER_IDS, layer_id_faults, tensor_faults
 
 OURS, PUBLISHED = "layers.0.", "midlayer."
 ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -49,9 +49,7 @@ class MidlayerLayout(Layout):
         unknown = {*NOT_OF_THE_LAYERS, *OPTIONS, *SIZES, LAYER_IDS, NESTED}
         config = Eagle3SpeculatorConfig.from_dict(
             {
-                "transformer_layer_config": with_new_rope(
-                    {name: value for name, value in values.items() if name not in unknown}
-                ),
+                "transformer_layer_config": {name: value for name, value in values.items() if name not in unknown},
                 "draft_vocab_size": draft_size,
                 "target_hidden_size": values.get("target_hidden_size"),
                 "eagle_aux_hidden_state_layer_ids": self.layers_before(values),
@@ -66,7 +64,7 @@ class MidlayerLayout(Layout):
             where=stored.config_where,
         )
         state = {_renamed(name, PUBLISHED, OURS): tensor for name, tensor in stored.tensors.items()}
-        return Eagle3DraftModel.from_state(config, _with_maps(state, config), where=stored.where)
+        return Eagle3DraftModel.from_state(config, _with_maps(state, config, stored.where), where=stored.where)
 
     def layers_before(self, values: dict[str, Any]) -> list[int] | None:
         """Return the layers before which features are taken, by what a ``config.json`` says; None for the default.
@@ -114,8 +112,7 @@ class MidlayerLayout(Layout):
         }
         if config.target_hidden_size is not None:
             values["target_hidden_size"] = config.target_hidden_size
-        state = without_borrowed_embeddings(draft)
-        tensors = {_renamed(name, OURS, PUBLISHED): tensor for name, tensor in state.items()}
+        tensors = {_renamed(name, OURS, PUBLISHED): tensor for name, tensor in draft.state_dict().items()}
         return StoredDraft(values | self.said_of_layers(draft), tensors)
 
     def said_of_layers(self, draft: Eagle3DraftModel) -> dict[str, Any]:
@@ -180,6 +177,10 @@ class SGLangLayout(MidlayerLayout):
             return None
         return [layer + 1 for layer in ids] if ids[0] == 1 else list(ids)
 
+    def prepare(self, model: SpeculatorModel) -> None:
+        """Let the draft borrow embeddings that are the verifier's: SGLang drafts with those anyway."""
+        cast(Eagle3DraftModel, model).borrow_embeddings()
+
     def write(self, model: SpeculatorModel) -> StoredDraft:
         """Return tensors and configuration.
 
@@ -240,17 +241,19 @@ def _renamed(name: str, old: str, new: str) -> str:
     return new + name.removeprefix(old) if name.startswith(old) else name
 
 
-def _with_maps(state: dict[str, Tensor], config: Eagle3SpeculatorConfig) -> dict[str, Tensor]:
+def _with_maps(state: dict[str, Tensor], config: Eagle3SpeculatorConfig, where: str) -> dict[str, Tensor]:
     """Add the map that readers do without; leave out maps of a vocabulary to itself."""
     d2t = state.get("d2t")
+    if d2t is None or d2t.is_floating_point():
+        return state
     if config.draft_vocab_size == config.target_vocab_size:
-        identity = d2t is not None and not d2t.any() and bool(state.get("t2d", torch.ones(1)).all())
-        return {name: one for name, one in state.items() if name not in ("d2t", "t2d")} if identity else state
-    if d2t is None or "t2d" in state:
-        return state
-    ids = d2t + torch.arange(d2t.numel())
-    if bool((ids < 0).any() or (ids >= config.target_vocab_size).any()):
-        return state
-    t2d = torch.zeros(config.target_vocab_size, dtype=torch.bool)
-    t2d[ids] = True
-    return {**state, "t2d": t2d}
+        if not bool(d2t.any()) and bool(state.get("t2d", torch.ones(1)).all()):
+            del state["d2t"]
+            state.pop("t2d", None)
+    elif "t2d" not in state and d2t.shape == (config.draft_vocab_size,):
+        if not bool(d2t.any()):
+            raise UsageError(f"{where}: d2t is all zeros, and there is no t2d: which tokens the draft has is not known")
+        ids = d2t.long() + torch.arange(d2t.numel())
+        state["t2d"] = torch.zeros(config.target_vocab_size, dtype=torch.bool)
+        state["t2d"][ids[(ids >= 0) & (ids < config.target_vocab_size)]] = True
+    return state

@@ -6,7 +6,7 @@ V verifier and D draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, Self, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
+from specforge.errors import UsageError
 from specforge.models.base_components import Family, draft_layer_config, family, norm_scale, start_norm
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention
 from specforge.models.draft_rows import DraftRows
@@ -23,7 +24,7 @@ from specforge.models.feature_drafter import FeatureDrafter
 from specforge.models.lean_blocks import make_lean
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.ttt_attention import run_first
-from specforge.models.vocabulary import DraftVocabulary
+from specforge.models.vocabulary import DraftVocabulary, map_faults
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features, default_aux_layers
 from specforge_eagle3.config import Eagle3SpeculatorConfig
@@ -109,7 +110,18 @@ class Eagle3DraftModel(SpeculatorModel):
     @classmethod
     def for_state(cls, config: SpeculatorModelConfig, state: Mapping[str, Tensor]) -> Self:
         """Build the network with embeddings of its own where the checkpoint holds some."""
+        if any(".kv_a_proj_with_mqa." in name for name in state):
+            raise UsageError("its layer has multi-head latent attention (MLA), which EAGLE-3 drafts do not have here")
+        layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
+        number = cast(Eagle3SpeculatorConfig, config).transformer_layer_config.num_hidden_layers
+        if number > max(len(layers), 1):
+            raise UsageError(f"num_hidden_layers is {number}, but the tensors are of {len(layers)} decoder layers")
         return cls(cast(Eagle3SpeculatorConfig, config), own_embeddings="embed_tokens.weight" in state)
+
+    def stored_faults(self, state: Mapping[str, Tensor]) -> Iterator[str]:
+        """Yield what is wrong with the maps between the vocabularies."""
+        if "d2t" in state:
+            yield from map_faults(state["d2t"], state["t2d"], self.config.target_vocab_size)
 
     @classmethod
     def from_training_args(cls, verifier_config: PreTrainedConfig, **kwargs: Any) -> Self:
@@ -191,6 +203,16 @@ class Eagle3DraftModel(SpeculatorModel):
         if self.embed_tokens is None:
             table = self.verifier_parts.embed_tokens.weight.detach().to(self.dtype, copy=True)
             self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=True)
+
+    def borrow_embeddings(self) -> None:
+        """Give up token embeddings that are the attached verifier's, and share those; others are kept."""
+        own, verifier = self.embed_tokens, self.verifier_parts.embed_tokens.weight
+        if own is None or own.weight.shape != verifier.shape:
+            return
+        # Both may have been rounded, to different types.
+        rounded = verifier.to(own.weight.dtype).to(verifier.dtype)
+        if torch.equal(own.weight.to(verifier.dtype), rounded):
+            self.embed_tokens = None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed the verifier's tokens [...] as [..., H], by the draft's own embeddings or the verifier's."""

@@ -9,24 +9,11 @@ from torch import Tensor
 
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.errors import UsageError
+from specforge.models.vocabulary import map_faults
 from specforge.verifier.features import check_aux_layers
-from specforge_eagle3.model import Eagle3DraftModel
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 EMBEDDINGS = "embed_tokens.weight"
-
-
-def without_borrowed_embeddings(draft: Eagle3DraftModel) -> dict[str, Tensor]:
-    """Return a draft's tensors without token embeddings that are the attached verifier's, which readers share."""
-    state = draft.state_dict()
-    own = state.get(EMBEDDINGS)
-    if own is not None:
-        verifier = draft.verifier_parts.embed_tokens.weight
-        if own.shape == verifier.shape and torch.equal(
-            own.to(verifier.dtype), verifier.to(own.dtype).to(verifier.dtype)
-        ):
-            del state[EMBEDDINGS]
-    return state
 
 
 def tensor_faults(tensors: Mapping[str, Tensor], draft_size: int | None, verifier_size: int | None) -> Iterator[str]:
@@ -55,19 +42,10 @@ def tensor_faults(tensors: Mapping[str, Tensor], draft_size: int | None, verifie
         return
     if d2t.dtype != torch.int64:
         yield f"d2t is {d2t.dtype}, not torch.int64"
-    ids = d2t.long() + torch.arange(d2t.numel())
-    ascending = bool((ids.diff() > 0).all())
-    if not ascending or int(ids[0]) < 0 or int(ids[-1]) >= verifier_size:
-        absolute = bool((d2t.diff() > 0).all()) and int(d2t.max()) < verifier_size
-        hint = "; it looks like the ids themselves, but has to hold id - place" if absolute else ""
-        yield f"d2t[i] + i are no ascending ids below {verifier_size}{hint}"
-    if t2d is not None:
-        marked = t2d.nonzero().squeeze(-1)
-        if t2d.dtype != torch.bool or marked.numel() != ids.numel() or not torch.equal(marked, ids):
-            yield (
-                f"t2d marks {marked.numel()} tokens, and they are not the {ids.numel()} that d2t leads to; d2t "
-                "must hold id - place"
-            )
+    if t2d is not None and t2d.dtype != torch.bool:
+        yield f"t2d is {t2d.dtype}, not torch.bool"
+    if d2t.ndim == 1 and d2t.numel() and not d2t.is_floating_point():
+        yield from map_faults(d2t, t2d, verifier_size)
 
 
 def layer_id_faults(ids: Sequence[int], verifier: VerifierFacts | None) -> Iterator[str]:

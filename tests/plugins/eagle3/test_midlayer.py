@@ -137,13 +137,15 @@ def test_what_a_reader_would_run_wrong_is_refused(
 
 
 @pytest.mark.parametrize("reader", ["vllm", "sglang", "midlayer"])
-def test_embeddings_of_the_verifier_are_left_out(
+def test_embeddings_of_the_verifier_are_written_unless_the_reader_takes_its_own(
     reader: str, tiny_verifiers: Mapping[str, Any], tmp_path: Path
 ) -> None:
     draft = make_draft(tiny_verifiers, embed_requires_grad=True)
     draft.borrow_weights()
+    layout(f"eagle3/{reader}").prepare(draft)
     write(f"eagle3/{reader}", draft, tmp_path)
-    assert not any("embed" in name for name in load_file(tmp_path / "model.safetensors"))
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert ("embed_tokens.weight" in names) == (reader != "sglang")
 
 
 def test_options_at_the_top_level_are_read(written: tuple[Eagle3DraftModel, Path]) -> None:
