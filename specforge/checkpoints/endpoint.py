@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
-from urllib.error import HTTPError
-from urllib.request import urlopen
+from typing import Annotated, Any
 
-from openai import OpenAI, OpenAIError
+import openai
+from openai import AsyncOpenAI, OpenAIError
+from pydantic import Field, FiniteFloat, ValidationError
 
 from specforge.checkpoints.causes import cause_of_acceptance
 from specforge.checkpoints.faults import Fault
 from specforge.checkpoints.probe import Served, Text
-from specforge.errors import SpecforgeError
+from specforge.endpoints import Address, Connection, Models, RequestError, Strict, on_one_line
+from specforge.errors import SpecforgeError, describe_invalid
 
-SECONDS = 30
+# What a page of counters and an answer to a prompt may take.
+SECONDS, ANSWER_SECONDS = 30.0, 600.0
 # One line of a Prometheus page: a counter of vLLM's speculative decoding, its labels and its value.
 COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+?)(?:_total)?(?:\{(.*)\})?\s+([\d.eE+-]+)$", re.MULTILINE)
 POSITION = re.compile(r'position="(\d+)"')
@@ -40,32 +43,58 @@ class Measured:
     accept_rates: list[float] = field(default_factory=list)
 
 
+class _Completion(Strict):
+    """An answer to a prompt; what it says does not matter."""
+
+    choices: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+class _State(Strict):
+    """What one process of SGLang counts."""
+
+    avg_spec_accept_length: FiniteFloat | None = None
+
+
+class _ServerInfo(Strict):
+    """What SGLang tells."""
+
+    internal_states: list[_State] | None = None
+    speculative_num_steps: int | None = None
+
+
 def measure(url: str, texts: list[Text]) -> Measured:
     """Let a server answer the probe's prompts at temperature 0, and read what it counts.
 
     Args:
-        url: Address of the server, such as ``http://localhost:8000``.
+        url: Address of the server, such as ``http://localhost:8000``; a name and password in it are not shown.
         texts: Prompts, and what the verifier said; as many tokens are asked for.
 
     Raises:
-        SpecforgeError: The server cannot be reached, is none of the two, or does not speculate.
+        UsageError: It is no address of a server.
+        SpecforgeError: The server cannot be reached, answers otherwise than the two do, or does not speculate.
     """
-    url = url.rstrip("/").removesuffix("/v1")
-    if _get(f"{url}/get_server_info") is not None:
-        _answer(url, texts)
-        return _from_server_info(json.loads(_get(f"{url}/get_server_info") or "{}"), url)
-    before = _counters(url)
-    _answer(url, texts)
-    counted = {name: value - before.get(name, 0.0) for name, value in _counters(url).items()}
+    address = Address.of(url)
+    return asyncio.run(_measure(Address(address.url.removesuffix("/v1"), address.credentials), texts))
+
+
+async def _measure(server: Address, texts: list[Text]) -> Measured:
+    if await _get(server, "/get_server_info") is not None:
+        await _answer(server, texts)
+        return _from_server_info(await _get(server, "/get_server_info") or "{}", server.url)
+    before = await _counters(server)
+    await _answer(server, texts)
+    counted = {name: value - before.get(name, 0.0) for name, value in (await _counters(server)).items()}
     rounds = counted.get("drafts", 0.0)
     if rounds <= 0:
-        raise SpecforgeError(f"{url} answered without drafting once; is it served with a speculative configuration?")
-    places = sorted((name for name in counted if isinstance(name, int)), key=int)
+        raise SpecforgeError(
+            f"{server.url} answered without drafting once; is it served with a speculative configuration?"
+        )
+    positions = sorted((name for name in counted if isinstance(name, int)), key=int)
     return Measured(
         "vLLM",
         1 + counted.get("accepted_tokens", 0.0) / rounds,
         round(counted["draft_tokens"] / rounds) if "draft_tokens" in counted else None,
-        [counted[place] / rounds for place in places],
+        [counted[position] / rounds for position in positions],
     )
 
 
@@ -85,53 +114,76 @@ def endpoint_faults(measured: Measured, expected: Served) -> list[Fault]:
     return [Fault(what, cause_of_acceptance(measured.accept_rates, expected.accept_rates))]
 
 
-def _answer(url: str, texts: list[Text]) -> None:
+async def _answer(server: Address, texts: list[Text]) -> None:
     # A local server asks for no key, but the client insists on one.
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
+    connection = Connection(server, ANSWER_SECONDS, _check)
     try:
-        model = client.models.list().data[0].id
-        for text in texts:
-            client.completions.create(
-                model=model,
-                prompt=text.tokens[: text.begin],
-                max_tokens=len(text.tokens) - text.begin,
-                temperature=0,
-            )
-    except (OpenAIError, IndexError) as error:
-        raise SpecforgeError(f"{url} does not answer the probe's prompts: {error}") from error
+        async with AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=connection
+        ) as client:
+            listed = await client.models.with_raw_response.list()
+            model = Models.model_validate_json(listed.content).data[0].id
+            for text in texts:
+                await client.completions.with_raw_response.create(
+                    model=model,
+                    prompt=text.tokens[: text.begin],
+                    max_tokens=len(text.tokens) - text.begin,
+                    temperature=0,
+                )
+    except IndexError:
+        raise SpecforgeError(f"{server.url} does not answer the probe's prompts: it lists no model") from None
+    except OpenAIError as error:
+        cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
+        raise SpecforgeError(
+            f"{server.url} does not answer the probe's prompts: {on_one_line(cause or error)}"
+        ) from error
 
 
-def _counters(url: str) -> dict[str | int, float]:
+def _check(path: str, body: bytes) -> object:
+    return (Models if path.endswith("/models") else _Completion).model_validate_json(body)
+
+
+async def _counters(server: Address) -> dict[str | int, float]:
     """Return vLLM's counters, summed over its engines: by name, those by position under its number."""
-    page = _get(f"{url}/metrics")
+    page = await _get(server, "/metrics")
     if page is None or "vllm:" not in page:
-        raise SpecforgeError(f"{url} has neither vLLM's /metrics nor SGLang's /get_server_info")
+        raise SpecforgeError(f"{server.url} has neither vLLM's /metrics nor SGLang's /get_server_info")
     found: dict[str | int, float] = defaultdict(float)
-    for name, labels, value in COUNTER.findall(page):
+    for name, labels, number in COUNTER.findall(page):
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.inf
+        if not math.isfinite(value):
+            raise SpecforgeError(f"{server.url}/metrics: {name} is {on_one_line(number)}, and no number")
         position = POSITION.search(labels)
         if name == "accepted_tokens_per_pos" and position:
-            found[int(position[1])] += float(value)
+            found[int(position[1])] += value
         elif not name.endswith("_created"):
-            found[name] += float(value)
+            found[name] += value
     return dict(found)
 
 
-def _from_server_info(info: dict[str, Any], url: str) -> Measured:
-    states = [one for one in info.get("internal_states") or [] if isinstance(one, dict)]
-    lengths = [one["avg_spec_accept_length"] for one in states if one.get("avg_spec_accept_length")]
+def _from_server_info(body: str, url: str) -> Measured:
+    try:
+        info = _ServerInfo.model_validate_json(body)
+    except ValidationError as error:
+        told = on_one_line(describe_invalid(error))
+        raise SpecforgeError(f"{url}/get_server_info is not what SGLang tells: {told}") from None
+    lengths = [one.avg_spec_accept_length for one in info.internal_states or [] if one.avg_spec_accept_length]
     if not lengths:
         raise SpecforgeError(f"{url}/get_server_info says nothing of acceptance; is it served with a draft?")
     # A mean since the server was started: other requests count as well.
-    return Measured("SGLang", sum(lengths) / len(lengths), info.get("speculative_num_steps"))
+    return Measured("SGLang", sum(lengths) / len(lengths), info.speculative_num_steps)
 
 
-def _get(address: str) -> str | None:
-    """Return what a server says at an address; None where it knows no such one."""
+async def _get(server: Address, path: str) -> str | None:
+    """Return what a server says at a path; None if it knows no such one."""
     try:
-        with urlopen(address, timeout=SECONDS) as answer:
-            text: str = answer.read().decode()
-            return text
-    except HTTPError:
-        return None
-    except (OSError, ValueError) as error:
-        raise SpecforgeError(f"{address} cannot be read: {error}; is the server running there?") from error
+        async with Connection(server, SECONDS) as connection:
+            answer = await connection.get(f"{server.url}{path}")
+    except RequestError as error:
+        raise SpecforgeError(
+            f"{server.url}{path} cannot be read: {on_one_line(error)}; is the server running there?"
+        ) from error
+    return answer.text if answer.is_success else None

@@ -18,7 +18,7 @@ PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 
 GROUND = {
     *("registry", "hookspecs", "config", "errors", "bounds"),
-    *("sampling", "drawing", "documents", "quiet", "interrupts"),
+    *("sampling", "drawing", "documents", "quiet", "interrupts", "endpoints"),
 }
 FEATURES = GROUND | {"verifier"}
 DRAFTS = FEATURES | {"models", "proposals", "decoding"}

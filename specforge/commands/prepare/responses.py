@@ -66,7 +66,7 @@ def run(arguments: list[str]) -> int:
     identity = verifier.identity if found.verifier else {}
     answer, name, who = verifier.answerer(asking), found.verifier, identity
     if found.endpoint:
-        endpoints = _endpoints(found, asking)
+        endpoints = _endpoints(found, asking, verifier.vocabulary_size if found.verifier else None)
         answer, name, who = endpoints.answer, endpoints.model, {"model": endpoints.model}
     how = {**asking.sampling.model_dump(), "max_new_tokens": asking.max_new_tokens, "seed": asking.seed}
     settings = {
@@ -120,6 +120,11 @@ class _Verifier:
         if self._found.verifier and not self._found.endpoint and self._text.template.prints_date:
             date = self._text.template.date
         return {"template_arguments": self._found.template_arguments or {}, "template_date": date}
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of its tokens, as its configuration has it."""
+        return self._text.vocabulary_size
 
     @cached_property
     def loaded(self) -> tuple[PreTrainedModel, ChatTemplate]:
@@ -209,12 +214,12 @@ def _check_flags(found: Namespace) -> None:
     check_output(Path(found.output))
 
 
-def _endpoints(found: Namespace, asking: Asking) -> EndpointAnswerer:
+def _endpoints(found: Namespace, asking: Asking, vocabulary: int | None) -> EndpointAnswerer:
     # The client takes a second to import.
     from specforge.data.responses.engines import EndpointAnswerer, EndpointSettings
 
     settings = EndpointSettings(
-        found.endpoint, found.model, found.concurrency, found.max_failures, found.retries, found.timeout
+        found.endpoint, found.model, found.concurrency, found.max_failures, found.retries, found.timeout, vocabulary
     )
     return EndpointAnswerer(settings, asking)
 

@@ -1,6 +1,7 @@
 """A serving engine that answers: any endpoint that speaks OpenAI's chat completions, through the openai client.
 
-What the client does by itself is left to it: retries with backoff, timeouts, connections that are kept.
+What the client does by itself is left to it: retries with backoff, connections that are kept. Below it, each answer has
+one deadline and is checked, so that one that drips or has a wrong shape is tried again as one that was lost.
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import openai
 from openai import AsyncOpenAI
-from openai.types.chat import ChatCompletion
 
 from specforge.data.responses.asking import Asking, Reply
-from specforge.errors import SpecforgeError
+from specforge.data.responses.completion import Completion, read_completion
+from specforge.endpoints import Address, Connection, Models, WrongAnswer, on_one_line
+from specforge.errors import SpecforgeError, UsageError
 
 _log = logging.getLogger(__name__)
 API_KEY = "OPENAI_API_KEY"
@@ -34,7 +37,7 @@ class Engine:
     """One endpoint.
 
     Attributes:
-        url: Its base, such as ``http://localhost:8000/v1``.
+        url: Its base, such as ``http://localhost:8000/v1``, without a password.
         client: Speaks to it.
         takes_extensions: Whether it takes what goes beyond OpenAI's fields, as ``probe`` finds out.
         in_flight: Requests that wait for it.
@@ -48,17 +51,26 @@ class Engine:
     failures: int = 0
 
     @classmethod
-    def at(cls, url: str, retries: int, timeout: float) -> Engine:
+    def at(cls, url: str, retries: int, timeout: float, vocabulary: int | None = None) -> Engine:
         """Return the engine at a URL.
 
         Args:
-            url: Base of its paths.
+            url: Base of its paths; a name and password in it are sent, and not shown.
             retries: How often the client tries a request again.
-            timeout: Seconds that an answer may take.
+            timeout: Seconds that an answer may take, from the request to its last byte.
+            vocabulary: Number of the verifier's tokens; None if it is not known.
+
+        Raises:
+            UsageError: It is no address of a server, or the API key cannot be sent.
         """
         # An engine of one's own mostly asks for no key, but the client does.
-        key = os.environ.get(API_KEY) or "none"
-        return cls(url, AsyncOpenAI(base_url=url, api_key=key, max_retries=retries, timeout=timeout))
+        key = os.environ.get(API_KEY, "").strip() or "none"
+        if not (key.isascii() and key.isprintable()):
+            raise UsageError(f"{API_KEY} holds characters that a header cannot; set it to the engine's key")
+        address = Address.of(url)
+        connection = Connection(address, timeout, partial(_check, vocabulary))
+        client = AsyncOpenAI(base_url=address.url, api_key=key, max_retries=retries, http_client=connection)
+        return cls(address.url, client)
 
     async def models(self) -> list[str]:
         """Return the names of the models that it serves.
@@ -67,7 +79,8 @@ class Engine:
             SpecforgeError: It cannot be reached, or does not tell.
         """
         try:
-            return [model.id async for model in self.client.models.list()]
+            listed = await self.client.models.with_raw_response.list()
+            return [model.id for model in Models.model_validate_json(listed.content).data]
         except openai.OpenAIError as error:
             raise SpecforgeError(f"{self.url}: {_explained(error)}") from error
 
@@ -123,7 +136,7 @@ class Engine:
             self.in_flight -= 1
         return _read(completion)
 
-    async def _complete(self, model: str, chat: list[Any], asking: Asking, seed: int) -> ChatCompletion:
+    async def _complete(self, model: str, chat: list[Any], asking: Asking, seed: int) -> Completion:
         sampling = asking.sampling
         extra: dict[str, Any] = {}
         if self.takes_extensions:
@@ -131,7 +144,7 @@ class Engine:
             extra = {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
         if asking.template_arguments:
             extra["chat_template_kwargs"] = asking.template_arguments
-        return await self.client.chat.completions.create(
+        answer = await self.client.chat.completions.with_raw_response.create(
             model=model,
             messages=chat,
             temperature=sampling.temperature,
@@ -140,29 +153,31 @@ class Engine:
             seed=seed,
             extra_body=extra,
         )
+        return read_completion(answer.content)
 
 
-def _read(completion: ChatCompletion) -> Reply:
+def _check(vocabulary: int | None, path: str, body: bytes) -> object:
+    """Refuse an answer of the wrong shape, by what was asked."""
+    return read_completion(body, vocabulary) if path.endswith("/chat/completions") else Models.model_validate_json(body)
+
+
+def _read(completion: Completion) -> Reply:
     """Read an answer, with the token ids where the engine adds them (vLLM does).
 
     Raises:
-        Refused: There is no reply in it, or only a part of one.
+        Refused: There is only a part of the reply in it.
     """
-    if not completion.choices:
-        raise Refused("the engine answers without a choice")
-    choice = completion.choices[0]
-    message = choice.message
-    extra = choice.model_extra or {}
-    token_ids, prompt_ids = extra.get("token_ids"), (completion.model_extra or {}).get("prompt_token_ids")
+    choice, message = completion.choices[0], completion.choices[0].message
+    token_ids, prompt_ids = choice.token_ids, completion.prompt_token_ids
     if token_ids is None or prompt_ids is None:
         token_ids = prompt_ids = None
-        added = message.model_extra or {}
-        if message.tool_calls or added.get("reasoning_content") or added.get("reasoning"):
+        if message.tool_calls or message.reasoning_content or message.reasoning:
             raise Refused(
                 "the engine takes thinking or tool calls out of the text and returns no token ids, so that what the "
                 "verifier wrote is not known; start it without a parser of reasoning and tool calls"
             )
-    tokens = len(token_ids) if token_ids is not None else completion.usage.completion_tokens if completion.usage else 0
+    counted = completion.usage.completion_tokens if completion.usage else None
+    tokens = len(token_ids) if token_ids is not None else counted or 0
     return Reply(message.content or "", choice.finish_reason, tokens, prompt_ids, token_ids)
 
 
@@ -176,8 +191,10 @@ def _explained(error: Exception) -> str:
             return f"not found ({reason}); check --model, and that the URL ends where /chat/completions goes on (/v1)"
         case openai.APITimeoutError():
             return "no answer in time; raise --timeout, or lower --concurrency"
+        case openai.APIConnectionError(__cause__=WrongAnswer() as wrong):
+            return f"the answer is not one of chat completions ({wrong}); is the URL that of an engine?"
         case openai.APIConnectionError():
-            return f"no connection ({error.__cause__!r}); is the engine running?"
+            return f"no connection ({on_one_line(repr(error.__cause__))}); is the engine running?"
         case openai.APIStatusError():
             return f"status {error.status_code} ({reason})"
     return reason
@@ -187,4 +204,4 @@ def _reason(error: Exception) -> str:
     """Return the engine's own words, in one line that is not too long."""
     body = getattr(error, "body", None)
     said = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
-    return " ".join(str(said or error).split())[:300]
+    return on_one_line(said or error)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from specforge.data.responses.asking import Asking, Keep, Prompt, Refuse, Reply
@@ -27,14 +27,16 @@ class EndpointSettings:
         max_failures: An endpoint that fails so often in a row is given up.
         retries: How often the client tries a request again before it counts as failed.
         timeout: Seconds that an answer may take.
+        vocabulary: Number of the verifier's tokens, which no token id of an answer may exceed; None if not known.
     """
 
-    urls: Sequence[str]
+    urls: Sequence[str] = field(repr=False)
     model: str | None = None
     concurrency: int = 64
     max_failures: int = 8
     retries: int = 4
     timeout: float = 600.0
+    vocabulary: int | None = None
 
 
 class EndpointAnswerer:
@@ -110,7 +112,8 @@ class EndpointAnswerer:
 
     @asynccontextmanager
     async def _engines(self) -> AsyncIterator[list[Engine]]:
-        engines = [Engine.at(url, self.settings.retries, self.settings.timeout) for url in self.settings.urls]
+        how = self.settings
+        engines = [Engine.at(url, how.retries, how.timeout, how.vocabulary) for url in how.urls]
         try:
             yield engines
         finally:
