@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from specforge.checkpoints.probe import Logits
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.decoding.recorded import draft_places
+from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.features import Features
 from specforge.verifier.parts import VerifierParts
@@ -76,9 +77,14 @@ def greatest_logits(model: SpeculatorModel, tokens: Tensor, features: Features) 
         model: The draft, attached.
         tokens: A text, int64 [T].
         features: The verifier's states over it, [1, T, ...].
+
+    Raises:
+        UsageError: Logits are infinite or not a number.
     """
     ids, values = [], []
-    for logits in _step_logits(model, tokens, features):
+    for step, logits in enumerate(_step_logits(model, tokens, features)):
+        if not bool(torch.isfinite(logits).all()):
+            raise UsageError(f"at step {step}, the draft's logits are not finite; its settings or weights are damaged")
         top = logits.topk(min(KEPT, logits.shape[-1]))
         places = top.indices.cpu()
         ids.append((places if model.draft_ids is None else model.draft_ids.cpu()[places]).tolist())

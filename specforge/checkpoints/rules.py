@@ -22,7 +22,10 @@ def file_faults(stored: StoredDraft) -> Iterator[str]:
     types = sorted({str(one.dtype).removeprefix("torch.") for one in floating.values()})
     said = stored.config.get("dtype") or stored.config.get("torch_dtype")
     if types != [said]:
-        yield f"config.json says the dtype {said!r}, but the tensors are {' and '.join(types)}"
+        yield (
+            f"config.json says the dtype {said!r}, but the tensors are {' and '.join(types)}; export casts all of them "
+            "with --dtype"
+        )
     yield from rotation_faults(stored.config)
 
 

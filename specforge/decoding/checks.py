@@ -12,6 +12,7 @@ from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
 from specforge.models.speculator import SpeculatorModel
 from specforge.registry import installed
+from specforge.verifier.features import check_aux_layers
 
 
 def default_stop_tokens(verifier: PreTrainedModel) -> list[int]:
@@ -28,14 +29,14 @@ def context_length(verifier: PreTrainedModel) -> int:
 
 
 def check_fit(draft: SpeculatorModel, verifier: PreTrainedConfig) -> None:
-    """Refuse a draft that was made for another vocabulary or width.
+    """Refuse a draft that was made for another vocabulary or width, or reads layers that the verifier does not have.
 
     Args:
         draft: The draft.
         verifier: The verifier's configuration.
 
     Raises:
-        UsageError: With both numbers.
+        UsageError: With both numbers, or the layers.
     """
     # A draft without decoder layers states its sizes itself.
     layers = getattr(draft.config, "transformer_layer_config", draft.config)
@@ -50,6 +51,8 @@ def check_fit(draft: SpeculatorModel, verifier: PreTrainedConfig) -> None:
             raise UsageError(
                 f"the draft was made for a verifier with a {what} of {expected:,}; that of {name} is {found:,}"
             )
+    if draft.chosen_aux_layers is not None:
+        check_aux_layers(draft.chosen_aux_layers, own.num_hidden_layers)
 
 
 def check_served(draft: SpeculatorModel, method: str) -> None:

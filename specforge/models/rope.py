@@ -6,6 +6,8 @@ import math
 from collections.abc import Collection
 from typing import Any
 
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
 PARAMETERS, SCALING, BASE = "rope_parameters", "rope_scaling", "rope_theta"
 
 
@@ -36,12 +38,21 @@ def with_settled_rope(layers: dict[str, Any], plain: Collection[str]) -> dict[st
     base = rope.get(BASE)
     if base is not None and not (type(base) in (int, float) and math.isfinite(base) and base > 0):
         raise ValueError(f"{BASE} is {base!r}, and must be a number above 0")
-    if layers.get("model_type", "llama") in plain and (rope.get("rope_type") == "mrope" or "mrope_section" in rope):
+    if layers.get("model_type", "llama") in plain:
+        _check_plain(rope, plain)
+    return {**rest, PARAMETERS: rope} if rope else rest
+
+
+def _check_plain(rope: dict[str, Any], plain: Collection[str]) -> None:
+    kind = rope.get("rope_type", "default")
+    if kind == "mrope" or "mrope_section" in rope:
         raise ValueError(
             f"{SCALING} asks for mrope, positions of texts and images in several axes; drafts with "
             f"{' or '.join(plain)} layers have one position a token, and such a head is not read"
         )
-    return {**rest, PARAMETERS: rope} if rope else rest
+    known = ["default", *ROPE_INIT_FUNCTIONS]
+    if kind not in known:
+        raise ValueError(f"rope_type is {kind!r}; allowed: {', '.join(known)}")
 
 
 def _mapping(layers: dict[str, Any], name: str) -> dict[str, Any]:

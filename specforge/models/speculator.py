@@ -67,6 +67,11 @@ class SpeculatorModel(nn.Module):
         return []
 
     @property
+    def chosen_aux_layers(self) -> list[int] | None:
+        """Those layers as the configuration lists them; None if it leaves them to the verifier's number of layers."""
+        return None
+
+    @property
     def draft_ids(self) -> Tensor | None:
         """The verifier's id of each draft token, ascending, int64 [D]; None where the vocabularies are the same."""
         return None

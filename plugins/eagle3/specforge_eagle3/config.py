@@ -79,6 +79,13 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
         general = PreTrainedConfig().to_dict().keys() - KEPT
         return {name: one for name, one in value.to_dict().items() if name not in general}
 
+    @field_validator("eagle_aux_hidden_state_layer_ids")
+    @classmethod
+    def _layers_of_a_verifier(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and (not value or value[0] < 0 or sorted(set(value)) != value):
+            raise ValueError("must be ascending ids of layers, or null for the default ones")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.norm_before_fc and self.fc_norm:

@@ -179,8 +179,13 @@ class Eagle3DraftModel(SpeculatorModel):
     @property
     def aux_layers(self) -> list[int]:
         """Ids of the verifier layers that features are taken from, ascending."""
-        chosen = self.config.eagle_aux_hidden_state_layer_ids
+        chosen = self.chosen_aux_layers
         return default_aux_layers(self.verifier_parts.config.num_hidden_layers) if chosen is None else chosen
+
+    @property
+    def chosen_aux_layers(self) -> list[int] | None:
+        """Those layers as the configuration lists them; None for the default ones."""
+        return self.config.eagle_aux_hidden_state_layer_ids
 
     @property
     def draft_ids(self) -> Tensor | None:

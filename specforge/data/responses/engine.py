@@ -111,8 +111,17 @@ class Engine:
         except openai.OpenAIError as error:
             raise SpecforgeError(f"{self.url}: {_explained(error)}") from error
 
-    async def reply(self, model: str, chat: list[Any], asking: Asking, seed: int) -> Reply:
+    async def reply(
+        self, model: str, chat: list[Any], asking: Asking, seed: int, tools: list[Any] | None = None
+    ) -> Reply:
         """Ask for one reply.
+
+        Args:
+            model: The engine's name for the verifier.
+            chat: Messages that the reply follows.
+            asking: How it is asked.
+            seed: Of the reply.
+            tools: Descriptions of tools, if the chat has any.
 
         Raises:
             Unanswered: There is none this time.
@@ -121,7 +130,7 @@ class Engine:
         """
         self.in_flight += 1
         try:
-            completion = await self._complete(model, chat, asking, seed)
+            completion = await self._complete(model, chat, asking, seed, tools)
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise SpecforgeError(f"{self.url}: {_explained(error)}") from error
         except (openai.RateLimitError, openai.ConflictError, openai.InternalServerError) as error:
@@ -136,7 +145,9 @@ class Engine:
             self.in_flight -= 1
         return _read(completion)
 
-    async def _complete(self, model: str, chat: list[Any], asking: Asking, seed: int) -> Completion:
+    async def _complete(
+        self, model: str, chat: list[Any], asking: Asking, seed: int, tools: list[Any] | None = None
+    ) -> Completion:
         sampling = asking.sampling
         extra: dict[str, Any] = {}
         if self.takes_extensions:
@@ -147,6 +158,7 @@ class Engine:
         answer = await self.client.chat.completions.with_raw_response.create(
             model=model,
             messages=chat,
+            tools=tools or openai.omit,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=asking.max_new_tokens,

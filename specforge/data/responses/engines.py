@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from specforge.data.responses.asking import Asking, Keep, Prompt, Refuse, Reply
 from specforge.data.responses.engine import Engine, Refused, Unanswered
@@ -141,18 +142,18 @@ class _Crowd:
         replies: list[Reply] = []
         for turn in range(len(prompt.conversation.turns)):
             chat = prompt.conversation.chat(turn, [reply.text for reply in replies])
-            reply = await self._ask(chat, self.asking.seed_of(prompt.index, turn))
+            reply = await self._ask(chat, prompt.conversation.tools, self.asking.seed_of(prompt.index, turn))
             if reply.token_ids is None:
                 _require_whole(reply)
             replies.append(reply)
         return replies
 
-    async def _ask(self, chat: list[object], seed: int) -> Reply:
+    async def _ask(self, chat: list[object], tools: list[Any] | None, seed: int) -> Reply:
         """Ask the least busy engine, and the others where it fails."""
         error: Unanswered | None = None
         for engine in sorted(self.engines, key=lambda one: one.in_flight):
             try:
-                reply = await engine.reply(self.model, chat, self.asking, seed)
+                reply = await engine.reply(self.model, chat, self.asking, seed, tools)
             except Unanswered as failure:
                 error = failure
                 self._note_failure(engine, failure)
