@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -132,14 +133,8 @@ class TrainingCLI(LightningCLI):
             parser.link_arguments(name, f"model.{name}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; a fault becomes one message that names the key, what is allowed and the nearest right name."""
-        check_files(parser, self.arguments)
-        try:
-            self.config = parser.parse_args(args)
-        except argparse.ArgumentError as error:
-            raise UsageError(explain(str(error), parser, self.arguments)) from None
-        check_values(self.config, self.parser, self.arguments)
-        settle_length(self.config.trainer)
+        """Parse, with every check of the configuration that needs no data."""
+        self.config = parse(parser, self.arguments)
 
     def instantiate_classes(self) -> None:
         """Build module, data and trainer; none of them loads anything yet."""
@@ -224,7 +219,9 @@ class TrainingCLI(LightningCLI):
             raise
         except OSError as error:
             if self.trainer.global_step == 0:
-                raise SpecforgeError(f"the run did not begin: {describe_os_error(error)}") from error
+                is_of_a_path = isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError)
+                kind = UsageError if is_of_a_path else SpecforgeError
+                raise kind(f"the run did not begin: {describe_os_error(error)}") from error
             raise SpecforgeError(
                 f"the run in {self.config.output_dir} stopped: {error}. Checkpoints written before are whole; when "
                 "there is room and leave to write, go on with --ckpt_path last"
@@ -242,6 +239,22 @@ class TrainingCLI(LightningCLI):
 def _as_list(given: Any) -> list[Any]:
     """Return what a key holds that takes one object or several."""
     return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+
+
+def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
+    """Parse a command line and its configuration files.
+
+    Raises:
+        UsageError: One message, which names the key, what is allowed and the nearest right name.
+    """
+    check_files(parser, arguments)
+    try:
+        config = parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UsageError(explain(str(error), parser, arguments)) from None
+    check_values(config, parser, arguments)
+    settle_length(config.trainer)
+    return config
 
 
 class RunRecord(Callback):
