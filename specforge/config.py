@@ -258,6 +258,8 @@ def find_file(name_or_path: str | os.PathLike[str], file_name: str, **options: A
         if folder.is_dir():
             if not (folder / file_name).is_file():
                 raise UsageError(f"{folder} holds no {file_name}")
+            # Libraries that read it say all kinds of things of a file that may not be read.
+            (folder / file_name).open("rb").close()
             return folder / file_name
     except PermissionError as error:
         raise UsageError(f"{folder / file_name} cannot be read: {error.strerror}") from None
@@ -304,7 +306,8 @@ def _subclass_for(values: dict[str, Any], where: str) -> Any:
     model_type = values.get("speculators_model_type")
     if not isinstance(model_type, str):
         raise UsageError(
-            f"{where}: speculators_model_type is missing; this is not a checkpoint in the speculators layout"
+            f"{where}: speculators_model_type is missing; this is not a checkpoint in the speculators layout; "
+            "specforge convert reads others"
         )
     try:
         return installed().load(installed().find(Algorithm, model_type), "config")

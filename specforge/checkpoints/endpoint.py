@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import openai
 from openai import AsyncOpenAI, OpenAIError
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import Field, ValidationError
 
 from specforge.checkpoints.causes import cause_of_acceptance
 from specforge.checkpoints.faults import Fault
@@ -52,7 +52,7 @@ class _Completion(Strict):
 class _State(Strict):
     """What one process of SGLang counts."""
 
-    avg_spec_accept_length: FiniteFloat | None = None
+    avg_spec_accept_length: Annotated[float, Field(ge=0, le=1000)] | None = None
 
 
 class _ServerInfo(Strict):
@@ -154,8 +154,8 @@ async def _counters(server: Address) -> dict[str | int, float]:
             value = float(number)
         except ValueError:
             value = math.inf
-        if not math.isfinite(value):
-            raise SpecforgeError(f"{server.url}/metrics: {name} is {on_one_line(number)}, and no number")
+        if not 0 <= value < math.inf:
+            raise SpecforgeError(f"{server.url}/metrics: {name} is {on_one_line(number)}, which counts nothing")
         position = POSITION.search(labels)
         if name == "accepted_tokens_per_pos" and position:
             found[int(position[1])] += value

@@ -32,14 +32,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
-        except PermissionError as error:
-            raise _unreadable(path, error) from None
         except (SafetensorError, OSError, ValueError) as error:
             raise UsageError(f"{path} is damaged or not a safetensors file: {error}") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise _unreadable(path, error) from None
     except Exception as error:  # damaged files fail in many ways
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UsageError(f"{path} is damaged, or holds more than tensors, which is not loaded: {reason}") from None
@@ -52,10 +48,6 @@ def _is_named_tensor(item: tuple[Any, Any]) -> bool:
     name, one = item
     is_dense = isinstance(one, Tensor) and one.layout is torch.strided and not one.is_meta and not one.is_quantized
     return isinstance(name, str) and is_dense
-
-
-def _unreadable(path: Path, error: OSError) -> UsageError:
-    return UsageError(f"{path} cannot be read: {error.strerror or error}")
 
 
 def read_all_weights(name_or_path: str | os.PathLike[str], **options: Any) -> dict[str, Tensor]:

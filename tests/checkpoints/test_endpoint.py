@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 
 import pytest
 from stand_ins import Engine, serving
@@ -113,3 +114,40 @@ def test_without_an_expectation_there_is_nothing_to_compare(
 ) -> None:
     assert main(["verify", str(exported("eagle3/vllm", "--skip_verifier")), "--endpoint", "http://localhost:1"]) == 2
     assert "--skip_verifier" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "said", "message"),
+    [
+        ("/metrics", "vllm:spec_decode_num_drafts_total 1e999", "drafts is 1e999, which counts nothing"),
+        ("/get_server_info", "<html>", "is not what SGLang tells"),
+        ("/get_server_info", '{"internal_states": [{"avg_spec_accept_length": "much"}]}', "is not what SGLang tells"),
+        ("/v1/models", "null", "does not answer the probe's prompts"),
+        ("/v1/models", '{"data": []}', "it lists no model"),
+        ("/v1/completions", "<html>", "does not answer the probe's prompts"),
+    ],
+)
+def test_a_wrong_answer_is_one_message_without_the_password(
+    path: str, said: str, message: str, export: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = Engine("vllm", ACCEPTED)
+    with serving(lambda method, at, body: (200, said) if at == path else engine.answer(method, at, body)) as address:
+        assert main(["verify", str(export), "--endpoint", address.replace("//", "//me:sesame@")]) == 1
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.err.count("\n") == 1 and "sesame" not in shown.out + shown.err
+
+
+def test_a_server_that_does_not_answer_in_time_is_told(
+    export: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("specforge.checkpoints.endpoint.SECONDS", 0.2)
+    gone = Event()
+
+    def late(method: str, path: str, body: bytes) -> tuple[int, str]:
+        gone.wait(5)
+        return 200, ""
+
+    with serving(late) as address:
+        assert main(["verify", str(export), "--endpoint", address]) == 1
+        gone.set()
+    assert "no whole answer in 0.2 s" in capsys.readouterr().err

@@ -38,6 +38,8 @@ class StandIn:
         requests: Bodies of all requests but the probes (which ask for one token).
         fault: Returns the status that a request fails with; None for none. 0 closes the connection.
         delay: Seconds that an answer takes.
+        raw: Returns the body that a request is answered with, whatever it should be; None for the right one.
+        drips: Whether an answer never ends, one byte after the other.
         token_ids: Whether it returns them, as vLLM does.
         refused_fields: Fields that it refuses, as a strict engine does.
         keys: API keys that it was shown.
@@ -48,6 +50,8 @@ class StandIn:
         self.requests: list[dict[str, Any]] = []
         self.fault: Fault = lambda body: None
         self.delay = 0.0
+        self.raw: Callable[[dict[str, Any]], bytes | None] = lambda body: None
+        self.drips = False
         self.token_ids = True
         self.finish = "stop"
         self.refused_fields: set[str] = set()
@@ -105,13 +109,29 @@ def serving() -> Iterator[StandIn]:
             engine.keys.add(self.headers.get("Authorization"))
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             status, answer = engine.complete(body)
-            if status:
-                self._send(status, answer)
+            raw = engine.raw(body)
+            if engine.drips:
+                self._drip()
+            elif status:
+                self._send(status, answer if raw is None else raw)
             else:
                 self.close_connection = True
 
-        def _send(self, status: int, answer: dict[str, Any]) -> None:
-            content = json.dumps(answer).encode()
+        def _drip(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            try:
+                while engine.drips:
+                    self.wfile.write(b" ")
+                    self.wfile.flush()
+                    time.sleep(0.02)
+            except OSError:
+                pass  # whoever asked has gone
+            self.close_connection = True
+
+        def _send(self, status: int, answer: dict[str, Any] | bytes) -> None:
+            content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             try:
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
@@ -236,6 +237,96 @@ class TestFaults:
 
 def asked_or_none(body: dict[str, Any]) -> int | None:
     return asked(body) if body["max_tokens"] > 1 else None
+
+
+def good(**of_the_choice: Any) -> dict[str, Any]:
+    """An answer of vLLM's, with something changed in its choice."""
+    choice = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": "4 5"},
+        "token_ids": [4, 5],
+    }
+    answer = {"id": "x", "object": "chat.completion", "created": 0, "model": MODEL, "prompt_token_ids": [1, 3]}
+    return {**answer, "choices": [{**choice, **of_the_choice}]}
+
+
+WRONG = {
+    "a page": b"<html>starting</html>",
+    "nothing": b"",
+    "null": b"null",
+    "no choice": json.dumps({**good(), "choices": []}).encode(),
+    "half a surrogate": json.dumps(good(message={"role": "assistant", "content": "\ud800"})).encode(),
+    "a number for a text": json.dumps(good(message={"role": "assistant", "content": 4})).encode(),
+    "no reason": json.dumps(good(finish_reason=None)).encode(),
+    "no tokens": json.dumps(good(token_ids=[])).encode(),
+    "tokens as text": json.dumps(good(token_ids=["4"])).encode(),
+    "tokens below 0": json.dumps(good(token_ids=[-1])).encode(),
+    "tokens beyond the vocabulary": json.dumps(good(token_ids=[500])).encode(),
+}
+
+
+def only_prompts(wrong: bytes) -> Any:
+    """Answer the probe rightly, and all prompts wrongly."""
+    return lambda body: wrong if body["max_tokens"] > 1 else None
+
+
+class TestWrongAnswers:
+    @pytest.mark.parametrize("name", WRONG)
+    def test_a_wrong_shape_is_a_failed_request(self, engine, prompts, tmp_path, name):
+        engine.raw = only_prompts(WRONG[name])
+        with pytest.raises(
+            SpecforgeError, match=r"2 requests in a row have failed.*not one of chat completions"
+        ) as error:
+            write(prompts, tmp_path / "out", engine, max_failures=2, concurrency=1, vocabulary=400)
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists() and len(engine.requests) == 2
+
+    def test_it_is_tried_again(self, engine, prompts, tmp_path):
+        wrong = iter([b"<html>starting</html>", b"null"])
+        engine.raw = lambda body: next(wrong, None) if body["max_tokens"] > 1 else None
+        write(prompts, tmp_path / "out", engine, retries=2, concurrency=1)
+        write(prompts, tmp_path / "undisturbed", engine)
+        assert read(tmp_path / "out") == read(tmp_path / "undisturbed")
+
+    def test_an_answer_that_drips_is_not_waited_for(self, engine, prompts, tmp_path):
+        engine.drips = True
+        try:
+            with pytest.raises(SpecforgeError, match="no answer in time; raise --timeout"):
+                write(prompts, tmp_path / "out", engine, timeout=0.2, model=MODEL)
+        finally:
+            engine.drips = False
+
+    def test_an_answer_without_end_is_not_read_on(self, engine, prompts, tmp_path, monkeypatch):
+        monkeypatch.setattr("specforge.endpoints.LONGEST", 10)
+        with pytest.raises(SpecforgeError, match="the answer is longer than"):
+            write(prompts, tmp_path / "out", engine, model=MODEL)
+
+
+class TestAddresses:
+    def test_a_password_is_sent_and_never_shown(self, engine, prompts, tmp_path, caplog):
+        url = engine.url.replace("//", "//me:sesame@")
+        write(prompts, tmp_path / "out", url)
+        assert engine.keys == {f"Basic {base64.b64encode(b'me:sesame').decode()}"}
+        engine.fault = lambda body: 500
+        with pytest.raises(SpecforgeError) as error:
+            write(prompts, tmp_path / "failed", url, max_failures=1)
+        assert engine.url in str(error.value)
+        written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+        assert "sesame" not in f"{error.value}{caplog.text}{written}"
+
+    @pytest.mark.parametrize(
+        "url",
+        ["localhost:8000/v1", "http://me:sesame@/v1", "http://[::1", "http://h:port/v1?key=sesame", "", "\x1b[31m"],
+    )
+    def test_what_is_no_address_is_refused(self, prompts, tmp_path, url):
+        with pytest.raises(UsageError, match=r"--endpoint: .* is no address of a server") as error:
+            write(prompts, tmp_path / "out", url)
+        assert "sesame" not in str(error.value) and str(error.value).isprintable()
+
+    def test_a_key_that_no_header_holds_is_refused(self, engine, prompts, tmp_path, monkeypatch):
+        monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
+        with pytest.raises(UsageError, match="OPENAI_API_KEY"):
+            write(prompts, tmp_path / "out", engine)
 
 
 class TestKilled:

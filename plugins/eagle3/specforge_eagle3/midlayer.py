@@ -21,7 +21,7 @@ from specforge.models.speculator import SpeculatorModel
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import default_aux_layers
 from specforge_eagle3.config import Eagle3SpeculatorConfig
-from specforge_eagle3.model import Eagle3DraftModel
+from specforge_eagle3.model import NO_LATENT_ATTENTION, Eagle3DraftModel
 from specforge_eagle3.rules import EMBEDDINGS, LAYER_IDS, layer_id_faults, tensor_faults
 
 OURS, PUBLISHED = "layers.0.", "midlayer."
@@ -44,6 +44,8 @@ class MidlayerLayout(Layout):
 
     def read(self, stored: StoredDraft, verifier: VerifierConfig) -> Eagle3DraftModel:
         """Build the draft; ``t2d``, which engines ignore and writers leave out, is made from ``d2t``."""
+        if any(".kv_a_proj_with_mqa." in name for name in stored.tensors):
+            raise UsageError(f"{stored.where}: {NO_LATENT_ATTENTION}")
         values = stored.config
         draft_size = values.get("draft_vocab_size", values.get("vocab_size"))
         unknown = {*NOT_OF_THE_LAYERS, *OPTIONS, *SIZES, LAYER_IDS, NESTED}

@@ -31,6 +31,9 @@ from specforge_eagle3.config import Eagle3SpeculatorConfig
 
 # Row t stands at the position of the token that it reads.
 FIRST_POSITION = 1
+NO_LATENT_ATTENTION = (
+    "its decoder layer has multi-head latent attention (MLA); EAGLE-3 drafts have Llama or Qwen3 layers"
+)
 
 
 class FirstLayer(nn.Module):
@@ -111,7 +114,7 @@ class Eagle3DraftModel(SpeculatorModel):
     def for_state(cls, config: SpeculatorModelConfig, state: Mapping[str, Tensor]) -> Self:
         """Build the network with embeddings of its own where the checkpoint holds some."""
         if any(".kv_a_proj_with_mqa." in name for name in state):
-            raise UsageError("its layer has multi-head latent attention (MLA), which EAGLE-3 drafts do not have here")
+            raise UsageError(NO_LATENT_ATTENTION)
         layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
         number = cast(Eagle3SpeculatorConfig, config).transformer_layer_config.num_hidden_layers
         if number > max(len(layers), 1):

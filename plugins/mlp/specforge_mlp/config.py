@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from specforge.config import SpeculatorModelConfig
 
 INPUTS = ["input_embeddings", "hidden_states[-1]"]
+# No one trains as many; a number beyond is a mistake that would fill the memory.
+MOST_HEADS = 1000
 Width = Annotated[int, Field(ge=1)]
 
 
@@ -42,7 +44,7 @@ class MLPSpeculatorConfig(SpeculatorModelConfig):
     hidden_size: int = Field(default=4096, ge=1)
     intermediate_size: int = Field(default=4096, ge=0)
     vocab_size: int = Field(default=128256, ge=1)
-    num_layers: int = Field(default=5, ge=1)
+    num_layers: int = Field(default=5, ge=1, le=MOST_HEADS)
     tie_weights: bool = True
     top_k_tokens_per_head: list[Width] = Field(default_factory=list)
     n_candidates: int = Field(default=5, ge=1)
@@ -62,7 +64,7 @@ class MLPSpeculatorConfig(SpeculatorModelConfig):
             # What transformers called it before version 5.
             values["dtype"] = str(values.pop("torch_dtype")).removeprefix("torch.")
         heads = values.get("num_layers", cls.model_fields["num_layers"].default)
-        if not values.get("top_k_tokens_per_head") and isinstance(heads, int):
+        if not values.get("top_k_tokens_per_head") and isinstance(heads, int) and heads <= MOST_HEADS:
             values["top_k_tokens_per_head"] = default_candidates(heads)
         return values
 

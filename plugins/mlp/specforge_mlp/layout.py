@@ -90,11 +90,13 @@ class MLPSpeculatorLayout(Layout):
 
     def recognises(self, stored: StoredDraft) -> bool:
         """Tell by the model type, or by the names where nothing is said."""
-        named = stored.config.get("model_type") == MODEL_TYPE
+        named = stored.config.get("model_type") == MODEL_TYPE or other_network(stored) is not None
         return named or ("model_type" not in stored.config and f"{PREFIX}emb.0.weight" in stored.tensors)
 
     def read(self, stored: StoredDraft, verifier: VerifierConfig) -> MLPSpeculator:
         """Build the draft; tensors that should be shared have to be equal where they are stored more than once."""
+        if other := other_network(stored):
+            raise UsageError(f"{stored.where} holds {other}: another network than MLPSpeculator, which is not read")
         config = from_deployed(stored.config, stored.config_where)
         config.speculators_config = proposals_of(config, verifier)
         if unknown := sorted(name for name in stored.tensors if not name.startswith(PREFIX)):
@@ -131,6 +133,23 @@ class MLPSpeculatorLayout(Layout):
             f"vllm serve {verifier} --speculative-config '{json.dumps(speculative)}' "
             f"--additional-config '{json.dumps({MODEL_TYPE: draft})}'"
         )
+
+
+def other_network(stored: StoredDraft) -> str | None:
+    """Name the network of a speculator that shares the model type and nothing else; None if it is none of those.
+
+    Arctic's have layers of their own: an LSTM with four gates between the heads, or an MLP whose widths may differ from
+    head to head, told by a list in a string.
+    """
+    listed = stored.config.get("architectures")
+    architectures = [str(one) for one in listed] if isinstance(listed, list) else []
+    if "lstm" in str(stored.config.get("method")).lower() or any("LSTM" in one for one in architectures):
+        return "an LSTM speculator (Arctic's)"
+    if any("forget_emb." in name or "cell_ln." in name for name in stored.tensors):
+        return "an LSTM speculator (Arctic's)"
+    if any(one.startswith(("ArcticMLP", "MLPVariant")) for one in architectures):
+        return "an MLP speculator of Arctic's"
+    return None
 
 
 def _without_copies(state: dict[str, Tensor], heads: int, where: str) -> dict[str, Tensor]:
