@@ -116,7 +116,9 @@ def check_output(output: Path) -> Prepared | None:
         return None
     prepared = Prepared.read(output)
     if prepared is None:
-        raise UsageError(f"--output: {output} holds something else; choose another folder, or remove it")
+        raise UsageError(
+            f"--output: {output} holds something else, or a damaged {SUMMARY_FILE}; choose another folder, or remove it"
+        )
     return prepared
 
 

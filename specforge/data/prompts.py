@@ -124,8 +124,7 @@ def prompt_set_name(source: str) -> str:
 
 def _turns(record: Record) -> list[list[Message] | list[int]]:
     value = record.value
-    if "turns" in value:
-        turns = value["turns"]
+    if (turns := value.get("turns")) is not None:
         if not isinstance(turns, list) or not turns or not all(isinstance(one, str) and one.strip() for one in turns):
             raise BadRow(record.location, "malformed turns", "'turns' must be a list of texts that are not empty")
         return [[{"role": "user", "content": one}] for one in turns]

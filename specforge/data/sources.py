@@ -124,8 +124,11 @@ def source_fingerprint(source: str) -> str:
 @functools.lru_cache(maxsize=16)
 def _file_digest(path: Path, size: int, modified: int) -> str:
     """Hash a file once a process; size and time of change only tell when to hash it again."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _open_rows(source: str) -> StoredRows | Dataset:

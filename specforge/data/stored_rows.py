@@ -93,28 +93,26 @@ class StoredRows:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._path = folder / ROWS_FILE
         try:
             self.description = read_sealed(folder / SUMMARY_FILE)
             self._parts = [Part(*part) for part in self.description["checksums"]]
-            with pa.memory_map(str(folder / ROWS_FILE)) as file:
-                self._bytes = file.read_buffer()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
-                f"{folder}: the rows are damaged, or were written by an earlier version ({error}); prepare them again"
+                f"{folder / SUMMARY_FILE}: damaged, missing, or of an earlier version ({error}); prepare the rows again"
             ) from error
-        view = memoryview(self._bytes)
+        try:
+            with pa.memory_map(str(self._path)) as file:
+                self._bytes = file.read_buffer()
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self._path}: cannot be read: {error}; prepare the rows again") from error
         self._begins = np.cumsum([0, *(part.size for part in self._parts)]).tolist()
-        if len(view) != self._begins[-1]:
-            raise UsageError(
-                f"{folder}: the rows are damaged: {ROWS_FILE} has {len(view):,} bytes, and had {self._begins[-1]:,}; "
-                "prepare them again"
-            )
+        view, size = memoryview(self._bytes), self._begins[-1]
+        if len(view) != size:
+            raise UsageError(self._damaged(f"it has {len(view):,} bytes, and had {size:,}"))
         for part, begin in zip(self._parts, self._begins, strict=False):
             if zlib.crc32(view[begin : begin + part.head]) != part.head_checksum:
-                raise UsageError(
-                    f"{folder}: the rows are damaged: {ROWS_FILE} was changed between bytes {begin:,} and "
-                    f"{begin + part.head:,}; prepare them again"
-                )
+                raise UsageError(self._damaged(f"bytes {begin:,} to {begin + part.head:,} differ from their checksum"))
         schema, *batches = map(self._bytes.slice, self._begins, [part.size for part in self._parts])
         self.schema = pa.ipc.read_schema(schema)
         self._batches = [pa.ipc.read_record_batch(batch, self.schema) for batch in batches]
@@ -179,9 +177,9 @@ class StoredRows:
             rest = memoryview(self._bytes)[begin + part.head : begin + part.size]
             if zlib.crc32(rest) != part.rest_checksum:
                 first, last = self._first_rows[number], self._first_rows[number + 1] - 1
-                raise SpecforgeError(
-                    f"{self.folder / ROWS_FILE}: rows {first:,} to {last:,} are damaged, they differ from their "
-                    f"checksum; remove {self.folder} and make the rows again"
-                )
+                raise SpecforgeError(self._damaged(f"rows {first:,} to {last:,} differ from their checksum"))
             self._is_checked[number] = True
         return self._batches[number]
+
+    def _damaged(self, how: str) -> str:
+        return f"{self._path}: the rows are damaged: {how}; remove {self.folder}, and prepare the rows again"

@@ -341,7 +341,9 @@ class TestFit:
 
     def test_refuses_damaged_rows(self, verifier, prepared):
         os.truncate(prepared / "train" / "rows.arrow", 500)
-        with pytest.raises(UsageError, match=r"the rows are damaged: rows.arrow has 500 bytes.*; prepare them again"):
+        with pytest.raises(
+            UsageError, match=r"rows.arrow: the rows are damaged: it has 500 bytes.* prepare the rows again"
+        ):
             self.ready(verifier, prepared)
 
     def test_rows_can_be_prepared_from_rows(self, prepared, tmp_path):

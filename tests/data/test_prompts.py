@@ -61,6 +61,19 @@ def test_a_prompt_is_one_turn(read, tokenizer):
     assert conversation.prompt(0, [], ChatTemplate(tokenizer)) == rendered(tokenizer, "Hi")
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [{"role": "user", "content": "Hi"}], "chosen": [{"role": "assistant", "content": "not read"}]},
+        {"instruction": "Hi", "input": "", "output": "not read"},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}], "weight": 1}], "turns": None},
+    ],
+)
+def test_other_published_forms_are_asked_too(read, row):
+    [conversation] = read(row)
+    assert conversation.turns == ([{"role": "user", "content": "Hi"}],)
+
+
 def test_only_so_many_are_read(read):
     assert len(read(*[{"prompt": "Hi"}] * 5, limit=2)) == 2
 
@@ -81,6 +94,8 @@ def test_a_template_that_refuses_a_chat_is_named_with_its_line(read, tokenizer):
         ({"turns": "Hi"}, "'turns' must be a list of texts"),
         ({"question": "Hi"}, "a row without a prompt"),
         ({"prompt": "  "}, "a row without a prompt"),
+        ({"input_ids": [1, "2"], "loss_mask": [0, 1]}, "must be lists of integers"),
+        ({"input_ids": 5, "loss_mask": 1}, "must be lists of integers"),
         ({"input_ids": [1, 2], "loss_mask": [1, 1]}, "no prompt before the first supervised token"),
         ({"messages": [{"role": "system", "content": "x"}]}, "nobody asks"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "role 'wizard'"),
@@ -92,6 +107,8 @@ def test_faults_name_the_line(read, row, reason):
     assert reason in str(error.value)
 
 
-@pytest.mark.parametrize(("source", "name"), [("a/mt-bench.jsonl", "mt-bench"), ("owner/data", "owner/data")])
+@pytest.mark.parametrize(
+    ("source", "name"), [("a/mt-bench.jsonl", "mt-bench"), ("a/b.json.gz", "b"), ("owner/data", "owner/data")]
+)
 def test_a_prompt_set_is_called_by_its_file(source, name):
     assert prompt_set_name(source) == name

@@ -288,7 +288,9 @@ class TestStoredRows:
         assert len(rows) == len(rows.lengths) == 600
         rows.join([0, 511])
         for read in (lambda: rows[512], lambda: rows.supervised_counts, lambda: rows.digests):
-            with pytest.raises(SpecforgeError, match=r"rows.arrow: rows 512 to 599 are damaged.*make the rows again"):
+            with pytest.raises(
+                SpecforgeError, match=r"rows.arrow: the rows are damaged: rows 512 to 599 .*prepare the rows again"
+            ):
                 read()
 
     def test_a_length_or_header_that_changed_is_found_at_once(self, folder: Path, build: Build) -> None:
@@ -296,7 +298,9 @@ class TestStoredRows:
         begin = StoredRows(folder)._begins[1]
         for position in (0, 5, begin + 4, begin + 20, begin + part.head - 3, begin + part.head - 4 * 200):
             flip(folder / "rows.arrow", position)
-            with pytest.raises(UsageError, match=f"{folder}: the rows are damaged: .* prepare them again"):
+            with pytest.raises(
+                UsageError, match=f"{folder}/rows.arrow: the rows are damaged: bytes .* prepare the rows again"
+            ):
                 build(str(folder))
             flip(folder / "rows.arrow", position)
         assert len(build(str(folder))) == 600
@@ -307,7 +311,9 @@ class TestStoredRows:
         for changed in (text.replace("2400", "2401"), text[:-9], "{}", "[]", text.replace('"checksum"', '"checks"')):
             assert changed != text
             summary.write_text(changed)
-            with pytest.raises(UsageError, match=f"{folder}: the rows are damaged.*prepare them again"):
+            with pytest.raises(
+                UsageError, match=f"{summary}: damaged, missing, or of an earlier version.*prepare the rows again"
+            ):
                 build(str(folder))
 
     def test_rows_as_a_source_of_other_rows_are_checked_too(self, folder: Path) -> None:
@@ -317,5 +323,5 @@ class TestStoredRows:
         before = source_fingerprint(str(folder))
         flip(folder / "rows.arrow", -100)
         assert source_fingerprint(str(folder)) == before
-        with pytest.raises(SpecforgeError, match="rows 512 to 599 are damaged"):
+        with pytest.raises(SpecforgeError, match="the rows are damaged: rows 512 to 599"):
             list(read_records(str(folder)))
