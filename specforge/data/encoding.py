@@ -209,9 +209,7 @@ class RowEncoder:
             ]
             joined = np.concatenate([part for part, _ in parts])
             # Tokenizers that begin each text with a blank of their own would add some here.
-            if self._tokenizer.decode(joined, skip_special_tokens=False) == self._tokenizer.decode(
-                ids, skip_special_tokens=False
-            ):
+            if self._tokenizer.decode(joined.tolist(), False) == self._tokenizer.decode(ids.tolist(), False):
                 ids, offsets = joined, np.concatenate([part for _, part in parts])
         return ids, tokens_inside(offsets, text.spans)
 

@@ -127,7 +127,7 @@ class _Split:
         for row in rows:
             fitted = recipe.fit(row)
             if isinstance(fitted, str):
-                self.summary.dropped[fitted] += 1
+                self.summary.dropped[fitted] = self.summary.dropped.get(fitted, 0) + 1
                 continue
             kept.append(fitted)
             self.summary.truncated += fitted is not row

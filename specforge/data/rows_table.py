@@ -54,7 +54,7 @@ def _figures(summary: RowsSummary) -> dict[str, str]:
         "chats with a row a turn": f"{summary.split_chats:,}",
         "tokens repeated for that": f"{summary.repeated_tokens:,} ({summary.repeated_tokens / summary.tokens:.1%})",
         "truncated rows": f"{summary.truncated:,}",
-        "dropped rows": f"{summary.dropped.total():,}",
+        "dropped rows": f"{sum(summary.dropped.values()):,}",
     }
 
 

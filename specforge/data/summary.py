@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -67,7 +66,7 @@ class RowsSummary:
     tokens: int = 0
     supervised_tokens: int = 0
     truncated: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, int] = field(default_factory=dict)
     bad: dict[str, BadRows] = field(default_factory=dict)
     replies: int = 0
     ended_replies: int = 0
@@ -80,7 +79,6 @@ class RowsSummary:
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Read a summary back."""
         read = {
-            "dropped": Counter(values["dropped"]),
             "bad": {reason: BadRows(**one) for reason, one in values["bad"].items()},
             "origins": [one and Origin.model_validate(one) for one in values["origins"]],
         }
