@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -97,11 +98,13 @@ class RowsSummary:
         bad = dict(self.bad)
         for reason, one in other.bad.items():
             bad[reason] = bad[reason] + one if reason in bad else one
-        origins = list(dict.fromkeys([*self.origins, *other.origins]))
-        numbers = {
-            name: getattr(self, name) + getattr(other, name) for name in vars(self) if name not in ("bad", "origins")
+        merged: dict[str, Any] = {
+            "dropped": dict(Counter(self.dropped) + Counter(other.dropped)),
+            "bad": bad,
+            "origins": list(dict.fromkeys([*self.origins, *other.origins])),
         }
-        return RowsSummary(**numbers, bad=bad, origins=origins)
+        names = [name for name in vars(self) if name not in merged]
+        return RowsSummary(**{name: getattr(self, name) + getattr(other, name) for name in names}, **merged)
 
     @property
     def bad_rows(self) -> int:

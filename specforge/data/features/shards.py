@@ -172,4 +172,4 @@ def _index_checksum(tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) 
 
 
 def _content(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
