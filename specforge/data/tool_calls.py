@@ -7,7 +7,7 @@ from typing import Any
 
 from specforge.data.bad_rows import BadRow
 
-_FUNCTION_KEYS = ("name", "description", "parameters", "arguments", "strict")
+_CALL_KEYS = ("name", "arguments", "parameters")  # of a bare call; others, such as its id, stand beside the function
 
 
 def without_nulls(value: Any) -> Any:
@@ -92,7 +92,7 @@ def _read_tool(tool: Any, location: str) -> dict[str, Any]:
 
 
 def _read_call(call: Any, location: str, where: str) -> dict[str, Any]:
-    wrapped = _wrapped(call)
+    wrapped = _wrapped(call, _CALL_KEYS)
     if wrapped is None:
         raise BadRow(
             location,
@@ -109,16 +109,22 @@ def _read_call(call: Any, location: str, where: str) -> dict[str, Any]:
     return {**wrapped, "function": {**named, "arguments": arguments}}
 
 
-def _wrapped(value: Any) -> dict[str, Any] | None:
-    """Return a function as the API wraps it; None if it is none."""
+def _wrapped(value: Any, function_keys: tuple[str, ...] | None = None) -> dict[str, Any] | None:
+    """Return a function as the API wraps it; None if it is none.
+
+    Args:
+        value: What a row holds.
+        function_keys: Keys of a bare function that are the function's own; None for all.
+    """
     if not isinstance(value, dict):
         return None
     if isinstance(value.get("function"), dict):
-        wrapped = {"type": "function", **value}
+        # In the order of the row: a template may print a call as it is.
+        wrapped = value if "type" in value else {"type": "function", **value}
     else:
-        others = {key: one for key, one in value.items() if key not in _FUNCTION_KEYS and key != "type"}
-        function = {key: one for key, one in value.items() if key in _FUNCTION_KEYS}
-        wrapped = {**others, "type": "function", "function": function}
+        bare = {key: one for key, one in value.items() if key != "type"}
+        function = {key: one for key, one in bare.items() if function_keys is None or key in function_keys}
+        wrapped = {**{key: bare[key] for key in bare if key not in function}, "type": "function", "function": function}
     name = wrapped["function"].get("name")
     return wrapped if isinstance(name, str) and name.strip() else None
 

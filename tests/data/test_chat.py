@@ -101,6 +101,7 @@ def test_calls_have_one_form_and_nulls_in_json_strings_stay(calls: Any) -> None:
     asked = {"role": "assistant", "content": None, "tool_calls": calls}
     chat = read(messages=[QUESTION, asked])
     assert chat.messages[1] == CALLING
+    assert json.dumps(chat.messages[1]["tool_calls"]) == json.dumps([CALL])
     assert chat.supervised == (False, True)
     assert read(messages=[QUESTION, {"role": "assistant", "tool_calls": calls}]) == chat
 
@@ -137,6 +138,12 @@ def test_the_form_of_calls_before_tool_calls() -> None:
 )
 def test_tools_have_one_form(tools: Any) -> None:
     assert read(messages=[QUESTION, ANSWER], tools=tools).tools == [TOOL]
+
+
+def test_a_bare_function_keeps_all_of_its_keys() -> None:
+    function = {"name": "weather", "return": {"type": "string"}}
+    tools = read(messages=[QUESTION, ANSWER], tools=[{"type": "function", **function}]).tools
+    assert tools == [{"type": "function", "function": function}]
 
 
 @pytest.mark.parametrize("tools", [None, [], "", "[]", "null"])
