@@ -22,7 +22,7 @@ from specforge.data.loader import PackedSampler, ResumableLoader
 from specforge.data.packing import PackedRows, collate, pack
 from specforge.data.rows import TokenRows, build_rows, is_built
 from specforge.data.sources import check_source
-from specforge.data.summary import RowSettings
+from specforge.data.summary import MAX_BAD_SHARE, RowSettings
 from specforge.data.verifier_text import VerifierText
 from specforge.errors import UsageError
 
@@ -74,7 +74,7 @@ class DraftDataModule(LightningDataModule):
         max_length: RowLength = 2048,
         long_rows: Literal["truncate", "drop"] = "truncate",
         bad_rows: Literal["drop", "refuse"] = "drop",
-        max_bad_share: Share = 0.05,
+        max_bad_share: Share = MAX_BAD_SHARE,
         template_arguments: dict[str, Any] | None = None,
         template_date: str | None = None,
         packing: bool = True,

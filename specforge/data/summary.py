@@ -9,6 +9,8 @@ from typing import Any, Literal, Self
 from specforge.data.origin import Origin
 from specforge.errors import UsageError
 
+MAX_BAD_SHARE = 0.05  # of a source's rows that may be bad, unless it is set
+
 
 @dataclass(frozen=True)
 class RowSettings:
@@ -24,7 +26,7 @@ class RowSettings:
     max_length: int
     long_rows: Literal["truncate", "drop"]
     bad_rows: Literal["drop", "refuse"] = "drop"
-    max_bad_share: float = 0.05
+    max_bad_share: float = MAX_BAD_SHARE
 
 
 @dataclass

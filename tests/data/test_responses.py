@@ -203,6 +203,11 @@ class TestFolder:
         with pytest.raises(UsageError, match=r"train.jsonl:6: a row without a prompt"):
             write(source, tmp_path / "out", lambda *_: pytest.fail("asked"))
 
+    def test_one_bad_prompt_among_many_is_left_out_and_told(self, write_lines, tmp_path):
+        source = write_lines([{"prompt": "x"}] * 10 + [{"prommpt": "y"}] + [{"prompt": "x"}] * 10)
+        responses = write(source, tmp_path / "out")
+        assert list(responses.refused) == [f"{source}:11"] and responses.tally.conversations == 20
+
     def test_a_run_with_other_settings_is_refused_by_their_names(self, prompts, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             write(prompts, tmp_path / "out", interrupted_after(3))

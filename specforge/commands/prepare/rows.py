@@ -22,7 +22,7 @@ from specforge.data.rows import make_encoder
 from specforge.data.rows_table import print_prepared
 from specforge.data.showing import show_record
 from specforge.data.sources import RawRecord, check_source, read_raw_records
-from specforge.data.summary import RowSettings
+from specforge.data.summary import MAX_BAD_SHARE, RowSettings
 from specforge.errors import UsageError
 
 DESCRIPTION = """\
@@ -94,7 +94,11 @@ def command_line() -> ArgumentParser:
         help="Leave rows that cannot be trained on out, or end with the first.",
     )
     parser.add_argument(
-        "--max_bad_share", type=Share, default=0.05, metavar="SHARE", help="Share of bad rows that ends the run."
+        "--max_bad_share",
+        type=Share,
+        default=MAX_BAD_SHARE,
+        metavar="SHARE",
+        help="More bad rows end the run.",
     )
     parser.add_argument(
         "--validation_share", type=Share, default=0.05, metavar="SHARE", help="Share of the rows to hold out."

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
+from specforge.data.bad_rows import BadRow
 from specforge.data.prompts import Conversation, read_conversation
-from specforge.data.sources import Record, read_records
+from specforge.data.sources import Record, read_raw_records
 from specforge.sampling import Sampling
 
 
@@ -75,8 +76,8 @@ Refuse = Callable[[Prompt, str], None]
 Answer = Callable[[Iterator[Prompt], Keep, Refuse], None]
 
 
-def read_asked(sources: Sequence[str], limit: int | None = None) -> Iterator[Prompt]:
-    """Yield the prompts of some sources, one after the other.
+def read_asked(sources: Sequence[str], limit: int | None = None) -> Iterator[Prompt | BadRow]:
+    """Yield the prompts of some sources, one after the other, or why a row holds none.
 
     A row that holds both messages and tokens is asked its messages, all turns of them.
 
@@ -85,10 +86,13 @@ def read_asked(sources: Sequence[str], limit: int | None = None) -> Iterator[Pro
         limit: Only so many; None for all.
 
     Raises:
-        UsageError: A source or a row is wrong; the message names the place.
+        UsageError: A source cannot be read.
     """
-    records = islice(chain.from_iterable(map(read_records, sources)), limit)
-    return (Prompt(index, read_conversation(_as_chat(record))) for index, record in enumerate(records))
+    for index, raw in enumerate(islice(chain.from_iterable(map(read_raw_records, sources)), limit)):
+        try:
+            yield Prompt(index, read_conversation(_as_chat(raw.parse())))
+        except BadRow as error:
+            yield error
 
 
 def rows_of(conversation: Conversation, replies: Sequence[Reply]) -> list[dict[str, Any]]:

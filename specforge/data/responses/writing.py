@@ -17,9 +17,11 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from specforge.data.bad_rows import BadRow
 from specforge.data.lock import locked
 from specforge.data.responses.asking import Answer, Prompt, Reply, read_asked
 from specforge.data.responses.journal import Journal, Tally
+from specforge.data.summary import MAX_BAD_SHARE
 from specforge.errors import SpecforgeError, UsageError
 
 RESPONSES_FILE = "responses.jsonl"
@@ -96,7 +98,8 @@ def write_responses(
         conclude: Says at the end who wrote the rows (``origin``), and what else is to be noted.
 
     Raises:
-        UsageError: A prompt is wrong, or the folder holds something else, or an unfinished run of other settings.
+        UsageError: Too many rows hold no prompt, or the folder holds something else, or an unfinished run with other
+            settings.
         SpecforgeError: Another process writes the folder, it cannot be written, or the answers fail.
     """
     check_output(output)
@@ -132,14 +135,19 @@ def _answer_all(
     conclude: Callable[[Journal], tuple[dict[str, Any], dict[str, Any]]],
 ) -> Responses:
     """Answer what is not answered yet, and put all of it into ``partial/whole``."""
-    refused: dict[str, str] = {}
-    # All are read once before the first is asked: a bad line would otherwise show after hours.
-    total = sum(1 for _ in read_asked(sources, limit))
+    # All are read once before the first is asked: bad lines would otherwise show after hours.
+    total, refused = 0, dict[str, str]()
+    for one in read_asked(sources, limit):
+        total += 1
+        if isinstance(one, BadRow):
+            refused[one.location] = one.explanation
+    _require_few_bad(refused, total)
     with Journal(partial / _JOURNAL_FILE) as journal:
         if journal.finished:
             _log.warning("going on after %s conversations of an earlier run", f"{len(journal.finished):,}")
         # disable=None shows the bar on a terminal only.
-        with tqdm(total=total, initial=len(journal.finished), unit=" conversations", disable=None) as bar:
+        done = len(journal.finished) + len(refused)
+        with tqdm(total=total, initial=done, unit=" conversations", disable=None) as bar:
 
             def keep(answered: Sequence[tuple[Prompt, list[Reply]]]) -> None:
                 journal.append(answered)
@@ -151,7 +159,8 @@ def _answer_all(
                 bar.update()
 
             earlier = set(journal.finished)
-            answer((one for one in read_asked(sources, limit) if one.index not in earlier), keep, refuse)
+            asked = (one for one in read_asked(sources, limit) if isinstance(one, Prompt))
+            answer((one for one in asked if one.index not in earlier), keep, refuse)
         if not journal.finished:
             where, why = next(iter(refused.items()))
             raise SpecforgeError(f"none of the {total:,} prompts was answered; the first one, {where}: {why}")
@@ -164,6 +173,15 @@ def _answer_all(
                 file.write(json.dumps({"origin": origin, **row}, ensure_ascii=False) + "\n")
         (whole / SUMMARY_FILE).write_text(json.dumps(responses.to_json(), indent=2) + "\n")
     return responses
+
+
+def _require_few_bad(bad: dict[str, str], total: int) -> None:
+    if len(bad) > MAX_BAD_SHARE * total:
+        where, why = next(iter(bad.items()))
+        raise UsageError(
+            f"{len(bad):,} of {total:,} rows hold no prompt, and at most {MAX_BAD_SHARE:.0%} may be left out; the "
+            f"first one is {where}: {why}"
+        )
 
 
 def _bind(partial: Path, settings: dict[str, Any]) -> None:
