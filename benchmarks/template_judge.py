@@ -120,7 +120,7 @@ class Reference:
             causes += [why] if why else []
         answers = any(one["role"] == "user" for one in row["messages"][:index])
         why = "" if pairs else min(causes, key=lambda cause: cause.startswith("raises"))
-        ends = any(list(self._end.finditer(reply))[-1:] for _, reply in pairs)
+        ends = any(self._end.search(reply) for _, reply in pairs)
         return Turn(index, message, pairs, why, answers and bool(own_words(message)), ends)
 
     def _tell(self, form: list[Message], index: int, message: Message, tools: Any) -> tuple[list[Pair], str]:
@@ -153,10 +153,10 @@ class Reference:
             end = self._end.match(later, len(through))
             return [end.group() if end else ""]
         # The reply is rendered in another way now that it is not the last: the end token may be taken or not.
-        words = own_words(form[index])
-        position = later.find(words[-1]) + len(words[-1]) if words and words[-1] in later else len(later)
-        end = self._end.match(later[position:].lstrip())
-        return ["", end.group()] if end else [""]
+        tail = (own_words(form[index]) or [""])[-1]
+        after = _shared(through, later) - len(tail)
+        shown = re.compile(rf"{re.escape(tail)}\s*({self._end.pattern})").search(later, after)
+        return ["", shown.group(1)] if tail and shown else [""]
 
     def _render(self, messages: list[Message], tools: Any, add_generation_prompt: bool = False) -> str:
         text = self._tokenizer.apply_chat_template(
@@ -170,7 +170,7 @@ def own_words(message: Message) -> list[str]:
     calls = [one["function"] for one in message.get("tool_calls") or ()]
     arguments = [_as_object(one["arguments"]) for one in calls]
     texts = [*_thinking(message), *_content(message), *(one["name"] for one in calls)]
-    texts += [text for one in arguments for pair in one.items() for text in map(str, pair)]
+    texts += [text for one in arguments for text in map(str, _leaves(one))]
     return [text.strip() for text in texts if text.strip()]
 
 
@@ -186,14 +186,35 @@ def fault(message: Message, text: str) -> str:
     for call in calls:
         if text.count(call["name"]) < sum(one["name"] == call["name"] for one in calls):
             return "call vanishes"
-        for key, value in _as_object(call["arguments"]).items():
-            if f'\\"{key}' in text:
-                return "arguments encoded twice"
-            if f"{{'{key}'" in text:
-                return "arguments as Python writes them"
-            if key not in text or not any(one in text for one in (str(value), json.dumps(value)[1:-1])):
-                return "call vanishes"
+        arguments = _as_object(call["arguments"])
+        if any(f'\\"{key}' in text for key in arguments):
+            return "arguments encoded twice"
+        if any(f"{{'{key}'" in text for key in arguments):
+            return "arguments as Python writes them"
+        if not all(any(one in text for one in _spellings(leaf)) for leaf in _leaves(arguments)):
+            return "call vanishes"
     return ""
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the keys and values of nested arguments that are no lists or objects themselves."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield key
+            yield from _leaves(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _leaves(one)
+    else:
+        yield value
+
+
+def _spellings(value: Any) -> list[str]:
+    """Return how a value may be written: as it is, in JSON with or without escapes, in Python, in XML."""
+    if not isinstance(value, str):
+        return [json.dumps(value), repr(value)]
+    escaped = [json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]
+    return [value, value.strip(), *escaped]
 
 
 def judge(row: Row, turns: Sequence[Turn], encoded: Encoded) -> Verdict:
@@ -347,9 +368,13 @@ def _in_parts(message: Message) -> Message:
 
 
 def _parting(prompt: str, through: str) -> str:
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, through, strict=False))
-    shared = sum(1 for _ in same)
+    shared = _shared(prompt, through)
     opened = prompt.rfind("<", 0, shared)
     if opened >= 0 and ">" not in prompt[opened:shared]:  # not from the middle of a token
         shared = opened
     return f"prompt {prompt[shared:][:30]!r}, chat {through[shared:][:30]!r}"
+
+
+def _shared(left: str, right: str) -> int:
+    """Return how many characters two texts begin with in common."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
