@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from mmap import MADV_RANDOM, PROT_READ, mmap
+from mmap import MADV_RANDOM, MADV_WILLNEED, PAGESIZE, PROT_READ, mmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from transformers import PreTrainedConfig
 
 from specforge.config import NOT_COMPUTED
@@ -81,18 +82,23 @@ def _tensors(path: Path) -> Iterator[str]:
 
 
 def _safetensors(path: Path) -> Iterator[_Tensor]:
-    # Without MADV_RANDOM, as by safetensors' own reader, the disk reads around each block: in the end, all of the file.
     with path.open("rb") as file:
         mapped = mmap(file.fileno(), 0, prot=PROT_READ)
+    # By default the disk reads around each block, which is all of the file in the end.
     mapped.madvise(MADV_RANDOM)
     begin = 8 + int.from_bytes(mapped[:8], "little")
     header, content = json.loads(mapped[8:begin]), np.frombuffer(mapped, np.uint8)[begin:]
     header.pop("__metadata__", None)
-    for name, one in header.items():
-        first, last = one["data_offsets"]
+    tensors = [(name, one["shape"], *one["data_offsets"]) for name, one in header.items()]
+    for name, _, first, last in tensors:
         if not 0 <= first <= last <= content.size:
             raise ValueError(f"it ends before its tensor {name}")
-        yield name, one["shape"], content[first:last]
+        # Asked for all at once, so that the disk works on many blocks at a time.
+        for offset in _offsets(last - first).tolist():
+            page = (begin + first + offset) // PAGESIZE * PAGESIZE
+            mapped.madvise(MADV_WILLNEED, page, min(BLOCK_BYTES + PAGESIZE, len(mapped) - page))
+    for name, shape, first, last in tensors:
+        yield name, shape, content[first:last]
 
 
 def _pickled(path: Path) -> Iterator[_Tensor]:
@@ -103,11 +109,16 @@ def _pickled(path: Path) -> Iterator[_Tensor]:
 def _sample(content: _Bytes) -> bytes:
     if content.size <= WHOLE_BYTES:
         return content.tobytes()
-    blocks = content[: content.size // BLOCK_BYTES * BLOCK_BYTES].reshape(-1, BLOCK_BYTES)
-    number = max(LEAST_BLOCKS, content.size // BYTES_PER_BLOCK)
-    # From the first block to the last; at no whole number of rows from each other, so that all columns are met.
-    chosen = np.linspace(0, len(blocks) - 1, number).round().astype(np.int64)
-    return bytes(blocks[chosen].tobytes() + content[-BLOCK_BYTES:].tobytes())
+    return sliding_window_view(content, BLOCK_BYTES)[_offsets(content.size)].tobytes()
+
+
+def _offsets(size: int) -> npt.NDArray[np.int64]:
+    """Return where the blocks begin that are read of a tensor, from its first to its last byte.
+
+    Their distance is no whole number of rows, so that they meet all columns.
+    """
+    number = max(LEAST_BLOCKS, size // BYTES_PER_BLOCK)
+    return np.linspace(0, max(0, size - BLOCK_BYTES), number).astype(np.int64)
 
 
 def _digest(content: bytes) -> str:

@@ -172,4 +172,5 @@ def _index_checksum(tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) 
 
 
 def _content(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    content: memoryview = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    return content
