@@ -108,6 +108,12 @@ def check_files(parser: ArgumentParser, arguments: list[str]) -> None:
             value = _value(values, key)
             if value is not MISSING and not isinstance(value, dict):
                 raise UsageError(f"{key}: expected keys and values, got {value!r}{_place(key, arguments)}")
+            # The parser would take the group for one of several classes.
+            for name in ("class_path", "init_args"):
+                if _value(values, f"{key}.{name}") is not MISSING:
+                    unknown = f"{key}.{name}"
+                    where = _place(unknown, arguments)
+                    raise UsageError(f"unknown key {unknown!r}{where}.{_nearest(unknown, known_keys(parser))}")
         for key in decided:
             if _value(values, key) is not MISSING:
                 name = key.rpartition(".")[2]
