@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from checkpoint_drafts import VERIFIER
+from checkpoint_drafts import VERIFIER, break_drafter
 from layouts import layout
 from safetensors.torch import load_file
 
@@ -222,3 +222,15 @@ def test_the_expected_acceptance_is_that_of_decoding(exported: Callable[..., Pat
     emissions = [one for one in decoder.decode(prompts, 64) if one.drafted is not None]
     measured = sum(len(one.tokens) for one in emissions) / len(emissions)
     assert measured == pytest.approx(probe.served.acceptance_length[3], abs=1e-6)
+
+
+def test_a_drafter_that_computes_something_else_than_training_is_told(
+    draft_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The export holds what was trained, whatever decoding here makes of it."""
+    words = ["export", str(draft_of("eagle")), "--format", "vllm", "--output", str(tmp_path / "export")]
+    assert main(words) == 0
+    assert "WARNING" not in capsys.readouterr().out
+    break_drafter(SpeculatorModel.from_pretrained(draft_of("eagle")), monkeypatch)
+    assert main(words) == 0
+    assert "WARNING: real decoding accepts other tokens than replay" in capsys.readouterr().out

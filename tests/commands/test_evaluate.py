@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from checkpoint_drafts import break_drafter, make
 from quickstart_prompts import QUESTIONS, QUICKSTART, VERIFIER
 
 from specforge.__main__ import main
@@ -77,6 +78,8 @@ def test_figures_agree_with_each_other(measured):
             assert low <= each.acceptance_length <= high
             assert each.speedup == pytest.approx(each.tokens_per_second / each.tokens_per_second_alone)
             assert each.verifier_milliseconds > 0 and each.draft_milliseconds > 0
+            assert each.compared_rounds == (each.num_drafts if " greedy" in one.name else 0)
+            assert each.differing_rounds == 0 and not each.difference
 
 
 def test_other_chain_lengths_are_what_decoding_with_them_yields(measured):
@@ -124,6 +127,20 @@ def test_above_temperature_zero_the_draft_draws_and_nothing_is_compared(draft_fo
     measurement = results.contenders[0].all_sets
     assert measurement.identical_responses is None and measurement.acceptance_length >= 1
     assert len(measurement.by_chain_length) == 8 and not results.contenders[0].is_lossy
+
+
+def test_a_drafter_that_computes_something_else_than_training_is_told(prompts, tmp_path, monkeypatch, capsys):
+    draft = make("eagle")
+    draft.save_pretrained(tmp_path / "draft")
+    break_drafter(draft, monkeypatch)
+    words = ["--prompts", *prompts, "--max_new_tokens", 40, "--batch_size", 4, "--baselines", "--output"]
+    assert evaluate(tmp_path / "draft", *words, tmp_path / "out") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    found = Results.read(tmp_path / "out" / "results.json").contenders[0].all_sets
+    assert 0 < found.differing_rounds <= found.compared_rounds == found.num_drafts
+    # The text is the verifier's whatever is drafted.
+    assert found.identical_responses == found.responses
+    assert "WARNING" in shown and "real decoding accepts other tokens than replay" in shown
 
 
 @pytest.mark.parametrize(

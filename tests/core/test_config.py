@@ -71,6 +71,7 @@ class TestImports:
         assert specforge.SpeculatorModel in models.Eagle3DraftModel.__mro__
         assert proposals.GreedyTokenProposalConfig is GreedyTokenProposalConfig
         assert set(specforge.__all__) <= {name for name in specforge.__all__ if getattr(specforge, name)}
+        assert set(dir(specforge)) == {*specforge.__all__, "__version__"}
 
     def test_from_import_statements(self):
         scope: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from small_models import CONFIGS, random_draft, random_model
 
 from specforge.errors import UsageError
 from specforge.proposals import StaticTreeTokenProposalConfig
+from specforge.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +96,88 @@ def test_needs_the_whole_verifier(verifier):
 def test_an_unknown_method_is_named(draft):
     with pytest.raises(UsageError, match=r"'gready'.*Did you mean 'greedy'"):
         draft.generate(torch.tensor([[4, 9]]), proposal="gready")
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-38, 1e-6])
+@pytest.mark.parametrize("proposal", ["greedy", "sampling", "dynamic_tree"])
+def test_temperatures_down_to_the_smallest_float_are_greedy(draft, batch, temperature, proposal):
+    options = {"max_new_tokens": 8, "proposal": proposal}
+    found = draft.generate(*batch, do_sample=True, temperature=temperature, top_k=5, top_p=0.9, **options)
+    assert torch.equal(found, draft.generate(*batch, **options))
+
+
+@pytest.mark.parametrize("temperature", [2e-5, 1e-3, 1e308])
+def test_other_temperatures_neither_overflow_nor_give_nan(temperature):
+    logits = torch.tensor([[60000.0, 59999.0, -60000.0]])
+    for dtype in (torch.float16, torch.float32):
+        chances = Sampling(temperature=temperature, top_k=2, top_p=0.99).log_probs(logits.to(dtype)).exp()
+        assert float(chances.sum()) == pytest.approx(1) and not chances.isnan().any()
+
+
+def test_what_people_pass_to_transformers_is_taken(verifier, draft, batch):
+    ids, mask = batch
+    greedy = draft.generate(ids, mask, max_new_tokens=8)
+    neutral = {
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "repetition_penalty": 1.0,
+        "use_cache": True,
+        "max_length": None,
+    }
+    off = {"temperature": None, "top_k": None, "top_p": None, "logits_processor": [], "output_scores": False}
+    assert torch.equal(draft.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, **neutral, **off), greedy)
+    with pytest.warns(UserWarning, match=r"temperature=0\.7 is ignored"):
+        assert torch.equal(draft.generate(ids, mask, max_new_tokens=8, do_sample=False, temperature=0.7), greedy)
+    sampled = {"max_new_tokens": 8, "proposal": "sampling", "seed": 3}
+    one = draft.generate(ids, mask, do_sample=True, **sampled)
+    assert torch.equal(one, draft.generate(ids, mask, temperature=1.0, **sampled)) and not torch.equal(one, greedy)
+    assert torch.equal(draft.generate(ids, mask, max_new_tokens=0), ids)
+
+
+def test_a_dictionary_holds_rounds_acceptance_and_time(verifier, draft, batch):
+    options = {"max_new_tokens": 9, "proposal": "static_tree:depth=3"}
+    found = draft.generate(*batch, return_dict_in_generate=True, **options)
+    assert torch.equal(found.sequences, draft.generate(*batch, **options))
+    accepted, rounds = found.accepted_by_position, found.rounds
+    # The first token comes with the prompt; each round gives one more than it accepts.
+    assert (1 + rounds + accepted.sum(1)).tolist() == [9, 9, 9] and int(accepted.sum()) > 0
+    assert (accepted.diff(dim=1) <= 0).all() and found.seconds > 0
+    assert found.acceptance_length == pytest.approx(float(24 / rounds.sum()))
+    none = draft.generate(*batch, max_new_tokens=1, return_dict_in_generate=True)
+    assert none.rounds.tolist() == [0, 0, 0] and none.acceptance_length == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_beams": 4}, ValueError, "num_beams is not possible.*repeat the prompt"),
+        ({"num_return_sequences": 2}, ValueError, "num_return_sequences is not possible"),
+        ({"repetition_penalty": 1.2}, ValueError, "repetition_penalty is not possible.*temperature, top_k and top_p"),
+        ({"max_length": 40}, ValueError, "max_length is not possible.*max_new_tokens"),
+        ({"stopping_criteria": [1]}, ValueError, "stopping_criteria is not possible.*eos_token_id"),
+        ({"assistant_model": object()}, ValueError, "assistant_model is not possible.*proposal"),
+        ({"generation_config": object()}, ValueError, "generation_config is not possible.*do_sample"),
+        ({"output_scores": True}, ValueError, "output_scores is not possible.*return_dict_in_generate"),
+        ({"max_new_token": 4}, TypeError, "'max_new_token'.*Did you mean 'max_new_tokens'"),
+        ({"eos_token_id": "</s>"}, TypeError, "eos_token_id is '</s>'.*convert_tokens_to_ids"),
+        ({"max_new_tokens": 2.5}, TypeError, "max_new_tokens is 2.5"),
+        ({"max_new_tokens": -1}, ValueError, "max_new_tokens is -1"),
+        ({"temperature": -1.0}, ValueError, "temperature: .*greater than or equal to 0"),
+        ({"temperature": float("nan")}, ValueError, "temperature: "),
+        ({"top_p": 1.5}, ValueError, "top_p: .*less than or equal to 1"),
+        ({"verification": "blocks"}, ValueError, "verification: .*'block'"),
+        ({"proposal": 5}, TypeError, "proposal is 5"),
+        ({"input_ids": "How many?"}, TypeError, "got text; tokenize it first.*generate.*inputs"),
+        ({"input_ids": ["a", "b"]}, TypeError, "got text; tokenize it first"),
+        ({"input_ids": {"input_ids": torch.tensor([[4]])}}, TypeError, r"generate\(\*\*inputs\)"),
+        ({"input_ids": [[4, 9]]}, TypeError, "input_ids is a list"),
+        ({"input_ids": torch.tensor([4, 9])}, ValueError, r"the shape \[2\].*input_ids\[None\]"),
+        ({"input_ids": torch.tensor([[4.0]])}, TypeError, "torch.float32"),
+        ({"input_ids": torch.tensor([[4, VOCABULARY]])}, ValueError, f"ids from 4 to {VOCABULARY}"),
+        ({"attention_mask": torch.ones(1, 5)}, ValueError, r"attention_mask has the shape \[1, 5\]"),
+    ],
+    ids=lambda one: next(iter(one)) if isinstance(one, dict) else None,
+)
+def test_the_rest_is_refused_by_name(draft, options, error, message):
+    with pytest.raises(error, match=message):
+        draft.generate(**{"input_ids": torch.tensor([[4, 9]]), **options})

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig
 
 from specforge.models import Eagle3DraftModel, EagleSpeculator, MLPSpeculator
+from specforge.models.drafter import Drafter
 from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.parts import VerifierParts
 
@@ -30,3 +32,16 @@ def make(algorithm: str, **options: Any) -> SpeculatorModel:
             parameter.normal_(std=0.2).add_(1.0 if parameter.ndim == 1 else 0.0)
     draft.attach_verifier(VerifierParts.from_pretrained(str(VERIFIER)))
     return draft
+
+
+def break_drafter(draft: SpeculatorModel, patch: pytest.MonkeyPatch) -> None:
+    """Let drafters of a draft's class read another token than the last decided one."""
+    right = type(draft).drafter
+
+    def broken(self: SpeculatorModel, batch_size: int) -> Drafter:
+        drafter = right(self, batch_size)
+        commit = drafter.commit
+        drafter.commit = lambda tokens, features, counts: commit((tokens + 1) % 100, features, counts)  # type: ignore
+        return drafter
+
+    patch.setattr(type(draft), "drafter", broken)
