@@ -145,6 +145,16 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
         both(*(setting(f"{LAYERS}.{one}", ...) for one in ("rope_parameters", "rope_theta", "rope_scaling"))),
         "rotary positions are not said",
     ),
+    "partial rotation": (
+        "eagle3/vllm",
+        setting(f"{LAYERS}.rope_parameters.partial_rotary_factor", 0.5),
+        "partial_rotary_factor is 0.5, but the llama layers that were trained rotate",
+    ),
+    "positions in three directions": (
+        "eagle3/vllm",
+        setting(f"{LAYERS}.rope_parameters.mrope_section", [2, 3, 3]),
+        "mrope_section ask for positions in three directions",
+    ),
     "short positions": (
         "eagle3/vllm",
         setting(f"{LAYERS}.max_position_embeddings", 128),

@@ -215,3 +215,27 @@ def test_a_long_start_needs_no_mask() -> None:
     assert cache.visible() is None and cache.visible(window=9) is None
     near = cache.visible(window=3)
     assert near is not None and near[0].sum(-1).tolist() == [1, 2, 3, 3, 3, 3, 3, 3, 3]
+
+
+def test_a_node_sees_only_its_chunk() -> None:
+    cache = TreeCache(1, CPU)
+    cache.extend(5)
+    assert cache.visible(chunk=5) is None
+    first = cache.visible(chunk=2)
+    assert first is not None and first[0].sum(-1).tolist() == [1, 2, 1, 2, 1]
+    cache.update(torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 2), 0)
+    cache.keep_first(torch.tensor([5]))
+    cache.append(torch.tensor([[-1, 0, 1]]))
+    # Tokens 5, 6 and 7, in chunks of 4: each sees from 4 on.
+    seen = cache.visible(chunk=4)
+    assert seen is not None and [row.nonzero().flatten().tolist() for row in seen[0]] == [
+        [4, 5],
+        [4, 5, 6],
+        [4, 5, 6, 7],
+    ]
+    seen = cache.visible(chunk=6)
+    assert seen is not None and [row.nonzero().flatten().tolist() for row in seen[0]] == [
+        [0, 1, 2, 3, 4, 5],
+        [6],
+        [6, 7],
+    ]

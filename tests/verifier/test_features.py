@@ -110,14 +110,29 @@ def test_too_few_layers_for_the_default_are_refused_with_an_example_that_works(n
     check_aux_layers([int(one) for one in example.split(",")], number)
 
 
-def test_documents_that_would_read_each_other_are_refused(tiny_verifiers):
+def test_documents_that_would_read_each_other_run_apart(tiny_verifiers: Mapping[str, Any]) -> None:
     for made in tiny_verifiers.values():
         check_documents(made.model)
+        assert packs(made.model)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "head_dim": 8}
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
     verifier = AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **experts)).eval()
     for parameter in verifier.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    with pytest.raises(UsageError, match="attends across the documents of a packed row"):
+    assert not packs(verifier)
+    with pytest.raises(UsageError, match="verifier_sharding: GptOssForCausalLM reads across the documents"):
         check_documents(verifier)
+    # Documents of one token and padding, too; in two rows.
+    lengths = [[3, 1, 5], [4, 2, 3]]
+    tokens = torch.arange(18).view(2, 9) + 3
+    positions = torch.stack([torch.cat([torch.arange(one) for one in row]) for row in lengths])
+    found = capture(verifier, tokens, positions, [0, 1])
+    for row, own in enumerate(lengths):
+        begin = 0
+        for length in own:
+            document = slice(begin, begin + length)
+            alone = capture(verifier, tokens[row : row + 1, document], torch.arange(length)[None], [0, 1])
+            torch.testing.assert_close(found.last[row, document], alone.last[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(found.aux[row, document], alone.aux[0], atol=1e-4, rtol=1e-4)
+            begin += length

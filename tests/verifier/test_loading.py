@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_families import make
 from transformers import BertConfig, LlamaConfig
 
 from specforge.errors import UsageError
 from specforge.verifier.loading import VerifierLoading, load_config, load_verifier
-from specforge.verifier.parts import VerifierParts, decoder
+from specforge.verifier.names import stored_names
+from specforge.verifier.parts import VerifierParts, all_names, decoder, read_tensors
 
 ALL = ["llama", "llama-sharded", "llama-tied", "qwen3", "gemma2", "gemma3", "gemma3-images"]
 
@@ -209,3 +211,45 @@ def test_a_broken_config_is_refused(content: str, tmp_path: Path) -> None:
 def test_reading_a_config_touches_no_weights(tmp_path: Path) -> None:
     LlamaConfig(num_hidden_layers=11).save_pretrained(tmp_path)
     assert load_config(str(tmp_path)).num_hidden_layers == 11
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_bias": "no"}, "'attention_bias' expected bool, got str"),
+        ({"hidden_size": []}, "'hidden_size' expected int, got list"),
+        ({"architectures": 3}, "architectures must be a list of class names, not 3"),
+        ({"dtype": "no"}, "dtype 'no'"),
+        ({"dtype": 3}, "dtype must be a type of torch such as 'bfloat16', not 3"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1,000,000; at most 1,000"),
+        ({"vocab_size": 0}, "vocab_size must be a positive integer, not 0"),
+        ({"model_type": "lama"}, "model_type: transformers knows no 'lama'. Did you mean"),
+        ({"num_key_value_heads": -1}, "num_key_value_heads -1"),
+        ({"num_key_value_heads": 4}, r"k_proj.weight is [16, 16] in the weights, but [32, 16] by"),
+        ({"num_hidden_layers": 9}, "the weights do not have, by num_hidden_layers 9"),
+        ({"attention_bias": True}, "the weights do not have, by attention_bias True"),
+        ({"pad_token_id": 10**6}, "pad_token_id 1000000"),
+        ({"rope_parameters": {"rope_type": "no", "rope_theta": 1e4}}, "rope_parameters.rope_type 'no'"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_file(change: dict[str, Any], message: str, copy: Path) -> None:
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UsageError) as caught:
+        load_verifier(str(copy))
+    assert message in str(caught.value)
+    assert "config.json" in str(caught.value) and str(copy) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "llama4", "mistral3"])
+def test_tensors_are_found_under_the_names_that_transformers_reads(name: str, tmp_path: Path) -> None:
+    verifier = make(name, tmp_path)
+    loaded = load_verifier(str(tmp_path))
+    names = stored_names(loaded, all_names(str(tmp_path)))
+    body = {id(parameter): key for key, parameter in loaded.named_parameters()}
+    parts = VerifierParts.of(loaded)
+    for module in (parts.embed_tokens, parts.norm, parts.lm_head):
+        key = body[id(module.weight)]
+        (tensor,) = read_tensors(str(tmp_path), [names[key]]).values()
+        assert torch.equal(tensor.to(module.weight.dtype), module.weight), (key, names[key])
+    assert torch.equal(verifier.get_input_embeddings().weight, parts.embed_tokens.weight)
