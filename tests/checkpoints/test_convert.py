@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from specforge.__main__ import main
 from specforge.checkpoints.convert import convert
+from specforge.checkpoints.formats import read_draft
 from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
 
@@ -174,6 +178,140 @@ def test_layer_ids_that_mean_two_things_ask_for_the_format(published: Callable[[
     assert SpeculatorModel.from_pretrained(tmp_path / "ours").config.eagle_aux_hidden_state_layer_ids == [2, 4, 5]
     with pytest.raises(UsageError, match="there is no format 'sglan'"):
         convert(str(folder), str(VERIFIER), tmp_path / "ours", "sglan")
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    stored = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({name: one for name, one in stored.items() if one is not ...}))
+
+
+def change_tensors(folder: Path, **tensors: Any) -> None:
+    stored = load_file(folder / WEIGHTS) | tensors
+    save_file({name: one for name, one in stored.items() if one is not None}, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("theta", [..., None])
+def test_a_head_published_without_its_rotary_base_is_exported_as_it_is(
+    theta: Any, published: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = published("eagle3/midlayer")
+    change_config(folder, rope_theta=theta, rope_parameters=..., rope_scaling=theta)
+    convert(str(folder), str(VERIFIER), tmp_path / "ours")
+    assert main(["export", str(tmp_path / "ours"), "--format", "midlayer", "--skip_verifier"]) == 0
+    assert json.loads((tmp_path / "ours-midlayer" / "config.json").read_text())["rope_theta"] == 10000.0
+
+
+def test_a_rotary_base_inside_the_scaling_is_read(published: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = published("eagle3/midlayer")
+    scaling = {"rope_type": "default", "rope_theta": 12345.0}
+    change_config(folder, rope_theta=None, rope_parameters=..., rope_scaling=scaling)
+    done = convert(str(folder), str(VERIFIER), tmp_path / "ours")
+    assert done.model.config.transformer_layer_config.rope_parameters["rope_theta"] == 12345.0
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rope_parameters": {"type": "mrope", "mrope_section": [2, 3, 3]}}, "asks for mrope"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_attention_heads": 0}, "transformers refuses it"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but the tensors are of 1 "),
+        ({"eagle_aux_hidden_state_layer_ids": []}, "eagle_aux_hidden_state_layer_ids: must be ascending ids"),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 4, 99]}, r"aux layers \[2, 4, 99\] must be ascending ids in 0..8"),
+        ({"vocab_size": "1280"}, "vocab_size"),
+        ({"model_type": "deepseek_v3"}, "no draft layers of type 'deepseek_v3'"),
+    ],
+)
+def test_settings_that_describe_no_draft_are_named(
+    config: dict[str, Any], message: str, published: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = published("eagle3/midlayer")
+    change_config(folder, **config)
+    with pytest.raises(UsageError, match=message):
+        convert(str(folder), str(VERIFIER), tmp_path / "ours")
+
+
+LSTM = {"model_type": "mlp_speculator", "architectures": ["ArcticLSTMSpeculatorPreTrainedModel"], "method": "sum_lstm"}
+LATENT = {"midlayer.hidden_norm.weight": (8,), "midlayer.self_attn.kv_a_proj_with_mqa.weight": (8, 8)}
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        (LSTM, {"speculator.forget_emb.0.weight": (8, 8)}, "an LSTM speculator"),
+        ({"model_type": "mlp_speculator"}, {"forget_emb.0.weight": (8, 8)}, "an LSTM speculator"),
+        (
+            {"architectures": ["ArcticMLPSpeculatorPreTrainedModel"]},
+            {"emb.0.weight": (8, 8)},
+            "MLP speculator of Arctic",
+        ),
+        ({"model_type": "deepseek_v3"}, LATENT, r"multi-head latent attention \(MLA\)"),
+        ({"model_type": "llama"}, {"fc.weight": (8, 8), "fc.weight_scale": (1,)}, "quantised weights .*FP8"),
+    ],
+)
+def test_heads_of_another_network_are_named(
+    config: dict[str, Any], tensors: dict[str, tuple[int, ...]], message: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, folder / WEIGHTS)
+    with pytest.raises(UsageError, match=message):
+        convert(str(folder), str(VERIFIER), tmp_path / "ours")
+
+
+def test_float8_is_named_and_so_is_every_other_short_type(published: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = published("eagle3/midlayer")
+    fc = load_file(folder / WEIGHTS)["fc.weight"]
+    change_tensors(folder, **{"fc.weight": fc.to(torch.float8_e4m3fn)})
+    with pytest.raises(UsageError, match=r"quantised weights .fc.weight is torch.float8_e4m3fn"):
+        convert(str(folder), str(VERIFIER), tmp_path / "ours")
+    change_tensors(folder, **{"fc.weight": fc.to(torch.int8)})
+    with pytest.raises(UsageError, match=r"fc\.weight is int8; quantised weights are not read"):
+        convert(str(folder), str(VERIFIER), tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    "weight_map", [{"fc.weight": 3}, {"fc.weight": "../model.safetensors"}, {"fc.weight": None}, [], {}]
+)
+def test_a_wrong_index_is_named(weight_map: Any, published: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = published("eagle/eagle")
+    (folder / WEIGHTS).rename(folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UsageError, match=r"model\.safetensors\.index\.json.*weight_map"):
+        convert(str(folder), str(VERIFIER), tmp_path / "ours")
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Act without the rights of the superuser, who may read anything."""
+    own = os.geteuid()
+    if own == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(own)
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, "."])
+def test_what_may_not_be_read_is_one_message(
+    name: str, published: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tempfile.TemporaryDirectory() as shared:  # pytest's own folders are private
+        Path(shared).chmod(0o755)
+        folder = published("eagle/speculators").rename(Path(shared) / "head")
+        (folder / name).chmod(0)
+        with unprivileged():
+            with pytest.raises(UsageError, match="cannot be read: Permission denied") as error:
+                read_draft(str(folder))
+            assert str(folder) in str(error.value)
+            if name != WEIGHTS:
+                assert main(["generate", str(folder), "--prompt", "hi"]) in (1, 2)
+                shown = capsys.readouterr().err
+                assert str(folder) in shown and "Permission denied" in shown and shown.count("\n") == 1
+        folder.chmod(0o755)
 
 
 def test_fit_goes_on_from_a_converted_draft(

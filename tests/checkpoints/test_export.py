@@ -144,6 +144,47 @@ def test_a_run_tells_what_the_draft_was_trained_on(draft_of: Callable[..., Path]
     assert len(texts) == 4 and len({tuple(one.tokens[: one.begin]) for one in texts}) == 4
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", None], ids=["empty", "cut", "something else"])
+def test_a_damaged_best_checkpoint_is_no_obstacle(
+    content: bytes | None, draft_of: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "version_0"
+    SpeculatorModel.from_pretrained(draft_of("eagle")).save_pretrained(run / "draft")
+    (run / "config.yaml").write_text("- no\n- settings\n")
+    (run / "checkpoints").mkdir()
+    path = run / "checkpoints" / "best.ckpt"
+    torch.save([1], path) if content is None else path.write_bytes(content)
+    assert main(["export", str(run), "--format", "eagle", "--skip_verifier"]) == 0
+    assert str(path) in caplog.text and str(run / "config.yaml") in caplog.text
+
+
+def test_an_own_export_with_embeddings_is_exported_again_with_them(
+    exported: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = exported("eagle3/speculators", "--skip_verifier")
+    tensors = load_file(source / "model.safetensors")
+    for format in ("speculators", "vllm", "midlayer", "sglang"):
+        words = ["--format", format, "--output", str(tmp_path / format), "--skip_verifier"]
+        assert main(["export", str(source), *words]) == 0
+        again = load_file(tmp_path / format / "model.safetensors")
+        if format == "sglang":  # it drafts with the verifier's own
+            assert "embed_tokens.weight" not in again
+        else:
+            assert torch.equal(again["embed_tokens.weight"], tensors["embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_mode_that_the_umask_asks_for(mask: int, draft_of: Callable[..., Path], tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        words = ["export", str(draft_of("eagle")), *AS_EAGLE, "--output", str(tmp_path / "out")]
+        assert main(words) == 0
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == dict.fromkeys(EXPORTS, 0o666 & ~mask)
+
+
 def test_a_run_without_a_draft_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.yaml").write_text("{}")
