@@ -53,9 +53,10 @@ class RunRecord:
     @classmethod
     def read(cls, run: Path) -> RunRecord:
         """Read the files of a run folder; one that is missing or damaged is no obstacle, and told of."""
-        settings = _readable(run / CONFIG, _settings, {})
-        nothing: Choice = ()
-        return cls(settings, *_readable(run / BEST, _chosen_by, nothing))
+        no_settings: dict[str, Any] = {}
+        settings = _readable(run / CONFIG, _settings, no_settings)
+        no_choice: Choice = ()
+        return cls(settings, *_readable(run / BEST, _chosen_by, no_choice))
 
 
 def find_draft(source: str) -> tuple[str, RunRecord]:

@@ -104,7 +104,10 @@ def built(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> PreTr
         ValueError: Transformers refuses them, in whatever way.
     """
     try:
-        return config_class(**values)
+        config = config_class(**values)
+        # What is read has to be written again.
+        config.to_diff_dict()
+        return config
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"transformers refuses it as a {config_class.model_type} configuration: {reason}") from None

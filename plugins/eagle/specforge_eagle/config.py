@@ -65,7 +65,7 @@ class EagleSpeculatorConfig(SpeculatorModelConfig):
             return _make(type(text), _stored(text))
         if not isinstance(value, dict):
             raise ValueError(f"must be a dict or a transformers configuration, not a {type(value).__name__}")
-        model_type = value.get("model_type", "llama")
+        model_type = str(value.get("model_type", "llama"))
         if model_type not in CONFIG_MAPPING:
             hint = nearest_name(str(model_type), CONFIG_MAPPING.keys())
             raise ValueError(f"model_type: transformers knows no {model_type!r}.{hint}")
