@@ -282,7 +282,7 @@ def start_norm(norm: nn.Module, scale: Tensor) -> None:
     with torch.no_grad():
         for parameter in norm.parameters():
             parameter.zero_()
-        norm.weight.copy_(scale - norm_scale(norm, scale.shape[0]).to(scale))
+        norm.get_parameter("weight").copy_(scale - norm_scale(norm, scale.shape[0]).to(scale))
 
 
 def norm_scale(norm: nn.Module, width: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from specforge.errors import UsageError
-from specforge.verifier.features import capture, check_aux_layers, check_documents, default_aux_layers
+from specforge.verifier.features import capture, check_aux_layers, check_documents, default_aux_layers, packs
 from specforge.verifier.parts import decoder
 
 FAMILIES = ["llama", "llama-tied", "qwen3", "gemma2", "gemma3", "gemma3-images"]
