@@ -17,7 +17,7 @@ from typing import Any
 
 from specforge.data.bad_rows import BadRow
 from specforge.data.chat import Chat
-from specforge.data.template import ChatTemplate, Span, TemplateRefusal, time_limit
+from specforge.data.template import ChatTemplate, Span, TemplateRefusal, TooSlow, time_limit
 from specforge.data.turns import Message
 
 BETWEEN = "between prompt and end token"
@@ -120,12 +120,11 @@ class ReplyFinder:
                 "or with 'input_ids' and 'loss_mask'",
             )
         cut = _enough(chat, characters)
-        rendering = _Rendering(self, cut, location)
         try:
             with time_limit():
-                texts = rendering.texts()
+                texts = _Rendering(self, cut).texts()
         except TemplateRefusal as error:
-            raise BadRow(location, *self._explained(error, cut, location)) from error
+            raise BadRow(location, *self._explained(error, cut)) from error
         return Replies(texts, is_whole=len(cut.messages) == len(chat.messages))
 
     def end_after(self, text: str, start: int) -> int | None:
@@ -143,26 +142,26 @@ class ReplyFinder:
         match = self._special_tokens.search(text, start) if self._special_tokens else None
         return match and match.end()
 
-    def _explained(self, error: TemplateRefusal, chat: Chat, location: str) -> tuple[str, str]:
+    def _explained(self, error: TemplateRefusal, chat: Chat) -> tuple[str, str]:
         """Return the reason to count a refusal by, and what to tell a person."""
         if not isinstance(error, _Unclear):
             return f"chat template: {error}"[:80], f"the chat template refuses this chat: {error}"
         if error.reason not in self._cures:
-            arguments = next((one for one in _CURES if self._works(chat, one, location)), None)
+            arguments = next((one for one in _CURES if self._works(chat, one)), None)
             self._cures[error.reason] = "" if arguments is None else f"--template_arguments.{arguments}, "
         return error.reason, (
             f"{error}. What works instead: {self._cures[error.reason]}specforge prepare responses, or rows with "
             "'input_ids' and 'loss_mask'"
         )
 
-    def _works(self, chat: Chat, argument: str, location: str) -> bool:
+    def _works(self, chat: Chat, argument: str) -> bool:
         name, value = argument.split()
         if name not in str(self.template.tokenizer.chat_template):
             return False
         template = self.template.with_arguments(**{name: value == "true"})
         try:
             with time_limit():
-                _Rendering(ReplyFinder(template), chat, location).texts()
+                _Rendering(ReplyFinder(template), chat).texts()
         except TemplateRefusal:
             return False
         return True
@@ -185,12 +184,13 @@ class _Rendering:
 
     finder: ReplyFinder
     chat: Chat
-    location: str
 
     def texts(self) -> list[SupervisedText]:
         """Return the rows of the chat; templates that want a call's arguments as a JSON string get them so."""
         try:
             return self._texts()
+        except TooSlow:
+            raise
         except TemplateRefusal:
             encoded = [_with_encoded_arguments(message) for message in self.chat.messages]
             if encoded == self.chat.messages:
