@@ -368,7 +368,8 @@ class TestInitFrom:
         words = ["--model.init_from", str(run / "draft"), "--model.draft.num_layers=2"]
         assert main(["fit", *workshop.words("runs", *words)]) == 2
         message = capfd.readouterr().err
-        assert "model.init_from" in message and "layers.1." in message and "Traceback" not in message
+        assert "model.init_from" in message and "num_hidden_layers is 1 there and 2 here" in message
+        assert "Traceback" not in message
 
     def test_refuses_what_is_not_there(self, workshop, capfd):
         assert main(["fit", *workshop.words("runs", "--model.init_from=nowhere/at/all")]) == 2
