@@ -346,6 +346,11 @@ class DraftModule(LightningModule, ABC):
         self._window = self.alignment(window).supervised.flatten(1) if window else None
         features = self.features(batch)
         outcome = self.draft_steps(batch, features)
+        if window and not torch.equal(outcome.supervised, self.alignment(batch).supervised.flatten(1)):
+            raise SpecforgeError(
+                f"{type(self).__name__} counts other positions than its alignment(batch), which trainer."
+                "accumulate_grad_batches divides by; a plugin that does has to override alignment"
+            )
         loss, sums, counts = self._over_window(*self._over_processes(outcome))
         if not torch.isfinite(loss):
             self._check_verifier(features)

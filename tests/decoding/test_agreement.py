@@ -51,12 +51,17 @@ def agreement(verifier, draft, prompts) -> Agreement:
     return found
 
 
-@pytest.fixture(scope="module", params=[None, 12], ids=["whole vocabulary", "pruned"])
-def draft(request, verifier, prompts):
-    made = random_draft(verifier, seed=2, size=request.param)
-    if request.param is None:
-        learn(made, verifier, [text for text, _ in decode(verifier, None, prompts)], updates=25)
+@pytest.fixture(scope="module")
+def learned(verifier, prompts):
+    """A draft that knows the texts, so that most of its tokens are accepted."""
+    made = random_draft(verifier, seed=2)
+    learn(made, verifier, [text for text, _ in decode(verifier, None, prompts)], updates=25)
     return made
+
+
+@pytest.fixture(scope="module", params=["learned", "pruned"])
+def draft(request, verifier, learned):
+    return learned if request.param == "learned" else random_draft(verifier, seed=2, size=12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -69,8 +74,7 @@ def test_a_right_drafter_agrees_in_every_round(verifier, draft, prompts, dtype):
     finally:
         verifier.to(wide)
         draft.cast(wide)
-    assert found.differing == 0 and not found.example
-    assert found.rounds == sum(len(accepted) for _, accepted in decode(verifier, draft, prompts)) or dtype != wide
+    assert found == Agreement(found.rounds) and found.rounds >= NEW
 
 
 def wrong_token(commit: Callable[..., None]) -> Callable[..., None]:
@@ -88,24 +92,21 @@ def wrong_feature(commit: Callable[..., None]) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("fault", [wrong_token, wrong_feature])
-def test_a_wrong_drafter_is_found(verifier, prompts, fault, monkeypatch):
-    draft = random_draft(verifier, seed=2)
-    learn(draft, verifier, [text for text, _ in decode(verifier, None, prompts)], updates=25)
-    right = type(draft).drafter
+def test_a_wrong_drafter_is_found(verifier, learned, prompts, fault, monkeypatch):
+    right = type(learned).drafter
 
     def broken(self, batch_size: int) -> Drafter:
         drafter = right(self, batch_size)
         drafter.commit = fault(drafter.commit)
         return drafter
 
-    monkeypatch.setattr(type(draft), "drafter", broken)
-    found = agreement(verifier, draft, prompts)
+    monkeypatch.setattr(type(learned), "drafter", broken)
+    found = agreement(verifier, learned, prompts)
     assert found.differing > 0
     assert "is rejected where replay has it accepted" in str(found) and f"of {found.rounds:,} rounds" in str(found)
 
 
 def test_acceptance_that_replay_lacks_is_found(verifier, draft, prompts):
-    """And what a longer chain would have accepted, or a token that the text does not have, is no difference."""
     text, accepted = decode(verifier, draft, prompts)[0]
     features = capture(verifier, text[None], torch.arange(len(text))[None], draft.aux_layers)
     rounds = len(accepted)
