@@ -51,7 +51,8 @@ def rotation_faults(config: dict[str, Any]) -> Iterator[str]:
     try:
         made = CONFIG_MAPPING[kind].from_dict({name: one for name, one in layers.items() if name != "model_type"})
         rotary = decoder_layer("auto", made).rotary(made)
-        rotated, width = 2 * rotary.get_buffer("inv_freq").numel(), made.head_dim
+        rotated = 2 * rotary.get_buffer("inv_freq").numel()
+        width = getattr(made, "head_dim", None) or made.hidden_size // made.num_attention_heads
     except (KeyError, UsageError, AttributeError, TypeError, ValueError) as error:
         yield f"the rotary positions of {kind!r} layers are not understood: {error}"
         return

@@ -16,7 +16,6 @@ from specforge.errors import nearest_name
 MOST_LAYERS = 1000
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 
-UNSAID = ("model_type", "architectures", "transformers_version", "dtype")
 # How long it is looked for the keys that are to blame.
 SECONDS = 10.0
 
@@ -128,10 +127,9 @@ def _deciding(config: PreTrainedConfig, build: Build, differs: Callable[[Mapping
 
 
 def _paths(values: Mapping[str, Any], before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield each key that decides something, with its value; those inside others after them."""
+    """Yield each key with its value; those inside others after them."""
     for key, value in values.items():
-        if key not in UNSAID:
-            yield (*before, key), value
+        yield (*before, key), value
         if isinstance(value, dict):
             yield from _paths(value, (*before, key))
 

@@ -226,16 +226,7 @@ def test_a_node_sees_only_its_chunk() -> None:
     cache.update(torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 2), 0)
     cache.keep_first(torch.tensor([5]))
     cache.append(torch.tensor([[-1, 0, 1]]))
-    # Tokens 5, 6 and 7, in chunks of 4: each sees from 4 on.
-    seen = cache.visible(chunk=4)
-    assert seen is not None and [row.nonzero().flatten().tolist() for row in seen[0]] == [
-        [4, 5],
-        [4, 5, 6],
-        [4, 5, 6, 7],
-    ]
-    seen = cache.visible(chunk=6)
-    assert seen is not None and [row.nonzero().flatten().tolist() for row in seen[0]] == [
-        [0, 1, 2, 3, 4, 5],
-        [6],
-        [6, 7],
-    ]
+    # Tokens 5, 6 and 7; in chunks of 4, each sees from 4 on.
+    for chunk, expected in ((4, [[4, 5], [4, 5, 6], [4, 5, 6, 7]]), (6, [[0, 1, 2, 3, 4, 5], [6], [6, 7]])):
+        seen = cache.visible(chunk=chunk)
+        assert seen is not None and [row.nonzero().flatten().tolist() for row in seen[0]] == expected

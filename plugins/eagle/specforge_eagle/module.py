@@ -38,7 +38,9 @@ class EagleDraftSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     transformer_layer_architecture: str = Field(
-        default="auto", description="Decoder layer of transformers, such as LlamaDecoderLayer; auto: the verifier's."
+        default="auto",
+        description="Decoder layer of transformers, such as LlamaDecoderLayer; auto: the verifier's, or Llama's where "
+        "that family has none for drafts.",
     )
     layernorms: bool = Field(default=False, description="Norms on embeddings, before the layer and before the head.")
     fusion_bias: bool = Field(default=False, description="A bias where embedding and feature meet; vLLM serves none.")
