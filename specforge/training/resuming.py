@@ -95,6 +95,7 @@ class ResumedSettings(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what differs, and give optimizer and schedule their settings of now."""
+        self._settings["tokenizer"] = trainer.datamodule.tokenizer_digest  # and chat template
         if self._stored is None:
             return
         stored, self._stored = self._stored, None

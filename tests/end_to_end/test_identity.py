@@ -141,6 +141,17 @@ def test_what_does_not_differ_is_not_said(runs, words, capfd, shared):
     assert "resumed with other settings: trainer.max_steps 4 -> 6\n" in shown and "begin again" not in shown
 
 
+def test_another_chat_template_is_said(runs, words, capfd, tmp_path):
+    shutil.copytree(VERIFIER, tmp_path / "verifier")
+    template = tmp_path / "verifier" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# another one #}")
+    more = [f"--verifier={tmp_path / 'verifier'}", f"--ckpt_path={runs['eagle'] / 'checkpoints' / 'last.ckpt'}"]
+    assert main(["fit", *words("eagle", "template", *more, "--trainer.max_steps=5")]) == 0
+    shown = capfd.readouterr().out
+    line = next(one for one in shown.splitlines() if one.startswith("resumed with other settings: "))
+    assert "settings: tokenizer " in line and ", verifier " in line
+
+
 def test_other_trained_weights_are_refused(runs, words, capfd):
     more = [f"--ckpt_path={runs['eagle3'] / 'checkpoints' / 'last.ckpt'}", "--model.draft.train_head=false"]
     assert main(["fit", *words("eagle3", "refused", *more, "--trainer.max_steps=6")]) == 2
