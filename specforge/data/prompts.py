@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from specforge.data.bad_rows import BadRow
 from specforge.data.chat import CHAT_KEYS, Chat, Message, read_chat
 from specforge.data.sources import Record, check_source, read_records
-from specforge.data.template import ChatTemplate, TemplateRefusal, time_limit
+from specforge.data.template import ChatTemplate, TemplateRefusal, TooSlow, time_limit
 from specforge.data.tool_calls import read_tools
 from specforge.errors import UsageError
 
@@ -53,7 +53,7 @@ class Conversation:
         try:
             with time_limit():
                 return template.prompt(self.chat(turn, replies), self.tools)
-        except TemplateRefusal as error:
+        except (TemplateRefusal, TooSlow) as error:
             raise UsageError(f"{self.location}: the chat cannot be rendered: {error}") from error
 
     def chat(self, turn: int, replies: list[str]) -> list[Any]:

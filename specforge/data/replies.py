@@ -123,6 +123,8 @@ class ReplyFinder:
         try:
             with time_limit():
                 texts = _Rendering(self, cut).texts()
+        except TooSlow as error:
+            raise BadRow(location, "too slow to render", str(error)) from error
         except TemplateRefusal as error:
             raise BadRow(location, *self._explained(error, cut)) from error
         return Replies(texts, is_whole=len(cut.messages) == len(chat.messages))
@@ -162,7 +164,7 @@ class ReplyFinder:
         try:
             with time_limit():
                 _Rendering(ReplyFinder(template), chat).texts()
-        except TemplateRefusal:
+        except (TemplateRefusal, TooSlow):
             return False
         return True
 
@@ -189,8 +191,6 @@ class _Rendering:
         """Return the rows of the chat; templates that want a call's arguments as a JSON string get them so."""
         try:
             return self._texts()
-        except TooSlow:
-            raise
         except TemplateRefusal:
             encoded = [_with_encoded_arguments(message) for message in self.chat.messages]
             if encoded == self.chat.messages:

@@ -30,8 +30,8 @@ class TemplateRefusal(Exception):
     """The template cannot render a chat; the message says why."""
 
 
-class TooSlow(TemplateRefusal):
-    """Rendering took longer than its time limit."""
+class TooSlow(Exception):
+    """Rendering took longer than its time limit; no refusal, after which something else would be tried."""
 
 
 class ChatTemplate:

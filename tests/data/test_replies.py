@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from specforge.data.bad_rows import BadRow
 from specforge.data.chat import Chat, read_chat
 from specforge.data.replies import BETWEEN, CORRECTED, NEXT_HEADER, TAGGED, UNENDED, ReplyFinder, SupervisedText
 from specforge.data.sources import Record
-from specforge.data.template import ChatTemplate
+from specforge.data.template import ChatTemplate, time_limit
 
 Load = Callable[..., PreTrainedTokenizerBase]
 HEAD, EOS = "<|im_start|>", "<|im_end|>"
@@ -270,6 +271,15 @@ def test_no_more_is_rendered_than_is_asked_for(finder, templates) -> None:
     replies = finder(templates["chatml"]).find(chat, "here", characters=500)
     assert not replies.is_whole and len(replies.texts[0].spans) == 3
     assert finder(templates["chatml"]).find(chat, "here", characters=50_000).is_whole
+
+
+def test_a_long_chat_that_takes_too_long_is_not_tried_in_another_way(finder, templates, monkeypatch) -> None:
+    monkeypatch.setattr("specforge.data.replies.time_limit", lambda: time_limit(0.05))
+    slow = "{% for a in range(900) %}{% for b in range(50) %}{% endfor %}{% endfor %}" + templates["chatml"]
+    began = time.monotonic()
+    with pytest.raises(BadRow, match=r"longer than 0\.05 s"):
+        finder(slow).find(dialogue(*("text" for _ in range(2000))), "here")
+    assert time.monotonic() - began < 60, "the blocks are given up, and not followed by 2,000 prefixes"
 
 
 def test_no_template_is_named(finder) -> None:
