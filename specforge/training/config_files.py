@@ -84,6 +84,8 @@ def _check_nodes(path: Path, root: yaml.Node | None) -> None:
             raise UsageError(f"{where} stands inside itself: an alias (*) names a value that holds it")
         if len(inside) > DEEPEST:
             raise UsageError(f"{where}: more than {DEEPEST} levels of keys or lists, one inside the other")
+        if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
+            raise UsageError(f"{where}: the character NUL cannot stand in a configuration")
         if node not in sizes:
             inside.append(node)
             sizes[node] = 1 + sum(size(one) for one in _children(path, node))
