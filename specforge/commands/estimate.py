@@ -174,7 +174,7 @@ def _plan(config: Any) -> Plan:
     number = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 1
     epochs = trainer.max_epochs if (trainer.max_epochs or 0) > 0 else None
     steps = trainer.max_steps if trainer.max_steps > 0 else None
-    if epochs is None and steps is None:
+    if epochs is None and steps is None:  # of a trial run of a few batches (fast_dev_run)
         raise UsageError("set trainer.max_epochs or trainer.max_steps: otherwise the run does not end")
     limit = trainer.limit_train_batches
     return Plan(

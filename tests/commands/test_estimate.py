@@ -144,7 +144,7 @@ class TestErrors:
 
     def test_no_end(self, config, capsys):
         flags = ["--trainer.max_epochs", "-1"]
-        assert "otherwise the run does not end" in refused(capsys, "--config", str(config), *GIVEN, *flags)
+        assert "set trainer.max_steps or trainer.max_epochs" in refused(capsys, "--config", str(config), *GIVEN, *flags)
 
     @pytest.mark.parametrize(
         "flags", [["--tokens", "0"], ["--supervised_share", "1.5"], ["--device_flops", "-1"], ["--device_flops", "x"]]
