@@ -107,9 +107,9 @@ def why_not_fitting(
             keys = _deciding(config, build, lambda shapes: shapes.get(name) != shape)  # noqa: B023  (used at once)
             return f"{name} is {list(found[name])} in the weights, but {shape} by {keys or 'the configuration'}"
     # The last of a kind is the one that a number decides.
-    if lacking := max((one for one in missing if one in expected), key=list(expected).index, default=None):
-        keys = _deciding(config, build, lambda shapes: lacking not in shapes)
-        return f"it asks for {lacking}, which the weights do not have, by {keys or 'its family'}"
+    if lacking := [name for name in expected if name in missing]:
+        keys = _deciding(config, build, lambda shapes: lacking[-1] not in shapes)
+        return f"it asks for {lacking[-1]}, which the weights do not have, by {keys or 'its family'}"
     return None
 
 
