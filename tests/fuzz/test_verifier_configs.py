@@ -23,7 +23,7 @@ from specforge_mlp.model import MLPSpeculator
 
 VALUES = ["no", None, -1, 0, 3, 1.5, [], {}, True, 4096]
 MISSING = object()
-MUTATIONS = 14
+MUTATIONS = 8
 
 
 def keys_of(values: dict[str, Any], before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
