@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -93,7 +95,7 @@ class Connection(DefaultAsyncHttpxClient):
 
     def __init__(self, address: Address, seconds: float, check: Callable[[str, bytes], object] | None = None) -> None:
         # Timeouts of the library count from byte to byte, and never end if a server drips.
-        super().__init__(auth=address.credentials, timeout=seconds)
+        super().__init__(auth=address.credentials, timeout=seconds, verify=_certificates())
         self._seconds = seconds
         self._check = check
 
@@ -122,6 +124,12 @@ class Connection(DefaultAsyncHttpxClient):
         # The body is unpacked already.
         kept = [(name, value) for name, value in answer.headers.items() if name.lower() not in _OF_THE_TRANSFER]
         return httpx.Response(answer.status_code, headers=kept, content=body, request=answer.request)
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Return what connections trust; it takes longer to read than anything else about one."""
+    return httpx.create_ssl_context()
 
 
 _OF_THE_TRANSFER = ("content-encoding", "content-length", "transfer-encoding")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -264,6 +265,8 @@ class SpeculatorModel(nn.Module):
     def from_state(cls, config: SpeculatorModelConfig, state: Mapping[str, Tensor], where: str = "weights") -> Self:
         """Build the network and fill it with tensors under its own names; nothing is left at random.
 
+        Weights of several types are cast to the narrowest that holds all of them, without loss.
+
         Args:
             config: The speculator's configuration.
             state: Tensors by name.
@@ -293,8 +296,10 @@ class SpeculatorModel(nn.Module):
         ]
         faults = faults or [fault for name in own for fault in _type_faults(name, state[name], own[name])]
         if not faults:
-            # Whole numbers are stored in types of any width; the network has one for each tensor.
-            state = {n: one if own[n].is_floating_point() else one.to(own[n].dtype) for n, one in state.items()}
+            # Whole numbers are stored in types of any width, and weights in several; the network computes in one.
+            kinds = {one.dtype for one in state.values() if one.is_floating_point()}
+            widest = reduce(torch.promote_types, kinds) if kinds else torch.float32
+            state = {n: one.to(widest if own[n].is_floating_point() else own[n].dtype) for n, one in state.items()}
             faults = list(model.stored_faults(state))
         if faults:
             more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""

@@ -103,6 +103,30 @@ def test_many_unfitting_tensors_are_counted(small: Small) -> None:
         Small.from_state(SmallConfig(), state)
 
 
+@pytest.mark.parametrize(("other", "widest"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
+def test_weights_of_several_types_become_one_without_loss(
+    other: torch.dtype, widest: torch.dtype, small: Small
+) -> None:
+    state = small.state_dict()
+    state["first.bias"] = state["first.bias"].to(other)
+    again = Small.from_state(SmallConfig(), state).state_dict()
+    assert {one.dtype for one in again.values()} == {widest}
+    assert all(torch.equal(one, state[name].to(widest)) for name, one in again.items())
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn, torch.complex64, torch.bool])
+def test_what_is_no_weight_is_refused_by_name(kind: torch.dtype, small: Small) -> None:
+    state = small.state_dict()
+    state["first.bias"] = state["first.bias"].to(kind)
+    with pytest.raises(UsageError, match=r"first\.bias is \w+; quantised weights are not read"):
+        Small.from_state(SmallConfig(), state)
+
+
+def test_settings_that_no_network_can_be_built_from_are_told(small: Small) -> None:
+    with pytest.raises(UsageError, match="weights: no Small can be built from its configuration"):
+        Small.from_state(SmallConfig(width=-1), small.state_dict())
+
+
 @pytest.mark.parametrize("share", [0, 5, 40, 150])
 def test_a_truncated_file_is_named(share: int, small: Small, tmp_path: Path) -> None:
     small.save_pretrained(tmp_path / "draft")
