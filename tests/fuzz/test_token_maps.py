@@ -23,7 +23,7 @@ from specforge.verifier.parts import VerifierParts
 
 WEIGHTS = "model.safetensors"
 VOCABULARY, DRAFT = 61, 20
-SEEDS, TRIALS = 3, 40
+SEEDS, TRIALS = 3, 24
 KINDS = (torch.int8, torch.int16, torch.int32, torch.uint8, torch.float32, torch.float16, torch.bool)
 
 
