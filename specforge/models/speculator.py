@@ -77,6 +77,9 @@ class SpeculatorModel(nn.Module):
         """The verifier's id of each draft token, ascending, int64 [D]; None where the vocabularies are the same."""
         return None
 
+    def borrow_embeddings(self) -> None:
+        """Give up token embeddings that are the attached verifier's, and share those; overridden by drafts with some."""
+
     def drafter(self, batch_size: int) -> Drafter:
         """Begin to draft for some sequences.
 

@@ -88,6 +88,7 @@ def start_from(draft: SpeculatorModel, name_or_path: str) -> None:
         UsageError: There is none, or it is another network, or for another verifier; what differs is named.
     """
     stored = type(draft).from_pretrained(name_or_path, verifier=draft.verifier_parts)
+    stored.borrow_embeddings()
     there, here = Identity.of(stored), Identity.of(draft)
     if different := there.differences(here) or different_tensors(stored.state_dict(), draft.state_dict()):
         what_to_do = "Set model.draft as it was set there"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from specforge.checkpoints.layout import StoredDraft
 from specforge.config import VerifierConfig
 from specforge.errors import UsageError
+from specforge.training.identity import start_from
 from specforge.verifier.parts import VerifierParts
 from specforge_eagle3.model import Eagle3DraftModel
 
@@ -51,6 +52,20 @@ def change_weights(folder: Path, **tensors: torch.Tensor | None) -> None:
     path = folder / "model.safetensors"
     state = load_file(path) | {name.replace("__", "."): tensor for name, tensor in tensors.items()}
     save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path)
+
+
+def test_a_run_starts_from_a_draft_that_ships_the_verifiers_embeddings(
+    tiny_verifiers: Mapping[str, Any], tmp_path: Path
+) -> None:
+    stored, draft = make_draft(tiny_verifiers), make_draft(tiny_verifiers)
+    stored.own_embeddings()
+    stored.save_pretrained(tmp_path / "draft")
+    assert "embed_tokens.weight" in load_file(tmp_path / "draft" / "model.safetensors")
+    start_from(draft, str(tmp_path / "draft"))
+    assert torch.equal(draft.fc.weight, stored.fc.weight)
+    change_weights(tmp_path / "draft", embed_tokens__weight=torch.randn(61, 16))
+    with pytest.raises(UsageError, match="embed_tokens.weight is"):
+        start_from(draft, str(tmp_path / "draft"))
 
 
 @pytest.mark.parametrize("reader", ["midlayer", "sglang", "vllm", "speculators"])
