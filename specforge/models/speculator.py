@@ -78,7 +78,7 @@ class SpeculatorModel(nn.Module):
         return None
 
     def borrow_embeddings(self) -> None:
-        """Give up token embeddings that are the attached verifier's, and share those; overridden by drafts with some."""
+        """Share the attached verifier's token embeddings, if the draft has equal ones of its own."""
 
     def drafter(self, batch_size: int) -> Drafter:
         """Begin to draft for some sequences.

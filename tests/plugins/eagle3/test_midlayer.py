@@ -64,7 +64,7 @@ def test_a_run_starts_from_a_draft_that_ships_the_verifiers_embeddings(
     start_from(draft, str(tmp_path / "draft"))
     assert torch.equal(draft.fc.weight, stored.fc.weight)
     change_weights(tmp_path / "draft", embed_tokens__weight=torch.randn(61, 16))
-    with pytest.raises(UsageError, match="embed_tokens.weight is"):
+    with pytest.raises(UsageError, match=r"embed_tokens\.weight is"):
         start_from(draft, str(tmp_path / "draft"))
 
 
