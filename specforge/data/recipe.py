@@ -148,7 +148,7 @@ class _Split:
         begins[offsets[:-1]] = mask[offsets[:-1]]
         summary.rows, summary.tokens, summary.supervised_tokens = len(rows), len(ids), int(mask.sum())
         summary.replies = int(begins.sum())
-        summary.ended_replies = int((mask & np.isin(ids, end_ids)).sum())
+        summary.ended_replies = int((mask & np.isin(ids, end_ids)).sum()) if end_ids.size else None
         summary.origins = list(dict.fromkeys(row.origin for row in rows))
         columns = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (ids, mask)]
         columns.append(pa.array(self.chats, pa.int64()))

@@ -49,13 +49,19 @@ def _figures(summary: RowsSummary) -> dict[str, str]:
         "tokens": f"{summary.tokens:,}",
         "supervised tokens": f"{summary.supervised_tokens:,}",
         "supervised share": f"{summary.supervised_tokens / summary.tokens:.1%}",
-        "end token": f"supervised {summary.ended_replies:,} of {summary.replies:,}",
+        "end token": _ended(summary),
         "corrected generation tags": f"{summary.corrected_replies:,}",
         "chats with a row a turn": f"{summary.split_chats:,}",
         "tokens repeated for that": f"{summary.repeated_tokens:,} ({summary.repeated_tokens / summary.tokens:.1%})",
         "truncated rows": f"{summary.truncated:,}",
         "dropped rows": f"{sum(summary.dropped.values()):,}",
     }
+
+
+def _ended(summary: RowsSummary) -> str:
+    if summary.ended_replies is None:
+        return "not known"  # rows of tokens, which need no tokenizer
+    return f"supervised {summary.ended_replies:,} of {summary.replies:,}"
 
 
 def _coverage(coverage: list[Coverage]) -> Table:

@@ -58,7 +58,7 @@ class RowsSummary:
         dropped: rows that were left out, by reason.
         bad: rows of the source that were left out since they are bad, by reason.
         replies: supervised spans in the rows kept.
-        ended_replies: those whose last token is an end token of the verifier.
+        ended_replies: those whose last token is an end token of the verifier; None where these are not known.
         corrected_replies: those that the template's generation tags marked wrong.
         split_chats: chats of which each turn is a row, since the template rewrites earlier turns.
         repeated_tokens: tokens that these rows hold besides the last of their chat.
@@ -72,7 +72,7 @@ class RowsSummary:
     dropped: dict[str, int] = field(default_factory=dict)
     bad: dict[str, BadRows] = field(default_factory=dict)
     replies: int = 0
-    ended_replies: int = 0
+    ended_replies: int | None = 0
     corrected_replies: int = 0
     split_chats: int = 0
     repeated_tokens: int = 0
@@ -102,6 +102,11 @@ class RowsSummary:
             bad[reason] = bad[reason] + one if reason in bad else one
         merged: dict[str, Any] = {
             "dropped": dict(Counter(self.dropped) + Counter(other.dropped)),
+            "ended_replies": (
+                None
+                if self.ended_replies is None or other.ended_replies is None
+                else self.ended_replies + other.ended_replies
+            ),
             "bad": bad,
             "origins": list(dict.fromkeys([*self.origins, *other.origins])),
         }
