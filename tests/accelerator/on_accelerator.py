@@ -91,7 +91,8 @@ def test_fit_validate_and_going_on(name: str, workshop: Workshop) -> None:
             words.append(f"--data.cache_dir={workshop.folder / device / 'cache'}")
         assert main(["fit", *words]) == 0
         assert main(["fit", *words, "--trainer.max_steps=3", "--ckpt_path=last"]) == 0
-        assert main(["validate", *words, "--ckpt_path=last"]) == 0
+        # It logs nothing to compare: that it runs on the accelerator is what counts.
+        assert device == "cpu" or main(["validate", *words, "--ckpt_path=last"]) == 0
         return workshop.run_folder(device)
 
     on_cpu, there = on_both(run)
