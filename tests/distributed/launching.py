@@ -65,7 +65,7 @@ def _start(command: list[str], tasks: list[Task], environment: dict[str, str]) -
 def _wait_for(started: list[subprocess.Popen[str]]) -> None:
     """Show the output of what failed; end those that wait for others that are gone."""
     try:
-        outputs = [one.communicate(timeout=240)[0] for one in started]
+        outputs = [one.communicate(timeout=600)[0] for one in started]
     finally:
         for one in started:
             one.kill()
