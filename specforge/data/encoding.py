@@ -71,11 +71,6 @@ class RowEncoder:
         self._slow = 0
 
     @property
-    def has_tokenizer(self) -> bool:
-        """Whether there is a tokenizer, so that rows may be texts."""
-        return self._tokenizer is not None
-
-    @property
     def identity(self) -> str:
         """All that the rows depend on besides the source: the tokenizer, its template and the vocabulary's size."""
         template = None if self.template is None else self.template.identity
@@ -132,6 +127,7 @@ class RowEncoder:
                     rows = self._whole(record)
                 made[number] = [self._row(*pair, record, text.rules) for text, pair in rows]
             except BadRow as error:
+                self._count_slow(error)
                 made[number] = error
         return made
 
@@ -252,6 +248,8 @@ def _arrays(encoding: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]
 
 def _straddled(offsets: npt.NDArray[np.int64], spans: Sequence[Span]) -> list[int]:
     """Return the boundaries of spans that are inside of a token, ascending."""
+    if not len(offsets):  # a tokenizer that drops all of the text
+        return []
     bounds = np.unique(np.asarray(spans, dtype=np.int64))
     before = np.searchsorted(offsets[:, 0], bounds, side="left") - 1  # the last token that starts before
     is_inside = (before >= 0) & (offsets[before, 1] > bounds)

@@ -64,7 +64,10 @@ def count_rows(path: Path) -> int:
     if kind_of(path) == JSON:
         return sum(1 for _ in read_file(path))
     with _open(path) as lines:
-        return sum(block.count(b"\n") for block in iter(lambda: lines.read(_BLOCK), b""))
+        count, last = 0, b"\n"
+        while block := lines.read(_BLOCK):
+            count, last = count + block.count(b"\n"), block[-1:]
+        return count + (last != b"\n")
 
 
 @contextmanager

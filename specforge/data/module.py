@@ -286,9 +286,12 @@ class DraftDataModule(LightningDataModule):
 
     def _hold_out(self, rows: TokenRows) -> tuple[TokenRows, TokenRows]:
         """Split off the last share of a seeded shuffle, at least one chat: the rows of one are never parted."""
-        if len(rows) < 2:
-            raise UsageError("data.validation_share: one row cannot be split; set it to 0, or give data.validation")
         _, first, chats = np.unique(rows.chats, return_index=True, return_inverse=True)
+        if len(first) < 2:
+            raise UsageError(
+                "data.validation_share: one row, or the rows of one chat, cannot be split; set it to 0, or give "
+                "data.validation"
+            )
         number = np.argsort(np.argsort(first))[chats]  # of each row's chat, counted as they come
         order = np.random.default_rng(self.seed).permutation(len(first))
         kept = max(1, min(len(first) - 1, round(len(first) * (1 - self.validation_share))))

@@ -92,7 +92,7 @@ class Recipe:
         return replace(row, input_ids=row.input_ids[:limit], loss_mask=row.loss_mask[:limit])
 
     def make(self, chunk: Sequence[RawRecord]) -> dict[str, Batch]:
-        """Return what a chunk of raw rows adds to each split; bad rows count to the first.
+        """Return what a chunk of raw rows adds to each split; what is counted of the chunk counts to the first.
 
         Raises:
             UsageError: a row is bad, and none may be; the message names its location.
@@ -110,6 +110,7 @@ class Recipe:
                 splits[TRAIN].summary += RowsSummary(bad={rows.reason: BadRows(1, str(rows))})
             else:
                 splits[self.split_of(rows)].add(rows, self)
+        splits[TRAIN].summary.source_rows = len(chunk)
         return {split: one.batch(self.encoder.end_ids) for split, one in splits.items()}
 
 
@@ -146,9 +147,12 @@ class _Split:
         mask = np.concatenate([np.empty(0, np.bool_), *(row.loss_mask for row in rows)])
         begins = mask & ~np.concatenate([[False], mask[:-1]])
         begins[offsets[:-1]] = mask[offsets[:-1]]
+        ends = mask & ~np.concatenate([mask[1:], [False]])
+        ends[offsets[1:] - 1] = mask[offsets[1:] - 1]
         summary.rows, summary.tokens, summary.supervised_tokens = len(rows), len(ids), int(mask.sum())
-        summary.replies = int(begins.sum())
-        summary.ended_replies = int((mask & np.isin(ids, end_ids)).sum()) if end_ids.size else None
+        if end_ids.size:
+            summary.replies = int(begins.sum())
+            summary.ended_replies = int((ends & np.isin(ids, end_ids)).sum())
         summary.origins = list(dict.fromkeys(row.origin for row in rows))
         columns = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (ids, mask)]
         columns.append(pa.array(self.chats, pa.int64()))

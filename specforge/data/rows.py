@@ -22,7 +22,7 @@ from specforge.data.bad_rows import BadRow
 from specforge.data.cache import ensure_folder
 from specforge.data.encoding import RowEncoder, holds_tokens
 from specforge.data.recipe import FORMAT, TRAIN, Recipe
-from specforge.data.sources import Record, count_records, read_raw_records, source_fingerprint
+from specforge.data.sources import Record, read_raw_records, source_fingerprint
 from specforge.data.stored_rows import ROWS_FILE, StoredRows
 from specforge.data.summary import RowSettings, RowsSummary
 from specforge.data.template import arguments_advice
@@ -164,7 +164,7 @@ def build_rows(
         folder = _cache_folder(source, recipe, cache_dir)
         ensure_folder(folder, lambda target: _write_rows(target, source, recipe), is_whole)
         rows = open_rows(folder, vocabulary_size)
-        rows.summary.require_few_bad(settings, count_records(source), source)
+        rows.summary.require_few_bad(settings, source)
     # The first token of a row has nothing before it: a mask of all ones may leave it out.
     if rows.summary.supervised_tokens >= rows.summary.tokens - rows.summary.rows:
         warnings.warn(f"{source}: every token is supervised; is that meant, or is the loss mask missing?", stacklevel=2)
@@ -315,7 +315,6 @@ def _write_rows(folder: Path, source: str, recipe: Recipe) -> None:
     writer = RowsWriter(folder)
     try:
         write_rows([source], recipe, {TRAIN: writer})
-        writer.summary.require_few_bad(recipe.settings, count_records(source), source)
         require_supervision(writer.summary, source)
         writer.finish(identity_of(recipe.encoder))
     finally:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from specforge.data.coverage import Coverage
 from specforge.data.prepared import Prepared
-from specforge.data.summary import RowsSummary
+from specforge.data.summary import BadRows, RowsSummary
 
 _MOST_REASONS = 10
 _RARE = ("corrected generation tags", "chats with a row a turn", "tokens repeated for that")  # shown if there are any
@@ -17,8 +17,8 @@ _RARE = ("corrected generation tags", "chats with a row a turn", "tokens repeate
 def print_prepared(prepared: Prepared, console: Console) -> None:
     """Print what became of the rows, and what draft vocabularies cover; 80 columns are enough."""
     console.print(_rows(prepared))
-    bad = sorted(prepared.total.bad.values(), key=lambda one: -one.count)
-    for one in bad[:_MOST_REASONS]:
+    bad = _by_count(prepared.total)
+    for _, one in bad[:_MOST_REASONS]:
         console.print(Text(f"bad: {one.count:,} such as {one.first}", style="yellow"), soft_wrap=True)
     if len(bad) > _MOST_REASONS:
         console.print(Text(f"bad: {len(bad) - _MOST_REASONS:,} further reasons in summary.json", style="yellow"))
@@ -37,10 +37,15 @@ def _rows(prepared: Prepared) -> Table:
             table.add_row(name, *(column[name] for column in figures))
     for reason in prepared.total.dropped:
         table.add_row(Text(f"dropped: {reason}"), *(f"{one.dropped.get(reason, 0):,}" for one in summaries.values()))
-    for reason in list(prepared.total.bad)[:_MOST_REASONS]:
+    for reason, _ in _by_count(prepared.total)[:_MOST_REASONS]:
         counts = [one.bad[reason].count if reason in one.bad else 0 for one in summaries.values()]
         table.add_row(Text(f"bad: {reason}"), *(f"{count:,}" for count in counts))
     return table
+
+
+def _by_count(summary: RowsSummary) -> list[tuple[str, BadRows]]:
+    """Return the reasons why rows are bad, those of most rows first."""
+    return sorted(summary.bad.items(), key=lambda item: -item[1].count)
 
 
 def _figures(summary: RowsSummary) -> dict[str, str]:
@@ -49,19 +54,13 @@ def _figures(summary: RowsSummary) -> dict[str, str]:
         "tokens": f"{summary.tokens:,}",
         "supervised tokens": f"{summary.supervised_tokens:,}",
         "supervised share": f"{summary.supervised_tokens / summary.tokens:.1%}",
-        "end token": _ended(summary),
+        "end token": f"supervised {summary.ended_replies:,} of {summary.replies:,}" if summary.replies else "not known",
         "corrected generation tags": f"{summary.corrected_replies:,}",
         "chats with a row a turn": f"{summary.split_chats:,}",
         "tokens repeated for that": f"{summary.repeated_tokens:,} ({summary.repeated_tokens / summary.tokens:.1%})",
         "truncated rows": f"{summary.truncated:,}",
         "dropped rows": f"{sum(summary.dropped.values()):,}",
     }
-
-
-def _ended(summary: RowsSummary) -> str:
-    if summary.ended_replies is None:
-        return "not known"  # rows of tokens, which need no tokenizer
-    return f"supervised {summary.ended_replies:,} of {summary.replies:,}"
 
 
 def _coverage(coverage: list[Coverage]) -> Table:

@@ -57,11 +57,12 @@ class RowsSummary:
         truncated: rows that were cut.
         dropped: rows that were left out, by reason.
         bad: rows of the source that were left out since they are bad, by reason.
-        replies: supervised spans in the rows kept.
-        ended_replies: those whose last token is an end token of the verifier; None where these are not known.
+        replies: supervised spans in the rows kept; 0 of rows of tokens, since the end tokens are not looked up.
+        ended_replies: those whose last token is an end token of the verifier.
         corrected_replies: those that the template's generation tags marked wrong.
         split_chats: chats of which each turn is a row, since the template rewrites earlier turns.
         repeated_tokens: tokens that these rows hold besides the last of their chat.
+        source_rows: rows of the source that were read.
         origins: who wrote the responses of the rows kept, each once; None stands for rows that do not say.
     """
 
@@ -72,10 +73,11 @@ class RowsSummary:
     dropped: dict[str, int] = field(default_factory=dict)
     bad: dict[str, BadRows] = field(default_factory=dict)
     replies: int = 0
-    ended_replies: int | None = 0
+    ended_replies: int = 0
     corrected_replies: int = 0
     split_chats: int = 0
     repeated_tokens: int = 0
+    source_rows: int = 0
     origins: list[Origin | None] = field(default_factory=list)
 
     @classmethod
@@ -102,11 +104,6 @@ class RowsSummary:
             bad[reason] = bad[reason] + one if reason in bad else one
         merged: dict[str, Any] = {
             "dropped": dict(Counter(self.dropped) + Counter(other.dropped)),
-            "ended_replies": (
-                None
-                if self.ended_replies is None or other.ended_replies is None
-                else self.ended_replies + other.ended_replies
-            ),
             "bad": bad,
             "origins": list(dict.fromkeys([*self.origins, *other.origins])),
         }
@@ -118,17 +115,18 @@ class RowsSummary:
         """Rows of the source that are bad."""
         return sum(one.count for one in self.bad.values())
 
-    def require_few_bad(self, settings: RowSettings, number: int, source: str) -> None:
+    def require_few_bad(self, settings: RowSettings, source: str, expected: int = 0) -> None:
         """Refuse a source with too many bad rows.
 
         Args:
             settings: how many may be.
-            number: rows of the source.
             source: its name, for the message.
+            expected: rows that it has, while it is still read; those that were read count if they are more.
 
         Raises:
             UsageError: more are bad.
         """
+        number = max(self.source_rows, expected)
         if not self.bad or (settings.bad_rows == "drop" and self.bad_rows <= settings.max_bad_share * number):
             return
         worst = sorted(self.bad.items(), key=lambda item: -item[1].count)

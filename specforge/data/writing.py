@@ -111,14 +111,15 @@ def write_rows(
         OSError: the rows cannot be written.
     """
     records = islice(chain.from_iterable(map(read_raw_records, sources)), done, None)
-    total = sum(map(count_records, sources))
+    total, names = sum(map(count_records, sources)), ", ".join(sources)
     # disable=None shows the bar on a terminal only; delay hides it for short builds.
     with tqdm(desc="tokenising", unit=" rows", total=total, initial=done, disable=None, delay=2) as bar:
         for number, batches in make_batches(records, recipe, workers):
             for split, batch in batches.items():
                 writers[split].append(batch)
             # More than the share of all rows: what follows cannot mend it.
-            writers[TRAIN].summary.require_few_bad(recipe.settings, total, ", ".join(sources))
+            writers[TRAIN].summary.require_few_bad(recipe.settings, names, total)
             done += number
             after_batch(done)
             bar.update(number)
+    writers[TRAIN].summary.require_few_bad(recipe.settings, names)

@@ -205,6 +205,14 @@ class TestCheck:
         assert main(["prepare", "check", str(source), "--verifier", str(VERIFIER)]) == 1
         assert "THEY ARE NOT THE VERIFIER'S OWN" in capsys.readouterr().out
 
+    def test_a_bad_row_is_named_and_left_out(self, tmp_path, capsys, caplog):
+        lines = VALIDATION.read_text().splitlines()[:4]
+        source = tmp_path / "odd.jsonl"
+        source.write_text("\n".join([*lines, '{"messages": []}', "{"]))
+        assert main(["prepare", "check", str(source), "--verifier", str(VERIFIER)]) == 0
+        assert "Check of 4 rows" in capsys.readouterr().out
+        assert f"{source}:5: 'messages' holds no messages" in caplog.text and f"{source}:6: invalid JSON" in caplog.text
+
     @pytest.mark.parametrize("words", [[], [str(VALIDATION)], ["nowhere.jsonl", "--verifier", str(VERIFIER)]])
     def test_wrong_usage_is_told(self, words, capsys):
         assert main(["prepare", "check", *words]) == 2

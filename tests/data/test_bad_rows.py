@@ -88,6 +88,9 @@ def test_rows_of_one_chat_are_never_parted(make_verifier, templates, write_lines
     assert held is not None and len(train) + len(held) == 120
     assert not np.isin(train.chats, held.chats).any() and len(held) == 36
     assert data.train_rows.summary.split_chats == 40
+    alone = DraftDataModule(str(folder), write_lines(chats[:1]), max_length=128, cache_dir=str(tmp_path))
+    with pytest.raises(UsageError, match="the rows of one chat, cannot be split"):
+        alone.setup()
 
 
 def test_a_build_has_one_date_and_keeps_it(build, make_verifier, write_lines: Write, chat, monkeypatch) -> None:
@@ -154,3 +157,14 @@ class FixedDay:
 
 def interrupt() -> None:
     raise KeyboardInterrupt
+
+
+def test_the_share_of_bad_rows_counts_rows_and_not_lines(build, tmp_path: Path, chat) -> None:
+    good, bad = json.dumps(chat("one", "two")), json.dumps({"messages": []})
+    unended = tmp_path / "unended.jsonl"
+    unended.write_text("\n".join([*[good] * 19, bad]))
+    assert build(str(unended)).summary.source_rows == 20
+    blank = tmp_path / "blank.jsonl"
+    blank.write_text("\n".join([*[good] * 18, bad, *[""] * 40]))
+    with pytest.raises(UsageError, match="1 of 19 rows are bad"):
+        build(str(blank))

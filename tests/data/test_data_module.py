@@ -87,7 +87,7 @@ def test_without_validation_and_test(verifier: Path, train: str) -> None:
 
 
 def test_one_row_cannot_be_split(verifier: Path, write_lines: Write) -> None:
-    with pytest.raises(UsageError, match=r"data\.validation_share: one row cannot be split"):
+    with pytest.raises(UsageError, match=r"data\.validation_share: one row, or the rows of one chat, cannot be split"):
         ready(verifier, write_lines([conversation(1)]))
 
 

@@ -119,7 +119,7 @@ def test_the_summary_counts_all_rows(write_lines, tmp_path):
     dropped = {"no supervised token within max_length": 20, "no supervised token": 10}
     supervised = 50 * 3 + 30 * 3
     assert prepared.total == RowsSummary(
-        80, 50 * 5 + 30 * 6, supervised, truncated=30, dropped=dropped, replies=80, ended_replies=None, origins=[None]
+        80, 50 * 5 + 30 * 6, supervised, truncated=30, dropped=dropped, source_rows=110, origins=[None]
     )
     assert all(summary.rows for summary in prepared.splits.values())
     assert Prepared.read(tmp_path / "out") == prepared

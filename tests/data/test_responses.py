@@ -159,6 +159,12 @@ def write(prompts: str, output: Path, answer: Any = answer_all, **settings: Any)
     return write_responses([prompts], None, {"seed": 0, **settings}, output, answer, lambda journal: (ORIGIN, {}))
 
 
+def test_a_source_without_rows_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    with pytest.raises(UsageError, match=r"blank\.jsonl: holds no prompts"):
+        write(str(tmp_path / "blank.jsonl"), tmp_path / "out")
+
+
 def read(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "responses.jsonl").read_text().splitlines()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from itertools import islice
 
@@ -16,10 +17,12 @@ from transformers import PreTrainedModel
 from specforge.commands.arguments import add_verifier_flags, command_parser, load, parse
 from specforge.data.bad_rows import BadRow
 from specforge.data.encoding import RowEncoder, TokenRow
-from specforge.data.sources import Record, check_source, count_records, read_raw_records
+from specforge.data.sources import RawRecord, check_source, count_records, read_raw_records
 from specforge.data.template import ChatTemplate
 from specforge.errors import UsageError
 from specforge.verifier.policy import PolicyCheck, check_policy
+
+_log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Tell whether responses are the verifier's own: how probable it finds them, beside how probable its own would be. A draft
@@ -40,7 +43,7 @@ def run(arguments: list[str]) -> int:
     check_source(found.rows, "rows")
     step = max(count_records(found.rows) // found.number, 1)
     chosen = islice(read_raw_records(found.rows), 0, step * found.number, step)
-    check = check_rows(*load(found, found.verifier), (record.parse() for record in chosen))
+    check = check_rows(*load(found, found.verifier), chosen)
     if check is None:
         raise UsageError(f"{found.rows}: no response token in the rows that were checked")
     print_check(check, Console(highlight=False))
@@ -56,13 +59,13 @@ def command_line() -> ArgumentParser:
     return parser
 
 
-def check_rows(verifier: PreTrainedModel, template: ChatTemplate, records: Iterable[Record]) -> PolicyCheck | None:
+def check_rows(verifier: PreTrainedModel, template: ChatTemplate, records: Iterable[RawRecord]) -> PolicyCheck | None:
     """Compare the responses of rows with what a verifier would have written; None where there are none.
 
-    A row is taken to be drawn as its ``origin`` says, or else at temperature 1.
+    A row is taken to be drawn as its ``origin`` says, or else at temperature 1. Bad rows are named and left out.
 
     Raises:
-        UsageError: A row is refused; the message names the place.
+        UsageError: A row was written with other template arguments.
     """
     encoder = RowEncoder(template, verifier.config.get_text_config().vocab_size)
     return check_policy(
@@ -79,10 +82,14 @@ def check_rows(verifier: PreTrainedModel, template: ChatTemplate, records: Itera
     )
 
 
-def _rows(encoder: RowEncoder, record: Record) -> list[TokenRow]:
-    (rows,) = encoder.encode([record])
+def _rows(encoder: RowEncoder, record: RawRecord) -> list[TokenRow]:
+    try:
+        (rows,) = encoder.encode([record.parse()])
+    except BadRow as error:
+        rows = error
     if isinstance(rows, BadRow):
-        raise rows
+        _log.warning("left out: %s", rows)
+        return []
     return rows
 
 

@@ -31,7 +31,7 @@ from specforge.commands.prepare.in_process import VerifierAnswerer
 from specforge.data.responses.asking import Answer, Asking, Keep, Prompt, Refuse
 from specforge.data.responses.journal import Journal
 from specforge.data.responses.writing import RESPONSES_FILE, Responses, check_output, write_responses
-from specforge.data.sources import Record, check_source, source_fingerprint
+from specforge.data.sources import RawRecord, check_source, source_fingerprint
 from specforge.data.template import ChatTemplate
 from specforge.errors import UsageError
 from specforge.verifier.fingerprint import fingerprint
@@ -144,7 +144,7 @@ class _Verifier:
         step = max(journal.tally.rows // self._found.check, 1)
         rows = islice(journal.rows(), 0, step * self._found.check, step)
         origin = {"model": self._found.verifier, "fingerprint": "", **asking.sampling.model_dump()}
-        records = (Record({**row, "origin": origin}, f"response {step * n + 1}") for n, row in enumerate(rows))
+        records = (RawRecord({**row, "origin": origin}, f"response {step * n + 1}") for n, row in enumerate(rows))
         return check_rows(*self.loaded, records)
 
 

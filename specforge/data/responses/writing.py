@@ -98,8 +98,8 @@ def write_responses(
         conclude: Says at the end who wrote the rows (``origin``), and what else is to be noted.
 
     Raises:
-        UsageError: Too many rows hold no prompt, or the folder holds something else, or an unfinished run with other
-            settings.
+        UsageError: There are no prompts, too many rows hold none, or the folder holds something else, or an unfinished
+            run with other settings.
         SpecforgeError: Another process writes the folder, it cannot be written, or the answers fail.
     """
     check_output(output)
@@ -141,6 +141,8 @@ def _answer_all(
         total += 1
         if isinstance(one, BadRow):
             refused[one.location] = one.explanation
+    if not total:
+        raise UsageError(f"{', '.join(sources)}: holds no prompts")
     _require_few_bad(refused, total)
     with Journal(partial / _JOURNAL_FILE) as journal:
         if journal.finished:
