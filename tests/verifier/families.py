@@ -19,6 +19,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -32,6 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specforge.__main__ import main
+from specforge.checkpoints import served
 from specforge.data.features.store import FeatureStore
 from specforge.data.rows import row_digest
 from specforge.errors import SpecforgeError
@@ -89,7 +91,7 @@ class Trial:
             "fit",
             *self._words(algorithm),
             *("--output_dir", str(self.folder / output), "--seed_everything", "1"),
-            *("--trainer.max_steps", "2", "--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false"),
+            *("--trainer.max_steps", "2", "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"),
             *("--trainer.logger", "false"),
             *more,
         )
@@ -116,7 +118,8 @@ class Trial:
     def export(self) -> str:
         """Export the draft, and verify the export beside the verifier."""
         output = self.folder / "export"
-        said = command("export", str(self._draft("eagle3")), "--format", "vllm", "--output", str(output))
+        with patch.object(served, "NEW_TOKENS", NEW_TOKENS):
+            said = command("export", str(self._draft("eagle3")), "--format", "vllm", "--output", str(output))
         if said != YES:
             return said
         return command("verify", str(output), "--verifier", str(self.verifier_folder))
@@ -146,7 +149,7 @@ class Trial:
             *ALGORITHMS[algorithm],
             *("--verifier", str(self.verifier_folder)),
             *("--data.train", str(self.rows), "--data.validation", str(self.rows)),
-            *("--data.max_length", "64", "--data.batch_size", "2", "--data.cache_dir", str(self.folder / "cache")),
+            *("--data.max_length", "64", "--data.batch_size", "1", "--data.cache_dir", str(self.folder / "cache")),
             *("--trainer.accelerator", "cpu"),
         ]
 
