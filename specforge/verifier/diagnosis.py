@@ -25,7 +25,8 @@ Build = Callable[[PreTrainedConfig], PreTrainedModel]
 
 def reason_of(error: BaseException) -> str:
     """Return what an error says, in one line; of a field that transformers refuses, what is allowed."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Some list all model types that there are.
+    lines = [line.strip()[:300] for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].startswith(("Validation error for field", "Class validation error")):
         return lines[-1].partition(": ")[2] or lines[-1]
     return lines[0] if lines else type(error).__name__
@@ -58,7 +59,7 @@ def field_faults(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def size_faults(config: PreTrainedConfig) -> Iterator[str]:
-    """Yield what a configuration says of sizes that every verifier has and that cannot be."""
+    """Yield what a configuration says of sizes and numbers of parts that cannot be."""
     text = config.get_text_config()
     for name in SIZES:
         value = getattr(text, name, None)
@@ -66,6 +67,10 @@ def size_faults(config: PreTrainedConfig) -> Iterator[str]:
             yield f"{name} must be a positive integer, not {value!r}"
         elif name == "num_hidden_layers" and value > MOST_LAYERS:
             yield f"{name} is {value:,}; at most {MOST_LAYERS:,} are allowed"
+    for path, value in _paths(config.to_dict()):
+        name = str(path[-1])
+        if name.startswith("num_") and name not in SIZES and isinstance(value, int) and value < 0:
+            yield f"{'.'.join(path)} must not be negative, but is {value}"
     if not isinstance(text.dtype, torch.dtype | None):
         yield f"dtype must be a type of torch such as 'bfloat16', not {text.dtype!r}"
 
@@ -78,6 +83,9 @@ def why_not_built(config: PreTrainedConfig, build: Build, error: BaseException) 
         build: Makes a model without values of it, or fails.
         error: How it failed.
     """
+    text = config.get_text_config()
+    if "padding_idx" in str(error).lower():
+        return f"pad_token_id {text.pad_token_id!r} is no token of a vocabulary of {text.vocab_size} (vocab_size)"
     blamed = []
     for path, value in _in_time(_paths(config.to_diff_dict())):
         changed = _changed(config, path)

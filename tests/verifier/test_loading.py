@@ -224,7 +224,8 @@ def test_reading_a_config_touches_no_weights(tmp_path: Path) -> None:
         ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1,000,000; at most 1,000"),
         ({"vocab_size": 0}, "vocab_size must be a positive integer, not 0"),
         ({"model_type": "lama"}, "model_type: transformers knows no 'lama'. Did you mean"),
-        ({"num_key_value_heads": -1}, "num_key_value_heads -1"),
+        ({"num_key_value_heads": -1}, "num_key_value_heads must not be negative, but is -1"),
+        ({"num_experts_per_tok": -1}, "num_experts_per_tok must not be negative, but is -1"),
         ({"num_key_value_heads": 4}, r"k_proj.weight is [16, 16] in the weights, but [32, 16] by"),
         ({"num_hidden_layers": 9}, "num_hidden_layers 9"),
         ({"attention_bias": True}, "attention_bias True"),
@@ -239,6 +240,24 @@ def test_a_wrong_field_is_named_with_its_file(change: dict[str, Any], message: s
         load_verifier(str(copy))
     assert message in str(caught.value)
     assert "config.json" in str(caught.value) and str(copy) in str(caught.value)
+
+
+def test_a_default_that_is_no_token_is_named(tmp_path: Path) -> None:
+    make("phi3, rope longrope", tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["pad_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UsageError, match=r"config\.json: pad_token_id 32000 is no token of a vocabulary of 96"):
+        load_verifier(str(tmp_path))
+
+
+def test_the_key_inside_another_is_named(tmp_path: Path) -> None:
+    make("mistral3", tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["vision_config"]["model_type"] = "no"
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UsageError, match=r"config\.json: vision_config\.model_type 'no': .{,300}$"):
+        load_config(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "llama4", "mistral3"])
