@@ -22,6 +22,7 @@ from specforge.errors import SpecforgeError
 from specforge.estimation.shapes import Shapes
 from specforge.training.distillation import for_accelerator
 from specforge.training.module import Batch, DraftModule
+from specforge.verifier.features import assume_packs
 from specforge.verifier.loading import auto_class
 from specforge.verifier.packed_attention import attend_by_documents
 from specforge.verifier.parts import VerifierParts
@@ -196,6 +197,7 @@ def _verifier(module: DraftModule, dtype: torch.dtype) -> PreTrainedModel:
         module.verifier_config, dtype=dtype, trust_remote_code=loading.trust_remote_code
     )
     attend_by_documents(verifier)
+    assume_packs(verifier)
     return verifier.requires_grad_(False).eval()
 
 

@@ -201,6 +201,11 @@ def packs(verifier: PreTrainedModel) -> bool:
     return _packs[verifier]
 
 
+def assume_packs(verifier: PreTrainedModel) -> None:
+    """Take it that packed rows run as they are, where states have no values that would tell."""
+    _packs[verifier] = True
+
+
 @torch.no_grad()
 def _keeps_apart(verifier: PreTrainedModel) -> bool:
     """Tell whether a document of a packed row is independent of the one before it."""
