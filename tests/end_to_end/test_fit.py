@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from specforge import SpeculatorModel
 from specforge.__main__ import main
+from specforge.verifier.fingerprint import fingerprint
 
 STEPS = range(TTT_STEPS)
 
@@ -102,7 +103,11 @@ class TestFiles:
                     "accept_tolerance": 0.0,
                 }
             ],
-            "verifier": {"name_or_path": str(VERIFIER), "architectures": ["LlamaForCausalLM"]},
+            "verifier": {
+                "name_or_path": str(VERIFIER),
+                "architectures": ["LlamaForCausalLM"],
+                "fingerprint": fingerprint(str(VERIFIER)),
+            },
         }
 
     def test_maps_of_the_draft_vocabulary_agree(self, run):
