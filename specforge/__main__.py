@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from specforge import __version__, interrupts, quiet
-from specforge.errors import SpecforgeError, UsageError, nearest_name
+from specforge.errors import SpecforgeError, UsageError, describe_os_error, nearest_name
 from specforge.hookspecs import Algorithm, Command
 from specforge.registry import Registry, installed
 
@@ -62,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A path that may not be read, a full disk: nothing that a traceback would explain.
         if verbose:
             traceback.print_exc()
-        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
-        print(f"{program}: error: {what}", file=sys.stderr)
+        print(f"{program}: error: {describe_os_error(error)}", file=sys.stderr)
         return SpecforgeError.exit_status
 
 

@@ -41,8 +41,8 @@ def rotation_faults(config: dict[str, Any]) -> Iterator[str]:
     layers = config.get("transformer_layer_config", config)
     if not isinstance(layers, dict):
         return
-    given = layers.get("rope_parameters") or layers.get("rope_scaling") or {}
-    rope = given.get("full_attention") or given
+    given = layers.get("rope_parameters") or layers.get("rope_scaling")
+    rope = given.get("full_attention") or given if isinstance(given, dict) else {}
     share = rope.get("partial_rotary_factor", layers.get("partial_rotary_factor"))
     directions = [name for name in rope if name.startswith("mrope_")]
     if share in (None, 1) and not directions:

@@ -229,7 +229,10 @@ def open_rows(folder: Path, vocabulary_size: int) -> TokenRows:
     Raises:
         UsageError: they are damaged.
     """
-    stored = StoredRows(folder)
+    return _read(StoredRows(folder), vocabulary_size)
+
+
+def _read(stored: StoredRows, vocabulary_size: int) -> TokenRows:
     return TokenRows(stored, RowsSummary.from_json(stored.description["summary"]), vocabulary_size)
 
 
@@ -279,7 +282,8 @@ def _prepared_rows(
     folder: Path, load_template: Callable[[], ChatTemplate], vocabulary_size: int, max_length: int
 ) -> TokenRows:
     """Open a folder of rows, and make sure that it suits the run."""
-    stored = StoredRows(folder).description
+    opened = StoredRows(folder)
+    stored = opened.description
     if stored.get("format") != FORMAT:
         raise UsageError(f"{folder}: the rows were prepared by another version of specforge; prepare them again")
     if stored.get("vocabulary_size") != vocabulary_size:
@@ -300,7 +304,7 @@ def _prepared_rows(
                 f"{folder}: the rows were prepared with the template arguments {arguments}, this run has "
                 f"{template.arguments}; {arguments_advice(arguments).replace('--', '--data.')}"
             )
-    rows = open_rows(folder, vocabulary_size)
+    rows = _read(opened, vocabulary_size)
     longest = int(rows.lengths.max())
     if longest > max_length:
         raise UsageError(

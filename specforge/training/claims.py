@@ -45,14 +45,14 @@ def claim(held: ExitStack, output_dir: Path, name: str | None, wanted: str | Non
         output_dir: Folder of the runs.
         name: ``run_name``, if one is set.
         wanted: ``--ckpt_path`` as it was given.
-        checkpoint: The file that it stands for.
+        checkpoint: The file that was found for it.
 
     Returns:
         The folder. Processes other than the first of a job claim none: theirs is a guess, until Lightning tells all of
         them where the first one saves.
 
     Raises:
-        UsageError: Another process holds the run, or a run of that name exists.
+        UsageError: Another process holds the run, a run of that name exists, or the checkpoint's has another name.
     """
     run = run_of(checkpoint, output_dir)
     if not is_first_process():
@@ -60,6 +60,11 @@ def claim(held: ExitStack, output_dir: Path, name: str | None, wanted: str | Non
     if wanted in NAMES:
         _refuse_live(output_dir, name, wanted, run)
     if run is not None:
+        if name is not None and name != run.name:
+            raise UsageError(
+                f"run_name: {name}, but --ckpt_path {wanted} resumes the run {run.name}; leave --run_name out, or "
+                "begin a new run from that one's draft with --model.init_from"
+            )
         if not held.enter_context(claimed(run, new=False)):
             raise UsageError(_live(wanted, run))
         return run

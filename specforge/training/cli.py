@@ -170,17 +170,19 @@ class TrainingCLI(LightningCLI):
             callbacks.append(ProgressBar())
         if settings["default_root_dir"] is None:
             kwargs["default_root_dir"] = self.config.output_dir
-        try:
-            if stores:
-                callbacks += self._store_run(settings, kwargs)
-            else:
-                kwargs["logger"] = False
-                callbacks += [Summary(None)] if self.subcommand_name == "fit" else []
-            trainer = self.trainer_class(**{**settings, **kwargs, "callbacks": callbacks})
-        except (ValueError, TypeError, RuntimeError, KeyError, OverflowError, MisconfigurationException) as error:
-            self._claims.close()
-            raise UsageError(f"trainer: {explain_trainer(error)}") from error
-        check_precision(trainer.precision)  # one of trainer.plugins may have set another than trainer.precision
+        with ExitStack() as refused:
+            refused.callback(self._claims.close)
+            try:
+                if stores:
+                    callbacks += self._store_run(settings, kwargs)
+                else:
+                    kwargs["logger"] = False
+                    callbacks += [Summary(None)] if self.subcommand_name == "fit" else []
+                trainer = self.trainer_class(**{**settings, **kwargs, "callbacks": callbacks})
+            except (ValueError, TypeError, RuntimeError, KeyError, OverflowError, MisconfigurationException) as error:
+                raise UsageError(f"trainer: {explain_trainer(error)}") from error
+            check_precision(trainer.precision)  # one of trainer.plugins may have set another than trainer.precision
+            refused.pop_all()
         return trainer
 
     def _store_run(self, settings: Any, kwargs: dict[str, Any]) -> list[Callback]:

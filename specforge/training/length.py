@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
 
 from specforge.errors import UsageError
 
@@ -29,8 +31,8 @@ def settle_length(trainer: Any) -> None:
     if trainer.max_epochs is None and not has_steps and trainer.max_time is None:
         trainer.max_epochs = 1
     if trainer.max_epochs in (None, -1) and not has_steps and not trainer.fast_dev_run:
-        alone = "trainer.max_time only ends a run early; " if trainer.max_time is not None else ""
-        raise UsageError(f"{alone}{NEEDS_AN_END}")
+        why = "trainer.max_time only ends a run early; " if trainer.max_time is not None else ""
+        raise UsageError(f"{why}{NEEDS_AN_END}")
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,9 @@ class RunLength:
         # Not trainer.estimated_stepping_batches, which makes Lightning forget the loader's position on resuming.
         batches = limited(len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches)
         _check_validation(trainer, batches)
-        by_epochs = None if epochs is None else epochs * math.ceil(batches / trainer.accumulate_grad_batches)
-        early = f", or earlier when trainer.max_time is over ({_duration(trainer)})" if _duration(trainer) else ""
-        accumulated = trainer.accumulate_grad_batches
+        accumulated, duration = trainer.accumulate_grad_batches, _duration(trainer)
+        by_epochs = None if epochs is None else epochs * math.ceil(batches / accumulated)
+        early = f", or earlier when trainer.max_time is over ({duration})" if duration else ""
         together = f", {accumulated:,} to a step" if accumulated > 1 else ""
         if by_epochs is not None and (by_steps is None or by_epochs <= by_steps):
             return cls(by_epochs, f"trainer.max_epochs {epochs:,}, of {batches:,} batches each{together}{early}")
@@ -105,9 +107,5 @@ def _check_validation(trainer: Trainer, batches: int) -> None:
 
 
 def _duration(trainer: Trainer) -> str:
-    from datetime import timedelta
-
-    from lightning.pytorch.callbacks import Timer
-
     seconds = [one._duration for one in trainer.callbacks if isinstance(one, Timer) and one._duration is not None]
     return str(timedelta(seconds=min(seconds))) if seconds else ""

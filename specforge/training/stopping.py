@@ -67,7 +67,7 @@ def explain_lost(error: RuntimeError) -> str | None:
     text = str(error).partition("\n")[0].strip()
     if is_of_a_lost_process(error):
         return "another process of the run has ended; its output, or the launcher's, says why"
-    if "DataLoader worker" in text:
+    if text.startswith("DataLoader worker (pid"):  # not "Caught ... in DataLoader worker", an error of its own
         return f"a process that loads batches was lost, perhaps for want of memory: {text} Set data.num_workers lower"
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
         return f"memory ran out: {text}. Set data.batch_size or data.max_length lower; see specforge estimate"

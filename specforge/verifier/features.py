@@ -97,7 +97,7 @@ def capture(
     Returns:
         The states, in the verifier's type.
     """
-    if not options and _has_several(position_ids) and not packs(verifier):
+    if not options and not packs(verifier) and _has_several(position_ids):
         return _captured_apart(verifier, input_ids, position_ids, aux_layers)
     return _captured(verifier, input_ids, position_ids, aux_layers, **options)
 
@@ -124,16 +124,16 @@ def _captured_apart(
     verifier: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, aux_layers: Sequence[int]
 ) -> Features:
     """Run each document as a row of its own, together with others of similar length, and join the states again."""
-    parts, places = [], []
+    parts, indices = [], []
     for group in DocumentLayout.of(document_numbers(position_ids)).groups:
         steps = torch.arange(group.shape[1], device=group.device)
-        # Padding goes on behind a document, which does not see it.
+        # Padding follows a document, which does not see it.
         positions = position_ids.flatten()[group[:, :1]] + steps
         own = _captured(verifier, input_ids.flatten()[group.clamp(min=0)], positions, aux_layers)
         real = group >= 0
         parts.append((own.aux[real], own.last[real]))
-        places.append(group[real])
-    order = torch.cat(places).argsort()
+        indices.append(group[real])
+    order = torch.cat(indices).argsort()
     aux, last = (torch.cat(one)[order].unflatten(0, input_ids.shape) for one in zip(*parts, strict=True))
     return Features(aux, last)
 

@@ -147,6 +147,12 @@ class TestNames:
         with pytest.raises(UsageError, match="resume it with --ckpt_path last"):
             begin(tmp_path, "mine")
 
+    def test_a_checkpoint_of_another_run_does_not_take_a_name(self, tmp_path):
+        checkpoint = saved(tmp_path / "version_0")
+        with pytest.raises(UsageError, match=r"run_name: mine, but --ckpt_path .* resumes the run version_0"):
+            begin(tmp_path, "mine", wanted=str(checkpoint), checkpoint=checkpoint)
+        assert begin(tmp_path, wanted=str(checkpoint), checkpoint=checkpoint) == "version_0"
+
 
 @pytest.mark.parametrize("name", RANKS)
 def test_other_processes_of_a_job_claim_nothing(tmp_path, monkeypatch, name):

@@ -1,0 +1,25 @@
+"""Errors of a run that mean that something was lost, told from errors of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specforge.training.stopping import explain_lost
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a process that loads batches"),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "a process that loads batches"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nMore"), "memory ran out: CUDA out of memory"),
+    ],
+)
+def test_what_was_lost_is_told(error: RuntimeError, told: str) -> None:
+    assert told in str(explain_lost(error))
+
+
+def test_an_error_in_a_loading_process_is_not_taken_for_its_loss() -> None:
+    text = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n..."
+    assert explain_lost(RuntimeError(text)) is None
