@@ -13,7 +13,7 @@ from specforge.errors import UsageError
 
 _BLOCK = 1 << 20
 _BLANKS = re.compile(r"[ \t\n\r]*")
-_LONGEST_WORD = 16  # an error so close to the end of a block may only say that a word goes on in the next
+_LONGEST_WORD = 16  # an error this close to the end of a block may only mean that a word continues in the next
 
 
 def read_array(file: IO[bytes], shown: str) -> Iterator[RawRecord]:
@@ -67,7 +67,7 @@ class _JsonText:
                 return self._block[self._at : self._at + 1]
 
     def take(self, expected: str) -> None:
-        """Move past the next character that is not blank; an empty string stands for the end.
+        """Move past the next character that is not blank; an empty string means the end.
 
         Raises:
             ValueError: it is another one.
@@ -88,14 +88,14 @@ class _JsonText:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._block, self._at)
-                goes_on = end == len(self._block)  # a number may
+                may_continue = end == len(self._block)  # as a number may
             except json.JSONDecodeError as error:
-                goes_on = error.msg.startswith("Unterminated") or error.pos + _LONGEST_WORD > len(self._block)
-                if not (goes_on and self._read_on(size)):
+                may_continue = error.msg.startswith("Unterminated") or error.pos + _LONGEST_WORD > len(self._block)
+                if not (may_continue and self._read_on(size)):
                     self._at = min(error.pos, len(self._block))
                     raise
             else:
-                if not (goes_on and self._read_on(size)):
+                if not (may_continue and self._read_on(size)):
                     self._at = end
                     return value
             size *= 2  # a value of many blocks is read a few times over, not once a block

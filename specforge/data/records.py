@@ -13,7 +13,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row and the place to name when it is refused, such as `train.jsonl:12`."""
+    """One row and the location to name when it is refused, such as `train.jsonl:12`."""
 
     value: dict[str, Any]
     location: str

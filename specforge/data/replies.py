@@ -226,7 +226,7 @@ class _Rendering:
         return SupervisedText(last.text, spans, tuple(rules))
 
     def _compare_tags(self, reply: _Reply, tags: list[Span], text: str) -> str:
-        """Hold the template's own tags against a span that was found by the rule."""
+        """Check the template's own tags against a span that was found by the rule."""
         if (reply.start, reply.end) in tags:
             return TAGGED
         inside = "".join(text[max(a, reply.start) : min(b, reply.end)] for a, b in tags)
@@ -351,7 +351,7 @@ def _blocks(replies: list[int], messages: Sequence[Message]) -> list[list[int]]:
 
 
 def _enough(chat: Chat, characters: int | None) -> Chat:
-    """Return a chat up to the reply after so many characters."""
+    """Return a chat up to the first reply that ends after a number of characters."""
     if characters is None:
         return chat
     total = 0
@@ -386,7 +386,7 @@ def _missing(message: Message, reply: str) -> str | None:
 
 
 def _holds_arguments(arguments: Any, reply: str, found: str) -> bool:
-    if isinstance(arguments, str):  # given as JSON already: encoded once more, it would not stand there word for word
+    if isinstance(arguments, str):  # given as JSON already: encoded twice, it would not be there word for word
         return _squeezed(arguments) in found
     if arguments and repr(arguments) in reply and json.dumps(arguments) not in reply:
         return False  # a Python dictionary in the text: the template wants the arguments as JSON
@@ -394,7 +394,7 @@ def _holds_arguments(arguments: Any, reply: str, found: str) -> bool:
 
 
 def _holds(value: Any, found: str) -> bool:
-    """Tell whether a value of a call stands in a text without blanks, however it is written: JSON, XML, Python."""
+    """Tell whether a value of a call is in a text without blanks, however it is written: JSON, XML, Python."""
     match value:
         case dict():
             return all(_holds(key, found) and _holds(one, found) for key, one in value.items())

@@ -142,7 +142,7 @@ class StoredRows:
         return hashlib.sha256(json.dumps(self._parts).encode()).hexdigest()
 
     def tables(self) -> Iterator[pa.Table]:
-        """Yield all rows in order, as many at a time as were written together.
+        """Yield all rows in order, a batch at a time, as they were written.
 
         Raises:
             SpecforgeError: they are damaged.

@@ -148,7 +148,7 @@ class ChatTemplate:
 
 @contextmanager
 def time_limit(seconds: float = TIME_LIMIT) -> Iterator[None]:
-    """Stop what runs inside after some seconds; without effect outside of the main thread, which alone takes signals.
+    """Stop what runs inside after some seconds; only in the main thread, since no other takes signals.
 
     Raises:
         TooSlow: The time is over.

@@ -7,7 +7,7 @@ from typing import Any
 
 from specforge.data.bad_rows import BadRow
 
-_CALL_KEYS = ("name", "arguments", "parameters")  # of a bare call; others, such as its id, stand beside the function
+_CALL_KEYS = ("name", "arguments", "parameters")  # of a bare call; others, such as its id, are beside the function
 
 
 def without_nulls(value: Any) -> Any:

@@ -365,7 +365,7 @@ def network_of(config: SpeculatorModelConfig) -> type[SpeculatorModel]:
 
 
 def _type_faults(name: str, stored: Tensor, own: Tensor) -> Iterator[str]:
-    """Yield why a stored tensor cannot stand for the network's own one of the same shape."""
+    """Yield why a stored tensor cannot be the network's own one of the same shape."""
     kind = str(stored.dtype).removeprefix("torch.")
     if own.is_floating_point():
         if stored.dtype not in FLOATS:

@@ -85,7 +85,8 @@ class TreeCache(DynamicCache):
 
         Args:
             window: A node sees only so many of the last tokens of its sequence, itself included; None for all.
-            chunk: Sequences are cut into chunks of so many tokens, and a node sees only its own; None for no chunks.
+            chunk: Tokens of the chunks that sequences are cut into, of which a node sees only its own; None for no
+                chunks.
         """
         depths = self._depths[:, -self._new :]
         if self._ancestors is None:

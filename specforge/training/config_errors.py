@@ -133,7 +133,7 @@ def check_values(config: Namespace, parser: ArgumentParser, arguments: list[str]
     Raises:
         UsageError: With the key, the value and what is allowed.
     """
-    # The parser takes null for any key that stands in a file, whatever its type.
+    # The parser takes null for any key of a file, whatever its type.
     for action in parser._actions:
         key, default = action.dest, action.default
         if default not in (None, SUPPRESS) and config.get(key, default) is None and not _may_be_null(action):

@@ -72,8 +72,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _check_nodes(path: Path, root: yaml.Node | None) -> None:
     """Refuse what the parsers after this one would take wrongly, or never finish with.
 
-    Aliases share nodes, so that a few lines stand for billions of values: each node is counted once, and its size is
-    that of what it stands for.
+    Aliases share nodes, so that a few lines may mean billions of values: each node is counted once, with the size of
+    all that is in it.
     """
     sizes: dict[yaml.Node, int] = {}
     inside: list[yaml.Node] = []
@@ -81,17 +81,17 @@ def _check_nodes(path: Path, root: yaml.Node | None) -> None:
     def size(node: yaml.Node) -> int:
         where = f"{path}:{node.start_mark.line + 1}"
         if node in inside:
-            raise UsageError(f"{where} stands inside itself: an alias (*) names a value that holds it")
+            raise UsageError(f"{where} is inside itself: an alias (*) names a value that holds it")
         if len(inside) > DEEPEST:
             raise UsageError(f"{where}: more than {DEEPEST} levels of keys or lists, one inside the other")
         if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
-            raise UsageError(f"{where}: the character NUL cannot stand in a configuration")
+            raise UsageError(f"{where}: the character NUL is not allowed in a configuration")
         if node not in sizes:
             inside.append(node)
             sizes[node] = 1 + sum(size(one) for one in _children(path, node))
             inside.pop()
             if sizes[node] > MOST_VALUES:
-                raise UsageError(f"{where} stands for more than {MOST_VALUES:,} values, with its aliases (*) filled in")
+                raise UsageError(f"{where} holds more than {MOST_VALUES:,} values, with its aliases (*) filled in")
         return sizes[node]
 
     if root is not None:

@@ -112,7 +112,7 @@ def _network(draft: SpeculatorModel) -> dict[str, Any]:
 
 
 def _differ(name: str, there: Any, here: Any) -> bool:
-    # A field of the draft's own that is None stands for a default, which shows in aux_layers and in the tensors.
+    # A field of the draft's own that is None means a default, which shows in aux_layers and in the tensors.
     is_default = "." not in name and None in (there, here)
     return bool(there != here) and not is_default
 

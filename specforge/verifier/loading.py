@@ -88,7 +88,7 @@ def load_config(name_or_path: str, loading: VerifierLoading | None = None) -> Pr
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """Return the class of transformers that builds a verifier: its language model or, where there is none, all of it.
+    """Return the class of transformers that builds a verifier: its language model or, if there is none, all of it.
 
     None where the configuration is of no language model.
     """

@@ -50,7 +50,7 @@ def documents_of(position_ids: Tensor) -> Iterator[None]:
 
 
 def document_numbers(position_ids: Tensor) -> Tensor:
-    """Number the documents of rows, [B, T]; one begins wherever positions, [B, T], do not go on by 1."""
+    """Number the documents of rows, [B, T]; one begins wherever positions, [B, T], do not increase by 1."""
     return F.pad(position_ids.diff(dim=1) != 1, (1, 0)).cumsum(1)
 
 

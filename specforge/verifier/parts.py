@@ -125,7 +125,7 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     named = found if isinstance(found, nn.Module) else model.base_model
     if layers_of(named, model.config) is not None:
         return named
-    # Some models name another module, or themselves; the layers stand beside the embeddings.
+    # Some models name another module, or themselves; the layers are beside the embeddings.
     embeddings = model.get_input_embeddings()
     for module in model.modules():
         if layers_of(module, model.config) is not None and any(child is embeddings for child in module.children()):

@@ -39,7 +39,7 @@ VALUES: list[Any] = [
 WRITTEN = {
     "model:\n  ttt_steps: 3\n  ttt_steps: 4\n": "ttt_steps is set twice",
     "trainer: {}\ntrainer: {}\n": "trainer is set twice",
-    "data: &a {train: *a}\n": "stands inside itself",
+    "data: &a {train: *a}\n": "is inside itself",
     "model: " + "[" * 40 + "]" * 40: "levels",
     "model: " + "{a: " * 2000 + "1" + "}" * 2000: "levels",
     "a: &a [x,x,x,x,x,x,x,x,x,x]\n"

@@ -12,7 +12,7 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_leng
 
 
 class Message(Strict):
-    """What the verifier said, and what engines take out of its text."""
+    """What the verifier wrote, and what engines take out of its text."""
 
     content: str | None = None
     tool_calls: list[Any] | None = None
