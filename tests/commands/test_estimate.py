@@ -94,7 +94,8 @@ class TestOutput:
 class TestRows:
     def test_a_small_file_is_counted(self, tmp_path, config, capsys, monkeypatch):
         monkeypatch.setattr("specforge.estimation.device.SECONDS", 0.01)
-        rows = [{"input_ids": list(range(1, 33)), "loss_mask": [0] * 8 + [1] * 24}] * 10
+        mask = [0] * 8 + [1] * 24
+        rows = [{"input_ids": [number, *range(2, 33)], "loss_mask": mask} for number in range(10)]
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
         flags = ["--data.validation_share", "0.2", "--data.cache_dir", str(tmp_path / "cache")]
         out = estimated(capsys, "--config", str(config), *flags)
@@ -103,7 +104,8 @@ class TestRows:
         assert re.search(r"rows of up to 64 tokens\s+4 ", out)
 
     def test_a_large_one_is_not_unless_it_is_built(self, tmp_path, config, capsys, monkeypatch):
-        rows = [{"input_ids": list(range(1, 33)), "loss_mask": [0] * 8 + [1] * 24}] * 10
+        mask = [0] * 8 + [1] * 24
+        rows = [{"input_ids": [number, *range(2, 33)], "loss_mask": mask} for number in range(10)]
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
         words = ["--config", str(config), "--data.cache_dir", str(tmp_path / "cache"), "--device_flops", "1e12"]
         monkeypatch.setattr("specforge.estimation.text.SMALL_FILE", 100)
