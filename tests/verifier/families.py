@@ -115,18 +115,18 @@ class Trial:
                     return f"the stored states of layer {layer} are others than a document has alone"
         return self.fit("eagle3", "stored", "--data.features", str(features))
 
-    def export(self) -> str:
-        """Export the draft, and verify the export beside the verifier."""
+    def export(self, run: str = "eagle3") -> str:
+        """Export the draft of a run, and verify the export beside the verifier."""
         output = self.folder / "export"
         with patch.object(served, "NEW_TOKENS", NEW_TOKENS):
-            said = command("export", str(self._draft("eagle3")), "--format", "vllm", "--output", str(output))
+            said = command("export", str(self._draft(run)), "--format", "vllm", "--output", str(output))
         if said != YES:
             return said
         return command("verify", str(output), "--verifier", str(self.verifier_folder))
 
-    def generate(self) -> str:
-        """Generate with the draft what the verifier generates without."""
-        draft, verifier = self.draft("eagle3"), self.verifier()
+    def generate(self, run: str = "eagle3") -> str:
+        """Generate with the draft of a run what the verifier generates without."""
+        draft, verifier = SpeculatorModel.from_pretrained(self._draft(run)), self.verifier()
         prompts = torch.tensor([[5, 9, 14, 33, 60], [7, 3, 71, 20, 11]])
         with torch.no_grad():
             expected = verifier.generate(prompts, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
@@ -137,12 +137,8 @@ class Trial:
             return str(error)
         return YES if torch.equal(found, expected) else "another text than the verifier's"
 
-    def draft(self, output: str) -> SpeculatorModel:
-        """Read the draft of a run."""
-        return SpeculatorModel.from_pretrained(self._draft(output))
-
-    def _draft(self, output: str) -> Path:
-        return self.folder / output / "version_0" / "draft"
+    def _draft(self, run: str) -> Path:
+        return self.folder / run / "version_0" / "draft"
 
     def _words(self, algorithm: str) -> list[str]:
         return [
