@@ -65,7 +65,8 @@ def _computation(config: PreTrainedConfig) -> dict[str, Any]:
     for name, value in config.to_dict().items():
         if name in NOT_COMPUTED or name.startswith("_") or value == getattr(type(config), name, None):
             continue
-        part = getattr(config, name, None)
+        # Only parts are looked up: Gemma 4 has no one value of what differs by layer.
+        part = getattr(config, name, None) if isinstance(value, dict) else None
         found[name] = _computation(part) if isinstance(part, PreTrainedConfig) else value
     return found
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from specforge.models import SpeculatorModel
 from specforge.models.base_components import norm_scale
 from specforge.verifier.features import capture, check_logits, decoder_layers, packs
+from specforge.verifier.fingerprint import fingerprint
 from specforge.verifier.loading import load_verifier
 from specforge.verifier.parts import VerifierParts
 from specforge_eagle.model import EagleSpeculator
@@ -53,6 +54,7 @@ def test_a_family_is_a_verifier_with_every_algorithm(name: str, tmp_path: Path) 
     check_logits(verifier)
     assert len(decoder_layers(verifier)) == LAYERS
     assert packs(verifier) == KINDS[name]
+    assert fingerprint(str(tmp_path))
     assert packed_states_are_right(verifier)
     read, own = VerifierParts.from_pretrained(str(tmp_path)), VerifierParts.of(verifier)
     states = torch.randn(5, read.lm_head.in_features, generator=torch.Generator().manual_seed(0))
