@@ -256,7 +256,7 @@ _PAGE = """\
 
 What a draft learns of a chat is what the chat template lets be told of each reply. This page is a measurement: every
 distinct chat template in five published packages, {templates} of them, each with {chats} conversations, {rows} rows in
-all. A row is **exact** if each reply that can be told is supervised, after exactly the prompt that serving renders
+all, those of templates that need an argument with and without it. A row is **exact** if each reply that can be told is supervised, after exactly the prompt that serving renders
 (`add_generation_prompt`, the same template arguments), through the first of the verifier's end tokens, and nothing
 else is. A slow reference that shares no code with specforge tells the replies. A reply is told only if all its own text
 is in it: content, thinking, each call with its arguments.

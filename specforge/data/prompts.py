@@ -137,7 +137,9 @@ def _turns(record: Record) -> list[list[Message] | list[int]]:
             raise BadRow(record.location, "no prompt", "'input_ids' holds no prompt before the first supervised token")
         return [tokens[:begin]]
     if isinstance(value.get("prompt"), str) and value["prompt"].strip():
-        return [[{"role": "user", "content": value["prompt"]}]]
+        system = value.get("system")
+        first = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+        return [[*first, {"role": "user", "content": value["prompt"]}]]
     if isinstance(value.get("prompt"), list) or any(value.get(key) is not None for key in (*CHAT_KEYS, "instruction")):
         return _asked(record)
     raise BadRow(

@@ -59,6 +59,8 @@ def test_a_tokenised_row_asks_what_comes_before_its_response(read, tokenizer):
 def test_a_prompt_is_one_turn(read, tokenizer):
     [conversation] = read({"prompt": "Hi", "response": "not read"})
     assert conversation.prompt(0, [], ChatTemplate(tokenizer)) == rendered(tokenizer, "Hi")
+    [conversation] = read({"prompt": "Hi", "system": "Be kind"})
+    assert [message["role"] for message in conversation.turns[0]] == ["system", "user"]
 
 
 @pytest.mark.parametrize(
