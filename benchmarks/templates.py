@@ -256,10 +256,10 @@ _PAGE = """\
 
 What a draft learns of a chat is what the chat template lets be told of each reply. This page is a measurement: every
 distinct chat template in five published packages, {templates} of them, each with {chats} conversations, {rows} rows in
-all, those of templates that need an argument with and without it. A row is **exact** if each reply that can be told is supervised, after exactly the prompt that serving renders
-(`add_generation_prompt`, the same template arguments), through the first of the verifier's end tokens, and nothing
-else is. A slow reference that shares no code with specforge tells the replies. A reply is told only if all its own text
-is in it: content, thinking, each call with its arguments.
+all, those of templates that need an argument with and without it. A row is **exact** if each reply that can be told is
+supervised, after exactly the prompt that serving renders (`add_generation_prompt` and the same arguments), through
+the first of the verifier's end tokens, and nothing else is. A slow reference that shares no code with specforge tells
+the replies. A reply is told only if all its own text is in it: content, thinking, each call with its arguments.
 
 - {exact} of {templates} templates are exact on one and two turns. {row_a_turn} templates take one row a turn, since
   they render earlier turns in another way.
