@@ -217,6 +217,7 @@ def _keeps_apart(verifier: PreTrainedModel) -> bool:
     others = torch.cat([tokens[:, :4].flip(1), tokens[:, 4:]], dim=1)
     positions = torch.arange(4, device=tokens.device).repeat(2)[None]
     after, after_others = (_captured(verifier, one, positions, [0]).last[:, 4:] for one in (tokens, others))
+    check_finite(after, verifier, name_of(verifier))
     return torch.allclose(after, after_others, atol=1e-2 * float(after.abs().max()), rtol=0)
 
 
