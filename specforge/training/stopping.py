@@ -67,6 +67,11 @@ def explain_lost(error: RuntimeError) -> str | None:
     text = str(error).partition("\n")[0].strip()
     if is_of_a_lost_process(error):
         return "another process of the run has ended; its output, or the launcher's, says why"
+    if text.startswith("DataLoader worker (pid") and "Bus error" in text:
+        return (
+            "a process that loads batches was ended by a bus error: a file of rows or features was cut while it was in "
+            "use, or shared memory is full"
+        )
     if text.startswith("DataLoader worker (pid"):  # not "Caught ... in DataLoader worker", an error of its own
         return f"a process that loads batches was lost, perhaps for want of memory: {text} Set data.num_workers lower"
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
