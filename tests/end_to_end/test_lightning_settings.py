@@ -143,4 +143,5 @@ class TestEnds:
         more = ["--data.num_workers=1", f"--data.cache_dir={cache}", "--trainer.max_epochs=9"]
         status, shown = ended(cut, *more, "--trainer.max_steps=70")
         # The file's name is told unless the cut falls between the look at its size and the read.
-        assert status == 1 and "was cut while it was in use" in shown
+        assert status == 1
+        assert "rows.arrow was cut while it was in use" in shown or "ended by a bus error: a file of rows" in shown
