@@ -303,6 +303,8 @@ def test_what_may_not_be_read_is_one_message(
         Path(shared).chmod(0o755)
         folder = published("eagle/speculators").rename(Path(shared) / "head")
         (folder / name).chmod(0)
+        main(["generate", str(folder / "absent"), "--prompt", "hi"])  # imports what may be private, as a clone may be
+        capsys.readouterr()
         with unprivileged():
             with pytest.raises(UsageError, match="cannot be read: Permission denied") as error:
                 read_draft(str(folder))
