@@ -17,6 +17,7 @@ from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
 from specforge.models.drafter import Drafter
 from specforge.models.generated import Generated
+from specforge.models.scaled_linear import folded
 from specforge.models.storage import FLOATS, read_all_weights, write_checkpoint
 from specforge.registry import installed
 from specforge.verifier.features import Features
@@ -349,7 +350,7 @@ class SpeculatorModel(nn.Module):
         Raises:
             SpecforgeError: They cannot be written; an earlier checkpoint in the folder is left as it was.
         """
-        write_checkpoint(Path(folder), self.stored_config(), self.state_dict())
+        write_checkpoint(Path(folder), self.stored_config(), folded(self.state_dict()))
 
 
 def network_of(config: SpeculatorModelConfig) -> type[SpeculatorModel]:

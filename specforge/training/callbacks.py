@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgres
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.utilities import rank_zero_only
 
+from specforge.models.scaled_linear import folded
 from specforge.models.speculator import SpeculatorModel
 from specforge.training.board.acceptance import AcceptanceFigure, accept_rates
 from specforge.training.board.hyperparameters import log_results
@@ -22,6 +23,7 @@ from specforge.training.board.writers import writers
 from specforge.training.module import DraftModule
 from specforge.training.resuming import BatchNumbers, RandomState
 from specforge.training.runs import BEST, LAST, check_checkpoint
+from specforge.training.saying import say
 from specforge.training.speed import Throughput
 from specforge.training.stopping import StopRequest
 
@@ -264,7 +266,7 @@ def draft_of_checkpoint(path: Path, like: SpeculatorModel) -> SpeculatorModel:
     saved = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     prefix = "draft."
     state = {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
-    return type(like).from_state(like.config, state, where=str(path))
+    return type(like).from_state(like.config, folded(state), where=str(path))
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:
@@ -293,9 +295,3 @@ def command(subcommand: str, arguments: list[str], checkpoint: str) -> str:
         place = words.index("--ckpt_path")
         del words[place : place + 2]
     return shlex.join(["specforge", subcommand, *words, "--ckpt_path", checkpoint])
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    """Print a line for a person, once in a run of many processes."""
-    print(text, flush=True)

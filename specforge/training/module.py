@@ -106,6 +106,8 @@ class DraftModule(LightningModule, ABC):
         self._window: Tensor | None = None
         # Loss, sums and counts of its batches so far.
         self._so_far: tuple[Tensor, ...] | None = None
+        # States of a batch that were looked at before its step.
+        self._ahead: Features | None = None
 
     @property
     @abstractmethod
@@ -292,6 +294,12 @@ class DraftModule(LightningModule, ABC):
         aux = decode(batch["aux"], batch.get("aux_scales"), dtype)
         return Features(aux, decode(batch["last"], batch.get("last_scales"), dtype))
 
+    def features_ahead(self, batch: Batch) -> Features:
+        """Return the states of the batch whose step comes next, which takes them over."""
+        with self.trainer.precision_plugin.forward_context():
+            self._ahead = self.features(batch)
+        return self._ahead
+
     def _verifier_runs(self, batch: Batch) -> bool:
         runs = "last" not in batch
         if self._verifier_is_split and self._frozen is not None and self._frozen[0] is not None:
@@ -344,7 +352,7 @@ class DraftModule(LightningModule, ABC):
         """Run one batch; Lightning updates the draft with the loss that comes back."""
         window = window_in(batch)
         self._window = self.alignment(window).supervised.flatten(1) if window else None
-        features = self.features(batch)
+        features, self._ahead = self._ahead or self.features(batch), None
         outcome = self.draft_steps(batch, features)
         if window and not torch.equal(outcome.supervised, self.alignment(batch).supervised.flatten(1)):
             raise SpecforgeError(

@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from specforge.config import flat
+from specforge.training.saying import say
 
 _UNSAID = ("output_dir", "run_name", "ckpt_path")  # where things are
 
@@ -105,12 +105,12 @@ class ResumedSettings(Callback):
             if name not in _UNSAID and stored.get(name) != self._settings.get(name)
         ]
         if changed:
-            _say(f"resumed with other settings: {', '.join(changed)}")
+            say(f"resumed with other settings: {', '.join(changed)}")
         before = trainer.optimizers[0].param_groups[0]["lr"]
         _follow_settings(trainer, pl_module)
         now = trainer.optimizers[0].param_groups[0]["lr"]
         if not math.isclose(before, now, rel_tol=1e-6):
-            _say(
+            say(
                 f"the learning rate continues at {now:.3g} instead of {before:.3g}, as the schedule set now has it "
                 f"at step {trainer.global_step:,}; to keep a rate, set it as model.optimizer.lr, with "
                 "model.schedule.name constant"
@@ -128,11 +128,6 @@ def _follow_settings(trainer: Trainer, module: LightningModule) -> None:
         schedule.base_lrs = fresh["lr_scheduler"]["scheduler"].base_lrs
         for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = rate * factor(schedule.last_epoch)
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 def _shift(progress: dict[str, int], by: int) -> None:

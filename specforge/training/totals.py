@@ -23,3 +23,10 @@ def total(values: Tensor) -> Tensor:
     summed = values.detach().clone()
     torch.distributed.all_reduce(summed)
     return summed
+
+
+def of_first(values: Tensor) -> Tensor:
+    """Return the first process's tensor in all processes, each of which must call this with one of that shape."""
+    if processes() > 1:
+        torch.distributed.broadcast(values, src=0)
+    return values

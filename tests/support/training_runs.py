@@ -11,6 +11,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from specforge.models.scaled_linear import folded
+
 
 def write_rows(path: Path, values: list[dict[str, Any]]) -> Path:
     """Write a JSON-lines file."""
@@ -49,8 +51,8 @@ class RunsFolder:
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of a training checkpoint."""
-    return torch.load(checkpoint, weights_only=True)["state_dict"]
+    """Return the weights of a training checkpoint, as its draft is written."""
+    return folded(torch.load(checkpoint, weights_only=True)["state_dict"])
 
 
 def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:

@@ -20,7 +20,9 @@ from specforge.bounds import Decay, Steps, Weight
 from specforge.data.module import DraftDataModule
 from specforge.models.alignment import Alignment, Supervision, align
 from specforge.models.draft_rows import DraftRows
+from specforge.models.scaled_linear import ScaledLinear
 from specforge.training.distillation import DraftSteps, Teacher, distill
+from specforge.training.feature_scale import FeatureScale, check_feature_scale, fit_scale
 from specforge.training.module import Batch, DraftModule
 from specforge.training.optimizers import OptimizerSettings
 from specforge.training.schedules import ScheduleSettings
@@ -30,6 +32,7 @@ from specforge_eagle.model import EagleSpeculator
 from specforge_eagle.noise import feature_noise
 
 FEATURE = "feature"
+INPUTS = ["embeddings", "features"]
 
 
 class EagleDraftSettings(BaseModel):
@@ -44,6 +47,11 @@ class EagleDraftSettings(BaseModel):
     )
     layernorms: bool = Field(default=False, description="Norms on embeddings, before the layer and before the head.")
     fusion_bias: bool = Field(default=False, description="A bias where embedding and feature meet; vLLM serves none.")
+    feature_scale: FeatureScale = Field(
+        default="auto",
+        description="What embedding and feature are divided by while training, folded into the written draft: two "
+        "numbers; auto: found on the first row.",
+    )
 
 
 class EagleModule(DraftModule):
@@ -86,6 +94,7 @@ class EagleModule(DraftModule):
         self.feature_weight = feature_weight
         self.noise = noise
         self.supervision = supervision
+        check_feature_scale(draft.feature_scale, INPUTS)
 
     @property
     def aux_layers(self) -> list[int]:
@@ -112,11 +121,30 @@ class EagleModule(DraftModule):
         draft = EagleSpeculator.from_training_args(
             self.verifier_config,
             verifier_name_or_path=self.stored_verifier_name,
-            **self.settings.model_dump(),
+            **self.settings.model_dump(exclude={"feature_scale"}),
         )
         draft.attach_verifier(parts)
         draft.borrow_weights()
         return draft
+
+    def configure_model(self) -> None:
+        """Create the draft; where it is to read scaled inputs, after it has been given stored weights."""
+        super().configure_model()
+        if self.settings.feature_scale != "none" and not isinstance(self.draft.fusion_fc, ScaledLinear):
+            self.draft.fusion_fc = ScaledLinear.of(self.draft.fusion_fc)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Scale the inputs before the first step; a resumed run has done so."""
+        if self.trainer.global_step > 0 or batch_idx > 0 or not isinstance(self.draft.fusion_fc, ScaledLinear):
+            return
+        feature = self.draft.first_feature(self.features_ahead(batch))
+        embedded = self.draft.embed(batch["input_ids"])
+        if self.settings.layernorms:  # whose weights begin at 1, and may be in shards
+            embedded = F.rms_norm(embedded, embedded.shape[-1:])
+        states = torch.stack([embedded, feature.to(embedded.dtype)], dim=-2)[0, batch["document_ids"][0] >= 0]
+        fit_scale(
+            self.draft.fusion_fc, self.settings.feature_scale, states, INPUTS, keep_function=self.init_from is not None
+        )
 
     def alignment(self, batch: Batch) -> Alignment:
         """Return targets and counted positions; validation counts those of decoding, whatever training counts."""

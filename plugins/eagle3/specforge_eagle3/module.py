@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
 
 from specforge.bounds import Count, Layers, Steps, Width
 from specforge.data.module import DraftDataModule
 from specforge.errors import UsageError
 from specforge.models.alignment import Alignment, Supervision, align
 from specforge.models.draft_rows import DraftRows
+from specforge.models.scaled_linear import ScaledLinear
 from specforge.models.vocabulary import DraftVocabulary
 from specforge.training.distillation import DraftSteps, Teacher, distill
+from specforge.training.feature_scale import FeatureScale, check_feature_scale, fit_scale
 from specforge.training.module import Batch, DraftModule
+from specforge.training.saying import say
 from specforge.verifier.features import Features, check_aux_layers, default_aux_layers
 from specforge.verifier.parts import VerifierParts
 from specforge_eagle3.model import Eagle3DraftModel
@@ -37,6 +41,11 @@ class Eagle3DraftSettings(BaseModel):
     norm_before_fc: bool = Field(default=False, description="One norm over all features before they are fused.")
     fc_norm: bool = Field(default=False, description="One norm for each feature before fusing (EAGLE-3.1).")
     norm_output: bool = Field(default=False, description="Feed back the normalised state (EAGLE-3.1).")
+    feature_scale: FeatureScale = Field(
+        default="auto",
+        description="What features are divided by while training, folded into the written draft: a constant for each "
+        "aux layer; auto: found on the first row, where no norm comes before the fusion.",
+    )
     train_head: bool = Field(default=True, description="Train the draft's head, which starts as the verifier's.")
     train_embeddings: bool = Field(default=False, description="Train token embeddings, from the verifier's.")
 
@@ -44,7 +53,14 @@ class Eagle3DraftSettings(BaseModel):
     def _one_norm(self) -> Eagle3DraftSettings:
         if self.norm_before_fc and self.fc_norm:
             raise ValueError("norm_before_fc and fc_norm exclude each other")
+        if isinstance(self.feature_scale, list) and self.norms_features:
+            raise ValueError("feature_scale has no effect where norm_before_fc or fc_norm puts features to one size")
         return self
+
+    @property
+    def norms_features(self) -> bool:
+        """Whether a norm comes before the fusion."""
+        return self.norm_before_fc or self.fc_norm
 
 
 class Eagle3Module(DraftModule):
@@ -77,6 +93,8 @@ class Eagle3Module(DraftModule):
             check_aux_layers(self._aux_layers, verifier.num_hidden_layers)
         except UsageError as error:
             raise UsageError(f"model.draft.aux_layers: {error}") from None
+        self._inputs = [f"states before layer {layer}" for layer in self._aux_layers]
+        check_feature_scale(draft.feature_scale, self._inputs)
         if draft.draft_vocab_size is not None and draft.draft_vocab_size > verifier.vocab_size:
             raise UsageError(
                 f"model.draft.draft_vocab_size is {draft.draft_vocab_size}, but the verifier has only "
@@ -118,6 +136,32 @@ class Eagle3Module(DraftModule):
         draft.borrow_weights()
         draft.lm_head.requires_grad_(settings.train_head)
         return draft
+
+    def configure_model(self) -> None:
+        """Create the draft; where it is to read scaled features, after it has been given stored weights."""
+        super().configure_model()
+        is_scaled = self.settings.feature_scale != "none" and not self.settings.norms_features
+        if is_scaled and not isinstance(self.draft.fc, ScaledLinear):
+            self.draft.fc = ScaledLinear.of(self.draft.fc)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Scale the features before the first step, and say what they make of the draft; a resumed run has done so."""
+        if self.trainer.global_step > 0 or batch_idx > 0:
+            return
+        if isinstance(self.draft.fc, ScaledLinear):
+            states = self.features_ahead(batch).aux[0, batch["document_ids"][0] >= 0]
+            fit_scale(self.draft.fc, self.settings.feature_scale, states, self._inputs, self.init_from is not None)
+        if not self.compile_steps:
+            self._say_what_is_added()
+
+    def _say_what_is_added(self) -> None:
+        def tell(layer: nn.Module, read: tuple[Tensor, ...], written: Tensor) -> None:
+            feature = read[1][:, : written.shape[1]].detach()
+            stream, added = (one.float().square().mean().sqrt() for one in (feature, written.detach() - feature))
+            say(f"  root mean square of the draft's residual stream: {stream:.3g}; its first layer adds {added:.3g}")
+            handle.remove()
+
+        handle = self.draft.layers[0].register_forward_hook(tell)
 
     def summary_text(self) -> str:
         """Return a few lines for a person, with the coverage of the draft vocabulary."""

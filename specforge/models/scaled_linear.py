@@ -1,0 +1,80 @@
+"""A linear layer whose inputs are divided by constants while it is trained, and whose file knows nothing of them.
+
+How far one optimizer step moves what a layer computes grows with the size of its inputs. A verifier's states may have
+a root mean square of 20 to 50, where a draft's own begin near 1: raw, they move so far that what the draft's layers add
+is drowned. ``V (x / s)`` is ``(V / s) x``: the division folds into the weight when the draft is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SCALE = "input_scale"
+# The median of |x| of a standard normal distribution.
+MEDIAN_SIZE = 0.6745
+
+
+class ScaledLinear(nn.Linear):
+    """Computes ``(weight / input_scale) x + bias``; the scale, [in_features], is 1 until it is set, and not trained."""
+
+    input_scale: Tensor
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Self:
+        """Return a layer with the parameters of another one, scaled by 1."""
+        scaled = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        scaled.weight, scaled.bias = linear.weight, linear.bias
+        scaled.input_scale = nn.Buffer(linear.weight.new_ones(linear.in_features))
+        return scaled
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [..., in_features] to [..., out_features]."""
+        return F.linear(input, self.weight / self.input_scale, self.bias)
+
+    @torch.no_grad()
+    def set_scale(self, scale: Tensor, keep_function: bool) -> None:
+        """Divide the inputs by constants from now on.
+
+        Args:
+            scale: Constants, [in_features] or one for each of several equal blocks of inputs.
+            keep_function: Multiply the weight by them, so that the layer computes what it did.
+        """
+        self.input_scale.copy_(scale.repeat_interleave(self.in_features // scale.numel()))
+        if keep_function:
+            # Of a sharded weight each process holds whole rows.
+            weight: Tensor = getattr(self.weight, "to_local", lambda: self.weight)()
+            weight.mul_(self.input_scale)
+
+
+def folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in which plain linear layers stand for scaled ones; the network computes the same, bit for bit.
+
+    Args:
+        state: Tensors by name.
+    """
+    found = {name: tensor for name, tensor in state.items() if not name.endswith(f".{SCALE}")}
+    for name in state.keys() - found.keys():
+        weight = f"{name.removesuffix(SCALE)}weight"
+        found[weight] = found[weight] / state[name]
+    return found
+
+
+def typical_size(states: Tensor) -> Tensor:
+    """Estimate the standard deviation of most channels over most tokens.
+
+    A root mean square is of little else than the few channels that hold nearly all of the energy, and of first tokens;
+    medians know nothing of them.
+
+    Args:
+        states: States of layers, [T, n, H].
+
+    Returns:
+        float32 [n].
+    """
+    by_channel = states.float().abs().median(dim=0).values
+    return by_channel.median(dim=-1).values / MEDIAN_SIZE

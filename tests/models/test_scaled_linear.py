@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from specforge.models.scaled_linear import ScaledLinear, folded, typical_size
+
+
+def scaled(inputs: int, bias: bool = False) -> ScaledLinear:
+    torch.manual_seed(0)
+    return ScaledLinear.of(nn.Linear(inputs, 5, bias=bias))
+
+
+@given(st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=4), st.booleans())
+def test_a_folded_layer_computes_the_same_bit_for_bit(scale: list[float], bias: bool) -> None:
+    network = nn.Sequential(scaled(3 * len(scale), bias), nn.Linear(5, 2))
+    network[0].set_scale(torch.tensor(scale), keep_function=False)
+    plain = nn.Sequential(nn.Linear(3 * len(scale), 5, bias=bias), nn.Linear(5, 2))
+    plain.load_state_dict(folded(network.state_dict()))  # strict: the scale is gone
+    inputs = torch.randn(7, 3 * len(scale)) * 30
+    assert torch.equal(plain(inputs), network(inputs))
+
+
+def test_it_computes_as_if_its_inputs_were_divided() -> None:
+    layer = scaled(6)
+    inputs = torch.randn(7, 6)
+    torch.testing.assert_close(layer(inputs), inputs @ layer.weight.T)  # by 1, until it is told
+    layer.set_scale(torch.tensor([2.0, 30.0]), keep_function=False)
+    divided = torch.cat([inputs[:, :3] / 2, inputs[:, 3:] / 30], dim=-1)
+    torch.testing.assert_close(layer(inputs), divided @ layer.weight.T)
+    layer(inputs).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, divided.sum(0).expand(5, 6))
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]
+
+
+def test_it_can_keep_what_it_computed() -> None:
+    layer = scaled(6, bias=True)
+    inputs = torch.randn(7, 6)
+    before = layer(inputs)
+    layer.set_scale(torch.tensor([20.0, 30.0]), keep_function=True)
+    torch.testing.assert_close(layer(inputs), before)
+
+
+def normal(tokens: int, sizes: list[float]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(tokens, len(sizes), 64, generator=generator) * torch.tensor(sizes)[:, None]
+
+
+def test_the_size_of_states_is_their_standard_deviation() -> None:
+    sizes = [2.5, 20.0, 300.0]
+    assert typical_size(normal(512, sizes)).tolist() == pytest.approx(sizes, rel=0.02)
+
+
+def test_first_tokens_and_channels_that_hold_nearly_all_energy_do_not_count() -> None:
+    states = normal(512, [2.0])
+    states[:4] *= 1000
+    states[:, :, :2] *= 1000
+    assert states.square().mean().sqrt() > 300
+    assert typical_size(states).item() == pytest.approx(2, rel=0.05)
+    assert typical_size(states.bfloat16()).dtype == torch.float32
