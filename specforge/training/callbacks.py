@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from specforge.models.scaled_linear import folded
 from specforge.models.speculator import SpeculatorModel
+from specforge.training.advice import Advice
 from specforge.training.board.acceptance import AcceptanceFigure, accept_rates
 from specforge.training.board.hyperparameters import log_results
 from specforge.training.board.layout import ScalarLayout
@@ -38,6 +39,7 @@ def fit_callbacks(arguments: list[str], save_every_n_steps: int, folder: Path) -
     """
     return [
         Summary(folder.parent),
+        Advice(),
         ScalarLayout(),
         AcceptanceFigure(),
         SampleTexts(),

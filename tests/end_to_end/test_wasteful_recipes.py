@@ -1,0 +1,52 @@
+"""A run that wastes what it was given says so, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from quickstart_runs import rows
+from training_runs import write_rows
+
+Said = Callable[..., list[str]]
+
+
+@pytest.fixture
+def said(workshop, fit, capfd) -> Said:
+    """Run ``specforge fit`` and return the lines of advice."""
+
+    def run(output_dir: str, *more: str) -> list[str]:
+        capfd.readouterr()
+        fit(output_dir, "--trainer.logger=false", *more)
+        return [line for line in capfd.readouterr().out.splitlines() if line.startswith("advice: ")]
+
+    return run
+
+
+def test_too_few_rows_a_constant_rate_and_a_small_vocabulary(workshop, said):
+    # Six rows make one batch, so an epoch is a step. Validation rows that do not say who wrote them have proxy figures.
+    train = write_rows(workshop.folder / "six.jsonl", rows("train.jsonl", 6))
+    plain = [{name: row[name] for name in ("input_ids", "loss_mask")} for row in rows("validation.jsonl", 8)]
+    validation = write_rows(workshop.folder / "plain.jsonl", plain)
+    workshop.values["data"] |= {"train": str(train), "validation": str(validation)}
+    workshop.values["trainer"] |= {"max_epochs": 99, "check_val_every_n_epoch": 10}
+    workshop.values["model"] |= {
+        "draft": {"draft_vocab_size": 16},
+        "optimizer": {"name": "muon", "lr": 2e-2},
+        "schedule": {"name": "constant", "warmup": 0},
+    }
+    vocabulary, overfitting, rate = said("straight", "--trainer.max_steps=40")
+    assert "the 16 draft tokens cover" in vocabulary and "model.draft.draft_vocab_size" in vocabulary
+    assert "by heart" in overfitting and "is kept" in overfitting
+    assert "at 100% of its peak" in rate and "model.schedule.name" in rate
+    # Resumed between two validations, it knows the losses since the last one and repeats only what is of its end.
+    assert said("parts", "--trainer.max_steps=25") == [vocabulary, rate]
+    assert said("parts", "--trainer.max_steps=40", "--ckpt_path=last") == [overfitting, rate]
+
+
+def test_a_sound_recipe_is_left_in_peace(said):
+    assert said("runs", "--trainer.val_check_interval=4") == []
+
+
+def test_a_run_without_validation(said):
+    assert said("runs", "--data.validation=null", "--data.validation_share=0", "--trainer.max_steps=2") == []
