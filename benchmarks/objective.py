@@ -64,14 +64,19 @@ class Problem:
         self.teacher = Teacher(torch.randn(rows, width), parts, None)
         self.hidden = torch.randn(steps, rows, width, requires_grad=True)
         self.head = torch.randn(vocabulary, width).div_(width**0.5).requires_grad_()
-        # Every step is compared with the same rows, and so is the text behind them.
+        # Every step is compared with the same rows.
         self.targets = torch.arange(rows).expand(steps, rows)
-        self.text = torch.randint(vocabulary, (rows,)).expand(steps, rows)
+        self.text = torch.randint(vocabulary, (rows,))
 
     @property
     def normalised(self) -> Tensor:
         """What the verifier's head reads, once for each step and row, [S * N, H]."""
         return self.teacher.parts.norm(self.teacher.last)[self.targets.flatten()]
+
+    @property
+    def classes(self) -> Tensor:
+        """The text's token of each step and row, [S * N]."""
+        return self.text[self.targets.flatten()]
 
 
 def ours(problem: Problem, objective: str, compiled: bool = False) -> Tensor:
@@ -94,7 +99,7 @@ def plain(problem: Problem, objective: str) -> Tensor:
     """Return the loss as the formula is written: logits of all steps in one tensor."""
     logits = problem.hidden.flatten(0, 1) @ problem.head.T
     if objective == "text":
-        return F.cross_entropy(logits, problem.text.flatten())
+        return F.cross_entropy(logits, problem.classes)
     log_p = problem.teacher.parts.lm_head(problem.normalised).log_softmax(-1)
     return F.kl_div(logits.log_softmax(-1), log_p, log_target=True, reduction="batchmean")
 
@@ -102,7 +107,7 @@ def plain(problem: Problem, objective: str) -> Tensor:
 def of_torch(problem: Problem, objective: str) -> Tensor:
     """Return torch's chunked loss, from 2.13."""
     chunks = nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(problem.hidden.flatten(0, 1), problem.head, problem.text.flatten(), options=chunks)
+    return F.linear_cross_entropy(problem.hidden.flatten(0, 1), problem.head, problem.classes, options=chunks)
 
 
 def of_liger(problem: Problem, objective: str) -> Tensor:
@@ -111,7 +116,7 @@ def of_liger(problem: Problem, objective: str) -> Tensor:
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
     head = problem.teacher.parts.lm_head.weight
-    return loss(problem.hidden.flatten(0, 1), problem.head, problem.normalised, head, problem.text.flatten())
+    return loss(problem.hidden.flatten(0, 1), problem.head, problem.normalised, head, problem.classes)
 
 
 CONTESTANTS: dict[str, tuple[Callable[[Problem, str], Tensor], tuple[str, ...]]] = {

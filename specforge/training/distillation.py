@@ -59,7 +59,7 @@ class Labels:
     """What the text goes on with, to be trained on or to replay decoding on (see ``specforge.decoding.replay``).
 
     Attributes:
-        tokens: The token that each row and step drafts, the verifier's id, int64 [S, N].
+        tokens: The token behind each row, which the verifier's state of that row predicts; its id, int64 [N].
         sampling: How the verifier chose the text's tokens.
     """
 
@@ -278,23 +278,24 @@ class _Run:
         self.acceptance[chunk.steps, chunk.rows] = found.acceptance
         self.agreement[chunk.steps, chunk.rows] = (found.top == target.top[chunk.target_of]).to(self.agreement.dtype)
         if self.work.labels is not None:
-            self._replay(self.work.labels, self.work.finish(logits), found.top, target, chunk)
+            self._replay(self.work.labels.sampling, self.work.finish(logits), found.top, target, chunk)
 
     def _text(self, chunk: _Chunk) -> Tensor | None:
         if self.work.labels is None:
             return None
-        return draft_places(self.work.labels.tokens[chunk.steps, chunk.rows], self.work.teacher.draft_ids)
+        tokens = self.work.labels.tokens[chunk.targets][chunk.target_of]
+        return draft_places(tokens, self.work.teacher.draft_ids)
 
-    def _replay(self, labels: Labels, logits: Tensor, top: Tensor, target: _Target, chunk: _Chunk) -> None:
+    def _replay(self, sampling: Sampling, logits: Tensor, top: Tensor, target: _Target, chunk: _Chunk) -> None:
         """Note whether the text's token would have been drafted, and how probable that was."""
-        tokens = labels.tokens[chunk.steps, chunk.rows]
-        places = draft_places(tokens, self.work.teacher.draft_ids)
+        places = self._text(chunk)
+        assert places is not None
         matches = (top == places).to(self.matches.dtype)
         self.matches[chunk.steps, chunk.rows] = matches
         if target.log_p_text is None:
             self.drawn[chunk.steps, chunk.rows] = matches
             return
-        log_q = label_log_probs(logits, places, labels.sampling)
+        log_q = label_log_probs(logits, places, sampling)
         accepted = acceptance_of_drawn(log_q, target.log_p_text[chunk.target_of])
         self.drawn[chunk.steps, chunk.rows] = accepted.to(self.drawn.dtype)
 
@@ -352,10 +353,7 @@ def _target(work: _Work, chunk: _Chunk) -> _Target:
     logits = work.teacher.parts.logits(work.teacher.last[chunk.targets])
     top, of_text = logits.argmax(-1), None
     if work.labels is not None and not work.labels.sampling.is_greedy:
-        # The token of a target is the same for all pairs of step and row that are compared with it.
-        tokens = work.labels.tokens[chunk.steps, chunk.rows]
-        said = tokens.new_zeros(len(chunk.targets)).index_copy(0, chunk.target_of, tokens)
-        of_text = label_log_probs(logits, said, work.labels.sampling)
+        of_text = label_log_probs(logits, work.labels.tokens[chunk.targets], work.labels.sampling)
     if draft_ids is None:
         log_p = log_softmax(logits)
         return _Target(log_p, log_p, top, of_text)

@@ -315,19 +315,13 @@ class DraftModule(LightningModule, ABC):
             features = Features(self._recorder.rounded(features.aux), self._recorder.rounded(features.last))
         return features
 
-    def labels(self, batch: Batch, targets: Tensor) -> Labels | None:
-        """Return what the text goes on with, where decoding is replayed or a loss reads it; otherwise None.
-
-        Args:
-            batch: The batch.
-            targets: Index of each target's token in the flattened batch, int64 [S, N]: the drafted one follows it.
-        """
+    def labels(self, batch: Batch) -> Labels | None:
+        """Return what the text goes on with, where decoding is replayed or a loss reads it; otherwise None."""
         if self.training and not any(term.uses_text for term in self.terms):
             return None
-        tokens = batch["input_ids"].flatten()
         # Decoding is replayed on validation alone.
         sampling = Sampling() if self.training else self.means[self._stage].sampling
-        return Labels(tokens[(targets + 1).clamp(max=tokens.numel() - 1)], sampling)
+        return Labels(batch["input_ids"].flatten().roll(-1), sampling)
 
     @property
     def _stage(self) -> str:

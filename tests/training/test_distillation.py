@@ -69,8 +69,7 @@ def make_problem(
         targets=ahead.clamp(max=rows - 1),
         supervised=supervised,
         weights=torch.rand(steps, generator=generator, dtype=torch.float64).to(dtype),
-        # What stands behind each target.
-        tokens=torch.randint(V, (rows,), generator=generator)[ahead.clamp(max=rows - 1)],
+        tokens=torch.randint(V, (rows,), generator=generator),
     )
 
 
@@ -133,7 +132,7 @@ def plain(problem: Problem, objective: dict[str, float], skip: bool = False) -> 
         whole = verifier[int(problem.targets[k, i])]
         full = whole[list(ids)]
         counted = not (skip and int(whole.argmax()) not in ids)
-        token = int(problem.tokens[k, i])
+        token = int(problem.tokens[problem.targets[k, i]])
         place = list(ids).index(token) if token in ids else None
         for name, weight in objective.items():
             value = plain_value(name, draft[k, i], full / full.sum(), full, means[k], place)
@@ -409,9 +408,8 @@ def test_labels_tell_how_often_the_text_would_have_been_drafted(
     problem = make_problem(seed=4, pruned=pruned)
     teacher = problem.teacher
     ids = list(range(V)) if teacher.draft_ids is None else teacher.draft_ids.tolist()
-    # A target's token is the same for all steps that are compared with it, as in a text.
     text = torch.randint(V, (problem.supervised.shape[1],), generator=torch.Generator().manual_seed(1))
-    labels = Labels(text[problem.targets], sampling)
+    labels = Labels(text, sampling)
     terms = objective_terms({"kl": 1.0})
     for chunk, block in ((2**24, 2**19), (2**24, 1), (40, 2**19)):
         monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", chunk)
@@ -427,7 +425,7 @@ def test_labels_tell_how_often_the_text_would_have_been_drafted(
             labels=labels,
         )
         for k, i in problem.supervised.nonzero().tolist():
-            token = int(labels.tokens[k, i])
+            token = int(text[problem.targets[k, i]])
             q = problem.head.detach() @ problem.hidden.detach()[k, i]
             matches = float(ids[int(q.argmax())] == token)
             assert float(found.matches[k, i]) == matches

@@ -93,6 +93,6 @@ class MedusaModule(DraftModule):
             supervised,
             self.terms,
             self.step_weights(supervised),
-            labels=self.labels(batch, targets),
+            labels=self.labels(batch),
             compiled=self.compile_steps,
         )

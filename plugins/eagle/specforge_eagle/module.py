@@ -171,7 +171,7 @@ class EagleModule(DraftModule):
             supervised,
             self.terms,
             weights,
-            labels=self.labels(batch, targets),
+            labels=self.labels(batch),
             finish=self.parts.finish,
             rows=rows,
             compiled=self.compile_steps,

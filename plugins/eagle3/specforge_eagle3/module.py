@@ -191,7 +191,7 @@ class Eagle3Module(DraftModule):
             self.terms,
             self.step_weights(supervised),
             skip_targets_outside=self.training and self.supervision == "compat",
-            labels=self.labels(batch, targets),
+            labels=self.labels(batch),
             rows=rows,
             compiled=self.compile_steps,
         )

@@ -161,7 +161,7 @@ class MLPModule(DraftModule):
             supervised,
             self.terms,
             self.step_weights(supervised),
-            labels=self.labels(batch, targets),
+            labels=self.labels(batch),
             rows=rows,
             compiled=self.compile_steps,
         )
