@@ -11,10 +11,8 @@ H width, V verifier and D draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,20 +21,11 @@ from torch import Tensor
 from specforge.decoding.recorded import acceptance_of_drawn, draft_places, label_log_probs
 from specforge.models.draft_rows import DraftRows
 from specforge.sampling import Sampling
+from specforge.training.chunks import Chunk, blocks, chunks
 from specforge.training.comparison import Compared, Term, compare, compiled_compare, gathered, log_softmax, wide_type
 from specforge.training.objectives import Distributions, acceptance
 from specforge.training.totals import total
 from specforge.verifier.parts import VerifierParts
-
-# Logits of one chunk, draft and verifier together: 16 MiB in float32; but so many targets that heads are not read anew
-# for a handful of rows. Accelerators read a head in the time of some 200 rows of its product, and hold 16 times more.
-LOGITS_PER_CHUNK = 2**22
-LOGITS_PER_CHUNK_OF_ACCELERATORS = 2**26
-LEAST_TARGETS = 64
-# Logits that a CPU compares at a time: 1 MiB in float32.
-LOGITS_PER_BLOCK = 2**18
-# Set where a step that is meant for an accelerator is rehearsed on the CPU.
-for_accelerator: ContextVar[bool] = ContextVar("for_accelerator", default=False)
 
 
 @dataclass(frozen=True)
@@ -152,35 +141,29 @@ class _Work:
     finish: Callable[[Tensor], Tensor]
     compare: Callable[..., Compared]
 
+    def chunks(self, draft_size: int) -> Iterator[tuple[Chunk, _Target]]:
+        """Yield the pairs that count in chunks, and the verifier's distributions at their targets, each formed once."""
+        verifier_size, target = self.teacher.parts.lm_head.weight.shape[0], None
+        for chunk in chunks(self.supervised, self.targets, self.places, verifier_size, draft_size):
+            target = _tail(target, chunk.shared) if target and chunk.shared else None
+            fresh = self._target(chunk.targets[chunk.shared :])
+            target = _combined(torch.cat, target, fresh) if target else fresh
+            yield chunk, target
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Some targets and all pairs of step and row that are compared with them.
-
-    Attributes:
-        targets: Rows of the teacher, [R].
-        steps: Step of each pair, [M].
-        rows: Row of each pair, [M].
-        places: Where its state stands in what the draft's head reads, [M].
-        target_of: Index of each pair's target within ``targets``, [M].
-    """
-
-    targets: Tensor
-    steps: Tensor
-    rows: Tensor
-    places: Tensor
-    target_of: Tensor
-
-    def part(self, pairs: slice) -> _Chunk:
-        """Return some of the pairs, with all targets."""
-        return _Chunk(self.targets, self.steps[pairs], self.rows[pairs], self.places[pairs], self.target_of[pairs])
-
-    def by_head(self, heads: int) -> list[slice]:
-        """Return the pairs of each head: all of the one, or those of each step."""
-        if heads == 1:
-            return [slice(len(self.steps))]
-        ends = self.steps.bincount(minlength=heads).cumsum(0).tolist()
-        return [slice(*ends_of) for ends_of in pairwise([0, *ends])]
+    def _target(self, rows: Tensor) -> _Target:
+        """Form the verifier's distributions at some rows of its states."""
+        draft_ids = self.teacher.draft_ids
+        logits = self.teacher.parts.logits(self.teacher.last[rows])
+        top, of_text = logits.argmax(-1), None
+        if self.labels is not None and not self.labels.sampling.is_greedy:
+            of_text = label_log_probs(logits, self.labels.tokens[rows], self.labels.sampling)
+        if draft_ids is None:
+            log_p = log_softmax(logits)
+            return _Target(log_p, log_p, top, of_text)
+        wide = wide_type(logits.dtype)
+        normaliser = torch.cat([logits[block].to(wide).logsumexp(-1) for block in blocks(logits)])
+        log_p_full = logits[:, draft_ids].to(wide) - normaliser[:, None]
+        return _Target(log_p_full.log_softmax(-1), log_p_full, draft_places(top, draft_ids), of_text)
 
 
 class _Distill(torch.autograd.Function):
@@ -189,8 +172,8 @@ class _Distill(torch.autograd.Function):
         compute_type = _compute_type(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             run = _Run(hidden, heads, work, compute_type, ctx.needs_input_grad[0], ctx.needs_input_grad[2])
-            for chunk in _chunks(work, heads):
-                run.add(chunk)
+            for chunk, target in work.chunks(len(heads[0])):
+                run.add(chunk, target)
         ctx.gradients = run.hidden_gradient, run.head_gradients
         others = run.sums, run.acceptance, run.agreement, run.matches, run.drawn
         ctx.mark_non_differentiable(*others)
@@ -234,24 +217,23 @@ class _Run:
         self.head_gradients = [zeros(head.shape) if train_heads else None for head in heads]
         self.mean_acceptance = self._mean_acceptance() if any(t.uses_mean_acceptance for t in work.terms) else None
 
-    def add(self, chunk: _Chunk) -> None:
+    def add(self, chunk: Chunk, target: _Target) -> None:
         """Add a chunk to the loss, the sums, the per-row results and the gradients."""
-        target = _target(self.work, chunk)
         states = self.hidden[chunk.places].to(self.heads[0].dtype)
         logits = self._logits(states, chunk)
-        for block in _blocks(logits):
+        for block in blocks(logits):
             self._compare(logits[block], target, chunk.part(block))
         if self.trains:
             self._accumulate(logits, states, chunk)
 
-    def _logits(self, states: Tensor, chunk: _Chunk) -> Tensor:
+    def _logits(self, states: Tensor, chunk: Chunk) -> Tensor:
         """Compute what the draft's heads say of the pairs of a chunk, [M, D]."""
         logits = states.new_empty(len(states), len(self.heads[0]))
         for head, own in zip(self.heads, chunk.by_head(len(self.heads)), strict=True):
             torch.mm(states[own], head.T, out=logits[own])
         return logits
 
-    def _compare(self, logits: Tensor, target: _Target, chunk: _Chunk) -> None:
+    def _compare(self, logits: Tensor, target: _Target, chunk: Chunk) -> None:
         """Add some pairs of a chunk to all but the gradients; that of their logits [m, D] takes their place."""
         with torch.set_grad_enabled(self.trains):
             leaf = logits.detach().requires_grad_(self.trains)
@@ -262,7 +244,7 @@ class _Run:
             # No logit is read again.
             logits.copy_(torch.autograd.grad(found.loss, leaf)[0])
 
-    def _judge(self, logits: Tensor, target: _Target, chunk: _Chunk) -> Compared:
+    def _judge(self, logits: Tensor, target: _Target, chunk: Chunk) -> Compared:
         """Compare some pairs with their targets."""
         weights = self.work.step_weights[chunk.steps]
         if self.work.skip_targets_outside:
@@ -271,7 +253,7 @@ class _Run:
         targets = target.log_p, target.log_p_full, chunk.target_of
         return self.work.compare(logits, *targets, weights, self.work.terms, self.work.finish, mean, self._text(chunk))
 
-    def _note(self, found: Compared, logits: Tensor, target: _Target, chunk: _Chunk) -> None:
+    def _note(self, found: Compared, logits: Tensor, target: _Target, chunk: Chunk) -> None:
         """Add what came of some pairs to the loss, the sums and the per-row results."""
         self.loss += found.loss.detach()
         self.sums.index_add_(1, chunk.steps, found.values)
@@ -280,13 +262,13 @@ class _Run:
         if self.work.labels is not None:
             self._replay(self.work.labels.sampling, self.work.finish(logits), found.top, target, chunk)
 
-    def _text(self, chunk: _Chunk) -> Tensor | None:
+    def _text(self, chunk: Chunk) -> Tensor | None:
         if self.work.labels is None:
             return None
         tokens = self.work.labels.tokens[chunk.targets][chunk.target_of]
         return draft_places(tokens, self.work.teacher.draft_ids)
 
-    def _replay(self, sampling: Sampling, logits: Tensor, top: Tensor, target: _Target, chunk: _Chunk) -> None:
+    def _replay(self, sampling: Sampling, logits: Tensor, top: Tensor, target: _Target, chunk: Chunk) -> None:
         """Note whether the text's token would have been drafted, and how probable that was."""
         places = self._text(chunk)
         assert places is not None
@@ -299,7 +281,7 @@ class _Run:
         accepted = acceptance_of_drawn(log_q, target.log_p_text[chunk.target_of])
         self.drawn[chunk.steps, chunk.rows] = accepted.to(self.drawn.dtype)
 
-    def _accumulate(self, of_logits: Tensor, states: Tensor, chunk: _Chunk) -> None:
+    def _accumulate(self, of_logits: Tensor, states: Tensor, chunk: Chunk) -> None:
         """Add the gradients of the states and heads that a chunk's logits were made of."""
         for number, own in enumerate(chunk.by_head(len(self.heads))):
             if self.hidden_gradient is not None:
@@ -316,10 +298,9 @@ class _Run:
     def _mean_acceptance(self) -> Tensor:
         """Mean acceptance of each step over the batches of all processes, [S], by a pass without gradients."""
         sums = torch.zeros_like(self.sums[0])
-        for chunk in _chunks(self.work, self.heads):
-            target = _target(self.work, chunk)
+        for chunk, target in self.work.chunks(len(self.heads[0])):
             logits = self._logits(self.hidden[chunk.places].to(self.heads[0].dtype), chunk)
-            for block in _blocks(logits):
+            for block in blocks(logits):
                 pairs = chunk.part(block)
                 log_q = log_softmax(self.work.finish(logits[block]))
                 sums.index_add_(
@@ -348,47 +329,20 @@ class _Target:
     log_p_text: Tensor | None
 
 
-def _target(work: _Work, chunk: _Chunk) -> _Target:
-    draft_ids = work.teacher.draft_ids
-    logits = work.teacher.parts.logits(work.teacher.last[chunk.targets])
-    top, of_text = logits.argmax(-1), None
-    if work.labels is not None and not work.labels.sampling.is_greedy:
-        of_text = label_log_probs(logits, work.labels.tokens[chunk.targets], work.labels.sampling)
-    if draft_ids is None:
-        log_p = log_softmax(logits)
-        return _Target(log_p, log_p, top, of_text)
-    wide = wide_type(logits.dtype)
-    normaliser = torch.cat([logits[block].to(wide).logsumexp(-1) for block in _blocks(logits)])
-    log_p_full = logits[:, draft_ids].to(wide) - normaliser[:, None]
-    return _Target(log_p_full.log_softmax(-1), log_p_full, draft_places(top, draft_ids), of_text)
+def _tail(target: _Target, number: int) -> _Target:
+    """Return copies of the last targets, so that the others can be freed."""
+    return _combined(lambda one: one[0][-number:].clone(), target)
 
 
-def _chunks(work: _Work, heads: Sequence[Tensor]) -> Iterator[_Chunk]:
-    """Split the supervised pairs by target, so that each target's distribution is formed once."""
-    steps, rows = work.supervised.nonzero(as_tuple=True)
-    targets, target_of = work.targets[steps, rows].unique(return_inverse=True)
-    verifier_size = work.teacher.parts.lm_head.weight.shape[0]
-    most = LOGITS_PER_CHUNK if _is_for_cpu(work.targets) else LOGITS_PER_CHUNK_OF_ACCELERATORS
-    size = max(LEAST_TARGETS, most // (verifier_size + len(work.supervised) * len(heads[0])))
-    # Within a chunk, pairs stay in the order of their steps, so that each head reads one slice.
-    order = (target_of // size).argsort(stable=True)
-    every = _Chunk(targets, steps[order], rows[order], work.places[steps, rows][order], target_of[order])
-    firsts = torch.arange(0, len(targets) + size, size, device=targets.device)
-    bounds = torch.searchsorted(every.target_of // size * size, firsts).tolist()
-    for number, own in enumerate(pairwise(bounds)):
-        first = number * size
-        part = every.part(slice(*own))
-        yield replace(part, targets=targets[first : first + size], target_of=part.target_of - first)
+def _combined(function: Callable[[list[Tensor]], Tensor], *targets: _Target) -> _Target:
+    """Combine targets tensor by tensor; those that are the same stay the same."""
 
+    def of(name: str) -> Tensor:
+        return function([getattr(one, name) for one in targets])
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    """Split rows of logits so that what is done with one block after the other stays in a processor's cache."""
-    size = max(1, LOGITS_PER_BLOCK // logits.shape[1]) if _is_for_cpu(logits) else len(logits)
-    return (slice(begin, begin + size) for begin in range(0, len(logits), max(1, size)))
-
-
-def _is_for_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not for_accelerator.get()
+    first, log_p = targets[0], of("log_p")
+    log_p_full = log_p if first.log_p_full is first.log_p else of("log_p_full")
+    return _Target(log_p, log_p_full, of("top"), None if first.log_p_text is None else of("log_p_text"))
 
 
 def _compute_type(hidden: Tensor) -> torch.dtype:

@@ -20,7 +20,7 @@ from specforge.estimation.step import HEAD, LAYERS, VERIFIER, Rehearsal
 from specforge.hookspecs import Algorithm
 from specforge.models.alignment import align
 from specforge.registry import installed
-from specforge.training import distillation
+from specforge.training import chunks
 from specforge.training.module import DraftModule
 from specforge.training.optimizers import OptimizerSettings
 from specforge.verifier.loading import load_verifier
@@ -142,14 +142,14 @@ def test_the_step_is_the_real_one(case, batch):
 
 
 def test_an_accelerator_compares_more_logits_at_a_time_by_the_same_operations(batch, monkeypatch):
-    monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", 1)
-    monkeypatch.setattr(distillation, "LEAST_TARGETS", 2)
+    monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", 1)
+    monkeypatch.setattr(chunks, "LEAST_TARGETS", 2)
     case = CASES["eagle3"]
     here = Rehearsal(make_module(*case), make_trainer(), torch.float32).run(batch)
     there = Rehearsal(make_module(*case), make_trainer(), torch.float32, on_accelerator=True).run(batch)
     assert there.flops == here.flops
     assert there.memory.draft_work > 2 * here.memory.draft_work
-    assert not distillation.for_accelerator.get()
+    assert not chunks.for_accelerator.get()
 
 
 def test_parts_of_a_step_add_up_by_hand(batch):

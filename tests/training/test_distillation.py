@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specforge.sampling import Sampling
-from specforge.training import distillation
+from specforge.training import chunks
 from specforge.training.comparison import compiled_compare
 from specforge.training.distillation import DraftSteps, Labels, Teacher, distill
 from specforge.training.module import objective_terms
@@ -31,7 +31,7 @@ NAMES = ["kl", "reverse_kl", "cross_entropy", "total_variation", "jsd", "lk_alph
 def small_chunks() -> Iterator[None]:
     """Chunks may hold a single target."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distillation, "LEAST_TARGETS", 1)
+        patch.setattr(chunks, "LEAST_TARGETS", 1)
         yield
 
 
@@ -161,7 +161,7 @@ def assert_same(problem: Problem, outcome: DraftSteps, expected: dict[str, Any])
 def test_losses_and_gradients_are_the_plain_ones(
     name: str, pruned: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", chunk)
+    monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", chunk)
     problem = make_problem(pruned=pruned)
     assert_same(problem, run(problem, {name: 1.0}), plain(problem, {name: 1.0}))
 
@@ -182,8 +182,8 @@ def test_any_mixture_in_any_chunks(
 ) -> None:
     problem = make_problem(seed, steps, rows, pruned)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", chunk)
-        monkeypatch.setattr(distillation, "LOGITS_PER_BLOCK", block)
+        monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", chunk)
+        monkeypatch.setattr(chunks, "LOGITS_PER_BLOCK", block)
         outcome = run(problem, objective, skip)
     assert outcome.supervised is problem.supervised
     assert not outcome.acceptance[~problem.supervised].any()
@@ -289,7 +289,7 @@ def test_only_what_is_trained_gets_a_gradient() -> None:
 @pytest.mark.parametrize("chunk", [1, 60, 2**24])
 def test_each_step_may_have_its_own_head(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same as all steps on their own, each with its head."""
-    monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", chunk)
+    monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", chunk)
     problem = make_problem(pruned=False)
     generator = torch.Generator().manual_seed(1)
     heads = [torch.randn(V, H, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
@@ -362,7 +362,7 @@ def test_logits_exist_for_one_chunk_at_most(
     steps, targets = 3, 8
     problem = make_problem(steps=steps, rows=500, pruned=pruned)
     draft_size = problem.head.shape[0]
-    monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", targets * (V + steps * draft_size))
+    monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", targets * (V + steps * draft_size))
     # The head and its gradient, [D, H], do not count: H is neither vocabulary's size in the full case.
     problem = widen(problem, 17)
     with Rows({V, draft_size}) as largest:
@@ -394,7 +394,7 @@ def test_the_verifiers_distribution_is_formed_once_a_target(monkeypatch: pytest.
     rows: list[int] = []
     problem = make_problem(steps=3, rows=40)
     problem.teacher.parts.lm_head.register_forward_hook(lambda _, __, output: rows.append(output.shape[0]))
-    monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", 100)
+    monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", 100)
     run(problem, {"kl": 1.0})
     assert len(rows) > 5
     assert sum(rows) == problem.targets[problem.supervised].unique().numel()
@@ -412,8 +412,8 @@ def test_labels_tell_how_often_the_text_would_have_been_drafted(
     labels = Labels(text, sampling)
     terms = objective_terms({"kl": 1.0})
     for chunk, block in ((2**24, 2**19), (2**24, 1), (40, 2**19)):
-        monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", chunk)
-        monkeypatch.setattr(distillation, "LOGITS_PER_BLOCK", block)
+        monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", chunk)
+        monkeypatch.setattr(chunks, "LOGITS_PER_BLOCK", block)
         found = distill(
             problem.hidden,
             problem.head,

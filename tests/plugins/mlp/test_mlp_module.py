@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from specforge.training import distillation
+from specforge.training import chunks, distillation
 from specforge.verifier.parts import VerifierParts
 from specforge_eagle3.module import Eagle3DraftSettings, Eagle3Module
 from specforge_mlp.module import MLPDraftSettings, MLPModule
@@ -202,8 +202,8 @@ def test_logits_of_all_heads_are_never_formed(
 ) -> None:
     heads, rows, vocabulary = 3, 64, 61
     # Logits of four targets: those of the verifier, and of every head.
-    monkeypatch.setattr(distillation, "LOGITS_PER_CHUNK", 4 * (1 + heads) * vocabulary)
-    monkeypatch.setattr(distillation, "LEAST_TARGETS", 1)
+    monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", 4 * (1 + heads) * vocabulary)
+    monkeypatch.setattr(chunks, "LEAST_TARGETS", 1)
     draft = {"num_layers": heads, "tie_weights": tied}
     module = make_module(tiny_verifiers, draft=draft, supervision="all", objective=terms)
     tokens = torch.randint(3, vocabulary, (2, rows // 2), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,131 @@
+"""Splits the pairs of row and step that count into chunks: some rows, each with all its steps.
+
+A chunk holds so few logits that they fit into memory, and whole chains, so that a loss may weigh a step by what the
+steps before it achieved. Rows that follow each other in a text share targets, so neighbouring chunks share up to S - 1.
+
+Letters in shapes: S steps, N rows (a flattened batch), R rows and C targets of a chunk, M pairs that count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+# Logits of one chunk, draft and verifier together: 16 MiB in float32; but so many targets that heads are not read anew
+# for a handful of rows. Accelerators read a head in the time of some 200 rows of its product, and hold 16 times more.
+LOGITS_PER_CHUNK = 2**22
+LOGITS_PER_CHUNK_OF_ACCELERATORS = 2**26
+LEAST_TARGETS = 64
+# Logits that a CPU compares at a time: 1 MiB in float32.
+LOGITS_PER_BLOCK = 2**18
+# Set where a step that is meant for an accelerator is rehearsed on the CPU.
+for_accelerator: ContextVar[bool] = ContextVar("for_accelerator", default=False)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows, all pairs of these rows and a step that count, and the targets that they are compared with.
+
+    Attributes:
+        targets: Rows of the verifier's states, ascending, [C].
+        shared: How many targets, the first ones, are also the last ones of the chunk before.
+        steps: Step of each pair, ascending, [M].
+        rows: Row of each pair, [M].
+        places: Index of its state in what the draft's head reads, [M].
+        target_of: Index of each pair's target within ``targets``, [M].
+        row_of: Index of each pair's row within the chunk, [M].
+        size: Number R of rows.
+    """
+
+    targets: Tensor
+    shared: int
+    steps: Tensor
+    rows: Tensor
+    places: Tensor
+    target_of: Tensor
+    row_of: Tensor
+    size: int
+
+    def part(self, pairs: slice) -> Chunk:
+        """Return some of the pairs, with all targets."""
+        by_pair = ("steps", "rows", "places", "target_of", "row_of")
+        return replace(self, **{name: getattr(self, name)[pairs] for name in by_pair})
+
+    def by_head(self, heads: int) -> list[slice]:
+        """Return the pairs of each head: all pairs for a single head, those of its step for one of several."""
+        if heads == 1:
+            return [slice(len(self.steps))]
+        ends = self.steps.bincount(minlength=heads).cumsum(0).tolist()
+        return [slice(*ends_of) for ends_of in pairwise([0, *ends])]
+
+
+def chunks(supervised: Tensor, targets: Tensor, places: Tensor, verifier_size: int, draft_size: int) -> Iterator[Chunk]:
+    """Yield all pairs that count, in chunks of rows.
+
+    Args:
+        supervised: Which rows count, bool [S, N].
+        targets: Row of the verifier's states that each row and step is compared with, int64 [S, N].
+        places: Index of each row's and step's state in what the draft's head reads, int64 [S, N].
+        verifier_size: Number of the verifier's tokens.
+        draft_size: Number of draft tokens.
+    """
+    rows, steps = supervised.T.nonzero(as_tuple=True)
+    distinct, row_of = rows.unique_consecutive(return_inverse=True)
+    every, target_of = targets[steps, rows].unique(return_inverse=True)
+    if not len(distinct):
+        return
+    size = _rows_per_chunk(len(distinct), len(every), verifier_size, len(supervised) * draft_size, _is_for_cpu(rows))
+    number, chunk_of = -(-len(distinct) // size), row_of // size
+    # A chunk has all targets between its first and its last one, though a neighbour may be the only one to need some.
+    first = target_of.new_full((number,), len(every)).scatter_reduce(0, chunk_of, target_of, "amin")
+    last = target_of.new_zeros(number).scatter_reduce(0, chunk_of, target_of, "amax")
+    ends = chunk_of.bincount(minlength=number).cumsum(0)
+    # Within a chunk, pairs are in the order of their steps, so that each head reads one slice.
+    order = (chunk_of * len(supervised) + steps).argsort(stable=True)
+    places = places[steps, rows]
+    pairs = Chunk(every, 0, steps[order], rows[order], places[order], target_of[order], row_of[order], len(distinct))
+    begin = before = known = 0
+    for index, (end, low, high) in enumerate(torch.stack([ends, first, last + 1], dim=1).tolist()):
+        own = pairs.part(slice(begin, end))
+        yield replace(
+            own,
+            targets=every[low:high],
+            shared=known - low if before <= low <= known <= high else 0,
+            target_of=own.target_of - low,
+            row_of=own.row_of - index * size,
+            size=min(size, len(distinct) - index * size),
+        )
+        begin, before, known = end, low, high
+
+
+def blocks(logits: Tensor) -> Iterator[slice]:
+    """Split rows of logits so that what is done with one block after the other stays in a processor's cache.
+
+    There is at least one block, which may be empty.
+    """
+    size = max(1, LOGITS_PER_BLOCK // logits.shape[1]) if _is_for_cpu(logits) else len(logits)
+    return (slice(begin, begin + size) for begin in range(0, max(1, len(logits)), max(1, size)))
+
+
+def _rows_per_chunk(rows: int, targets: int, verifier_size: int, draft_logits: int, on_cpu: bool) -> int:
+    """Return how many rows a chunk may have.
+
+    Args:
+        rows: All rows.
+        targets: All targets: hardly more than rows where these follow each other, S for each row where none is shared.
+        verifier_size: Number of the verifier's logits for each target.
+        draft_logits: Most draft logits of a row.
+        on_cpu: Whether the run is on a CPU.
+    """
+    most = LOGITS_PER_CHUNK if on_cpu else LOGITS_PER_CHUNK_OF_ACCELERATORS
+    targets_per_row = targets / rows
+    return max(1, int(LEAST_TARGETS / targets_per_row), int(most / (verifier_size * targets_per_row + draft_logits)))
+
+
+def _is_for_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not for_accelerator.get()
