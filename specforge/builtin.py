@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from specforge.hookspecs import Command, Objective, ProposalMethod, hookimpl
+from specforge.hookspecs import Command, Objective, ProposalMethod, Weighting, hookimpl
 
 _OBJECTIVES = "specforge.training.objectives"
+_WEIGHTINGS = "specforge.training.weightings"
 
 
 @hookimpl
@@ -60,6 +61,26 @@ def specforge_objectives() -> Iterable[Objective]:
             "forward KL fading into total variation as acceptance grows",
             f"{_OBJECTIVES}:lk_lambda",
             uses_mean_acceptance=True,
+        ),
+    ]
+
+
+@hookimpl
+def specforge_weightings() -> Iterable[Weighting]:
+    """The weights along a chain of the core."""
+    return [
+        Weighting(
+            "dpace",
+            "expected number of tokens that hang on a step (D-PACE)",
+            function=f"{_WEIGHTINGS}:dpace",
+            statistic=f"{_WEIGHTINGS}:confidence",
+            uses_text=True,
+        ),
+        Weighting(
+            "vat",
+            "1 up to the first rejected step, then less and less (VAT)",
+            function=f"{_WEIGHTINGS}:vat",
+            statistic=f"{_WEIGHTINGS}:agreement",
         ),
     ]
 

@@ -77,6 +77,25 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class Weighting:
+    """Weights along a chain: how much a step's loss counts, given what the steps of the same row achieved.
+
+    Attributes:
+        name: What ``model.weighting`` in a configuration says.
+        summary: One line for ``specforge plugins``.
+        function: Maps the statistic of each row and step, [S, R], and which of them count, bool [S, R], to factors.
+        statistic: Maps ``specforge.training.objectives.Distributions`` of n rows to n numbers.
+        uses_text: Whether the statistic reads ``Distributions.text``.
+    """
+
+    name: str
+    summary: str
+    function: str
+    statistic: str
+    uses_text: bool = False
+
+
+@dataclass(frozen=True)
 class CheckpointFormat:
     """A form in which a reader wants the drafts of one algorithm.
 
@@ -110,7 +129,7 @@ class Command:
     parser: str | None = None
 
 
-Descriptor = Algorithm | ProposalMethod | Objective | CheckpointFormat | Command
+Descriptor = Algorithm | ProposalMethod | Objective | Weighting | CheckpointFormat | Command
 
 
 @hookspec
@@ -128,6 +147,12 @@ def specforge_proposals() -> Iterable[ProposalMethod]:
 @hookspec
 def specforge_objectives() -> Iterable[Objective]:
     """Describe training losses."""
+    raise NotImplementedError
+
+
+@hookspec
+def specforge_weightings() -> Iterable[Weighting]:
+    """Describe weights along a chain."""
     raise NotImplementedError
 
 

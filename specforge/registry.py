@@ -23,17 +23,20 @@ import pluggy
 
 from specforge import hookspecs
 from specforge.errors import UsageError, nearest_name
-from specforge.hookspecs import Algorithm, CheckpointFormat, Command, Descriptor, Objective, ProposalMethod
+from specforge.hookspecs import Algorithm, CheckpointFormat, Command, Descriptor, Objective, ProposalMethod, Weighting
 
 GROUP = "specforge.plugins"
 KINDS = {
     "algorithm": Algorithm,
     "proposal method": ProposalMethod,
     "objective": Objective,
+    "weighting": Weighting,
     "checkpoint format": CheckpointFormat,
     "command": Command,
 }
-KindOfDescriptor = TypeVar("KindOfDescriptor", Algorithm, ProposalMethod, Objective, CheckpointFormat, Command)
+KindOfDescriptor = TypeVar(
+    "KindOfDescriptor", Algorithm, ProposalMethod, Objective, Weighting, CheckpointFormat, Command
+)
 
 
 @dataclass

@@ -55,6 +55,7 @@ def compare(
     logits: Tensor,
     log_p: Tensor,
     log_p_full: Tensor,
+    top: Tensor,
     target_of: Tensor,
     weights: Tensor,
     terms: Sequence[Term],
@@ -68,6 +69,7 @@ def compare(
         logits: The draft's, [m, D].
         log_p: The verifier's at each target, normalised over the draft vocabulary, [R, D].
         log_p_full: The same under its whole vocabulary, [R, D]; the same tensor where the vocabularies are the same.
+        top: See ``Distributions.verifier_top``, int64 [R].
         target_of: Index of each pair's target, int64 [m].
         weights: Factor of each pair in the loss, [m].
         terms: The summands of the objective.
@@ -76,7 +78,7 @@ def compare(
         text: See ``Distributions``, int64 [m].
     """
     log_q = log_softmax(finish(logits))
-    rows = Distributions(log_q, *gathered(log_p, log_p_full, target_of), mean_acceptance, text)
+    rows = Distributions(log_q, *gathered(log_p, log_p_full, target_of), mean_acceptance, text, top[target_of])
     loss = log_q.new_zeros(())
     values = []
     for term in terms:

@@ -25,6 +25,7 @@ from specforge.training.chunks import Chunk, blocks, chunks
 from specforge.training.comparison import Compared, Term, compare, compiled_compare, gathered, log_softmax, wide_type
 from specforge.training.objectives import Distributions, acceptance
 from specforge.training.totals import total
+from specforge.training.weightings import ChainWeighting
 from specforge.verifier.parts import VerifierParts
 
 
@@ -92,6 +93,7 @@ def distill(
     finish: Callable[[Tensor], Tensor] = lambda logits: logits,
     rows: DraftRows | None = None,
     compiled: bool = False,
+    weighting: ChainWeighting | None = None,
 ) -> DraftSteps:
     """Compare a draft's steps with the verifier.
 
@@ -108,6 +110,7 @@ def distill(
         finish: What is done to the draft's logits behind its head, where that head is the verifier's.
         rows: The rows that were run at each step, all that count among them; None where every row was.
         compiled: Whether torch.compile fuses what is done with the logits; takes a while at the first call.
+        weighting: A further factor of each pair, which depends on its whole chain; None for none.
     """
     if rows is None:
         hidden = hidden.flatten(0, 1)
@@ -117,6 +120,7 @@ def distill(
     step_weights = step_weights.to(hidden.device)
     work = _Work(
         *(teacher, places, targets, supervised, terms, step_weights, skip_targets_outside, labels, finish),
+        weighting=weighting,
         compare=compiled_compare() if compiled else compare,
     )
     heads = [head] if isinstance(head, Tensor) else list(head)
@@ -139,6 +143,7 @@ class _Work:
     skip_targets_outside: bool
     labels: Labels | None
     finish: Callable[[Tensor], Tensor]
+    weighting: ChainWeighting | None
     compare: Callable[..., Compared]
 
     def chunks(self, draft_size: int) -> Iterator[tuple[Chunk, _Target]]:
@@ -221,8 +226,9 @@ class _Run:
         """Add a chunk to the loss, the sums, the per-row results and the gradients."""
         states = self.hidden[chunk.places].to(self.heads[0].dtype)
         logits = self._logits(states, chunk)
+        weights = self._weights(logits, target, chunk)
         for block in blocks(logits):
-            self._compare(logits[block], target, chunk.part(block))
+            self._compare(logits[block], target, weights[block], chunk.part(block))
         if self.trains:
             self._accumulate(logits, states, chunk)
 
@@ -233,24 +239,43 @@ class _Run:
             torch.mm(states[own], head.T, out=logits[own])
         return logits
 
-    def _compare(self, logits: Tensor, target: _Target, chunk: Chunk) -> None:
+    def _weights(self, logits: Tensor, target: _Target, chunk: Chunk) -> Tensor:
+        """Return the factor of each pair of a chunk in the loss, [M]."""
+        weights = self.work.step_weights[chunk.steps]
+        if self.work.skip_targets_outside:
+            weights = weights * (target.top[chunk.target_of] >= 0)
+        if self.work.weighting is None:
+            return weights
+        statistic = self.work.weighting.statistic
+        found = [statistic(self._distributions(logits[one], target, chunk.part(one))) for one in blocks(logits)]
+        # By step and row of the chunk, so that each column is a chain.
+        by_row = self.loss.new_zeros(len(self.work.supervised), chunk.size)
+        by_row[chunk.steps, chunk.row_of] = torch.cat(found).to(by_row.dtype)
+        counts = torch.zeros_like(by_row, dtype=torch.bool)
+        counts[chunk.steps, chunk.row_of] = True
+        return weights * self.work.weighting.function(by_row, counts)[chunk.steps, chunk.row_of]
+
+    def _distributions(self, logits: Tensor, target: _Target, chunk: Chunk) -> Distributions:
+        """Return the distributions of some pairs, without the mean acceptance."""
+        log_q = log_softmax(self.work.finish(logits))
+        of_targets = gathered(target.log_p, target.log_p_full, chunk.target_of)
+        return Distributions(log_q, *of_targets, text=self._text(chunk), verifier_top=target.top[chunk.target_of])
+
+    def _compare(self, logits: Tensor, target: _Target, weights: Tensor, chunk: Chunk) -> None:
         """Add some pairs of a chunk to all but the gradients; that of their logits [m, D] takes their place."""
         with torch.set_grad_enabled(self.trains):
             leaf = logits.detach().requires_grad_(self.trains)
             # All that is not kept for the gradient has gone when it is formed.
-            found = self._judge(leaf, target, chunk)
+            found = self._judge(leaf, target, weights, chunk)
         self._note(found, logits, target, chunk)
         if self.trains:
             # No logit is read again.
             logits.copy_(torch.autograd.grad(found.loss, leaf)[0])
 
-    def _judge(self, logits: Tensor, target: _Target, chunk: Chunk) -> Compared:
+    def _judge(self, logits: Tensor, target: _Target, weights: Tensor, chunk: Chunk) -> Compared:
         """Compare some pairs with their targets."""
-        weights = self.work.step_weights[chunk.steps]
-        if self.work.skip_targets_outside:
-            weights = weights * (target.top[chunk.target_of] >= 0)
         mean = None if self.mean_acceptance is None else self.mean_acceptance[chunk.steps]
-        targets = target.log_p, target.log_p_full, chunk.target_of
+        targets = target.log_p, target.log_p_full, target.top, chunk.target_of
         return self.work.compare(logits, *targets, weights, self.work.terms, self.work.finish, mean, self._text(chunk))
 
     def _note(self, found: Compared, logits: Tensor, target: _Target, chunk: Chunk) -> None:
@@ -302,12 +327,7 @@ class _Run:
             logits = self._logits(self.hidden[chunk.places].to(self.heads[0].dtype), chunk)
             for block in blocks(logits):
                 pairs = chunk.part(block)
-                log_q = log_softmax(self.work.finish(logits[block]))
-                sums.index_add_(
-                    0,
-                    pairs.steps,
-                    acceptance(Distributions(log_q, *gathered(target.log_p, target.log_p_full, pairs.target_of))),
-                )
+                sums.index_add_(0, pairs.steps, acceptance(self._distributions(logits[block], target, pairs)))
         return total(sums) / total(self.work.supervised.sum(1)).clamp(min=1)
 
 

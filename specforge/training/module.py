@@ -23,7 +23,7 @@ from specforge.data.features.recording import FeatureRecorder
 from specforge.data.module import DraftDataModule
 from specforge.data.packing import window_in
 from specforge.errors import SpecforgeError, UsageError
-from specforge.hookspecs import Objective
+from specforge.hookspecs import Objective, Weighting
 from specforge.models.alignment import Alignment, align
 from specforge.models.speculator import SpeculatorModel
 from specforge.registry import installed
@@ -37,6 +37,7 @@ from specforge.training.optimizers import OptimizerSettings, build_optimizer
 from specforge.training.schedules import ScheduleSettings, build_schedule
 from specforge.training.steps import prepare_steps
 from specforge.training.totals import processes, total
+from specforge.training.weightings import ChainWeighting
 from specforge.verifier.features import Features, capture, check_documents, check_logits
 from specforge.verifier.fingerprint import fingerprint
 from specforge.verifier.finite import check_finite
@@ -58,6 +59,8 @@ class DraftModule(LightningModule, ABC):
         verifier_sharding: Whether to split the verifier's layers over all processes, where it does not fit in each.
         objective: Losses to add up, by name, each with its weight (see ``specforge plugins`` for the names).
         step_decay: Weight of draft step k is this to the power of k.
+        weighting: A further weight of each position and step in training, which depends on what the steps before it
+            achieved, by name (see ``specforge plugins``); with a step_decay of 1, the only one. Null for none.
         denominator: What a step's sum of losses is divided by: its supervised positions (valid), or all positions of
             the batch, padding and prompts included (all).
         optimizer: How weights are updated.
@@ -79,6 +82,7 @@ class DraftModule(LightningModule, ABC):
         verifier_sharding: bool = False,
         objective: dict[str, float] = {"kl": 1.0},  # noqa: B006  (never changed; shown as the default in --help)
         step_decay: Decay = 0.8,
+        weighting: str | None = None,
         denominator: Literal["valid", "all"] = "valid",
         optimizer: OptimizerSettings = OptimizerSettings(),
         schedule: ScheduleSettings = ScheduleSettings(),
@@ -93,6 +97,7 @@ class DraftModule(LightningModule, ABC):
         self.verifier_config = load_config(verifier, self.verifier_loading)
         self.terms = objective_terms(objective)
         self.step_decay = step_decay
+        self.weighting = None if weighting is None else chain_weighting(weighting)
         self.denominator = denominator
         self.optimizer_settings = optimizer
         self.schedule_settings = schedule
@@ -317,7 +322,8 @@ class DraftModule(LightningModule, ABC):
 
     def labels(self, batch: Batch) -> Labels | None:
         """Return what the text goes on with, where decoding is replayed or a loss reads it; otherwise None."""
-        if self.training and not any(term.uses_text for term in self.terms):
+        weighting_uses_text = self.weighting is not None and self.weighting.uses_text
+        if self.training and not weighting_uses_text and not any(term.uses_text for term in self.terms):
             return None
         # Decoding is replayed on validation alone.
         sampling = Sampling() if self.training else self.means[self._stage].sampling
@@ -521,3 +527,20 @@ def objective_terms(objective: Mapping[str, float]) -> list[Term]:
         function = installed().load(descriptor, "function")
         terms.append(Term(name, weight, function, descriptor.uses_mean_acceptance, descriptor.uses_text))
     return terms
+
+
+def chain_weighting(name: str) -> ChainWeighting:
+    """Look up a weighting.
+
+    Args:
+        name: Its name.
+
+    Raises:
+        UsageError: The name is unknown.
+    """
+    try:
+        descriptor = installed().find(Weighting, name)
+    except UsageError as error:
+        raise UsageError(f"model.weighting: {error}") from None
+    function, statistic = (installed().load(descriptor, one) for one in ("function", "statistic"))
+    return ChainWeighting(function, statistic, descriptor.uses_text)

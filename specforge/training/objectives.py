@@ -28,6 +28,7 @@ class Distributions:
             that are not registered as using it.
         text: The token that the text goes on with, an index into the draft vocabulary, int64 [n]; -1 where it is none
             of them. None for losses that are not registered as using it.
+        verifier_top: The verifier's most probable token, likewise, int64 [n].
     """
 
     log_q: Tensor
@@ -35,6 +36,7 @@ class Distributions:
     log_p_full: Tensor
     mean_acceptance: Tensor | None = None
     text: Tensor | None = None
+    verifier_top: Tensor | None = None
 
 
 def acceptance(rows: Distributions) -> Tensor:

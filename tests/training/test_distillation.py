@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from specforge.sampling import Sampling
 from specforge.training import chunks
 from specforge.training.comparison import compiled_compare
 from specforge.training.distillation import DraftSteps, Labels, Teacher, distill
-from specforge.training.module import objective_terms
+from specforge.training.module import chain_weighting, objective_terms
 from specforge.verifier.parts import VerifierParts
 
 H, V = 5, 13
@@ -73,7 +74,13 @@ def make_problem(
     )
 
 
-def run(problem: Problem, objective: dict[str, float], skip: bool = False, compiled: bool = False) -> DraftSteps:
+def run(
+    problem: Problem,
+    objective: dict[str, float],
+    skip: bool = False,
+    compiled: bool = False,
+    weighting: str | None = None,
+) -> DraftSteps:
     return distill(
         problem.hidden,
         problem.head,
@@ -85,6 +92,7 @@ def run(problem: Problem, objective: dict[str, float], skip: bool = False, compi
         skip_targets_outside=skip,
         labels=Labels(problem.tokens, Sampling()),
         compiled=compiled,
+        weighting=None if weighting is None else chain_weighting(weighting),
     )
 
 
@@ -106,7 +114,20 @@ def plain_value(name: str, q: Tensor, p: Tensor, full: Tensor, mean_acceptance: 
     }[name]
 
 
-def plain(problem: Problem, objective: dict[str, float], skip: bool = False) -> dict[str, Any]:
+def plain_factor(weighting: str | None, step: int, chain: dict[int, tuple[float, bool]]) -> float:
+    """The factor of a step of one row, from the text's probability and the agreement at each step that counts."""
+    if weighting == "dpace":
+        smoothed = {k: 0.5 * probability + 0.5 for k, (probability, _) in chain.items()}
+        return sum(math.prod(smoothed[k] for k in chain if k <= last) for last in chain if last >= step)
+    if weighting == "vat":
+        rejected = [k for k, (_, agrees) in chain.items() if not agrees and k <= step]
+        return 0.8 ** (step - min(rejected)) if rejected else 1.0
+    return 1.0
+
+
+def plain(
+    problem: Problem, objective: dict[str, float], skip: bool = False, weighting: str | None = None
+) -> dict[str, Any]:
     """Row by row and without chunks: the loss with its graph, sums of terms, acceptance and agreement."""
     teacher = problem.teacher
     ids = range(V) if teacher.draft_ids is None else teacher.draft_ids.tolist()
@@ -125,6 +146,11 @@ def plain(problem: Problem, objective: dict[str, float], skip: bool = False) -> 
         whole = verifier[int(problem.targets[k, i])]
         acceptance[k, i] = torch.minimum(whole[list(ids)], draft[k, i]).sum().detach()
         agreement[k, i] = float(ids[int(draft[k, i].argmax())] == int(whole.argmax()))
+    places = {pair: _place(ids, int(problem.tokens[problem.targets[pair]])) for pair in pairs}
+    probabilities = {pair: 0.0 if (at := places[pair]) is None else float(draft[pair][at]) for pair in pairs}
+    chains = [
+        {k: (probabilities[k, i], bool(agreement[k, i])) for k in range(steps) if (k, i) in draft} for i in range(rows)
+    ]
     means = [float(acceptance[k].sum()) / max(1, int(problem.supervised[k].sum())) for k in range(steps)]
     loss = (problem.hidden.sum() + problem.head.sum()) * 0
     sums = {name: torch.zeros(steps) for name in objective}
@@ -132,14 +158,16 @@ def plain(problem: Problem, objective: dict[str, float], skip: bool = False) -> 
         whole = verifier[int(problem.targets[k, i])]
         full = whole[list(ids)]
         counted = not (skip and int(whole.argmax()) not in ids)
-        token = int(problem.tokens[problem.targets[k, i]])
-        place = list(ids).index(token) if token in ids else None
         for name, weight in objective.items():
-            value = plain_value(name, draft[k, i], full / full.sum(), full, means[k], place)
+            value = plain_value(name, draft[k, i], full / full.sum(), full, means[k], places[k, i])
             sums[name][k] += value.detach()
             if counted:
-                loss = loss + weight * problem.weights[k] * value
+                loss = loss + weight * problem.weights[k] * plain_factor(weighting, k, chains[i]) * value
     return {"loss": loss, "terms": sums, "acceptance": acceptance, "agreement": agreement}
+
+
+def _place(ids: Any, token: int) -> int | None:
+    return list(ids).index(token) if token in ids else None
 
 
 def assert_same(problem: Problem, outcome: DraftSteps, expected: dict[str, Any]) -> None:
@@ -176,19 +204,28 @@ def test_losses_and_gradients_are_the_plain_ones(
     chunk=st.sampled_from([1, 30, 65, 100, 200, 2**24]),
     block=st.sampled_from([1, 2 * V, 2**19]),
     objective=st.dictionaries(st.sampled_from(NAMES), st.floats(0.1, 3), min_size=1, max_size=3),
+    weighting=st.sampled_from([None, "dpace", "vat"]),
 )
 def test_any_mixture_in_any_chunks(
-    seed: int, steps: int, rows: int, pruned: bool, skip: bool, chunk: int, block: int, objective: dict[str, float]
+    seed: int,
+    steps: int,
+    rows: int,
+    pruned: bool,
+    skip: bool,
+    chunk: int,
+    block: int,
+    objective: dict[str, float],
+    weighting: str | None,
 ) -> None:
     problem = make_problem(seed, steps, rows, pruned)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", chunk)
         monkeypatch.setattr(chunks, "LOGITS_PER_BLOCK", block)
-        outcome = run(problem, objective, skip)
+        outcome = run(problem, objective, skip, weighting=weighting)
     assert outcome.supervised is problem.supervised
     assert not outcome.acceptance[~problem.supervised].any()
     assert not outcome.agreement[~problem.supervised].any()
-    assert_same(problem, outcome, plain(problem, objective, skip))
+    assert_same(problem, outcome, plain(problem, objective, skip, weighting))
 
 
 @pytest.fixture

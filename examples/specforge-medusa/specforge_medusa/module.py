@@ -95,4 +95,5 @@ class MedusaModule(DraftModule):
             self.step_weights(supervised),
             labels=self.labels(batch),
             compiled=self.compile_steps,
+            weighting=self.weighting if self.training else None,
         )

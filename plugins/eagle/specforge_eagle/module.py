@@ -175,6 +175,7 @@ class EagleModule(DraftModule):
             finish=self.parts.finish,
             rows=rows,
             compiled=self.compile_steps,
+            weighting=self.weighting if self.training else None,
         )
         distances = feature_distances(predicted, rows.places(), true.flatten(0, 1), targets, supervised)
         loss = outcome.loss + self.feature_weight * (weights * distances).sum()

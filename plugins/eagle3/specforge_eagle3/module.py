@@ -194,4 +194,5 @@ class Eagle3Module(DraftModule):
             labels=self.labels(batch),
             rows=rows,
             compiled=self.compile_steps,
+            weighting=self.weighting if self.training else None,
         )

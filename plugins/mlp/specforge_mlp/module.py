@@ -164,6 +164,7 @@ class MLPModule(DraftModule):
             labels=self.labels(batch),
             rows=rows,
             compiled=self.compile_steps,
+            weighting=self.weighting if self.training else None,
         )
 
     def _supervised_tokens(self, batch: Batch) -> Tensor:
