@@ -6,8 +6,8 @@ It is started with the folder of a task (see ``task``) and reads commands, one a
 * ``gradients FILE``: forward and backward pass alone; the gradients are written to a safetensors file.
 * ``memory``: a step, and then another one whose memory is measured.
 
-The answer is a line of JSON. This file and ``task`` are all that the packages' environments share: they need torch,
-safetensors and the standard library.
+The answer is a line of JSON. This file, ``task`` and ``drafting`` are all that the packages' environments share: they
+need torch, safetensors and the standard library.
 """
 
 from __future__ import annotations

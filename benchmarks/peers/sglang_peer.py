@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from contestant import Trainer, serve
+from drafting import Drafting
 from safetensors.torch import load_file
 from task import STEP_DECAY, Task
 from torch import Tensor
@@ -35,25 +37,9 @@ from specforge.training.strategies.base import Eagle3TrainStrategy
 
 def build(task: Task) -> Trainer:
     """Build the draft, the strategy around it, and its batch."""
-    eagle3.LogSoftmaxLoss = SimpleNamespace(apply=_compute_loss)
-    config = LlamaConfig.from_pretrained(task.verifier)
-    config.num_hidden_layers = 1
-    config.draft_vocab_size = task.draft_vocabulary
-    draft = LlamaForCausalLMEagle3(config, attention_backend="sdpa")
+    draft = draft_of(task)
     draft.load_state_dict({published(name): one for name, one in task.draft.items()}, strict=False)
-    draft.t2d.copy_(task.t2d)
-    draft.d2t.copy_(task.d2t)
-    draft.load_embedding(str(task.verifier))
-    draft.freeze_embedding()
-    head = TargetHead(str(task.verifier))
-    head.load_weights(str(task.verifier))
-    head.freeze_weights()
-    strategy = Eagle3TrainStrategy(
-        eagle3.OnlineEagle3Model(draft, length=task.steps, attention_backend="sdpa").train(),
-        target_head=head,
-        ploss_decay=STEP_DECAY,
-        compact_teacher="compact" in sys.argv[2:],
-    )
+    strategy = strategy_of(task, draft, ploss_decay=STEP_DECAY, compact_teacher="compact" in sys.argv[2:])
     tensors = task.tensors
     # The mask is that of the token whose next state is the target.
     mask = torch.cat([tensors["counts"][1:], torch.tensor([False])]).long()[None]
@@ -65,7 +51,7 @@ def build(task: Task) -> Trainer:
             "attention_mask": torch.ones_like(mask),
             "loss_mask": mask,
             "hidden_state": tensors["aux"].flatten(1)[None],
-            "target": normalised(task)[None],
+            "target": norm_of(task)(tensors["last"])[None],
         },
         {"target_repr": "hidden_state"},
     )
@@ -78,12 +64,35 @@ def build(task: Task) -> Trainer:
     return loss, trained
 
 
-@torch.no_grad()
-def normalised(task: Task) -> Tensor:
-    """Return the verifier's states after its final norm, [T, H]."""
-    norm = LlamaRMSNorm(task.hidden, eps=1e-5)
+def draft_of(task: Drafting) -> LlamaForCausalLMEagle3:
+    """Build the draft of one layer, with the verifier's embeddings and the task's vocabulary."""
+    config = LlamaConfig.from_pretrained(task.verifier)
+    config.num_hidden_layers = 1
+    config.draft_vocab_size = len(task.draft_ids)
+    draft = LlamaForCausalLMEagle3(config, attention_backend="sdpa")
+    draft.t2d.copy_(task.t2d)
+    draft.d2t.copy_(task.d2t)
+    draft.load_embedding(str(task.verifier))
+    draft.freeze_embedding()
+    return draft
+
+
+def strategy_of(task: Drafting, draft: LlamaForCausalLMEagle3, **settings: Any) -> Eagle3TrainStrategy:
+    """Build the strategy that trains a draft towards the verifier's head."""
+    eagle3.LogSoftmaxLoss = SimpleNamespace(apply=_compute_loss)
+    head = TargetHead(str(task.verifier))
+    head.load_weights(str(task.verifier))
+    head.freeze_weights()
+    model = eagle3.OnlineEagle3Model(draft, length=task.steps, attention_backend="sdpa")
+    return Eagle3TrainStrategy(model.train(), target_head=head, **settings)
+
+
+def norm_of(task: Drafting) -> LlamaRMSNorm:
+    """Return the verifier's final norm."""
+    config = LlamaConfig.from_pretrained(task.verifier)
+    norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps).requires_grad_(False)
     norm.weight.copy_(load_file(task.verifier / "model.safetensors")["model.norm.weight"])
-    return norm(task.tensors["last"])
+    return norm
 
 
 def published(name: str) -> str:

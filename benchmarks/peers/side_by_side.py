@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -34,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from environments import DEFAULT, HERE, interpreter, missing, variables
 from safetensors.torch import load_file
 from task import Task
 from torch import Tensor
 
-HERE = Path(__file__).parent
 # Relative differences in float32, of the loss and of a weight's gradients.
 SAME_LOSS, SAME_GRADIENTS = 1e-5, 1e-3
 # Large blocks go back to the system at once, so that the peak is that of what is in use.
@@ -95,21 +94,21 @@ class Running:
 
 
 @contextmanager
-def running(contestant: Contestant, task: Task, environments: Path, **variables: str) -> Iterator[Running]:
+def running(contestant: Contestant, task: Task, environments: Path, **more: str) -> Iterator[Running]:
     """Start a contestant on a task, and end it."""
     own = contestant.environment
-    python = Path(sys.executable) if own is None else environments / own / "bin" / "python"
     script, *arguments = contestant.command
-    command = [str(python), str(HERE / script), task.folder, *arguments]
+    command = [interpreter(environments, own), str(HERE / script), task.folder, *arguments]
     log = Path(task.folder) / f"{script}.log"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
-    if own is not None:
-        # Ours may be found through it, and one package has our import name.
-        environment.pop("PYTHONPATH", None)
     with (
         log.open("w") as errors,
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=variables(own, **more),
         ) as process,
     ):
         try:
@@ -225,7 +224,7 @@ def case(text: str) -> tuple[int, float]:
 def main() -> None:
     """Measure every case and print a table of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--environments", type=Path, default=Path(".venv-peers"), help="Folder given to install.")
+    parser.add_argument("--environments", type=Path, default=DEFAULT, help="Folder given to install.")
     parser.add_argument(
         "--shapes",
         nargs="+",
@@ -245,15 +244,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="Steps of each contestant that count.")
     parser.add_argument("--output", type=Path, help="JSON file for every figure.")
     arguments = parser.parse_args()
-    if not (arguments.environments / "ready").exists():
-        parser.error(f"{arguments.environments} has no environments; make them: {HERE / 'install'} FOLDER")
+    if (reason := missing(arguments.environments)) is not None:
+        parser.error(reason)
     results = []
     for sizes, rows in itertools.product(arguments.shapes, arguments.cases):
         print(f"shape {sizes}, case {rows}", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             task = Task(folder, *sizes, *rows)
             task.write()
-            results.append(measure(task, arguments.environments.absolute(), arguments.rounds))
+            results.append(measure(task, arguments.environments, arguments.rounds))
         print("\n".join(table(results[-1])), flush=True)
         if arguments.output is not None:
             about = {"platform": platform.platform(), "torch": torch.__version__, "rounds": arguments.rounds}

@@ -12,6 +12,8 @@ later steps decay by 0.8 (1.0 by default), float32 instead of bfloat16.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from contestant import Trainer, serve
 from speculators.models.eagle3 import Eagle3DraftModel
@@ -43,23 +45,42 @@ def build(task: Task) -> Trainer:
     model.train()
     arguments, _ = Eagle3DraftModel.get_trainer_kwargs(loss_fn="kl_div", loss_implementation="eager", **settings)
     tensors = task.tensors
-    row = {
-        "input_ids": tensors["input_ids"],
-        "hidden_states": tensors["aux"].flatten(1),
-        "verifier_last_hidden_states": tensors["last"],
-        "loss_mask": tensors["counts"],
-        "lengths": torch.tensor([task.length]),
-        "position_ids": torch.arange(task.length),
-    }
-    collate = CollateFn(task.length - 1, task.hidden, dtype=torch.float32, preprocess=shift_batch)
-    batch = collate([row])
-    batch.pop("error_records")
+    documents = [document(*(tensors[name] for name in ("input_ids", "aux", "last", "counts")))]
+    batch = batch_of(documents)
 
     def loss() -> Tensor:
         _, value, _ = model(**batch, **arguments)
         return value
 
     return loss, {name: one for name, one in model.named_parameters() if one.requires_grad}
+
+
+def document(input_ids: Tensor, aux: Tensor, last: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """Return a document as its data set gives it out.
+
+    Args:
+        input_ids: Tokens, int64 [T].
+        aux: The verifier's states at the aux layers, [T, n, H].
+        last: Those before its final norm, [T, H].
+        counts: Which tokens are supervised, bool [T].
+    """
+    return {
+        "input_ids": input_ids,
+        "hidden_states": aux.flatten(1),
+        "verifier_last_hidden_states": last,
+        "loss_mask": counts,
+        "lengths": torch.tensor([len(input_ids)]),
+        "position_ids": torch.arange(len(input_ids)),
+    }
+
+
+def batch_of(documents: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Pack documents into one row without padding, shifted as its Trainer has them."""
+    tokens = sum(len(one["input_ids"]) - 1 for one in documents)
+    width = documents[0]["verifier_last_hidden_states"].shape[1]
+    batch = CollateFn(tokens, width, dtype=torch.float32, preprocess=shift_batch)(documents)
+    batch.pop("error_records")
+    return batch
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
+from drafting import Drafting
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,7 +24,7 @@ DRAFT = "draft."
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Drafting):
     """Sizes of a task, and where it lies.
 
     Attributes:
@@ -46,11 +47,7 @@ class Task:
     steps: int
     supervised: float
     denominator: str = "valid"
-
-    @property
-    def verifier(self) -> Path:
-        """Folder of the verifier."""
-        return Path(self.folder) / "verifier"
+    aux_layers: ClassVar[tuple[int, ...]] = AUX_LAYERS
 
     @property
     def intermediate(self) -> int:
@@ -79,16 +76,9 @@ class Task:
         return {name.removeprefix(DRAFT): one for name, one in self.tensors.items() if name.startswith(DRAFT)}
 
     @property
-    def t2d(self) -> Tensor:
-        """Which of the verifier's tokens are the draft's, bool [V]."""
-        chosen = torch.zeros(self.vocabulary, dtype=torch.bool)
-        chosen[self.tensors["draft_ids"]] = True
-        return chosen
-
-    @property
-    def d2t(self) -> Tensor:
-        """The offset of each draft token to the verifier's id, int64 [D]."""
-        return self.tensors["draft_ids"] - torch.arange(self.draft_vocabulary)
+    def draft_ids(self) -> Tensor:
+        """The verifier's ids of the draft's tokens, int64 [D], ascending."""
+        return self.tensors["draft_ids"]
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -113,11 +103,7 @@ class Task:
         head = 3 * linear(self.vocabulary, width)
         # The most probable token is always one of the draft's: packages differ in what they do with others.
         head.mul_(0.2).index_copy_(0, draft_ids, head[draft_ids] * 5)
-        verifier = {
-            "model.embed_tokens.weight": normal(self.vocabulary, width),
-            "model.norm.weight": norm(),
-            "lm_head.weight": head,
-        }
+        self.write_verifier(self._verifier_config(), normal(self.vocabulary, width), norm(), head)
         layer = "layers.0."
         draft = {
             "fc.weight": linear(width, 3 * width),
@@ -143,11 +129,6 @@ class Task:
             "counts": torch.arange(self.length) >= first,
             "draft_ids": draft_ids,
         }
-        self.verifier.mkdir()
-        save_file(verifier, self.verifier / "model.safetensors", metadata={"format": "pt"})
-        index = {"weight_map": dict.fromkeys(verifier, "model.safetensors")}
-        (self.verifier / "model.safetensors.index.json").write_text(json.dumps(index))
-        (self.verifier / "config.json").write_text(json.dumps(self._verifier_config()))
         save_file({**{DRAFT + name: one for name, one in draft.items()}, **batch}, f"{self.folder}/task.safetensors")
         self.write_settings()
 

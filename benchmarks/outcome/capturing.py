@@ -1,0 +1,124 @@
+"""Writing the rows of one of our runs for the others: what it packed, in its order, with the verifier's states."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rows import Rows
+from transformers import PreTrainedModel
+
+from specforge import SpeculatorModel
+from specforge.data.module import DraftDataModule
+from specforge.verifier.features import capture
+from specforge.verifier.loading import VerifierLoading, load_verifier
+from specforge.verifier.parts import VerifierParts
+
+
+class Run:
+    """One of our runs, as its folder tells.
+
+    Args:
+        folder: Folder of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.draft = folder / "draft"
+        self.last = folder / "checkpoints" / "last.ckpt"
+        self.settings: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())
+        names = ("verifier_dtype", "verifier_revision", "trust_remote_code")
+        self.loading = VerifierLoading(*(self.settings[name] for name in names))
+
+    @property
+    def verifier_name(self) -> str:
+        """Folder or hub id of the verifier."""
+        return str(self.settings["verifier"])
+
+    def verifier(self) -> PreTrainedModel:
+        """Load the verifier."""
+        return load_verifier(self.verifier_name, self.loading)
+
+    def data(self) -> DraftDataModule:
+        """Return the run's data, set up."""
+        data = DraftDataModule(
+            verifier=self.verifier_name,
+            verifier_revision=self.loading.revision,
+            trust_remote_code=self.loading.trust_remote_code,
+            **self.settings["data"],
+        )
+        data.prepare_data()
+        data.setup()
+        return data
+
+    @property
+    def chain(self) -> int:
+        """Test-time steps of its training."""
+        return int(self.settings["model"]["ttt_steps"])
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the run took."""
+        return int(torch.load(self.last, weights_only=True)["global_step"])
+
+
+def write_rows(run: Run, folder: Path) -> Rows:
+    """Write the packed rows that a run took, unless they are there.
+
+    Args:
+        run: A finished run of EAGLE-3.
+        folder: Folder to write.
+    """
+    if (folder / "rows.json").exists():
+        return Rows.read(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    verifier, data = run.verifier(), run.data()
+    parts = VerifierParts.of(verifier)
+    draft = SpeculatorModel.from_pretrained(run.draft, verifier=verifier)
+    order = order_of(data, run.steps, run.settings["trainer"]["accumulate_grad_batches"])
+    rows = Rows(str(folder), parts.config.vocab_size, run.chain, list(draft.aux_layers), order)
+    config = parts.config.to_dict() | {"tie_word_embeddings": False, "dtype": "float32"}
+    # Safetensors refuses a tensor twice, as a head that is the embeddings.
+    rows.write_verifier(
+        config, *(one.weight.float().clone() for one in (parts.embed_tokens, parts.norm, parts.lm_head))
+    )
+    items = data.train_dataloader().dataset
+    chosen = sorted(set(chain.from_iterable(order)))
+    for done, number in enumerate(chosen, start=1):
+        item = items[number]
+        features = capture(verifier, item["input_ids"][None], item["position_ids"][None], rows.aux_layers)
+        states = {"aux": features.aux[0].float(), "last": features.last[0].float()}
+        lengths = item["document_ids"].bincount()
+        rows.write_row(
+            number, {**{name: item[name] for name in ("input_ids", "loss_mask")}, **states, "lengths": lengths}
+        )
+        if done % 100 == 0 or done == len(chosen):
+            print(f"  states of {done} of {len(chosen)} packed rows", file=sys.stderr)
+    every = torch.arange(rows.vocabulary)
+    rows.write(every if draft.draft_ids is None else draft.draft_ids.cpu())
+    return rows
+
+
+def order_of(data: DraftDataModule, steps: int, batches: int) -> list[list[int]]:
+    """Return the packed rows of each optimizer step of a run in one process.
+
+    Args:
+        data: The run's data, set up.
+        steps: Optimizer steps of the run.
+        batches: Batches of an optimizer step.
+    """
+    sampler = data.train_dataloader().sampler
+    size = data.batch_size * batches
+    order: list[list[int]] = []
+    for epoch in count():
+        sampler.set_epoch(epoch)
+        epoch_rows = list(sampler)
+        order += [epoch_rows[first : first + size] for first in range(0, len(epoch_rows), size)]
+        if len(order) >= steps:
+            return order[:steps]
+    raise AssertionError

@@ -1,0 +1,124 @@
+r"""The draft that a recipe trains beside those of two published trainers, on the same rows and states of the verifier.
+
+    benchmarks/peers/install .venv-peers
+    python benchmarks/outcome/run.py --environments .venv-peers
+    python benchmarks/outcome/run.py --environments .venv-peers --config configs/smollm2-eagle3.yaml \
+        --output runs/outcome-smollm2 -- --data.train train.jsonl --data.validation validation.jsonl
+
+Ours is what ``specforge fit --config CONFIG`` trains; what follows ``--`` is told to it as well. The packed rows of
+that run, in its order, and the verifier's states over them are then written, in float32, and each peer is trained on
+them in its own environment: the same optimizer steps, draft vocabulary, test-time steps and aux layers, and one layer.
+All else is the peer's own default: network, loss, optimizer and schedule (``train_speculators.py`` and
+``train_sglang.py`` say which, and what had to be replaced on a CPU). speculators packs documents as we do. SGLang's
+package does not: it takes the documents of a packed row as a padded batch.
+
+Every learning rate is tried with the first seed, and the best, by the acceptance length on the first set of rows, with
+the others too. The seed is that of the weights: all take the rows in the same order. The peers' drafts are converted,
+and all are measured alike: every one by exact replay of greedy chains on all rows of the sets, which are to be the
+verifier's own text at temperature 0; those of the best rate by decoding their prompts, with chains and trees. Chains
+are as long, and trees as deep, as there are test-time steps.
+
+CPU is that of the whole training process: ours with the verifier's passes and validation, a peer's with neither. What
+has been trained is found in ``--output`` and not trained again; ``outcome.json`` there holds the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+# What is shared with the side by side of a step.
+sys.path.append(str(Path(__file__).parents[1] / "peers"))
+
+from capturing import Run
+from environments import DEFAULT, missing
+from measuring import SHAPES, decoded, replayed
+from tables import Figures, decoded_table, trained_table
+from training import NAMES, OURS, PEERS, Trained, Workshop
+
+from specforge.data.prompts import prompt_set_name
+
+RATES = {"speculators": (1e-2, 2e-2, 4e-2), "sglang": (5e-3, 2e-2)}
+
+
+def main() -> None:
+    """Train what is missing, measure everything, and print the tables."""
+    arguments = parse()
+    first, *more = arguments.seeds
+    words = ["--config", arguments.config, *arguments.fit]
+    workshop = Workshop(words, first, arguments.environments, arguments.output)
+    contestants = [(OURS, None), *((key, rate) for key in PEERS for rate in getattr(arguments, key))]
+    tried = [workshop.train(key, rate, first) for key, rate in contestants]
+    run = workshop.run
+    sets = arguments.sets or [run.settings["data"]["validation"]]
+    figures = replay(tried, run, sets)
+    best = best_of_each(figures, prompt_set_name(sets[0]))
+    again = replay([workshop.train(one.key, one.rate, seed) for one in best for seed in more], run, sets)
+    figures = sorted(figures + again, key=lambda one: (list(NAMES).index(one.trained.key), one.trained.rate))
+    print("\n".join(trained_table(figures, run.chain)), flush=True)
+    rates = {(one.key, one.rate) for one in best}
+    chosen = [one for one in figures if (one.trained.key, one.trained.rate) in rates]
+    drafts = [one.trained.draft for one in chosen]
+    shapes = [SHAPES[one].format(chain=run.chain) for one in arguments.shapes]
+    decoding = [
+        decoded(drafts, run.verifier_name, sets, shapes, one, arguments.limit, arguments.output / f"decoding-{one:g}")
+        for one in arguments.temperatures
+    ]
+    print("\n" + "\n".join(decoded_table(chosen, decoding)))
+    everything = [asdict(one) for one in figures]
+    (arguments.output / "outcome.json").write_text(json.dumps(everything, indent=1, default=str))
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line, and make sure that the output is of the same recipe."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--environments", type=Path, default=DEFAULT, help="Folder given to peers/install.")
+    add("--config", default="configs/quickstart.yaml", help="Recipe of EAGLE-3.")
+    add("--seeds", type=int, nargs="+", default=[42, 1, 2])
+    for key, name in PEERS.items():
+        about = f"Learning rates of {name}; none leaves it out."
+        add(f"--{key}", type=float, nargs="*", metavar="RATE", default=RATES[key], help=about)
+    add("--sets", nargs="+", metavar="FILE", help="Rows to measure on; the recipe's validation rows by default.")
+    add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="What is decoded with.")
+    add("--temperatures", type=float, nargs="+", default=[0.0, 1.0], help="What is decoded at.")
+    add("--limit", type=int, help="Prompts of each set to decode; all by default.")
+    add("--output", type=Path, default=Path("runs/outcome"))
+    add("fit", nargs="*", metavar="-- FIT", help="What specforge fit is told besides.")
+    arguments = parser.parse_args()
+    if any(getattr(arguments, key) for key in PEERS) and (reason := missing(arguments.environments)) is not None:
+        parser.error(reason)
+    recipe = {"recipe": Path(arguments.config).read_text(), "fit": arguments.fit}
+    stored = arguments.output / "recipe.json"
+    if stored.exists() and json.loads(stored.read_text()) != recipe:
+        parser.error(f"{arguments.output} holds drafts of another recipe; give another --output")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    stored.write_text(json.dumps(recipe))
+    return arguments
+
+
+def replay(drafts: Sequence[Trained], run: Run, sets: Sequence[str]) -> list[Figures]:
+    """Replay drafts on sets of rows."""
+    if not drafts:
+        return []
+    verifier, data, folders = run.verifier(), run.data(), [one.draft for one in drafts]
+    by_set = {prompt_set_name(one): replayed(folders, verifier, data.rows_of(one), run.chain) for one in sets}
+    return [Figures(one, {name: found[number] for name, found in by_set.items()}) for number, one in enumerate(drafts)]
+
+
+def best_of_each(figures: Sequence[Figures], rows: str) -> list[Trained]:
+    """Return the draft of each trainer that is best on a set of rows."""
+    best: dict[str, Figures] = {}
+    for one in figures:
+        other = best.setdefault(one.trained.key, one)
+        if one.length(rows) > other.length(rows):
+            best[one.trained.key] = one
+    return [one.trained for one in best.values()]
+
+
+if __name__ == "__main__":
+    main()
