@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Mapping
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ from typing import Any
 import torch
 import yaml
 from rows import Rows
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from specforge import SpeculatorModel
+from specforge.data.features.dtypes import decode
+from specforge.data.features.manifest import FeatureNeeds
 from specforge.data.module import DraftDataModule
-from specforge.verifier.features import capture
+from specforge.verifier.features import Features, capture
+from specforge.verifier.fingerprint import fingerprint
 from specforge.verifier.loading import VerifierLoading, load_verifier
 from specforge.verifier.parts import VerifierParts
 
@@ -55,6 +60,13 @@ class Run:
         data.setup()
         return data
 
+    def needs(self, verifier: PreTrainedModel, aux_layers: list[int]) -> FeatureNeeds:
+        """Return what it reads of the verifier's states."""
+        config = verifier.config.get_text_config()
+        mark = fingerprint(self.verifier_name, self.loading)
+        sizes = config.num_hidden_layers, config.hidden_size
+        return FeatureNeeds(self.verifier_name, mark, tuple(aux_layers), *sizes, whole_rows=False)
+
     @property
     def chain(self) -> int:
         """Test-time steps of its training."""
@@ -87,21 +99,34 @@ def write_rows(run: Run, folder: Path) -> Rows:
     rows.write_verifier(
         config, *(one.weight.float().clone() for one in (parts.embed_tokens, parts.norm, parts.lm_head))
     )
+    # Where the run read stored states, the others do too.
+    data.use_features(run.needs(verifier, rows.aux_layers), "fit")
     items = data.train_dataloader().dataset
     chosen = sorted(set(chain.from_iterable(order)))
     for done, number in enumerate(chosen, start=1):
         item = items[number]
-        features = capture(verifier, item["input_ids"][None], item["position_ids"][None], rows.aux_layers)
-        states = {"aux": features.aux[0].float(), "last": features.last[0].float()}
-        lengths = item["document_ids"].bincount()
-        rows.write_row(
-            number, {**{name: item[name] for name in ("input_ids", "loss_mask")}, **states, "lengths": lengths}
-        )
+        features = states_of(item, verifier, rows.aux_layers)
+        row = {
+            "input_ids": item["input_ids"],
+            "loss_mask": item["loss_mask"],
+            "aux": features.aux,
+            "last": features.last,
+        }
+        rows.write_row(number, {**row, "lengths": item["document_ids"].bincount()})
         if done % 100 == 0 or done == len(chosen):
             print(f"  states of {done} of {len(chosen)} packed rows", file=sys.stderr)
     every = torch.arange(rows.vocabulary)
     rows.write(every if draft.draft_ids is None else draft.draft_ids.cpu())
     return rows
+
+
+def states_of(item: Mapping[str, Tensor], verifier: PreTrainedModel, aux_layers: list[int]) -> Features:
+    """Return the verifier's states over a packed row in float32, as they are stored or else captured."""
+    if "last" in item:
+        stored = (decode(item[name], item.get(f"{name}_scales"), torch.float32) for name in ("aux", "last"))
+        return Features(*stored)
+    found = capture(verifier, item["input_ids"][None], item["position_ids"][None], aux_layers)
+    return Features(found.aux[0].float(), found.last[0].float())
 
 
 def order_of(data: DraftDataModule, steps: int, batches: int) -> list[list[int]]:

@@ -70,6 +70,20 @@ def test_peers_get_what_every_step_of_our_run_read(rows, seen):
         assert starts == [sum(lengths[:number]) for number in range(len(lengths))]
 
 
+def test_peers_get_the_states_that_a_run_read_from_a_store(run, rows, tmp_path):
+    store = tmp_path / "features"
+    words = ["--config", str(run.draft.parent / "config.yaml"), "--output", str(store), "--dtype", "int8"]
+    assert main(["prepare", "features", *words]) == 0
+    stored = Run(run.draft.parent)
+    stored.settings["data"]["features"] = str(store)
+    theirs, live = write_rows(stored, tmp_path / "rows").documents(0)[0], rows.documents(0)[0]
+    # Nothing behind the last supervised token is stored.
+    read = int(live["loss_mask"].nonzero().max()) + 1
+    for name in ("aux", "last"):
+        apart = (theirs[name][:read] - live[name][:read]).abs().max() / live[name][:read].abs().max()
+        assert 0 < apart < 1 / 127
+
+
 def test_peers_get_the_draft_vocabulary_and_the_verifiers_parts(run, rows):
     draft = SpeculatorModel.from_pretrained(run.draft, verifier=run.verifier_name)
     assert torch.equal(rows.t2d, draft.t2d)
