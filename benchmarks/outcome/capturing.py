@@ -1,4 +1,4 @@
-"""Writing the rows of one of our runs for the others: what it packed, in its order, with the verifier's states."""
+"""Writing the packed rows of one of our runs for the peers, in its order, with the verifier's states."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from specforge.verifier.parts import VerifierParts
 
 
 class Run:
-    """One of our runs, as its folder tells.
+    """One of our runs, read from its folder.
 
     Args:
         folder: Folder of the run.
@@ -79,7 +79,7 @@ class Run:
 
 
 def write_rows(run: Run, folder: Path) -> Rows:
-    """Write the packed rows that a run took, unless they are there.
+    """Write the packed rows that a run was trained on, unless they exist.
 
     Args:
         run: A finished run of EAGLE-3.
@@ -95,11 +95,11 @@ def write_rows(run: Run, folder: Path) -> Rows:
     order = order_of(data, run.steps, run.settings["trainer"]["accumulate_grad_batches"])
     rows = Rows(str(folder), parts.config.vocab_size, run.chain, list(draft.aux_layers), order)
     config = parts.config.to_dict() | {"tie_word_embeddings": False, "dtype": "float32"}
-    # Safetensors refuses a tensor twice, as a head that is the embeddings.
+    # safetensors refuses to store one tensor under two names, such as a head that is tied to the embeddings.
     rows.write_verifier(
         config, *(one.weight.float().clone() for one in (parts.embed_tokens, parts.norm, parts.lm_head))
     )
-    # Where the run read stored states, the others do too.
+    # If the run read stored states, the peers read the same.
     data.use_features(run.needs(verifier, rows.aux_layers), "fit")
     items = data.train_dataloader().dataset
     chosen = sorted(set(chain.from_iterable(order)))

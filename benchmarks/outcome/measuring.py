@@ -1,4 +1,4 @@
-"""Measuring drafts: by exact replay of the verifier's own text, and by decoding its prompts anew."""
+"""Measuring drafts: by exact replay of the verifier's own text, and by decoding its prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from specforge.decoding.recorded import chain_acceptance
 from specforge.decoding.replay import AcceptanceLength, turns_of
 from specforge.evaluation.results import Results
 from specforge.sampling import Sampling
-from specforge.verifier.features import capture
+from specforge.verifier.features import Features, capture
 from specforge.verifier.parts import VerifierParts
 
 # Responses that are decoded side by side.
@@ -48,9 +48,10 @@ def replayed(drafts: Sequence[Path], verifier: PreTrainedModel, rows: TokenRows,
         features = capture(verifier, row["input_ids"][None], positions, models[0].aux_layers)
         for begin, length in zip(*(one.tolist() for one in turns_of(row["loss_mask"][None])), strict=True):
             end = begin + length
-            text, seen = row["input_ids"][:end], type(features)(features.aux[:, :end], features.last[:, :end])
+            text, seen = row["input_ids"][:end], Features(features.aux[:, :end], features.last[:, :end])
             for model, metric in zip(models, metrics, strict=True):
-                accepted, _ = chain_acceptance(model, parts, text, seen, begin, chain, Sampling())
+                # A row's first token has no state before it that a draft could start from.
+                accepted, _ = chain_acceptance(model, parts, text, seen, max(begin, 1), chain, Sampling())
                 metric.update(accepted[:, None], torch.ones(1, accepted.shape[1], dtype=torch.bool))
     return [metric.compute()[chain] for metric in metrics]
 

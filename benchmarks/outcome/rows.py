@@ -1,7 +1,7 @@
-"""The packed rows that all train on, with the verifier's states: a folder that every environment can read.
+"""The packed rows that all contestants are trained on, with the verifier's states, readable in every environment.
 
-It holds the verifier's parts (see ``drafting``), ``rows.json`` with the settings below, ``vocabulary.safetensors``, and
-a file for each packed row. States are float32: a token takes ``4 (n + 1) H`` bytes on disk for n aux layers.
+The folder holds the verifier's parts (see ``drafting``), ``rows.json`` with the settings below, a file with the draft's
+vocabulary, and a file for each packed row. States are float32: with n aux layers, a token takes ``4 (n + 1) H`` bytes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows(Drafting):
-    """Packed rows in the order in which a run takes them.
+    """Packed rows in the order of a run.
 
     Attributes:
-        folder: Where they lie.
+        folder: Folder of the rows.
         vocabulary: Size V of the verifier's vocabulary.
         steps: Draft steps of training-time test.
         aux_layers: Ids of the verifier layers that features are taken from, ascending.
@@ -62,11 +62,11 @@ class Rows(Drafting):
         return cls(folder=str(folder), **json.loads((folder / "rows.json").read_text()))
 
     def write_row(self, number: int, row: Mapping[str, Tensor]) -> None:
-        """Write a packed row: its documents one behind the other, and their ``lengths``, int64 [documents]."""
+        """Write a packed row: its concatenated documents, and their ``lengths``, int64 [documents]."""
         save_file({name: tensor.contiguous() for name, tensor in row.items()}, self._file(number))
 
     def write(self, draft_ids: Tensor) -> None:
-        """Write the draft's vocabulary, and the settings last: they tell that all is there."""
+        """Write the draft's vocabulary, and the settings last, which marks the folder as complete."""
         save_file({"draft_ids": draft_ids}, Path(self.folder) / "vocabulary.safetensors")
         settings = asdict(self)
         del settings["folder"]

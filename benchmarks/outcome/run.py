@@ -5,11 +5,11 @@ r"""The draft that a recipe trains beside those of two published trainers, on th
     python benchmarks/outcome/run.py --environments .venv-peers --config configs/smollm2-eagle3.yaml \
         --output runs/outcome-smollm2 -- --data.train train.jsonl --data.validation validation.jsonl
 
-Ours is what ``specforge fit --config CONFIG`` trains; what follows ``--`` is told to it as well. The packed rows of
+Ours is the draft of ``specforge fit --config CONFIG``; what follows ``--`` is passed to it as well. The packed rows of
 that run, in its order, and the verifier's states over them are then written, in float32, and each peer is trained on
 them in its own environment: the same optimizer steps, draft vocabulary, test-time steps and aux layers, and one layer.
 All else is the peer's own default: network, loss, optimizer and schedule (``train_speculators.py`` and
-``train_sglang.py`` say which, and what had to be replaced on a CPU). speculators packs documents as we do. SGLang's
+``train_sglang.py`` list them, and what had to be replaced on a CPU). speculators packs documents as we do. SGLang's
 package does not: it takes the documents of a packed row as a padded batch.
 
 Every learning rate is tried with the first seed, and the best, by the acceptance length on the first set of rows, with
@@ -88,7 +88,7 @@ def parse() -> argparse.Namespace:
     add("--temperatures", type=float, nargs="+", default=[0.0, 1.0], help="What is decoded at.")
     add("--limit", type=int, help="Prompts of each set to decode; all by default.")
     add("--output", type=Path, default=Path("runs/outcome"))
-    add("fit", nargs="*", metavar="-- FIT", help="What specforge fit is told besides.")
+    add("fit", nargs="*", metavar="-- FIT", help="More words for specforge fit.")
     arguments = parser.parse_args()
     if any(getattr(arguments, key) for key in PEERS) and (reason := missing(arguments.environments)) is not None:
         parser.error(reason)

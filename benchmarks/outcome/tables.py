@@ -10,13 +10,13 @@ from training import NAMES, Trained
 
 from specforge.evaluation.results import Measurement, Results
 
-# By the methods that stand in results.
+# By proposal method.
 SHAPES = {"greedy": "chain", "dynamic_tree": "tree"}
 
 
 @dataclass(frozen=True)
 class Figures:
-    """A draft and what replay says of it.
+    """A draft and its figures by replay.
 
     Attributes:
         trained: The draft.
@@ -40,7 +40,7 @@ def trained_table(figures: Sequence[Figures], chain: int) -> Iterator[str]:
     for one in figures:
         about, first = one.trained, one.replay[sets[0]]
         cells = [NAMES[about.key], f"{about.rate:g}", str(about.seed), *(f"{one.length(name):.3f}" for name in sets)]
-        cells.append(" ".join(f"{first[f'accept_rate_pos_{place}']:.3f}" for place in range(1, chain + 1)))
+        cells.append(" ".join(f"{first[f'accept_rate_pos_{position}']:.3f}" for position in range(1, chain + 1)))
         yield f"| {' | '.join([*cells, f'{about.seconds:.0f} s'])} |"
 
 
@@ -49,7 +49,7 @@ def decoded_table(figures: Sequence[Figures], decoding: Sequence[Results]) -> It
 
     Args:
         figures: The drafts.
-        decoding: What decoding with them came to, by temperature.
+        decoding: Results of decoding with them, one for each temperature.
     """
     columns = [
         (results, method)
@@ -71,7 +71,7 @@ def decoded_table(figures: Sequence[Figures], decoding: Sequence[Results]) -> It
 
 
 def _measurements(results: Results, method: str, drafts: set[str], rows: str) -> list[Measurement]:
-    """Return what decoding a set came to with some drafts and a method."""
+    """Return the measurements of some drafts and a method on a set."""
     chosen = [one for one in results.contenders if one.draft in drafts and one.proposal["proposal_type"] == method]
     return [one for contender in chosen for one in contender.sets if one.prompt_set == rows]
 

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from specforge.optimizer import BF16Optimizer
 from specforge.runtime.contracts import TrainBatch
 
-torch._dynamo.config.disable = True  # lengths differ from step to step: each would be compiled anew
+torch._dynamo.config.disable = True  # lengths differ from step to step: each would be compiled again
 
 
 class SGLang(Learner):

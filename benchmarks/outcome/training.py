@@ -44,13 +44,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where drafts are trained, and what all of them have in common.
+    """Trains drafts, unless they exist.
 
     Attributes:
-        words: What ``specforge fit`` is told.
+        words: Arguments of ``specforge fit``.
         seed: Seed of our run whose rows the peers get.
         environments: Folder of the peers' environments.
-        output: Folder of the drafts; those that are there are not trained again.
+        output: Folder of the drafts.
     """
 
     words: Sequence[str]
@@ -102,7 +102,7 @@ def run_once(command: Sequence[str], environment: str | None, folder: Path) -> f
     Args:
         command: The command.
         environment: Name of its environment; None for that of this process.
-        folder: The folder, which is begun anew.
+        folder: The folder; what an interrupted command left in it is removed.
 
     Returns:
         Its CPU time, in seconds.

@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 class Drafting(ABC):
-    """A draft towards a verifier whose parts lie in a folder.
+    """A draft towards a verifier whose parts are in a folder.
 
     Attributes:
-        folder: Where all of it lies.
+        folder: Folder of the task.
         vocabulary: Size V of the verifier's vocabulary.
         steps: Draft steps of training-time test.
         aux_layers: Ids of the verifier layers that features are taken from, ascending.
@@ -54,7 +54,7 @@ class Drafting(ABC):
         """Write the verifier's folder, with its parts in one file and the index that one package asks for.
 
         Args:
-            config: What its ``config.json`` says.
+            config: Its ``config.json``.
             embeddings: Token embeddings, [V, H].
             norm: Weight of the final norm, [H].
             head: The head, [V, H].

@@ -11,7 +11,7 @@ DEFAULT = Path(".venv-peers")
 
 
 def missing(environments: Path) -> str | None:
-    """Return what to say where a folder has no environments."""
+    """Return an error message if a folder has no environments."""
     if (environments / "ready").exists():
         return None
     return f"{environments} has no environments; make them: {HERE / 'install'} FOLDER"

@@ -77,7 +77,7 @@ def test_peers_get_the_states_that_a_run_read_from_a_store(run, rows, tmp_path):
     stored = Run(run.draft.parent)
     stored.settings["data"]["features"] = str(store)
     theirs, live = write_rows(stored, tmp_path / "rows").documents(0)[0], rows.documents(0)[0]
-    # Nothing behind the last supervised token is stored.
+    # No state after the last supervised token is stored.
     read = int(live["loss_mask"].nonzero().max()) + 1
     for name in ("aux", "last"):
         apart = (theirs[name][:read] - live[name][:read]).abs().max() / live[name][:read].abs().max()
@@ -123,7 +123,7 @@ def test_replay_is_what_the_run_reported(run, length):
     assert once == again
     assert once["acceptance_length"] == pytest.approx(length, rel=1e-6)
     *_, line = trained_table([figures(run, **once)], TTT_STEPS)
-    rates = " ".join(f"{once[f'accept_rate_pos_{place}']:.3f}" for place in range(1, TTT_STEPS + 1))
+    rates = " ".join(f"{once[f'accept_rate_pos_{position}']:.3f}" for position in range(1, TTT_STEPS + 1))
     assert line == f"| speculators 0.9.0 | 0.02 | 42 | {length:.3f} | {rates} | 7 s |"
 
 
