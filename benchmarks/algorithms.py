@@ -27,13 +27,18 @@ from specforge.proposals.choice import choose_proposal
 from specforge.sampling import Sampling
 from specforge.verifier.loading import load_verifier
 
-HASS = {"alignment_steps": 3, "objective": {"cross_entropy": 0.1, "top_k": 1.0}}
+# The rows are greedy: their own tokens are what a greedy round accepts.
+HASS = {"alignment_steps": 3, "objective": {"cross_entropy": 0.1, "top_k": 1.0, "text": 0.5}}
+EAGLE3 = {"ttt_steps": 5, "step_decay": 0.6, "objective": {"kl": 1.0, "text": 0.5}}
 STAGE_TWO = {"begin": 0.7, "prompt_length": 32, "new_tokens": 64}
 RECIPES: dict[str, dict[str, Any]] = {
     "EAGLE-1": {"algorithm": "eagle", "model": {}},
-    "HASS, alignment alone": {"algorithm": "eagle", "model": {"alignment_steps": 3}},
     "HASS": {"algorithm": "eagle", "model": HASS},
-    "EAGLE-3": {"algorithm": "eagle3", "model": {"ttt_steps": 5, "draft": {"draft_vocab_size": None}}},
+    "EAGLE-3": {"algorithm": "eagle3", "model": {**EAGLE3, "draft": {"draft_vocab_size": None}}},
+    "EAGLE-3, for vLLM alone": {
+        "algorithm": "eagle3",
+        "model": {**EAGLE3, "draft": {"draft_vocab_size": None, "layer_type": "qwen3", "norm_output": True}},
+    },
     **{
         f"MLP, {heads} heads, {stages}": {
             "algorithm": "mlp",
@@ -65,13 +70,13 @@ def train(arguments: argparse.Namespace, recipe: str, seed: int) -> Path:
             "max_epochs": 1000,
             "val_check_interval": max(1, arguments.steps // 4),
             "check_val_every_n_epoch": None,
-            "gradient_clip_val": 0.5,
+            "gradient_clip_val": 1.0,
             "enable_progress_bar": False,
         },
         "model": {
             **chosen["model"],
-            "optimizer": {"name": arguments.optimizer, "lr": arguments.lr},
-            "schedule": {"name": "cosine", "warmup": 0.03},
+            "optimizer": {"name": arguments.optimizer, "lr": arguments.lr, "weight_decay": 0.1},
+            "schedule": {"name": "linear", "warmup": 0.03},
         },
         "data": {
             "train": arguments.train,
@@ -104,7 +109,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--optimizer", default="muon")
-    parser.add_argument("--lr", type=float, default=2e-2)
+    parser.add_argument("--lr", type=float, default=1.4e-2)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--limit", type=int)

@@ -78,3 +78,16 @@ def typical_size(states: Tensor) -> Tensor:
     """
     by_channel = states.float().abs().median(dim=0).values
     return by_channel.median(dim=-1).values / MEDIAN_SIZE
+
+
+def largest_share(states: Tensor) -> Tensor:
+    """Return the share of a layer's energy that its largest channel holds, over most tokens: 1 / H if all are alike.
+
+    Args:
+        states: States of layers, [T, n, H].
+
+    Returns:
+        float32 [n].
+    """
+    by_channel = states.float().square().median(dim=0).values
+    return by_channel.amax(dim=-1) / by_channel.sum(dim=-1)

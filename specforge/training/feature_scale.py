@@ -13,9 +13,13 @@ from torch import Tensor
 
 from specforge.bounds import Number
 from specforge.errors import UsageError
-from specforge.models.scaled_linear import ScaledLinear, typical_size
+from specforge.models.scaled_linear import ScaledLinear, largest_share, typical_size
 from specforge.training.saying import say
 from specforge.training.totals import of_first
+
+# Of the quickstart's verifier, which gains from scaling, no channel holds more than 3 %; of SmolLM2, which loses, some
+# hold 34 to 55 % (docs/algorithms/measured.md).
+CROWDED = 0.25
 
 Scale = Annotated[float, Field(gt=0, le=1e6), Number]
 FeatureScale = Literal["auto", "none"] | list[Scale]
@@ -46,12 +50,19 @@ def fit_scale(
     Args:
         layer: The layer; all processes hold the same one.
         setting: Numbers, or auto for the typical size of each input times the square root of their number n, so that
-            their sum has the size of one.
+            their sum has the size of one; nothing is divided where one channel holds much of an input's energy.
         states: What the layer reads in the run's first row, [T, n, H]; those of the first process are taken, so that
             nothing depends on how rows are batched and spread.
         inputs: What they are, in words.
         keep_function: Whether the layer goes on computing what it did.
     """
+    share, largest = of_first(largest_share(states)).max(dim=0)
+    if setting == "auto" and share > CROWDED:
+        say(
+            f"feature scale: none, since one channel holds {share:.0%} of the energy of {inputs[int(largest)]}: drafts "
+            "for such verifiers learnt faster from features as they are (set model.draft.feature_scale to try)"
+        )
+        return
     sizes = of_first(typical_size(states))
     scale = sizes.new_tensor(setting) if isinstance(setting, list) else sizes * len(sizes) ** 0.5
     layer.set_scale(scale, keep_function)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from specforge.models.scaled_linear import ScaledLinear, folded, typical_size
+from specforge.models.scaled_linear import ScaledLinear, folded, largest_share, typical_size
 
 
 def scaled(inputs: int, bias: bool = False) -> ScaledLinear:
@@ -61,3 +61,12 @@ def test_first_tokens_and_channels_that_hold_nearly_all_energy_do_not_count() ->
     assert states.square().mean().sqrt() > 300
     assert typical_size(states).item() == pytest.approx(2, rel=0.05)
     assert typical_size(states.bfloat16()).dtype == torch.float32
+
+
+def test_the_share_of_the_largest_channel() -> None:
+    states = normal(512, [2.0, 30.0])
+    assert largest_share(states).tolist() == pytest.approx([1 / 64] * 2, rel=0.5)
+    states[:, 1, 5] *= 8  # 64 parts of energy beside the 63 of all others
+    assert largest_share(states)[1].item() == pytest.approx(0.5, rel=0.2)
+    states[0] *= 1000  # a first token
+    assert largest_share(states)[1].item() == pytest.approx(0.5, rel=0.2)
