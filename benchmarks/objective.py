@@ -89,7 +89,7 @@ def ours(problem: Problem, objective: str, compiled: bool = False) -> Tensor:
         problem.targets,
         torch.ones_like(problem.targets, dtype=torch.bool),
         objective_terms({objective: 1.0}),
-        torch.full((steps,), 1 / (steps * rows)),
+        torch.full((steps, rows), 1 / (steps * rows)),
         labels=Labels(problem.text, Sampling()),
         compiled=compiled,
     ).loss

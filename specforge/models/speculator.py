@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from specforge.config import SpeculatorModelConfig, TokenProposalConfig
 from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
+from specforge.models.draft_rows import DraftRows
 from specforge.models.drafter import Drafter
 from specforge.models.generated import Generated
 from specforge.models.scaled_linear import folded
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 AttachmentMode = Literal["detached", "full", "train_only"]
+
+
+def unchanged(logits: Tensor) -> Tensor:
+    """Return logits as they are."""
+    return logits
 
 
 class SpeculatorModel(nn.Module):
@@ -100,25 +106,59 @@ class SpeculatorModel(nn.Module):
         """
         raise NotImplementedError
 
-    def unroll(
-        self, input_ids: Tensor, features: Features, position_ids: Tensor, document_ids: Tensor, steps: int
-    ) -> Tensor:
-        """Run the steps of a chain at every row at once, fed with the true tokens.
+    def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
+        """Run the draft's steps at the rows that are needed, fed with the true tokens.
 
         Args:
-            input_ids: The verifier's tokens x, [B, T].
-            features: Its states over them.
-            position_ids: Positions that restart at 0 with each document, [B, T].
-            document_ids: Which document a token belongs to, -1 for padding, [B, T].
-            steps: Number S of steps.
+            batch: ``input_ids``: the verifier's tokens x; ``position_ids``, which restart at 0 with each document;
+                ``document_ids``: which document a token belongs to, -1 for padding; [B, T] each.
+            features: The verifier's states over them.
+            rows: The rows that each step runs.
 
         Returns:
-            What ``logits`` reads at each step, [S, B, T, H]; row t at step k predicts x_{t+2+k}.
+            The states of these rows, one step after the other, [P, H] (see ``DraftRows.places``). Row t at step k
+            predicts x_{t+2+k}, or what the algorithm's alignment says.
 
         Raises:
             UsageError: The algorithm does not draft step by step.
         """
         raise UsageError(f"{type(self).__name__} cannot draft step by step; its acceptance length cannot be replayed")
+
+    def unroll(
+        self, input_ids: Tensor, features: Features, position_ids: Tensor, document_ids: Tensor, steps: int
+    ) -> Tensor:
+        """Run the draft's steps at every row at once, fed with the true tokens.
+
+        Args:
+            input_ids: As in ``states``.
+            features: As in ``states``.
+            position_ids: As in ``states``.
+            document_ids: As in ``states``.
+            steps: Number S of steps.
+
+        Returns:
+            What ``logits`` reads at each step, [S, B, T, H].
+
+        Raises:
+            UsageError: The algorithm does not draft step by step.
+        """
+        batch = {"input_ids": input_ids, "position_ids": position_ids, "document_ids": document_ids}
+        rows = DraftRows.all(steps, input_ids.numel(), input_ids.device)
+        return self.states(batch, features, rows).view(steps, *input_ids.shape, -1)
+
+    @property
+    def head_weights(self) -> Tensor | list[Tensor]:
+        """The matrix that turns states into logits, [D, H]; or a list with one for each step."""
+        raise NotImplementedError
+
+    def before_head(self, states: Tensor) -> Tensor:
+        """Return what the heads read of states [..., H]: the states themselves, unless a network says otherwise."""
+        return states
+
+    @property
+    def finish(self) -> Callable[[Tensor], Tensor]:
+        """What is done to logits after a head: nothing, unless a network says otherwise."""
+        return unchanged
 
     def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
         """Turn what ``unroll`` returns into logits over the draft vocabulary.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from specforge.decoding.recorded import acceptance_of_drawn, draft_places, label_log_probs
-from specforge.models.draft_rows import DraftRows
+from specforge.models.speculator import unchanged
 from specforge.sampling import Sampling
 from specforge.training.chunks import Chunk, blocks, chunks
 from specforge.training.comparison import Compared, Term, compare, compiled_compare, gathered, log_softmax, wide_type
@@ -87,39 +87,34 @@ def distill(
     targets: Tensor,
     supervised: Tensor,
     terms: list[Term],
-    step_weights: Tensor,
-    skip_targets_outside: bool = False,
+    weights: Tensor,
     labels: Labels | None = None,
-    finish: Callable[[Tensor], Tensor] = lambda logits: logits,
-    rows: DraftRows | None = None,
+    finish: Callable[[Tensor], Tensor] = unchanged,
+    places: Tensor | None = None,
     compiled: bool = False,
     weighting: ChainWeighting | None = None,
 ) -> DraftSteps:
     """Compare a draft's steps with the verifier.
 
     Args:
-        hidden: What the draft's head reads, [S, N, H]; with ``rows``, of those alone, [P, H].
+        hidden: What the draft's head reads, [S, N, H]; with ``places``, of the pairs that were run, [P, H].
         head: The draft's head, [D, H]; or one for each of the S steps.
         teacher: The verifier's side.
         targets: Row of ``teacher.last`` that each row and step is compared with, int64 [S, N].
         supervised: Which rows count, bool [S, N].
         terms: The summands of the objective.
-        step_weights: Factor of each step's sum over rows, [S]: its decay over its denominator.
-        skip_targets_outside: Leave out of the loss rows whose most probable verifier token is no draft token.
+        weights: Factor of each row and step in the loss, [S, N].
         labels: What the text goes on with; None where decoding is not replayed.
-        finish: What is done to the draft's logits behind its head, where that head is the verifier's.
-        rows: The rows that were run at each step, all that count among them; None where every row was.
+        finish: What is done to the draft's logits after its head.
+        places: Index in ``hidden`` of each row's and step's state, int64 [S, N]; None where every pair has one.
         compiled: Whether torch.compile fuses what is done with the logits; takes a while at the first call.
         weighting: A further factor of each pair, which depends on its whole chain; None for none.
     """
-    if rows is None:
+    if places is None:
         hidden = hidden.flatten(0, 1)
         places = torch.arange(len(hidden), device=hidden.device).view_as(supervised)
-    else:
-        places = rows.places()
-    step_weights = step_weights.to(hidden.device)
     work = _Work(
-        *(teacher, places, targets, supervised, terms, step_weights, skip_targets_outside, labels, finish),
+        *(teacher, places, targets, supervised, terms, weights, labels, finish),
         weighting=weighting,
         compare=compiled_compare() if compiled else compare,
     )
@@ -139,8 +134,7 @@ class _Work:
     targets: Tensor
     supervised: Tensor
     terms: list[Term]
-    step_weights: Tensor
-    skip_targets_outside: bool
+    weights: Tensor
     labels: Labels | None
     finish: Callable[[Tensor], Tensor]
     weighting: ChainWeighting | None
@@ -241,9 +235,7 @@ class _Run:
 
     def _weights(self, logits: Tensor, target: _Target, chunk: Chunk) -> Tensor:
         """Return the factor of each pair of a chunk in the loss, [M]."""
-        weights = self.work.step_weights[chunk.steps]
-        if self.work.skip_targets_outside:
-            weights = weights * (target.top[chunk.target_of] >= 0)
+        weights = self.work.weights[chunk.steps, chunk.rows]
         if self.work.weighting is None:
             return weights
         statistic = self.work.weighting.statistic

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +26,12 @@ from specforge.data.packing import window_in
 from specforge.errors import SpecforgeError, UsageError
 from specforge.hookspecs import Objective, Weighting
 from specforge.models.alignment import Alignment, align
+from specforge.models.draft_rows import DraftRows
 from specforge.models.speculator import SpeculatorModel
 from specforge.registry import installed
 from specforge.sampling import Sampling
 from specforge.training.comparison import Term
-from specforge.training.distillation import DraftSteps, Labels
+from specforge.training.distillation import DraftSteps, Labels, Teacher, distill
 from specforge.training.identity import Identity, different_tensors, start_from
 from specforge.training.length import RunLength
 from specforge.training.metrics import StageMetrics, step_sums
@@ -48,8 +50,29 @@ from specforge.verifier.sharding import load_sharded_verifier
 Batch = Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Drafted:
+    """What a draft computed for a batch, and what it is compared with.
+
+    Attributes:
+        states: Its states at the pairs of row and step that were run, [P, H].
+        places: Index of each row's and step's state, int64 [S, N]; -1 where it was not run.
+        targets: Row of the verifier's states that each row and step is compared with, int64 [S, N].
+        supervised: Which of them count, bool [S, N].
+    """
+
+    states: Tensor
+    places: Tensor
+    targets: Tensor
+    supervised: Tensor
+
+
 class DraftModule(LightningModule, ABC):
-    """Trains a draft towards a verifier; a plugin supplies the network and ``draft_steps``.
+    """Trains a draft towards a verifier; a plugin supplies the network, and what its paper does in its own way.
+
+    A batch is aligned (``alignment``), the rows that are needed are run (``states``), and each pair of row and step
+    that counts is compared with the verifier: by the objective (``loss_terms``) and what an algorithm adds to it
+    (``further_losses``), times the pair's weight (``pair_weights``).
 
     Args:
         verifier: Folder or hub id of the verifier.
@@ -148,7 +171,6 @@ class DraftModule(LightningModule, ABC):
             data: The data, set up; it knows how often each token is supervised.
         """
 
-    @abstractmethod
     def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
         """Run the draft over a packed batch and compare each step with the verifier.
 
@@ -156,6 +178,69 @@ class DraftModule(LightningModule, ABC):
             batch: ``input_ids``, ``loss_mask``, ``document_ids`` and ``position_ids``, [B, T] each.
             features: The verifier's states over the batch.
         """
+        alignment = self.alignment(batch)
+        targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
+        rows = DraftRows.needed(supervised)
+        drafted = Drafted(self.states(batch, features, rows), rows.places(), targets, supervised)
+        weights = self.pair_weights(supervised)
+        outcome = distill(
+            self.draft.before_head(drafted.states),
+            self.draft.head_weights,
+            Teacher(features.last.flatten(0, 1), self.parts, self.draft.draft_ids),
+            targets,
+            supervised,
+            self.loss_terms,
+            weights,
+            labels=self.labels(batch),
+            finish=self.draft.finish,
+            places=drafted.places,
+            compiled=self.compile_steps,
+            weighting=self.weighting if self.training else None,
+        )
+        for name, values in self.further_losses(features, drafted, outcome).items():
+            loss = outcome.loss + self.term_weights[name] * (weights * values).sum()
+            outcome = replace(outcome, loss=loss, terms={name: values.detach().sum(1), **outcome.terms})
+        return outcome
+
+    def states(self, batch: Batch, features: Features, rows: DraftRows) -> Tensor:
+        """Run the draft's steps at the rows that are needed; overridden where training does so differently.
+
+        Args:
+            batch: See ``draft_steps``.
+            features: The verifier's states over the batch.
+            rows: The rows that each step runs.
+
+        Returns:
+            Their states, one step after the other, [P, H].
+        """
+        return self.draft.states(batch, features, rows)
+
+    @property
+    def loss_terms(self) -> list[Term]:
+        """The summands of the objective; overridden where they depend on more than the configuration."""
+        return self.terms
+
+    def pair_weights(self, supervised: Tensor) -> Tensor:
+        """Return the factor of each row and step in the loss, [S, N]: that of its step, unless a plugin says otherwise.
+
+        Args:
+            supervised: Which of them count, bool [S, N].
+        """
+        return self.step_weights(supervised)[:, None].expand_as(supervised)
+
+    def further_losses(self, features: Features, drafted: Drafted, outcome: DraftSteps) -> dict[str, Tensor]:
+        """Return summands of the loss besides the objective; none, unless a plugin says otherwise.
+
+        Args:
+            features: The verifier's states over the batch.
+            drafted: What the draft computed, with its gradient.
+            outcome: How it compares with the verifier.
+
+        Returns:
+            For each name that ``term_weights`` adds to the objective, its value at each row and step, [S, N], with its
+            gradient; 0 where a pair does not count.
+        """
+        return {}
 
     def alignment(self, batch: Batch) -> Alignment:
         """Return what each row and step is compared with, and which of them count.

@@ -279,7 +279,8 @@ def reference_loss(case: Case, draft: Any, hidden: Tensor, steps: int) -> tuple[
     weights = decay / (supervised.sum(1) + 1e-5)
     teacher = Teacher(case.states[0, :, -1], draft.verifier_parts, draft.draft_ids)
     terms = [Term("kl", 1.0, forward_kl)]
-    outcome = distill(hidden[:steps], draft.lm_head.weight, teacher, targets, supervised, terms, weights)
+    by_pair = weights[:, None].expand_as(supervised)
+    outcome = distill(hidden[:steps], draft.lm_head.weight, teacher, targets, supervised, terms, by_pair)
     return outcome, weights
 
 

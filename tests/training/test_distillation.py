@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from specforge.sampling import Sampling
 from specforge.training import chunks
-from specforge.training.comparison import compiled_compare
+from specforge.training.comparison import Term, compiled_compare
 from specforge.training.distillation import DraftSteps, Labels, Teacher, distill
 from specforge.training.module import chain_weighting, objective_terms
+from specforge.training.objectives import Distributions
 from specforge.verifier.parts import VerifierParts
 
 H, V = 5, 13
@@ -44,6 +45,7 @@ class Problem:
     targets: Tensor
     supervised: Tensor
     weights: Tensor
+    """Of each step, [S]."""
     tokens: Tensor
 
 
@@ -74,10 +76,13 @@ def make_problem(
     )
 
 
+def by_pair(problem: Problem) -> Tensor:
+    return problem.weights[:, None].expand_as(problem.supervised)
+
+
 def run(
     problem: Problem,
     objective: dict[str, float],
-    skip: bool = False,
     compiled: bool = False,
     weighting: str | None = None,
 ) -> DraftSteps:
@@ -88,8 +93,7 @@ def run(
         problem.targets,
         problem.supervised,
         objective_terms(objective),
-        problem.weights,
-        skip_targets_outside=skip,
+        by_pair(problem),
         labels=Labels(problem.tokens, Sampling()),
         compiled=compiled,
         weighting=None if weighting is None else chain_weighting(weighting),
@@ -125,9 +129,7 @@ def plain_factor(weighting: str | None, step: int, chain: dict[int, tuple[float,
     return 1.0
 
 
-def plain(
-    problem: Problem, objective: dict[str, float], skip: bool = False, weighting: str | None = None
-) -> dict[str, Any]:
+def plain(problem: Problem, objective: dict[str, float], weighting: str | None = None) -> dict[str, Any]:
     """Row by row and without chunks: the loss with its graph, sums of terms, acceptance and agreement."""
     teacher = problem.teacher
     ids = range(V) if teacher.draft_ids is None else teacher.draft_ids.tolist()
@@ -157,12 +159,10 @@ def plain(
     for k, i in pairs:
         whole = verifier[int(problem.targets[k, i])]
         full = whole[list(ids)]
-        counted = not (skip and int(whole.argmax()) not in ids)
         for name, weight in objective.items():
             value = plain_value(name, draft[k, i], full / full.sum(), full, means[k], places[k, i])
             sums[name][k] += value.detach()
-            if counted:
-                loss = loss + weight * problem.weights[k] * plain_factor(weighting, k, chains[i]) * value
+            loss = loss + weight * problem.weights[k] * plain_factor(weighting, k, chains[i]) * value
     return {"loss": loss, "terms": sums, "acceptance": acceptance, "agreement": agreement}
 
 
@@ -200,7 +200,6 @@ def test_losses_and_gradients_are_the_plain_ones(
     steps=st.integers(1, 4),
     rows=st.integers(1, 9),
     pruned=st.booleans(),
-    skip=st.booleans(),
     chunk=st.sampled_from([1, 30, 65, 100, 200, 2**24]),
     block=st.sampled_from([1, 2 * V, 2**19]),
     objective=st.dictionaries(st.sampled_from(NAMES), st.floats(0.1, 3), min_size=1, max_size=3),
@@ -211,7 +210,6 @@ def test_any_mixture_in_any_chunks(
     steps: int,
     rows: int,
     pruned: bool,
-    skip: bool,
     chunk: int,
     block: int,
     objective: dict[str, float],
@@ -221,11 +219,11 @@ def test_any_mixture_in_any_chunks(
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", chunk)
         monkeypatch.setattr(chunks, "LOGITS_PER_BLOCK", block)
-        outcome = run(problem, objective, skip, weighting=weighting)
+        outcome = run(problem, objective, weighting=weighting)
     assert outcome.supervised is problem.supervised
     assert not outcome.acceptance[~problem.supervised].any()
     assert not outcome.agreement[~problem.supervised].any()
-    assert_same(problem, outcome, plain(problem, objective, skip, weighting))
+    assert_same(problem, outcome, plain(problem, objective, weighting))
 
 
 @pytest.fixture
@@ -246,7 +244,7 @@ def compile_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None
 def test_compiled_losses_are_the_plain_ones(name: str, pruned: bool, compile_by: Callable[[Any], None]) -> None:
     compile_by("aot_eager")
     problem = make_problem(pruned=pruned)
-    assert_same(problem, run(problem, {name: 1.0}, True, compiled=True), plain(problem, {name: 1.0}, True))
+    assert_same(problem, run(problem, {name: 1.0}, compiled=True), plain(problem, {name: 1.0}))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
@@ -269,13 +267,21 @@ def test_losses_are_compiled_once_for_batches_of_any_size(compile_by: Callable[[
     assert counter.frame_count == 2
 
 
-def test_some_targets_lie_outside_the_draft_vocabulary() -> None:
-    """Otherwise the tests of what happens to them would test nothing."""
+def test_losses_are_told_the_verifiers_most_probable_token() -> None:
+    """Some of these are no draft tokens."""
     problem = make_problem()
-    kept, skipped = run(problem, {"kl": 1.0}), run(problem, {"kl": 1.0}, skip=True)
-    assert 0 < float(skipped.loss) < float(kept.loss)
-    assert torch.equal(kept.terms["kl"], skipped.terms["kl"])
-    assert torch.equal(kept.agreement, skipped.agreement)
+
+    def outside(rows: Distributions) -> Tensor:
+        assert rows.verifier_top is not None
+        return (rows.verifier_top < 0) + 0 * rows.log_q.sum(-1)
+
+    terms = [Term("outside", 1.0, outside)]
+    teacher, pairs = problem.teacher, problem.supervised
+    found = distill(problem.hidden, problem.head, teacher, problem.targets, pairs, terms, by_pair(problem))
+    best = teacher.parts.logits(teacher.last).argmax(-1)
+    expected = (~torch.isin(best, torch.tensor(PRUNED)))[problem.targets] * pairs
+    assert 0 < expected.sum() < pairs.sum()
+    assert torch.equal(found.terms["outside"], expected.sum(1).to(torch.float64))
 
 
 def test_the_gradient_agrees_with_finite_differences() -> None:
@@ -458,7 +464,7 @@ def test_labels_tell_how_often_the_text_would_have_been_drafted(
             problem.targets,
             problem.supervised,
             terms,
-            problem.weights,
+            by_pair(problem),
             labels=labels,
         )
         for k, i in problem.supervised.nonzero().tolist():

@@ -11,6 +11,7 @@ Letters in shapes: B rows, T tokens a row, H the verifier's width, V its vocabul
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from specforge.config import SpeculatorModelConfig
 from specforge.errors import UsageError
+from specforge.models.draft_rows import DraftRows
 from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.features import Features
 from specforge_medusa.config import MedusaConfig
@@ -69,18 +71,17 @@ class MedusaModel(SpeculatorModel):
         logits: Tensor = self.lm_head[step](hidden)
         return logits
 
-    def unroll(
-        self, input_ids: Tensor, features: Features, position_ids: Tensor, document_ids: Tensor, steps: int
-    ) -> Tensor:
-        """Run the first heads at every row; tokens, positions and documents are not looked at.
+    def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
+        """Run the first heads at the rows that each of them needs; the batch is not looked at.
 
         Raises:
             UsageError: More steps than heads are asked for.
         """
+        steps = len(rows.counts)
         if steps > self.config.num_heads:
             raise UsageError(f"this draft has {self.config.num_heads} heads, and {steps} steps are asked for")
-        states = self.first_state(features)
-        return torch.stack([self.advance(states, step) for step in range(steps)])
+        read = self.first_state(features).flatten(0, 1)[rows.order]
+        return torch.cat([self.advance(read[:count], step) for step, count in enumerate(rows.counts)])
 
     def drafter(self, batch_size: int) -> MedusaDrafter:
         """Begin to draft for some sequences."""

@@ -1,4 +1,4 @@
-"""Training Medusa heads: the run's settings, and one batch."""
+"""Training Medusa heads: the run's settings, and how the network begins."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from specforge.bounds import Decay
 from specforge.config import SpeculatorsConfig, VerifierConfig
 from specforge.data.module import DraftDataModule
 from specforge.proposals import GreedyTokenProposalConfig
-from specforge.training.distillation import DraftSteps, Teacher, distill
-from specforge.training.module import Batch, DraftModule
+from specforge.training.module import DraftModule
 from specforge.training.optimizers import OptimizerSettings
 from specforge.training.schedules import ScheduleSettings
-from specforge.verifier.features import Features
 from specforge.verifier.parts import VerifierParts
 from specforge_medusa.config import MedusaConfig
 from specforge_medusa.model import MedusaModel
@@ -77,23 +75,3 @@ class MedusaModule(DraftModule):
         draft.attach_verifier(parts)
         draft.borrow_weights()
         return draft
-
-    def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
-        """Run all heads at every row, and compare them with the text and the verifier."""
-        alignment = self.alignment(batch)
-        targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
-        states = self.draft.unroll(
-            batch["input_ids"], features, batch["position_ids"], batch["document_ids"], self.num_steps
-        )
-        return distill(
-            states.flatten(1, 2),
-            self.draft.head_weights,
-            Teacher(features.last.flatten(0, 1), self.parts, None),
-            targets,
-            supervised,
-            self.terms,
-            self.step_weights(supervised),
-            labels=self.labels(batch),
-            compiled=self.compile_steps,
-            weighting=self.weighting if self.training else None,
-        )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -305,9 +305,19 @@ class EagleSpeculator(SpeculatorModel):
         """Return what the next step reads of predicted features, [..., H]: the features themselves."""
         return states
 
-    def before_head(self, hidden: Tensor) -> Tensor:
+    def before_head(self, states: Tensor) -> Tensor:
         """Return what the verifier's head reads of predicted features, [..., H]."""
-        return cast(Tensor, self.pre_lm_head_layernorm(hidden))
+        return cast(Tensor, self.pre_lm_head_layernorm(states))
+
+    @property
+    def head_weights(self) -> Tensor:
+        """The verifier's head, [V, H]."""
+        return self.verifier_parts.lm_head.weight
+
+    @property
+    def finish(self) -> Callable[[Tensor], Tensor]:
+        """What the verifier does to logits after its head."""
+        return self.verifier_parts.finish
 
     def state_logits(self, states: Tensor) -> Tensor:
         """Turn predicted features [..., H] into logits [..., V]."""
@@ -346,13 +356,10 @@ class EagleSpeculator(SpeculatorModel):
         """
         return run_chain(self, input_ids, feature, position_ids, document_ids, rows, FIRST_POSITION, detached)
 
-    def unroll(
-        self, input_ids: Tensor, features: Features, position_ids: Tensor, document_ids: Tensor, steps: int
-    ) -> Tensor:
-        """Run ``steps`` chained draft steps at every row, fed with the true tokens."""
-        rows = DraftRows.all(steps, input_ids.numel(), input_ids.device)
-        predicted = self.chain(input_ids, self.first_feature(features), position_ids, document_ids, rows)
-        return predicted.view(steps, *input_ids.shape, -1)
+    def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
+        """Predict features, step by step; no gradient flows through those that are fed back."""
+        read = self.first_feature(features)
+        return self.chain(batch["input_ids"], read, batch["position_ids"], batch["document_ids"], rows, detached=True)
 
     def drafter(self, batch_size: int) -> FeatureDrafter:
         """Begin to draft for some sequences; row t stands at position t."""

@@ -1,4 +1,4 @@
-"""Training EAGLE-1 and HASS: the network's settings, and one batch.
+"""Training EAGLE-1 and HASS: the network's settings, its noise, and the loss between features.
 
 EAGLE-1 trains one step: from the verifier's feature of token t and the embedding of token t + 1 to the feature of token
 t + 1. HASS goes on: each further step reads the features that the draft itself predicted in the steps before, without a
@@ -21,9 +21,9 @@ from specforge.data.module import DraftDataModule
 from specforge.models.alignment import Alignment, Supervision, align
 from specforge.models.draft_rows import DraftRows
 from specforge.models.scaled_linear import ScaledLinear
-from specforge.training.distillation import DraftSteps, Teacher, distill
+from specforge.training.distillation import DraftSteps
 from specforge.training.feature_scale import FeatureScale, check_feature_scale, fit_scale
-from specforge.training.module import Batch, DraftModule
+from specforge.training.module import Batch, Drafted, DraftModule
 from specforge.training.optimizers import OptimizerSettings
 from specforge.training.schedules import ScheduleSettings
 from specforge.verifier.features import Features
@@ -152,61 +152,34 @@ class EagleModule(DraftModule):
             return super().alignment(batch)
         return align(batch["loss_mask"], batch["document_ids"], self.num_steps, self.supervision)
 
-    def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
-        """Predict features step by step, and compare them and their distributions with the verifier's."""
-        alignment = self.alignment(batch)
-        targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
-        true = self.parts.norm(features.last)
-        read = true + self._noise(true, batch["document_ids"]) if self.training else true
-        rows = DraftRows.needed(supervised)
-        predicted = self.draft.chain(
-            batch["input_ids"], read, batch["position_ids"], batch["document_ids"], rows, detached=True
-        )
-        weights = self.step_weights(supervised)
-        outcome = distill(
-            self.draft.before_head(predicted),
-            self.parts.lm_head.weight,
-            Teacher(features.last.flatten(0, 1), self.parts, None),
-            targets,
-            supervised,
-            self.terms,
-            weights,
-            labels=self.labels(batch),
-            finish=self.parts.finish,
-            rows=rows,
-            compiled=self.compile_steps,
-            weighting=self.weighting if self.training else None,
-        )
-        distances = feature_distances(predicted, rows.places(), true.flatten(0, 1), targets, supervised)
-        loss = outcome.loss + self.feature_weight * (weights * distances).sum()
-        terms = {FEATURE: distances.detach(), **outcome.terms}
-        return DraftSteps(
-            loss, terms, supervised, outcome.acceptance, outcome.agreement, outcome.matches, outcome.drawn
-        )
-
-    def _noise(self, true: Tensor, document_ids: Tensor) -> Tensor | float:
-        if not self.noise:
-            return 0.0
+    def states(self, batch: Batch, features: Features, rows: DraftRows) -> Tensor:
+        """Predict features step by step, in training from noisy ones."""
+        if not (self.training and self.noise):
+            return super().states(batch, features, rows)
+        true = self.draft.first_feature(features)
         # Other noise for each batch and rank, and the same again where a run is resumed.
-        batch = self.trainer.fit_loop.total_batch_idx * self.trainer.world_size + self.trainer.global_rank
-        return feature_noise(true, document_ids, self.noise, (torch.initial_seed() + batch) % 2**63)
+        number = self.trainer.fit_loop.total_batch_idx * self.trainer.world_size + self.trainer.global_rank
+        noise = feature_noise(true, batch["document_ids"], self.noise, (torch.initial_seed() + number) % 2**63)
+        tokens, positions, documents = batch["input_ids"], batch["position_ids"], batch["document_ids"]
+        return self.draft.chain(tokens, true + noise, positions, documents, rows, detached=True)
+
+    def further_losses(self, features: Features, drafted: Drafted, outcome: DraftSteps) -> dict[str, Tensor]:
+        """Return the distances between predicted and true features."""
+        true = self.draft.first_feature(features).flatten(0, 1)
+        return {FEATURE: feature_distances(drafted, true)}
 
 
-def feature_distances(predicted: Tensor, places: Tensor, true: Tensor, targets: Tensor, supervised: Tensor) -> Tensor:
-    """Return the sum over supervised rows of the Smooth-L1 distance between features, [S].
+def feature_distances(drafted: Drafted, true: Tensor) -> Tensor:
+    """Return the Smooth-L1 distance between features at each row and step, [S, N]; 0 where it does not count.
 
     Mean over the width, beta 1 (arXiv 2401.15077, section 3.2).
 
     Args:
-        predicted: The draft's features, [P, H].
-        places: Which of them is that of each row and step, int64 [S, N].
+        drafted: The draft's features, and what they are compared with.
         true: The verifier's, after its final norm, [N, H].
-        targets: Row of ``true`` that each row and step is compared with, int64 [S, N].
-        supervised: Which rows count, bool [S, N].
     """
-    steps, rows = supervised.nonzero(as_tuple=True)
+    counted = drafted.supervised.nonzero(as_tuple=True)
+    predicted, true = drafted.states[drafted.places[counted]], true[drafted.targets[counted]]
     wide = torch.promote_types(predicted.dtype, torch.float32)
-    distances = F.smooth_l1_loss(
-        predicted[places[steps, rows]].to(wide), true[targets[steps, rows]].to(wide), reduction="none"
-    ).mean(-1)
-    return torch.zeros(len(supervised), dtype=wide, device=predicted.device).index_add(0, steps, distances)
+    distances = F.smooth_l1_loss(predicted.to(wide), true.to(wide), reduction="none").mean(-1)
+    return torch.zeros_like(drafted.supervised, dtype=wide).index_put(counted, distances)

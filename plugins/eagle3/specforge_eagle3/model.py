@@ -322,11 +322,14 @@ class Eagle3DraftModel(SpeculatorModel):
         """Turn states of any step after the final norm [..., H] into logits over the draft vocabulary [..., D]."""
         return cast(Tensor, self.lm_head(hidden))
 
-    def unroll(
-        self, input_ids: Tensor, features: Features, position_ids: Tensor, document_ids: Tensor, steps: int
-    ) -> Tensor:
-        """Run ``steps`` chained draft steps at every row, fed with the true tokens."""
-        return cast(Tensor, self(input_ids, features.aux, position_ids, document_ids, steps=steps))
+    def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
+        """Run the training-time test; return states after the final norm."""
+        return self.chain(batch["input_ids"], features.aux, batch["position_ids"], batch["document_ids"], rows)
+
+    @property
+    def head_weights(self) -> Tensor:
+        """The head of all steps, [D, H]."""
+        return self.lm_head.weight
 
     def drafter(self, batch_size: int) -> FeatureDrafter:
         """Begin to draft for some sequences; row t stands at position t + 1."""

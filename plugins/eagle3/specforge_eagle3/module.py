@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -11,14 +14,14 @@ from specforge.bounds import Count, Layers, Steps, Width
 from specforge.data.module import DraftDataModule
 from specforge.errors import UsageError
 from specforge.models.alignment import Alignment, Supervision, align
-from specforge.models.draft_rows import DraftRows
 from specforge.models.scaled_linear import ScaledLinear
 from specforge.models.vocabulary import DraftVocabulary
-from specforge.training.distillation import DraftSteps, Teacher, distill
+from specforge.training.comparison import Term
 from specforge.training.feature_scale import FeatureScale, check_feature_scale, fit_scale
 from specforge.training.module import Batch, DraftModule
+from specforge.training.objectives import Distributions
 from specforge.training.saying import say
-from specforge.verifier.features import Features, check_aux_layers, default_aux_layers
+from specforge.verifier.features import check_aux_layers, default_aux_layers
 from specforge.verifier.parts import VerifierParts
 from specforge_eagle3.model import Eagle3DraftModel
 
@@ -86,6 +89,9 @@ class Eagle3Module(DraftModule):
         self.settings = draft
         self.ttt_steps = ttt_steps
         self.supervision = supervision
+        self._terms_in_vocabulary = [
+            replace(term, function=partial(_in_vocabulary, term.function)) for term in self.terms
+        ]
         verifier = self.verifier_config.get_text_config()
         try:
             chosen = draft.aux_layers
@@ -176,23 +182,13 @@ class Eagle3Module(DraftModule):
         supervision = self.supervision if self.training else "exact"
         return align(batch["loss_mask"], batch["document_ids"], self.ttt_steps, supervision)
 
-    def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
-        """Run the training-time test over a packed batch and compare each step with the verifier."""
-        alignment = self.alignment(batch)
-        targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
-        rows = DraftRows.needed(supervised)
-        hidden = self.draft.chain(batch["input_ids"], features.aux, batch["position_ids"], batch["document_ids"], rows)
-        return distill(
-            hidden,
-            self.draft.lm_head.weight,
-            Teacher(features.last.flatten(0, 1), self.parts, self.draft.draft_ids),
-            targets,
-            supervised,
-            self.terms,
-            self.step_weights(supervised),
-            skip_targets_outside=self.training and self.supervision == "compat",
-            labels=self.labels(batch),
-            rows=rows,
-            compiled=self.compile_steps,
-            weighting=self.weighting if self.training else None,
-        )
+    @property
+    def loss_terms(self) -> list[Term]:
+        """The summands of the objective; ``compat`` leaves out of training what is no draft token."""
+        return self._terms_in_vocabulary if self.training and self.supervision == "compat" else super().loss_terms
+
+
+def _in_vocabulary(loss: Callable[[Distributions], Tensor], rows: Distributions) -> Tensor:
+    """Compute a loss, 0 for rows whose most probable verifier token is no draft token."""
+    assert rows.verifier_top is not None
+    return loss(rows) * (rows.verifier_top >= 0)

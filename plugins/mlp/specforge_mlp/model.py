@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -207,27 +208,8 @@ class MLPSpeculator(SpeculatorModel):
             logits.append(self.logits(states, step))
         return torch.stack(logits)
 
-    def unroll(
-        self, input_ids: Tensor, features: Features, position_ids: Tensor, document_ids: Tensor, steps: int
-    ) -> Tensor:
-        """Run the first heads at every row, fed with the true tokens; positions and documents are not looked at.
-
-        Raises:
-            UsageError: More steps than heads are asked for.
-        """
-        rows = DraftRows.all(steps, input_ids.numel(), input_ids.device)
-        return self.chain(input_ids, features, rows).view(steps, *input_ids.shape, -1)
-
-    def chain(self, input_ids: Tensor, features: Features, rows: DraftRows) -> Tensor:
-        """Run the first heads at the rows that are needed, fed with the true tokens.
-
-        Args:
-            input_ids: The verifier's tokens x, [B, T].
-            features: Its states over them.
-            rows: The rows that each step runs.
-
-        Returns:
-            Their states, one step behind the other, [P, I] (see ``DraftRows.places``).
+    def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
+        """Run the first heads; positions and documents are not looked at.
 
         Raises:
             UsageError: More steps than heads are asked for.
@@ -235,7 +217,7 @@ class MLPSpeculator(SpeculatorModel):
         steps = len(rows.counts)
         if steps > self.config.num_layers:
             raise UsageError(f"this draft has {self.config.num_layers} heads, and {steps} steps are asked for")
-        tokens = step_tokens(input_ids, steps).flatten(1)
+        tokens = step_tokens(batch["input_ids"], steps).flatten(1)
         last = features.last.flatten(0, 1)[rows.order[: rows.counts[0]]]
         states, outputs = self.first_state(Features(features.aux, last)), []
         for step, count in enumerate(rows.counts):

@@ -1,4 +1,4 @@
-"""Training an MLP speculator: the network's settings, one batch, and where stage 2 begins."""
+"""Training an MLP speculator: the network's settings, what counts, and where stage 2 begins."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from specforge.bounds import Decay, Layers, Width
 from specforge.data.module import DraftDataModule
 from specforge.errors import UsageError
 from specforge.models.alignment import Alignment, align
-from specforge.models.draft_rows import DraftRows
-from specforge.training.distillation import DraftSteps, Teacher, distill
 from specforge.training.module import Batch, DraftModule
 from specforge.training.optimizers import OptimizerSettings
 from specforge.training.schedules import ScheduleSettings
-from specforge.verifier.features import Features
 from specforge.verifier.parts import VerifierParts
 from specforge_mlp.model import MLPSpeculator
 from specforge_mlp.schedule import two_stage_factor
@@ -147,25 +144,6 @@ class MLPModule(DraftModule):
     def alignment(self, batch: Batch) -> Alignment:
         """Return targets and counted positions, of the responses or of all text."""
         return align(self._supervised_tokens(batch), batch["document_ids"], self.num_steps)
-
-    def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
-        """Run all heads at every row, fed with the true tokens, and compare them with text and verifier."""
-        alignment = self.alignment(batch)
-        targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
-        rows = DraftRows.needed(supervised)
-        return distill(
-            self.draft.chain(batch["input_ids"], features, rows),
-            self.draft.head_weights,
-            Teacher(features.last.flatten(0, 1), self.parts, None),
-            targets,
-            supervised,
-            self.terms,
-            self.step_weights(supervised),
-            labels=self.labels(batch),
-            rows=rows,
-            compiled=self.compile_steps,
-            weighting=self.weighting if self.training else None,
-        )
 
     def _supervised_tokens(self, batch: Batch) -> Tensor:
         stage = self.settings_of_stage_two
