@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoTokenizer
 
 from specforge import SpeculatorModel
 from specforge.__main__ import main as specforge
 from specforge.config import TokenProposalConfig
 from specforge.data.prompts import read_prompts
+from specforge.data.verifier_text import VerifierText
 from specforge.decoding.verification import Verification
 from specforge.evaluation.measuring import Contender, Measuring, Settings
 from specforge.proposals.choice import choose_proposal
@@ -120,7 +120,7 @@ def main() -> None:
     drafts = {pair: train(arguments, *pair) for pair in itertools.product(arguments.recipes, arguments.seeds)}
     if arguments.train_only:
         return
-    verifier, tokenizer = load_verifier(arguments.verifier), AutoTokenizer.from_pretrained(arguments.verifier)
+    verifier, template = load_verifier(arguments.verifier), VerifierText(arguments.verifier).template
     conversations = read_prompts(arguments.validation, limit=arguments.limit)
     columns = [(temperature, method) for temperature in (0.0, 1.0) for method in METHODS]
     columns.remove((0.0, "sampling"))  # the greedy chain once more
@@ -132,7 +132,7 @@ def main() -> None:
             contenders.append(Contender(f"{recipe}/{seed}", proposal(method, draft), draft))
         contenders.append(Contender("prompt lookup/0", choose_proposal("prompt_lookup", None)))
         settings = Settings(Sampling(temperature=temperature), Verification(), arguments.max_new_tokens, 32, seed=0)
-        Measuring(verifier, tokenizer, contenders, settings).run("validation", conversations, lambda _: None)
+        Measuring(verifier, template, contenders, settings).run("validation", conversations, lambda _: None)
         for one in contenders:
             length = one.tallies["validation"].measurement("validation").acceptance_length
             lengths.setdefault((one.name.split("/")[0], temperature, method), []).append(length)

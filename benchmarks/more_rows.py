@@ -68,7 +68,7 @@ def train(rows: Path, steps: int, log: Path) -> tuple[float, float]:
             *("--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps // 4)),
             *("--trainer.enable_progress_bar", "false", "--trainer.logger", "false"),
         ]
-        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         log.write_text(shown, encoding="utf-8")
     shown = log.read_text(encoding="utf-8")
     lengths = [float(one) for one in re.findall(r"acceptance_length (\d\.\d+)", shown)]
@@ -81,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="folder for rows and runs")
     parser.add_argument("--rows", type=int, nargs="+", default=[500, 1000, 1980, 10000, 40000])
-    parser.add_argument("--steps", type=int, nargs="+", default=[520, 2080])
+    parser.add_argument("--steps", type=int, nargs="+", default=[520, 1300])
     return parser.parse_args()
 
 
