@@ -15,8 +15,8 @@ package does not: it takes the documents of a packed row as a padded batch.
 Every learning rate is tried with the first seed, and the best, by the acceptance length on the first set of rows, with
 the others too. The seed is that of the weights: all take the rows in the same order. The peers' drafts are converted,
 and all are measured alike: every one by exact replay of greedy chains on all rows of the sets, which are to be the
-verifier's own text at temperature 0; those of the best rate by decoding their prompts, with chains and trees. Chains
-are as long, and trees as deep, as there are test-time steps.
+verifier's own text at temperature 0; the best one of the first seed by decoding their prompts, with chains and trees.
+Chains are as long, and trees as deep, as there are test-time steps.
 
 CPU is that of the whole training process: ours with the verifier's passes and validation, a peer's with neither. What
 has been trained is found in ``--output`` and not trained again; ``outcome.json`` there holds the figures.
@@ -60,12 +60,18 @@ def main() -> None:
     again = replay([workshop.train(one.key, one.rate, seed) for one in best for seed in more], run, sets)
     figures = sorted(figures + again, key=lambda one: (list(NAMES).index(one.trained.key), one.trained.rate))
     print("\n".join(trained_table(figures, run.chain)), flush=True)
-    rates = {(one.key, one.rate) for one in best}
-    chosen = [one for one in figures if (one.trained.key, one.trained.rate) in rates]
-    drafts = [one.trained.draft for one in chosen]
+    chosen = [one for one in figures if one.trained in best]
     shapes = [SHAPES[one].format(chain=run.chain) for one in arguments.shapes]
     decoding = [
-        decoded(drafts, run.verifier_name, sets, shapes, one, arguments.limit, arguments.output / f"decoding-{one:g}")
+        decoded(
+            [two.draft for two in best],
+            run.verifier_name,
+            sets,
+            shapes,
+            one,
+            arguments.limit,
+            arguments.output / f"decoding-{one:g}",
+        )
         for one in arguments.temperatures
     ]
     print("\n" + "\n".join(decoded_table(chosen, decoding)))

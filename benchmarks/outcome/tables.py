@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -45,7 +44,7 @@ def trained_table(figures: Sequence[Figures], chain: int) -> Iterator[str]:
 
 
 def decoded_table(figures: Sequence[Figures], decoding: Sequence[Results]) -> Iterator[str]:
-    """Yield the lines of a table of each trainer's drafts on each set, means over their seeds.
+    """Yield the lines of a table of decoding each set with some drafts.
 
     Args:
         figures: The drafts.
@@ -57,27 +56,21 @@ def decoded_table(figures: Sequence[Figures], decoding: Sequence[Results]) -> It
         for method in dict.fromkeys(one.proposal["proposal_type"] for one in results.contenders)
     ]
     heads = [f"{SHAPES[method]}, T = {results.sampling.temperature:g}" for results, method in columns]
-    yield f"| draft | learning rate | seeds | set | replay | {' | '.join(heads)} | identical at T = 0 |"
-    yield f"|---|---|---|---|---|{'---|' * len(heads)}---|"
-    for key in dict.fromkeys(one.trained.key for one in figures):
-        own = [one for one in figures if one.trained.key == key]
-        drafts = {str(one.trained.draft) for one in own}
-        for rows in own[0].replay:
-            found = [_measurements(results, method, drafts, rows) for results, method in columns]
-            cells = [NAMES[key], f"{own[0].trained.rate:g}", str(len(own)), rows]
-            cells += [_mean([one.length(rows) for one in own])]
-            cells += [_mean([one.acceptance_length for one in cell]) for cell in found]
-            yield f"| {' | '.join([*cells, _identical([one for cell in found for one in cell])])} |"
+    yield f"| draft | learning rate | set | replay | {' | '.join(heads)} | identical at T = 0 |"
+    yield f"|---|---|---|---|{'---|' * len(heads)}---|"
+    for one in figures:
+        about = one.trained
+        for rows in one.replay:
+            found = [_measurement(results, method, str(about.draft), rows) for results, method in columns]
+            lengths = [one.length(rows), *(cell.acceptance_length for cell in found)]
+            cells = [NAMES[about.key], f"{about.rate:g}", rows, *(f"{length:.2f}" for length in lengths)]
+            yield f"| {' | '.join([*cells, _identical(found)])} |"
 
 
-def _measurements(results: Results, method: str, drafts: set[str], rows: str) -> list[Measurement]:
-    """Return the measurements of some drafts and a method on a set."""
-    chosen = [one for one in results.contenders if one.draft in drafts and one.proposal["proposal_type"] == method]
-    return [one for contender in chosen for one in contender.sets if one.prompt_set == rows]
-
-
-def _mean(lengths: Sequence[float]) -> str:
-    return f"{statistics.fmean(lengths):.2f}"
+def _measurement(results: Results, method: str, draft: str, rows: str) -> Measurement:
+    """Return the measurement of a draft and a method on a set."""
+    (contender,) = [one for one in results.contenders if one.draft == draft and one.proposal["proposal_type"] == method]
+    return next(one for one in contender.sets if one.prompt_set == rows)
 
 
 def _identical(measurements: Sequence[Measurement]) -> str:

@@ -135,4 +135,4 @@ def test_decoding_says_the_same_in_its_table(run, length, tmp_path):
     head, _, line = decoded_table([figures(run, acceptance_length=length)], [results])
     assert "chain, T = 0 | tree, T = 0" in head
     both = f"{length:.2f} | {length:.2f} | {tree:.2f}"
-    assert line == f"| speculators 0.9.0 | 0.02 | 1 | validation | {both} | 16 of 16 |"
+    assert line == f"| speculators 0.9.0 | 0.02 | validation | {both} | 16 of 16 |"
