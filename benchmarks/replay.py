@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from specforge import SpeculatorModel
 from specforge.config import SpeculatorModelConfig
-from specforge.data.prompts import prompt_set_name, read_prompts
-from specforge.data.verifier_text import VerifierText
+from specforge.data.text.prompts import prompt_set_name, read_prompts
+from specforge.data.text.verifier import VerifierText
 from specforge.decoding.loop import Decoder
 from specforge.decoding.recorded import chain_acceptance
 from specforge.decoding.replay import replay

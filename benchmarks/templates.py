@@ -31,10 +31,10 @@ from template_judge import EXACT, NEEDLESS, STATUSES, WRONG, Encoded, Reference,
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from specforge.data.bad_rows import BadRow
-from specforge.data.encoding import RowEncoder
-from specforge.data.sources import Record
-from specforge.data.template import ChatTemplate
+from specforge.data.text.bad_rows import BadRow
+from specforge.data.text.encoding import RowEncoder
+from specforge.data.text.records import Record
+from specforge.data.text.template import ChatTemplate
 
 Arguments = Mapping[str, Any]
 ONE, TWO = "one turn", "two turns"

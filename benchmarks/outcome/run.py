@@ -40,7 +40,7 @@ from measuring import SHAPES, decoded, replayed
 from tables import Figures, decoded_table, trained_table
 from training import NAMES, OURS, PEERS, Trained, Workshop
 
-from specforge.data.prompts import prompt_set_name
+from specforge.data.text.prompts import prompt_set_name
 
 RATES = {"speculators": (1e-2, 2e-2, 4e-2), "sglang": (5e-3, 2e-2)}
 

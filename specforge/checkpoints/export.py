@@ -20,8 +20,8 @@ from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.checkpoints.verify import verify
 from specforge.checkpoints.writing import written_whole
 from specforge.config import SpeculatorModelConfig, VerifierConfig, meaning, verifier_difference
-from specforge.data.prompts import Conversation
-from specforge.data.verifier_text import VerifierText
+from specforge.data.text.prompts import Conversation
+from specforge.data.text.verifier import VerifierText
 from specforge.decoding.agreement import Agreement
 from specforge.errors import SpecforgeError, UsageError
 from specforge.models.base_components import plain_rope

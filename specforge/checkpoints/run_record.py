@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-from specforge.data.prompts import Conversation, read_prompts
+from specforge.data.text.prompts import Conversation, read_prompts
 from specforge.errors import UsageError
 
 DRAFT = "draft"

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from specforge.checkpoints.logits import difference, greatest_logits
 from specforge.checkpoints.probe import Served, Text
-from specforge.data.prompts import Conversation
-from specforge.data.verifier_text import VerifierText
+from specforge.data.text.prompts import Conversation
+from specforge.data.text.verifier import VerifierText
 from specforge.decoding.agreement import Agreement, compare_rounds
 from specforge.decoding.loop import Decoder, Emission
 from specforge.decoding.recorded import chain_acceptance

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from specforge.commands.wrapping import HelpFormatter, hanging
 from specforge.config import SpeculatorModelConfig
-from specforge.data.template import ChatTemplate
-from specforge.data.verifier_text import VerifierText
+from specforge.data.text.template import ChatTemplate
+from specforge.data.text.verifier import VerifierText
 from specforge.decoding.verification import Verification
 from specforge.errors import UsageError, describe_invalid
 from specforge.models.speculator import SpeculatorModel

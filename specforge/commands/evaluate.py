@@ -18,11 +18,11 @@ from specforge.commands.arguments import PROPOSAL, decoding_parser, find_verifie
 from specforge.config import SpeculatorModelConfig
 from specforge.data.bigrams import bigram_table
 from specforge.data.module import default_cache
-from specforge.data.prompts import Conversation, prompt_set_name, read_prompts
 from specforge.data.rows import build_rows
-from specforge.data.sources import check_source, source_fingerprint
 from specforge.data.summary import RowSettings
-from specforge.data.template import ChatTemplate
+from specforge.data.text.prompts import Conversation, prompt_set_name, read_prompts
+from specforge.data.text.sources import check_source, source_fingerprint
+from specforge.data.text.template import ChatTemplate
 from specforge.decoding.verification import Verification
 from specforge.errors import UsageError
 from specforge.evaluation.measuring import Contender, Measuring, Settings

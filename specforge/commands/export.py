@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 from specforge.checkpoints.export import Export, Order, export
 from specforge.checkpoints.hub import push
 from specforge.commands.arguments import add_verifier_flags, command_parser, loading_of, parse
-from specforge.data.prompts import read_prompts
+from specforge.data.text.prompts import read_prompts
 from specforge.hookspecs import CheckpointFormat
 from specforge.registry import installed
 

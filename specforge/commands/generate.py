@@ -14,10 +14,10 @@ from rich.text import Text
 from specforge.checkpoints.run_record import find_draft
 from specforge.commands.arguments import PROPOSAL, decoding_parser, find_verifier, load, load_draft, parse, sampling_of
 from specforge.config import SpeculatorModelConfig
-from specforge.data.chat import Message
-from specforge.data.prompts import Conversation, read_prompts, reply_text
-from specforge.data.showing import set_off
-from specforge.data.template import ChatTemplate
+from specforge.data.text.chat import Message
+from specforge.data.text.prompts import Conversation, read_prompts, reply_text
+from specforge.data.text.showing import set_off
+from specforge.data.text.template import ChatTemplate
 from specforge.decoding.loop import Decoder, Emission
 from specforge.decoding.verification import Verification, is_lossy
 from specforge.errors import UsageError

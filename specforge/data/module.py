@@ -12,7 +12,6 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from specforge.bounds import Batch, RowLength, Seed, Share, Workers
-from specforge.data.encoding import RowEncoder
 from specforge.data.features.dtypes import FeatureType
 from specforge.data.features.manifest import FeatureNeeds, Manifest
 from specforge.data.features.reading import read_from
@@ -21,9 +20,10 @@ from specforge.data.features.store import FeatureStore
 from specforge.data.loader import PackedSampler, ResumableLoader
 from specforge.data.packing import PackedRows, collate, pack
 from specforge.data.rows import TokenRows, build_rows, is_built
-from specforge.data.sources import check_source
 from specforge.data.summary import MAX_BAD_SHARE, RowSettings
-from specforge.data.verifier_text import VerifierText
+from specforge.data.text.encoding import RowEncoder
+from specforge.data.text.sources import check_source
+from specforge.data.text.verifier import VerifierText
 from specforge.errors import UsageError
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from specforge.data.lock import locked
 from specforge.data.recipe import TRAIN, VALIDATION, Recipe
 from specforge.data.rows import count_stored, identity_of, is_whole, require_supervision
 from specforge.data.sealed import read_sealed, write_sealed
-from specforge.data.sources import source_fingerprint
 from specforge.data.stored_rows import ROWS_FILE, SUMMARY_FILE, written_parts
 from specforge.data.summary import RowsSummary
+from specforge.data.text.sources import source_fingerprint
 from specforge.data.writing import RowsWriter, chained, write_rows
 from specforge.errors import SpecforgeError, UsageError
 

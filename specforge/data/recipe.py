@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from specforge.data.bad_rows import BadRow
-from specforge.data.encoding import RowEncoder, TokenRow
-from specforge.data.replies import CORRECTED
-from specforge.data.sources import RawRecord, Record
 from specforge.data.summary import BadRows, RowSettings, RowsSummary
+from specforge.data.text.bad_rows import BadRow
+from specforge.data.text.encoding import RowEncoder, TokenRow
+from specforge.data.text.records import RawRecord, Record
+from specforge.data.text.replies import CORRECTED
 
 FORMAT = 3  # raised when the same source would give other rows, so that old caches are left alone
 SCHEMA = pa.schema(

@@ -18,19 +18,20 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from specforge.data.bad_rows import BadRow
 from specforge.data.cache import ensure_folder
-from specforge.data.encoding import RowEncoder, holds_tokens
 from specforge.data.recipe import FORMAT, TRAIN, Recipe
-from specforge.data.sources import Record, read_raw_records, source_fingerprint
 from specforge.data.stored_rows import ROWS_FILE, StoredRows
 from specforge.data.summary import RowSettings, RowsSummary
-from specforge.data.template import arguments_advice
+from specforge.data.text.bad_rows import BadRow
+from specforge.data.text.encoding import RowEncoder, holds_tokens
+from specforge.data.text.records import Record
+from specforge.data.text.sources import read_raw_records, source_fingerprint
+from specforge.data.text.template import arguments_advice
 from specforge.data.writing import RowsWriter, write_rows
 from specforge.errors import SpecforgeError, UsageError
 
 if TYPE_CHECKING:
-    from specforge.data.template import ChatTemplate
+    from specforge.data.text.template import ChatTemplate
 
 
 class TokenRows:
@@ -146,7 +147,7 @@ def build_rows(
     """Return the token rows of a source: as they lie there, if it is a folder of them, or else through the cache.
 
     Args:
-        source: path or hub name, see `specforge.data.sources`.
+        source: path or hub name, see `specforge.data.text.sources`.
         load_template: returns the verifier's chat template; not called where the source holds tokens of any tokenizer.
         vocabulary_size: number of ids of the verifier.
         settings: what is done with long rows, and with bad ones.

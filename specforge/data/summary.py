@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from specforge.data.origin import Origin
+from specforge.data.text.origin import Origin
 from specforge.errors import UsageError
 
 MAX_BAD_SHARE = 0.05  # of a source's rows that may be bad, unless it is set

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 
 from specforge.data.recipe import Batch, Recipe
-from specforge.data.sources import RawRecord
+from specforge.data.text.records import RawRecord
 from specforge.errors import SpecforgeError
 
 CHUNK = 256  # raw rows made and written at once

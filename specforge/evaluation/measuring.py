@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specforge.config import TokenProposalConfig
-from specforge.data.prompts import Conversation, reply_text
-from specforge.data.template import ChatTemplate
+from specforge.data.text.prompts import Conversation, reply_text
+from specforge.data.text.template import ChatTemplate
 from specforge.decoding.agreement import Agreement, compare_rounds
 from specforge.decoding.loop import Decoder, Emission, Times
 from specforge.decoding.recorded import chain_acceptance, replay_text

@@ -14,7 +14,7 @@ import pytest
 from quickstart_prompts import QUICKSTART, VERIFIER
 
 from specforge.__main__ import main
-from specforge.data.encoding import RowEncoder
+from specforge.data.text.encoding import RowEncoder
 
 CHATS = [
     {"conversations": [{"from": "human", "value": f"What is {number}?"}, {"from": "gpt", "value": f"It is {number}."}]}

@@ -18,13 +18,13 @@ from local_server import local_server
 from quickstart_prompts import QUESTIONS, QUICKSTART, VERIFIER
 
 from specforge.__main__ import main
-from specforge.data.encoding import RowEncoder
-from specforge.data.origin import why_proxy
 from specforge.data.responses.journal import Journal
 from specforge.data.rows import build_rows
-from specforge.data.sources import read_records
 from specforge.data.summary import RowSettings
-from specforge.data.template import ChatTemplate
+from specforge.data.text.encoding import RowEncoder
+from specforge.data.text.origin import why_proxy
+from specforge.data.text.sources import read_records
+from specforge.data.text.template import ChatTemplate
 from specforge.verifier.fingerprint import fingerprint
 
 VALIDATION = QUICKSTART / "validation.jsonl"

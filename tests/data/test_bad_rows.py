@@ -15,7 +15,7 @@ from specforge.data.prepared import prepare_rows
 from specforge.data.recipe import Recipe
 from specforge.data.rows import build_rows, make_encoder
 from specforge.data.summary import BadRows, RowSettings
-from specforge.data.verifier_text import VerifierText
+from specforge.data.text.verifier import VerifierText
 from specforge.errors import UsageError
 
 Write = Callable[..., str]
@@ -95,9 +95,9 @@ def test_rows_of_one_chat_are_never_parted(make_verifier, templates, write_lines
 
 def test_a_build_has_one_date_and_keeps_it(build, make_verifier, write_lines: Write, chat, monkeypatch) -> None:
     folder, source = make_verifier(DATED), write_lines([chat("one", "two")])
-    monkeypatch.setattr("specforge.data.template.Date", FixedDay("2024-02-29"))
+    monkeypatch.setattr("specforge.data.text.template.Date", FixedDay("2024-02-29"))
     first = build(source, folder)[0]["input_ids"].tolist()
-    monkeypatch.setattr("specforge.data.template.Date", FixedDay("2025-01-01"))
+    monkeypatch.setattr("specforge.data.text.template.Date", FixedDay("2025-01-01"))
     assert build(source, folder)[0]["input_ids"].tolist() == first, "the rows are those of the day of the build"
     other = build(source, folder, {"template_date": "2025-01-01"})[0]["input_ids"].tolist()
     assert other != first
@@ -114,12 +114,12 @@ def test_a_run_that_is_taken_up_keeps_its_date(make_verifier, write_lines: Write
         prepare_rows([source], cook, tmp_path / name, 1)
         return (tmp_path / name / "train" / "rows.arrow").read_bytes()
 
-    monkeypatch.setattr("specforge.data.template.Date", FixedDay("2024-02-29"))
+    monkeypatch.setattr("specforge.data.text.template.Date", FixedDay("2024-02-29"))
     whole, encode, done = prepare("whole"), Recipe.make, []
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Recipe, "make", lambda *a: done.append(0) or (encode(*a) if len(done) < 3 else interrupt()))
         prepare("out")
-    monkeypatch.setattr("specforge.data.template.Date", FixedDay("2025-01-01"))
+    monkeypatch.setattr("specforge.data.text.template.Date", FixedDay("2025-01-01"))
     assert prepare("out") == whole
     stored = json.loads((tmp_path / "out" / "train" / "summary.json").read_text())
     assert "2024-02-29" in json.dumps(stored)

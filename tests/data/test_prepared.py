@@ -21,14 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from specforge.data.encoding import RowEncoder, TokenRow
 from specforge.data.lock import locked
 from specforge.data.module import DraftDataModule
 from specforge.data.prepared import Prepared, check_output, prepare_rows
 from specforge.data.recipe import Recipe
 from specforge.data.rows import TokenRows, build_rows, open_rows
 from specforge.data.summary import RowSettings, RowsSummary
-from specforge.data.template import ChatTemplate
+from specforge.data.text.encoding import RowEncoder, TokenRow
+from specforge.data.text.template import ChatTemplate
 from specforge.errors import SpecforgeError, UsageError
 
 VOCABULARY_SIZE = 320

@@ -15,14 +15,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from specforge.data import rows as rows_module
-from specforge.data.encoding import RowEncoder
 from specforge.data.prepared import prepare_rows
 from specforge.data.recipe import Recipe
 from specforge.data.rows import TokenRows, build_rows, open_rows
-from specforge.data.sources import count_records, read_records, source_fingerprint
 from specforge.data.stored_rows import StoredRows
 from specforge.data.summary import RowSettings
-from specforge.data.template import ChatTemplate
+from specforge.data.text.encoding import RowEncoder
+from specforge.data.text.sources import count_records, read_records, source_fingerprint
+from specforge.data.text.template import ChatTemplate
 from specforge.errors import SpecforgeError, UsageError
 
 VOCABULARY_SIZE = 320

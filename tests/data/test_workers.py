@@ -9,10 +9,10 @@ from itertools import islice
 
 import pytest
 
-from specforge.data.encoding import RowEncoder
 from specforge.data.recipe import Recipe
-from specforge.data.sources import read_raw_records
 from specforge.data.summary import RowSettings
+from specforge.data.text.encoding import RowEncoder
+from specforge.data.text.sources import read_raw_records
 from specforge.data.workers import CHUNK, make_batches
 from specforge.errors import SpecforgeError, UsageError
 

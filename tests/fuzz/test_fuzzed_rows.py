@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 
-from specforge.data.bad_rows import BadRow
-from specforge.data.encoding import RowEncoder, TokenRow
 from specforge.data.prepared import Prepared, prepare_rows
-from specforge.data.prompts import read_conversation
 from specforge.data.recipe import Recipe
 from specforge.data.rows import open_rows
-from specforge.data.sources import RawRecord, Record, read_records
 from specforge.data.summary import RowSettings
-from specforge.data.verifier_text import VerifierText
+from specforge.data.text.bad_rows import BadRow
+from specforge.data.text.encoding import RowEncoder, TokenRow
+from specforge.data.text.prompts import read_conversation
+from specforge.data.text.records import RawRecord, Record
+from specforge.data.text.sources import read_records
+from specforge.data.text.verifier import VerifierText
 from specforge.errors import SpecforgeError, UsageError
 
 VERIFIER = Path(__file__).parents[2] / "configs" / "quickstart" / "verifier"

@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from specforge.config import SpeculatorModelConfig
-from specforge.data.verifier_text import VerifierText
+from specforge.data.text.verifier import VerifierText
 from specforge.errors import UsageError
 from specforge.verifier.features import capture
 from specforge.verifier.loading import load_verifier

@@ -13,7 +13,7 @@ import numpy as np
 from specforge.data.loader import Batch, ResumableLoader
 from specforge.data.module import DraftDataModule
 from specforge.data.packing import collate
-from specforge.data.sources import check_source
+from specforge.data.text.sources import check_source
 from specforge.errors import UsageError
 from specforge_mlp.module import MLPModule
 from specforge_mlp.stage_two import ahead, check_lengths, cut_prompts, write_on

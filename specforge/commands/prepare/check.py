@@ -15,10 +15,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from specforge.commands.arguments import add_verifier_flags, command_parser, load, parse
-from specforge.data.bad_rows import BadRow
-from specforge.data.encoding import RowEncoder, TokenRow
-from specforge.data.sources import RawRecord, check_source, count_records, read_raw_records
-from specforge.data.template import ChatTemplate
+from specforge.data.text.bad_rows import BadRow
+from specforge.data.text.encoding import RowEncoder, TokenRow
+from specforge.data.text.records import RawRecord
+from specforge.data.text.sources import check_source, count_records, read_raw_records
+from specforge.data.text.template import ChatTemplate
 from specforge.errors import UsageError
 from specforge.verifier.policy import PolicyCheck, check_policy
 

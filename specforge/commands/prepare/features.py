@@ -25,7 +25,7 @@ from specforge.data.features.plan import Plan
 from specforge.data.features.preparing import States, prepare_features
 from specforge.data.features.store import FeatureStore
 from specforge.data.module import LIVE, DraftDataModule
-from specforge.data.sources import check_source
+from specforge.data.text.sources import check_source
 from specforge.errors import UsageError
 from specforge.estimation.table import in_units
 from specforge.hookspecs import Algorithm

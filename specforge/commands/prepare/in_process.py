@@ -8,9 +8,9 @@ from itertools import groupby
 import torch
 from transformers import PreTrainedModel
 
-from specforge.data.prompts import Conversation, reply_text
 from specforge.data.responses.asking import Asking, Keep, Prompt, Refuse, Reply
-from specforge.data.template import ChatTemplate
+from specforge.data.text.prompts import Conversation, reply_text
+from specforge.data.text.template import ChatTemplate
 from specforge.decoding.checks import context_length
 from specforge.decoding.loop import Decoder
 from specforge.errors import UsageError

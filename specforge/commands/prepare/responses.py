@@ -31,8 +31,9 @@ from specforge.commands.prepare.in_process import VerifierAnswerer
 from specforge.data.responses.asking import Answer, Asking, Keep, Prompt, Refuse
 from specforge.data.responses.journal import Journal
 from specforge.data.responses.writing import RESPONSES_FILE, Responses, check_output, write_responses
-from specforge.data.sources import RawRecord, check_source, source_fingerprint
-from specforge.data.template import ChatTemplate
+from specforge.data.text.records import RawRecord
+from specforge.data.text.sources import check_source, source_fingerprint
+from specforge.data.text.template import ChatTemplate
 from specforge.errors import UsageError
 from specforge.verifier.fingerprint import fingerprint
 from specforge.verifier.policy import PolicyCheck

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
-from specforge.data.bad_rows import BadRow
-from specforge.data.prompts import Conversation, read_conversation
-from specforge.data.sources import Record, read_raw_records
+from specforge.data.text.bad_rows import BadRow
+from specforge.data.text.prompts import Conversation, read_conversation
+from specforge.data.text.records import Record
+from specforge.data.text.sources import read_raw_records
 from specforge.sampling import Sampling
 
 

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from specforge.data.showing import stretches
+from specforge.data.text.showing import stretches
 from specforge.decoding.replay import turns_of
 from specforge.errors import UsageError
 from specforge.training.board.writers import writers

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specforge.data.bad_rows import BadRow
-from specforge.data.chat import CHAT_KEYS, Chat, Message, read_chat
-from specforge.data.sources import Record, check_source, read_records
-from specforge.data.template import ChatTemplate, TemplateRefusal, TooSlow, time_limit
-from specforge.data.tool_calls import read_tools
+from specforge.data.text.bad_rows import BadRow
+from specforge.data.text.chat import CHAT_KEYS, Chat, Message, read_chat
+from specforge.data.text.records import Record
+from specforge.data.text.sources import check_source, read_records
+from specforge.data.text.template import ChatTemplate, TemplateRefusal, TooSlow, time_limit
+from specforge.data.text.tool_calls import read_tools
 from specforge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def read_prompts(source: str, key: str = "--prompts", limit: int | None = None) 
     ``prompt``.
 
     Args:
-        source: Path or hub name, see ``specforge.data.sources``.
+        source: Path or hub name, see ``specforge.data.text.sources``.
         key: What to call the source in errors.
         limit: Read only so many; None for all.
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from specforge.data.bad_rows import BadRow
-from specforge.data.encoding import RowEncoder, tokens_inside
-from specforge.data.sources import Record
-from specforge.data.template import ChatTemplate, time_limit
+from specforge.data.text.bad_rows import BadRow
+from specforge.data.text.encoding import RowEncoder, tokens_inside
+from specforge.data.text.records import Record
+from specforge.data.text.template import ChatTemplate, time_limit
 from specforge.errors import UsageError
 
 VOCABULARY_SIZE = 320
@@ -202,7 +202,7 @@ def test_a_template_without_end_is_told_by_its_third_row(
 ) -> None:
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     encoder = RowEncoder(ChatTemplate(load_tokenizer(loops)), VOCABULARY_SIZE)
-    monkeypatch.setattr("specforge.data.replies.time_limit", lambda: time_limit(0.05))
+    monkeypatch.setattr("specforge.data.text.replies.time_limit", lambda: time_limit(0.05))
     with pytest.raises(UsageError, match=r"here:3: .*longer than 0\.05 s; it is the third such row"):
         encoder.encode([Record(chat("one", "two"), f"here:{number}") for number in range(1, 9)])
 

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from specforge.data.bad_rows import BadRow
-from specforge.data.chat import Chat
-from specforge.data.template import ChatTemplate, Span, TemplateRefusal, TooSlow, time_limit
-from specforge.data.turns import Message
+from specforge.data.text.bad_rows import BadRow
+from specforge.data.text.chat import Chat
+from specforge.data.text.template import ChatTemplate, Span, TemplateRefusal, TooSlow, time_limit
+from specforge.data.text.turns import Message
 
 BETWEEN = "between prompt and end token"
 NEXT_HEADER = "up to the next role's header, which ends it"

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from specforge.data.bad_rows import BadRow
-from specforge.data.chat import Chat, read_chat
-from specforge.data.replies import BETWEEN, CORRECTED, NEXT_HEADER, TAGGED, UNENDED, ReplyFinder, SupervisedText
-from specforge.data.sources import Record
-from specforge.data.template import ChatTemplate, time_limit
+from specforge.data.text.bad_rows import BadRow
+from specforge.data.text.chat import Chat, read_chat
+from specforge.data.text.records import Record
+from specforge.data.text.replies import BETWEEN, CORRECTED, NEXT_HEADER, TAGGED, UNENDED, ReplyFinder, SupervisedText
+from specforge.data.text.template import ChatTemplate, time_limit
 
 Load = Callable[..., PreTrainedTokenizerBase]
 HEAD, EOS = "<|im_start|>", "<|im_end|>"
@@ -274,7 +274,7 @@ def test_no_more_is_rendered_than_is_asked_for(finder, templates) -> None:
 
 
 def test_a_long_chat_that_takes_too_long_is_not_tried_in_another_way(finder, templates, monkeypatch) -> None:
-    monkeypatch.setattr("specforge.data.replies.time_limit", lambda: time_limit(0.05))
+    monkeypatch.setattr("specforge.data.text.replies.time_limit", lambda: time_limit(0.05))
     slow = "{% for a in range(900) %}{% for b in range(50) %}{% endfor %}{% endfor %}" + templates["chatml"]
     began = time.monotonic()
     with pytest.raises(BadRow, match=r"longer than 0\.05 s"):

@@ -14,7 +14,7 @@ from specforge.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from specforge.data.template import ChatTemplate
+    from specforge.data.text.template import ChatTemplate
 
 
 @dataclass
@@ -42,7 +42,7 @@ class VerifierText:
         Raises:
             UsageError: it cannot be loaded, the date is none, or it does not read an argument.
         """
-        from specforge.data.template import ChatTemplate
+        from specforge.data.text.template import ChatTemplate
 
         if self.template_date is not None:
             try:

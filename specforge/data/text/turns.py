@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from specforge.data.bad_rows import BadRow
-from specforge.data.tool_calls import read_tool_calls, without_nulls
+from specforge.data.text.bad_rows import BadRow
+from specforge.data.text.tool_calls import read_tool_calls, without_nulls
 from specforge.errors import nearest_name
 
 Message = dict[str, Any]

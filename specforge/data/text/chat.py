@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from specforge.data.bad_rows import BadRow
-from specforge.data.sources import Record
-from specforge.data.tool_calls import parsed, read_tools
-from specforge.data.turns import Message, is_reply, read_turn
+from specforge.data.text.bad_rows import BadRow
+from specforge.data.text.records import Record
+from specforge.data.text.tool_calls import parsed, read_tools
+from specforge.data.text.turns import Message, is_reply, read_turn
 from specforge.errors import nearest_name
 
 __all__ = ["CHAT_KEYS", "Chat", "Message", "read_chat"]
@@ -28,7 +28,7 @@ class Chat:
     """A conversation in its normal form.
 
     Attributes:
-        messages: As ``specforge.data.turns.read_turn`` returns them.
+        messages: As ``specforge.data.text.turns.read_turn`` returns them.
         tools: Descriptions of tools for the template, function-wrapped; None if there are none.
         supervised: For each message whether it is a reply to train on. Never true of the first one, which answers
             nothing.

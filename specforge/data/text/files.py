@@ -14,8 +14,8 @@ from typing import IO, cast
 
 import pyarrow.parquet as pq
 
-from specforge.data.json_array import read_array
-from specforge.data.records import BYTE_ORDER_MARK, RawRecord
+from specforge.data.text.json_array import read_array
+from specforge.data.text.records import BYTE_ORDER_MARK, RawRecord
 from specforge.errors import UsageError
 
 LINES, JSON, PARQUET = ".jsonl", ".json", ".parquet"

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from specforge.data.bad_rows import BadRow
+from specforge.data.text.bad_rows import BadRow
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from specforge.data.bad_rows import BadRow
-from specforge.data.chat import Chat, read_chat
-from specforge.data.origin import Origin, read_origin, template_arguments_of
-from specforge.data.replies import ReplyFinder, SupervisedText
-from specforge.data.sources import Record
-from specforge.data.template import ChatTemplate, Span, TooSlow, arguments_advice
+from specforge.data.text.bad_rows import BadRow
+from specforge.data.text.chat import Chat, read_chat
+from specforge.data.text.origin import Origin, read_origin, template_arguments_of
+from specforge.data.text.records import Record
+from specforge.data.text.replies import ReplyFinder, SupervisedText
+from specforge.data.text.template import ChatTemplate, Span, TooSlow, arguments_advice
 from specforge.errors import UsageError
 
 if TYPE_CHECKING:

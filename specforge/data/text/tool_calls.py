@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from specforge.data.bad_rows import BadRow
+from specforge.data.text.bad_rows import BadRow
 
 _CALL_KEYS = ("name", "arguments", "parameters")  # of a bare call; others, such as its id, are beside the function
 

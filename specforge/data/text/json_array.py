@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from specforge.data.records import RawRecord
+from specforge.data.text.records import RawRecord
 from specforge.errors import UsageError
 
 _BLOCK = 1 << 20

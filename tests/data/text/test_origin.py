@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from specforge.data.origin import Origin, read_origin, why_proxy
 from specforge.data.rows import build_rows
-from specforge.data.sources import Record
 from specforge.data.summary import RowSettings
+from specforge.data.text.origin import Origin, read_origin, why_proxy
+from specforge.data.text.records import Record
 from specforge.errors import UsageError
 
 VALUES = {"model": "a verifier", "fingerprint": "abc", "temperature": 0.7, "top_k": 40, "top_p": 0.9}

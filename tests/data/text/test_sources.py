@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from specforge.data import json_array
-from specforge.data.bad_rows import BadRow
-from specforge.data.sources import check_source, count_records, read_records, source_fingerprint
+from specforge.data.text import json_array
+from specforge.data.text.bad_rows import BadRow
+from specforge.data.text.sources import check_source, count_records, read_records, source_fingerprint
 from specforge.errors import UsageError
 
 

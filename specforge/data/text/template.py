@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from specforge.data.turns import Message
+from specforge.data.text.turns import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from specforge.data.prompts import prompt_set_name, read_prompts
-from specforge.data.template import ChatTemplate
+from specforge.data.text.prompts import prompt_set_name, read_prompts
+from specforge.data.text.template import ChatTemplate
 from specforge.errors import UsageError
 
-VERIFIER = Path(__file__).parents[2] / "configs" / "quickstart" / "verifier"
+VERIFIER = Path(__file__).parents[3] / "configs" / "quickstart" / "verifier"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from specforge.data.template import ChatTemplate, TemplateRefusal, TooSlow, arguments_advice, time_limit
+from specforge.data.text.template import ChatTemplate, TemplateRefusal, TooSlow, arguments_advice, time_limit
 
 Load = Callable[..., PreTrainedTokenizerBase]
 HELLO = [{"role": "user", "content": "Hello"}]

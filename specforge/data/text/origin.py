@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 
 from specforge.config import verifier_difference
-from specforge.data.bad_rows import BadRow
-from specforge.data.sources import Record
+from specforge.data.text.bad_rows import BadRow
+from specforge.data.text.records import Record
 from specforge.errors import describe_invalid
 from specforge.sampling import Sampling
 

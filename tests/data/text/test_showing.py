@@ -8,12 +8,12 @@ import re
 import pytest
 from rich.console import Console
 
-from specforge.data.encoding import RowEncoder
+from specforge.commands.prepare.record_view import show_record
 from specforge.data.recipe import Recipe
-from specforge.data.showing import show_record
-from specforge.data.sources import RawRecord
 from specforge.data.summary import RowSettings
-from specforge.data.template import ChatTemplate
+from specforge.data.text.encoding import RowEncoder
+from specforge.data.text.records import RawRecord
+from specforge.data.text.template import ChatTemplate
 
 COLOR = {"force_terminal": True, "color_system": "standard"}
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from specforge.data.bad_rows import BadRow
-from specforge.data.chat import Chat, read_chat
-from specforge.data.sources import Record
+from specforge.data.text.bad_rows import BadRow
+from specforge.data.text.chat import Chat, read_chat
+from specforge.data.text.records import Record
 
 QUESTION = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}

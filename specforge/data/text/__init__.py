@@ -1,0 +1,1 @@
+"""Records to tokens: sources -> records -> chat -> template -> replies -> encoding."""
