@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from specforge import SpeculatorModel
 from specforge.__main__ import main as specforge
-from specforge.data.rows import TokenRows
+from specforge.data.rows.reading import TokenRows
 from specforge.decoding.recorded import chain_acceptance
 from specforge.decoding.replay import AcceptanceLength, turns_of
 from specforge.evaluation.results import Results

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from specforge.checkpoints.run_record import find_draft
 from specforge.commands.arguments import PROPOSAL, decoding_parser, find_verifier, load, load_draft, parse, sampling_of
 from specforge.config import SpeculatorModelConfig
-from specforge.data.bigrams import bigram_table
 from specforge.data.module import default_cache
-from specforge.data.rows import build_rows
-from specforge.data.summary import RowSettings
+from specforge.data.rows.bigrams import bigram_table
+from specforge.data.rows.building import build_rows
+from specforge.data.rows.summary import RowSettings
 from specforge.data.text.prompts import Conversation, prompt_set_name, read_prompts
 from specforge.data.text.sources import check_source, source_fingerprint
 from specforge.data.text.template import ChatTemplate

@@ -19,8 +19,9 @@ from specforge.data.features.recording import FeatureRecorder
 from specforge.data.features.store import FeatureStore
 from specforge.data.loader import PackedSampler, ResumableLoader
 from specforge.data.packing import PackedRows, collate, pack
-from specforge.data.rows import TokenRows, build_rows, is_built
-from specforge.data.summary import MAX_BAD_SHARE, RowSettings
+from specforge.data.rows.building import build_rows, is_built
+from specforge.data.rows.reading import TokenRows
+from specforge.data.rows.summary import MAX_BAD_SHARE, RowSettings
 from specforge.data.text.encoding import RowEncoder
 from specforge.data.text.sources import check_source
 from specforge.data.text.verifier import VerifierText

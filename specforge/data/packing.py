@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from specforge.data.features.reading import RowFeatures, stack_features
-from specforge.data.rows import TokenRows
+from specforge.data.rows.reading import TokenRows
 
 _PADDING = {"input_ids": 0, "loss_mask": False, "document_ids": -1, "position_ids": 0}
 # What the masks of a window are called beside those of a batch.

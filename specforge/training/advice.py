@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from specforge.data.coverage import coverage_by_size
 from specforge.data.module import DraftDataModule
+from specforge.data.rows.coverage import coverage_by_size
 from specforge.training.board.acceptance import accept_rates
 from specforge.training.module import DraftModule
 from specforge.training.saying import say

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from specforge.data.rows import TokenRows
+from specforge.data.rows.reading import TokenRows
 from specforge.data.text.origin import Origin, why_proxy
 from specforge.decoding.replay import AcceptanceLength, Sums
 from specforge.sampling import Sampling

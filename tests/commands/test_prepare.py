@@ -108,7 +108,9 @@ def heeds_ctrl_c():
 @pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_says_so_and_the_next_run_goes_on(words, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("specforge.data.prepared.require_supervision", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(
+            "specforge.data.rows.prepared.require_supervision", lambda *_: os.kill(os.getpid(), signal.SIGINT)
+        )
         assert rows(*words, "--workers", 1) == 130
     assert "interrupted" in capsys.readouterr().err
     monkeypatch.setattr(RowEncoder, "encode", lambda *_: pytest.fail("tokenised again"))

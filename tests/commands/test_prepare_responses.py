@@ -19,8 +19,8 @@ from quickstart_prompts import QUESTIONS, QUICKSTART, VERIFIER
 
 from specforge.__main__ import main
 from specforge.data.responses.journal import Journal
-from specforge.data.rows import build_rows
-from specforge.data.summary import RowSettings
+from specforge.data.rows.building import build_rows
+from specforge.data.rows.summary import RowSettings
 from specforge.data.text.encoding import RowEncoder
 from specforge.data.text.origin import why_proxy
 from specforge.data.text.sources import read_records

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specforge.data.packing import PackedRows, collate, pack
-from specforge.data.rows import TokenRows, build_rows
-from specforge.data.summary import RowSettings
+from specforge.data.rows.building import build_rows
+from specforge.data.rows.reading import TokenRows
+from specforge.data.rows.summary import RowSettings
 
 LENGTHS = (3, 5, 1, 4)
 

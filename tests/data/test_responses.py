@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specforge.data.lock import locked
 from specforge.data.responses.asking import Asking, Keep, Prompt, Refuse, Reply, read_asked, rows_of
 from specforge.data.responses.journal import Journal
 from specforge.data.responses.writing import write_responses
+from specforge.data.rows.lock import locked
 from specforge.data.text.prompts import Conversation
 from specforge.errors import SpecforgeError, UsageError
 from specforge.sampling import Sampling

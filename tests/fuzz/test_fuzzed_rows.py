@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from specforge.data.prepared import Prepared, prepare_rows
-from specforge.data.recipe import Recipe
-from specforge.data.rows import open_rows
-from specforge.data.summary import RowSettings
+from specforge.data.rows.prepared import Prepared, prepare_rows
+from specforge.data.rows.reading import open_rows
+from specforge.data.rows.recipe import Recipe
+from specforge.data.rows.summary import RowSettings
 from specforge.data.text.bad_rows import BadRow
 from specforge.data.text.encoding import RowEncoder, TokenRow
 from specforge.data.text.prompts import read_conversation

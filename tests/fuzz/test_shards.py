@@ -19,8 +19,9 @@ from specforge.data.features.reading import FEATURES, read_from
 from specforge.data.features.recording import FeatureRecorder
 from specforge.data.features.store import FeatureStore
 from specforge.data.packing import PackedRows, collate
-from specforge.data.rows import TokenRows, build_rows
-from specforge.data.summary import RowSettings
+from specforge.data.rows.building import build_rows
+from specforge.data.rows.reading import TokenRows
+from specforge.data.rows.summary import RowSettings
 from specforge.errors import SpecforgeError
 
 MUTATIONS = 280

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 from specforge.__main__ import main
 from specforge.checkpoints import served
 from specforge.data.features.store import FeatureStore
-from specforge.data.rows import row_digest
+from specforge.data.rows.reading import row_digest
 from specforge.errors import SpecforgeError
 from specforge.models import SpeculatorModel
 from specforge.verifier.features import capture, packs

@@ -11,7 +11,7 @@ from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from specforge.data.module import DraftDataModule
-from specforge.data.rows import TokenRows
+from specforge.data.rows.reading import TokenRows
 
 TOO_SHORT = "response too short for the heads"
 

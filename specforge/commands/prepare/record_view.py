@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from specforge.data.recipe import Recipe
+from specforge.data.rows.recipe import Recipe
 from specforge.data.text.bad_rows import BadRow
 from specforge.data.text.encoding import TokenRow
 from specforge.data.text.records import RawRecord

@@ -15,13 +15,13 @@ from rich.console import Console
 
 from specforge.bounds import RowLength, Share
 from specforge.commands.arguments import add_template_flags, command_parser, parse, template_words, verifier_text
+from specforge.commands.prepare.coverage_plot import draw_coverage
 from specforge.commands.prepare.record_view import show_record
-from specforge.data.coverage_plot import draw_coverage
-from specforge.data.prepared import Prepared, check_output, prepare_rows
-from specforge.data.recipe import TRAIN, VALIDATION, Recipe
-from specforge.data.rows import make_encoder
-from specforge.data.rows_table import print_prepared
-from specforge.data.summary import MAX_BAD_SHARE, RowSettings
+from specforge.commands.prepare.rows_table import print_prepared
+from specforge.data.rows.building import make_encoder
+from specforge.data.rows.prepared import Prepared, check_output, prepare_rows
+from specforge.data.rows.recipe import TRAIN, VALIDATION, Recipe
+from specforge.data.rows.summary import MAX_BAD_SHARE, RowSettings
 from specforge.data.text.records import RawRecord
 from specforge.data.text.sources import check_source, read_raw_records
 from specforge.errors import UsageError

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from specforge.data.features.plan import Plan
-from specforge.data.rows import row_digest
+from specforge.data.rows.reading import row_digest
 from specforge.errors import SpecforgeError, UsageError
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specforge.data.features.manifest import FeatureNeeds
-from specforge.data.rows import TokenRows
+from specforge.data.rows.reading import TokenRows
 
 SHARD_BYTES = 2**29  # what a killed run loses at most, and what is held in memory at once
 

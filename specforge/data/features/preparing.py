@@ -21,7 +21,7 @@ from specforge.data.features.dtypes import encode, has_scales, torch_dtype
 from specforge.data.features.manifest import MANIFEST, Manifest
 from specforge.data.features.plan import Plan
 from specforge.data.features.shards import StoredShard, layer_name, scales_name, write_shard
-from specforge.data.lock import locked
+from specforge.data.rows.lock import locked
 from specforge.errors import SpecforgeError, UsageError
 
 States = Callable[[Plan, range], Iterator[tuple[int, Tensor]]]

@@ -20,7 +20,7 @@ from specforge.data.features.reading import read_from
 from specforge.data.features.shards import StoredShard, layer_name, write_shard
 from specforge.data.features.store import FeatureStore
 from specforge.data.packing import PackedRows
-from specforge.data.rows import row_digest
+from specforge.data.rows.reading import row_digest
 from specforge.errors import SpecforgeError
 
 _log = logging.getLogger(__name__)

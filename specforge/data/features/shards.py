@@ -23,7 +23,7 @@ from torch import Tensor
 from xxhash import xxh3_64, xxh3_128
 
 from specforge.data.features.manifest import FORMAT, Shard
-from specforge.data.mapped import require_size
+from specforge.data.rows.mapped import require_size
 from specforge.errors import SpecforgeError
 
 _KEY = "specforge"  # one key for all: safetensors writes several in any order

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specforge.data.stored_rows import ROWS_FILE, StoredRows
+from specforge.data.rows.stored import ROWS_FILE, StoredRows
 from specforge.data.text.files import JSON, LINES, PARQUET, count_rows, kind_of, read_file
 from specforge.data.text.records import RawRecord, Record
 from specforge.errors import UsageError

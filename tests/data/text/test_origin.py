@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from specforge.data.rows import build_rows
-from specforge.data.summary import RowSettings
+from specforge.data.rows.building import build_rows
+from specforge.data.rows.summary import RowSettings
 from specforge.data.text.origin import Origin, read_origin, why_proxy
 from specforge.data.text.records import Record
 from specforge.errors import UsageError

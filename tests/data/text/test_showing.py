@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from specforge.commands.prepare.record_view import show_record
-from specforge.data.recipe import Recipe
-from specforge.data.summary import RowSettings
+from specforge.data.rows.recipe import Recipe
+from specforge.data.rows.summary import RowSettings
 from specforge.data.text.encoding import RowEncoder
 from specforge.data.text.records import RawRecord
 from specforge.data.text.template import ChatTemplate

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specforge.data.coverage import Coverage, coverage_by_size
-from specforge.data.coverage_plot import draw_coverage
+from specforge.commands.prepare.coverage_plot import draw_coverage
+from specforge.data.rows.coverage import Coverage, coverage_by_size
 from specforge.models.vocabulary import DraftVocabulary
 
 COUNTS = st.integers(2, 40).flatmap(

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from specforge.data.summary import BadRows, RowSettings, RowsSummary
+from specforge.data.rows.summary import BadRows, RowSettings, RowsSummary
 from specforge.data.text.bad_rows import BadRow
 from specforge.data.text.encoding import RowEncoder, TokenRow
 from specforge.data.text.records import RawRecord, Record

@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from specforge.data.coverage import Coverage
-from specforge.data.prepared import Prepared
-from specforge.data.summary import BadRows, RowsSummary
+from specforge.data.rows.coverage import Coverage
+from specforge.data.rows.prepared import Prepared
+from specforge.data.rows.summary import BadRows, RowsSummary
 
 _MOST_REASONS = 10
 _RARE = ("corrected generation tags", "chats with a row a turn", "tokens repeated for that")  # shown if there are any

@@ -9,11 +9,11 @@ from itertools import islice
 
 import pytest
 
-from specforge.data.recipe import Recipe
-from specforge.data.summary import RowSettings
+from specforge.data.rows.recipe import Recipe
+from specforge.data.rows.summary import RowSettings
+from specforge.data.rows.workers import CHUNK, make_batches
 from specforge.data.text.encoding import RowEncoder
 from specforge.data.text.sources import read_raw_records
-from specforge.data.workers import CHUNK, make_batches
 from specforge.errors import SpecforgeError, UsageError
 
 RECIPE = Recipe(RowEncoder(None, 10), RowSettings(8, "truncate"))

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specforge.data.cache import ensure_folder
-from specforge.data.rows import TokenRows
+from specforge.data.rows.cache import ensure_folder
+from specforge.data.rows.reading import TokenRows
 
 _TABLE = "bigrams.safetensors"
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from specforge.data.recipe import SCHEMA, TRAIN, Batch, Recipe
-from specforge.data.sealed import write_sealed
-from specforge.data.stored_rows import ROWS_FILE, SUMMARY_FILE, Part, batch_part, schema_part, written_parts
-from specforge.data.summary import RowsSummary
+from specforge.data.rows.recipe import SCHEMA, TRAIN, Batch, Recipe
+from specforge.data.rows.sealed import write_sealed
+from specforge.data.rows.stored import ROWS_FILE, SUMMARY_FILE, Part, batch_part, schema_part, written_parts
+from specforge.data.rows.summary import RowsSummary
+from specforge.data.rows.workers import make_batches
 from specforge.data.text.sources import count_records, read_raw_records
-from specforge.data.workers import make_batches
 
 
 class RowsWriter:

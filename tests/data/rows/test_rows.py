@@ -14,12 +14,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from specforge.data import rows as rows_module
-from specforge.data.prepared import prepare_rows
-from specforge.data.recipe import Recipe
-from specforge.data.rows import TokenRows, build_rows, open_rows
-from specforge.data.stored_rows import StoredRows
-from specforge.data.summary import RowSettings
+from specforge.data.rows import building as rows_module
+from specforge.data.rows.building import build_rows
+from specforge.data.rows.prepared import prepare_rows
+from specforge.data.rows.reading import TokenRows, open_rows
+from specforge.data.rows.recipe import Recipe
+from specforge.data.rows.stored import StoredRows
+from specforge.data.rows.summary import RowSettings
 from specforge.data.text.encoding import RowEncoder
 from specforge.data.text.sources import count_records, read_records, source_fingerprint
 from specforge.data.text.template import ChatTemplate

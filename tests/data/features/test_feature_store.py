@@ -36,10 +36,11 @@ from specforge.data.features.preparing import prepare_features
 from specforge.data.features.reading import read_from
 from specforge.data.features.recording import FeatureRecorder
 from specforge.data.features.store import FeatureStore
-from specforge.data.lock import locked
 from specforge.data.packing import PackedRows, collate, pack
-from specforge.data.rows import TokenRows, build_rows
-from specforge.data.summary import RowSettings
+from specforge.data.rows.building import build_rows
+from specforge.data.rows.lock import locked
+from specforge.data.rows.reading import TokenRows
+from specforge.data.rows.summary import RowSettings
 from specforge.errors import SpecforgeError, UsageError
 from specforge.models.alignment import align
 from specforge.verifier.features import capture

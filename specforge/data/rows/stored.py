@@ -20,8 +20,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from specforge.data.mapped import require_size
-from specforge.data.sealed import read_sealed
+from specforge.data.rows.mapped import require_size
+from specforge.data.rows.sealed import read_sealed
 from specforge.errors import SpecforgeError, UsageError
 
 ROWS_FILE = "rows.arrow"

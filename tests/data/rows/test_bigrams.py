@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from specforge.data.bigrams import bigram_table, count_successors
-from specforge.data.rows import build_rows
-from specforge.data.summary import RowSettings
+from specforge.data.rows.bigrams import bigram_table, count_successors
+from specforge.data.rows.building import build_rows
+from specforge.data.rows.summary import RowSettings
 
 VOCABULARY = 6
 

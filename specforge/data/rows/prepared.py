@@ -17,15 +17,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from specforge.data.coverage import Coverage, coverage_by_size
-from specforge.data.lock import locked
-from specforge.data.recipe import TRAIN, VALIDATION, Recipe
-from specforge.data.rows import count_stored, identity_of, is_whole, require_supervision
-from specforge.data.sealed import read_sealed, write_sealed
-from specforge.data.stored_rows import ROWS_FILE, SUMMARY_FILE, written_parts
-from specforge.data.summary import RowsSummary
+from specforge.data.rows.building import identity_of, require_supervision
+from specforge.data.rows.coverage import Coverage, coverage_by_size
+from specforge.data.rows.lock import locked
+from specforge.data.rows.reading import count_stored, is_whole
+from specforge.data.rows.recipe import TRAIN, VALIDATION, Recipe
+from specforge.data.rows.sealed import read_sealed, write_sealed
+from specforge.data.rows.stored import ROWS_FILE, SUMMARY_FILE, written_parts
+from specforge.data.rows.summary import RowsSummary
+from specforge.data.rows.writing import RowsWriter, chained, write_rows
 from specforge.data.text.sources import source_fingerprint
-from specforge.data.writing import RowsWriter, chained, write_rows
 from specforge.errors import SpecforgeError, UsageError
 
 _PROGRESS_FILE = "progress.json"

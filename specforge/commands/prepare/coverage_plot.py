@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from specforge.data.coverage import Coverage
+from specforge.data.rows.coverage import Coverage
 from specforge.drawing import COLORS, house_style
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from specforge.data.module import DraftDataModule
-from specforge.data.prepared import prepare_rows
-from specforge.data.recipe import Recipe
-from specforge.data.rows import build_rows, make_encoder
-from specforge.data.summary import BadRows, RowSettings
+from specforge.data.rows.building import build_rows, make_encoder
+from specforge.data.rows.prepared import prepare_rows
+from specforge.data.rows.recipe import Recipe
+from specforge.data.rows.summary import BadRows, RowSettings
 from specforge.data.text.verifier import VerifierText
 from specforge.errors import UsageError
 

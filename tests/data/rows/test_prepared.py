@@ -21,12 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from specforge.data.lock import locked
 from specforge.data.module import DraftDataModule
-from specforge.data.prepared import Prepared, check_output, prepare_rows
-from specforge.data.recipe import Recipe
-from specforge.data.rows import TokenRows, build_rows, open_rows
-from specforge.data.summary import RowSettings, RowsSummary
+from specforge.data.rows.building import build_rows
+from specforge.data.rows.lock import locked
+from specforge.data.rows.prepared import Prepared, check_output, prepare_rows
+from specforge.data.rows.reading import TokenRows, open_rows
+from specforge.data.rows.recipe import Recipe
+from specforge.data.rows.summary import RowSettings, RowsSummary
 from specforge.data.text.encoding import RowEncoder, TokenRow
 from specforge.data.text.template import ChatTemplate
 from specforge.errors import SpecforgeError, UsageError
@@ -190,7 +191,7 @@ class TestEnds:
     @pytest.mark.parametrize("chunk", range(0, 12, 2))
     @pytest.mark.parametrize("function", ["append", "_write_progress"])
     def test_killed_around_any_write_the_rows_are_the_same(self, source, tmp_path, monkeypatch, function, chunk):
-        from specforge.data import prepared, writing
+        from specforge.data.rows import prepared, writing
 
         owner: Any = writing.RowsWriter if function == "append" else prepared
         real, calls = getattr(owner, function), []
@@ -233,7 +234,7 @@ class TestEnds:
 
     def test_with_other_settings_it_begins_anew(self, source, tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("specforge.data.prepared.coverage_by_size", interrupt)
+            patch.setattr("specforge.data.rows.prepared.coverage_by_size", interrupt)
             prepare_rows([source], recipe(), tmp_path / "out", 1)
         prepare_rows([source], recipe(0.4), tmp_path / "out", 1)
         prepare_rows([source], recipe(0.4), tmp_path / "undisturbed", 1)
@@ -242,7 +243,7 @@ class TestEnds:
     @pytest.mark.parametrize("damage", ["cut", "changed"])
     def test_files_that_are_not_as_promised_are_written_again(self, source, tmp_path, monkeypatch, damage):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("specforge.data.prepared.require_supervision", interrupt)
+            patch.setattr("specforge.data.rows.prepared.require_supervision", interrupt)
             prepare_rows([source], recipe(), tmp_path / "out", 1)
         rows = tmp_path / ".out.partial" / "train" / "rows.arrow"
         content = rows.read_bytes()

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 
-from specforge.data.recipe import Batch, Recipe
+from specforge.data.rows.recipe import Batch, Recipe
 from specforge.data.text.records import RawRecord
 from specforge.errors import SpecforgeError
 

@@ -1,0 +1,164 @@
+"""Token rows as a run reads them, through a memory map."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from specforge.data.rows.stored import ROWS_FILE, StoredRows
+from specforge.data.rows.summary import RowsSummary
+from specforge.errors import SpecforgeError
+
+
+class TokenRows:
+    """Tokenised rows, read from disk as they are needed.
+
+    Args:
+        stored: columns `input_ids` (lists of int32), `loss_mask` (lists of bool) and `chat` (int64).
+        summary: what became of the source.
+        vocabulary_size: number of ids of the verifier, V.
+        chosen: indices of the rows to take; None for all.
+    """
+
+    def __init__(
+        self,
+        stored: StoredRows,
+        summary: RowsSummary,
+        vocabulary_size: int,
+        chosen: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        self.summary = summary
+        self.vocabulary_size = vocabulary_size
+        self._stored = stored
+        self._chosen = chosen
+
+    def __len__(self) -> int:
+        return len(self._stored if self._chosen is None else self._chosen)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return `input_ids` int64 [T] and `loss_mask` bool [T] of one row."""
+        return self.join([index])[0]
+
+    def join(self, indices: list[int]) -> tuple[dict[str, Tensor], Tensor]:
+        """Read some rows, one behind the other.
+
+        Returns:
+            `input_ids` int64 [T] and `loss_mask` bool [T] of all of them, and the tokens of each, int64 [rows].
+
+        Raises:
+            SpecforgeError: they are damaged.
+        """
+        wanted = np.asarray(indices, dtype=np.int64)
+        rows = self._stored.take(wanted if self._chosen is None else self._chosen[wanted])
+        ids, mask = rows["input_ids"].combine_chunks(), rows["loss_mask"].combine_chunks()
+        joined = {
+            "input_ids": torch.from_numpy(ids.flatten().to_numpy().astype(np.int64)),
+            "loss_mask": torch.from_numpy(mask.flatten().to_numpy(zero_copy_only=False)),
+        }
+        return joined, torch.from_numpy(ids.value_lengths().to_numpy().astype(np.int64))
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row, int64 [rows]."""
+        return self._stored.lengths if self._chosen is None else self._stored.lengths[self._chosen]
+
+    @cached_property
+    def chats(self) -> npt.NDArray[np.int64]:
+        """The chat of each row, int64 [rows]: equal for rows that are turns of one."""
+        return np.concatenate([batch["chat"].to_numpy() for batch in self._batches()])
+
+    @cached_property
+    def supervised_counts(self) -> Tensor:
+        """How often each id is supervised, int64 [V]."""
+        return _count_supervised(self._batches(), self.vocabulary_size)
+
+    @cached_property
+    def digests(self) -> npt.NDArray[np.uint64]:
+        """What tells the tokens of each row from those of any other, uint64 [rows, 2]."""
+        digests = []
+        for batch in self._batches():
+            ids = pc.list_flatten(batch["input_ids"]).to_numpy()
+            ends = np.cumsum(pc.list_value_length(batch["input_ids"]).to_numpy())
+            digests += [row_digest(one) for one in np.split(ids, ends[:-1])]
+        return np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2)
+
+    @cached_property
+    def last_supervised(self) -> npt.NDArray[np.int64]:
+        """Place of the last supervised token of each row, int64 [rows]; -1 where none is."""
+        places = []
+        for batch in self._batches():
+            lengths = pc.list_value_length(batch["loss_mask"]).to_numpy()
+            starts = np.cumsum(lengths) - lengths
+            mask = pc.list_flatten(batch["loss_mask"]).to_numpy()
+            within = np.arange(len(mask)) - np.repeat(starts, lengths)
+            places.append(np.maximum.reduceat(np.where(mask, within, -1), starts))
+        return np.concatenate(places).astype(np.int64)
+
+    def select(self, indices: npt.NDArray[np.int64]) -> TokenRows:
+        """Return some of the rows; `truncated` and `dropped` of the summary still tell of the whole source."""
+        rows = indices if self._chosen is None else self._chosen[indices]
+        chosen = TokenRows(self._stored, self.summary, self.vocabulary_size, rows)
+        tokens, supervised_tokens = int(chosen.lengths.sum()), int(chosen.supervised_counts.sum())
+        chosen.summary = replace(self.summary, rows=len(chosen), tokens=tokens, supervised_tokens=supervised_tokens)
+        return chosen
+
+    def _batches(self) -> Iterator[pa.Table]:
+        if self._chosen is None:
+            return self._stored.tables()
+        return map(self._stored.take, np.split(self._chosen, range(1024, len(self), 1024)))
+
+
+def row_digest(input_ids: npt.NDArray[Any]) -> bytes:
+    """Return 16 bytes that tell a row's tokens from any others."""
+    return hashlib.blake2b(input_ids.astype("<i4", copy=False).tobytes(), digest_size=16).digest()
+
+
+def open_rows(folder: Path, vocabulary_size: int) -> TokenRows:
+    """Open a folder of rows.
+
+    Raises:
+        UsageError: they are damaged.
+    """
+    return token_rows(StoredRows(folder), vocabulary_size)
+
+
+def token_rows(stored: StoredRows, vocabulary_size: int) -> TokenRows:
+    """Return stored rows as a run reads them."""
+    return TokenRows(stored, RowsSummary.from_json(stored.description["summary"]), vocabulary_size)
+
+
+def count_stored(folder: Path, vocabulary_size: int) -> Tensor:
+    """Return how often each id is supervised in a folder of rows, int64 [V].
+
+    The rows are read one batch after the other, not through a memory map, in which all of them would stay resident.
+    """
+    with pa.OSFile(str(folder / ROWS_FILE)) as file, pa.ipc.open_stream(file) as batches:
+        return _count_supervised(batches, vocabulary_size)
+
+
+def is_whole(folder: Path) -> bool:
+    """Tell whether a folder holds all the rows that its summary speaks of, as they were written."""
+    try:
+        StoredRows(folder).check()
+    except SpecforgeError:
+        return False
+    return True
+
+
+def _count_supervised(batches: Iterable[pa.Table | pa.RecordBatch], vocabulary_size: int) -> Tensor:
+    counts = np.zeros(vocabulary_size, dtype=np.int64)
+    for batch in batches:
+        supervised = pc.list_flatten(batch["input_ids"]).filter(pc.list_flatten(batch["loss_mask"]))
+        counts += np.bincount(supervised.to_numpy(), minlength=vocabulary_size)
+    return torch.from_numpy(counts)
