@@ -31,7 +31,8 @@ def run(arguments: list[str]) -> int:
     if found.verifier is not None:
         checked.append("the draft beside its verifier")
     if found.endpoint is not None:
-        from specforge.checkpoints.endpoint import endpoint_faults, measure  # the client takes a second to import
+        from specforge.checkpoints.verification.endpoint import endpoint_faults
+        from specforge.engines.counters import measure  # the client takes a second to import
 
         if probe.served is None:
             raise UsageError(

@@ -18,13 +18,13 @@ from local_server import local_server
 from quickstart_prompts import QUESTIONS, QUICKSTART, VERIFIER
 
 from specforge.__main__ import main
-from specforge.data.responses.journal import Journal
 from specforge.data.rows.building import build_rows
 from specforge.data.rows.summary import RowSettings
 from specforge.data.text.encoding import RowEncoder
 from specforge.data.text.origin import why_proxy
 from specforge.data.text.sources import read_records
 from specforge.data.text.template import ChatTemplate
+from specforge.engines.journal import Journal
 from specforge.verifier.fingerprint import fingerprint
 
 VALIDATION = QUICKSTART / "validation.jsonl"
@@ -115,7 +115,7 @@ class TestInProcess:
         stranger = "specforge.commands.prepare.in_process.VerifierAnswerer._reply"
 
         def noise(self: Any, asked: Any, turn: int) -> Any:
-            from specforge.data.responses.asking import Reply
+            from specforge.engines.asking import Reply
 
             generator = torch.Generator().manual_seed(turn)
             for prompt, tokens in asked:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from specforge.checkpoints.endpoint import measure
 from specforge.checkpoints.probe import Text
-from specforge.data.responses.asking import Asking
-from specforge.data.responses.engines import EndpointAnswerer, EndpointSettings
-from specforge.data.responses.writing import write_responses
+from specforge.engines.answering import EndpointAnswerer, EndpointSettings
+from specforge.engines.asking import Asking
+from specforge.engines.counters import measure
+from specforge.engines.responses import write_responses
 from specforge.errors import SpecforgeError
 from specforge.sampling import Sampling
 

@@ -8,11 +8,11 @@ from itertools import groupby
 import torch
 from transformers import PreTrainedModel
 
-from specforge.data.responses.asking import Asking, Keep, Prompt, Refuse, Reply
 from specforge.data.text.prompts import Conversation, reply_text
 from specforge.data.text.template import ChatTemplate
 from specforge.decoding.checks import context_length
 from specforge.decoding.loop import Decoder
+from specforge.engines.asking import Asking, Keep, Prompt, Refuse, Reply
 from specforge.errors import UsageError
 
 

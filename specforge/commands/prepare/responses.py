@@ -28,18 +28,18 @@ from specforge.commands.arguments import (
 )
 from specforge.commands.prepare.check import check_rows, print_check
 from specforge.commands.prepare.in_process import VerifierAnswerer
-from specforge.data.responses.asking import Answer, Asking, Keep, Prompt, Refuse
-from specforge.data.responses.journal import Journal
-from specforge.data.responses.writing import RESPONSES_FILE, Responses, check_output, write_responses
 from specforge.data.text.records import RawRecord
 from specforge.data.text.sources import check_source, source_fingerprint
 from specforge.data.text.template import ChatTemplate
+from specforge.engines.asking import Answer, Asking, Keep, Prompt, Refuse
+from specforge.engines.journal import Journal
+from specforge.engines.responses import RESPONSES_FILE, Responses, check_output, write_responses
 from specforge.errors import UsageError
 from specforge.verifier.fingerprint import fingerprint
 from specforge.verifier.policy import PolicyCheck
 
 if TYPE_CHECKING:
-    from specforge.data.responses.engines import EndpointAnswerer
+    from specforge.engines.answering import EndpointAnswerer
 
 DESCRIPTION = """\
 Let the verifier answer prompts anew, turn by turn: a draft has to predict what its verifier writes, not what somebody
@@ -217,7 +217,7 @@ def _check_flags(found: Namespace) -> None:
 
 def _endpoints(found: Namespace, asking: Asking, vocabulary: int | None) -> EndpointAnswerer:
     # The client takes a second to import.
-    from specforge.data.responses.engines import EndpointAnswerer, EndpointSettings
+    from specforge.engines.answering import EndpointAnswerer, EndpointSettings
 
     settings = EndpointSettings(
         found.endpoint, found.model, found.concurrency, found.max_failures, found.retries, found.timeout, vocabulary

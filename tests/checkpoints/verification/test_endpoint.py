@@ -12,8 +12,8 @@ import pytest
 from stand_ins import Engine, serving
 
 from specforge.__main__ import main
-from specforge.checkpoints.endpoint import measure
 from specforge.checkpoints.probe import Probe
+from specforge.engines.counters import measure
 from specforge.errors import SpecforgeError
 
 # 25 tokens in ten rounds.
@@ -140,7 +140,7 @@ def test_a_wrong_answer_is_one_message_without_the_password(
 def test_a_server_that_does_not_answer_in_time_is_told(
     export: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("specforge.checkpoints.endpoint.SECONDS", 0.2)
+    monkeypatch.setattr("specforge.engines.counters.SECONDS", 0.2)
     gone = Event()
 
     def late(method: str, path: str, body: bytes) -> tuple[int, str]:

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from stand_in import MODEL, StandIn, prompt_ids, reply_ids, serving
 
-from specforge.data.responses.asking import Asking
-from specforge.data.responses.engines import EndpointAnswerer, EndpointSettings
-from specforge.data.responses.journal import Journal
-from specforge.data.responses.writing import Responses, write_responses
+from specforge.engines.answering import EndpointAnswerer, EndpointSettings
+from specforge.engines.asking import Asking
+from specforge.engines.journal import Journal
+from specforge.engines.responses import Responses, write_responses
 from specforge.errors import SpecforgeError, UsageError
 from specforge.sampling import Sampling
 
@@ -297,7 +297,7 @@ class TestWrongAnswers:
             engine.drips = False
 
     def test_an_answer_without_end_is_not_read_on(self, engine, prompts, tmp_path, monkeypatch):
-        monkeypatch.setattr("specforge.endpoints.LONGEST", 10)
+        monkeypatch.setattr("specforge.engines.connection.LONGEST", 10)
         with pytest.raises(SpecforgeError, match="the answer is longer than"):
             write(prompts, tmp_path / "out", engine, model=MODEL)
 

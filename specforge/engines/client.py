@@ -15,9 +15,9 @@ from typing import Any
 import openai
 from openai import AsyncOpenAI
 
-from specforge.data.responses.asking import Asking, Reply
-from specforge.data.responses.completion import Completion, read_completion
-from specforge.endpoints import Address, Connection, Models, WrongAnswer, on_one_line
+from specforge.engines.asking import Asking, Reply
+from specforge.engines.completion import Completion, read_completion
+from specforge.engines.connection import Address, Connection, Models, WrongAnswer, on_one_line
 from specforge.errors import SpecforgeError, UsageError
 
 _log = logging.getLogger(__name__)

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specforge.data.responses.asking import Asking, Keep, Prompt, Refuse, Reply, read_asked, rows_of
-from specforge.data.responses.journal import Journal
-from specforge.data.responses.writing import write_responses
 from specforge.data.rows.lock import locked
 from specforge.data.text.prompts import Conversation
+from specforge.engines.asking import Asking, Keep, Prompt, Refuse, Reply, read_asked, rows_of
+from specforge.engines.journal import Journal
+from specforge.engines.responses import write_responses
 from specforge.errors import SpecforgeError, UsageError
 from specforge.sampling import Sampling
 
@@ -239,7 +239,7 @@ class TestFolder:
         assert read(tmp_path / "out") == read(tmp_path / "undisturbed")
 
     @pytest.mark.parametrize(
-        "moment", ["pathlib.Path.replace", "shutil.rmtree", "specforge.data.responses.writing.Responses.to_json"]
+        "moment", ["pathlib.Path.replace", "shutil.rmtree", "specforge.engines.responses.Responses.to_json"]
     )
     def test_an_end_at_the_end_loses_nothing(self, prompts, tmp_path, monkeypatch, moment):
         child = os.fork()

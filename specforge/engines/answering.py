@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from specforge.data.responses.asking import Asking, Keep, Prompt, Refuse, Reply
-from specforge.data.responses.engine import Engine, Refused, Unanswered
+from specforge.engines.asking import Asking, Keep, Prompt, Refuse, Reply
+from specforge.engines.client import Engine, Refused, Unanswered
 from specforge.errors import SpecforgeError, UsageError
 
 _log = logging.getLogger(__name__)

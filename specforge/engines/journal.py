@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from specforge.data.responses.asking import Prompt, Reply, rows_of
+from specforge.engines.asking import Prompt, Reply, rows_of
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Asking a running server how it accepts on the probe's prompts: vLLM by its metrics, SGLang by its server info."""
+"""How a running server accepts on given prompts: vLLM by its metrics, SGLang by its server info."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ import openai
 from openai import AsyncOpenAI, OpenAIError
 from pydantic import Field, ValidationError
 
-from specforge.checkpoints.causes import cause_of_acceptance
-from specforge.checkpoints.faults import Fault
-from specforge.checkpoints.probe import Served, Text
-from specforge.endpoints import Address, Connection, Models, RequestError, Strict, on_one_line
+from specforge.checkpoints.probe import Text
+from specforge.engines.connection import Address, Connection, Models, RequestError, Strict, on_one_line
 from specforge.errors import SpecforgeError, describe_invalid
 
 # What a page of counters and an answer to a prompt may take.
@@ -96,22 +94,6 @@ async def _measure(server: Address, texts: list[Text]) -> Measured:
         round(counted["draft_tokens"] / rounds) if "draft_tokens" in counted else None,
         [counted[position] / rounds for position in positions],
     )
-
-
-def endpoint_faults(measured: Measured, expected: Served) -> list[Fault]:
-    """Compare what a server does with what is expected of it.
-
-    Numbers of other types and kernels turn single tokens of a text, so that the figures are not quite equal.
-    """
-    wanted = expected.expected(measured.chain)
-    if abs(measured.acceptance_length - wanted) <= max(0.05, 0.15 * (wanted - 1)):
-        return []
-    what = f"the server accepts {measured.acceptance_length:.3f} tokens a pass, and {wanted:.3f} are expected"
-    if measured.acceptance_length > wanted:
-        return [
-            Fault(what, "it does not serve this draft, or this verifier, or it accepts what the verifier would not")
-        ]
-    return [Fault(what, cause_of_acceptance(measured.accept_rates, expected.accept_rates))]
 
 
 async def _answer(server: Address, texts: list[Text]) -> None:

@@ -17,11 +17,11 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from specforge.data.responses.asking import Answer, Prompt, Reply, read_asked
-from specforge.data.responses.journal import Journal, Tally
 from specforge.data.rows.lock import locked
 from specforge.data.rows.summary import MAX_BAD_SHARE
 from specforge.data.text.bad_rows import BadRow
+from specforge.engines.asking import Answer, Prompt, Reply, read_asked
+from specforge.engines.journal import Journal, Tally
 from specforge.errors import SpecforgeError, UsageError
 
 RESPONSES_FILE = "responses.jsonl"

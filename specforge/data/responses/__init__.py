@@ -1,1 +1,0 @@
-"""Responses that a verifier writes to prompts: how they are asked for, kept on the way and put together."""
