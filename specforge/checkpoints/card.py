@@ -8,8 +8,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from specforge.checkpoints.layout import Layout, StoredDraft
-from specforge.checkpoints.probe import Probe
 from specforge.checkpoints.run_record import RunRecord
+from specforge.checkpoints.verification.probe import Probe
 
 CARD = "README.md"
 TEMPLATE = "card.md.jinja"

@@ -11,13 +11,13 @@ import torch
 from specforge.checkpoints.card import CARD, card
 from specforge.checkpoints.formats import layout_of, read_draft
 from specforge.checkpoints.layout import Layout, StoredDraft
-from specforge.checkpoints.logits import stand_in_logits
-from specforge.checkpoints.probe import PROBE, Probe, digests
-from specforge.checkpoints.rules import file_faults
 from specforge.checkpoints.run_record import find_draft
-from specforge.checkpoints.served import drafter_agreement, expected_of, probe_prompts
+from specforge.checkpoints.verification.checking import verify
+from specforge.checkpoints.verification.logits import stand_in_logits
+from specforge.checkpoints.verification.probe import PROBE, Probe, digests
+from specforge.checkpoints.verification.rules import file_faults
+from specforge.checkpoints.verification.served import drafter_agreement, expected_of, probe_prompts
 from specforge.checkpoints.verifier_facts import VerifierFacts
-from specforge.checkpoints.verify import verify
 from specforge.checkpoints.writing import written_whole
 from specforge.config import SpeculatorModelConfig, VerifierConfig, meaning, verifier_difference
 from specforge.data.text.prompts import Conversation

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser
 
-from specforge.checkpoints.probe import Probe
-from specforge.checkpoints.verify import verify
+from specforge.checkpoints.verification.checking import verify
+from specforge.checkpoints.verification.probe import Probe
 from specforge.commands.arguments import add_verifier_flags, command_parser, loading_of, parse
 from specforge.errors import UsageError
 

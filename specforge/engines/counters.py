@@ -13,7 +13,7 @@ import openai
 from openai import AsyncOpenAI, OpenAIError
 from pydantic import Field, ValidationError
 
-from specforge.checkpoints.probe import Text
+from specforge.checkpoints.verification.probe import Text
 from specforge.engines.connection import Address, Connection, Models, RequestError, Strict, on_one_line
 from specforge.errors import SpecforgeError, describe_invalid
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from specforge.__main__ import main
 from specforge.checkpoints.layout import StoredDraft
-from specforge.checkpoints.probe import Probe
+from specforge.checkpoints.verification.probe import Probe
 from specforge.config import VerifierConfig
 from specforge.decoding.loop import Decoder
 from specforge.hookspecs import CheckpointFormat

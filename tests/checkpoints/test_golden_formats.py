@@ -13,7 +13,7 @@ from layouts import layout
 
 from specforge.checkpoints.formats import read_draft
 from specforge.checkpoints.layout import StoredDraft
-from specforge.checkpoints.rules import file_faults
+from specforge.checkpoints.verification.rules import file_faults
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.config import VerifierConfig
 from specforge.errors import UsageError

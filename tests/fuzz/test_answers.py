@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from specforge.checkpoints.probe import Text
+from specforge.checkpoints.verification.probe import Text
 from specforge.engines.answering import EndpointAnswerer, EndpointSettings
 from specforge.engines.asking import Asking
 from specforge.engines.counters import measure

@@ -9,7 +9,7 @@ import torch
 from tiny_families import FAMILIES, make
 from transformers import LlamaConfig
 
-from specforge.checkpoints.rules import rotation_faults
+from specforge.checkpoints.verification.rules import rotation_faults
 from specforge.models.base_components import draft_layer_config, norm_scale, plain_rope, single_layer_config, start_norm
 from specforge.verifier.loading import load_config
 from specforge_eagle.model import EagleSpeculator

@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specforge.__main__ import main
-from specforge.checkpoints import served
+from specforge.checkpoints.verification import served
 from specforge.data.features.store import FeatureStore
 from specforge.data.rows.reading import row_digest
 from specforge.errors import SpecforgeError

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from specforge.checkpoints.causes import cause_of_acceptance
-from specforge.checkpoints.faults import Fault
-from specforge.checkpoints.probe import Served
+from specforge.checkpoints.verification.causes import cause_of_acceptance
+from specforge.checkpoints.verification.faults import Fault
+from specforge.checkpoints.verification.probe import Served
 from specforge.engines.counters import Measured
 
 

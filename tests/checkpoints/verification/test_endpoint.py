@@ -12,7 +12,7 @@ import pytest
 from stand_ins import Engine, serving
 
 from specforge.__main__ import main
-from specforge.checkpoints.probe import Probe
+from specforge.checkpoints.verification.probe import Probe
 from specforge.engines.counters import measure
 from specforge.errors import SpecforgeError
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 import torch
 
-from specforge.checkpoints import causes
-from specforge.checkpoints.faults import Fault
 from specforge.checkpoints.formats import layout_of
 from specforge.checkpoints.layout import Layout, StoredDraft
-from specforge.checkpoints.logits import attach_stand_in, difference
-from specforge.checkpoints.probe import Probe, digests
-from specforge.checkpoints.rules import file_faults
-from specforge.checkpoints.served import served_differences
+from specforge.checkpoints.verification import causes
+from specforge.checkpoints.verification.faults import Fault
+from specforge.checkpoints.verification.logits import attach_stand_in, difference
+from specforge.checkpoints.verification.probe import Probe, digests
+from specforge.checkpoints.verification.rules import file_faults
+from specforge.checkpoints.verification.served import served_differences
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.config import VerifierConfig, meaning, verifier_difference
 from specforge.errors import UsageError

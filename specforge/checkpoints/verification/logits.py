@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from specforge.checkpoints.probe import Logits
+from specforge.checkpoints.verification.probe import Logits
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.decoding.recorded import draft_places
 from specforge.errors import UsageError

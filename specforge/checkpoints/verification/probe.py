@@ -83,7 +83,7 @@ class Probe(BaseModel):
         aux_layers: Verifier layers before which features are taken; empty where the last state is enough.
         draft: What the draft's configuration means, whatever the format calls it.
         digests: Type, shape and digest of each tensor, by its own name.
-        alone: Logits without a verifier, see ``specforge.checkpoints.logits``.
+        alone: Logits without a verifier, see ``specforge.checkpoints.verification.logits``.
         served: What the draft does beside its verifier; None where that was not run.
     """
 

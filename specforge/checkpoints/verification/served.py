@@ -8,8 +8,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from specforge.checkpoints.logits import difference, greatest_logits
-from specforge.checkpoints.probe import Served, Text
+from specforge.checkpoints.verification.logits import difference, greatest_logits
+from specforge.checkpoints.verification.probe import Served, Text
 from specforge.data.text.prompts import Conversation
 from specforge.data.text.verifier import VerifierText
 from specforge.decoding.agreement import Agreement, compare_rounds

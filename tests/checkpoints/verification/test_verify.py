@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specforge.__main__ import main
-from specforge.checkpoints.verify import verify
+from specforge.checkpoints.verification.checking import verify
 from specforge.hookspecs import CheckpointFormat
 from specforge.registry import installed
 
