@@ -15,7 +15,7 @@ from small_models import AUX_LAYERS, random_draft
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specforge.models.feature_drafter import FeatureDrafter
+from specforge.models.chain.drafter import FeatureDrafter
 from specforge.verifier.features import Features
 from specforge_eagle3.model import Eagle3DraftModel
 

@@ -18,7 +18,7 @@ from specforge.errors import SpecforgeError
 from specforge.estimation.shapes import MORE_FORMULAS
 from specforge.estimation.step import HEAD, LAYERS, VERIFIER, Rehearsal
 from specforge.hookspecs import Algorithm
-from specforge.models.alignment import align
+from specforge.models.chain.alignment import align
 from specforge.registry import installed
 from specforge.training import chunks
 from specforge.training.module import DraftModule

@@ -4,7 +4,8 @@ With f_t the verifier's last state after its final norm, head i = 0, 1, ... comp
 
     h_i = f_t + SiLU(block_i f_t),    logits of x_{t+2+i} = lm_head_i h_i
 
-These are the rows of ``specforge.models.alignment``, except that x_{t+1+i}, which they could read, is not looked at.
+These are the rows of ``specforge.models.chain.alignment``, except that x_{t+1+i}, which they could read, is not looked
+at.
 
 Letters in shapes: B rows, T tokens a row, H the verifier's width, V its vocabulary, K heads.
 """
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from specforge.config import SpeculatorModelConfig
 from specforge.errors import UsageError
-from specforge.models.draft_rows import DraftRows
+from specforge.models.chain.rows import DraftRows
 from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.features import Features
 from specforge_medusa.config import MedusaConfig

@@ -23,13 +23,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
 from specforge.models.base_components import norm_scale, rotary_options, single_layer_config, start_norm
+from specforge.models.chain.drafter import FeatureDrafter
+from specforge.models.chain.rows import DraftRows
+from specforge.models.chain.ttt_attention import run_first
+from specforge.models.chain.unrolling import run_chain
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention, cache_argument, causal_mask
-from specforge.models.draft_rows import DraftRows
-from specforge.models.feature_chain import run_chain
-from specforge.models.feature_drafter import FeatureDrafter
 from specforge.models.lean_blocks import make_lean
 from specforge.models.speculator import AttachmentMode, SpeculatorModel
-from specforge.models.ttt_attention import run_first
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features
 from specforge.verifier.parts import VerifierParts, decoder
@@ -339,8 +339,8 @@ class EagleSpeculator(SpeculatorModel):
     ) -> Tensor:
         """Run the steps of a chain at the rows that are needed, fed with the true tokens.
 
-        In the rows of ``specforge.models.alignment``: row t at step k reads token x_{t+1+k} at position t + k, beside
-        the feature of token t (step 0) or its own prediction of step k - 1.
+        In the rows of ``specforge.models.chain.alignment``: row t at step k reads token x_{t+1+k} at position t + k,
+        beside the feature of token t (step 0) or its own prediction of step k - 1.
 
         Args:
             input_ids: The verifier's tokens x, [B, T].

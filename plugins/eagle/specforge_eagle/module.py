@@ -2,9 +2,9 @@
 
 EAGLE-1 trains one step: from the verifier's feature of token t and the embedding of token t + 1 to the feature of token
 t + 1. HASS goes on: each further step reads the features that the draft itself predicted in the steps before, without a
-gradient through them, exactly as in decoding. In the rows of ``specforge.models.alignment`` (an anchor each, whose step
-k reads token t + 1 + k) its harmonised context is the attention of training-time test: the keys and values of the true
-features up to the anchor, then one of each earlier step.
+gradient through them, exactly as in decoding. In the rows of ``specforge.models.chain.alignment`` (an anchor each,
+whose step k reads token t + 1 + k) its harmonised context is the attention of training-time test: the keys and values
+of the true features up to the anchor, then one of each earlier step.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from specforge.bounds import Decay, Steps, Weight
 from specforge.data.module import DraftDataModule
-from specforge.models.alignment import Alignment, Supervision, align
-from specforge.models.draft_rows import DraftRows
+from specforge.models.chain.alignment import Alignment, Supervision, align
+from specforge.models.chain.rows import DraftRows
 from specforge.models.scaled_linear import ScaledLinear
 from specforge.training.distillation import DraftSteps
 from specforge.training.feature_scale import FeatureScale, check_feature_scale, fit_scale

@@ -17,13 +17,13 @@ from transformers import PreTrainedConfig
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
 from specforge.models.base_components import Family, draft_layer_config, family, norm_scale, start_norm
+from specforge.models.chain.drafter import FeatureDrafter
+from specforge.models.chain.rows import DraftRows
+from specforge.models.chain.ttt_attention import run_first
+from specforge.models.chain.unrolling import run_chain
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention
-from specforge.models.draft_rows import DraftRows
-from specforge.models.feature_chain import run_chain
-from specforge.models.feature_drafter import FeatureDrafter
 from specforge.models.lean_blocks import make_lean
 from specforge.models.speculator import SpeculatorModel
-from specforge.models.ttt_attention import run_first
 from specforge.models.vocabulary import DraftVocabulary, map_faults
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features, default_aux_layers
@@ -250,7 +250,7 @@ class Eagle3DraftModel(SpeculatorModel):
 
         Returns:
             States after the final norm, [S, B, T, H]: ``lm_head`` maps them to logits over the draft vocabulary;
-            those of row t at step k predict x_{t+2+k} (see ``specforge.models.alignment``).
+            those of row t at step k predict x_{t+2+k} (see ``specforge.models.chain.alignment``).
         """
         rows = DraftRows.all(steps, input_ids.numel(), input_ids.device)
         return self.chain(input_ids, aux, position_ids, document_ids, rows).view(steps, *input_ids.shape, -1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from specforge.bounds import Count, Layers, Steps, Width
 from specforge.data.module import DraftDataModule
 from specforge.errors import UsageError
-from specforge.models.alignment import Alignment, Supervision, align
+from specforge.models.chain.alignment import Alignment, Supervision, align
 from specforge.models.scaled_linear import ScaledLinear
 from specforge.models.vocabulary import DraftVocabulary
 from specforge.training.comparison import Term

@@ -5,7 +5,7 @@ With f_t the verifier's last state after its final norm, s_0 = f_t and z_i = x_{
     s_{i+1} = GELU(ln_i(proj_i s_i + (b / a) emb_i(z_i))),    logits of x_{t+2+i} = head_i s_{i+1}
 
 with a = 0.5 ^ (0.5 / n) and b = sqrt((1 - a^2) I / 2), which keep the shares of state and token steady over n heads.
-These are the rows of ``specforge.models.alignment``: row t at step i reads x_{t+1+i}.
+These are the rows of ``specforge.models.chain.alignment``: row t at step i reads x_{t+1+i}.
 
 Letters in shapes: B rows, T tokens a row, H the verifier's width, I the state's, V vocabulary, n heads.
 """
@@ -24,8 +24,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
-from specforge.models.alignment import step_tokens
-from specforge.models.draft_rows import DraftRows
+from specforge.models.chain.alignment import step_tokens
+from specforge.models.chain.rows import DraftRows
 from specforge.models.speculator import AttachmentMode, SpeculatorModel
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from specforge.bounds import Decay, Layers, Width
 from specforge.data.module import DraftDataModule
 from specforge.errors import UsageError
-from specforge.models.alignment import Alignment, align
+from specforge.models.chain.alignment import Alignment, align
 from specforge.training.module import Batch, DraftModule
 from specforge.training.optimizers import OptimizerSettings
 from specforge.training.schedules import ScheduleSettings

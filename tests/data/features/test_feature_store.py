@@ -42,7 +42,7 @@ from specforge.data.rows.lock import locked
 from specforge.data.rows.reading import TokenRows
 from specforge.data.rows.summary import RowSettings
 from specforge.errors import SpecforgeError, UsageError
-from specforge.models.alignment import align
+from specforge.models.chain.alignment import align
 from specforge.verifier.features import capture
 
 VOCABULARY = 61

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from specforge import SpeculatorModel
 from specforge.__main__ import main
-from specforge.models.alignment import align
+from specforge.models.chain.alignment import align
 from specforge.training.module import DraftModule
 from specforge_mlp.module import MLPModule
 from specforge_mlp.schedule import two_stage_factor

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specforge.documents import DocumentLayout
-from specforge.models import ttt_attention
-from specforge.models.draft_rows import DraftRows
-from specforge.models.ttt_attention import TrainingTimeTest
+from specforge.models.chain import ttt_attention
+from specforge.models.chain.rows import DraftRows
+from specforge.models.chain.ttt_attention import TrainingTimeTest
 
 SCALE = 0.6
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specforge.models.alignment import align, step_tokens
+from specforge.models.chain.alignment import align, step_tokens
 
 
 @st.composite

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specforge.models.alignment import step_tokens
-from specforge.models.draft_rows import DraftRows
-from specforge.models.feature_drafter import FeatureNetwork
-from specforge.models.ttt_attention import TrainingTimeTest
+from specforge.models.chain.alignment import step_tokens
+from specforge.models.chain.drafter import FeatureNetwork
+from specforge.models.chain.rows import DraftRows
+from specforge.models.chain.ttt_attention import TrainingTimeTest
 
 
 def run_chain(
@@ -23,8 +23,8 @@ def run_chain(
 ) -> Tensor:
     """Run the steps of a chain at the rows that are needed, fed with the true tokens.
 
-    In the rows of ``specforge.models.alignment``: row t at step k reads token x_{t+1+k}, beside what the verifier has
-    of token t (step 0) or its own state of step k - 1.
+    In the rows of ``specforge.models.chain.alignment``: row t at step k reads token x_{t+1+k}, beside what the verifier
+    has of token t (step 0) or its own state of step k - 1.
 
     Args:
         network: The draft network.

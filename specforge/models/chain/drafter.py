@@ -1,8 +1,8 @@
 """A drafter for networks that predict features: committed rows read the verifier's, drafted rows the network's own.
 
 Row t of the cache reads token x_{t+1} beside the feature of token t, as step 0 of training does (see
-``specforge.models.alignment``). A drafted node reads its own token beside its parent's state, one position further, as
-later steps do.
+``specforge.models.chain.alignment``). A drafted node reads its own token beside its parent's state, one position
+further, as later steps do.
 """
 
 from __future__ import annotations
