@@ -38,7 +38,7 @@ from memory import growth_of_peak
 from torch import Tensor, nn
 
 from specforge.sampling import Sampling
-from specforge.training.distillation import Labels, Teacher, distill
+from specforge.training.losses.distillation import Labels, Teacher, distill
 from specforge.training.module import objective_terms
 from specforge.verifier.parts import VerifierParts
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from specforge.hookspecs import Command, Objective, ProposalMethod, Weighting, hookimpl
 
-_OBJECTIVES = "specforge.training.objectives"
-_WEIGHTINGS = "specforge.training.weightings"
+_OBJECTIVES = "specforge.training.losses.objectives"
+_WEIGHTINGS = "specforge.training.losses.weightings"
 
 
 @hookimpl

@@ -64,7 +64,7 @@ class Objective:
     Attributes:
         name: What ``model.objective`` in a configuration says.
         summary: One line for ``specforge plugins``.
-        function: Maps ``specforge.training.objectives.Distributions`` of n rows to n loss values.
+        function: Maps ``specforge.training.losses.objectives.Distributions`` of n rows to n loss values.
         uses_mean_acceptance: Whether the function reads ``Distributions.mean_acceptance``, which costs one more pass.
         uses_text: Whether the function reads ``Distributions.text``.
     """
@@ -84,7 +84,7 @@ class Weighting:
         name: What ``model.weighting`` in a configuration says.
         summary: One line for ``specforge plugins``.
         function: Maps the statistic of each row and step, [S, R], and which of them count, bool [S, R], to factors.
-        statistic: Maps ``specforge.training.objectives.Distributions`` of n rows to n numbers.
+        statistic: Maps ``specforge.training.losses.objectives.Distributions`` of n rows to n numbers.
         uses_text: Whether the statistic reads ``Distributions.text``.
     """
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from specforge.data.module import DraftDataModule
 from specforge.errors import SpecforgeError
 from specforge.estimation.shapes import Shapes
-from specforge.training.chunks import for_accelerator
+from specforge.training.losses.chunks import for_accelerator
 from specforge.training.module import Batch, DraftModule
 from specforge.verifier.features import assume_packs
 from specforge.verifier.loading import auto_class

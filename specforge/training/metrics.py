@@ -11,7 +11,7 @@ from specforge.data.rows.reading import TokenRows
 from specforge.data.text.origin import Origin, why_proxy
 from specforge.decoding.replay import AcceptanceLength, Sums
 from specforge.sampling import Sampling
-from specforge.training.distillation import DraftSteps
+from specforge.training.losses.distillation import DraftSteps
 
 
 class StepMeans(Sums):

@@ -30,16 +30,16 @@ from specforge.models.chain.rows import DraftRows
 from specforge.models.speculator import SpeculatorModel
 from specforge.registry import installed
 from specforge.sampling import Sampling
-from specforge.training.comparison import Term
-from specforge.training.distillation import DraftSteps, Labels, Teacher, distill
 from specforge.training.identity import Identity, different_tensors, start_from
 from specforge.training.length import RunLength
+from specforge.training.losses.comparison import Term
+from specforge.training.losses.distillation import DraftSteps, Labels, Teacher, distill
+from specforge.training.losses.weightings import ChainWeighting
 from specforge.training.metrics import StageMetrics, step_sums
 from specforge.training.optimizers import OptimizerSettings, build_optimizer
 from specforge.training.schedules import ScheduleSettings, build_schedule
 from specforge.training.steps import prepare_steps
 from specforge.training.totals import processes, total
-from specforge.training.weightings import ChainWeighting
 from specforge.verifier.features import Features, capture, check_documents, check_logits
 from specforge.verifier.fingerprint import fingerprint
 from specforge.verifier.finite import check_finite

@@ -20,7 +20,7 @@ from specforge.estimation.step import HEAD, LAYERS, VERIFIER, Rehearsal
 from specforge.hookspecs import Algorithm
 from specforge.models.chain.alignment import align
 from specforge.registry import installed
-from specforge.training import chunks
+from specforge.training.losses import chunks
 from specforge.training.module import DraftModule
 from specforge.training.optimizers import OptimizerSettings
 from specforge.verifier.loading import load_verifier

@@ -23,9 +23,9 @@ from transformers import AutoConfig
 from specforge.hookspecs import Algorithm
 from specforge.models.speculator import SpeculatorModel
 from specforge.registry import installed
-from specforge.training.comparison import Term
-from specforge.training.distillation import DraftSteps, Teacher, distill
-from specforge.training.objectives import forward_kl
+from specforge.training.losses.comparison import Term
+from specforge.training.losses.distillation import DraftSteps, Teacher, distill
+from specforge.training.losses.objectives import forward_kl
 from specforge.verifier.features import Features, capture, default_aux_layers
 from specforge.verifier.loading import load_verifier
 from specforge.verifier.parts import VerifierParts

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specforge.training.distillation import DraftSteps
+from specforge.training.losses.distillation import DraftSteps
 from specforge.training.metrics import StepMeans, step_sums
 
 TERMS = ("kl", "jsd")

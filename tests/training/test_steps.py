@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specforge.models.chain.rows import DraftRows
-from specforge.training.distillation import DraftSteps
+from specforge.training.losses.distillation import DraftSteps
 from specforge.training.module import DraftModule
 from specforge.training.steps import prepare_steps
 from specforge.verifier.parts import VerifierParts

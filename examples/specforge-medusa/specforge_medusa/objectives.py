@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specforge.training.objectives import Distributions
+from specforge.training.losses.objectives import Distributions
 
 
 def top_token_cross_entropy(rows: Distributions) -> Tensor:

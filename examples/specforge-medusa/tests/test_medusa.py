@@ -17,7 +17,7 @@ from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.registry import GROUP, Registry
 from specforge.sampling import Chance, Sampling
-from specforge.training.objectives import Distributions
+from specforge.training.losses.objectives import Distributions
 from specforge.verifier.features import Features, capture
 from specforge.verifier.parts import VerifierParts
 from specforge_medusa.command import run

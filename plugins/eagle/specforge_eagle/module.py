@@ -21,8 +21,8 @@ from specforge.data.module import DraftDataModule
 from specforge.models.chain.alignment import Alignment, Supervision, align
 from specforge.models.chain.rows import DraftRows
 from specforge.models.scaled_linear import ScaledLinear
-from specforge.training.distillation import DraftSteps
 from specforge.training.feature_scale import FeatureScale, check_feature_scale, fit_scale
+from specforge.training.losses.distillation import DraftSteps
 from specforge.training.module import Batch, Drafted, DraftModule
 from specforge.training.optimizers import OptimizerSettings
 from specforge.training.schedules import ScheduleSettings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specforge.training.objectives import Distributions
+from specforge.training.losses.objectives import Distributions
 
 # Tokens of the verifier's distribution that are distilled (arXiv 2408.15766, section 3.1: K = 10).
 TOP_K = 10

@@ -16,10 +16,10 @@ from specforge.errors import UsageError
 from specforge.models.chain.alignment import Alignment, Supervision, align
 from specforge.models.scaled_linear import ScaledLinear
 from specforge.models.vocabulary import DraftVocabulary
-from specforge.training.comparison import Term
 from specforge.training.feature_scale import FeatureScale, check_feature_scale, fit_scale
+from specforge.training.losses.comparison import Term
+from specforge.training.losses.objectives import Distributions
 from specforge.training.module import Batch, DraftModule
-from specforge.training.objectives import Distributions
 from specforge.training.saying import say
 from specforge.verifier.features import check_aux_layers, default_aux_layers
 from specforge.verifier.parts import VerifierParts

@@ -19,7 +19,7 @@ from specforge.data.text.showing import stretches
 from specforge.decoding.replay import turns_of
 from specforge.errors import UsageError
 from specforge.training.board.writers import writers
-from specforge.training.distillation import DraftSteps
+from specforge.training.losses.distillation import DraftSteps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

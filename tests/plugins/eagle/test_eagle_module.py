@@ -18,7 +18,7 @@ from specforge import SpeculatorModel
 from specforge.__main__ import main
 from specforge.decoding.loop import Decoder
 from specforge.proposals import GreedyTokenProposalConfig
-from specforge.training.objectives import Distributions
+from specforge.training.losses.objectives import Distributions
 from specforge.verifier.parts import VerifierParts
 from specforge_eagle.module import EagleModule
 from specforge_eagle.noise import feature_noise

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from specforge.training import chunks, distillation
+from specforge.training.losses import chunks, distillation
 from specforge.verifier.parts import VerifierParts
 from specforge_eagle3.module import Eagle3DraftSettings, Eagle3Module
 from specforge_mlp.module import MLPDraftSettings, MLPModule

@@ -21,11 +21,19 @@ from torch import Tensor
 from specforge.decoding.recorded import acceptance_of_drawn, draft_places, label_log_probs
 from specforge.models.speculator import unchanged
 from specforge.sampling import Sampling
-from specforge.training.chunks import Chunk, blocks, chunks
-from specforge.training.comparison import Compared, Term, compare, compiled_compare, gathered, log_softmax, wide_type
-from specforge.training.objectives import Distributions, acceptance
+from specforge.training.losses.chunks import Chunk, blocks, chunks
+from specforge.training.losses.comparison import (
+    Compared,
+    Term,
+    compare,
+    compiled_compare,
+    gathered,
+    log_softmax,
+    wide_type,
+)
+from specforge.training.losses.objectives import Distributions, acceptance
+from specforge.training.losses.weightings import ChainWeighting
 from specforge.training.totals import total
-from specforge.training.weightings import ChainWeighting
 from specforge.verifier.parts import VerifierParts
 
 

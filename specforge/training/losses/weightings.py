@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specforge.training.objectives import Distributions
+from specforge.training.losses.objectives import Distributions
 
 # arXiv 2605.18810: the share of each confidence that is taken for certain.
 DPACE_SMOOTHING = 0.5

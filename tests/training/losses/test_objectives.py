@@ -12,8 +12,8 @@ from torch import Tensor
 
 from specforge.hookspecs import Objective
 from specforge.registry import installed
-from specforge.training import objectives
-from specforge.training.objectives import Distributions
+from specforge.training.losses import objectives
+from specforge.training.losses.objectives import Distributions
 
 NAMES = ["kl", "reverse_kl", "cross_entropy", "total_variation", "jsd", "lk_alpha", "lk_lambda", "text"]
 

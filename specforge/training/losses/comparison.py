@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specforge.training.objectives import Distributions, acceptance
+from specforge.training.losses.objectives import Distributions, acceptance
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specforge.sampling import Sampling
-from specforge.training import chunks
-from specforge.training.comparison import Term, compiled_compare
-from specforge.training.distillation import DraftSteps, Labels, Teacher, distill
+from specforge.training.losses import chunks
+from specforge.training.losses.comparison import Term, compiled_compare
+from specforge.training.losses.distillation import DraftSteps, Labels, Teacher, distill
+from specforge.training.losses.objectives import Distributions
 from specforge.training.module import chain_weighting, objective_terms
-from specforge.training.objectives import Distributions
 from specforge.verifier.parts import VerifierParts
 
 H, V = 5, 13
