@@ -21,17 +21,18 @@ from specforge.bounds import Interval
 from specforge.errors import SpecforgeError, UsageError, describe_os_error
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
-from specforge.training.board.hyperparameters import Hyperparameters
-from specforge.training.board.writers import writers
-from specforge.training.callbacks import ProgressBar, Summary, fit_callbacks
+from specforge.training.callbacks.board.hyperparameters import Hyperparameters
+from specforge.training.callbacks.board.writers import writers
+from specforge.training.callbacks.fit import fit_callbacks
+from specforge.training.callbacks.progress import ProgressBar, Summary
+from specforge.training.callbacks.resuming import ResumedSettings
+from specforge.training.callbacks.stopping import explain_lost
 from specforge.training.claims import claim
 from specforge.training.config_errors import check_files, check_values, explain, explain_class, explain_settings
 from specforge.training.length import settle_length
 from specforge.training.precision import check_precision
-from specforge.training.resuming import ResumedSettings
 from specforge.training.runs import CHECKPOINTS, CONFIG, check_name, resolve_checkpoint
 from specforge.training.saving import WholeCheckpointIO
-from specforge.training.stopping import explain_lost
 from specforge.training.strategies import FSDP2, FSDP2Strategy
 from specforge.training.trainer_values import explain_trainer
 from specforge.verifier.loading import VerifierType

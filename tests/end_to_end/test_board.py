@@ -24,8 +24,8 @@ from specforge.decoding.recorded import replay_text
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.proposals.greedy import GreedyProposer
 from specforge.sampling import Chance, Sampling
-from specforge.training.board.acceptance import MOST_CURVES, draw_acceptance
-from specforge.training.board.samples import PROMPT_TOKENS, SAMPLES, Sample, to_markdown
+from specforge.training.callbacks.board.acceptance import MOST_CURVES, draw_acceptance
+from specforge.training.callbacks.board.samples import PROMPT_TOKENS, SAMPLES, Sample, to_markdown
 from specforge.verifier.features import capture
 
 PAGE = Path(__file__).parents[2] / "docs" / "tensorboard.md"

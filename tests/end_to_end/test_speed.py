@@ -28,7 +28,7 @@ def test_idle_share_is_what_the_loader_takes_of_the_time(workshop, fit, monkeypa
 
     clock = SimpleNamespace(perf_counter=lambda: now)
     monkeypatch.setattr("specforge.data.loader.time", clock)
-    monkeypatch.setattr("specforge.training.speed.time", clock)
+    monkeypatch.setattr("specforge.training.callbacks.speed.time", clock)
     monkeypatch.setattr(PackedRows, "__getitem__", moved_by(2, PackedRows.__getitem__))
     monkeypatch.setattr(DraftModule, "training_step", moved_by(5, DraftModule.training_step))
     monkeypatch.setattr(DraftModule, "validation_step", moved_by(1000, DraftModule.validation_step))

@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: checkpoints, Ctrl-C, the draft at the end, what a person sees."""
+"""When the state of a run is saved: the best, the last, and on a signal."""
 
 from __future__ import annotations
 
@@ -7,49 +7,14 @@ import signal
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from specforge.models.scaled_linear import folded
-from specforge.models.speculator import SpeculatorModel
-from specforge.training.advice import Advice
-from specforge.training.board.acceptance import AcceptanceFigure, accept_rates
-from specforge.training.board.hyperparameters import log_results
-from specforge.training.board.layout import ScalarLayout
-from specforge.training.board.samples import SampleTexts
-from specforge.training.board.writers import writers
+from specforge.training.callbacks.board.hyperparameters import log_results
+from specforge.training.callbacks.stopping import StopRequest
 from specforge.training.module import DraftModule
-from specforge.training.resuming import BatchNumbers, RandomState
-from specforge.training.runs import BEST, LAST, check_checkpoint
+from specforge.training.runs import BEST, LAST
 from specforge.training.saying import say
-from specforge.training.speed import Throughput
-from specforge.training.stopping import StopRequest
-
-
-def fit_callbacks(arguments: list[str], save_every_n_steps: int, folder: Path) -> list[Callback]:
-    """Return the callbacks of a training run that is stored.
-
-    Args:
-        arguments: The words after ``specforge fit``, to tell a person how to go on.
-        save_every_n_steps: Optimizer steps between two savings of the last state.
-        folder: Folder of the checkpoints.
-    """
-    return [
-        Summary(folder.parent),
-        Advice(),
-        ScalarLayout(),
-        AcceptanceFigure(),
-        SampleTexts(),
-        Throughput(),  # behind those above, whose time at a validation it leaves out
-        RandomState(),
-        BatchNumbers(),
-        BestCheckpoint(folder),
-        LastCheckpoint(arguments, save_every_n_steps),
-        DraftWriter(arguments),
-    ]
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -80,55 +45,6 @@ class BestCheckpoint(ModelCheckpoint):
         super().on_validation_end(trainer, pl_module)
         if self.best_model_score is not before:
             log_results("best", trainer, pl_module)
-
-
-class ProgressBar(RichProgressBar):
-    """The progress bar of every run."""
-
-    def __init__(self) -> None:
-        super().__init__(leave=True, theme=RichProgressBarTheme(metrics_format=".3f"))
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Leave out what is said elsewhere, so that a line holds the rest: the run's number, and each validation."""
-        metrics = super().get_metrics(trainer, pl_module)
-        return {name: value for name, value in metrics.items() if name != "v_num" and not name.startswith("val/")}
-
-
-class Summary(Callback):
-    """Says at the start what is trained on what and for how long, and after each validation how far it has come.
-
-    Args:
-        run: Folder of the run; None if nothing is stored.
-    """
-
-    def __init__(self, run: Path | None) -> None:
-        self.run = run
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the length of the run, which may be refused, before a verifier is loaded."""
-        _ = cast(DraftModule, pl_module).length
-
-    @rank_zero_only
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the summaries of data, draft and run."""
-        module = cast(DraftModule, pl_module)
-        say(trainer.datamodule.summary_text())
-        say(module.summary_text())
-        say(str(module.length))
-        say(f"run: {self.run or 'nothing of it is stored'}")
-
-    @rank_zero_only
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print one line a validation, so that a log file shows how the draft learns."""
-        metrics = trainer.callback_metrics
-        module = cast(DraftModule, pl_module)
-        if trainer.sanity_checking or module.monitor not in metrics:
-            return
-        rates = " ".join(f"{rate:.3f}" for rate in accept_rates(trainer, module, "pos"))
-        say(
-            f"step {trainer.global_step:>6}  {module.monitor} {float(metrics[module.monitor]):.3f}  "
-            f"by position {rates}  val/loss {float(metrics['val/loss']):.4f}"
-        )
 
 
 class LastCheckpoint(Checkpoint):
@@ -219,64 +135,13 @@ class LastCheckpoint(Checkpoint):
         raise SystemExit(128 + number)
 
 
-class DraftWriter(Callback):
-    """Writes the best draft to ``draft/`` when training ends, and says where it is and what to type next.
-
-    Args:
-        arguments: The words after ``specforge fit``.
-    """
-
-    def __init__(self, arguments: list[str]) -> None:
-        self.arguments = arguments
-
-    @rank_zero_only
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the draft of the best validation; the last one where there was no validation."""
-        # Not on_fit_end: the progress bar would be drawn once more below the closing lines.
-        module = cast(DraftModule, pl_module)
-        best = _best(trainer)
-        run = checkpoint_folder(trainer).parent
-        next_steps = [f"look at it   tensorboard --logdir {run.parent}"] if writers(trainer) else []
-        if best.best_model_path and best.best_model_score is not None:
-            draft = draft_of_checkpoint(Path(best.best_model_path), module.draft)
-            which = f"the best draft ({best.monitor} {float(best.best_model_score):.3f})"
-            next_steps.append(f"measure it   {command('validate', self.arguments, 'best')}")
-        else:
-            draft = module.draft
-            which = f"the last draft (step {trainer.global_step}; no validation chose a better one)"
-        next_steps.append(f"talk to it   {shlex.join(['specforge', 'generate', str(run / 'draft')])}")
-        next_steps.append(
-            f"compare it   {shlex.join(['specforge', 'evaluate', str(run / 'draft'), '--prompts', 'FILE'])}"
-        )
-        next_steps.append(f"serve it     {shlex.join(['specforge', 'export', str(run), '--format', 'NAME'])}")
-        next_steps.append(f"load it      SpeculatorModel.from_pretrained({str(run / 'draft')!r})")
-        draft.save_pretrained(run / "draft")
-        if trainer.global_step < module.length.steps:
-            why = "trainer.max_time is over, or a callback asked to stop"
-            say(f"\nEnded at step {trainer.global_step:,} of {module.length.steps:,}: {why}.")
-        say("\n  ".join([f"\nDone: {run / 'draft'} holds {which}.", *next_steps]))
-
-
-def draft_of_checkpoint(path: Path, like: SpeculatorModel) -> SpeculatorModel:
-    """Build the draft that a training checkpoint holds.
-
-    Args:
-        path: A ``.ckpt`` file of a run.
-        like: A draft of the same configuration.
-    """
-    check_checkpoint(path)
-    saved = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    prefix = "draft."
-    state = {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
-    return type(like).from_state(like.config, folded(state), where=str(path))
-
-
 def checkpoint_folder(trainer: Trainer) -> Path:
     """Return the folder of a run's checkpoints; its parent is the run's folder."""
-    return Path(str(_best(trainer).dirpath))
+    return Path(str(best_checkpoint(trainer).dirpath))
 
 
-def _best(trainer: Trainer) -> BestCheckpoint:
+def best_checkpoint(trainer: Trainer) -> BestCheckpoint:
+    """Return the callback that saves the best state of a run."""
     return next(one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint))
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
 from specforge.config import flat
-from specforge.training.board.writers import writers
+from specforge.training.callbacks.board.writers import writers
 from specforge.training.module import DraftModule
 
 # Of the trainer's settings, those that change what a run learns or takes.

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from specforge.decoding.replay import figures, replay
-from specforge.training.advice import (
+from specforge.training.callbacks.advice import (
     LEAST_COST,
     NOISE,
     Advice,

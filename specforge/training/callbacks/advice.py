@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specforge.data.module import DraftDataModule
 from specforge.data.rows.coverage import coverage_by_size
-from specforge.training.board.acceptance import accept_rates
+from specforge.training.callbacks.board.acceptance import accept_rates
 from specforge.training.module import DraftModule
 from specforge.training.saying import say
 from specforge.training.schedules import ScheduleSettings

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from specforge.drawing import house_style
-from specforge.training.board.writers import writers
+from specforge.training.callbacks.board.writers import writers
 from specforge.training.module import DraftModule
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specforge.training.stopping import explain_lost
+from specforge.training.callbacks.stopping import explain_lost
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel as Bytes
 from transformers import PreTrainedTokenizerFast
 
 from specforge.decoding.replay import replay
-from specforge.training.board.samples import RESPONSE_TOKENS, Sample, accepted_by_round, to_markdown
+from specforge.training.callbacks.board.samples import RESPONSE_TOKENS, Sample, accepted_by_round, to_markdown
 
 
 @pytest.fixture(scope="module")

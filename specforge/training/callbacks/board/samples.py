@@ -18,7 +18,7 @@ from torch import Tensor
 from specforge.data.text.showing import stretches
 from specforge.decoding.replay import turns_of
 from specforge.errors import UsageError
-from specforge.training.board.writers import writers
+from specforge.training.callbacks.board.writers import writers
 from specforge.training.losses.distillation import DraftSteps
 
 if TYPE_CHECKING:

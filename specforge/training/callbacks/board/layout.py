@@ -8,7 +8,7 @@ from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from specforge.training.board.writers import writers
+from specforge.training.callbacks.board.writers import writers
 from specforge.training.module import DraftModule
 
 # Title, and patterns of the tags that are drawn in one chart.

@@ -1,0 +1,64 @@
+"""What a person sees of a run: its progress, and a line for each validation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from lightning.pytorch.utilities import rank_zero_only
+
+from specforge.training.callbacks.board.acceptance import accept_rates
+from specforge.training.module import DraftModule
+from specforge.training.saying import say
+
+
+class ProgressBar(RichProgressBar):
+    """The progress bar of every run."""
+
+    def __init__(self) -> None:
+        super().__init__(leave=True, theme=RichProgressBarTheme(metrics_format=".3f"))
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Leave out what is said elsewhere, so that a line holds the rest: the run's number, and each validation."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name: value for name, value in metrics.items() if name != "v_num" and not name.startswith("val/")}
+
+
+class Summary(Callback):
+    """Says at the start what is trained on what and for how long, and after each validation how far it has come.
+
+    Args:
+        run: Folder of the run; None if nothing is stored.
+    """
+
+    def __init__(self, run: Path | None) -> None:
+        self.run = run
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the length of the run, which may be refused, before a verifier is loaded."""
+        _ = cast(DraftModule, pl_module).length
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the summaries of data, draft and run."""
+        module = cast(DraftModule, pl_module)
+        say(trainer.datamodule.summary_text())
+        say(module.summary_text())
+        say(str(module.length))
+        say(f"run: {self.run or 'nothing of it is stored'}")
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print one line a validation, so that a log file shows how the draft learns."""
+        metrics = trainer.callback_metrics
+        module = cast(DraftModule, pl_module)
+        if trainer.sanity_checking or module.monitor not in metrics:
+            return
+        rates = " ".join(f"{rate:.3f}" for rate in accept_rates(trainer, module, "pos"))
+        say(
+            f"step {trainer.global_step:>6}  {module.monitor} {float(metrics[module.monitor]):.3f}  "
+            f"by position {rates}  val/loss {float(metrics['val/loss']):.4f}"
+        )
