@@ -26,7 +26,7 @@ from specforge.commands.estimate import EstimateCLI, estimate
 from specforge.commands.trainer import choose
 from specforge.estimation.shapes import MORE_FORMULAS
 from specforge.estimation.table import in_units
-from specforge.training.cli import TrainingCLI
+from specforge.training.cli.command_line import TrainingCLI
 
 WARMUP, STEPS = 2, 8
 FIT_ONLY = [

@@ -76,7 +76,7 @@ def measure(name: str, length: int, document: int, folder: Path) -> float:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from specforge.__main__ import main
-    from specforge.training.cli import TrainingCLI  # noqa: F401  (what is imported is not counted)
+    from specforge.training.cli.command_line import TrainingCLI  # noqa: F401  (what is imported is not counted)
     from specforge.verifier.features import capture
     from specforge.verifier.loading import load_verifier
 

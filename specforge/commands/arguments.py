@@ -20,7 +20,7 @@ from specforge.decoding.verification import Verification
 from specforge.errors import UsageError, describe_invalid
 from specforge.models.speculator import SpeculatorModel
 from specforge.sampling import Sampling
-from specforge.training.config_errors import explain
+from specforge.training.cli.config_errors import explain
 from specforge.verifier.loading import VerifierLoading, VerifierType, running_verifier
 
 PROPOSAL = "NAME or NAME:KEY=VALUE,...; names: specforge plugins."

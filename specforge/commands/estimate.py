@@ -22,7 +22,7 @@ from specforge.estimation.estimate import ACCELERATOR_UTILISATION, CPU_UTILISATI
 from specforge.estimation.step import Rehearsal, StepMemory
 from specforge.estimation.table import print_estimate
 from specforge.estimation.text import Text, counted_text, given_text
-from specforge.training.cli import TrainingCLI
+from specforge.training.cli.command_line import TrainingCLI
 from specforge.training.module import DraftModule
 
 FLAGS = ("--tokens", "--supervised_share", "--device_flops")

@@ -41,7 +41,7 @@ def choose(arguments: list[str], help_text: str) -> Algorithm | None:
     Raises:
         UsageError: None is chosen, or it cannot be trained.
     """
-    from specforge.training.config_files import choose_algorithm
+    from specforge.training.cli.config_files import choose_algorithm
 
     name = choose_algorithm(arguments)
     if name is None:
@@ -65,7 +65,7 @@ def _run(subcommand: str, arguments: list[str]) -> int:
         return 0
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from specforge.training.cli import TrainingCLI
+    from specforge.training.cli.command_line import TrainingCLI
 
     quieten()
     try:
@@ -92,7 +92,7 @@ def command_line() -> argparse.ArgumentParser:
 
 def settings_parser(algorithm: Algorithm) -> argparse.ArgumentParser:
     """Return the parser of all settings of an algorithm; nothing is run."""
-    from specforge.training.cli import TrainingCLI
+    from specforge.training.cli.command_line import TrainingCLI
 
     class Found(Exception):
         """Carries the parser out of a command line."""

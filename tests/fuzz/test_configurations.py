@@ -21,9 +21,9 @@ from specforge.commands.trainer import settings_parser
 from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
-from specforge.training.cli import parse
-from specforge.training.config_errors import known_keys
-from specforge.training.config_files import choose_algorithm
+from specforge.training.cli.command_line import parse
+from specforge.training.cli.config_errors import known_keys
+from specforge.training.cli.config_files import choose_algorithm
 
 NUMBER = int(os.environ.get("SPECFORGE_FUZZ", "60"))
 SEED = int(os.environ.get("SPECFORGE_FUZZ_SEED", "0"))

@@ -30,8 +30,8 @@ from specforge.errors import UsageError
 from specforge.estimation.table import in_units
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
-from specforge.training.cli import TrainingCLI
-from specforge.training.config_files import choose_algorithm
+from specforge.training.cli.command_line import TrainingCLI
+from specforge.training.cli.config_files import choose_algorithm
 from specforge.training.module import DraftModule
 from specforge.verifier.features import capture, check_logits
 from specforge.verifier.loading import running_verifier

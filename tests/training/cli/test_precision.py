@@ -21,9 +21,9 @@ from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
 from specforge.models import SpeculatorModel
 from specforge.registry import installed
-from specforge.training.cli import TrainingCLI
+from specforge.training.cli.command_line import TrainingCLI
+from specforge.training.cli.precision import check_precision
 from specforge.training.metrics import StepMeans
-from specforge.training.precision import check_precision
 
 # Rounding of the type, over some layers; as a share of a gradient's norm.
 CLOSE = {"32-true": 1e-5, "bf16-mixed": 0.15}

@@ -28,13 +28,13 @@ from specforge.training.callbacks.progress import ProgressBar, Summary
 from specforge.training.callbacks.resuming import ResumedSettings
 from specforge.training.callbacks.stopping import explain_lost
 from specforge.training.claims import claim
-from specforge.training.config_errors import check_files, check_values, explain, explain_class, explain_settings
+from specforge.training.cli.config_errors import check_files, check_values, explain, explain_class, explain_settings
+from specforge.training.cli.precision import check_precision
+from specforge.training.cli.trainer_values import explain_trainer
 from specforge.training.length import settle_length
-from specforge.training.precision import check_precision
 from specforge.training.runs import CHECKPOINTS, CONFIG, check_name, resolve_checkpoint
 from specforge.training.saving import WholeCheckpointIO
 from specforge.training.strategies import FSDP2, FSDP2Strategy
-from specforge.training.trainer_values import explain_trainer
 from specforge.verifier.loading import VerifierType
 
 # What a run needs to be set otherwise than Lightning does by itself. Weights that are gathered in inference mode could

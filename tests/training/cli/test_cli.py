@@ -16,7 +16,7 @@ import yaml
 from specforge.__main__ import main
 
 Printer = Callable[..., dict[str, Any]]
-VERIFIER = str(Path(__file__).parents[2] / "configs" / "quickstart" / "verifier")
+VERIFIER = str(Path(__file__).parents[3] / "configs" / "quickstart" / "verifier")
 BASE = ["--algorithm", "eagle3", "--verifier", VERIFIER, "--data.train", "rows.jsonl"]
 
 
@@ -128,7 +128,7 @@ class TestPrintConfig:
 
     @pytest.mark.parametrize("name", ["quickstart.yaml", "smollm2-eagle3.yaml"])
     def test_recipes_are_valid(self, printed, name):
-        recipe = Path(__file__).parents[2] / "configs" / name
+        recipe = Path(__file__).parents[3] / "configs" / name
         config = printed("--config", str(recipe))
         for key, value in yaml.safe_load(recipe.read_text())["model"].items():
             if not isinstance(value, dict):

@@ -11,9 +11,9 @@ from jsonargparse import ArgumentParser, Namespace
 from pydantic import ValidationError
 
 from specforge.errors import UsageError, nearest_name
-from specforge.training.config_files import config_files, read_yaml
-from specforge.training.precision import check_precision
-from specforge.training.trainer_values import check_trainer
+from specforge.training.cli.config_files import config_files, read_yaml
+from specforge.training.cli.precision import check_precision
+from specforge.training.cli.trainer_values import check_trainer
 
 # Keys of the whole run that module and data both get from the top level.
 SHARED = ("verifier", "verifier_dtype", "verifier_revision", "trust_remote_code", "verifier_sharding")
