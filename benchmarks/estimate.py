@@ -22,10 +22,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
-from specforge.commands.estimate import EstimateCLI, estimate
+from specforge.commands.estimate.command import EstimateCLI, estimate
 from specforge.commands.trainer import choose
+from specforge.commands.units import in_units
 from specforge.estimation.shapes import MORE_FORMULAS
-from specforge.estimation.table import in_units
 from specforge.training.cli.command_line import TrainingCLI
 
 WARMUP, STEPS = 2, 8

@@ -15,12 +15,12 @@ def specforge_commands() -> Iterable[Command]:
     """The subcommands of the core."""
     return [
         _command("prepare", "make ready what a draft is trained on"),
-        _command("estimate", "say what a run will take, before it begins"),
+        _command("estimate", "say what a run will take, before it begins", "estimate.command:run"),
         _command("fit", "train a draft", "trainer:fit"),
         _command("validate", "measure a trained draft on the validation data", "trainer:validate"),
         _command("test", "measure a trained draft on the test data", "trainer:test"),
         _command("generate", "answer prompts with a draft's help"),
-        _command("evaluate", "measure drafts on prompt sets, with a report"),
+        _command("evaluate", "measure drafts on prompt sets, with a report", "evaluate.command:run"),
         _command("export", "write a draft in the form that a server loads"),
         _command("convert", "read a published draft, to measure it or train on"),
         _command("verify", "check an export: alone, beside its verifier, or served"),

@@ -16,9 +16,9 @@ from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 from packaging.requirements import Requirement
 
+from specforge.commands.units import in_units
 from specforge.commands.wrapping import HelpFormatter, hanging
 from specforge.data.module import default_cache
-from specforge.estimation.table import in_units
 from specforge.registry import installed
 
 DESCRIPTION = """\

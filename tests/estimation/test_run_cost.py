@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specforge.commands.units import duration, in_units
 from specforge.estimation.estimate import Estimate, Plan, flops_per_token
 from specforge.estimation.step import LAYERS, OPTIMIZER, VERIFIER, StepCost, StepMemory
-from specforge.estimation.table import duration, in_units
 from specforge.estimation.text import Text
 
 MEMORY = StepMemory(*range(9))

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specforge.commands.trainer import quieten
+from specforge.commands.units import in_units
 from specforge.commands.wrapping import HelpFormatter, hanging
 from specforge.data.features.capturing import Capturing
 from specforge.data.features.dtypes import FeatureType
@@ -27,7 +28,6 @@ from specforge.data.features.store import FeatureStore
 from specforge.data.module import LIVE, DraftDataModule
 from specforge.data.text.sources import check_source
 from specforge.errors import UsageError
-from specforge.estimation.table import in_units
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
 from specforge.training.cli.command_line import TrainingCLI

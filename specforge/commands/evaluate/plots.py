@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING
 
+from specforge.commands.evaluate import words
 from specforge.drawing import COLORS, INK, house_style
-from specforge.evaluation import words
 from specforge.evaluation.results import ContenderResult, Measurement, Results
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from specforge.commands.units import duration, in_units
 from specforge.estimation.estimate import STORED_TYPES, Estimate
 from specforge.estimation.step import HEAD, LAYERS, OPTIMIZER, VERIFIER
 
@@ -105,23 +106,3 @@ def _time(estimate: Estimate) -> Iterable[Sequence[str]]:
         shortest, longest = estimate.seconds_per_step(stored)
         yield f"an optimizer step{words}", f"{duration(shortest)} to {duration(longest)}"
         yield f"the run{words}", f"{duration(shortest * estimate.steps)} to {duration(longest * estimate.steps)}"
-
-
-def in_units(number: float, unit: str) -> str:
-    """Return a number with a prefix of its unit; kB are 1,000 bytes, as disks are sold."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if number < 1000:
-            return f"{number:,.2f} {prefix}{unit}" if prefix else f"{number:,.0f} {unit}"
-        number /= 1000
-    return f"{number:,.2f} P{unit}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in the two units that say most of it."""
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours / 24:,.1f} days"

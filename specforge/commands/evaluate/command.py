@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from specforge.checkpoints.run_record import find_draft
 from specforge.commands.arguments import PROPOSAL, decoding_parser, find_verifier, load, load_draft, parse, sampling_of
+from specforge.commands.evaluate.report import write_report
+from specforge.commands.evaluate.table import print_table
 from specforge.config import SpeculatorModelConfig
 from specforge.data.module import default_cache
 from specforge.data.rows.bigrams import bigram_table
@@ -26,9 +28,7 @@ from specforge.data.text.template import ChatTemplate
 from specforge.decoding.verification import Verification
 from specforge.errors import UsageError
 from specforge.evaluation.measuring import Contender, Measuring, Settings
-from specforge.evaluation.report import write_report
 from specforge.evaluation.results import Results
-from specforge.evaluation.table import print_table
 from specforge.hookspecs import ProposalMethod
 from specforge.proposals.choice import choose_proposal, describe
 from specforge.registry import installed

@@ -18,11 +18,11 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from specforge.commands.evaluate.plots import plots
+from specforge.commands.evaluate.report import page, write_report
+from specforge.commands.evaluate.table import print_table
 from specforge.errors import SpecforgeError
-from specforge.evaluation.plots import plots
-from specforge.evaluation.report import page, write_report
 from specforge.evaluation.results import ContenderResult, Measurement, Results, Stretch
-from specforge.evaluation.table import print_table
 from specforge.sampling import Sampling
 
 VOID = {"meta", "br", "link", "img"}
@@ -148,7 +148,7 @@ def made_up_page(kind: str) -> str:
 @pytest.fixture
 def without_plots(monkeypatch):
     """Pages are quick without them."""
-    monkeypatch.setattr("specforge.evaluation.report.plots", lambda results: [])
+    monkeypatch.setattr("specforge.commands.evaluate.report.plots", lambda results: [])
 
 
 class Page(HTMLParser):
@@ -313,7 +313,7 @@ class TestPage:
     def test_equal_results_give_equal_pages_in_another_process(self, tmp_path):
         write_report(usual(), tmp_path)
         program = (
-            "import sys; from pathlib import Path; from specforge.evaluation.report import write_report;"
+            "import sys; from pathlib import Path; from specforge.commands.evaluate.report import write_report;"
             "from specforge.evaluation.results import Results;"
             "assert not {'matplotlib', 'torch'} & set(sys.modules), 'importing is cheap';"
             "here = Path(sys.argv[1]); write_report(Results.read(here / 'results.json'), here / 'again')"

@@ -14,13 +14,13 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from tqdm import tqdm
 
+from specforge.commands.estimate.table import print_estimate
 from specforge.commands.trainer import choose, quieten
 from specforge.commands.trainer import command_line as settings_of_all
 from specforge.errors import UsageError
 from specforge.estimation.device import measured_flops
 from specforge.estimation.estimate import ACCELERATOR_UTILISATION, CPU_UTILISATION, Estimate, Plan, flops_per_token
 from specforge.estimation.step import Rehearsal, StepMemory
-from specforge.estimation.table import print_estimate
 from specforge.estimation.text import Text, counted_text, given_text
 from specforge.training.cli.command_line import TrainingCLI
 from specforge.training.module import DraftModule

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from specforge.commands.evaluate import words
+from specforge.commands.evaluate.plots import plots
 from specforge.errors import SpecforgeError
-from specforge.evaluation import words
-from specforge.evaluation.plots import plots
 from specforge.evaluation.results import ContenderResult, Measurement, Results
 
 RESULTS = "results.json"

@@ -7,7 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from specforge.evaluation import words
+from specforge.commands.evaluate import words
 from specforge.evaluation.results import ContenderResult, Measurement, Results
 
 # What the numbers leave of 80 columns; longer names of contenders go on in the next line.

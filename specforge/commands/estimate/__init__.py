@@ -1,0 +1,1 @@
+"""``specforge estimate``, and what it shows."""

@@ -1,0 +1,1 @@
+"""``specforge evaluate``, and what it shows."""
