@@ -5,14 +5,16 @@ Nothing heavy is imported here: the process that hands the tests out to others r
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that wait for each other cost these sizes a hundred times what they compute.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -40,3 +42,15 @@ def tiny_verifiers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Tin
     from tiny_verifiers import save_tiny_verifiers
 
     return save_tiny_verifiers(tmp_path_factory.mktemp("verifiers"))
+
+
+@pytest.fixture
+def write_lines(tmp_path: Path) -> Callable[..., str]:
+    """Write rows to a JSON-lines file in the test's folder; return its path."""
+
+    def write(rows: list[Any], name: str = "train.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write

@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
                 "--endpoint: nothing is expected of a server, since the export was made with --skip_verifier; export "
                 "again without it"
             )
-        measured = measure(found.endpoint, probe.served.texts)
+        measured = measure(found.endpoint, probe.served.prompts)
         print(f"  {measured.engine}: {measured.acceptance_length:.3f} tokens a pass of the verifier")
         faults += endpoint_faults(measured, probe.served)
         checked.append("the server")

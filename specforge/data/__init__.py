@@ -1,1 +1,1 @@
-"""Conversations to batches: sources -> chat -> template -> encoding -> rows (cached) -> packing -> loader -> module."""
+"""What a batch is made of: text -> rows (cached) -> packing, with features -> loader -> module."""

@@ -6,6 +6,7 @@ import asyncio
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -13,7 +14,6 @@ import openai
 from openai import AsyncOpenAI, OpenAIError
 from pydantic import Field, ValidationError
 
-from specforge.checkpoints.verification.probe import Text
 from specforge.engines.connection import Address, Connection, Models, RequestError, Strict, on_one_line
 from specforge.errors import SpecforgeError, describe_invalid
 
@@ -22,6 +22,7 @@ SECONDS, ANSWER_SECONDS = 30.0, 600.0
 # One line of a Prometheus page: a counter of vLLM's speculative decoding, its labels and its value.
 COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+?)(?:_total)?(?:\{(.*)\})?\s+([\d.eE+-]+)$", re.MULTILINE)
 POSITION = re.compile(r'position="(\d+)"')
+Asked = tuple[list[int], int]  # a prompt, and how many tokens it is to be answered with
 
 
 @dataclass(frozen=True)
@@ -60,27 +61,27 @@ class _ServerInfo(Strict):
     speculative_num_steps: int | None = None
 
 
-def measure(url: str, texts: list[Text]) -> Measured:
-    """Let a server answer the probe's prompts at temperature 0, and read what it counts.
+def measure(url: str, prompts: Sequence[Asked]) -> Measured:
+    """Let a server answer prompts at temperature 0, and read what it counts.
 
     Args:
         url: Address of the server, such as ``http://localhost:8000``; a name and password in it are not shown.
-        texts: Prompts, and what the verifier said; as many tokens are asked for.
+        prompts: The tokens of each, and how many are asked for.
 
     Raises:
         UsageError: It is no address of a server.
         SpecforgeError: The server cannot be reached, answers otherwise than the two do, or does not speculate.
     """
     address = Address.of(url)
-    return asyncio.run(_measure(Address(address.url.removesuffix("/v1"), address.credentials), texts))
+    return asyncio.run(_measure(Address(address.url.removesuffix("/v1"), address.credentials), prompts))
 
 
-async def _measure(server: Address, texts: list[Text]) -> Measured:
+async def _measure(server: Address, prompts: Sequence[Asked]) -> Measured:
     if await _get(server, "/get_server_info") is not None:
-        await _answer(server, texts)
+        await _answer(server, prompts)
         return _from_server_info(await _get(server, "/get_server_info") or "{}", server.url)
     before = await _counters(server)
-    await _answer(server, texts)
+    await _answer(server, prompts)
     counted = {name: value - before.get(name, 0.0) for name, value in (await _counters(server)).items()}
     rounds = counted.get("drafts", 0.0)
     if rounds <= 0:
@@ -96,7 +97,7 @@ async def _measure(server: Address, texts: list[Text]) -> Measured:
     )
 
 
-async def _answer(server: Address, texts: list[Text]) -> None:
+async def _answer(server: Address, prompts: Sequence[Asked]) -> None:
     # A local server asks for no key, but the client insists on one.
     connection = Connection(server, ANSWER_SECONDS, _check)
     try:
@@ -105,11 +106,11 @@ async def _answer(server: Address, texts: list[Text]) -> None:
         ) as client:
             listed = await client.models.with_raw_response.list()
             model = Models.model_validate_json(listed.content).data[0].id
-            for text in texts:
+            for tokens, number in prompts:
                 await client.completions.with_raw_response.create(
                     model=model,
-                    prompt=text.tokens[: text.begin],
-                    max_tokens=len(text.tokens) - text.begin,
+                    prompt=tokens,
+                    max_tokens=number,
                     temperature=0,
                 )
     except IndexError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,18 +77,6 @@ def load_tokenizer(make_verifier: Callable[..., Path]) -> Callable[..., PreTrain
 @pytest.fixture(scope="session")
 def tokenizer(verifier: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(verifier)
-
-
-@pytest.fixture
-def write_lines(tmp_path: Path) -> Callable[..., str]:
-    """Write rows to a JSON-lines file in the test's folder; return its path."""
-
-    def write(rows: list[Any], name: str = "train.jsonl") -> str:
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(path)
-
-    return write
 
 
 @pytest.fixture(autouse=True)

@@ -87,8 +87,10 @@ class TestRowsOf:
 
 
 class TestAsked:
-    def test_messages_go_before_tokens(self, write_lines, chat):
-        source = write_lines([{**chat("a", "b", "c", "d"), "input_ids": [1, 2], "loss_mask": [0, 1]}])
+    def test_messages_go_before_tokens(self, write_lines):
+        said = zip(["user", "assistant"] * 2, "abcd", strict=True)
+        messages = [{"role": role, "content": content} for role, content in said]
+        source = write_lines([{"messages": messages, "input_ids": [1, 2], "loss_mask": [0, 1]}])
         (prompt,) = read_asked([source])
         assert [turn[0]["content"] for turn in prompt.conversation.turns] == ["a", "c"]
 

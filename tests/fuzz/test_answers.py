@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from specforge.checkpoints.verification.probe import Text
 from specforge.engines.answering import EndpointAnswerer, EndpointSettings
 from specforge.engines.asking import Asking
 from specforge.engines.counters import measure
@@ -182,7 +181,7 @@ def test_a_measurement_ends_with_a_number_or_one_message(seed: int) -> None:
             spoiled = COUNTERS.replace("20.0", chance.choice(["1e999", "1e", "-5", "..", "20.0"]))
             server.answers["/metrics"] = 200, chance.choice([spoiled.encode(), *RAW])
             try:
-                measured = measure(server.url.replace("//", "//someone:sesame@"), [Text(tokens=[1, 2, 3], begin=1)])
+                measured = measure(server.url.replace("//", "//someone:sesame@"), [([1], 2)])
             except SpecforgeError as error:
                 message = str(error)
                 assert server.url in message and "sesame" not in message and message.isprintable(), message

@@ -67,6 +67,11 @@ class Served(BaseModel):
     acceptance_length: dict[int, float]
     accept_rates: list[float]
 
+    @property
+    def prompts(self) -> list[tuple[list[int], int]]:
+        """The tokens of each prompt, and how many the verifier answered with."""
+        return [(text.tokens[: text.begin], len(text.tokens) - text.begin) for text in self.texts]
+
     def expected(self, chain: int | None = None) -> float:
         """Return the acceptance length of chains of some tokens; of the longest where that is None, or longer."""
         longest = max(self.acceptance_length)

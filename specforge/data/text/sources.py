@@ -19,8 +19,6 @@ from specforge.errors import UsageError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["ROWS_FILE", "RawRecord", "Record"]
-
 ALLOWED_SOURCES = (
     "allowed: a .jsonl file with one JSON object a line, a .json file of the same or of one array, a .parquet file, "
     "each also as .gz; a folder of .jsonl or .parquet files, or a pattern of files with *; a folder written by "

@@ -66,7 +66,7 @@ def test_a_server_that_does_not(
 def test_only_what_the_probe_caused_is_counted(export: Path) -> None:
     """The stand-in begins with a thousand drafts of others."""
     with serving(Engine("vllm", ACCEPTED).answer) as address:
-        measured = measure(address, Probe.load(export).served.texts)
+        measured = measure(address, Probe.load(export).served.prompts)
     assert (measured.acceptance_length, measured.chain) == (2.5, 3)
     assert measured.accept_rates == [0.8, 0.5, 0.2]
 
@@ -99,7 +99,7 @@ def test_a_server_that_never_drafts_is_told_apart(export: Path) -> None:
         return done
 
     with serving(never) as address, pytest.raises(SpecforgeError, match="without drafting once"):
-        measure(address, Probe.load(export).served.texts)
+        measure(address, Probe.load(export).served.prompts)
 
 
 def test_no_server_at_all(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
