@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from specforge.errors import UsageError, describe_invalid
+from specforge.files import whole_file
 from specforge.hookspecs import Algorithm, ProposalMethod
 from specforge.registry import installed
 
@@ -220,11 +221,8 @@ class SpeculatorModelConfig(StoredConfig):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``config.json`` into a folder, which is created if need be; the file is never half written."""
-        target = Path(folder) / CONFIG_NAME
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{CONFIG_NAME}.{os.getpid()}")
-        beside.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(beside, target)
+        with whole_file(Path(folder) / CONFIG_NAME) as file:
+            file.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def meaning(config: SpeculatorModelConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from specforge.errors import SpecforgeError, UsageError
+from specforge.files import whole_folder
 
 
 @contextmanager
@@ -29,18 +30,15 @@ def written_whole(folder: Path, mark: str | None = None) -> Iterator[Path]:
     if folder.exists() and not (folder.is_dir() and (_holds(folder, mark) or not any(folder.iterdir()))):
         but = f", and holds no {mark}" if mark else ""
         raise UsageError(f"{folder} is there already{but}; give another folder as --output")
-    beside = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}")
-    earlier = beside.with_name(beside.name + ".earlier")
+    earlier = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.earlier")
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        if folder.exists():
-            os.replace(folder, earlier)
-        os.replace(beside, folder)
+        with whole_folder(folder) as beside:
+            yield beside
+            if folder.exists():
+                os.replace(folder, earlier)
     except OSError as error:
         raise SpecforgeError(f"{folder} cannot be written: {error}") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
         if earlier.exists():
             if folder.exists():
                 shutil.rmtree(earlier, ignore_errors=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +16,12 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from specforge.data.rows.lock import locked
 from specforge.data.rows.summary import MAX_BAD_SHARE
 from specforge.data.text.bad_rows import BadRow
 from specforge.engines.asking import Answer, Prompt, Reply, read_asked
 from specforge.engines.journal import Journal, Tally
 from specforge.errors import SpecforgeError, UsageError
+from specforge.files import locked, whole_file
 
 RESPONSES_FILE = "responses.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -192,10 +191,8 @@ def _bind(partial: Path, settings: dict[str, Any]) -> None:
     if _holds_answers(partial):
         _require_same(json.loads(path.read_text()), settings, f"{partial} holds an unfinished run")
         return
-    partial.mkdir(parents=True, exist_ok=True)
-    beside = partial / f".{_SETTINGS_FILE}"
-    beside.write_text(json.dumps(settings, indent=2) + "\n")
-    os.replace(beside, path)
+    with whole_file(path) as file:
+        file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _holds_answers(partial: Path) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from specforge.config import CONFIG_NAME
 from specforge.errors import SpecforgeError, UsageError
+from specforge.files import whole_file
 from specforge.verifier.files import WEIGHTS, find_weights
 
 # Types of weights that are read, and endings of the names of what quantisers store beside theirs.
@@ -78,24 +78,16 @@ def _is_quantised(name: str, tensor: Tensor) -> bool:
 def write_checkpoint(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Write ``config.json`` and ``model.safetensors`` into a folder, which is created if need be.
 
-    Both are written beside their places first, so that a full disk leaves an earlier checkpoint as it was. Other
-    files in the folder are left alone.
+    A full disk leaves an earlier checkpoint as it was. Other files in the folder are left alone.
 
     Raises:
         SpecforgeError: They cannot be written.
     """
-    beside = {name: folder / f".{name}.{os.getpid()}" for name in (WEIGHTS, CONFIG_NAME)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, beside[WEIGHTS], metadata={"format": "pt"})
-        beside[CONFIG_NAME].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        # safetensors makes its files private; every other file has the mode that the umask asks for.
-        beside[WEIGHTS].chmod(beside[CONFIG_NAME].stat().st_mode)
-        for name, path in beside.items():
-            os.replace(path, folder / name)
+        # Both are written before the first takes its place.
+        with whole_file(folder / CONFIG_NAME) as said, whole_file(folder / WEIGHTS) as weights:
+            save_file(tensors, weights, metadata={"format": "pt"})
+            said.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        for path in beside.values():
-            with suppress(OSError):
-                path.unlink()
         raise SpecforgeError(f"the draft cannot be written to {folder}: {error}") from error

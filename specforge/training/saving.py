@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from specforge.errors import UsageError
+from specforge.files import leftovers, sync, whole_file
 from specforge.training.runs import LAST, PREVIOUS, check_checkpoint
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, waits until the disk has it, and renames it.
+    """Writes a checkpoint whole or not at all.
 
     Lightning's own writer takes a second copy in memory and a third in the system's temporary folder, from where it is
     copied if that is another disk: killed meanwhile, it leaves half a file under the checkpoint's name.
@@ -36,20 +36,18 @@ class WholeCheckpointIO(TorchCheckpointIO):
             OSError: It cannot be written, which the message says with its path; earlier ones are as they were.
         """
         path = Path(path)
-        beside = path.with_name(f".{path.name}")  # the next saving overwrites what a killed one leaves
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(checkpoint, beside)
-            if path.name == LAST:
-                # One that another process has left may be the reason why this one goes on from the one before it.
-                if self._last_is_whole or _is_whole(path):
-                    path.replace(path.with_name(PREVIOUS))
-                self._last_is_whole = True
-            beside.replace(path)
-            _sync(path.parent)
+            for left in leftovers(path):  # a run belongs to one process: whoever wrote it is gone
+                left.unlink()
+            with whole_file(path) as file:
+                _write(checkpoint, file)
+                sync(file)  # until the disk has it, the one before it keeps its name
+                if path.name == LAST:
+                    # One that another process has left may be the reason why this one goes on from the one before it.
+                    if self._last_is_whole or _is_whole(path):
+                        path.replace(path.with_name(PREVIOUS))
+                    self._last_is_whole = True
         except OSError as error:
-            with suppress(OSError):
-                beside.unlink()
             raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
 
 
@@ -69,14 +67,3 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
             if isinstance(error.__context__, OSError):  # the writer of torch hides why the file took no more
                 raise error.__context__ from None
             raise
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Have the disk know the names in a folder, too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

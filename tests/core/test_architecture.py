@@ -17,7 +17,7 @@ CORE = sorted((ROOT / "specforge").rglob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 
 GROUND = {
-    *("registry", "hookspecs", "config", "errors", "bounds"),
+    *("registry", "hookspecs", "config", "errors", "files", "bounds"),
     *("sampling", "drawing", "documents", "quiet", "interrupts"),
 }
 FEATURES = GROUND | {"verifier"}

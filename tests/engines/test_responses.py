@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specforge.data.rows.lock import locked
 from specforge.data.text.prompts import Conversation
 from specforge.engines.asking import Asking, Keep, Prompt, Refuse, Reply, read_asked, rows_of
 from specforge.engines.journal import Journal
 from specforge.engines.responses import write_responses
 from specforge.errors import SpecforgeError, UsageError
+from specforge.files import locked
 from specforge.sampling import Sampling
 
 ORIGIN = {"model": "m", "fingerprint": "f", "temperature": 0.0}

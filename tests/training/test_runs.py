@@ -131,7 +131,7 @@ class TestDamaged:
 
     def test_what_a_killed_saving_left_is_no_checkpoint(self, tmp_path):
         whole = checkpoint(tmp_path, 1)
-        whole.with_name(".last.ckpt").write_bytes(b"half")
+        whole.with_name(".last.ckpt.0a1b2c3d").write_bytes(b"half")
         assert resolve_checkpoint("last", tmp_path) == whole
 
 

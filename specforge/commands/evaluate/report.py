@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from specforge.commands.evaluate import words
 from specforge.commands.evaluate.plots import plots
 from specforge.errors import SpecforgeError
 from specforge.evaluation.results import ContenderResult, Measurement, Results
+from specforge.files import whole_file
 
 RESULTS = "results.json"
 REPORT = "report.html"
@@ -22,24 +22,17 @@ TEMPLATE = "page.html.jinja"
 def write_report(results: Results, folder: Path) -> None:
     """Write ``results.json`` and ``report.html`` into a folder, which is created if need be.
 
-    Both are written beside their places first, so that a full disk leaves an earlier report as it was. Other files in
-    the folder are left alone.
+    A full disk leaves an earlier report as it was. Other files in the folder are left alone.
 
     Raises:
         SpecforgeError: They cannot be written.
     """
     texts = {RESULTS: results.model_dump_json(indent=2) + "\n", REPORT: page(results)}
-    beside = {name: folder / f".{name}.{os.getpid()}" for name in texts}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, path in beside.items():
-            path.write_text(texts[name], encoding="utf-8")
-        for name, path in beside.items():
-            os.replace(path, folder / name)
+        with ExitStack() as written:  # all of them, before the first takes its place
+            for name, text in texts.items():
+                written.enter_context(whole_file(folder / name)).write_text(text, encoding="utf-8")
     except OSError as error:
-        for path in beside.values():
-            with suppress(OSError):
-                path.unlink()
         raise SpecforgeError(f"the report cannot be written to {folder}: {error}") from error
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from specforge.data.rows.coverage import Coverage
 from specforge.drawing import COLORS, house_style
+from specforge.files import whole_file
 
 
 def draw_coverage(coverage: Sequence[Coverage], path: Path) -> None:
@@ -15,7 +15,7 @@ def draw_coverage(coverage: Sequence[Coverage], path: Path) -> None:
 
     Args:
         coverage: the figures, by ascending size.
-        path: the file; it is written beside, then renamed.
+        path: the file.
     """
     with house_style():
         import matplotlib
@@ -37,6 +37,5 @@ def draw_coverage(coverage: Sequence[Coverage], path: Path) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
         axes.grid(axis="y")
         axes.legend(frameon=False)
-        beside = path.with_name(f".{path.name}")
-        figure.savefig(beside, format="svg", facecolor="white", metadata={"Date": None})
-    os.replace(beside, path)
+        with whole_file(path) as file:
+            figure.savefig(file, format="svg", facecolor="white", metadata={"Date": None})

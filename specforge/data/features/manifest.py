@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from xxhash import xxh3_128
 from specforge.config import verifier_difference
 from specforge.data.features.dtypes import FeatureType, state_bytes, torch_dtype
 from specforge.errors import UsageError
+from specforge.files import whole_file
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -152,11 +152,10 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write the manifest; a store with one is whole."""
-        beside = folder / f".{MANIFEST}"
         values = {"convention": _CONVENTION, **asdict(self)}
         whole = {"format": FORMAT, **values, "checksum": _checksum(values)}
-        beside.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, folder / MANIFEST)
+        with whole_file(folder / MANIFEST) as file:
+            file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
     def require(self, needs: FeatureNeeds, tokenizer: str | None, where: str) -> None:
         """Refuse a run that reads something else.

@@ -7,7 +7,7 @@ the manifest. So a run that was ended goes on where it was, and the same command
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +21,8 @@ from specforge.data.features.dtypes import encode, has_scales, torch_dtype
 from specforge.data.features.manifest import MANIFEST, Manifest
 from specforge.data.features.plan import Plan
 from specforge.data.features.shards import StoredShard, layer_name, scales_name, write_shard
-from specforge.data.rows.lock import locked
 from specforge.errors import SpecforgeError, UsageError
+from specforge.files import leftovers, locked
 
 States = Callable[[Plan, range], Iterator[tuple[int, Tensor]]]
 """Yields, in any order, for each row of a shard its number in it and its states [T, L, H]."""
@@ -67,7 +67,7 @@ def prepare_features(plan: Plan, manifest: Manifest, output: Path, states: State
                 stack.enter_context(locked(output / MANIFEST))
             except SpecforgeError:
                 return None
-            _clean(output)
+            _clean(output, paths)
             whole = replace(manifest, shards=tuple(StoredShard(path).entry for path in paths))
             whole.write(output)
             return whole
@@ -111,14 +111,14 @@ def _is_done(path: Path, manifest: Manifest) -> bool:
     return True
 
 
-def _clean(output: Path) -> None:
+def _clean(output: Path, shards: Sequence[Path]) -> None:
     """Remove what processes left behind that were killed."""
-    for path in output.glob(".tmp*"):  # of safetensors, on its way to .shard-*
+    for path in [*output.glob(".tmp*"), *leftovers(output / MANIFEST)]:  # .tmp* is of safetensors
         path.unlink(missing_ok=True)
-    for path in output.glob(".shard-*"):
-        shard = output / path.name.removeprefix(".").removesuffix(".lock")
+    for shard in shards:
         with suppress(SpecforgeError), locked(shard):
-            shard.with_name(f".{shard.name}").unlink(missing_ok=True)
+            for path in leftovers(shard):
+                path.unlink(missing_ok=True)
 
 
 def _take(path: Path, plan: Plan, shard: range, manifest: Manifest, states: States) -> None:

@@ -9,7 +9,6 @@ checksum, which is in the header.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from xxhash import xxh3_64, xxh3_128
 from specforge.data.features.manifest import FORMAT, Shard
 from specforge.data.rows.mapped import require_size
 from specforge.errors import SpecforgeError
+from specforge.files import whole_file
 
 _KEY = "specforge"  # one key for all: safetensors writes several in any order
 _INDEX = ("digests", "starts", "checksums")
@@ -52,18 +52,12 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], identity: Mapping[str
     Raises:
         SpecforgeError: It cannot be written.
     """
-    beside = path.with_name(f".{path.name}")
     whole = {**tensors, "checksums": _checksums(tensors, identity["layers"])}
     metadata = json.dumps({"checksum": _index_checksum(whole, identity), "identity": identity})
     try:
-        save_file(whole, beside, {_KEY: metadata})
-        # safetensors lets nobody but the owner read; whoever may read the folder may read the shard.
-        beside.chmod(path.parent.stat().st_mode & 0o666)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        with whole_file(path) as file:
+            save_file(whole, file, {_KEY: metadata})
     except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
         raise SpecforgeError(
             f"cannot write {path}: {error}; the shards before it are kept: mend that and run the same command again, "
             "and it goes on from there"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,7 +18,6 @@ from typing import Any, Self
 
 from specforge.data.rows.building import identity_of, require_supervision
 from specforge.data.rows.coverage import Coverage, coverage_by_size
-from specforge.data.rows.lock import locked
 from specforge.data.rows.reading import count_stored, is_whole
 from specforge.data.rows.recipe import TRAIN, VALIDATION, Recipe
 from specforge.data.rows.sealed import read_sealed, write_sealed
@@ -28,6 +26,7 @@ from specforge.data.rows.summary import RowsSummary
 from specforge.data.rows.writing import RowsWriter, chained, write_rows
 from specforge.data.text.sources import source_fingerprint
 from specforge.errors import SpecforgeError, UsageError
+from specforge.files import leftovers, locked, whole_file
 
 _PROGRESS_FILE = "progress.json"
 _log = logging.getLogger(__name__)
@@ -164,7 +163,8 @@ def _write(folder: Path, sources: Sequence[str], recipe: Recipe, workers: int, i
     counts = {split: count_stored(folder / split, recipe.encoder.vocabulary_size) for split in summaries}
     prepared = Prepared(identity, summaries, coverage_by_size(counts[TRAIN], counts.get(VALIDATION)))
     prepared.write(folder)
-    (folder / _PROGRESS_FILE).unlink()
+    for path in [folder / _PROGRESS_FILE, *leftovers(folder / _PROGRESS_FILE)]:
+        path.unlink()
     return prepared
 
 
@@ -192,6 +192,5 @@ def _read_progress(folder: Path, identity: str) -> dict[str, Any]:
 
 
 def _write_progress(folder: Path, progress: dict[str, Any]) -> None:
-    beside = folder / f".{_PROGRESS_FILE}"
-    write_sealed(beside, progress)
-    os.replace(beside, folder / _PROGRESS_FILE)
+    with whole_file(folder / _PROGRESS_FILE, durable=False) as file:
+        write_sealed(file, progress)

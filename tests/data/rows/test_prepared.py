@@ -23,7 +23,6 @@ from transformers import PreTrainedTokenizerBase
 
 from specforge.data.module import DraftDataModule
 from specforge.data.rows.building import build_rows
-from specforge.data.rows.lock import locked
 from specforge.data.rows.prepared import Prepared, check_output, prepare_rows
 from specforge.data.rows.reading import TokenRows, open_rows
 from specforge.data.rows.recipe import Recipe
@@ -31,6 +30,7 @@ from specforge.data.rows.summary import RowSettings, RowsSummary
 from specforge.data.text.encoding import RowEncoder, TokenRow
 from specforge.data.text.template import ChatTemplate
 from specforge.errors import SpecforgeError, UsageError
+from specforge.files import locked
 
 VOCABULARY_SIZE = 320
 Write = Callable[..., str]

@@ -260,7 +260,7 @@ def test_of_two_builds_at_once_the_first_wins(
 
 def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path, write_lines: Write, build: Build) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(SpecforgeError, match=r"cannot write below .*data.cache_dir"):
+    with pytest.raises(SpecforgeError, match=r"cannot write .*data.cache_dir"):
         build(write_lines(token_rows(1)))
 
 
