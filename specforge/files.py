@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import os
 import secrets
@@ -10,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from specforge.errors import SpecforgeError
 
@@ -83,30 +84,16 @@ def locked(output: Path) -> Iterator[None]:
     """
     path = output.with_name(f".{output.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = _acquire(path, output)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise SpecforgeError(f"another process is writing {output}; wait for it, or choose another --output") from None
     try:
         yield
     finally:
-        path.unlink()
-        os.close(file)
-
-
-def _acquire(path: Path, output: Path) -> int:
-    while True:
-        file = os.open(path, os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held it before may have removed the file since it was opened here: then the lock holds nothing.
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                return file
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            os.close(file)
-            raise SpecforgeError(
-                f"another process is writing {output}; wait for it, or choose another --output"
-            ) from None
-        os.close(file)
+        path.unlink(missing_ok=True)  # while it is held: who has opened it meanwhile sees that it is gone
+        lock.release()
 
 
 def _beside(path: Path) -> Path:

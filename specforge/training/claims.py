@@ -3,7 +3,8 @@
 A new folder is claimed by ``mkdir``, which succeeds for one process only on every file system. A lock on the file
 ``.lock`` in it is then held until the run ends. It is a POSIX record lock: the operating system drops it when the
 process dies, however that happens; NFS and other shared file systems tell it to other machines; and processes that load
-batches do not inherit it, so that none of them keeps it after the run was killed.
+batches do not inherit it, so that none of them keeps it after the run was killed. filelock's would not do: before its
+version 4 forked processes inherit them, and where a file system has no locks they are files that outlive a process.
 """
 
 from __future__ import annotations
