@@ -21,7 +21,7 @@ STORED_TYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.int8)
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """How a run goes through its text.
 
     Attributes:
@@ -65,7 +65,7 @@ class Estimate:
     """
 
     text: Text
-    plan: Plan
+    plan: RunPlan
     flops: dict[str, float]
     memory: StepMemory
     trained: int

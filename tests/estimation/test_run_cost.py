@@ -6,20 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specforge.commands.units import duration, in_units
-from specforge.estimation.estimate import Estimate, Plan, flops_per_token
+from specforge.estimation.estimate import Estimate, RunPlan, flops_per_token
 from specforge.estimation.step import LAYERS, OPTIMIZER, VERIFIER, StepCost, StepMemory
 from specforge.estimation.text import Text
 
 MEMORY = StepMemory(*range(9))
 
 
-def make_estimate(plan: Plan, tokens: int = 1000, rows: int = 10) -> Estimate:
+def make_estimate(plan: RunPlan, tokens: int = 1000, rows: int = 10) -> Estimate:
     text = Text(tokens, 0.5, rows, [], "")
     return Estimate(text, plan, {VERIFIER: 2.0, LAYERS: 3.0, OPTIMIZER: 1.0}, MEMORY, 7, 4, 4096, 2.0, (0.25, 0.5))
 
 
 def test_states_on_disk():
-    found = make_estimate(Plan(1, 1, 1, 1, None, 1.0))
+    found = make_estimate(RunPlan(1, 1, 1, 1, None, 1.0))
     assert found.stored_bytes(torch.bfloat16) == 4 * 4096 * 2 == 32 * 1024
     assert found.stored_bytes(torch.float8_e4m3fn) == found.stored_bytes(torch.int8) == 4 * (4096 + 4)
 
@@ -28,14 +28,14 @@ class TestSteps:
     @pytest.mark.parametrize(
         ("plan", "steps"),
         [
-            (Plan(1, 1, 1, 1, None, 1.0), 10),
-            (Plan(3, 1, 1, 2, None, 1.0), 8),
-            (Plan(1, 4, 1, 1, None, 1.0), 3),
-            (Plan(1, 1, 4, 1, None, 1.0), 3),
-            (Plan(1, 1, 1, 2, 15, 1.0), 15),
-            (Plan(1, 1, 1, None, 25, 1.0), 25),
-            (Plan(1, 1, 1, 2, None, 3), 6),
-            (Plan(1, 1, 1, 1, None, 0.5), 5),
+            (RunPlan(1, 1, 1, 1, None, 1.0), 10),
+            (RunPlan(3, 1, 1, 2, None, 1.0), 8),
+            (RunPlan(1, 4, 1, 1, None, 1.0), 3),
+            (RunPlan(1, 1, 4, 1, None, 1.0), 3),
+            (RunPlan(1, 1, 1, 2, 15, 1.0), 15),
+            (RunPlan(1, 1, 1, None, 25, 1.0), 25),
+            (RunPlan(1, 1, 1, 2, None, 3), 6),
+            (RunPlan(1, 1, 1, 1, None, 0.5), 5),
         ],
     )
     def test_number(self, plan, steps):
@@ -44,7 +44,7 @@ class TestSteps:
     @given(batch=st.integers(1, 4), devices=st.integers(1, 4), accumulated=st.integers(1, 4))
     def test_an_epoch_of_them_takes_as_long_as_its_tokens(self, batch, devices, accumulated):
         rows = 24 * batch * devices * accumulated
-        found = make_estimate(Plan(batch, devices, accumulated, 1, None, 1.0), tokens=1000, rows=rows)
+        found = make_estimate(RunPlan(batch, devices, accumulated, 1, None, 1.0), tokens=1000, rows=rows)
         shortest, longest = (seconds * found.steps for seconds in found.seconds_per_step())
         assert shortest == pytest.approx(1000 * 6.0 / (2.0 * devices) / 0.5)
         assert longest == pytest.approx(2 * shortest)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specforge.data.features.manifest import MANIFEST, FeatureNeeds, Manifest
-from specforge.data.features.plan import Plan
+from specforge.data.features.plan import ShardPlan
 from specforge.data.features.preparing import prepare_features
 from specforge.data.features.reading import FEATURES, read_from
 from specforge.data.features.recording import FeatureRecorder
@@ -40,16 +40,16 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> TokenRows:
     return build_rows(str(folder / "rows.jsonl"), pytest.fail, 61, RowSettings(64, "drop"), folder / "cache")
 
 
-def manifest_of(plan: Plan, dtype: str) -> Manifest:
+def manifest_of(plan: ShardPlan, dtype: str) -> Manifest:
     return Manifest("a verifier", NEEDS.fingerprint, None, 61, NEEDS.layers, 16, dtype, True, plan.identity)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "int8"])
 def store(request: pytest.FixtureRequest, rows: TokenRows, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of some shards."""
-    plan = Plan([rows], NEEDS, token_bytes=96, shard_bytes=12_000)
+    plan = ShardPlan([rows], NEEDS, token_bytes=96, shard_bytes=12_000)
 
-    def states(plan: Plan, shard: range) -> Iterator[tuple[int, Tensor]]:
+    def states(plan: ShardPlan, shard: range) -> Iterator[tuple[int, Tensor]]:
         for number, row in enumerate(shard):
             yield number, torch.randn(plan.kept[row], 3, 16, generator=torch.Generator().manual_seed(row))
 
@@ -136,7 +136,7 @@ def test_a_changed_store_is_refused_or_reads_the_same(store: Path, rows: TokenRo
 
 
 def test_a_changed_recording_is_captured_again_or_refused(rows: TokenRows, tmp_path: Path) -> None:
-    manifest = manifest_of(Plan([rows], NEEDS, token_bytes=96), "bfloat16")
+    manifest = manifest_of(ShardPlan([rows], NEEDS, token_bytes=96), "bfloat16")
     items = PackedRows(rows, [[number] for number in range(len(rows))])
     recorded = FeatureRecorder(tmp_path / "recorded", manifest, NEEDS, {"train": items})
     recorded.reopen()

@@ -19,7 +19,7 @@ from specforge.commands.trainer import choose, quieten
 from specforge.commands.trainer import command_line as settings_of_all
 from specforge.errors import UsageError
 from specforge.estimation.device import measured_flops
-from specforge.estimation.estimate import ACCELERATOR_UTILISATION, CPU_UTILISATION, Estimate, Plan, flops_per_token
+from specforge.estimation.estimate import ACCELERATOR_UTILISATION, CPU_UTILISATION, Estimate, RunPlan, flops_per_token
 from specforge.estimation.step import Rehearsal, StepMemory
 from specforge.estimation.text import Text, counted_text, given_text
 from specforge.training.cli.command_line import TrainingCLI
@@ -169,7 +169,7 @@ def _compute_dtype(config: Any) -> torch.dtype:
     return torch.bfloat16 if "bf16" in precision else torch.float16 if precision.startswith("16") else torch.float32
 
 
-def _plan(config: Any) -> Plan:
+def _plan(config: Any) -> RunPlan:
     trainer, devices = config.trainer, config.trainer.devices
     number = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 1
     epochs = trainer.max_epochs if (trainer.max_epochs or 0) > 0 else None
@@ -177,7 +177,7 @@ def _plan(config: Any) -> Plan:
     if epochs is None and steps is None:  # of a trial run of a few batches (fast_dev_run)
         raise UsageError("set trainer.max_epochs or trainer.max_steps: otherwise the run does not end")
     limit = trainer.limit_train_batches
-    return Plan(
+    return RunPlan(
         batch_size=config.data.batch_size,
         devices=number * trainer.num_nodes,
         accumulated=trainer.accumulate_grad_batches,

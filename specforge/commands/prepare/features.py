@@ -22,7 +22,7 @@ from specforge.data.features.capturing import Capturing
 from specforge.data.features.dtypes import FeatureType
 from specforge.data.features.importing import Importing
 from specforge.data.features.manifest import Manifest, describe_layers
-from specforge.data.features.plan import Plan
+from specforge.data.features.plan import ShardPlan
 from specforge.data.features.preparing import States, prepare_features
 from specforge.data.features.store import FeatureStore
 from specforge.data.module import LIVE, DraftDataModule
@@ -72,7 +72,7 @@ def run(arguments: list[str]) -> int:
     module, data = _module_and_data(words, sources)
     needs = module.feature_needs
     manifest = data.feature_manifest(needs, found.dtype)
-    plan = Plan([data.rows_of(source) for source in sources or data.sources], needs, manifest.token_bytes)
+    plan = ShardPlan([data.rows_of(source) for source in sources or data.sources], needs, manifest.token_bytes)
     states: States = Capturing(_Verifier(module), found.batch_tokens)
     if found.from_vllm is not None:
         states = Importing(Path(found.from_vllm), plan, manifest.layers, manifest.width)
@@ -173,7 +173,7 @@ class _Verifier:
         return torch.cat([features.aux, features.last[:, :, None]], dim=2)
 
 
-def _print_savings(plan: Plan, manifest: Manifest) -> None:
+def _print_savings(plan: ShardPlan, manifest: Manifest) -> None:
     tokens = sum(shard.tokens for shard in manifest.shards)
     size = sum(shard.bytes for shard in manifest.shards)
     print(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from specforge.data.features.plan import Plan
+from specforge.data.features.plan import ShardPlan
 from specforge.data.packing import pack
 
 
@@ -27,7 +27,7 @@ class Capturing:
     run: Callable[[Tensor, Tensor], Tensor]
     batch_tokens: int
 
-    def __call__(self, plan: Plan, shard: range) -> Iterator[tuple[int, Tensor]]:
+    def __call__(self, plan: ShardPlan, shard: range) -> Iterator[tuple[int, Tensor]]:
         """Yield number and states [T, L, H] of each row of a shard, longest first."""
         rows = plan.tokens(shard)
         lengths = np.array([len(row) for row in rows])

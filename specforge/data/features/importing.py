@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from specforge.data.features.plan import Plan
+from specforge.data.features.plan import ShardPlan
 from specforge.data.rows.reading import row_digest
 from specforge.errors import SpecforgeError, UsageError
 
@@ -36,7 +36,7 @@ class Importing:
         SpecforgeError: A file is damaged, or still being written.
     """
 
-    def __init__(self, folder: Path, plan: Plan, layers: list[int], width: int) -> None:
+    def __init__(self, folder: Path, plan: ShardPlan, layers: list[int], width: int) -> None:
         self.folder = folder
         self.layers = layers
         self.width = width
@@ -55,7 +55,7 @@ class Importing:
                 f"rows, the first of them row {row} of source {source}; request all rows with their own token ids"
             )
 
-    def __call__(self, plan: Plan, shard: range) -> Iterator[tuple[int, Tensor]]:
+    def __call__(self, plan: ShardPlan, shard: range) -> Iterator[tuple[int, Tensor]]:
         """Yield number and states [T, L, H] of each row of a shard."""
         for number, (digest, kept) in enumerate(zip(plan.digests[shard], plan.kept[shard], strict=True)):
             yield number, self._states(self._paths[digest.tobytes()])[: int(kept)]

@@ -15,7 +15,7 @@ from specforge.data.rows.reading import TokenRows
 SHARD_BYTES = 2**29  # what a killed run loses at most, and what is held in memory at once
 
 
-class Plan:
+class ShardPlan:
     """Which states of which rows go into a store, and how they are spread over shards.
 
     Args:

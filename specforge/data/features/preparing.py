@@ -19,17 +19,17 @@ from tqdm import tqdm
 
 from specforge.data.features.dtypes import encode, has_scales, torch_dtype
 from specforge.data.features.manifest import MANIFEST, Manifest
-from specforge.data.features.plan import Plan
+from specforge.data.features.plan import ShardPlan
 from specforge.data.features.shards import StoredShard, layer_name, scales_name, write_shard
 from specforge.errors import SpecforgeError, UsageError
 from specforge.files import leftovers, locked
 
-States = Callable[[Plan, range], Iterator[tuple[int, Tensor]]]
+States = Callable[[ShardPlan, range], Iterator[tuple[int, Tensor]]]
 """Yields, in any order, for each row of a shard its number in it and its states [T, L, H]."""
 _log = logging.getLogger(__name__)
 
 
-def prepare_features(plan: Plan, manifest: Manifest, output: Path, states: States) -> Manifest | None:
+def prepare_features(plan: ShardPlan, manifest: Manifest, output: Path, states: States) -> Manifest | None:
     """Write what is missing of a store.
 
     Args:
@@ -121,7 +121,7 @@ def _clean(output: Path, shards: Sequence[Path]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _take(path: Path, plan: Plan, shard: range, manifest: Manifest, states: States) -> None:
+def _take(path: Path, plan: ShardPlan, shard: range, manifest: Manifest, states: States) -> None:
     """Write a shard, unless another process is at it or has finished it."""
     with ExitStack() as stack:
         try:
@@ -132,7 +132,7 @@ def _take(path: Path, plan: Plan, shard: range, manifest: Manifest, states: Stat
             write_shard(path, _tensors(plan, shard, manifest, states), manifest.identity)
 
 
-def _tensors(plan: Plan, shard: range, manifest: Manifest, states: States) -> dict[str, Tensor]:
+def _tensors(plan: ShardPlan, shard: range, manifest: Manifest, states: States) -> dict[str, Tensor]:
     dtype = torch_dtype(manifest.dtype)
     starts = torch.from_numpy(np.concatenate([[0], np.cumsum(plan.kept[shard])]))
     tokens = int(starts[-1])

@@ -31,7 +31,7 @@ from specforge.data.features.capturing import Capturing
 from specforge.data.features.dtypes import decode, encode
 from specforge.data.features.importing import Importing
 from specforge.data.features.manifest import FeatureNeeds, Manifest
-from specforge.data.features.plan import Plan
+from specforge.data.features.plan import ShardPlan
 from specforge.data.features.preparing import prepare_features
 from specforge.data.features.reading import read_from
 from specforge.data.features.recording import FeatureRecorder
@@ -59,7 +59,7 @@ def row(number: int, trailing: int = 0) -> dict[str, Any]:
     return {"input_ids": ids, "loss_mask": [0, 0] + [1] * (length - 2) + [0] * trailing}
 
 
-def manifest_of(plan: Plan, **options: Any) -> Manifest:
+def manifest_of(plan: ShardPlan, **options: Any) -> Manifest:
     needs = NEEDS
     manifest = Manifest(
         needs.verifier, needs.fingerprint, None, VOCABULARY, needs.layers, WIDTH, "float32", needs.whole_rows
@@ -91,9 +91,9 @@ def make_rows(write_lines, tmp_path) -> Callable[..., TokenRows]:
 
 
 @pytest.fixture
-def plan(make_rows) -> Plan:
+def plan(make_rows) -> ShardPlan:
     """90 rows in about 30 shards."""
-    return Plan([make_rows([row(number) for number in range(90)])], NEEDS, token_bytes=192, shard_bytes=8192)
+    return ShardPlan([make_rows([row(number) for number in range(90)])], NEEDS, token_bytes=192, shard_bytes=8192)
 
 
 @pytest.fixture
@@ -209,9 +209,9 @@ class TestReading:
 class TestPlan:
     def test_nothing_behind_the_last_supervised_token_but_one_is_kept(self, make_rows):
         rows = make_rows([row(1, trailing=5), row(2, trailing=1), row(3)])
-        plan = Plan([rows], NEEDS, 192)
+        plan = ShardPlan([rows], NEEDS, 192)
         assert plan.kept.tolist() == [rows.lengths[0] - 4, rows.lengths[1], rows.lengths[2]]
-        assert Plan([rows], replace(NEEDS, whole_rows=True), 192).kept.tolist() == rows.lengths.tolist()
+        assert ShardPlan([rows], replace(NEEDS, whole_rows=True), 192).kept.tolist() == rows.lengths.tolist()
 
     @given(
         mask=st.lists(st.booleans(), min_size=1, max_size=20).filter(any),
@@ -229,7 +229,9 @@ class TestPlan:
     def test_equal_rows_are_kept_once_as_far_as_one_of_them_is_read(self, make_rows):
         long, short = row(1), row(1)
         short["loss_mask"] = [0, 1, 1] + [0] * (len(short["input_ids"]) - 3)
-        plan = Plan([make_rows([row(2), short], "a.jsonl"), make_rows([long, row(2), row(3)], "b.jsonl")], NEEDS, 192)
+        plan = ShardPlan(
+            [make_rows([row(2), short], "a.jsonl"), make_rows([long, row(2), row(3)], "b.jsonl")], NEEDS, 192
+        )
         assert plan.rows.tolist() == [[0, 0], [0, 1], [1, 2]]
         assert plan.kept[1] == len(long["input_ids"])
 
@@ -240,7 +242,7 @@ class TestPlan:
 
     def test_states_of_the_kept_tokens_do_not_depend_on_the_rest(self, make_rows, run, tmp_path):
         rows = make_rows([row(number, trailing=6) for number in range(12)])
-        plan = Plan([rows], NEEDS, 192)
+        plan = ShardPlan([rows], NEEDS, 192)
         prepare_features(plan, manifest_of(plan), tmp_path / "store", Capturing(run, 64))
         store = FeatureStore(tmp_path / "store")
         for number, place in enumerate(store.locate(rows.digests)):
@@ -316,7 +318,7 @@ class TestRefusals:
     def test_a_folder_of_something_else_is_left_alone(self, prepare, tmp_path, plan, make_rows):
         prepare()
         before = files(tmp_path / "store")
-        other = Plan([make_rows([row(1)], "other.jsonl")], NEEDS, 192)
+        other = ShardPlan([make_rows([row(1)], "other.jsonl")], NEEDS, 192)
         for options in ({"plan": other}, {"dtype": "bfloat16"}, {"fingerprint": "f" * 16}):
             with pytest.raises(UsageError, match="holds features of something else"):
                 prepare(**options)
@@ -383,7 +385,7 @@ class TestEnds:
         assert files(tmp_path / "store") == files(tmp_path / "undisturbed")
 
     def test_finished_shards_are_kept(self, plan, prepare, run, tmp_path, caplog):
-        def interrupted(chosen: Plan, shard: range) -> Iterator[tuple[int, Tensor]]:
+        def interrupted(chosen: ShardPlan, shard: range) -> Iterator[tuple[int, Tensor]]:
             if shard.start > 40:
                 raise KeyboardInterrupt
             return Capturing(run, 128)(chosen, shard)
@@ -466,7 +468,7 @@ class TestImporting:
                 )
 
     def test_scaled_values_are_multiplied(self, make_rows, tmp_path):
-        plan = Plan([make_rows([row(1)])], NEEDS, 192)
+        plan = ShardPlan([make_rows([row(1)])], NEEDS, 192)
         tokens = plan.sources[0][0]["input_ids"]
         values = torch.ones(len(tokens), 3, WIDTH).to(torch.float8_e4m3fn)
         scales = torch.arange(1.0, len(tokens) + 1)[:, None, None]
@@ -504,7 +506,7 @@ class TestRecording:
         rows = plan.sources[0]
         return PackedRows(rows, pack(rows.lengths, 64))
 
-    def recorder(self, plan: Plan, items: PackedRows, folder: Path) -> FeatureRecorder:
+    def recorder(self, plan: ShardPlan, items: PackedRows, folder: Path) -> FeatureRecorder:
         manifest = replace(manifest_of(plan), rows_identity="")
         return FeatureRecorder(folder, manifest, NEEDS, {"train": items})
 
