@@ -11,7 +11,7 @@ import torch
 from specforge.data.features.dtypes import state_bytes
 from specforge.data.loader import Batch
 from specforge.estimation.step import OPTIMIZER, VERIFIER, StepCost, StepMemory
-from specforge.estimation.text import Text
+from specforge.estimation.text import RunText
 
 # Of a device's rate on large matrix products, what training reaches on the whole. Accelerators: published trainers
 # (SpecForge 43 to 44 %, and less without tuning); processors: measured, see docs/estimate.md.
@@ -64,7 +64,7 @@ class Estimate:
         utilisation: The lowest and the highest share of that which training reaches.
     """
 
-    text: Text
+    text: RunText
     plan: RunPlan
     flops: dict[str, float]
     memory: StepMemory

@@ -20,7 +20,7 @@ SAMPLED_BATCHES = 3
 
 
 @dataclass(frozen=True)
-class Text:
+class RunText:
     """What a run is trained on.
 
     Attributes:
@@ -38,7 +38,7 @@ class Text:
     origin: str
 
 
-def given_text(tokens: int, supervised_share: float, data: Namespace) -> Text:
+def given_text(tokens: int, supervised_share: float, data: Namespace) -> RunText:
     """Make the text that flags speak of: each row one document, full, and supervised at its end.
 
     Args:
@@ -56,10 +56,10 @@ def given_text(tokens: int, supervised_share: float, data: Namespace) -> Text:
         "position_ids": positions,
     }
     origin = f"given: full rows of one document, the last {supervised_share:.0%} of each supervised"
-    return Text(tokens, supervised_share, math.ceil(tokens / length), [batch], origin)
+    return RunText(tokens, supervised_share, math.ceil(tokens / length), [batch], origin)
 
 
-def counted_text(data: DraftDataModule, source: str) -> Text:
+def counted_text(data: DraftDataModule, source: str) -> RunText:
     """Count the training rows, and take batches from the beginning, the middle and the end of the packed ones.
 
     Args:
@@ -82,4 +82,4 @@ def counted_text(data: DraftDataModule, source: str) -> Text:
     batches = [collate([items[row] for row in range(start, min(start + size, number))]) for start in starts]
     summary = data.train_rows.summary
     origin = f"counted from the rows of {source}"
-    return Text(summary.tokens, summary.supervised_tokens / summary.tokens, number, batches, origin)
+    return RunText(summary.tokens, summary.supervised_tokens / summary.tokens, number, batches, origin)

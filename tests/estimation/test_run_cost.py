@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from specforge.commands.units import duration, in_units
 from specforge.estimation.estimate import Estimate, RunPlan, flops_per_token
 from specforge.estimation.step import LAYERS, OPTIMIZER, VERIFIER, StepCost, StepMemory
-from specforge.estimation.text import Text
+from specforge.estimation.text import RunText
 
 MEMORY = StepMemory(*range(9))
 
 
 def make_estimate(plan: RunPlan, tokens: int = 1000, rows: int = 10) -> Estimate:
-    text = Text(tokens, 0.5, rows, [], "")
+    text = RunText(tokens, 0.5, rows, [], "")
     return Estimate(text, plan, {VERIFIER: 2.0, LAYERS: 3.0, OPTIMIZER: 1.0}, MEMORY, 7, 4, 4096, 2.0, (0.25, 0.5))
 
 

@@ -36,7 +36,7 @@ class Logits(BaseModel):
     values: list[list[list[float]]]
 
 
-class Text(BaseModel):
+class ProbeText(BaseModel):
     """What the verifier said to a prompt at temperature 0.
 
     Attributes:
@@ -62,7 +62,7 @@ class Served(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    texts: list[Text]
+    texts: list[ProbeText]
     logits: Logits
     acceptance_length: dict[int, float]
     accept_rates: list[float]

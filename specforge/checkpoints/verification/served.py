@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from specforge.checkpoints.verification.logits import difference, greatest_logits
-from specforge.checkpoints.verification.probe import Served, Text
+from specforge.checkpoints.verification.probe import ProbeText, Served
 from specforge.data.text.prompts import Conversation
 from specforge.data.text.verifier import VerifierText
 from specforge.decoding.agreement import Agreement, compare_rounds
@@ -66,7 +66,7 @@ def expected_of(model: SpeculatorModel, verifier: PreTrainedModel, prompts: list
     """
     model.to(verifier.device).attach_verifier(verifier)
     spoken = _answers(verifier, prompts)
-    texts = [Text(tokens=asked + said, begin=len(asked)) for asked, said in zip(prompts, spoken, strict=True)]
+    texts = [ProbeText(tokens=asked + said, begin=len(asked)) for asked, said in zip(prompts, spoken, strict=True)]
     lengths, rates = acceptance(model, verifier, texts)
     tokens, features = _states(model, verifier, texts[0])
     return Served(
@@ -77,7 +77,7 @@ def expected_of(model: SpeculatorModel, verifier: PreTrainedModel, prompts: list
     )
 
 
-def drafter_agreement(model: SpeculatorModel, verifier: PreTrainedModel, texts: list[Text]) -> Agreement:
+def drafter_agreement(model: SpeculatorModel, verifier: PreTrainedModel, texts: list[ProbeText]) -> Agreement:
     """Decode the probe's prompts by greedy chains, and compare every round with a replay of what was decoded.
 
     Args:
@@ -99,7 +99,9 @@ def drafter_agreement(model: SpeculatorModel, verifier: PreTrainedModel, texts: 
         return Agreement()
     found = Agreement()
     for prompt, emissions in zip(prompts, spoken, strict=True):
-        text = Text(tokens=[*prompt.tolist(), *(token for one in emissions for token in one.tokens)], begin=len(prompt))
+        text = ProbeText(
+            tokens=[*prompt.tolist(), *(token for one in emissions for token in one.tokens)], begin=len(prompt)
+        )
         accepted = [one.accepted for one in emissions if one.drafted is not None]
         found += compare_rounds(model, *_states(model, verifier, text), text.begin, accepted, chain)
     return found
@@ -142,7 +144,7 @@ def served_differences(model: SpeculatorModel, verifier: PreTrainedModel, expect
 
 @torch.no_grad()
 def acceptance(
-    model: SpeculatorModel, verifier: PreTrainedModel, texts: list[Text]
+    model: SpeculatorModel, verifier: PreTrainedModel, texts: list[ProbeText]
 ) -> tuple[dict[int, float], list[float]]:
     """Replay greedy chains over texts of the verifier's.
 
@@ -171,7 +173,7 @@ def acceptance(
     return found, [longest[f"accept_rate_pos_{place}"] for place in range(1, steps + 1)]
 
 
-def _states(model: SpeculatorModel, verifier: PreTrainedModel, text: Text) -> tuple[Tensor, Features]:
+def _states(model: SpeculatorModel, verifier: PreTrainedModel, text: ProbeText) -> tuple[Tensor, Features]:
     tokens = torch.tensor(text.tokens, device=verifier.device)
     positions = torch.arange(len(tokens), device=tokens.device)[None]
     return tokens, capture(verifier, tokens[None], positions, model.aux_layers)

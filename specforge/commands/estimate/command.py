@@ -21,7 +21,7 @@ from specforge.errors import UsageError
 from specforge.estimation.device import measured_flops
 from specforge.estimation.estimate import ACCELERATOR_UTILISATION, CPU_UTILISATION, Estimate, RunPlan, flops_per_token
 from specforge.estimation.step import Rehearsal, StepMemory
-from specforge.estimation.text import Text, counted_text, given_text
+from specforge.estimation.text import RunText, counted_text, given_text
 from specforge.training.cli.command_line import TrainingCLI
 from specforge.training.module import DraftModule
 
@@ -143,7 +143,7 @@ def estimate(cli: EstimateCLI) -> Estimate:
     )
 
 
-def _text(cli: EstimateCLI) -> Text:
+def _text(cli: EstimateCLI) -> RunText:
     config = cli.config
     if config.tokens is not None:
         return given_text(config.tokens, config.supervised_share, config.data)
