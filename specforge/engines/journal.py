@@ -17,7 +17,7 @@ from specforge.engines.asking import Prompt, Reply, rows_of
 
 
 @dataclass
-class Tally:
+class ReplyTally:
     """What was written.
 
     Attributes:
@@ -57,7 +57,7 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        self.tally = Tally()
+        self.tally = ReplyTally()
         self.finished: set[int] = set()
         self._lines: list[tuple[int, int]] = []  # least index of a line, and where it begins
         # Unbuffered: what a run says it has kept is out of its hands, and survives its end.

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from specforge.data.rows.summary import MAX_BAD_SHARE
 from specforge.data.text.bad_rows import BadRow
 from specforge.engines.asking import Answer, Prompt, Reply, read_asked
-from specforge.engines.journal import Journal, Tally
+from specforge.engines.journal import Journal, ReplyTally
 from specforge.errors import SpecforgeError, UsageError
 from specforge.files import locked, whole_file
 
@@ -44,7 +44,7 @@ class Responses:
 
     settings: dict[str, Any]
     origin: dict[str, Any]
-    tally: Tally
+    tally: ReplyTally
     refused: dict[str, str] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -53,7 +53,7 @@ class Responses:
         """Read the summary of a folder; None where it is none of responses."""
         try:
             values = json.loads((folder / SUMMARY_FILE).read_text())
-            return cls(**{**values, "tally": Tally.from_json(values["tally"])})
+            return cls(**{**values, "tally": ReplyTally.from_json(values["tally"])})
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -19,7 +19,7 @@ from specforge.decoding.recorded import chain_acceptance, replay_text
 from specforge.decoding.replay import Rounds, replay
 from specforge.decoding.verification import Verification, is_lossy
 from specforge.evaluation.results import ContenderResult
-from specforge.evaluation.tally import Response, Tally
+from specforge.evaluation.tally import Response, RoundTally
 from specforge.hookspecs import ProposalMethod
 from specforge.models.speculator import SpeculatorModel
 from specforge.proposals import GreedyTokenProposalConfig, SamplingTokenProposalConfig
@@ -50,7 +50,7 @@ class Contender:
     proposal: TokenProposalConfig
     draft: SpeculatorModel | None = None
     draft_name: str | None = None
-    tallies: dict[str, Tally] = field(default_factory=dict)
+    tallies: dict[str, RoundTally] = field(default_factory=dict)
 
     @property
     def proposer(self) -> type[Proposer]:
@@ -61,7 +61,7 @@ class Contender:
 
     def result(self, verification: Verification) -> ContenderResult:
         """Return what it came to."""
-        pooled = sum(self.tallies.values(), Tally())
+        pooled = sum(self.tallies.values(), RoundTally())
         return ContenderResult(
             name=self.name,
             draft=self.draft_name,
@@ -126,7 +126,7 @@ class Measuring:
             UsageError: A prompt is empty, or leaves no room in the verifier's context.
         """
         for contender in self.contenders:
-            contender.tallies[name] = Tally()
+            contender.tallies[name] = RoundTally()
         size = self.settings.batch_size
         for first in range(0, len(conversations), size):
             self._converse(name, first, conversations[first : first + size], report)
@@ -151,7 +151,7 @@ class Measuring:
         recorded = [torch.cat([prompt, torch.tensor(response)]) for prompt, response in zip(prompts, said, strict=True)]
         for contender, decoder in zip(self.contenders, self.decoders, strict=True):
             emissions = _gather(decoder, prompts, self.settings)
-            tally = Tally(
+            tally = RoundTally(
                 responses=[
                     Response.of(key, one, None if comparable is None else comparable[row])
                     for row, (key, one) in enumerate(zip(keys, emissions, strict=True))

@@ -58,7 +58,7 @@ class Response:
 
 
 @dataclass
-class Tally:
+class RoundTally:
     """All that was counted of one contender on one prompt set.
 
     Attributes:
@@ -77,9 +77,9 @@ class Tally:
     chains: list[Rounds] = field(default_factory=list)
     agreement: Agreement = field(default_factory=Agreement)
 
-    def __add__(self, other: Tally) -> Tally:
+    def __add__(self, other: RoundTally) -> RoundTally:
         times = Times(*(a + b for a, b in zip(vars(self.times).values(), vars(other.times).values(), strict=True)))
-        return Tally(
+        return RoundTally(
             self.responses + other.responses,
             times,
             self.alone_tokens + other.alone_tokens,
