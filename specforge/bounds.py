@@ -14,7 +14,7 @@ LARGEST = 2**53
 if TYPE_CHECKING:
     RowLength = int
     Steps = int
-    Batch = int
+    BatchSize = int
     Workers = int
     Seed = int
     Interval = int
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 else:
     RowLength = restricted_number_type("RowLength", int, [(">=", 2), ("<=", 2**24)], docstring="int of at least 2")
     Steps = restricted_number_type("Steps", int, [(">=", 1), ("<=", 100)], docstring="int from 1 to 100")
-    Batch = restricted_number_type("Batch", int, [(">=", 1), ("<=", 2**20)], docstring="int from 1 to 2**20")
+    BatchSize = restricted_number_type("BatchSize", int, [(">=", 1), ("<=", 2**20)], docstring="int from 1 to 2**20")
     Workers = restricted_number_type("Workers", int, [(">=", 0), ("<=", 256)], docstring="int from 0 to 256")
     Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)], docstring="int from 0 to 2**32 - 1")
     Interval = restricted_number_type("Interval", int, [(">=", 1), ("<=", LARGEST)], docstring="int of at least 1")

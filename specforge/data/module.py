@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from specforge.bounds import Batch, RowLength, Seed, Share, Workers
+from specforge.bounds import BatchSize, RowLength, Seed, Share, Workers
 from specforge.data.features.dtypes import FeatureType
 from specforge.data.features.manifest import FeatureNeeds, Manifest
 from specforge.data.features.reading import read_from
@@ -79,7 +79,7 @@ class DraftDataModule(LightningDataModule):
         template_arguments: dict[str, Any] | None = None,
         template_date: str | None = None,
         packing: bool = True,
-        batch_size: Batch = 1,
+        batch_size: BatchSize = 1,
         num_workers: Workers = 0,
         seed: Seed = 42,
         features: str = LIVE,

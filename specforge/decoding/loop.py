@@ -155,7 +155,7 @@ class Decoder:
         room = [min(max_new_tokens, self._context - len(prompt)) for prompt in prompts]
         self.times = Times()
         chance = self._chance(seed, max(room))
-        yield from _Batch(self, [one.to(self.verifier.device) for one in prompts], room, chance).rounds()
+        yield from _Sequences(self, [one.to(self.verifier.device) for one in prompts], room, chance).rounds()
 
     def _chance(self, seed: int | Sequence[int] | None, most: int) -> Chance:
         device = self.verifier.device
@@ -166,7 +166,7 @@ class Decoder:
         return RowChance(seed, most, device)
 
 
-class _Batch:
+class _Sequences:
     """The sequences that are going, and one round after the other over them."""
 
     def __init__(self, decoder: Decoder, prompts: list[Tensor], room: list[int], chance: Chance) -> None:

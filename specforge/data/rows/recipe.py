@@ -26,7 +26,7 @@ TRAIN, VALIDATION = "train", "validation"
 
 
 @dataclass(frozen=True)
-class Batch:
+class WrittenRows:
     """The rows that a chunk of raw rows adds to a split.
 
     Attributes:
@@ -91,7 +91,7 @@ class Recipe:
             return "no supervised token within max_length"
         return replace(row, input_ids=row.input_ids[:limit], loss_mask=row.loss_mask[:limit])
 
-    def make(self, chunk: Sequence[RawRecord]) -> dict[str, Batch]:
+    def make(self, chunk: Sequence[RawRecord]) -> dict[str, WrittenRows]:
         """Return what a chunk of raw rows adds to each split; what is counted of the chunk counts to the first.
 
         Raises:
@@ -139,7 +139,7 @@ class _Split:
         self.rows += kept
         self.chats += [_digest(rows[0]) - 2**63] * len(kept)
 
-    def batch(self, end_ids: npt.NDArray[np.int32]) -> Batch:
+    def batch(self, end_ids: npt.NDArray[np.int32]) -> WrittenRows:
         """Return the batch, with its summary."""
         summary, rows = self.summary, self.rows
         offsets = np.cumsum([0, *(len(row.input_ids) for row in rows)], dtype=np.int32)
@@ -156,7 +156,7 @@ class _Split:
         summary.origins = list(dict.fromkeys(row.origin for row in rows))
         columns = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (ids, mask)]
         columns.append(pa.array(self.chats, pa.int64()))
-        return Batch(pa.record_batch(columns, schema=SCHEMA).serialize().to_pybytes(), summary)
+        return WrittenRows(pa.record_batch(columns, schema=SCHEMA).serialize().to_pybytes(), summary)
 
 
 def _parse(raw: RawRecord) -> Record | BadRow:

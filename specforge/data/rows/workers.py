@@ -12,13 +12,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 
-from specforge.data.rows.recipe import Batch, Recipe
+from specforge.data.rows.recipe import Recipe, WrittenRows
 from specforge.data.text.records import RawRecord
 from specforge.errors import SpecforgeError
 
 CHUNK = 256  # raw rows made and written at once
 _AHEAD = 3  # chunks handed out for each worker: enough that none waits for the reader
-_Made = tuple[int, dict[str, Batch]]
+_Made = tuple[int, dict[str, WrittenRows]]
 _recipe: Recipe
 
 

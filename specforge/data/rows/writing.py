@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from specforge.data.rows.recipe import SCHEMA, TRAIN, Batch, Recipe
+from specforge.data.rows.recipe import SCHEMA, TRAIN, Recipe, WrittenRows
 from specforge.data.rows.sealed import write_sealed
 from specforge.data.rows.stored import ROWS_FILE, SUMMARY_FILE, Part, batch_part, schema_part, written_parts
 from specforge.data.rows.summary import RowsSummary
@@ -52,7 +52,7 @@ class RowsWriter:
         """Bytes of the rows' file."""
         return self._file.tell()
 
-    def append(self, batch: Batch) -> None:
+    def append(self, batch: WrittenRows) -> None:
         """Add rows.
 
         Raises:
