@@ -12,7 +12,7 @@ from specforge.checkpoints.card import CARD, card
 from specforge.checkpoints.formats import layout_of, read_draft
 from specforge.checkpoints.layout import Layout, StoredDraft
 from specforge.checkpoints.run_record import find_draft
-from specforge.checkpoints.verification.checking import verify
+from specforge.checkpoints.verification.checking import export_faults
 from specforge.checkpoints.verification.logits import stand_in_logits
 from specforge.checkpoints.verification.probe import PROBE, Probe, digests
 from specforge.checkpoints.verification.rules import file_faults
@@ -108,7 +108,7 @@ def export(order: Order) -> Export:
         served_from = order.served_from or str(output)
         text = card(served_from, stored, layout, probe, record, tokens)
         (folder / CARD).write_text(text, encoding="utf-8")
-        if wrong := verify(folder):
+        if wrong := export_faults(folder):
             raise SpecforgeError(
                 f"the {order.format} export of {path} is not the draft that it was made from, and is not kept: "
                 + "; ".join(one.what for one in wrong)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser
 
-from specforge.checkpoints.verification.checking import verify
+from specforge.checkpoints.verification.checking import export_faults
 from specforge.checkpoints.verification.probe import Probe
 from specforge.commands.arguments import add_verifier_flags, command_parser, loading_of, parse
 from specforge.errors import UsageError
@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> int:
     found = parse(command_line(), arguments)
     probe = Probe.load(found.export)
     print(f"{found.export}: {probe.format} format, {probe.algorithm}, for {probe.verifier.name_or_path}")
-    faults = verify(found.export, found.verifier, loading_of(found))
+    faults = export_faults(found.export, found.verifier, loading_of(found))
     checked = ["rules", "settings", "tensors", "logits"]
     if found.verifier is not None:
         checked.append("the draft beside its verifier")

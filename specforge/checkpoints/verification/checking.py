@@ -22,7 +22,7 @@ from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.loading import VerifierLoading, running_verifier
 
 
-def verify(
+def export_faults(
     export: str | os.PathLike[str], verifier: str | None = None, loading: VerifierLoading | None = None
 ) -> list[Fault]:
     """Find everything that is wrong with an export.

@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
         raise UsageError("output: is required; give a folder as --output")
     output = Path(found.output)
     if found.verify:
-        FeatureStore(output).verify()
+        FeatureStore(output).check()
         print(f"Done: all checksums of {output} are right.")
         return 0
     for source in sources:

@@ -96,7 +96,7 @@ class FeatureStore:
             f"{manifest.token_bytes:,} bytes a token"
         )
 
-    def verify(self) -> None:
+    def check(self) -> None:
         """Read everything, and compare it with the checksums.
 
         Raises:

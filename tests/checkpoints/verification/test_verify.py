@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specforge.__main__ import main
-from specforge.checkpoints.verification.checking import verify
+from specforge.checkpoints.verification.checking import export_faults
 from specforge.hookspecs import CheckpointFormat
 from specforge.registry import installed
 
@@ -33,12 +33,12 @@ def test_nothing_is_wrong_with_a_good_export(
 ) -> None:
     assert main(["verify", str(exported(key))]) == 0
     assert "Done: nothing is wrong (rules, settings, tensors, logits)" in capsys.readouterr().out
-    assert verify(exported(key), str(VERIFIER)) == []
+    assert export_faults(exported(key), str(VERIFIER)) == []
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_nor_with_one_that_was_cast(dtype: str, exported: Callable[..., Path]) -> None:
-    assert verify(exported("eagle3/vllm", "--dtype", dtype), str(VERIFIER)) == []
+    assert export_faults(exported("eagle3/vllm", "--dtype", dtype), str(VERIFIER)) == []
 
 
 # Corruptions. Each takes config.json and the tensors, and changes them in place.
@@ -269,7 +269,7 @@ def test_a_cut_file_is_found(share: float, exported: Callable[..., Path], tmp_pa
     path = tmp_path / "export" / WEIGHTS
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    (fault,) = verify(tmp_path / "export")
+    (fault,) = export_faults(tmp_path / "export")
     assert WEIGHTS in fault.what and "damaged" in fault.what
 
 
@@ -277,7 +277,7 @@ def test_a_cut_file_is_found(share: float, exported: Callable[..., Path], tmp_pa
 def test_a_missing_file_is_found(name: str, exported: Callable[..., Path], tmp_path: Path) -> None:
     shutil.copytree(exported("eagle/vllm"), tmp_path / "export")
     (tmp_path / "export" / name).unlink()
-    (fault,) = verify(tmp_path / "export")
+    (fault,) = export_faults(tmp_path / "export")
     assert f"holds no {name}" in fault.what
 
 
@@ -287,7 +287,7 @@ def test_another_verifier_is_found(exported: Callable[..., Path], tmp_path: Path
     tensors = load_file(tmp_path / "tuned" / WEIGHTS)
     name = next(one for one in tensors if one.endswith("q_proj.weight"))
     save_file({**tensors, name: tensors[name] * 1.01}, tmp_path / "tuned" / WEIGHTS, metadata={"format": "pt"})
-    (fault,) = verify(exported("eagle3/vllm"), str(tmp_path / "tuned"))
+    (fault,) = export_faults(exported("eagle3/vllm"), str(tmp_path / "tuned"))
     assert "is not the verifier that the draft was trained for" in fault.what
 
 
@@ -297,7 +297,7 @@ def test_a_draft_that_accepts_less_than_it_did_is_found(exported: Callable[..., 
     values = json.loads(path.read_text())
     values["served"]["acceptance_length"] = dict.fromkeys(values["served"]["acceptance_length"], 3.0)
     path.write_text(json.dumps(values))
-    (fault,) = verify(tmp_path / "export", str(VERIFIER))
+    (fault,) = export_faults(tmp_path / "export", str(VERIFIER))
     assert "and 3.000 is expected" in fault.what
 
 
@@ -309,7 +309,7 @@ def test_a_network_that_computes_otherwise_is_found(
 
     fuse = EagleSpeculator.fuse
     monkeypatch.setattr(EagleSpeculator, "fuse", lambda self, tokens, feature: fuse(self, tokens, 1.1 * feature))
-    (fault,) = verify(exported("eagle/vllm"))
+    (fault,) = export_faults(exported("eagle/vllm"))
     assert "on the probe, at step 0, logits are up to" in fault.what and "computes otherwise" in fault.cause
 
 

@@ -287,13 +287,13 @@ class TestRefusals:
             assert files(tmp_path / "store") == files(tmp_path / "undisturbed")
 
     def test_checksums_find_a_changed_byte(self, prepare, tmp_path):
-        prepare().verify()
+        prepare().check()
         path = tmp_path / "store" / "shard-00002.safetensors"
         content = bytearray(path.read_bytes())
         content[-100] ^= 1
         path.write_bytes(content)
         with pytest.raises(SpecforgeError, match=r"shard-00002.safetensors is damaged: the states of its row"):
-            FeatureStore(tmp_path / "store").verify()
+            FeatureStore(tmp_path / "store").check()
 
     @pytest.mark.parametrize("harm", ["{", "{}", '{"format": 2, "convention": "", "shards": [{}]}', "[]"])
     def test_a_wrong_manifest_is_named(self, prepare, tmp_path, harm):
