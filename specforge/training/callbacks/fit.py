@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 
 from specforge.training.callbacks.advice import Advice
 from specforge.training.callbacks.board.acceptance import AcceptanceFigure
-from specforge.training.callbacks.board.layout import ScalarLayout
+from specforge.training.callbacks.board.charts import ScalarCharts
 from specforge.training.callbacks.board.samples import SampleTexts
 from specforge.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from specforge.training.callbacks.drafts import DraftWriter
@@ -28,7 +28,7 @@ def fit_callbacks(arguments: list[str], save_every_n_steps: int, folder: Path) -
     return [
         Summary(folder.parent),
         Advice(),
-        ScalarLayout(),
+        ScalarCharts(),
         AcceptanceFigure(),
         SampleTexts(),
         Throughput(),  # behind those above, whose time at a validation it leaves out

@@ -15,12 +15,12 @@ from specforge.training.module import DraftModule
 Charts = dict[str, list[str]]
 
 
-class ScalarLayout(Callback):
+class ScalarCharts(Callback):
     """Writes the layout of the Custom Scalars tab when a run starts."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it; tags that come up later are found by the patterns."""
-        groups = layout(cast(DraftModule, pl_module).term_weights)
+        groups = chart_groups(cast(DraftModule, pl_module).term_weights)
         for writer in writers(trainer):
             writer.add_custom_scalars(
                 {
@@ -30,7 +30,7 @@ class ScalarLayout(Callback):
             )
 
 
-def layout(losses: Iterable[str]) -> dict[str, Charts]:
+def chart_groups(losses: Iterable[str]) -> dict[str, Charts]:
     """Return the charts of each group.
 
     Args:
