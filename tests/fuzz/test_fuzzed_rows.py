@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from specforge.data.rows.maker import RowMaker
 from specforge.data.rows.prepared import Prepared, prepare_rows
 from specforge.data.rows.reading import open_rows
-from specforge.data.rows.recipe import Recipe
 from specforge.data.rows.summary import RowSettings
 from specforge.data.text.bad_rows import BadRow
 from specforge.data.text.encoding import RowEncoder, TokenRow
@@ -141,7 +141,7 @@ def test_a_changed_bit_of_prepared_rows_is_found(tmp_path: Path, encoder: RowEnc
     source = tmp_path / "train.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in FORMS[2:3] * 300))
     settings = RowSettings(max_length=64, long_rows="truncate")
-    prepare_rows([str(source)], Recipe(encoder, settings), tmp_path / "rows", 1)
+    prepare_rows([str(source)], RowMaker(encoder, settings), tmp_path / "rows", 1)
     folder = tmp_path / "rows" / "train"
     chance = random.Random(0)
     for number in range(300):

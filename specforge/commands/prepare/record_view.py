@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from specforge.data.rows.recipe import Recipe
+from specforge.data.rows.maker import RowMaker
 from specforge.data.text.bad_rows import BadRow
 from specforge.data.text.encoding import TokenRow
 from specforge.data.text.records import RawRecord
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 END = "■"  # after an end token of the verifier that is supervised
 
 
-def show_record(record: RawRecord, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+def show_record(record: RawRecord, maker: RowMaker, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     """Print the rows of a record as they would be kept.
 
     Supervised tokens are in color, or between ⟦ and ⟧ where there is none; the verifier's end token has a mark.
 
     Args:
         record: the raw row.
-        recipe: makes rows of it.
+        maker: makes rows of it.
         tokenizer: decodes them.
         console: where to.
     """
     try:
-        (rows,) = recipe.encoder.encode([record.parse()])
+        (rows,) = maker.encoder.encode([record.parse()])
     except BadRow as error:
         rows = error
     if isinstance(rows, BadRow):
@@ -42,19 +42,19 @@ def show_record(record: RawRecord, recipe: Recipe, tokenizer: PreTrainedTokenize
         return
     for number, row in enumerate(rows, start=1):
         location = f"{record.location}, row {number} of {len(rows)}" if len(rows) > 1 else record.location
-        _show_row(row, location, recipe, tokenizer, console)
+        _show_row(row, location, maker, tokenizer, console)
 
 
 def _show_row(
-    row: TokenRow, location: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console
+    row: TokenRow, location: str, maker: RowMaker, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> None:
-    fitted = recipe.fit(row)
+    fitted = maker.fit(row)
     kept = row if isinstance(fitted, str) else fitted
     number, supervised = len(kept.input_ids), int(kept.loss_mask.sum())
     fate = f"dropped: {fitted}" if isinstance(fitted, str) else "kept" if fitted is row else "truncated"
     share = f"{supervised:,} supervised ({supervised / max(number, 1):.1%})"
     console.print(Text(f"{location}: {number:,} tokens, {share}, {fate}", style="bold"))
-    ends = kept.loss_mask & np.isin(kept.input_ids, recipe.encoder.end_ids)
+    ends = kept.loss_mask & np.isin(kept.input_ids, maker.encoder.end_ids)
     marks = list(zip(kept.loss_mask.tolist(), ends.tolist(), strict=True))
     parts = stretches(kept.input_ids.tolist(), marks, tokenizer)
     for is_supervised, group in groupby(parts, key=lambda part: part[1][0]):

@@ -19,8 +19,8 @@ from specforge.commands.prepare.coverage_plot import draw_coverage
 from specforge.commands.prepare.record_view import show_record
 from specforge.commands.prepare.rows_table import print_prepared
 from specforge.data.rows.building import make_encoder
+from specforge.data.rows.maker import TRAIN, VALIDATION, RowMaker
 from specforge.data.rows.prepared import Prepared, check_output, prepare_rows
-from specforge.data.rows.recipe import TRAIN, VALIDATION, Recipe
 from specforge.data.rows.summary import MAX_BAD_SHARE, RowSettings
 from specforge.data.text.records import RawRecord
 from specforge.data.text.sources import check_source, read_raw_records
@@ -58,11 +58,11 @@ def run(arguments: list[str]) -> int:
     encoder = make_encoder(found.sources, lambda: verifier.template, verifier.vocabulary_size)
     # Plain numbers: worker processes do not know the types of the command line.
     settings = RowSettings(int(found.max_length), found.long_rows, found.bad_rows, float(found.max_bad_share))
-    recipe = Recipe(encoder, settings, float(found.validation_share), int(found.seed))
+    maker = RowMaker(encoder, settings, float(found.validation_share), int(found.seed))
     console = Console(highlight=False)
     for record in _first_records(found):
-        show_record(record, recipe, verifier.tokenizer, console)
-    prepared = prepare_rows(found.sources, recipe, output, found.workers or len(os.sched_getaffinity(0)))
+        show_record(record, maker, verifier.tokenizer, console)
+    prepared = prepare_rows(found.sources, maker, output, found.workers or len(os.sched_getaffinity(0)))
     plot = output / "coverage.svg"
     if not plot.exists():
         draw_coverage(prepared.coverage, plot)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specforge.data.rows.cache import ensure_folder
+from specforge.data.rows.maker import FORMAT, TRAIN, RowMaker
 from specforge.data.rows.reading import TokenRows, is_whole, open_rows, token_rows
-from specforge.data.rows.recipe import FORMAT, TRAIN, Recipe
 from specforge.data.rows.stored import ROWS_FILE, StoredRows
 from specforge.data.rows.summary import RowSettings, RowsSummary
 from specforge.data.rows.writing import RowsWriter, write_rows
@@ -50,9 +50,9 @@ def build_rows(
     if (Path(source) / ROWS_FILE).is_file():
         rows = _prepared_rows(Path(source), load_template, vocabulary_size, settings.max_length)
     else:
-        recipe = Recipe(make_encoder([source], load_template, vocabulary_size), settings)
-        folder = _cache_folder(source, recipe, cache_dir)
-        ensure_folder(folder, lambda target: _write_rows(target, source, recipe), is_whole)
+        maker = RowMaker(make_encoder([source], load_template, vocabulary_size), settings)
+        folder = _cache_folder(source, maker, cache_dir)
+        ensure_folder(folder, lambda target: _write_rows(target, source, maker), is_whole)
         rows = open_rows(folder, vocabulary_size)
         rows.summary.require_few_bad(settings, source)
     # The first token of a row has nothing before it: a mask of all ones may leave it out.
@@ -71,8 +71,8 @@ def is_built(
     """Tell whether ``build_rows`` would find the rows of a source ready; the arguments are the same."""
     if (Path(source) / ROWS_FILE).is_file():
         return True
-    recipe = Recipe(make_encoder([source], load_template, vocabulary_size), settings)
-    return is_whole(_cache_folder(source, recipe, cache_dir))
+    maker = RowMaker(make_encoder([source], load_template, vocabulary_size), settings)
+    return is_whole(_cache_folder(source, maker, cache_dir))
 
 
 def make_encoder(sources: Sequence[str], load_template: Callable[[], ChatTemplate], vocabulary_size: int) -> RowEncoder:
@@ -124,8 +124,8 @@ def require_supervision(summary: RowsSummary, source: str) -> None:
         raise UsageError(f"{source}: no supervised token in the whole set; rows dropped: {reasons or 'none'}")
 
 
-def _cache_folder(source: str, recipe: Recipe, cache_dir: Path) -> Path:
-    identity = json.dumps([source_fingerprint(source), recipe.identity])
+def _cache_folder(source: str, maker: RowMaker, cache_dir: Path) -> Path:
+    identity = json.dumps([source_fingerprint(source), maker.identity])
     return cache_dir / hashlib.sha256(identity.encode()).hexdigest()
 
 
@@ -165,12 +165,12 @@ def _prepared_rows(
     return rows
 
 
-def _write_rows(folder: Path, source: str, recipe: Recipe) -> None:
+def _write_rows(folder: Path, source: str, maker: RowMaker) -> None:
     """Write a folder of the cache."""
     writer = RowsWriter(folder)
     try:
-        write_rows([source], recipe, {TRAIN: writer})
+        write_rows([source], maker, {TRAIN: writer})
         require_supervision(writer.summary, source)
-        writer.finish(identity_of(recipe.encoder))
+        writer.finish(identity_of(maker.encoder))
     finally:
         writer.close()

@@ -18,8 +18,8 @@ from typing import Any, Self
 
 from specforge.data.rows.building import identity_of, require_supervision
 from specforge.data.rows.coverage import Coverage, coverage_by_size
+from specforge.data.rows.maker import TRAIN, VALIDATION, RowMaker
 from specforge.data.rows.reading import count_stored, is_whole
-from specforge.data.rows.recipe import TRAIN, VALIDATION, Recipe
 from specforge.data.rows.sealed import read_sealed, write_sealed
 from specforge.data.rows.stored import ROWS_FILE, SUMMARY_FILE, written_parts
 from specforge.data.rows.summary import RowsSummary
@@ -68,12 +68,12 @@ class Prepared:
         write_sealed(folder / SUMMARY_FILE, values, indent=2)
 
 
-def prepare_rows(sources: Sequence[str], recipe: Recipe, output: Path, workers: int) -> Prepared:
+def prepare_rows(sources: Sequence[str], maker: RowMaker, output: Path, workers: int) -> Prepared:
     """Write a folder of prepared rows, unless it is there already.
 
     Args:
         sources: paths or hub names, read one after the other.
-        recipe: makes rows of them.
+        maker: makes rows of them.
         output: the folder.
         workers: processes; the result does not depend on their number.
 
@@ -81,7 +81,7 @@ def prepare_rows(sources: Sequence[str], recipe: Recipe, output: Path, workers: 
         UsageError: a source or a row is refused, no supervised token is left, or the folder holds something else.
         SpecforgeError: another process writes the folder, it cannot be written, or a worker was ended from outside.
     """
-    identity = json.dumps([recipe.identity, *map(source_fingerprint, sources)])
+    identity = json.dumps([maker.identity, *map(source_fingerprint, sources)])
     digest = hashlib.sha256(identity.encode()).hexdigest()
     partial = output.with_name(f".{output.name}.partial")
     try:
@@ -89,7 +89,7 @@ def prepare_rows(sources: Sequence[str], recipe: Recipe, output: Path, workers: 
             if there := check_output(output):
                 return _require_same(there, digest, output)
             try:
-                prepared = _write(partial, sources, recipe, workers, digest)
+                prepared = _write(partial, sources, maker, workers, digest)
             except UsageError:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -132,35 +132,35 @@ def _require_same(there: Prepared, identity: str, output: Path) -> Prepared:
     return there
 
 
-def _write(folder: Path, sources: Sequence[str], recipe: Recipe, workers: int, identity: str) -> Prepared:
+def _write(folder: Path, sources: Sequence[str], maker: RowMaker, workers: int, identity: str) -> Prepared:
     """Write all of the output into a folder, or what is left of it."""
     progress = _read_progress(folder, identity)
     if progress["done"]:
         _log.warning("going on after %s rows of an earlier run", f"{progress['done']:,}")
-        recipe = recipe.on(progress["date"])
+        maker = maker.on(progress["date"])
     else:
         shutil.rmtree(folder, ignore_errors=True)
     with ExitStack() as closing:
-        writers = {split: _open(folder / split, progress["splits"].get(split)) for split in recipe.splits}
+        writers = {split: _open(folder / split, progress["splits"].get(split)) for split in maker.splits}
         for writer in writers.values():
             closing.callback(writer.close)
 
-        date = recipe.encoder.template.date if recipe.encoder.template else ""
+        date = maker.encoder.template.date if maker.encoder.template else ""
 
         def note(done: int) -> None:
             sizes = {split: [one.size, one.summary.to_json(), one.checksum] for split, one in writers.items()}
             _write_progress(folder, {"identity": identity, "date": date, "done": done, "splits": sizes})
 
-        write_rows(sources, recipe, writers, workers, progress["done"], note)
+        write_rows(sources, maker, writers, workers, progress["done"], note)
         summaries = {split: writer.summary for split, writer in writers.items()}
         require_supervision(summaries[TRAIN], ", ".join(sources))
         for writer in writers.values():
-            writer.finish(identity_of(recipe.encoder))
+            writer.finish(identity_of(maker.encoder))
     if VALIDATION in summaries and not summaries[VALIDATION].rows:
         # The rows are so few that chance held out none; those that it dropped still count.
         shutil.rmtree(folder / VALIDATION)
         summaries = {TRAIN: sum(summaries.values(), RowsSummary())}
-    counts = {split: count_stored(folder / split, recipe.encoder.vocabulary_size) for split in summaries}
+    counts = {split: count_stored(folder / split, maker.encoder.vocabulary_size) for split in summaries}
     prepared = Prepared(identity, summaries, coverage_by_size(counts[TRAIN], counts.get(VALIDATION)))
     prepared.write(folder)
     for path in [folder / _PROGRESS_FILE, *leftovers(folder / _PROGRESS_FILE)]:

@@ -1,4 +1,4 @@
-"""Raw rows through a recipe on several processes: results come in the order of the source, memory stays bounded."""
+"""Raw rows through a maker on several processes: results come in the order of the source, memory stays bounded."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 
-from specforge.data.rows.recipe import Recipe, WrittenRows
+from specforge.data.rows.maker import RowMaker, WrittenRows
 from specforge.data.text.records import RawRecord
 from specforge.errors import SpecforgeError
 
 CHUNK = 256  # raw rows made and written at once
 _AHEAD = 3  # chunks handed out for each worker: enough that none waits for the reader
 _Made = tuple[int, dict[str, WrittenRows]]
-_recipe: Recipe
+_maker: RowMaker
 
 
-def make_batches(records: Iterator[RawRecord], recipe: Recipe, workers: int) -> Iterator[_Made]:
+def make_batches(records: Iterator[RawRecord], maker: RowMaker, workers: int) -> Iterator[_Made]:
     """Yield for each chunk of raw rows their number, and what they add to each split.
 
     The chunks do not depend on the number of workers.
 
     Args:
         records: the raw rows.
-        recipe: makes rows of them.
+        maker: makes rows of them.
         workers: processes; with 1, this one does it all.
 
     Raises:
@@ -39,11 +39,11 @@ def make_batches(records: Iterator[RawRecord], recipe: Recipe, workers: int) -> 
     chunks = iter(lambda: list(islice(records, CHUNK)), [])
     if workers == 1:
         for chunk in chunks:
-            yield len(chunk), recipe.make(chunk)
+            yield len(chunk), maker.make(chunk)
         return
     # Not forked: threads of tokenizers and torch would not come along, but the locks that they hold would.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(recipe,))
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(maker,))
     pending: deque[Future[_Made]] = deque()
     try:
         for chunk in chunks:
@@ -61,9 +61,9 @@ def make_batches(records: Iterator[RawRecord], recipe: Recipe, workers: int) -> 
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(recipe: Recipe) -> None:
-    global _recipe
-    _recipe = recipe
+def _start_worker(maker: RowMaker) -> None:
+    global _maker
+    _maker = maker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -78,4 +78,4 @@ def _end_with_parent() -> None:
 
 
 def _make(chunk: Sequence[RawRecord]) -> _Made:
-    return len(chunk), _recipe.make(chunk)
+    return len(chunk), _maker.make(chunk)

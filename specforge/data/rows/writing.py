@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from specforge.data.rows.recipe import SCHEMA, TRAIN, Recipe, WrittenRows
+from specforge.data.rows.maker import SCHEMA, TRAIN, RowMaker, WrittenRows
 from specforge.data.rows.sealed import write_sealed
 from specforge.data.rows.stored import ROWS_FILE, SUMMARY_FILE, Part, batch_part, schema_part, written_parts
 from specforge.data.rows.summary import RowsSummary
@@ -89,7 +89,7 @@ def chained(parts: Sequence[Part], before: int = 0) -> int:
 
 def write_rows(
     sources: Sequence[str],
-    recipe: Recipe,
+    maker: RowMaker,
     writers: Mapping[str, RowsWriter],
     workers: int = 1,
     done: int = 0,
@@ -99,7 +99,7 @@ def write_rows(
 
     Args:
         sources: paths or hub names, read one after the other.
-        recipe: makes rows of them.
+        maker: makes rows of them.
         writers: of each split.
         workers: processes.
         done: raw rows that an earlier run has finished, to be passed over.
@@ -114,12 +114,12 @@ def write_rows(
     total, names = sum(map(count_records, sources)), ", ".join(sources)
     # disable=None shows the bar on a terminal only; delay hides it for short builds.
     with tqdm(desc="tokenising", unit=" rows", total=total, initial=done, disable=None, delay=2) as bar:
-        for number, batches in make_batches(records, recipe, workers):
+        for number, batches in make_batches(records, maker, workers):
             for split, batch in batches.items():
                 writers[split].append(batch)
             # More than the share of all rows: what follows cannot mend it.
-            writers[TRAIN].summary.require_few_bad(recipe.settings, names, total)
+            writers[TRAIN].summary.require_few_bad(maker.settings, names, total)
             done += number
             after_batch(done)
             bar.update(number)
-    writers[TRAIN].summary.require_few_bad(recipe.settings, names)
+    writers[TRAIN].summary.require_few_bad(maker.settings, names)

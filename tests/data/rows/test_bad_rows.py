@@ -12,8 +12,8 @@ import pytest
 
 from specforge.data.module import DraftDataModule
 from specforge.data.rows.building import build_rows, make_encoder
+from specforge.data.rows.maker import RowMaker
 from specforge.data.rows.prepared import prepare_rows
-from specforge.data.rows.recipe import Recipe
 from specforge.data.rows.summary import BadRows, RowSettings
 from specforge.data.text.verifier import VerifierText
 from specforge.errors import UsageError
@@ -62,7 +62,7 @@ def test_one_bad_source_does_not_hide_behind_workers(verifier: Path, write_lines
     rows = [chat("one", f"two {number}") if number % 10 else {"text": 5} for number in range(1000)]
     text = VerifierText(str(verifier))
     source = write_lines(rows)
-    cook = Recipe(make_encoder([source], lambda: text.template, text.vocabulary_size), RowSettings(64, "truncate"))
+    cook = RowMaker(make_encoder([source], lambda: text.template, text.vocabulary_size), RowSettings(64, "truncate"))
     with pytest.raises(UsageError, match=r"rows are bad, .* \(malformed text\), the first .*train.jsonl:1: "):
         prepare_rows([source], cook, tmp_path / "out", 1)
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
@@ -110,14 +110,16 @@ def test_a_run_that_is_taken_up_keeps_its_date(make_verifier, write_lines: Write
 
     def prepare(name: str) -> bytes:
         text = VerifierText(str(folder))
-        cook = Recipe(make_encoder([source], lambda: text.template, text.vocabulary_size), RowSettings(64, "truncate"))
+        cook = RowMaker(
+            make_encoder([source], lambda: text.template, text.vocabulary_size), RowSettings(64, "truncate")
+        )
         prepare_rows([source], cook, tmp_path / name, 1)
         return (tmp_path / name / "train" / "rows.arrow").read_bytes()
 
     monkeypatch.setattr("specforge.data.text.template.Date", FixedDay("2024-02-29"))
-    whole, encode, done = prepare("whole"), Recipe.make, []
+    whole, encode, done = prepare("whole"), RowMaker.make, []
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Recipe, "make", lambda *a: done.append(0) or (encode(*a) if len(done) < 3 else interrupt()))
+        patch.setattr(RowMaker, "make", lambda *a: done.append(0) or (encode(*a) if len(done) < 3 else interrupt()))
         prepare("out")
     monkeypatch.setattr("specforge.data.text.template.Date", FixedDay("2025-01-01"))
     assert prepare("out") == whole
@@ -130,7 +132,7 @@ def test_prepared_rows_of_other_template_arguments_are_refused(
 ) -> None:
     folder, source = make_verifier(DATED), write_lines([chat("one", "two")])
     text = VerifierText(str(folder), template_arguments={"enable_thinking": False})
-    cook = Recipe(make_encoder([source], lambda: text.template, text.vocabulary_size), RowSettings(64, "truncate"))
+    cook = RowMaker(make_encoder([source], lambda: text.template, text.vocabulary_size), RowSettings(64, "truncate"))
     prepare_rows([source], cook, tmp_path / "out", 1)
     train = str(tmp_path / "out" / "train")
     with pytest.raises(UsageError, match=r"give --data.template_arguments.enable_thinking false"):

@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from specforge.data.module import DraftDataModule
 from specforge.data.rows.building import build_rows
+from specforge.data.rows.maker import RowMaker
 from specforge.data.rows.prepared import Prepared, check_output, prepare_rows
 from specforge.data.rows.reading import TokenRows, open_rows
-from specforge.data.rows.recipe import Recipe
 from specforge.data.rows.summary import RowSettings, RowsSummary
 from specforge.data.text.encoding import RowEncoder, TokenRow
 from specforge.data.text.template import ChatTemplate
@@ -42,8 +42,8 @@ def token_row(number: int) -> dict[str, Any]:
     return {"input_ids": [8, 7, number % 100, number // 100 % 100, 9], "loss_mask": [0, 0, 1, 1, 1]}
 
 
-def recipe(share: float = 0.2, seed: int = 0, settings: RowSettings = WIDE) -> Recipe:
-    return Recipe(TOKENS, settings, share, seed)
+def maker(share: float = 0.2, seed: int = 0, settings: RowSettings = WIDE) -> RowMaker:
+    return RowMaker(TOKENS, settings, share, seed)
 
 
 def ids(rows: TokenRows) -> list[tuple[int, ...]]:
@@ -63,7 +63,7 @@ class TestSplit:
     def test_every_row_is_in_one_split_in_the_order_of_the_sources(self, write_lines, tmp_path):
         first = write_lines([token_row(number) for number in range(700)], "first.jsonl")
         second = write_lines([token_row(number) for number in range(700, 900)], "second.jsonl")
-        prepared = prepare_rows([first, second], recipe(), tmp_path / "out", 1)
+        prepared = prepare_rows([first, second], maker(), tmp_path / "out", 1)
         train, validation = (ids(open_rows(tmp_path / "out" / split, VOCABULARY_SIZE)) for split in prepared.splits)
         assert sorted(train + validation) == sorted(tuple(token_row(number)["input_ids"]) for number in range(900))
         numbers = [row[2] + 100 * row[3] for row in train]
@@ -76,30 +76,30 @@ class TestSplit:
         seed=st.integers(0, 2**70),
     )
     def test_a_row_is_split_by_itself_and_the_seed(self, rows, share, seed):
-        cook = recipe(share, seed)
+        cook = maker(share, seed)
         for row in rows:
             one = TokenRow(np.array(row, np.int32), np.ones(len(row), np.bool_))
             other = TokenRow(np.array(row, np.int32), np.zeros(len(row), np.bool_))
             assert cook.split_of([one]) == cook.split_of([other, one])
-            if recipe(share / 2, seed).split_of([one]) == "validation":
+            if maker(share / 2, seed).split_of([one]) == "validation":
                 assert cook.split_of([one]) == "validation", "a larger share holds out more, not others"
 
     def test_seeds_hold_out_different_rows(self, source, tmp_path):
         for seed in (0, 1):
-            prepare_rows([source], recipe(seed=seed), tmp_path / str(seed), 1)
+            prepare_rows([source], maker(seed=seed), tmp_path / str(seed), 1)
         held_out = [set(ids(open_rows(tmp_path / seed / "validation", VOCABULARY_SIZE))) for seed in "01"]
         assert held_out[0] != held_out[1]
 
     @pytest.mark.parametrize("share", [0.0, 1e-9])
     def test_where_none_is_held_out_there_is_no_such_folder(self, source, tmp_path, share):
-        prepared = prepare_rows([source], recipe(share), tmp_path / "out", 1)
+        prepared = prepare_rows([source], maker(share), tmp_path / "out", 1)
         assert list(prepared.splits) == ["train"] and prepared.coverage[0].validation is None
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["summary.json", "train"]
 
 
 def test_the_number_of_workers_changes_nothing(tokenizer: PreTrainedTokenizerBase, write_lines, chat, tmp_path):
     source = write_lines([chat(f"ask {number}", "say " * (number % 7 + 1)) for number in range(1500)])
-    cook = Recipe(RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE), RowSettings(24, "truncate"), 0.1, 3)
+    cook = RowMaker(RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE), RowSettings(24, "truncate"), 0.1, 3)
     for workers in (1, 2):
         prepare_rows([source], cook, tmp_path / str(workers), workers)
     assert files(tmp_path / "1") == files(tmp_path / "2")
@@ -115,7 +115,7 @@ def test_the_summary_counts_all_rows(write_lines, tmp_path):
     rows += [{"input_ids": [number] * 9, "loss_mask": [0] * 3 + [1] * 6} for number in range(30)]
     rows += [{"input_ids": [number] * 9, "loss_mask": [0] * 8 + [1]} for number in range(20)]
     rows += [{"input_ids": [number], "loss_mask": [0]} for number in range(10)]
-    cook = recipe(0.5, settings=RowSettings(6, "truncate"))
+    cook = maker(0.5, settings=RowSettings(6, "truncate"))
     prepared = prepare_rows([write_lines(rows)], cook, tmp_path / "out", 1)
     dropped = {"no supervised token within max_length": 20, "no supervised token": 10}
     supervised = 50 * 3 + 30 * 3
@@ -128,15 +128,15 @@ def test_the_summary_counts_all_rows(write_lines, tmp_path):
 
 class TestAgain:
     def test_what_is_there_is_not_made_again(self, source, tmp_path, monkeypatch):
-        prepared = prepare_rows([source], recipe(), tmp_path / "out", 1)
+        prepared = prepare_rows([source], maker(), tmp_path / "out", 1)
         monkeypatch.setattr(RowEncoder, "encode", lambda *_: pytest.fail("tokenised again"))
-        assert prepare_rows([source], recipe(), tmp_path / "out", 1) == prepared
+        assert prepare_rows([source], maker(), tmp_path / "out", 1) == prepared
 
     def test_other_settings_or_sources_are_refused(self, source, write_lines, tmp_path):
-        prepare_rows([source], recipe(), tmp_path / "out", 1)
+        prepare_rows([source], maker(), tmp_path / "out", 1)
         before = files(tmp_path / "out")
         other = write_lines([token_row(1)], "other.jsonl")
-        for sources, cook in (([source], recipe(seed=1)), ([source], recipe(0.3)), ([source, other], recipe())):
+        for sources, cook in (([source], maker(seed=1)), ([source], maker(0.3)), ([source, other], maker())):
             with pytest.raises(UsageError, match="holds rows of other sources or settings; choose another"):
                 prepare_rows(sources, cook, tmp_path / "out", 1)
         assert files(tmp_path / "out") == before
@@ -145,12 +145,12 @@ class TestAgain:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.txt").write_text("years of work")
         with pytest.raises(UsageError, match="holds something else"):
-            prepare_rows([source], recipe(), tmp_path / "out", 1)
+            prepare_rows([source], maker(), tmp_path / "out", 1)
         assert files(tmp_path / "out") == {"thesis.txt": b"years of work"}
 
     @pytest.mark.parametrize("damage", ["truncated rows", "missing rows", "missing summary", "wrong summary"])
     def test_damaged_rows_are_refused(self, source, tmp_path, damage):
-        prepare_rows([source], recipe(), tmp_path / "out", 1)
+        prepare_rows([source], maker(), tmp_path / "out", 1)
         rows, summary = tmp_path / "out" / "train" / "rows.arrow", tmp_path / "out" / "train" / "summary.json"
         if damage == "truncated rows":
             os.truncate(rows, 5000)
@@ -159,7 +159,7 @@ class TestAgain:
         else:
             (rows if damage == "missing rows" else summary).unlink()
         with pytest.raises(UsageError, match="are damaged; remove it and run the same command again"):
-            prepare_rows([source], recipe(), tmp_path / "out", 1)
+            prepare_rows([source], maker(), tmp_path / "out", 1)
 
     def test_a_folder_cannot_be_made_in_a_file(self, source):
         with pytest.raises(UsageError, match=r"--output: .* cannot be made, since .*train.jsonl is a file"):
@@ -171,20 +171,20 @@ class TestEnds:
         source = write_lines([token_row(number) for number in range(12_000)])
         chance = random.Random(0)
         begin = time.monotonic()
-        prepare_rows([source], recipe(), tmp_path / "undisturbed", 1)
+        prepare_rows([source], maker(), tmp_path / "undisturbed", 1)
         duration = time.monotonic() - begin
         undisturbed = files(tmp_path / "undisturbed")
         output = tmp_path / "killed"
         kills = 0
         while kills < 20:
-            child = in_child(lambda: prepare_rows([source], recipe(), output, 1))
+            child = in_child(lambda: prepare_rows([source], maker(), output, 1))
             time.sleep(chance.uniform(0, 0.5 * duration))
             os.kill(child, signal.SIGKILL)
             kills += status_of(child) == -signal.SIGKILL
             if output.exists():
                 assert files(output) == undisturbed
                 shutil.rmtree(output)
-        prepare_rows([source], recipe(), output, 1)
+        prepare_rows([source], maker(), output, 1)
         assert files(output) == undisturbed
         assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["killed", "undisturbed"]
 
@@ -204,11 +204,11 @@ class TestEnds:
 
         with monkeypatch.context() as patch:
             patch.setattr(owner, function, end)
-            child = in_child(lambda: prepare_rows([source], recipe(), tmp_path / "out", 1))
+            child = in_child(lambda: prepare_rows([source], maker(), tmp_path / "out", 1))
             assert status_of(child) == -signal.SIGKILL
         assert not (tmp_path / "out").exists()
-        prepare_rows([source], recipe(), tmp_path / "out", 1)
-        prepare_rows([source], recipe(), tmp_path / "undisturbed", 1)
+        prepare_rows([source], maker(), tmp_path / "out", 1)
+        prepare_rows([source], maker(), tmp_path / "undisturbed", 1)
         assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
     def test_what_an_ended_run_has_done_is_not_done_again(self, source, tmp_path, monkeypatch, caplog):
@@ -222,73 +222,73 @@ class TestEnds:
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(RowEncoder, "encode", count)
-            prepare_rows([source], recipe(), tmp_path / "out", 1)
+            prepare_rows([source], maker(), tmp_path / "out", 1)
         begun = len(encoded)
         encoded[:] = [0] * -100
         monkeypatch.setattr(
             RowEncoder, "encode", lambda self, rows, most: encoded.append(len(rows)) or encode(self, rows, most)
         )
-        prepare_rows([source], recipe(), tmp_path / "out", 1)
+        prepare_rows([source], maker(), tmp_path / "out", 1)
         assert sum(encoded) == 3000 - 256 * begun
         assert "going on after 1,792 rows of an earlier run" in caplog.text
 
     def test_with_other_settings_it_begins_anew(self, source, tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr("specforge.data.rows.prepared.coverage_by_size", interrupt)
-            prepare_rows([source], recipe(), tmp_path / "out", 1)
-        prepare_rows([source], recipe(0.4), tmp_path / "out", 1)
-        prepare_rows([source], recipe(0.4), tmp_path / "undisturbed", 1)
+            prepare_rows([source], maker(), tmp_path / "out", 1)
+        prepare_rows([source], maker(0.4), tmp_path / "out", 1)
+        prepare_rows([source], maker(0.4), tmp_path / "undisturbed", 1)
         assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
     @pytest.mark.parametrize("damage", ["cut", "changed"])
     def test_files_that_are_not_as_promised_are_written_again(self, source, tmp_path, monkeypatch, damage):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr("specforge.data.rows.prepared.require_supervision", interrupt)
-            prepare_rows([source], recipe(), tmp_path / "out", 1)
+            prepare_rows([source], maker(), tmp_path / "out", 1)
         rows = tmp_path / ".out.partial" / "train" / "rows.arrow"
         content = rows.read_bytes()
         rows.write_bytes(content[:1000] if damage == "cut" else content[:-200] + b"x" + content[-199:])
-        prepare_rows([source], recipe(), tmp_path / "out", 1)
-        prepare_rows([source], recipe(), tmp_path / "undisturbed", 1)
+        prepare_rows([source], maker(), tmp_path / "out", 1)
+        prepare_rows([source], maker(), tmp_path / "undisturbed", 1)
         assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
     def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(self, source, tmp_path, capfd):
         def with_little_room() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-            prepare_rows([source], recipe(), tmp_path / "out", 1)
+            prepare_rows([source], maker(), tmp_path / "out", 1)
 
         assert status_of(in_child(with_little_room)) == 11
         assert not (tmp_path / "out").exists()
         assert "File too large; what is done so far stays in" in capfd.readouterr().out
-        prepare_rows([source], recipe(), tmp_path / "undisturbed", 1)
-        prepare_rows([source], recipe(), tmp_path / "out", 1)
+        prepare_rows([source], maker(), tmp_path / "undisturbed", 1)
+        prepare_rows([source], maker(), tmp_path / "out", 1)
         assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
     def test_a_malformed_line_leaves_nothing(self, source, tmp_path):
         with Path(source).open("a") as file:
             file.write('{"input_ids": [1, 2\n')
         with pytest.raises(UsageError, match=r"train.jsonl:3001: invalid JSON: .* must be one whole JSON object"):
-            prepare_rows([source], recipe(settings=RowSettings(32, "truncate", "refuse")), tmp_path / "out", 1)
+            prepare_rows([source], maker(settings=RowSettings(32, "truncate", "refuse")), tmp_path / "out", 1)
         assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
 
     def test_rows_that_teach_nothing_leave_nothing(self, write_lines, tmp_path):
         source = write_lines([{"input_ids": [1, 2], "loss_mask": [0, 0]}])
         with pytest.raises(UsageError, match="no supervised token in the whole set"):
-            prepare_rows([source], recipe(), tmp_path / "out", 1)
+            prepare_rows([source], maker(), tmp_path / "out", 1)
         assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
 
 
 class TestTwoProcesses:
     def test_the_second_is_turned_away(self, source, tmp_path):
         with locked(tmp_path / "out"), pytest.raises(SpecforgeError, match=r"another process is writing .*out"):
-            prepare_rows([source], recipe(), tmp_path / "out", 1)
-        prepare_rows([source], recipe(), tmp_path / "out", 1)
+            prepare_rows([source], maker(), tmp_path / "out", 1)
+        prepare_rows([source], maker(), tmp_path / "out", 1)
 
     def test_of_many_at_once_one_writes_and_none_disturbs_it(self, source, tmp_path):
-        children = [in_child(lambda: prepare_rows([source], recipe(), tmp_path / "out", 1)) for _ in range(6)]
+        children = [in_child(lambda: prepare_rows([source], maker(), tmp_path / "out", 1)) for _ in range(6)]
         statuses = {status_of(child) for child in children}
         assert 0 in statuses and statuses <= {0, 11}
-        prepare_rows([source], recipe(), tmp_path / "undisturbed", 1)
+        prepare_rows([source], maker(), tmp_path / "undisturbed", 1)
         assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -297,7 +297,7 @@ class TestFit:
     @pytest.fixture
     def prepared(self, tokenizer, write_lines, chat, tmp_path) -> Path:
         source = write_lines([chat(f"ask {number}", "say " * (number % 7 + 1)) for number in range(200)])
-        cook = Recipe(RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE), RowSettings(64, "truncate"), 0.2)
+        cook = RowMaker(RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE), RowSettings(64, "truncate"), 0.2)
         prepare_rows([source], cook, tmp_path / "out", 1)
         return tmp_path / "out"
 
@@ -350,7 +350,7 @@ class TestFit:
     def test_rows_can_be_prepared_from_rows(self, prepared, tmp_path):
         splits = [prepared / "train", prepared / "validation"]
         lengths = np.concatenate([open_rows(split, VOCABULARY_SIZE).lengths for split in splits])
-        cook = recipe(0.0, settings=RowSettings(int(np.median(lengths)), "drop"))
+        cook = maker(0.0, settings=RowSettings(int(np.median(lengths)), "drop"))
         again = prepare_rows([str(split) for split in splits], cook, tmp_path / "short", 1).total
         assert again.rows == (lengths <= np.median(lengths)).sum() < 200
         assert again.dropped == {"longer than max_length": 200 - again.rows}

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from specforge.data.rows import building as rows_module
 from specforge.data.rows.building import build_rows
+from specforge.data.rows.maker import RowMaker
 from specforge.data.rows.prepared import prepare_rows
 from specforge.data.rows.reading import TokenRows, open_rows
-from specforge.data.rows.recipe import Recipe
 from specforge.data.rows.stored import StoredRows
 from specforge.data.rows.summary import RowSettings
 from specforge.data.text.encoding import RowEncoder
@@ -269,8 +269,8 @@ class TestStoredRows:
 
     @pytest.fixture
     def folder(self, write_lines: Write, tmp_path: Path) -> Path:
-        recipe = Recipe(RowEncoder(None, VOCABULARY_SIZE), CUT)
-        prepare_rows([write_lines(token_rows(600))], recipe, tmp_path / "out", workers=1)
+        maker = RowMaker(RowEncoder(None, VOCABULARY_SIZE), CUT)
+        prepare_rows([write_lines(token_rows(600))], maker, tmp_path / "out", workers=1)
         return tmp_path / "out" / "train"
 
     def test_any_order_of_rows_over_batches_and_in_another_process(self, folder: Path) -> None:

@@ -9,15 +9,15 @@ from itertools import islice
 
 import pytest
 
-from specforge.data.rows.recipe import Recipe
+from specforge.data.rows.maker import RowMaker
 from specforge.data.rows.summary import RowSettings
 from specforge.data.rows.workers import CHUNK, make_batches
 from specforge.data.text.encoding import RowEncoder
 from specforge.data.text.sources import read_raw_records
 from specforge.errors import SpecforgeError, UsageError
 
-RECIPE = Recipe(RowEncoder(None, 10), RowSettings(8, "truncate"))
-STRICT = Recipe(RowEncoder(None, 10), RowSettings(8, "truncate", "refuse"))
+RECIPE = RowMaker(RowEncoder(None, 10), RowSettings(8, "truncate"))
+STRICT = RowMaker(RowEncoder(None, 10), RowSettings(8, "truncate", "refuse"))
 ROW = {"input_ids": [1, 2], "loss_mask": [0, 1]}
 
 

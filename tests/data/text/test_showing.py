@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from specforge.commands.prepare.record_view import show_record
-from specforge.data.rows.recipe import Recipe
+from specforge.data.rows.maker import RowMaker
 from specforge.data.rows.summary import RowSettings
 from specforge.data.text.encoding import RowEncoder
 from specforge.data.text.records import RawRecord
@@ -26,7 +26,7 @@ def shown(tokenizer):
         encoder = RowEncoder(ChatTemplate(tokenizer), len(tokenizer))
         console = Console(file=io.StringIO(), width=80, legacy_windows=False, **options)
         show_record(
-            RawRecord(row, "a.jsonl:1"), Recipe(encoder, RowSettings(max_length, "truncate")), tokenizer, console
+            RawRecord(row, "a.jsonl:1"), RowMaker(encoder, RowSettings(max_length, "truncate")), tokenizer, console
         )
         return console.file.getvalue()
 

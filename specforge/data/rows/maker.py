@@ -39,8 +39,8 @@ class WrittenRows:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How rows are made; equal recipes make equal rows of equal sources.
+class RowMaker:
+    """How rows are made; equal makers make equal rows of equal sources.
 
     Attributes:
         encoder: tokenises.
@@ -61,8 +61,8 @@ class Recipe:
         length = [self.settings.max_length, self.settings.long_rows]
         return json.dumps([FORMAT, length, split, self.encoder.identity])
 
-    def on(self, date: str) -> Recipe:
-        """Return the same recipe on another day, for templates that print it."""
+    def on(self, date: str) -> RowMaker:
+        """Return the same maker on another day, for templates that print it."""
         return replace(self, encoder=self.encoder.on(date))
 
     @property
@@ -122,11 +122,11 @@ class _Split:
     rows: list[TokenRow] = field(default_factory=list)
     chats: list[int] = field(default_factory=list)
 
-    def add(self, rows: Sequence[TokenRow], recipe: Recipe) -> None:
+    def add(self, rows: Sequence[TokenRow], maker: RowMaker) -> None:
         """Add the rows of one record."""
         kept = []
         for row in rows:
-            fitted = recipe.fit(row)
+            fitted = maker.fit(row)
             if isinstance(fitted, str):
                 self.summary.dropped[fitted] = self.summary.dropped.get(fitted, 0) + 1
                 continue
