@@ -67,7 +67,7 @@ def expected_of(model: SpeculatorModel, verifier: PreTrainedModel, prompts: list
     model.to(verifier.device).attach_verifier(verifier)
     spoken = _answers(verifier, prompts)
     texts = [ProbeText(tokens=asked + said, begin=len(asked)) for asked, said in zip(prompts, spoken, strict=True)]
-    lengths, rates = acceptance(model, verifier, texts)
+    lengths, rates = greedy_acceptance(model, verifier, texts)
     tokens, features = _states(model, verifier, texts[0])
     return Served(
         texts=texts,
@@ -135,7 +135,7 @@ def served_differences(model: SpeculatorModel, verifier: PreTrainedModel, expect
     tokens, features = _states(model, verifier, expected.texts[0])
     if differs := difference(model, tokens, features, expected.logits):
         found.append(f"beside the verifier, {differs}")
-    lengths, _ = acceptance(model, verifier, expected.texts)
+    lengths, _ = greedy_acceptance(model, verifier, expected.texts)
     got, wanted = lengths[max(lengths)], expected.expected(max(lengths))
     if abs(got - wanted) > ACCEPTANCE_TOLERANCE * wanted:
         found.append(f"the acceptance length of chains of {max(lengths)} is {got:.3f}, and {wanted:.3f} is expected")
@@ -143,7 +143,7 @@ def served_differences(model: SpeculatorModel, verifier: PreTrainedModel, expect
 
 
 @torch.no_grad()
-def acceptance(
+def greedy_acceptance(
     model: SpeculatorModel, verifier: PreTrainedModel, texts: list[ProbeText]
 ) -> tuple[dict[int, float], list[float]]:
     """Replay greedy chains over texts of the verifier's.
