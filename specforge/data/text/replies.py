@@ -62,7 +62,7 @@ class Replies:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reply:
+class _ReplySpan:
     """One reply.
 
     Attributes:
@@ -205,7 +205,7 @@ class _Rendering:
         replies = [number for number, is_reply in enumerate(self.chat.supervised) if is_reply]
         if len(replies) > 2 * _BLOCK and (joined := self._from_blocks(replies)):
             return [joined]
-        groups: list[list[_Reply]] = []
+        groups: list[list[_ReplySpan]] = []
         for number in replies:
             reply = self._find(self.chat.messages, number)
             last = groups[-1][-1] if groups else None
@@ -215,7 +215,7 @@ class _Rendering:
                 groups.append([reply])
         return [self._row(group) for group in groups]
 
-    def _row(self, group: list[_Reply]) -> SupervisedText:
+    def _row(self, group: list[_ReplySpan]) -> SupervisedText:
         """Return the row of some replies: the text through the last of them."""
         last = group[-1]
         spans = tuple((reply.start, reply.end) for reply in group)
@@ -225,7 +225,7 @@ class _Rendering:
             rules = [self._compare_tags(reply, tags, last.text) for reply in group]
         return SupervisedText(last.text, spans, tuple(rules))
 
-    def _compare_tags(self, reply: _Reply, tags: list[Span], text: str) -> str:
+    def _compare_tags(self, reply: _ReplySpan, tags: list[Span], text: str) -> str:
         """Check the template's own tags against a span that was found by the rule."""
         if (reply.start, reply.end) in tags:
             return TAGGED
@@ -237,7 +237,7 @@ class _Rendering:
             )
         return CORRECTED
 
-    def _find(self, messages: Sequence[Message], index: int) -> _Reply:
+    def _find(self, messages: Sequence[Message], index: int) -> _ReplySpan:
         """Find one reply by the rule at the head of this file."""
         template, tools = self.finder.template, self.chat.tools
         prompt = template.render(messages[:index], tools, add_generation_prompt=True)
@@ -258,7 +258,7 @@ class _Rendering:
                 f"message {index}: its {missing} is not in the text that the chat template renders of the reply, "
                 f"{text[start:end][:_EXCERPT]!r}",
             )
-        return _Reply(index, start, end, text, rendered, common, rule)
+        return _ReplySpan(index, start, end, text, rendered, common, rule)
 
     def _shown_end(self, messages: Sequence[Message], index: int, text: str, start: int) -> tuple[int, str]:
         """Return the end token that only the next message shows, as its header, and after how much of the text it is.
@@ -328,7 +328,7 @@ class _Rendering:
         if shift + length != len(whole):
             return None
         joined = [
-            _Reply(index, start, end, whole, len(whole), len(whole), rule)
+            _ReplySpan(index, start, end, whole, len(whole), len(whole), rule)
             for index, (start, end), rule in zip(replies, spans, rules, strict=True)
         ]
         return self._row(joined)
