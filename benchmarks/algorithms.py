@@ -20,7 +20,7 @@ from specforge import SpeculatorModel
 from specforge.__main__ import main as specforge
 from specforge.config import TokenProposalConfig
 from specforge.data.text.prompts import read_prompts
-from specforge.data.text.verifier_text import VerifierText
+from specforge.data.text.verifier import VerifierText
 from specforge.decoding.verification import Verification
 from specforge.evaluation.measuring import Contender, Measuring, Settings
 from specforge.proposals.choice import choose_proposal
