@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from specforge.config import SpeculatorModelConfig, TokenProposalConfig
 from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
-from specforge.models.chain.rows import DraftRows
+from specforge.models.draft_rows import DraftRows
 from specforge.models.drafter import Drafter
 from specforge.models.generated import Generated
 from specforge.models.scaled_linear import folded

@@ -26,7 +26,7 @@ from specforge.data.packing import window_in
 from specforge.errors import SpecforgeError, UsageError
 from specforge.hookspecs import Objective, Weighting
 from specforge.models.chain.alignment import Alignment, align
-from specforge.models.chain.rows import DraftRows
+from specforge.models.draft_rows import DraftRows
 from specforge.models.speculator import SpeculatorModel
 from specforge.registry import installed
 from specforge.sampling import Sampling

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specforge.models.chain.rows import DraftRows
+from specforge.models.draft_rows import DraftRows
 from specforge.training.losses.distillation import DraftSteps
 from specforge.training.module import DraftModule
 from specforge.training.steps import prepare_steps

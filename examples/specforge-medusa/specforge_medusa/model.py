@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from specforge.config import SpeculatorModelConfig
 from specforge.errors import UsageError
-from specforge.models.chain.rows import DraftRows
+from specforge.models.draft_rows import DraftRows
 from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.features import Features
 from specforge_medusa.config import MedusaConfig

@@ -24,10 +24,10 @@ from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierC
 from specforge.errors import UsageError
 from specforge.models.base_components import norm_scale, rotary_options, single_layer_config, start_norm
 from specforge.models.chain.drafter import FeatureDrafter
-from specforge.models.chain.rows import DraftRows
 from specforge.models.chain.ttt_attention import run_first
 from specforge.models.chain.unrolling import run_chain
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention, cache_argument, causal_mask
+from specforge.models.draft_rows import DraftRows
 from specforge.models.lean_blocks import make_lean
 from specforge.models.speculator import AttachmentMode, SpeculatorModel
 from specforge.proposals import GreedyTokenProposalConfig

@@ -19,7 +19,7 @@ from torch import Tensor
 from specforge.bounds import Decay, Steps, Weight
 from specforge.data.module import DraftDataModule
 from specforge.models.chain.alignment import Alignment, Supervision, align
-from specforge.models.chain.rows import DraftRows
+from specforge.models.draft_rows import DraftRows
 from specforge.models.scaled_linear import ScaledLinear
 from specforge.training.feature_scale import FeatureScale, check_feature_scale, fit_scale
 from specforge.training.losses.distillation import DraftSteps

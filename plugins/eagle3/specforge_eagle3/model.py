@@ -18,10 +18,10 @@ from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierC
 from specforge.errors import UsageError
 from specforge.models.base_components import Family, draft_layer_config, family, norm_scale, start_norm
 from specforge.models.chain.drafter import FeatureDrafter
-from specforge.models.chain.rows import DraftRows
 from specforge.models.chain.ttt_attention import run_first
 from specforge.models.chain.unrolling import run_chain
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention
+from specforge.models.draft_rows import DraftRows
 from specforge.models.lean_blocks import make_lean
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.vocabulary import DraftVocabulary, map_faults

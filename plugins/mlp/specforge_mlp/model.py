@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
 from specforge.models.chain.alignment import step_tokens
-from specforge.models.chain.rows import DraftRows
+from specforge.models.draft_rows import DraftRows
 from specforge.models.speculator import AttachmentMode, SpeculatorModel
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features

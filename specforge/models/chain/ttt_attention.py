@@ -7,7 +7,7 @@ one-hot in that feature, and its value is one-hot too, so that the output report
 The weight times the row's own value is then added. Selectors stand before the step-0 keys, so plain causal attention
 lets every row see all of them; that of step 1 stands last, so that what step k attends to is a view.
 
-A step runs the rows that are needed of it alone (``specforge.models.chain.rows``); the others are attended to. On a CPU
+A step runs the rows that are needed of it alone (``specforge.models.draft_rows``); the others are attended to. On a CPU
 a few hundred queries at a time go by a mask of their own; accelerators are faster at all positions without one.
 
 Letters in shapes: N rows (a flattened batch), n rows that a step runs, D width of a head.
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from specforge.documents import DocumentLayout, attend_at
 from specforge.models.chain.masked_attention import masked_attention
-from specforge.models.chain.rows import DraftRows
 from specforge.models.draft_attention import DraftAttention
+from specforge.models.draft_rows import DraftRows
 
 # On a CPU: small enough that few keys are looked at in vain, large enough that each product is a large one.
 QUERIES_PER_MASK = 256

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from specforge.models.chain.alignment import step_tokens
 from specforge.models.chain.drafter import FeatureNetwork
-from specforge.models.chain.rows import DraftRows
 from specforge.models.chain.ttt_attention import TrainingTimeTest
+from specforge.models.draft_rows import DraftRows
 
 
 def run_chain(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from specforge.documents import DocumentLayout
 from specforge.models.chain import ttt_attention
-from specforge.models.chain.rows import DraftRows
 from specforge.models.chain.ttt_attention import TrainingTimeTest
+from specforge.models.draft_rows import DraftRows
 
 SCALE = 0.6
 

@@ -8,7 +8,7 @@ from random_verifiers import fill
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specforge.models.chain.rows import DraftRows
+from specforge.models.draft_rows import DraftRows
 from specforge_eagle.model import EagleSpeculator
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specforge.models.chain.rows import DraftRows
+from specforge.models.draft_rows import DraftRows
 
 
 @st.composite
