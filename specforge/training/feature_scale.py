@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal
 
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -42,6 +43,20 @@ def check_feature_scale(setting: FeatureScale, inputs: Sequence[str]) -> None:
         )
 
 
+def read_of_first_row(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return which states of a batch's first row are there however much is stored: those before a supervised token.
+
+    Args:
+        batch: ``loss_mask`` and ``document_ids``, [B, T] each.
+
+    Returns:
+        bool [T].
+    """
+    supervised, documents = batch["loss_mask"][0], batch["document_ids"][0]
+    read = F.pad(supervised[1:] & (documents[1:] == documents[:-1]), (0, 1))
+    return read if read.any() else documents >= 0
+
+
 def fit_scale(
     layer: ScaledLinear, setting: FeatureScale, states: Tensor, inputs: Sequence[str], keep_function: bool
 ) -> None:
@@ -51,7 +66,7 @@ def fit_scale(
         layer: The layer; all processes hold the same one.
         setting: Numbers, or auto for the typical size of each input times the square root of their number n, so that
             their sum has the size of one; nothing is divided where one channel holds much of an input's energy.
-        states: What the layer reads in the run's first row, [T, n, H]; those of the first process are taken, so that
+        states: What the layer reads of the run's first row, [T, n, H]; those of the first process are taken, so that
             nothing depends on how rows are batched and spread.
         inputs: What they are, in words.
         keep_function: Whether the layer goes on computing what it did.
@@ -59,8 +74,8 @@ def fit_scale(
     share, largest = of_first(largest_share(states)).max(dim=0)
     if setting == "auto" and share > CROWDED:
         say(
-            f"feature scale: none, since one channel holds {share:.0%} of the energy of {inputs[int(largest)]}: drafts "
-            "for such verifiers learnt faster from features as they are (set model.draft.feature_scale to try)"
+            f"feature scale: none, since one channel holds {float(share):.0%} of the energy of {inputs[int(largest)]}: "
+            "drafts for such verifiers learn faster from features as they are (model.draft.feature_scale)"
         )
         return
     sizes = of_first(typical_size(states))

@@ -13,6 +13,7 @@ from small_runs import ALGORITHMS, SmallRuns, assert_close, logged, weights
 
 from specforge.__main__ import main
 from specforge.models import SpeculatorModel
+from specforge.models.scaled_linear import folded
 
 STEPS = 16
 # Rounding differs where sums are split, and AdamW takes a full step however small a gradient is.
@@ -45,7 +46,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
     muon, by_value = "--model.optimizer.name=muon", "--trainer.gradient_clip_algorithm=value"
     bf16 = "--trainer.precision=bf16-mixed"
     # 24 rows: optimizer steps of 10, 10 and 4 of them.
-    by_ten, by_five = ["--data.batch_size=10", *KL], ["--trainer.accumulate_grad_batches=5", *KL]
+    # Scaled features leave some gradients so small that AdamW turns their rounding into steps.
+    raw = [*KL, "--model.draft.feature_scale=none"]
+    by_ten, by_five = ["--data.batch_size=10", *raw], ["--trainer.accumulate_grad_batches=5", *raw]
     for algorithm in ALGORITHMS:
         assert main(made.words(f"{algorithm}-one", algorithm)) == 0
     assert main(made.words("half-one", "eagle3", half)) == 0
@@ -88,7 +91,7 @@ def test_the_draft_is_written_whole_and_once(runs: SmallRuns, name: str, like: s
     run = runs.run(name)
     assert sorted(one.name for one in (run / "draft").iterdir()) == ["config.json", "model.safetensors"]
     assert (run / "checkpoints" / "best.ckpt").exists() == (like == "best")
-    trained = weights(run / "checkpoints" / f"{like}.ckpt")
+    trained = folded(weights(run / "checkpoints" / f"{like}.ckpt"))
     draft = SpeculatorModel.from_pretrained(run / "draft").state_dict()
     assert {f"draft.{one}" for one in draft} == trained.keys()
     assert all(torch.equal(tensor, trained[f"draft.{one}"]) for one, tensor in draft.items())

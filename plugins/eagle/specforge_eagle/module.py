@@ -21,7 +21,7 @@ from specforge.data.module import DraftDataModule
 from specforge.models.chain.alignment import Alignment, Supervision, align
 from specforge.models.draft_rows import DraftRows
 from specforge.models.scaled_linear import ScaledLinear
-from specforge.training.feature_scale import FeatureScale, check_feature_scale, fit_scale
+from specforge.training.feature_scale import FeatureScale, check_feature_scale, fit_scale, read_of_first_row
 from specforge.training.losses.distillation import DraftSteps
 from specforge.training.module import Batch, Drafted, DraftModule
 from specforge.training.optimizers import OptimizerSettings
@@ -141,7 +141,7 @@ class EagleModule(DraftModule):
         embedded = self.draft.embed(batch["input_ids"])
         if self.settings.layernorms:  # whose weights begin at 1, and may be in shards
             embedded = F.rms_norm(embedded, embedded.shape[-1:])
-        states = torch.stack([embedded, feature.to(embedded.dtype)], dim=-2)[0, batch["document_ids"][0] >= 0]
+        states = torch.stack([embedded, feature.to(embedded.dtype)], dim=-2)[0, read_of_first_row(batch)]
         fit_scale(
             self.draft.fusion_fc, self.settings.feature_scale, states, INPUTS, keep_function=self.init_from is not None
         )

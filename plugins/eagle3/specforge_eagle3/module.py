@@ -16,7 +16,7 @@ from specforge.errors import UsageError
 from specforge.models.chain.alignment import Alignment, Supervision, align
 from specforge.models.scaled_linear import ScaledLinear
 from specforge.models.vocabulary import DraftVocabulary
-from specforge.training.feature_scale import FeatureScale, check_feature_scale, fit_scale
+from specforge.training.feature_scale import FeatureScale, check_feature_scale, fit_scale, read_of_first_row
 from specforge.training.losses.comparison import Term
 from specforge.training.losses.objectives import Distributions
 from specforge.training.module import Batch, DraftModule
@@ -155,7 +155,7 @@ class Eagle3Module(DraftModule):
         if self.trainer.global_step > 0 or batch_idx > 0:
             return
         if isinstance(self.draft.fc, ScaledLinear):
-            states = self.features_ahead(batch).aux[0, batch["document_ids"][0] >= 0]
+            states = self.features_ahead(batch).aux[0, read_of_first_row(batch)]
             fit_scale(self.draft.fc, self.settings.feature_scale, states, self._inputs, self.init_from is not None)
         if not self.compile_steps:
             self._say_what_is_added()
@@ -163,7 +163,8 @@ class Eagle3Module(DraftModule):
     def _say_what_is_added(self) -> None:
         def tell(layer: nn.Module, read: tuple[Tensor, ...], written: Tensor) -> None:
             feature = read[1][:, : written.shape[1]].detach()
-            stream, added = (one.float().square().mean().sqrt() for one in (feature, written.detach() - feature))
+            read_and_added = (feature, written.detach() - feature)
+            stream, added = (float(one.float().square().mean().sqrt()) for one in read_and_added)
             say(f"  root mean square of the draft's residual stream: {stream:.3g}; its first layer adds {added:.3g}")
             handle.remove()
 
