@@ -199,7 +199,8 @@ def build(name: str, shape: Shape, device: str, dtype: torch.dtype) -> tuple[Any
     )
     for part in (parts.embed_tokens, parts.norm, parts.lm_head):
         part.requires_grad_(False).to(device, dtype)
-    module.take_verifier(None, parts, SimpleNamespace(vocabulary_counts=lambda: torch.arange(vocabulary)))
+    module.teacher.hold(None, parts)
+    module.create_draft(SimpleNamespace(vocabulary_counts=lambda: torch.arange(vocabulary)))
     module.train().to(device)
     positions = torch.arange(shape.document).repeat(shape.length // shape.document)[None]
     batch = {

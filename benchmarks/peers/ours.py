@@ -32,7 +32,8 @@ def build(task: Task) -> Trainer:
         denominator=task.denominator,
     )
     data: Any = SimpleNamespace(vocabulary_counts=lambda: task.t2d.long())
-    module.take_verifier(None, VerifierParts.from_pretrained(str(task.verifier)), data)
+    module.teacher.hold(None, VerifierParts.from_pretrained(str(task.verifier)))
+    module.create_draft(data)
     module.draft.load_state_dict(task.draft, strict=False)
     tensors = task.tensors
     # A row counts at step k if the state k + 1 tokens on does, and compat looks k tokens on.

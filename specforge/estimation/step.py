@@ -99,7 +99,8 @@ class Rehearsal:
             self._verifier = _verifier(module, verifier_dtype)
             parts = VerifierParts.of(self._verifier)
             module.compile_steps = False  # what is counted stays the same
-            module.take_verifier(self._verifier, parts, cast(DraftDataModule, _Uncounted(parts)))
+            module.teacher.hold(self._verifier, parts)
+            module.create_draft(cast(DraftDataModule, _Uncounted(parts)))
             self._optimizer: Optimizer = module.configure_optimizers()["optimizer"]
         module.train()
         self._hook_layers()
@@ -121,7 +122,7 @@ class Rehearsal:
                 return self._step(batch)
         except RuntimeError as error:
             raise SpecforgeError(
-                f"a step of {self.module.verifier_name} and its draft cannot be run without values: {error} Estimate "
+                f"a step of {self.module.teacher.name} and its draft cannot be run without values: {error} Estimate "
                 "with a config.json of another family with as many layers and as wide, or with --verifier_dtype "
                 "bfloat16 where experts are the reason"
             ) from error
@@ -192,9 +193,9 @@ class _Uncounted:
 
 
 def _verifier(module: DraftModule, dtype: torch.dtype) -> PreTrainedModel:
-    loading = module.verifier_loading
-    verifier: PreTrainedModel = (auto_class(module.verifier_config) or AutoModelForCausalLM).from_config(
-        module.verifier_config, dtype=dtype, trust_remote_code=loading.trust_remote_code
+    loading = module.teacher.loading
+    verifier: PreTrainedModel = (auto_class(module.teacher.config) or AutoModelForCausalLM).from_config(
+        module.teacher.config, dtype=dtype, trust_remote_code=loading.trust_remote_code
     )
     attend_by_documents(verifier)
     assume_packs(verifier)

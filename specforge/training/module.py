@@ -1,4 +1,4 @@
-"""The base of every algorithm's LightningModule: the frozen verifier, the optimizer, the metrics."""
+"""The base of every algorithm's LightningModule: a batch, the loss, the optimizer, the metrics."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel
 
 from specforge.bounds import Decay
-from specforge.data.features.dtypes import decode
 from specforge.data.features.manifest import FeatureNeeds
-from specforge.data.features.recording import FeatureRecorder
 from specforge.data.module import DraftDataModule
 from specforge.data.packing import window_in
 from specforge.errors import SpecforgeError, UsageError
@@ -39,13 +35,11 @@ from specforge.training.metrics import StageMetrics, step_sums
 from specforge.training.optimizers import OptimizerSettings, build_optimizer
 from specforge.training.schedules import ScheduleSettings, build_schedule
 from specforge.training.steps import prepare_steps
+from specforge.training.teacher import FrozenVerifier
 from specforge.training.totals import processes, total
-from specforge.verifier.features import Features, capture, check_documents, check_logits
-from specforge.verifier.fingerprint import fingerprint
-from specforge.verifier.finite import check_finite
-from specforge.verifier.loading import VerifierLoading, VerifierType, load_config, load_verifier
+from specforge.verifier.features import Features
+from specforge.verifier.loading import VerifierLoading, VerifierType
 from specforge.verifier.parts import VerifierParts
-from specforge.verifier.sharding import load_sharded_verifier
 
 Batch = Mapping[str, Tensor]
 
@@ -114,10 +108,8 @@ class DraftModule(LightningModule, ABC):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        self.verifier_name = verifier
-        self.verifier_loading = VerifierLoading(verifier_dtype, verifier_revision, trust_remote_code)
-        self.verifier_sharding = verifier_sharding
-        self.verifier_config = load_config(verifier, self.verifier_loading)
+        loading = VerifierLoading(verifier_dtype, verifier_revision, trust_remote_code)
+        self.teacher = FrozenVerifier(verifier, loading, verifier_sharding)
         self.terms = objective_terms(objective)
         self.step_decay = step_decay
         self.weighting = None if weighting is None else chain_weighting(weighting)
@@ -127,9 +119,6 @@ class DraftModule(LightningModule, ABC):
         self.init_from = init_from
         self.activation_checkpointing = activation_checkpointing
         self.compile_steps = compile
-        # Outside the module tree, so that the verifier is never trained, sharded with the draft, or saved.
-        self._frozen: tuple[PreTrainedModel | None, VerifierParts] | None = None
-        self._recorder: FeatureRecorder | None = None
         # Which positions count in all batches of the optimizer step under way; None where it takes only one.
         self._window: Tensor | None = None
         # Loss, sums and counts of its batches so far.
@@ -186,7 +175,7 @@ class DraftModule(LightningModule, ABC):
         outcome = distill(
             self.draft.before_head(drafted.states),
             self.draft.head_weights,
-            Teacher(features.last.flatten(0, 1), self.parts, self.draft.draft_ids),
+            Teacher(features.last.flatten(0, 1), self.teacher.parts, self.draft.draft_ids),
             targets,
             supervised,
             self.loss_terms,
@@ -264,47 +253,23 @@ class DraftModule(LightningModule, ABC):
         """What a run does besides its steps and takes time for, a sentence each; nothing, unless a plugin says so."""
         return []
 
-    @property
-    def stored_verifier_name(self) -> str:
-        """What a checkpoint says of the verifier: a hub id, or a folder as it is found from anywhere."""
-        folder = Path(self.verifier_name)
-        return str(folder.absolute()) if folder.is_dir() else self.verifier_name
-
-    @property
-    def verifier(self) -> PreTrainedModel:
-        """The frozen verifier; only once the run has begun, and unless all its states are stored."""
-        assert self._frozen is not None and self._frozen[0] is not None
-        return self._frozen[0]
-
-    @property
-    def parts(self) -> VerifierParts:
-        """The verifier's embeddings, norm and head; only once the run has begun."""
-        assert self._frozen is not None
-        return self._frozen[1]
-
     @cached_property
     def feature_needs(self) -> FeatureNeeds:
         """What is read of the verifier's states; made once, since the fingerprint opens all of its files."""
-        config = self.verifier_config.get_text_config()
-        return FeatureNeeds(
-            self.verifier_name,
-            fingerprint(self.verifier_name, self.verifier_loading),
-            tuple(self.aux_layers),
-            config.num_hidden_layers,
-            config.hidden_size,
-            self.reads_whole_rows,
-        )
+        return self.teacher.needs(self.aux_layers, self.reads_whole_rows)
 
     def configure_model(self) -> None:
         """Load the verifier, or its parts where all states are stored, and create the draft, once."""
-        if self._frozen is not None:
+        if self.teacher.is_held:
             return
         # Lightning makes the run's device the default one in here; what is read and counted belongs on the CPU.
         with torch.device("cpu"):
             data: DraftDataModule = self.trainer.datamodule
             all_stored = data.use_features(self.feature_needs, self.trainer.state.fn)
-            self._recorder = data.recorder
-            self.take_verifier(*self._load_verifier(whole=self.runs_verifier or not all_stored), data)
+            self.teacher.recorder = data.recorder
+            device, whole = self.trainer.strategy.root_device, self.runs_verifier or not all_stored
+            self.teacher.load(device, whole, data.packing)
+            self.create_draft(data)
             if (stored := self.draft.config.speculators_config) is not None:
                 stored.verifier.fingerprint = self.feature_needs.fingerprint
             if self.init_from is not None:
@@ -312,37 +277,14 @@ class DraftModule(LightningModule, ABC):
             for stage, metrics in self.means.items():
                 self.add_module(f"{stage}_means", metrics)
 
-    def take_verifier(self, verifier: PreTrainedModel | None, parts: VerifierParts, data: DraftDataModule) -> None:
-        """Hold the frozen verifier, and create the draft towards it.
+    def create_draft(self, data: DraftDataModule) -> None:
+        """Create the draft towards the verifier, which is held.
 
         Args:
-            verifier: All of it; None where all its states are stored.
-            parts: Its embeddings, norm and head.
             data: Knows how often each token is supervised.
         """
-        self._frozen = verifier, parts
-        self.draft = self.build_draft(parts, data)
+        self.draft = self.build_draft(self.teacher.parts, data)
         prepare_steps(self.draft, self.activation_checkpointing, self.compile_steps)
-
-    def _load_verifier(self, whole: bool) -> tuple[PreTrainedModel | None, VerifierParts]:
-        device = self.trainer.strategy.root_device
-        if whole:
-            if self._verifier_is_split:
-                verifier = load_sharded_verifier(self.verifier_name, self.verifier_loading, device)
-            else:
-                verifier = load_verifier(self.verifier_name, self.verifier_loading, device)
-            check_logits(verifier)
-            if self.trainer.datamodule.packing and self._verifier_is_split:
-                check_documents(verifier)
-            return verifier, VerifierParts.of(verifier)
-        parts = VerifierParts.from_pretrained(self.verifier_name, self.verifier_loading)
-        for part in (parts.embed_tokens, parts.norm, parts.lm_head):
-            part.to(device)
-        return None, parts
-
-    @property
-    def _verifier_is_split(self) -> bool:
-        return self.verifier_sharding and processes() > 1
 
     @cached_property
     def means(self) -> dict[str, StageMetrics]:
@@ -363,9 +305,9 @@ class DraftModule(LightningModule, ABC):
     def summary_text(self) -> str:
         """Return a few lines for a person: what is trained, towards what."""
         trained = sum(one.numel() for one in self.draft.parameters() if one.requires_grad)
-        whole = self._frozen is not None and self._frozen[0]
+        whole = self.teacher.whole
         frozen = f"with {sum(one.numel() for one in whole.parameters()):,}" if whole else "by its stored states"
-        lines = [f"draft: {trained:,} trained parameters, towards {self.verifier_name} {frozen}"]
+        lines = [f"draft: {trained:,} trained parameters, towards {self.teacher.name} {frozen}"]
         if self.init_from is not None and self.trainer.ckpt_path is None:
             lines.append(
                 f"  starts from the weights of {self.init_from}; optimizer and learning-rate schedule begin again. To "
@@ -376,34 +318,14 @@ class DraftModule(LightningModule, ABC):
         return "\n".join(lines)
 
     def features(self, batch: Batch) -> Features:
-        """Return the verifier's states over a batch: as they are stored, or else captured."""
-        captured = self._captured(batch) if self._verifier_runs(batch) else None
-        if captured is not None and "last" not in batch:
-            return captured
-        dtype = self.parts.lm_head.weight.dtype
-        aux = decode(batch["aux"], batch.get("aux_scales"), dtype)
-        return Features(aux, decode(batch["last"], batch.get("last_scales"), dtype))
+        """Return the verifier's states over a batch."""
+        return self.teacher.states(batch, self.aux_layers)
 
     def features_ahead(self, batch: Batch) -> Features:
         """Return the states of the batch whose step comes next, which takes them over."""
         with self.trainer.precision_plugin.forward_context():
             self._ahead = self.features(batch)
         return self._ahead
-
-    def _verifier_runs(self, batch: Batch) -> bool:
-        runs = "last" not in batch
-        if self._verifier_is_split and self._frozen is not None and self._frozen[0] is not None:
-            # A process whose states are stored lends its share of the layers to those whose states are not.
-            return bool(total(torch.tensor(float(runs), device=batch["input_ids"].device)))
-        return runs
-
-    def _captured(self, batch: Batch) -> Features:
-        features = capture(self.verifier, batch["input_ids"], batch["position_ids"], self.aux_layers)
-        if self._recorder is not None:
-            self._recorder.add(batch, features.aux, features.last)
-            # As they will be read again, so that training does not depend on what has been recorded before.
-            features = Features(self._recorder.rounded(features.aux), self._recorder.rounded(features.last))
-        return features
 
     def labels(self, batch: Batch) -> Labels | None:
         """Return what the text goes on with, where decoding is replayed or a loss reads it; otherwise None."""
@@ -446,7 +368,7 @@ class DraftModule(LightningModule, ABC):
             )
         loss, sums, counts = self._over_window(*self._over_processes(outcome))
         if not torch.isfinite(loss):
-            self._check_verifier(features)
+            self.teacher.check(features)
             raise SpecforgeError(
                 f"the training loss is {loss.item()} at step {self.trainer.global_step}, before it reached the "
                 "weights. Try a lower model.optimizer.lr, a longer warmup or trainer.gradient_clip_val"
@@ -499,15 +421,15 @@ class DraftModule(LightningModule, ABC):
 
     def on_train_epoch_end(self) -> None:
         """Read in the next epoch what was recorded in this one."""
-        if self._recorder is not None:
-            self._recorder.flush()
+        if (recorder := self.teacher.recorder) is not None:
+            recorder.flush()
             self.trainer.strategy.barrier()  # other ranks' rows come up in the next epoch
-            self._recorder.reopen()
+            recorder.reopen()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the states belong to: draft, verifier and optimizer; what was recorded is saved as well."""
-        if self._recorder is not None:
-            self._recorder.flush()
+        if self.teacher.recorder is not None:
+            self.teacher.recorder.flush()
         checkpoint["identity"] = Identity.of(self.draft).stored()
         checkpoint["optimizer_name"] = self.optimizer_settings.name
 
@@ -554,21 +476,11 @@ class DraftModule(LightningModule, ABC):
         """How many optimizer steps the run takes; once the data are set up."""
         return RunLength.of(self.trainer)
 
-    def _check_verifier(self, features: Features) -> None:
-        """Make sure that the verifier is not the reason for a loss that is not finite."""
-        assert self._frozen is not None
-        whole, parts = self._frozen
-        if whole is not None:
-            check_finite(features.last, whole, self.verifier_name)
-        else:
-            modules = nn.ModuleDict({"embed_tokens": parts.embed_tokens, "norm": parts.norm, "lm_head": parts.lm_head})
-            check_finite(parts.logits(features.last), modules, self.verifier_name)
-
     def _measure(self, batch: Batch) -> DraftSteps:
         features = self.features(batch)
         outcome = self.draft_steps(batch, features)
         if not torch.isfinite(outcome.loss):
-            self._check_verifier(features)
+            self.teacher.check(features)
         self.means[self._stage].update(outcome, batch["input_ids"].shape)
         return outcome
 

@@ -14,7 +14,7 @@ from training_runs import scalars, write_rows
 
 from specforge.__main__ import main
 from specforge.data.features.store import FeatureStore
-from specforge.training import module as training
+from specforge.training import teacher
 from specforge.verifier.loading import load_verifier
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -44,20 +44,20 @@ def prepare(workshop: Workshop, name: str, *more: str) -> Path:
 
 @pytest.fixture
 def no_verifier(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(training, "load_verifier", lambda *_: pytest.fail("the verifier was loaded"))
+    return lambda: monkeypatch.setattr(teacher, "load_verifier", lambda *_: pytest.fail("the verifier was loaded"))
 
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of tokens of each pass of the verifier from now on."""
     passes: list[int] = []
-    capture = training.capture
+    capture = teacher.capture
 
     def count(verifier: Any, input_ids: Any, *arguments: Any) -> Any:
         passes.append(input_ids.numel())
         return capture(verifier, input_ids, *arguments)
 
-    monkeypatch.setattr(training, "capture", count)
+    monkeypatch.setattr(teacher, "capture", count)
     return passes
 
 
@@ -218,7 +218,7 @@ class TestCommand:
         (workshop.folder / "served").mkdir()
         for number, row in enumerate(rows("validation.jsonl", 8)):
             tokens = torch.tensor(row["input_ids"])
-            found = training.capture(verifier, tokens[None], torch.arange(len(tokens))[None], [2, 4, 5])
+            found = teacher.capture(verifier, tokens[None], torch.arange(len(tokens))[None], [2, 4, 5])
             states = torch.cat([found.aux[0], found.last[0, :, None]], dim=1)
             save_file({"hidden_states": states, "token_ids": tokens}, workshop.folder / f"served/{number}.safetensors")
         words = ["prepare", "features", workshop.values["data"]["validation"], "--config", str(workshop.config)]

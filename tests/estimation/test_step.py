@@ -88,7 +88,8 @@ class RealStep:
         parts = VerifierParts.of(verifier)
         counts = torch.zeros(parts.config.vocab_size, dtype=torch.int64)
         data: Any = SimpleNamespace(vocabulary_counts=lambda: counts)
-        module.take_verifier(verifier, parts, data)
+        module.teacher.hold(verifier, parts)
+        module.create_draft(data)
         module.train()
         self.optimizer = module.configure_optimizers()["optimizer"]
 
@@ -125,7 +126,7 @@ def test_the_step_is_the_real_one(case, batch):
 
     assert sum(cost.flops.values()) == counted.get_total_flops()
 
-    draft, verifier = real.module.draft, real.module.verifier
+    draft, verifier = real.module.draft, real.module.teacher.model
     trained = [one for one in draft.parameters() if one.requires_grad]
     assert cost.trained == sum(one.numel() for one in trained)
     assert cost.memory.draft == sum(one.nbytes for one in [*draft.parameters(), *draft.buffers()])
@@ -155,7 +156,7 @@ def test_an_accelerator_compares_more_logits_at_a_time_by_the_same_operations(ba
 def test_parts_of_a_step_add_up_by_hand(batch):
     """EAGLE-1: a fusion and keys for each place, a layer and heads for each supervised one."""
     module = make_module("eagle", {})
-    config = module.verifier_config
+    config = module.teacher.config
     cost = Rehearsal(module, make_trainer(), torch.float32).run(batch)
     places = batch["input_ids"].numel()
     width, inner = config.hidden_size, config.intermediate_size

@@ -57,7 +57,8 @@ def figures_of(case: str, tiny_verifiers: Mapping[str, Any]) -> Iterator[list[fl
     module = module_class(verifier=str(made.folder), **options)
     module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=STEPS)
     data: Any = SimpleNamespace(vocabulary_counts=lambda: torch.arange(61, 0, -1))
-    module.take_verifier(made.model.requires_grad_(False), VerifierParts.of(made.model), data)
+    module.teacher.hold(made.model.requires_grad_(False), VerifierParts.of(made.model))
+    module.create_draft(data)
     optimizer = torch.optim.AdamW(module.draft.parameters(), lr=3e-3)
     for number in range(STEPS):
         batch = make_batch(number)

@@ -44,7 +44,8 @@ def make_module(name: str, tiny_verifiers: Mapping[str, Any]) -> DraftModule:
     module = MODULES[name](verifier=str(made.folder))
     parts = VerifierParts.of(made.model)
     data: Any = SimpleNamespace(vocabulary_counts=lambda: torch.arange(61, 0, -1))
-    module.take_verifier(made.model.requires_grad_(False), parts, data)
+    module.teacher.hold(made.model.requires_grad_(False), parts)
+    module.create_draft(data)
     return module
 
 

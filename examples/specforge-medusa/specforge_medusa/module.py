@@ -68,7 +68,7 @@ class MedusaModule(DraftModule):
                         SparseTreeTokenProposalConfig(depth=self.heads),
                     ],
                     default_proposal_method="greedy",
-                    verifier=VerifierConfig.from_config(self.verifier_config, self.stored_verifier_name),
+                    verifier=VerifierConfig.from_config(self.teacher.config, self.teacher.stored_name),
                 ),
             )
         )

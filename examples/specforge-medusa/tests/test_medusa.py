@@ -168,7 +168,8 @@ def test_the_objective_reads_the_verifiers_best_token() -> None:
 def test_steps_of_training_lower_the_loss(verifier: LlamaForCausalLM, tmp_path: Path, objective: str) -> None:
     verifier.float().save_pretrained(tmp_path)
     module = MedusaModule(verifier=str(tmp_path), heads=HEADS, objective={objective: 1.0})
-    module.take_verifier(verifier, VerifierParts.of(verifier), NO_DATA)
+    module.teacher.hold(verifier, VerifierParts.of(verifier))
+    module.create_draft(NO_DATA)
     optimizer = torch.optim.AdamW(module.draft.parameters(), lr=1e-2)
     tokens = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(12).expand(2, -1)

@@ -119,8 +119,8 @@ class EagleModule(DraftModule):
     def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> EagleSpeculator:
         """Create the network, at random; embeddings and head are the verifier's."""
         draft = EagleSpeculator.from_training_args(
-            self.verifier_config,
-            verifier_name_or_path=self.stored_verifier_name,
+            self.teacher.config,
+            verifier_name_or_path=self.teacher.stored_name,
             **self.settings.model_dump(exclude={"feature_scale"}),
         )
         draft.attach_verifier(parts)

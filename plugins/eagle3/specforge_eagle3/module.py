@@ -92,7 +92,7 @@ class Eagle3Module(DraftModule):
         self._terms_in_vocabulary = [
             replace(term, function=partial(_in_vocabulary, term.function)) for term in self.terms
         ]
-        verifier = self.verifier_config.get_text_config()
+        verifier = self.teacher.config.get_text_config()
         try:
             chosen = draft.aux_layers
             self._aux_layers = default_aux_layers(verifier.num_hidden_layers) if chosen is None else chosen
@@ -124,8 +124,8 @@ class Eagle3Module(DraftModule):
         if settings.draft_vocab_size not in (None, parts.config.vocab_size):
             vocabulary = DraftVocabulary.most_frequent(data.vocabulary_counts(), settings.draft_vocab_size)
         draft = Eagle3DraftModel.from_training_args(
-            self.verifier_config,
-            verifier_name_or_path=self.stored_verifier_name,
+            self.teacher.config,
+            verifier_name_or_path=self.teacher.stored_name,
             layer_type=settings.layer_type,
             num_layers=settings.num_layers,
             intermediate_size=settings.intermediate_size,

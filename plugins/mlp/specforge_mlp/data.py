@@ -41,13 +41,13 @@ class MLPDataModule(DraftDataModule):
             if settings is not None and self.trainer.overfit_batches:
                 raise UsageError("trainer.overfit_batches trains on the rows alone; set model.stage_two to null")
             if prepared is None and settings is not None:
-                if self._module.verifier_sharding:
+                if self._module.teacher.sharding:
                     # A thread of each process writes, at its own pace, but a split verifier runs in all at once.
                     raise UsageError(
                         "verifier_sharding: a verifier that is split over processes cannot write in stage 2; prepare "
                         "its text before and set data.stage_two, or set model.stage_two to null"
                     )
-                check_lengths(settings, self._module.verifier_config)
+                check_lengths(settings, self._module.teacher.config)
         super().setup(stage)
 
     def train_dataloader(self) -> ResumableLoader:
@@ -83,7 +83,7 @@ class MLPDataModule(DraftDataModule):
         settings = self._module.settings_of_stage_two
         assert settings is not None
         seed = np.random.SeedSequence((self.seed, epoch, number, self._ranks[0])).generate_state(1, np.uint32)[0]
-        return write_on(self._module.verifier, cut_prompts(batch, settings.prompt_length), settings, int(seed))
+        return write_on(self._module.teacher.model, cut_prompts(batch, settings.prompt_length), settings, int(seed))
 
     def _prepared(self, epoch: int, number: int, batch: Batch) -> Batch:
         """Take a batch of the rows that the verifier wrote before, shuffled anew each time they are through."""

@@ -113,7 +113,7 @@ class MLPModule(DraftModule):
     def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> MLPSpeculator:
         """Create the network, at random."""
         draft = MLPSpeculator.from_training_args(
-            self.verifier_config, verifier_name_or_path=self.stored_verifier_name, **self.settings.model_dump()
+            self.teacher.config, verifier_name_or_path=self.teacher.stored_name, **self.settings.model_dump()
         )
         draft.attach_verifier(parts)
         return draft

@@ -137,7 +137,7 @@ def estimate(cli: EstimateCLI) -> Estimate:
         memory=StepMemory.largest([cost.memory for cost in costs]),
         trained=costs[0].trained,
         slots=len(module.aux_layers) + 1,
-        width=module.verifier_config.get_text_config().hidden_size,
+        width=module.teacher.config.get_text_config().hidden_size,
         device_flops=config.device_flops or measured_flops(_compute_dtype(config)),
         utilisation=CPU_UTILISATION if _on_cpu(config) else ACCELERATOR_UTILISATION,
     )
@@ -152,7 +152,7 @@ def _text(cli: EstimateCLI) -> RunText:
 
 def _verifier_dtype(module: DraftModule, config: Any) -> torch.dtype:
     """Return the type of the verifier's weights on the device that the run is meant for, which may not be this one."""
-    loading, stored = module.verifier_loading, module.verifier_config.get_text_config().dtype
+    loading, stored = module.teacher.loading, module.teacher.config.get_text_config().dtype
     if loading.dtype != "auto":
         return loading.torch_dtype(stored)
     return torch.float32 if _on_cpu(config) else stored or torch.bfloat16

@@ -6,14 +6,13 @@ import argparse
 import os
 import shlex
 from dataclasses import replace
-from functools import cached_property
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from specforge.commands.trainer import quieten
 from specforge.commands.units import in_units
@@ -33,8 +32,7 @@ from specforge.registry import installed
 from specforge.training.cli.command_line import TrainingCLI
 from specforge.training.cli.config_files import choose_algorithm
 from specforge.training.module import DraftModule
-from specforge.verifier.features import capture, check_logits
-from specforge.verifier.loading import running_verifier
+from specforge.training.teacher import FrozenVerifier
 
 DESCRIPTION = """\
 Run the verifier over token rows once, and store the states that drafts are trained on.
@@ -73,7 +71,7 @@ def run(arguments: list[str]) -> int:
     needs = module.feature_needs
     manifest = data.feature_manifest(needs, found.dtype)
     plan = ShardPlan([data.rows_of(source) for source in sources or data.sources], needs, manifest.token_bytes)
-    states: States = Capturing(_Verifier(module), found.batch_tokens)
+    states: States = Capturing(partial(_states, module.teacher, module.aux_layers), found.batch_tokens)
     if found.from_vllm is not None:
         states = Importing(Path(found.from_vllm), plan, manifest.layers, manifest.width)
     whole = prepare_features(plan, replace(manifest, rows_identity=plan.identity), output, states)
@@ -147,30 +145,16 @@ def _module_and_data(words: list[str], sources: list[str]) -> tuple[DraftModule,
     return settings.model, settings.datamodule
 
 
-class _Verifier:
-    """A verifier at work, loaded when first needed: a run that finds everything done needs none.
-
-    Args:
-        module: Knows how to load it, and what is read of it.
-    """
-
-    def __init__(self, module: DraftModule) -> None:
-        self.module = module
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        """The verifier, on the accelerator of this process."""
+def _states(teacher: FrozenVerifier, aux_layers: list[int], input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Return states [B, T, L, H] of the verifier, which is loaded when it is first needed, if ever."""
+    if not teacher.is_held:
         if torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
-        verifier = running_verifier(self.module.verifier_name, self.module.verifier_loading)
-        check_logits(verifier)
-        return verifier
-
-    def __call__(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Return the states that are read, [B, T, L, H]."""
-        device, (*aux, _) = self.model.device, self.module.feature_needs.layers
-        features = capture(self.model, input_ids.to(device), position_ids.to(device), aux)
-        return torch.cat([features.aux, features.last[:, :, None]], dim=2)
+        teacher.load(torch.accelerator.current_accelerator(check_available=True))
+    device = teacher.model.device
+    batch = {"input_ids": input_ids.to(device), "position_ids": position_ids.to(device)}
+    features = teacher.states(batch, aux_layers)
+    return torch.cat([features.aux, features.last[:, :, None]], dim=2)
 
 
 def _print_savings(plan: ShardPlan, manifest: Manifest) -> None:

@@ -33,7 +33,8 @@ def make_module(tiny_verifiers, name="llama", **options) -> EagleModule:
     torch.manual_seed(0)
     module = EagleModule(verifier=str(made.folder), noise=0.0, **options)
     parts = VerifierParts.from_pretrained(str(made.folder))
-    module.take_verifier(made.model, parts, SimpleNamespace())
+    module.teacher.hold(made.model, parts)
+    module.create_draft(SimpleNamespace())
     return module
 
 
@@ -54,7 +55,7 @@ def plain_loss(module: EagleModule, batch: dict[str, torch.Tensor], compat: bool
         places = (batch["document_ids"][0] == document).nonzero().squeeze(1)
         x, mask = batch["input_ids"][0, places], batch["loss_mask"][0, places].tolist()
         with torch.no_grad():
-            output = module.verifier(x[None], output_hidden_states=True)
+            output = module.teacher.model(x[None], output_hidden_states=True)
             # transformers' last hidden state is after the final norm, as EAGLE-1 reads it.
             features = output.hidden_states[-1]
             positions = torch.arange(len(x))[None]
@@ -68,9 +69,9 @@ def plain_loss(module: EagleModule, batch: dict[str, torch.Tensor], compat: bool
                 counts[step] += 1
                 own, true = predicted[step, t], features[0, t + 1 + step]
                 p = output.logits[0, t + 1 + step].double().softmax(-1)
-                log_q = module.verifier.lm_head(own).double().log_softmax(-1)
-                if cap := getattr(module.verifier.config, "final_logit_softcapping", None):
-                    log_q = (torch.tanh(module.verifier.lm_head(own).double() / cap) * cap).log_softmax(-1)
+                log_q = module.teacher.model.lm_head(own).double().log_softmax(-1)
+                if cap := getattr(module.teacher.model.config, "final_logit_softcapping", None):
+                    log_q = (torch.tanh(module.teacher.model.lm_head(own).double() / cap) * cap).log_softmax(-1)
                 best = p.topk(10).indices
                 sums[step] += float(smooth_l1_loss(own, true))
                 sums[step] += 0.1 * float(-(p * log_q).sum()) + float(-(p[best] * log_q[best]).sum())
@@ -94,7 +95,7 @@ def test_every_weight_of_the_draft_gets_a_gradient_and_no_other(tiny_verifiers):
     batch = make_batch()
     module.draft_steps(batch, module.features(batch)).loss.backward()
     assert all(one.grad is not None and one.grad.abs().sum() > 0 for one in module.draft.parameters())
-    assert all(one.grad is None for one in module.verifier.parameters())
+    assert all(one.grad is None for one in module.teacher.model.parameters())
     assert not any("embed_tokens" in name or "lm_head" in name for name in module.state_dict())
 
 

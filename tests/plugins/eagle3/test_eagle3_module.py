@@ -23,7 +23,8 @@ def make_module(tiny_verifiers: Mapping[str, Any], size: int | None, **options: 
     settings = Eagle3DraftSettings(draft_vocab_size=size, **options.pop("draft", {}))
     module = Eagle3Module(verifier=str(made.folder), draft=settings, **options)
     parts = VerifierParts.from_pretrained(str(made.folder))
-    module.take_verifier(made.model, parts, DATA)
+    module.teacher.hold(made.model, parts)
+    module.create_draft(DATA)
     return module
 
 
@@ -38,7 +39,7 @@ def make_batch() -> dict[str, Tensor]:
 
 def reference_loss(module: Eagle3Module, batch: dict[str, Tensor], size: int, compat: bool) -> float:
     """Row by row: 0.8^k times the mean over rows of KL(p || q), document by document."""
-    model, steps = module.verifier, module.ttt_steps
+    model, steps = module.teacher.model, module.ttt_steps
     sums, counts = [0.0] * steps, [0] * steps
     for document in (0, 1):
         places = (batch["document_ids"][0] == document).nonzero().squeeze(1)
@@ -74,7 +75,7 @@ def test_the_loss_of_a_packed_batch(supervision: Any, size: int | None, tiny_ver
     assert expected > 0.1
     outcome.loss.backward()
     assert all(one.grad is not None and one.grad.isfinite().all() for one in module.draft.parameters())
-    assert not any(one.requires_grad for one in module.parts.lm_head.parameters())
+    assert not any(one.requires_grad for one in module.teacher.parts.lm_head.parameters())
 
 
 def test_denominators(tiny_verifiers: Mapping[str, Any]) -> None:
@@ -92,7 +93,7 @@ def test_settings_reach_the_draft(tiny_verifiers: Mapping[str, Any]) -> None:
         ttt_steps=5,
         draft={"train_head": False, "train_embeddings": True, "num_layers": 2, "layer_type": "qwen3", "fc_norm": True},
     )
-    draft, verifier = module.draft, module.verifier
+    draft, verifier = module.draft, module.teacher.model
     assert module.num_steps == 5 and module.aux_layers == [2, 4, 5]
     assert draft.draft_ids.tolist() == list(range(20))
     assert not draft.lm_head.weight.requires_grad
@@ -100,7 +101,7 @@ def test_settings_reach_the_draft(tiny_verifiers: Mapping[str, Any]) -> None:
     assert draft.embed_tokens.weight.requires_grad
     assert torch.equal(draft.embed_tokens.weight, verifier.model.embed_tokens.weight)
     assert len(draft.layers) == 2 and draft.fc_norm is not None
-    assert draft.config.speculators_config.verifier.name_or_path == module.verifier_name
+    assert draft.config.speculators_config.verifier.name_or_path == module.teacher.name
     names = module.state_dict().keys()
     assert names == {f"draft.{name}" for name in draft.state_dict()}
 

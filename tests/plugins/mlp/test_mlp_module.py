@@ -29,7 +29,8 @@ def make_module(tiny_verifiers: Mapping[str, Any], name: str = "llama", **option
     module = MLPModule(verifier=str(folder), draft=MLPDraftSettings(**options.pop("draft", {})), **options)
     verifier = AutoModelForCausalLM.from_pretrained(folder).double().eval().requires_grad_(False)
     parts = VerifierParts.of(verifier)
-    module.take_verifier(verifier, parts, NO_DATA)
+    module.teacher.hold(verifier, parts)
+    module.create_draft(NO_DATA)
     fill(module.draft, 4)
     module.draft.double()
     return module
@@ -58,10 +59,10 @@ def plain_loss(module: MLPModule, batch: dict[str, Tensor], supervised_all: bool
                 continue
             places = (batch["document_ids"][row] == document).nonzero().squeeze(1)
             x, mask = batch["input_ids"][row, places], batch["loss_mask"][row, places].tolist()
-            output = module.verifier(x[None], output_hidden_states=True)
+            output = module.teacher.model(x[None], output_hidden_states=True)
             # The states of the document alone, but for what transformers' norms round to float32.
-            states = module.parts.norm(captured[row, places])
-            verifier_logits = module.parts.logits(captured[row, places])
+            states = module.teacher.parts.norm(captured[row, places])
+            verifier_logits = module.teacher.parts.logits(captured[row, places])
             torch.testing.assert_close(states, output.hidden_states[-1][0], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(verifier_logits, output.logits[0], atol=1e-5, rtol=1e-5)
             for t in range(len(x)):
@@ -122,7 +123,7 @@ def test_the_verifier_is_left_alone(tiny_verifiers: Mapping[str, Any]) -> None:
     module = make_module(tiny_verifiers)
     batch = make_batch()
     module.draft_steps(batch, module.features(batch)).loss.backward()
-    assert all(one.grad is None for one in module.verifier.parameters())
+    assert all(one.grad is None for one in module.teacher.model.parameters())
     assert module.state_dict().keys() == {f"draft.{name}" for name in module.draft.state_dict()}
 
 
@@ -162,7 +163,8 @@ def test_text_is_an_objective_of_other_algorithms_too(tiny_verifiers: Mapping[st
     )
     # Frequent tokens have low ids, so that the draft vocabulary is 0..D-1.
     data: Any = SimpleNamespace(vocabulary_counts=lambda: torch.arange(61, 0, -1))
-    module.take_verifier(made.model, VerifierParts.of(made.model), data)
+    module.teacher.hold(made.model, VerifierParts.of(made.model))
+    module.create_draft(data)
     batch = make_batch()
     features = module.features(batch)
     outcome = module.draft_steps(batch, features)

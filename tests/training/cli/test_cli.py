@@ -135,8 +135,8 @@ class TestPrintConfig:
                 assert config["model"][key] == value
 
     def test_loads_nothing(self, printed, monkeypatch):
-        monkeypatch.setattr("specforge.training.module.load_verifier", lambda *words: pytest.fail("loaded"))
-        monkeypatch.setattr("specforge.training.module.load_config", lambda *words: pytest.fail("read"))
+        monkeypatch.setattr("specforge.training.teacher.load_verifier", lambda *words: pytest.fail("loaded"))
+        monkeypatch.setattr("specforge.training.teacher.load_config", lambda *words: pytest.fail("read"))
         printed(*BASE)
 
 

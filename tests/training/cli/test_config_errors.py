@@ -24,7 +24,7 @@ def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("a model was loaded before the configuration was checked")
 
     monkeypatch.setattr("specforge.verifier.loading.load_verifier", refuse)
-    monkeypatch.setattr("specforge.training.module.load_verifier", refuse)
+    monkeypatch.setattr("specforge.training.teacher.load_verifier", refuse)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
 
 
