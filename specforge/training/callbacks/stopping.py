@@ -62,8 +62,13 @@ def is_of_a_lost_process(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
-def explain_lost(error: RuntimeError) -> str | None:
+def explain_lost(error: RuntimeError | ValueError) -> str | None:
     """Return what a run says when a process or memory that it needs is lost; None for other errors."""
+    if isinstance(error, ValueError):
+        # Such an error may arise anywhere, and Lightning makes a ValueError of what arises while it logs.
+        if not isinstance(error.__cause__, RuntimeError):
+            return None
+        error = error.__cause__
     text = str(error).partition("\n")[0].strip()
     if is_of_a_lost_process(error):
         return "another process of the run has ended; its output, or the launcher's, says why"

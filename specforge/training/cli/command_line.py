@@ -229,7 +229,7 @@ class TrainingCLI(LightningCLI):
                 f"the run in {self.config.output_dir} stopped: {error}. Checkpoints written before are whole; when "
                 "there is room and leave to write, go on with --ckpt_path last"
             ) from error
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             reason = explain_lost(error)
             if reason is None:
                 raise
