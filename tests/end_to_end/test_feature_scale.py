@@ -99,7 +99,7 @@ def test_a_checkpoint_of_raw_features_is_not_resumed_with_scaled_ones(
     [
         (
             "[1,2]",
-            r"model\.draft\.feature_scale has 2 numbers; give one for each of: states before layer 2, ",
+            r"model\.draft\.feature_scale has 2 numbers; give one for each of: layer 2, layer 4, layer 5",
         ),
         ("[1,2,-3]", "greater than 0"),
         ("[1,2,nan]", "feature_scale"),

@@ -99,7 +99,7 @@ class Eagle3Module(DraftModule):
             check_aux_layers(self._aux_layers, verifier.num_hidden_layers)
         except UsageError as error:
             raise UsageError(f"model.draft.aux_layers: {error}") from None
-        self._inputs = [f"states before layer {layer}" for layer in self._aux_layers]
+        self._inputs = [f"layer {layer}" for layer in self._aux_layers]
         check_feature_scale(draft.feature_scale, self._inputs)
         if draft.draft_vocab_size is not None and draft.draft_vocab_size > verifier.vocab_size:
             raise UsageError(
