@@ -47,7 +47,8 @@ def learning_rate_factor(step: int, settings: ScheduleSettings, total_steps: int
         return 1.0
     begin = warmup
     if settings.name == "wsd":
-        begin = max(warmup, total_steps * (1 - settings.decay_share))
+        # At least one step decays, so that a short run ends at the final ratio, too.
+        begin = max(warmup, min(total_steps * (1 - settings.decay_share), total_steps - 1))
     progress = min(1.0, max(0.0, (step - begin) / max(1.0, total_steps - begin)))
     shape = (1 + math.cos(math.pi * progress)) / 2 if settings.name == "cosine" else 1 - progress
     return settings.final_ratio + (1 - settings.final_ratio) * shape

@@ -91,3 +91,11 @@ def test_the_optimizer_follows() -> None:
 def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         ScheduleSettings(**wrong)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 9])
+def test_a_decay_of_less_than_one_step_ends_at_the_final_ratio(steps: int) -> None:
+    settings = ScheduleSettings(name="wsd", warmup=0, final_ratio=0.1)
+    factors = [learning_rate_factor(step, settings, steps) for step in range(steps + 1)]
+    assert factors[0] == 1 and factors[-1] == pytest.approx(0.1)
+    assert factors == sorted(factors, reverse=True)
