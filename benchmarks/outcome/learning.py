@@ -28,7 +28,7 @@ class Learner(ABC):
 
     @abstractmethod
     def update(self) -> None:
-        """Clip the gradients, update the weights, go on in the schedule, and forget the gradients."""
+        """Clip the gradients, update the weights, advance the schedule, and clear the gradients."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:

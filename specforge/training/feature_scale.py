@@ -60,7 +60,7 @@ def read_of_first_row(batch: Mapping[str, Tensor]) -> Tensor:
 def fit_scale(
     layer: ScaledLinear, setting: FeatureScale, states: Tensor, inputs: Sequence[str], keep_function: bool
 ) -> None:
-    """Let a layer divide its inputs by constants, and say by which.
+    """Set the constants that a layer divides its inputs by, and print them.
 
     Args:
         layer: The layer; all processes hold the same one.
@@ -68,8 +68,8 @@ def fit_scale(
             their sum has the size of one; nothing is divided where one channel holds much of an input's energy.
         states: What the layer reads of the run's first row, [T, n, H]; those of the first process are taken, so that
             nothing depends on how rows are batched and spread.
-        inputs: What they are, in words.
-        keep_function: Whether the layer goes on computing what it did.
+        inputs: Names of the n inputs, for the message.
+        keep_function: Whether the layer still computes what it did before.
     """
     share, largest = of_first(largest_share(states)).max(dim=0)
     if setting == "auto" and share > CROWDED:

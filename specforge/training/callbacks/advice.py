@@ -1,4 +1,4 @@
-"""What a run says of a recipe that wastes what it was given: one line each, with what to change."""
+"""Advice that a run prints about a wasteful recipe: one line each, with what to change."""
 
 from __future__ import annotations
 
