@@ -2,7 +2,8 @@
 
 A descriptor names classes and functions as ``"package.module:Name"``, so that a plugin module imports nothing heavy
 and ``specforge --help`` answers without loading torch. Every hook is called once, when the registry is built; an
-empty answer means that the plugin adds nothing of that kind.
+empty answer means that the plugin adds nothing of that kind. A wrapper (``hookimpl(wrapper=True)``) is called around
+the hook of every plugin, and gets and returns a list with the answer of that plugin.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 A plugin is an entry point of the group ``specforge.plugins``. One that fails to import, or clashes with another, is
 kept with its fault: commands that do not need it go on working, and the one that needs it says what is wrong.
+
+The hooks of each plugin are called by pluggy in a call of its own, so that every descriptor has one owner, and what one
+plugin raises leaves the others as they are. Wrappers take part in every call.
 """
 
 from __future__ import annotations
@@ -60,8 +63,11 @@ class Registry:
         self.plugins: list[Plugin] = []
         manager = pluggy.PluginManager(hookspecs.PROJECT)
         manager.add_hookspecs(hookspecs)
-        for entry_point in sorted(found, key=lambda point: point.name):
-            self.plugins.append(_load(manager, entry_point))
+        registered = [_register(manager, point) for point in sorted(found, key=lambda point: point.name)]
+        for plugin, module in registered:
+            self.plugins.append(plugin)
+            if module is not None:
+                _collect(manager, plugin, module)
         self._mark_clashes()
 
     def _mark_clashes(self) -> None:
@@ -144,7 +150,8 @@ def installed() -> Registry:
     return Registry(entry_points(group=GROUP))
 
 
-def _load(manager: pluggy.PluginManager, entry_point: EntryPoint) -> Plugin:
+def _register(manager: pluggy.PluginManager, entry_point: EntryPoint) -> tuple[Plugin, ModuleType | None]:
+    """Import a plugin and register its hooks; a plugin that cannot be is returned with its fault."""
     package, version = ("?", "?")
     if entry_point.dist is not None:
         package, version = entry_point.dist.name, entry_point.dist.version
@@ -154,28 +161,40 @@ def _load(manager: pluggy.PluginManager, entry_point: EntryPoint) -> Plugin:
         module = entry_point.load()
         manager.register(module, registered_as)
         manager.check_pending()
-        plugin.descriptors.extend(_contributions(manager, module))
     except (Exception, SystemExit) as error:
         plugin.faults.append(_last_line(error))
         # A plugin that stays registered with a misspelt hook would make every later check fail.
         if manager.has_plugin(registered_as):
             manager.unregister(name=registered_as)
+        return plugin, None
+    return plugin, module
+
+
+def _collect(manager: pluggy.PluginManager, plugin: Plugin, module: ModuleType) -> None:
+    """Call the hooks of one plugin, inside the wrappers of all, and keep what it contributes."""
+    try:
+        for hook in manager.get_hookcallers(module) or []:
+            others = [one.plugin for one in hook.get_hookimpls() if one.plugin is not module and not _wraps(one)]
+            if any(one.plugin is module and not _wraps(one) for one in hook.get_hookimpls()):
+                plugin.descriptors.extend(_contributions(manager.subset_hook_caller(hook.name, others)))
+    except (Exception, SystemExit) as error:
+        plugin.faults.append(_last_line(error))
     plugin.faults.extend(fault for one in plugin.descriptors for fault in _missing_targets(one))
-    return plugin
 
 
-def _contributions(manager: pluggy.PluginManager, module: ModuleType) -> Iterable[Descriptor]:
-    for caller in manager.get_hookcallers(module) or []:
-        for implementation in caller.get_hookimpls():
-            if implementation.plugin is not module:
-                continue
-            contributed = implementation.function()
-            if not isinstance(contributed, Iterable):
-                raise TypeError(f"{caller.name} must return descriptors of specforge.hookspecs, got {contributed!r}")
-            for descriptor in contributed:
-                if not isinstance(descriptor, tuple(KINDS.values())):
-                    raise TypeError(f"{caller.name} must return descriptors of specforge.hookspecs, got {descriptor!r}")
-                yield cast(Descriptor, descriptor)
+def _wraps(implementation: pluggy.HookImpl) -> bool:
+    return implementation.wrapper or implementation.hookwrapper
+
+
+def _contributions(hook: pluggy.HookCaller) -> Iterable[Descriptor]:
+    # pluggy leaves out an answer of None, which is a forgotten return.
+    for contributed in hook() or [None]:
+        if not isinstance(contributed, Iterable):
+            raise TypeError(f"{hook.name} must return descriptors of specforge.hookspecs, got {contributed!r}")
+        for descriptor in contributed:
+            if not isinstance(descriptor, tuple(KINDS.values())):
+                raise TypeError(f"{hook.name} must return descriptors of specforge.hookspecs, got {descriptor!r}")
+            yield cast(Descriptor, descriptor)
 
 
 def _missing_targets(descriptor: Descriptor) -> Iterable[str]:

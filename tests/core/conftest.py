@@ -45,7 +45,8 @@ class Toys:
 
     def python(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run Python with the distributions installed."""
-        environment = {**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        path = os.pathsep.join([str(self.folder), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         command = [sys.executable, *words]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=self.folder)
 

@@ -281,6 +281,23 @@ class TestFaultyPlugin:
             "FAULT: ZeroDivisionError: division by zero"
         ]
 
+    @pytest.mark.parametrize("name", ["aa_first", "zz_last"])  # plugins are loaded by name
+    def test_a_wrapper_changes_what_others_contribute(self, toys, name):
+        wrapper = """
+from dataclasses import replace
+
+@hookimpl(wrapper=True)
+def specforge_commands():
+    answers = yield
+    return [[replace(one, name=one.name.replace("hello", "bonjour")) for one in answer] for answer in answers]
+"""
+        toys.install("french", HOOKS + wrapper, module="french", plugin=name)
+        toys.install("toy-package", HOOKS + HELLO.format(name="hello", module="toy"))
+        listing = toys.run("plugins").stdout
+        assert section(listing, "toy  (toy-package 0.1)") == ["command            bonjour             greet"]
+        assert section(listing, f"{name}  (french 0.1)") == ["contributes nothing yet"]
+        assert toys.run("bonjour").stdout == "hello from toy\n"
+
     def test_plugin_that_adds_nothing(self, toys):
         toys.install("toy-package", HOOKS)
         assert section(toys.run("plugins").stdout, "toy  (toy-package 0.1)") == ["contributes nothing yet"]
