@@ -1,20 +1,22 @@
-"""Optimizers: AdamW, or Muon for matrices with AdamW for the rest; both torch's own."""
+"""Optimizers: AdamW, Muon for matrices with AdamW for the rest, both torch's own, or any class."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from specforge.bounds import Amount, LearningRate
+from specforge.training.class_paths import build, check_arguments, class_at, takes
 
 # What the heads of draft networks are called.
 HEADS = ("lm_head.", "head.")
 
+OWN = ("adamw", "muon")
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -23,12 +25,41 @@ class OptimizerSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["adamw", "muon"] = Field(
-        default="adamw", description="muon: matrices of the layers by Muon, scaled to AdamW's step; the rest by AdamW."
+    name: str = Field(
+        default="adamw",
+        description="adamw; muon: matrices of the layers by Muon, scaled to AdamW's step, the rest by AdamW; or the "
+        "class path of an optimizer, such as torch.optim.SGD.",
     )
     lr: LearningRate = Field(default=1e-4, description="Peak learning rate.")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
     weight_decay: Amount = Field(default=0.0, description="Decoupled weight decay of matrices.")
+    options: dict[str, Any] = Field(default={}, description="Further arguments of an optimizer given by class path.")
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name not in OWN:
+            class_at(name, Optimizer, OWN)
+        return name
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        if self.name not in OWN:
+            check_arguments(self.name, self.optimizer_class, self.arguments)
+        elif self.options:
+            raise ValueError(f"options are for an optimizer given by its class path; {self.name} has none")
+        return self
+
+    @property
+    def optimizer_class(self) -> type[Optimizer]:
+        """The class that ``name`` is the path of."""
+        return class_at(self.name, Optimizer, OWN)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the class besides the parameters."""
+        decay = {"weight_decay": self.weight_decay} if takes(self.optimizer_class, "weight_decay") else {}
+        return {"lr": self.lr, **decay, **self.options}
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer:
@@ -43,8 +74,11 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
     matrices = [one for name, one in trainable.items() if one.ndim >= 2 and name not in by_muon]
     vectors = [one for one in trainable.values() if one.ndim < 2]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if settings.name not in OWN:
+        return build("model.optimizer", settings.optimizer_class, groups, settings.arguments)
     adamw = AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=settings.lr,
         betas=settings.betas,
         weight_decay=settings.weight_decay,

@@ -1,15 +1,20 @@
-"""Learning-rate schedules: a linear warmup, then cosine, linear, constant or warmup-stable-decay."""
+"""Learning-rate schedules: a linear warmup, then cosine, linear, constant or warmup-stable-decay; or any class."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from specforge.bounds import Amount, Portion
+from specforge.training.class_paths import build, check_arguments, class_at, takes
+
+OWN = ("cosine", "linear", "constant", "wsd")
+# What torch's schedules call the number of steps that they span.
+SPANS = ("total_steps", "T_max", "total_iters")
 
 
 class ScheduleSettings(BaseModel):
@@ -17,17 +22,53 @@ class ScheduleSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["cosine", "linear", "constant", "wsd"] = Field(
-        default="cosine", description="What follows the warmup; wsd stays at the peak and decays linearly at the end."
+    name: str = Field(
+        default="cosine",
+        description="What follows the warmup: cosine, linear, constant, or wsd, which stays at the peak and decays "
+        "linearly at the end; or the class path of a schedule, such as torch.optim.lr_scheduler.OneCycleLR, which goes "
+        "by its options only.",
     )
     warmup: Amount = Field(
         default=0.015, description="Length of the linear warmup: below 1 a share of all steps, otherwise steps."
     )
     final_ratio: Portion = Field(default=0.0, description="Learning rate at the end, as a share of the peak.")
     decay_share: Portion = Field(default=0.2, gt=0, description="Share of all steps in which wsd decays.")
+    options: dict[str, Any] = Field(
+        default={},
+        description="Arguments of a schedule given by class path; total_steps, T_max or total_iters is the length of "
+        "the run unless given.",
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name not in OWN:
+            class_at(name, LRScheduler, OWN)
+        return name
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        if self.name not in OWN:
+            check_arguments(self.name, self.schedule_class, self.arguments(total_steps=1))
+        elif self.options:
+            raise ValueError(f"options are for a schedule given by its class path; {self.name} has none")
+        return self
+
+    @property
+    def schedule_class(self) -> type[LRScheduler]:
+        """The class that ``name`` is the path of."""
+        return class_at(self.name, LRScheduler, OWN)
+
+    def arguments(self, total_steps: int) -> dict[str, Any]:
+        """Return the arguments of the class besides the optimizer.
+
+        Args:
+            total_steps: Number of optimizer steps in the whole run.
+        """
+        return {name: total_steps for name in SPANS if takes(self.schedule_class, name)} | self.options
 
 
-def build_schedule(optimizer: Optimizer, settings: ScheduleSettings, total_steps: int) -> LambdaLR:
+def build_schedule(optimizer: Optimizer, settings: ScheduleSettings, total_steps: int) -> LRScheduler:
     """Create the schedule of a run.
 
     Args:
@@ -35,6 +76,8 @@ def build_schedule(optimizer: Optimizer, settings: ScheduleSettings, total_steps
         settings: The shape.
         total_steps: Number of optimizer steps in the whole run.
     """
+    if settings.name not in OWN:
+        return build("model.schedule", settings.schedule_class, optimizer, settings.arguments(total_steps))
     return LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings, total_steps))
 
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.optim import AdamW, Muon
 
+from specforge.errors import UsageError
 from specforge.training.optimizers import JointOptimizer, OptimizerSettings, build_optimizer
 from specforge.training.schedules import ScheduleSettings, build_schedule
 
@@ -192,3 +193,49 @@ def test_impossible_betas_are_refused(betas: tuple[float, float]) -> None:
     """Before anything is loaded, not by torch when the run has begun."""
     with pytest.raises(ValidationError):
         OptimizerSettings(betas=betas)
+
+
+def test_any_optimizer_can_be_given_by_its_class_path() -> None:
+    settings = OptimizerSettings(name="torch.optim.SGD", lr=0.1, weight_decay=0.2, options={"momentum": 0.5})
+    network = make_network()
+    optimizer = build_optimizer(network, settings)
+    assert type(optimizer) is torch.optim.SGD
+    assert names_of(network, optimizer) == trainable(network)
+    matrices, vectors = optimizer.param_groups
+    assert (matrices["lr"], matrices["momentum"], matrices["weight_decay"]) == (0.1, 0.5, 0.2)
+    assert vectors["weight_decay"] == 0.0
+    # One that knows of no weight decay is not given one.
+    assert isinstance(build_optimizer(network, OptimizerSettings(name="torch.optim.Rprop")), torch.optim.Rprop)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("muno", {}, "give adamw, muon, or the path of a subclass of torch.optim.optimizer.Optimizer"),
+        ("torch.nn.Linear", {}, "give adamw, muon, or the path"),
+        ("torch.optim.SGDD", {}, "cannot be imported: .*SGDD"),
+        ("no.such.Optimizer", {}, "cannot be imported: No module named 'no'"),
+        ("torch.optim.SGD", {"momentun": 1}, "unexpected keyword argument 'momentun'; its arguments are lr, momentum"),
+        ("muon", {"momentum": 0.9}, "options are for an optimizer given by its class path"),
+    ],
+)
+def test_classes_that_are_no_optimizers_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        OptimizerSettings(name=name, options=options)
+
+
+def test_any_schedule_can_be_given_by_its_class_path() -> None:
+    optimizer = torch.optim.SGD(make_network().parameters(), lr=1.0, momentum=0.9)
+    path = "torch.optim.lr_scheduler"
+    schedule = build_schedule(optimizer, ScheduleSettings(name=f"{path}.CosineAnnealingLR"), 8)
+    rates = []
+    for _ in range(9):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == 1.0 and rates[4] == pytest.approx(0.5) and rates[8] == pytest.approx(0.0)
+    with pytest.raises(ValidationError, match="missing a required argument: 'max_lr'"):
+        ScheduleSettings(name=f"{path}.OneCycleLR")
+    one_cycle = ScheduleSettings(name=f"{path}.OneCycleLR", options={"max_lr": 0.1})
+    with pytest.raises(UsageError, match=r"model\.schedule\.options: optimizer must support"):
+        build_schedule(torch.optim.Rprop(make_network().parameters()), one_cycle, 8)
