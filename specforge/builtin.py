@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from specforge.hookspecs import Command, Objective, ProposalMethod, Weighting, hookimpl
+from specforge.hookspecs import Command, LayerFamily, Objective, ProposalMethod, Weighting, hookimpl
 
 _OBJECTIVES = "specforge.training.losses.objectives"
 _WEIGHTINGS = "specforge.training.losses.weightings"
@@ -82,6 +82,16 @@ def specforge_weightings() -> Iterable[Weighting]:
             function=f"{_WEIGHTINGS}:vat",
             statistic=f"{_WEIGHTINGS}:agreement",
         ),
+    ]
+
+
+@hookimpl
+def specforge_layer_families() -> Iterable[LayerFamily]:
+    """The families whose draft layers engines run."""
+    blocks = "specforge.models.base_components"
+    return [
+        LayerFamily("llama", "Llama's layers, which every engine's drafts have", f"{blocks}:LLAMA"),
+        LayerFamily("qwen3", "Qwen3's layers, which norm queries and keys", f"{blocks}:QWEN3"),
     ]
 
 

@@ -97,6 +97,21 @@ class Weighting:
 
 
 @dataclass(frozen=True)
+class LayerFamily:
+    """A model family that draft layers can be of.
+
+    Attributes:
+        name: What ``model.draft.layer_type`` in a configuration says; the model type of the family's configuration.
+        summary: One line for ``specforge plugins``.
+        family: A ``specforge.models.base_components.Family``: its building blocks.
+    """
+
+    name: str
+    summary: str
+    family: str
+
+
+@dataclass(frozen=True)
 class CheckpointFormat:
     """A form in which a reader wants the drafts of one algorithm.
 
@@ -130,7 +145,7 @@ class Command:
     parser: str | None = None
 
 
-Descriptor = Algorithm | ProposalMethod | Objective | Weighting | CheckpointFormat | Command
+Descriptor = Algorithm | ProposalMethod | Objective | Weighting | LayerFamily | CheckpointFormat | Command
 
 
 @hookspec
@@ -154,6 +169,12 @@ def specforge_objectives() -> Iterable[Objective]:
 @hookspec
 def specforge_weightings() -> Iterable[Weighting]:
     """Describe weights along a chain."""
+    raise NotImplementedError
+
+
+@hookspec
+def specforge_layer_families() -> Iterable[LayerFamily]:
+    """Describe model families that draft layers can be of."""
     raise NotImplementedError
 
 

@@ -26,7 +26,16 @@ import pluggy
 
 from specforge import hookspecs
 from specforge.errors import UsageError, nearest_name
-from specforge.hookspecs import Algorithm, CheckpointFormat, Command, Descriptor, Objective, ProposalMethod, Weighting
+from specforge.hookspecs import (
+    Algorithm,
+    CheckpointFormat,
+    Command,
+    Descriptor,
+    LayerFamily,
+    Objective,
+    ProposalMethod,
+    Weighting,
+)
 
 GROUP = "specforge.plugins"
 KINDS = {
@@ -34,11 +43,12 @@ KINDS = {
     "proposal method": ProposalMethod,
     "objective": Objective,
     "weighting": Weighting,
+    "layer family": LayerFamily,
     "checkpoint format": CheckpointFormat,
     "command": Command,
 }
 KindOfDescriptor = TypeVar(
-    "KindOfDescriptor", Algorithm, ProposalMethod, Objective, Weighting, CheckpointFormat, Command
+    "KindOfDescriptor", Algorithm, ProposalMethod, Objective, Weighting, LayerFamily, CheckpointFormat, Command
 )
 
 

@@ -6,17 +6,23 @@ use.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specforge.errors import nearest_name
 from specforge.hookspecs import Algorithm
-from specforge.models.speculator import SpeculatorModel
 from specforge.registry import installed
+
+if TYPE_CHECKING:
+    from specforge.models.speculator import SpeculatorModel
 
 __all__ = ["SpeculatorModel"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "SpeculatorModel":  # on first use: the registry looks into this package without loading torch
+        from specforge.models.speculator import SpeculatorModel
+
+        return SpeculatorModel
     references = {}
     for algorithm in installed().all(Algorithm).values():
         for attribute in ("model", "config"):

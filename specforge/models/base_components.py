@@ -1,4 +1,4 @@
-"""The building blocks of draft layers, taken from transformers by model family.
+"""The building blocks of draft layers, taken from transformers by model family; plugins may register further families.
 
 A draft layer is made of a family's own attention, feed-forward block, norm and rotary embedding, so that it computes
 what a serving engine's implementation of that family computes.
@@ -12,10 +12,11 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import transformers
+from pydantic import AfterValidator
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -23,6 +24,8 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 from specforge.errors import UsageError, nearest_name
+from specforge.hookspecs import LayerFamily
+from specforge.registry import installed
 
 # What families call the width of their feed-forward blocks, the longest text, and the heads of keys and values.
 FEED_FORWARD_WIDTHS = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
@@ -63,38 +66,49 @@ class Family:
     decoder_layer: type[nn.Module]
 
 
-FAMILIES = {
-    "llama": Family(
-        LlamaConfig,
-        modeling_llama.LlamaAttention,
-        modeling_llama.LlamaMLP,
-        modeling_llama.LlamaRMSNorm,
-        modeling_llama.LlamaRotaryEmbedding,
-        modeling_llama.LlamaDecoderLayer,
-    ),
-    "qwen3": Family(
-        Qwen3Config,
-        modeling_qwen3.Qwen3Attention,
-        modeling_qwen3.Qwen3MLP,
-        modeling_qwen3.Qwen3RMSNorm,
-        modeling_qwen3.Qwen3RotaryEmbedding,
-        modeling_qwen3.Qwen3DecoderLayer,
-    ),
-}
+LLAMA = Family(
+    LlamaConfig,
+    modeling_llama.LlamaAttention,
+    modeling_llama.LlamaMLP,
+    modeling_llama.LlamaRMSNorm,
+    modeling_llama.LlamaRotaryEmbedding,
+    modeling_llama.LlamaDecoderLayer,
+)
+QWEN3 = Family(
+    Qwen3Config,
+    modeling_qwen3.Qwen3Attention,
+    modeling_qwen3.Qwen3MLP,
+    modeling_qwen3.Qwen3RMSNorm,
+    modeling_qwen3.Qwen3RotaryEmbedding,
+    modeling_qwen3.Qwen3DecoderLayer,
+)
+# Model types whose layers have one position a token, and no mrope.
+PLAIN = ("llama", "qwen3")
 
 
-def family(model_type: str) -> Family:
+def family(name: str) -> Family:
     """Return the building blocks of a model family.
 
+    Args:
+        name: Its name, which is the model type of its configuration.
+
     Raises:
-        UsageError: Draft layers of that family are not supported.
+        UsageError: No plugin provides draft layers of that family.
     """
-    if model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise UsageError(
-            f"no draft layers of type {model_type!r}; allowed: {known}.{nearest_name(model_type, FAMILIES)}"
-        )
-    return FAMILIES[model_type]
+    found: Family = installed().load(installed().find(LayerFamily, name), "family")
+    return found
+
+
+def _known_family(name: str) -> str:
+    try:
+        installed().find(LayerFamily, name)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+LayerType = Annotated[str, AfterValidator(_known_family)]
+"""A setting that names a family of draft layers."""
 
 
 def built(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:

@@ -220,7 +220,7 @@ def test_a_rotary_base_inside_the_scaling_is_read(published: Callable[[str], Pat
         ({"eagle_aux_hidden_state_layer_ids": []}, "eagle_aux_hidden_state_layer_ids: must be ascending ids"),
         ({"eagle_aux_hidden_state_layer_ids": [2, 4, 99]}, r"aux layers \[2, 4, 99\] must be ascending ids in 0..8"),
         ({"vocab_size": "1280"}, "vocab_size"),
-        ({"model_type": "deepseek_v3"}, "no draft layers of type 'deepseek_v3'"),
+        ({"model_type": "deepseek_v3"}, "no installed plugin provides the layer family 'deepseek_v3'"),
     ],
 )
 def test_settings_that_describe_no_draft_are_named(

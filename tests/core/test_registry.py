@@ -303,6 +303,44 @@ def specforge_commands():
         assert section(toys.run("plugins").stdout, "toy  (toy-package 0.1)") == ["contributes nothing yet"]
 
 
+def test_a_plugin_adds_a_family_of_draft_layers(toys):
+    toys.install(
+        "toy-package",
+        """
+from specforge.hookspecs import LayerFamily, hookimpl
+
+@hookimpl
+def specforge_layer_families():
+    return [LayerFamily("mistral", "Mistral's layers", "toy_heavy:MISTRAL")]
+""",
+    )
+    toys.write(
+        "toy_heavy.py",
+        """
+from transformers import MistralConfig
+from transformers.models.mistral import modeling_mistral as m
+from specforge.models.base_components import Family
+
+MISTRAL = Family(
+    MistralConfig, m.MistralAttention, m.MistralMLP, m.MistralRMSNorm, m.MistralRotaryEmbedding, m.MistralDecoderLayer
+)
+""",
+    )
+    code = (
+        "from transformers import LlamaConfig\n"
+        "from specforge_eagle3.model import Eagle3DraftModel\n"
+        "from specforge_eagle3.module import Eagle3DraftSettings\n"
+        "verifier = LlamaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=50)\n"
+        "settings = Eagle3DraftSettings(layer_type='mistral')\n"
+        "draft = Eagle3DraftModel.from_training_args(verifier, layer_type=settings.layer_type)\n"
+        "draft.save_pretrained('draft')\n"
+        "again = Eagle3DraftModel.from_pretrained('draft')\n"
+        "print(again.config.transformer_layer_config.model_type, type(again.layers[0].self_attn).__name__)\n"
+    )
+    done = toys.python("-c", code)
+    assert done.stdout == "mistral MistralAttention\n", done.stderr
+
+
 @pytest.mark.parametrize(
     "words",
     [

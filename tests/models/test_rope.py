@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from specforge.models.base_components import FAMILIES
+from specforge.models.base_components import PLAIN
 from specforge.models.rope import with_settled_rope
 
 DEFAULT = {"rope_type": "default", "rope_theta": 5e5}
@@ -29,7 +29,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
     ],
 )
 def test_they_are_collected_in_one_place(stored: dict[str, Any], rope: dict[str, Any] | None) -> None:
-    settled = with_settled_rope({"hidden_size": 8, **stored}, FAMILIES)
+    settled = with_settled_rope({"hidden_size": 8, **stored}, PLAIN)
     assert settled == {"hidden_size": 8} | ({} if rope is None else {"rope_parameters": rope})
 
 
@@ -50,10 +50,10 @@ def test_they_are_collected_in_one_place(stored: dict[str, Any], rope: dict[str,
 )
 def test_what_contradicts_itself_or_asks_for_more_is_refused(stored: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        with_settled_rope(stored, FAMILIES)
+        with_settled_rope(stored, PLAIN)
 
 
 def test_families_that_know_mrope_keep_it() -> None:
     rope = {"rope_type": "default", "mrope_section": [1, 2, 3], "rope_theta": 1e6}
     stored = {"model_type": "qwen3_vl_text", "rope_parameters": rope}
-    assert with_settled_rope(stored, FAMILIES) == stored
+    assert with_settled_rope(stored, PLAIN) == stored

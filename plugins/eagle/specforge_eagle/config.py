@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedConfig
 
 from specforge.config import SpeculatorModelConfig
 from specforge.errors import UsageError, nearest_name
-from specforge.models.base_components import FAMILIES, DecoderLayer, built, decoder_layer
+from specforge.models.base_components import PLAIN, DecoderLayer, built, decoder_layer
 from specforge.models.rope import with_settled_rope
 
 # Pydantic must not take transformers' configuration apart field by field: the validator below checks it.
@@ -69,7 +69,7 @@ class EagleSpeculatorConfig(SpeculatorModelConfig):
         if model_type not in CONFIG_MAPPING:
             hint = nearest_name(str(model_type), CONFIG_MAPPING.keys())
             raise ValueError(f"model_type: transformers knows no {model_type!r}.{hint}")
-        return _make(CONFIG_MAPPING[model_type], with_settled_rope(value, FAMILIES)).get_text_config()
+        return _make(CONFIG_MAPPING[model_type], with_settled_rope(value, PLAIN)).get_text_config()
 
     @field_serializer("transformer_layer_config")
     def serialize_transformer_layer_config(self, value: PreTrainedConfig) -> dict[str, Any]:

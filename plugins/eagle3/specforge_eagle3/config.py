@@ -9,7 +9,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from specforge.config import SpeculatorModelConfig
 from specforge.errors import UsageError
-from specforge.models.base_components import FAMILIES, built, family
+from specforge.models.base_components import PLAIN, built, family
 from specforge.models.rope import with_settled_rope
 
 # Pydantic must not take transformers' configuration apart field by field: the validator below checks it.
@@ -71,7 +71,7 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
             config_class = family(str(value.get("model_type", "llama"))).config
         except UsageError as error:
             raise ValueError(f"model_type: {error}") from None
-        return built(config_class, with_settled_rope(value, FAMILIES))
+        return built(config_class, with_settled_rope(value, PLAIN))
 
     @field_serializer("transformer_layer_config")
     def serialize_transformer_config(self, value: PreTrainedConfig) -> dict[str, Any]:

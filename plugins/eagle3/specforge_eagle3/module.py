@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from specforge.bounds import Count, Layers, Steps, Width
 from specforge.data.module import DraftDataModule
 from specforge.errors import UsageError
+from specforge.models.base_components import LayerType
 from specforge.models.chain.alignment import Alignment, Supervision, align
 from specforge.models.scaled_linear import ScaledLinear
 from specforge.models.vocabulary import DraftVocabulary
@@ -31,7 +32,9 @@ class Eagle3DraftSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layer_type: Literal["llama", "qwen3"] = Field(default="llama", description="Family of the draft's layers.")
+    layer_type: LayerType = Field(
+        default="llama", description="Family of the draft's layers: llama, qwen3, or one that a plugin registers."
+    )
     num_layers: Layers = Field(default=1, description="Number of decoder layers.")
     intermediate_size: Width | None = Field(default=None, ge=1, description="Width of the MLPs; null: the verifier's.")
     draft_vocab_size: Count | None = Field(

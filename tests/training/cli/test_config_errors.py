@@ -135,7 +135,7 @@ PARSED = [
     ("data.num_workers", -1, [">=0", "-1"]),
     ("save_every_n_steps", 0, [">=1", "0"]),
     # no choice
-    ("model.draft.layer_type", "gemma", ["llama or qwen3", "'gemma'"]),
+    ("model.draft.layer_type", "gemma", ["installed: llama, qwen3", "'gemma'"]),
     ("model.supervision", "exactly", ["exact or compat", "'exactly'"]),
     ("model.denominator", "some", ["valid or all", "'some'"]),
     ("model.optimizer.name", "adam", ["give adamw, muon, or the path", "'adam'"]),
