@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from specforge.bounds import Number
 from specforge.errors import UsageError
 from specforge.models.scaled_linear import ScaledLinear, largest_share, typical_size
+from specforge.training.module import Batch, DraftModule
 from specforge.training.saying import say
 from specforge.training.totals import of_first
+from specforge.verifier.features import Features
 
 # Of the quickstart's verifier, which gains from scaling, no channel holds more than 3 %; of SmolLM2, which loses, some
 # hold 34 to 55 % (docs/algorithms/measured.md).
@@ -24,6 +27,47 @@ CROWDED = 0.25
 
 Scale = Annotated[float, Field(gt=0, le=1e6), Number]
 FeatureScale = Literal["auto", "none"] | list[Scale]
+
+
+class FeatureScaledModule(DraftModule):
+    """Trains a draft one of whose layers reads raw states, and divides them by constants while it does.
+
+    A subclass sets the three attributes before the run begins, and gives what the layer reads (``states_read``).
+
+    Attributes:
+        scaled_layer: Name of the linear layer in the draft.
+        scaled_inputs: Names of its n inputs, for messages.
+        feature_scale: Numbers, one for each input; auto; or none.
+    """
+
+    scaled_layer: ClassVar[str]
+    scaled_inputs: Sequence[str]
+    feature_scale: FeatureScale
+
+    @abstractmethod
+    def states_read(self, batch: Batch, features: Features) -> Tensor:
+        """Return what the layer reads of a batch, [B, T, n, H].
+
+        Args:
+            batch: See ``draft_steps``.
+            features: The verifier's states over the batch.
+        """
+
+    def configure_model(self) -> None:
+        """Create the draft; its layer is scaled after it has been given stored weights."""
+        super().configure_model()
+        layer = self.draft.get_submodule(self.scaled_layer)
+        if self.feature_scale != "none" and not isinstance(layer, ScaledLinear):
+            assert isinstance(layer, nn.Linear)
+            self.draft.set_submodule(self.scaled_layer, ScaledLinear.of(layer))
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Set the scale before the first step; a resumed run has done so."""
+        layer = self.draft.get_submodule(self.scaled_layer)
+        if self.trainer.global_step == 0 and batch_idx == 0 and isinstance(layer, ScaledLinear):
+            states = self.states_read(batch, self.features_ahead(batch))[0, read_of_first_row(batch)]
+            keeps_function = self.init_from is not None
+            fit_scale(layer, self.feature_scale, states, self.scaled_inputs, keeps_function)
 
 
 def check_feature_scale(setting: FeatureScale, inputs: Sequence[str]) -> None:

@@ -20,10 +20,9 @@ from specforge.bounds import Decay, Steps, Weight
 from specforge.data.module import DraftDataModule
 from specforge.models.chain.alignment import Alignment, Supervision, align
 from specforge.models.draft_rows import DraftRows
-from specforge.models.scaled_linear import ScaledLinear
-from specforge.training.feature_scale import FeatureScale, check_feature_scale, fit_scale, read_of_first_row
+from specforge.training.feature_scale import FeatureScale, FeatureScaledModule, check_feature_scale
 from specforge.training.losses.distillation import DraftSteps
-from specforge.training.module import Batch, Drafted, DraftModule
+from specforge.training.module import Batch, Drafted
 from specforge.training.optimizers import OptimizerSettings
 from specforge.training.schedules import ScheduleSettings
 from specforge.verifier.features import Features
@@ -32,7 +31,6 @@ from specforge_eagle.model import EagleSpeculator
 from specforge_eagle.noise import feature_noise
 
 FEATURE = "feature"
-INPUTS = ["embeddings", "features"]
 
 
 class EagleDraftSettings(BaseModel):
@@ -54,7 +52,7 @@ class EagleDraftSettings(BaseModel):
     )
 
 
-class EagleModule(DraftModule):
+class EagleModule(FeatureScaledModule):
     """Trains an EAGLE-1 draft, or with several alignment steps a HASS one.
 
     Args:
@@ -72,6 +70,8 @@ class EagleModule(DraftModule):
     """
 
     draft: EagleSpeculator
+    scaled_layer = "fusion_fc"
+    scaled_inputs = ("embeddings", "features")
 
     def __init__(
         self,
@@ -94,7 +94,8 @@ class EagleModule(DraftModule):
         self.feature_weight = feature_weight
         self.noise = noise
         self.supervision = supervision
-        check_feature_scale(draft.feature_scale, INPUTS)
+        self.feature_scale = draft.feature_scale
+        check_feature_scale(self.feature_scale, self.scaled_inputs)
 
     @property
     def aux_layers(self) -> list[int]:
@@ -127,24 +128,13 @@ class EagleModule(DraftModule):
         draft.borrow_weights()
         return draft
 
-    def configure_model(self) -> None:
-        """Create the draft; where it is to read scaled inputs, after it has been given stored weights."""
-        super().configure_model()
-        if self.settings.feature_scale != "none" and not isinstance(self.draft.fusion_fc, ScaledLinear):
-            self.draft.fusion_fc = ScaledLinear.of(self.draft.fusion_fc)
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Scale the inputs before the first step; a resumed run has done so."""
-        if self.trainer.global_step > 0 or batch_idx > 0 or not isinstance(self.draft.fusion_fc, ScaledLinear):
-            return
-        feature = self.draft.first_feature(self.features_ahead(batch))
+    def states_read(self, batch: Batch, features: Features) -> Tensor:
+        """Return embeddings and features, which meet in the fusion."""
+        feature = self.draft.first_feature(features)
         embedded = self.draft.embed(batch["input_ids"])
         if self.settings.layernorms:  # whose weights begin at 1, and may be in shards
             embedded = F.rms_norm(embedded, embedded.shape[-1:])
-        states = torch.stack([embedded, feature.to(embedded.dtype)], dim=-2)[0, read_of_first_row(batch)]
-        fit_scale(
-            self.draft.fusion_fc, self.settings.feature_scale, states, INPUTS, keep_function=self.init_from is not None
-        )
+        return torch.stack([embedded, feature.to(embedded.dtype)], dim=-2)
 
     def alignment(self, batch: Batch) -> Alignment:
         """Return targets and counted positions; validation counts those of decoding, whatever training counts."""

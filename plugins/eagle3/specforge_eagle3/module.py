@@ -15,14 +15,13 @@ from specforge.data.module import DraftDataModule
 from specforge.errors import UsageError
 from specforge.models.base_components import LayerType
 from specforge.models.chain.alignment import Alignment, Supervision, align
-from specforge.models.scaled_linear import ScaledLinear
 from specforge.models.vocabulary import DraftVocabulary
-from specforge.training.feature_scale import FeatureScale, check_feature_scale, fit_scale, read_of_first_row
+from specforge.training.feature_scale import FeatureScale, FeatureScaledModule, check_feature_scale
 from specforge.training.losses.comparison import Term
 from specforge.training.losses.objectives import Distributions
-from specforge.training.module import Batch, DraftModule
+from specforge.training.module import Batch
 from specforge.training.saying import say
-from specforge.verifier.features import check_aux_layers, default_aux_layers
+from specforge.verifier.features import Features, check_aux_layers, default_aux_layers
 from specforge.verifier.parts import VerifierParts
 from specforge_eagle3.model import Eagle3DraftModel
 
@@ -69,7 +68,7 @@ class Eagle3DraftSettings(BaseModel):
         return self.norm_before_fc or self.fc_norm
 
 
-class Eagle3Module(DraftModule):
+class Eagle3Module(FeatureScaledModule):
     """Trains an EAGLE-3 draft by teacher-forced training-time test.
 
     Args:
@@ -80,6 +79,7 @@ class Eagle3Module(DraftModule):
     """
 
     draft: Eagle3DraftModel
+    scaled_layer = "fc"
 
     def __init__(
         self,
@@ -102,8 +102,9 @@ class Eagle3Module(DraftModule):
             check_aux_layers(self._aux_layers, verifier.num_hidden_layers)
         except UsageError as error:
             raise UsageError(f"model.draft.aux_layers: {error}") from None
-        self._inputs = [f"layer {layer}" for layer in self._aux_layers]
-        check_feature_scale(draft.feature_scale, self._inputs)
+        self.scaled_inputs = [f"layer {layer}" for layer in self._aux_layers]
+        self.feature_scale = "none" if draft.norms_features else draft.feature_scale
+        check_feature_scale(self.feature_scale, self.scaled_inputs)
         if draft.draft_vocab_size is not None and draft.draft_vocab_size > verifier.vocab_size:
             raise UsageError(
                 f"model.draft.draft_vocab_size is {draft.draft_vocab_size}, but the verifier has only "
@@ -146,21 +147,14 @@ class Eagle3Module(DraftModule):
         draft.lm_head.requires_grad_(settings.train_head)
         return draft
 
-    def configure_model(self) -> None:
-        """Create the draft; where it is to read scaled features, after it has been given stored weights."""
-        super().configure_model()
-        is_scaled = self.settings.feature_scale != "none" and not self.settings.norms_features
-        if is_scaled and not isinstance(self.draft.fc, ScaledLinear):
-            self.draft.fc = ScaledLinear.of(self.draft.fc)
+    def states_read(self, batch: Batch, features: Features) -> Tensor:
+        """Return the features that are fused."""
+        return features.aux
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Scale the features before the first step, and say what they make of the draft; a resumed run has done so."""
-        if self.trainer.global_step > 0 or batch_idx > 0:
-            return
-        if isinstance(self.draft.fc, ScaledLinear):
-            states = self.features_ahead(batch).aux[0, read_of_first_row(batch)]
-            fit_scale(self.draft.fc, self.settings.feature_scale, states, self._inputs, self.init_from is not None)
-        if not self.compile_steps:
+        """Scale the features before the first step, and say what they make of the draft."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self.trainer.global_step == 0 and batch_idx == 0 and not self.compile_steps:
             self._say_what_is_added()
 
     def _say_what_is_added(self) -> None:
