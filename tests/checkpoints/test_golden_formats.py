@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden_cases import CASES, ROOT
 from layouts import layout
 
 from specforge.checkpoints.formats import read_draft
@@ -23,11 +23,6 @@ from specforge.registry import installed
 from specforge.verifier.features import default_aux_layers
 from specforge.verifier.parts import VerifierParts
 
-ROOT = Path(os.environ.get("SPECFORGE_GOLDEN") or Path(__file__).resolve().parents[2] / "../shared/golden").resolve()
-if not ROOT.is_dir():
-    pytest.skip(f"no golden cases: {ROOT} is not a folder (set SPECFORGE_GOLDEN)", allow_module_level=True)
-
-CASES = [path.parent for path in sorted(ROOT.rglob("case.json"))]
 ALGORITHMS = {case: json.loads((case / "case.json").read_text())["algorithm"] for case in CASES}
 PAIRS = [
     pytest.param(case, one.name, id=f"{case.relative_to(ROOT)}-{one.name}")

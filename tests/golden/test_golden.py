@@ -1,18 +1,18 @@
 """Parity with recorded runs of other tools.
 
-Cases are found by their ``case.json`` below the folder that the environment variable SPECFORGE_GOLDEN names, and
-dispatched by the algorithm and format that it states; nothing is assumed about names, sizes or numbers.
+Cases are found by their ``case.json`` (``support/golden_cases.py`` says where), and dispatched by the algorithm and
+format that it states; nothing is assumed about names, sizes or numbers.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import golden_cases
 import layouts
 import pytest
 import torch
@@ -29,10 +29,6 @@ from specforge.training.losses.objectives import forward_kl
 from specforge.verifier.features import Features, capture, default_aux_layers
 from specforge.verifier.loading import load_verifier
 from specforge.verifier.parts import VerifierParts
-
-ROOT = Path(os.environ.get("SPECFORGE_GOLDEN") or Path(__file__).resolve().parents[2] / "../shared/golden").resolve()
-if not ROOT.is_dir():
-    pytest.skip(f"no golden cases: {ROOT} is not a folder (set SPECFORGE_GOLDEN)", allow_module_level=True)
 
 PADDING = 3
 # What specforge calls the formats of the cases.
@@ -54,7 +50,7 @@ class Case:
         self.facts: dict[str, Any] = json.loads((folder / "case.json").read_text(encoding="utf-8"))
 
     def __str__(self) -> str:
-        return str(self.folder.relative_to(ROOT))
+        return str(self.folder.relative_to(golden_cases.ROOT))
 
     @property
     def algorithm(self) -> str:
@@ -127,7 +123,7 @@ class Case:
         return torch.ones(self.rows.numel(), dtype=torch.bool)
 
 
-CASES = [Case(path.parent) for path in sorted(ROOT.rglob("case.json"))]
+CASES = [Case(folder) for folder in golden_cases.CASES]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -206,7 +202,7 @@ def read_json(folder: Path) -> dict[str, Any]:
 
 
 def test_there_are_cases() -> None:
-    assert CASES, f"{ROOT} holds no case.json"
+    assert CASES, f"{golden_cases.ROOT} holds no case.json"
 
 
 def test_every_algorithm_is_checked(any_case: Case) -> None:
