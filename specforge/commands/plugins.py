@@ -1,19 +1,23 @@
-"""``specforge plugins``: what is installed, what it contributes, and what is wrong with it; and a new one."""
+"""``specforge plugins``: what is installed, what it contributes, and what is wrong with it; a new one, and a trial."""
 
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 
 from specforge.commands.plugin_start import PREFIX, write_start
 from specforge.commands.wrapping import hanging
+from specforge.errors import SpecforgeError
 from specforge.hookspecs import Algorithm
 from specforge.registry import KINDS, Plugin, installed, key_of
 
 
 def run(arguments: list[str]) -> int:
-    """Print every plugin with its package, version, contributions and faults; or begin a new one."""
+    """Print every plugin with its package, version, contributions and faults; write a new one; or try an algorithm."""
     found = command_line().parse_args(arguments)
+    if found.subcommand == "check":
+        return _check(found.name, found.settings)
     if found.subcommand == "new":
         _begin(found.name, found.output or Path(f"{PREFIX}{found.name}"))
         return 0
@@ -25,12 +29,30 @@ def run(arguments: list[str]) -> int:
 def command_line() -> argparse.ArgumentParser:
     """Return the parser of what is typed behind the command."""
     parser = argparse.ArgumentParser(prog="specforge plugins", description=run.__doc__)
-    subcommands = parser.add_subparsers(dest="subcommand", metavar="new")
+    subcommands = parser.add_subparsers(dest="subcommand", metavar="{new,check}")
     summary = "write a package to begin a plugin with, which trains, drafts and passes its own tests"
     new = subcommands.add_parser("new", help=summary, description=summary)
     new.add_argument("name", help="what the algorithm is called: lower-case letters, digits and _")
     new.add_argument("--output", type=Path, help=f"folder of the package (default: {PREFIX}NAME)")
+    summary = "try an algorithm on a tiny verifier: training, its checkpoint, its drafter, each proposal method"
+    check = subcommands.add_parser("check", help=summary, description=summary)
+    check.add_argument("name", help="an installed algorithm")
+    check.add_argument("settings", nargs="*", metavar="-- SETTINGS", help="words for specforge fit: --model.heads 2")
     return parser
+
+
+def _check(name: str, settings: list[str]) -> int:
+    from specforge.commands.plugin_check import try_algorithm
+
+    failed = 0
+    for what, fault in try_algorithm(name, settings):
+        print(f"{'ok    ' if fault is None else 'FAULT '} {what}", flush=True)
+        if fault is not None:
+            failed += 1
+            print(textwrap.indent(fault, " " * 7))
+    if failed:
+        raise SpecforgeError(f"{name}: {failed} of the checks above found a fault; docs/plugins.md says what is asked")
+    return 0
 
 
 def _begin(name: str, folder: Path) -> None:
