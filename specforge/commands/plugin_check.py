@@ -156,8 +156,8 @@ def reading(trial: Trial, folder: Path) -> str | None:
     stored = first.config.speculators_config
     if stored is None:
         return "the configuration has no speculators_config, which names the verifier and the proposal methods"
-    if stored.algorithm not in installed().all(Algorithm):
-        return f"speculators_config.algorithm is {stored.algorithm!r}, which no plugin provides"
+    if stored.algorithm != trial.name:
+        return f"speculators_config.algorithm is {stored.algorithm!r}, and has to be {trial.name!r}"
     return None
 
 

@@ -106,7 +106,7 @@ class EagleSpeculator(SpeculatorModel):
                 layernorms=kwargs.get("layernorms", False),
                 fusion_bias=kwargs.get("fusion_bias", False),
                 speculators_config=SpeculatorsConfig(
-                    algorithm="eagle",
+                    algorithm=EagleSpeculatorConfig.model_type_name,
                     proposal_methods=[
                         GreedyTokenProposalConfig(speculative_tokens=kwargs.get("speculative_tokens", 5))
                     ],

@@ -65,7 +65,7 @@ class SafeAILabLayout(Layout):
                 "transformer_layer_config": layers,
                 "fusion_bias": BIAS in weights,
                 "speculators_config": SpeculatorsConfig(
-                    algorithm="eagle",
+                    algorithm=EagleSpeculatorConfig.model_type_name,
                     proposal_methods=[GreedyTokenProposalConfig()],
                     default_proposal_method="greedy",
                     verifier=verifier,

@@ -37,7 +37,6 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
 
     model_type_name: ClassVar[str] = "eagle3"
 
-    speculators_model_type: str = "eagle3"
     architectures: list[str] = Field(default_factory=lambda: ["Eagle3DraftModel"])
     transformer_layer_config: LayerConfig = Field(default_factory=LlamaConfig)
     draft_vocab_size: int = Field(default=32000, ge=1)

@@ -57,7 +57,7 @@ class MidlayerLayout(Layout):
                 "eagle_aux_hidden_state_layer_ids": self.layers_before(values),
                 **{option: values[option] for option in OPTIONS if option in values},
                 "speculators_config": SpeculatorsConfig(
-                    algorithm="eagle3",
+                    algorithm=Eagle3SpeculatorConfig.model_type_name,
                     proposal_methods=[GreedyTokenProposalConfig()],
                     default_proposal_method="greedy",
                     verifier=verifier,

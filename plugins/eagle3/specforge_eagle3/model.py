@@ -156,7 +156,7 @@ class Eagle3DraftModel(SpeculatorModel):
             },
             eagle_aux_hidden_state_layer_ids=kwargs.get("aux_layer_ids"),
             speculators_config=SpeculatorsConfig(
-                algorithm="eagle3",
+                algorithm=Eagle3SpeculatorConfig.model_type_name,
                 proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=kwargs.get("ttt_steps", 7))],
                 default_proposal_method="greedy",
                 verifier=VerifierConfig.from_config(verifier_config, kwargs.get("verifier_name_or_path")),
