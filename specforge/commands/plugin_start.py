@@ -1,6 +1,6 @@
-"""A package to begin a plugin with: the example that ``docs/plugins.md`` tells of, under another name.
+"""A package to begin a plugin with: one of the examples that ``docs/plugins.md`` tells of, under another name.
 
-``plugin_template`` beside the rooms is a link to that example, which wheels hold as files: there is one copy of it.
+``plugin_templates`` holds links to these examples, which wheels hold as files: there is one copy of each.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
 
-TEMPLATE = Path(__file__).parents[1] / "plugin_template"
+TEMPLATES = Path(__file__).parents[1] / "plugin_templates"
 PREFIX = "specforge-"
 
 
-def write_start(name: str, folder: Path) -> None:
-    """Write a package that registers an algorithm, a loss and a subcommand, and passes its own tests.
+def write_start(name: str, folder: Path, minimal: bool = False) -> None:
+    """Write a package that registers an algorithm, and passes its own tests.
 
     Args:
         name: What the algorithm and the plugin are called.
         folder: Where the package goes; nothing that is there is replaced.
+        minimal: An algorithm only, instead of one with data, a proposal method, a loss and a subcommand.
 
     Raises:
         UsageError: The name is no name of a Python module, or taken; or the folder is.
@@ -36,10 +37,11 @@ def write_start(name: str, folder: Path) -> None:
     taken |= {plugin.package.removeprefix(PREFIX) for plugin in installed().plugins}
     if name in taken:
         raise UsageError(f"{name!r} is installed already; choose another name than {', '.join(sorted(taken))}")
-    settings = tomllib.loads((TEMPLATE / "pyproject.toml").read_text(encoding="utf-8"))
+    template = TEMPLATES / ("minimal" if minimal else "whole")
+    settings = tomllib.loads((template / "pyproject.toml").read_text(encoding="utf-8"))
     word = settings["project"]["name"].removeprefix(PREFIX)
     with written_whole(folder) as beside:
-        shutil.copytree(TEMPLATE, beside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        shutil.copytree(template, beside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".*"))
         # Deepest first, so that a folder is renamed after what it holds.
         for path in sorted(beside.rglob("*"), reverse=True):
             if path.is_file():

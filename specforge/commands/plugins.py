@@ -19,7 +19,7 @@ def run(arguments: list[str]) -> int:
     if found.subcommand == "check":
         return _check(found.name, found.settings)
     if found.subcommand == "new":
-        _begin(found.name, found.output or Path(f"{PREFIX}{found.name}"))
+        _begin(found.name, found.output or Path(f"{PREFIX}{found.name}"), found.minimal)
         return 0
     for plugin in installed().plugins:
         print(describe(plugin))
@@ -34,6 +34,9 @@ def command_line() -> argparse.ArgumentParser:
     new = subcommands.add_parser("new", help=summary, description=summary)
     new.add_argument("name", help="what the algorithm is called: lower-case letters, digits and _")
     new.add_argument("--output", type=Path, help=f"folder of the package (default: {PREFIX}NAME)")
+    new.add_argument(
+        "--minimal", action="store_true", help="an algorithm only: no data, proposal method, loss and subcommand"
+    )
     summary = "try an algorithm on a tiny verifier: training, its checkpoint, its drafter, each proposal method"
     check = subcommands.add_parser("check", help=summary, description=summary)
     check.add_argument("name", help="an installed algorithm")
@@ -55,10 +58,11 @@ def _check(name: str, settings: list[str]) -> int:
     return 0
 
 
-def _begin(name: str, folder: Path) -> None:
-    write_start(name, folder)
+def _begin(name: str, folder: Path, minimal: bool) -> None:
+    write_start(name, folder, minimal)
     print(f"Done: {folder} holds a plugin with the algorithm {name}; docs/plugins.md tells what each file is for.")
     print(f"  install it   pip install -e '{folder}[test]'")
+    print(f"  try it       specforge plugins check {name}")
     print(f"  test it      pytest {folder / 'tests'}")
     print(f"  its settings specforge fit --algorithm {name} --help")
 

@@ -82,9 +82,10 @@ def register(package: Path) -> None:
     (folder / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
 
-def test_a_new_plugin_passes_its_own_tests(tmp_path, capsys):
+@pytest.mark.parametrize("options", [[], ["--minimal"]])
+def test_a_new_plugin_passes_its_own_tests(tmp_path, capsys, options):
     package = tmp_path / "mine"
-    assert main(["plugins", "new", "my_heads", "--output", str(package)]) == 0
+    assert main(["plugins", "new", "my_heads", "--output", str(package), *options]) == 0
     assert f"pytest {package}" in capsys.readouterr().out
     register(package)
     path = os.pathsep.join([str(package), *sys.path])
@@ -119,10 +120,11 @@ def test_check_refuses_what_cannot_be_tried(capsys):
     assert "no installed plugin provides the algorithm 'nosuch'" in capsys.readouterr().err
 
 
-def test_a_new_plugin_has_its_name_everywhere(tmp_path):
+@pytest.mark.parametrize(("template", "options"), [("whole", []), ("minimal", ["--minimal"])])
+def test_a_new_plugin_has_its_name_everywhere(tmp_path, template, options):
     package = tmp_path / "mine"
-    assert main(["plugins", "new", "my_heads", "--output", str(package)]) == 0
-    template = Path(plugin_start.TEMPLATE)
+    assert main(["plugins", "new", "my_heads", "--output", str(package), *options]) == 0
+    template = plugin_start.TEMPLATES / template
     word = tomllib.loads((template / "pyproject.toml").read_text())["project"]["name"].removeprefix("specforge-")
     files = [path for path in package.rglob("*") if path.is_file()]
     assert {"__init__.py", "model.py", "test_my_heads.py", "pyproject.toml"} <= {path.name for path in files}
