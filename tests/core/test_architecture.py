@@ -18,7 +18,7 @@ PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 
 GROUND = {
     *("registry", "hookspecs", "config", "errors", "files", "bounds"),
-    *("sampling", "drawing", "documents", "quiet", "interrupts"),
+    *("sampling", "drawing", "documents", "moving", "quiet", "interrupts"),
 }
 FEATURES = GROUND | {"verifier"}
 DRAFTS = FEATURES | {"models", "models/chain", "proposals", "decoding"}

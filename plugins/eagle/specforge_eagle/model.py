@@ -333,7 +333,6 @@ class EagleSpeculator(SpeculatorModel):
         input_ids: Tensor,
         feature: Tensor,
         position_ids: Tensor,
-        document_ids: Tensor,
         rows: DraftRows,
         detached: bool = False,
     ) -> Tensor:
@@ -346,7 +345,6 @@ class EagleSpeculator(SpeculatorModel):
             input_ids: The verifier's tokens x, [B, T].
             feature: What the first step reads of the verifier, [B, T, H] (see ``first_feature``).
             position_ids: Positions that restart at 0 with each document, [B, T].
-            document_ids: Which document a token belongs to, -1 for padding, [B, T].
             rows: The rows that each step runs.
             detached: No gradient flows through the features that are fed back.
 
@@ -354,12 +352,12 @@ class EagleSpeculator(SpeculatorModel):
             Predicted features, one step behind the other, [P, H] (see ``DraftRows.places``); those of row t at step k
             are of token x_{t+1+k}.
         """
-        return run_chain(self, input_ids, feature, position_ids, document_ids, rows, FIRST_POSITION, detached)
+        return run_chain(self, input_ids, feature, position_ids, rows, FIRST_POSITION, detached)
 
     def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
         """Predict features, step by step; no gradient flows through those that are fed back."""
         read = self.first_feature(features)
-        return self.chain(batch["input_ids"], read, batch["position_ids"], batch["document_ids"], rows, detached=True)
+        return self.chain(batch["input_ids"], read, batch["position_ids"], rows, detached=True)
 
     def drafter(self, batch_size: int) -> FeatureDrafter:
         """Begin to draft for some sequences; row t stands at position t."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
+from specforge.documents import DocumentLayout
 from specforge.errors import UsageError
 from specforge.models.base_components import Family, draft_layer_config, family, norm_scale, start_norm
 from specforge.models.chain.drafter import FeatureDrafter
@@ -252,25 +253,22 @@ class Eagle3DraftModel(SpeculatorModel):
             States after the final norm, [S, B, T, H]: ``lm_head`` maps them to logits over the draft vocabulary;
             those of row t at step k predict x_{t+2+k} (see ``specforge.models.chain.alignment``).
         """
-        rows = DraftRows.all(steps, input_ids.numel(), input_ids.device)
-        return self.chain(input_ids, aux, position_ids, document_ids, rows).view(steps, *input_ids.shape, -1)
+        rows = DraftRows.all(steps, input_ids.numel(), DocumentLayout.of(document_ids)).to(input_ids.device)
+        return self.chain(input_ids, aux, position_ids, rows).view(steps, *input_ids.shape, -1)
 
-    def chain(
-        self, input_ids: Tensor, aux: Tensor, position_ids: Tensor, document_ids: Tensor, rows: DraftRows
-    ) -> Tensor:
+    def chain(self, input_ids: Tensor, aux: Tensor, position_ids: Tensor, rows: DraftRows) -> Tensor:
         """Run the training-time test at the rows that are needed.
 
         Args:
             input_ids: As in ``forward``.
             aux: As in ``forward``.
             position_ids: As in ``forward``.
-            document_ids: As in ``forward``.
             rows: The rows that each step runs.
 
         Returns:
             Their states after the final norm, one step behind the other, [P, H] (see ``DraftRows.places``).
         """
-        states = run_chain(self, input_ids, self.fuse(aux), position_ids, document_ids, rows, FIRST_POSITION)
+        states = run_chain(self, input_ids, self.fuse(aux), position_ids, rows, FIRST_POSITION)
         return cast(Tensor, self.norm(states))
 
     def advance(
@@ -324,7 +322,7 @@ class Eagle3DraftModel(SpeculatorModel):
 
     def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
         """Run the training-time test; return states after the final norm."""
-        return self.chain(batch["input_ids"], features.aux, batch["position_ids"], batch["document_ids"], rows)
+        return self.chain(batch["input_ids"], features.aux, batch["position_ids"], rows)
 
     @property
     def head_weights(self) -> Tensor:
