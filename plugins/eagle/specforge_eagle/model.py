@@ -24,7 +24,7 @@ from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierC
 from specforge.errors import UsageError
 from specforge.models.base_components import norm_scale, rotary_options, single_layer_config, start_norm
 from specforge.models.chain.drafter import FeatureDrafter
-from specforge.models.chain.ttt_attention import run_first
+from specforge.models.chain.ttt_attention import record_keys
 from specforge.models.chain.unrolling import run_chain
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention, cache_argument, causal_mask
 from specforge.models.draft_rows import DraftRows
@@ -76,6 +76,7 @@ class EagleSpeculator(SpeculatorModel):
 
         self.fusion_fc = nn.Linear(2 * width, width, bias=config.fusion_bias)
         self.transformer: Any = config.decoder_layer.build(self._layer_config)
+        self._attends_to_normed = hasattr(self.transformer, "input_layernorm")
         self.rotary: nn.Module = config.decoder_layer.rotary(self._layer_config)
         norms = self._norms() if config.layernorms else [nn.Identity(), nn.Identity(), nn.Identity()]
         self.embedding_layernorm, self.transformer.input_layernorm, self.pre_lm_head_layernorm = norms
@@ -295,11 +296,17 @@ class EagleSpeculator(SpeculatorModel):
             The predicted feature of each token, [B, wanted, H].
         """
         hidden = self.fuse(tokens, feature)
-
-        def run(rows: slice, attention: DraftAttention) -> Tensor:
-            return self._transform(hidden[:, rows], position_ids[:, rows], draft_attention=attention)
-
-        return run_first(run, attention, hidden.shape[1], wanted)
+        if wanted is None or wanted == hidden.shape[1]:
+            return self._transform(hidden, position_ids, draft_attention=attention)
+        if not self._attends_to_normed:
+            # What the attention of such a family reads is known to its layer only.
+            return self._transform(hidden, position_ids, draft_attention=attention)[:, :wanted]
+        # The other rows are only attended to.
+        rest, positions = hidden[:, wanted:], position_ids[:, wanted:]
+        read = self.transformer.input_layernorm(rest)
+        rotated = self._rotated(rest, positions)
+        record_keys(self.transformer.self_attn, read, attention, position_embeddings=rotated, position_ids=positions)
+        return self._transform(hidden[:, :wanted], position_ids[:, :wanted], draft_attention=attention)
 
     def fed_back(self, states: Tensor) -> Tensor:
         """Return what the next step reads of predicted features, [..., H]: the features themselves."""
@@ -375,9 +382,13 @@ class EagleSpeculator(SpeculatorModel):
         self.rotary = self.config.decoder_layer.rotary(self._layer_config)
 
     def _transform(self, hidden: Tensor, position_ids: Tensor, **attention: Any) -> Tensor:
-        rotated = self.rotary(hidden, position_ids, **rotary_options(self.rotary, self._layer_config))
+        rotated = self._rotated(hidden, position_ids)
         output = self.transformer(hidden, position_embeddings=rotated, position_ids=position_ids, **attention)
         return cast(Tensor, output if isinstance(output, Tensor) else output[0])
+
+    def _rotated(self, hidden: Tensor, position_ids: Tensor) -> Any:
+        """Return the rotary embedding of positions, as the layer takes it."""
+        return self.rotary(hidden, position_ids, **rotary_options(self.rotary, self._layer_config))
 
     def _norms(self) -> Sequence[nn.Module]:
         """Make three norms that are those of the layer's family."""

@@ -6,8 +6,7 @@ V verifier and D draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -19,7 +18,7 @@ from specforge.documents import DocumentLayout
 from specforge.errors import UsageError
 from specforge.models.base_components import Family, draft_layer_config, family, norm_scale, start_norm
 from specforge.models.chain.drafter import FeatureDrafter
-from specforge.models.chain.ttt_attention import run_first
+from specforge.models.chain.ttt_attention import record_keys
 from specforge.models.chain.unrolling import run_chain
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention
 from specforge.models.draft_rows import DraftRows
@@ -64,10 +63,16 @@ class FirstLayer(nn.Module):
         """Compute the layer's output [B, T, H] from token embeddings and features [B, T, H]."""
         normalised = self.hidden_norm(feature)
         residual = normalised if self.norm_before_residual else feature
-        both = torch.cat([self.input_layernorm(embedded), normalised], dim=-1)
-        attended, _ = self.self_attn(both, attention_mask=None, **attention)
+        attended, _ = self.self_attn(self._beside(embedded, normalised), attention_mask=None, **attention)
         hidden = residual + attended
         return cast(Tensor, hidden + self.mlp(self.post_attention_layernorm(hidden)))
+
+    def attention_input(self, embedded: Tensor, feature: Tensor) -> Tensor:
+        """Return what the attention reads of token embeddings and features, [B, T, 2H]."""
+        return self._beside(embedded, self.hidden_norm(feature))
+
+    def _beside(self, embedded: Tensor, normalised: Tensor) -> Tensor:
+        return torch.cat([self.input_layernorm(embedded), normalised], dim=-1)
 
 
 class Eagle3DraftModel(SpeculatorModel):
@@ -291,18 +296,19 @@ class Eagle3DraftModel(SpeculatorModel):
         Returns:
             States before the final norm, [B, wanted, H].
         """
-        cosines, sines = self.rotary_emb(feature, position_ids)
+        rotary = self.rotary_emb(feature, position_ids)
         states = [self.embed(tokens), feature]
-
-        def run(layer: nn.Module, rows: slice, attention: DraftAttention) -> Tensor:
-            rotary = cosines[:, rows], sines[:, rows]
-            read = (one[:, rows] for one in states)
-            return cast(Tensor, layer(*read, position_embeddings=rotary, draft_attention=attention))
-
         *others, last = self.layers
         for layer in others:
-            states = [run(layer, slice(None), attention)]
-        return run_first(partial(run, last), attention, feature.shape[1], wanted)
+            states = [layer(*states, position_embeddings=rotary, draft_attention=attention)]
+        if wanted is not None and wanted < feature.shape[1]:
+            # The other rows are only attended to.
+            rest = slice(wanted, None)
+            attention_module, read = _attention_of(last, *_rows(states, rest))
+            record_keys(attention_module, read, attention, position_embeddings=_rows(rotary, rest))
+        first = slice(wanted)
+        rotary = _rows(rotary, first)
+        return cast(Tensor, last(*_rows(states, first), position_embeddings=rotary, draft_attention=attention))
 
     def fed_back(self, states: Tensor) -> Tensor:
         """Return what the next step reads of states before the final norm, [..., H]."""
@@ -342,3 +348,14 @@ class Eagle3DraftModel(SpeculatorModel):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=deviation)
+
+
+def _rows(tensors: Iterable[Tensor], rows: slice) -> list[Tensor]:
+    """Return some rows of tensors [B, T, ...]."""
+    return [one[:, rows] for one in tensors]
+
+
+def _attention_of(layer: Any, *states: Tensor) -> tuple[nn.Module, Tensor]:
+    """Return the attention module of one of the draft's layers, and what it reads of the layer's states."""
+    reads = layer.attention_input if isinstance(layer, FirstLayer) else layer.input_layernorm
+    return layer.self_attn, reads(*states)

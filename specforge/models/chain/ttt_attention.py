@@ -21,15 +21,14 @@ Q slots for queries and L for keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Self, TypeVar
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from specforge.documents import DocumentLayout, Groups
 from specforge.models.chain.masked_attention import masked_attention
@@ -41,7 +40,6 @@ from specforge.moving import moved
 QUERIES_PER_MASK = 256
 
 KeysAndValues = tuple[Tensor, Tensor]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -190,28 +188,9 @@ class TrainingTimeStep:
         return attended.flatten(1, 2)
 
 
-def run_first(run: Callable[[slice, DraftAttention], T], attention: DraftAttention, rows: int, wanted: int | None) -> T:
-    """Run a layer for its first rows alone, where the others are only attended to.
-
-    Args:
-        run: Runs the layer on some of its rows, by the attention that is given.
-        attention: What the rows see: at step 0 of training, where fewer than all rows are wanted.
-        rows: How many rows there are.
-        wanted: How many of them are wanted; None for all.
-
-    Returns:
-        What ``run`` returns for the first ones.
-    """
-    if wanted is not None and wanted < rows:
-        assert isinstance(attention, TrainingTimeStep) and attention.step == 0
-        with suppress(_KeysTaken):
-            run(slice(wanted, rows), _KeysAlone(attention.test))
-    return run(slice(wanted), attention)
-
-
 @dataclass(frozen=True)
-class _KeysAlone:
-    """Takes the keys and values of rows in a layer, and leaves the layer before anything else is computed."""
+class _KeysOnly:
+    """Remembers keys and values in the place of attending."""
 
     test: TrainingTimeTest
 
@@ -220,11 +199,22 @@ class _KeysAlone:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
         self.test.record_others(layer, key, value)
-        raise _KeysTaken
+        return torch.zeros_like(query)
 
 
-class _KeysTaken(Exception):
-    """What is wanted of a layer has been computed."""
+def record_keys(module: nn.Module, states: Tensor, attention: DraftAttention, **options: Any) -> None:
+    """Give a layer the keys and values of rows that it does not run, before it runs the rows in front of them.
+
+    The attention module is the family's own, so its output projection runs as well, on zeros and without a gradient.
+
+    Args:
+        module: The layer's attention module.
+        states: What it reads of these rows, [1, N - n, H].
+        attention: What the rows in front see: step 0 of training.
+        **options: What the layer passes to the module besides, of these rows.
+    """
+    assert isinstance(attention, TrainingTimeStep) and attention.step == 0
+    module(states, attention_mask=None, draft_attention=_KeysOnly(attention.test), **options)
 
 
 def _own_logits(query: Tensor, keys: list[Tensor]) -> list[Tensor]:
