@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -37,7 +38,7 @@ from specforge.training.optimizers import OptimizerSettings, build_optimizer
 from specforge.training.schedules import ScheduleSettings, build_schedule
 from specforge.training.steps import prepare_steps
 from specforge.training.teacher import FrozenVerifier
-from specforge.training.totals import processes, total
+from specforge.training.totals import begin_total, processes, total
 from specforge.verifier.features import Features
 from specforge.verifier.loading import VerifierLoading, VerifierType
 from specforge.verifier.parts import VerifierParts
@@ -123,6 +124,8 @@ class DraftModule(LightningModule, ABC):
         self.compile_steps = compile
         # Which positions count in all batches of the optimizer step under way; None where it takes only one.
         self._window: Tensor | None = None
+        # Waits for how many of them count in all processes together.
+        self._counted: Callable[[], Tensor] | None = None
         # Loss, sums and counts of its batches so far.
         self._so_far: tuple[Tensor, ...] | None = None
         # States of a batch that were looked at before its step.
@@ -172,6 +175,7 @@ class DraftModule(LightningModule, ABC):
         host, device = HostMasks.of(batch), features.last.device
         alignment = self.alignment(host.masks)
         targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
+        self._counted = begin_total(self._counts(supervised))
         rows = DraftRows.needed(supervised, host.documents)
         drafted = Drafted(self.states(batch, features, rows.to(device)), rows.places(), targets, supervised)
         weights = self.pair_weights(supervised).to(device, non_blocking=True)
@@ -352,7 +356,8 @@ class DraftModule(LightningModule, ABC):
         Args:
             supervised: Which positions count, bool [S, N], on the CPU.
         """
-        counts = total(self._counts(supervised))
+        begun, self._counted = self._counted, None
+        counts = begun() if begun else total(self._counts(supervised))
         decay = self.step_decay ** torch.arange(len(supervised), device=counts.device)
         # Gradients are averaged over the processes, which may hold different numbers of positions.
         return decay * processes() / counts.clamp(min=1)
@@ -362,6 +367,11 @@ class DraftModule(LightningModule, ABC):
         counted = supervised if self._window is None or not self.training else self._window
         counts = counted.sum(1) if self.denominator == "valid" else torch.full((len(counted),), counted.shape[1])
         return moved(counts, self.device)
+
+    def on_train_start(self) -> None:
+        """Let DDP leave the draft's buffers alone, which it would send before every step: none changes them."""
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            self.trainer.model.broadcast_buffers = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Run one batch; Lightning updates the draft with the loss that comes back."""

@@ -333,7 +333,8 @@ class _Run:
             for block in blocks(logits):
                 pairs = chunk.part(block)
                 sums.index_add_(0, pairs.steps, acceptance(self._distributions(logits[block], target, pairs)))
-        return total(sums) / total(self.work.supervised.sum(1)).clamp(min=1)
+        sums, counts = total(torch.stack([sums, self.work.supervised.sum(1).to(sums)]))
+        return sums / counts.clamp(min=1)
 
 
 @dataclass(frozen=True)
