@@ -20,8 +20,8 @@ from specforge.errors import UsageError
 from specforge.hookspecs import CheckpointFormat
 from specforge.models.storage import write_checkpoint
 from specforge.registry import installed
-from specforge.verifier.features import default_aux_layers
 from specforge.verifier.parts import VerifierParts
+from specforge_eagle3.config import default_aux_layers
 
 ROOT = Path(os.environ.get("SPECFORGE_GOLDEN") or Path(__file__).resolve().parents[2] / "../shared/golden").resolve()
 if not ROOT.is_dir():

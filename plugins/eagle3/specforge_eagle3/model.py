@@ -26,8 +26,8 @@ from specforge.models.lean_blocks import make_lean
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.vocabulary import DraftVocabulary, map_faults
 from specforge.proposals import GreedyTokenProposalConfig
-from specforge.verifier.features import Features, default_aux_layers
-from specforge_eagle3.config import Eagle3SpeculatorConfig
+from specforge.verifier.features import Features
+from specforge_eagle3.config import Eagle3SpeculatorConfig, default_aux_layers
 
 # Row t stands at the position of the token that it reads.
 FIRST_POSITION = 1
