@@ -26,7 +26,7 @@ from specforge.models.base_components import norm_scale, rotary_options, single_
 from specforge.models.chain.drafter import FeatureDrafter
 from specforge.models.chain.ttt_attention import record_keys
 from specforge.models.chain.unrolling import run_chain
-from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention, cache_argument, causal_mask
+from specforge.models.draft_attention import DraftAttention, cache_argument
 from specforge.models.draft_rows import DraftRows
 from specforge.models.lean_blocks import make_lean
 from specforge.models.speculator import AttachmentMode, SpeculatorModel
@@ -34,6 +34,7 @@ from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features
 from specforge.verifier.parts import VerifierParts, decoder
 from specforge_eagle.config import EagleSpeculatorConfig
+from specforge_eagle.masked_attention import IMPLEMENTATION, causal_mask
 
 # Row t stands at the position of token t.
 FIRST_POSITION = 0
@@ -407,7 +408,7 @@ class EagleSpeculator(SpeculatorModel):
 
 
 def _drafting(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Copy a layer's configuration for a layer that attends by ``specforge.models.draft_attention``."""
+    """Copy a layer's configuration for a layer that attends by ``specforge_eagle.masked_attention``."""
     config = copy.deepcopy(config)
     config._attn_implementation = IMPLEMENTATION
     if getattr(config, "attn_logit_softcapping", None):
