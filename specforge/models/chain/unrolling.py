@@ -1,4 +1,4 @@
-"""The steps of a chain in training, for networks that predict features: each reads what the one before predicted."""
+"""Training-time test (EAGLE-3) and HASS: each step of a chain reads the features that the one before predicted."""
 
 from __future__ import annotations
 
