@@ -10,14 +10,13 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from specforge.data.packing import window_of
 from specforge.errors import SpecforgeError, UsageError
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 
 
 class PackedSampler(DistributedSampler[int]):

@@ -17,7 +17,8 @@ from specforge.data.features.manifest import FeatureNeeds, Manifest
 from specforge.data.features.reading import read_from
 from specforge.data.features.recording import FeatureRecorder
 from specforge.data.features.store import FeatureStore
-from specforge.data.loader import PackedSampler, ResumableLoader
+from specforge.data.host_masks import HostMasks
+from specforge.data.loader import Batch, PackedSampler, ResumableLoader
 from specforge.data.packing import PackedRows, collate, pack
 from specforge.data.rows.building import build_rows, is_built
 from specforge.data.rows.reading import TokenRows
@@ -233,6 +234,10 @@ class DraftDataModule(LightningDataModule):
             dtype=dtype,
             whole_rows=needs.whole_rows,
         )
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Keep a batch's masks on the CPU as well, before Lightning moves the batch."""
+        return HostMasks.kept(batch)
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the training batches of this rank, shuffled anew each epoch."""

@@ -108,9 +108,10 @@ class Measuring:
         self.template = template
         self.contenders = contenders
         self.settings = settings
-        self.alone = Decoder(verifier, sampling=settings.sampling)
+        self.alone = Decoder(verifier, sampling=settings.sampling, timed=True)
         self.decoders = [
-            Decoder(verifier, one.draft, one.proposal, settings.sampling, settings.verification) for one in contenders
+            Decoder(verifier, one.draft, one.proposal, settings.sampling, settings.verification, timed=True)
+            for one in contenders
         ]
         self._is_warm = False
 

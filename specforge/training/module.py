@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -12,18 +12,20 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from specforge.bounds import Decay
 from specforge.data.features.manifest import FeatureNeeds
+from specforge.data.host_masks import HostMasks
 from specforge.data.module import DraftDataModule
-from specforge.data.packing import window_in
 from specforge.errors import SpecforgeError, UsageError
 from specforge.hookspecs import Objective, Weighting
 from specforge.models.chain.alignment import Alignment, align
 from specforge.models.draft_rows import DraftRows
 from specforge.models.speculator import SpeculatorModel
+from specforge.moving import moved
 from specforge.registry import installed
 from specforge.sampling import Sampling
 from specforge.training.identity import Identity, different_tensors, start_from
@@ -36,12 +38,12 @@ from specforge.training.optimizers import OptimizerSettings, build_optimizer
 from specforge.training.schedules import ScheduleSettings, build_schedule
 from specforge.training.steps import prepare_steps
 from specforge.training.teacher import FrozenVerifier
-from specforge.training.totals import processes, total
+from specforge.training.totals import begin_total, processes, total
 from specforge.verifier.features import Features
 from specforge.verifier.loading import VerifierLoading, VerifierType
 from specforge.verifier.parts import VerifierParts
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Drafted:
 
     Attributes:
         states: Its states at the pairs of row and step that were run, [P, H].
-        places: Index of each row's and step's state, int64 [S, N]; -1 where it was not run.
+        places: Index of each row's and step's state, int64 [S, N]; -1 where it was not run. This and what follows is
+            on the CPU; indices go to a device by ``specforge.moving.moved``.
         targets: Row of the verifier's states that each row and step is compared with, int64 [S, N].
         supervised: Which of them count, bool [S, N].
     """
@@ -121,6 +124,8 @@ class DraftModule(LightningModule, ABC):
         self.compile_steps = compile
         # Which positions count in all batches of the optimizer step under way; None where it takes only one.
         self._window: Tensor | None = None
+        # Waits for how many of them count in all processes together.
+        self._counted: Callable[[], Tensor] | None = None
         # Loss, sums and counts of its batches so far.
         self._so_far: tuple[Tensor, ...] | None = None
         # States of a batch that were looked at before its step.
@@ -167,11 +172,13 @@ class DraftModule(LightningModule, ABC):
             batch: ``input_ids``, ``loss_mask``, ``document_ids`` and ``position_ids``, [B, T] each.
             features: The verifier's states over the batch.
         """
-        alignment = self.alignment(batch)
+        host, device = HostMasks.of(batch), features.last.device
+        alignment = self.alignment(host.masks)
         targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
-        rows = DraftRows.needed(supervised)
-        drafted = Drafted(self.states(batch, features, rows), rows.places(), targets, supervised)
-        weights = self.pair_weights(supervised)
+        self._counted = begin_total(self._counts(supervised))
+        rows = DraftRows.needed(supervised, host.documents)
+        drafted = Drafted(self.states(batch, features, rows.to(device)), rows.places(), targets, supervised)
+        weights = self.pair_weights(supervised).to(device, non_blocking=True)
         outcome = distill(
             self.draft.before_head(drafted.states),
             self.draft.head_weights,
@@ -213,7 +220,7 @@ class DraftModule(LightningModule, ABC):
         """Return the factor of each row and step in the loss, [S, N]: that of its step, unless a plugin says otherwise.
 
         Args:
-            supervised: Which of them count, bool [S, N].
+            supervised: Which of them count, bool [S, N], on the CPU.
         """
         return self.step_weights(supervised)[:, None].expand_as(supervised)
 
@@ -238,7 +245,7 @@ class DraftModule(LightningModule, ABC):
         losses are divided by what all of them count.
 
         Args:
-            batch: ``loss_mask`` and ``document_ids``, [B, T] each.
+            batch: ``loss_mask`` and ``document_ids``, [B, T] each, on the CPU.
         """
         steps = self.num_steps if self.training else self.validation_steps
         return align(batch["loss_mask"], batch["document_ids"], steps)
@@ -319,7 +326,7 @@ class DraftModule(LightningModule, ABC):
 
     def features(self, batch: Batch) -> Features:
         """Return the verifier's states over a batch."""
-        return self.teacher.states(batch, self.aux_layers)
+        return self.teacher.states(batch, self.aux_layers, HostMasks.of(batch).documents)
 
     def features_ahead(self, batch: Batch) -> Features:
         """Return the states of the batch whose step comes next, which takes them over."""
@@ -347,21 +354,32 @@ class DraftModule(LightningModule, ABC):
         that their losses have the mean that one process would find on the same rows in one batch.
 
         Args:
-            supervised: Which positions count, bool [S, N].
+            supervised: Which positions count, bool [S, N], on the CPU.
         """
-        decay = self.step_decay ** torch.arange(len(supervised), device=supervised.device)
-        counted = supervised if self._window is None or not self.training else self._window
-        counts = counted.sum(1) if self.denominator == "valid" else torch.full_like(decay, counted.shape[1])
+        begun, self._counted = self._counted, None
+        counts = begun() if begun else total(self._counts(supervised))
+        decay = self.step_decay ** torch.arange(len(supervised), device=counts.device)
         # Gradients are averaged over the processes, which may hold different numbers of positions.
-        return decay * processes() / total(counts).clamp(min=1)
+        return decay * processes() / counts.clamp(min=1)
+
+    def _counts(self, supervised: Tensor) -> Tensor:
+        """Return what this process adds to the denominator of each step, [S]."""
+        counted = supervised if self._window is None or not self.training else self._window
+        counts = counted.sum(1) if self.denominator == "valid" else torch.full((len(counted),), counted.shape[1])
+        return moved(counts, self.device)
+
+    def on_train_start(self) -> None:
+        """Let DDP leave the draft's buffers alone, which it would send before every step: none changes them."""
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            self.trainer.model.broadcast_buffers = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Run one batch; Lightning updates the draft with the loss that comes back."""
-        window = window_in(batch)
-        self._window = self.alignment(window).supervised.flatten(1) if window else None
+        host = HostMasks.of(batch)
+        self._window = self.alignment(host.window).supervised.flatten(1) if host.window else None
         features, self._ahead = self._ahead or self.features(batch), None
         outcome = self.draft_steps(batch, features)
-        if window and not torch.equal(outcome.supervised, self.alignment(batch).supervised.flatten(1)):
+        if host.window and not torch.equal(outcome.supervised.cpu(), self.alignment(host.masks).supervised.flatten(1)):
             raise SpecforgeError(
                 f"{type(self).__name__} counts other positions than its alignment(batch), which trainer."
                 "accumulate_grad_batches divides by; a plugin that does has to override alignment"

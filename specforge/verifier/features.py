@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from specforge.documents import DocumentLayout
+from specforge.documents import EACH_ROW_ONE_DOCUMENT, DocumentLayout, Groups
 from specforge.errors import UsageError
+from specforge.moving import moved
 from specforge.verifier.diagnosis import reason_of
 from specforge.verifier.finite import check_finite
-from specforge.verifier.packed_attention import document_numbers, documents_of
+from specforge.verifier.packed_attention import attending_to, document_numbers
 from specforge.verifier.parts import VerifierParts, decoder, layers_of
 
 
@@ -39,28 +40,6 @@ class Features:
 
     aux: Tensor
     last: Tensor
-
-
-def default_aux_layers(num_layers: int) -> list[int]:
-    """Return the published choice of aux layers: a low, a middle and a high one.
-
-    Args:
-        num_layers: Number N of the verifier's decoder layers.
-
-    Returns:
-        ``[2, N // 2, N - 3]`` (https://arxiv.org/abs/2503.01840, section 3).
-
-    Raises:
-        UsageError: The verifier has fewer than 7 layers, so that the three are not distinct and ascending.
-    """
-    chosen = [2, num_layers // 2, num_layers - 3]
-    if num_layers < 7:
-        example = sorted({1, num_layers // 2, num_layers - 1})
-        raise UsageError(
-            f"the verifier has {num_layers} decoder layers, so the default aux layers {chosen} are not three distinct "
-            f"ascending ones; choose some of 0..{num_layers}, for example {example}"
-        )
-    return chosen
 
 
 def check_aux_layers(layer_ids: Sequence[int], num_layers: int) -> None:
@@ -80,7 +59,12 @@ def check_aux_layers(layer_ids: Sequence[int], num_layers: int) -> None:
 
 @torch.no_grad()
 def capture(
-    verifier: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, aux_layers: Sequence[int], **options: Any
+    verifier: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    aux_layers: Sequence[int],
+    documents: DocumentLayout | None = None,
+    **options: Any,
 ) -> Features:
     """Run a verifier's decoder and keep the asked-for states; no logits are computed.
 
@@ -92,26 +76,36 @@ def capture(
         position_ids: Positions [B, T]. Where they restart at 0 with each document, no document reads another: families
             that cannot keep documents of a row apart run one a row.
         aux_layers: Ascending layer ids.
-        **options: Passed to the decoder: a cache, an attention mask.
+        documents: Where the documents are, padding left out. By default they begin where positions do not increase by
+            1, and a device waits until that is found.
+        **options: Passed to the decoder: a cache, an attention mask. Rows then see what these say.
 
     Returns:
-        The states, in the verifier's type.
+        The states, in the verifier's type; of padding, any.
     """
-    if not options and not packs(verifier) and _has_several(position_ids):
-        return _captured_apart(verifier, input_ids, position_ids, aux_layers)
-    return _captured(verifier, input_ids, position_ids, aux_layers, **options)
+    if options:
+        return _captured(verifier, input_ids, position_ids, aux_layers, None, **options)
+    if documents is None:
+        documents = DocumentLayout.of(document_numbers(position_ids))
+    if not documents.whole_rows and not packs(verifier):
+        return _captured_apart(verifier, input_ids, position_ids, aux_layers, documents)
+    return _captured(verifier, input_ids, position_ids, aux_layers, documents)
 
 
 def _captured(
-    verifier: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, aux_layers: Sequence[int], **options: Any
+    verifier: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    aux_layers: Sequence[int],
+    documents: DocumentLayout | None,
+    **options: Any,
 ) -> Features:
     """Run rows as they are."""
     body = decoder(verifier)
     layers = decoder_layers(verifier)
     states: dict[int, Tensor] = {}
     wanted = {*aux_layers, len(layers)}
-    # With a cache or a mask, rows see more, or less, than their document.
-    attention = nullcontext() if options else documents_of(position_ids)
+    attention = nullcontext() if documents is None else attending_to(documents, input_ids.device)
     with attention, _recording(layers, wanted, states):
         body(input_ids=input_ids, position_ids=position_ids, **{"use_cache": False, **options})
     last = states[len(layers)]
@@ -121,21 +115,22 @@ def _captured(
 
 
 def _captured_apart(
-    verifier: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, aux_layers: Sequence[int]
+    verifier: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    aux_layers: Sequence[int],
+    documents: DocumentLayout,
 ) -> Features:
     """Run each document as a row of its own, together with others of similar length, and join the states again."""
-    parts, indices = [], []
-    for group in DocumentLayout.of(document_numbers(position_ids)).groups:
-        steps = torch.arange(group.shape[1], device=group.device)
+    groups = moved(Groups.of(documents.groups), input_ids.device)
+    found = []
+    for tokens, positions in zip(*(groups.gather(one.flatten()) for one in (input_ids, position_ids)), strict=True):
         # Padding follows a document, which does not see it.
-        positions = position_ids.flatten()[group[:, :1]] + steps
-        own = _captured(verifier, input_ids.flatten()[group.clamp(min=0)], positions, aux_layers)
-        real = group >= 0
-        parts.append((own.aux[real], own.last[real]))
-        indices.append(group[real])
-    order = torch.cat(indices).argsort()
-    aux, last = (torch.cat(one)[order].unflatten(0, input_ids.shape) for one in zip(*parts, strict=True))
-    return Features(aux, last)
+        going_on = positions[:, :1] + torch.arange(positions.shape[1], device=positions.device)
+        found.append(_captured(verifier, tokens, going_on, aux_layers, EACH_ROW_ONE_DOCUMENT))
+    number = input_ids.numel()
+    aux, last = (groups.scatter(one, number) for one in ([own.aux for own in found], [own.last for own in found]))
+    return Features(aux.unflatten(0, input_ids.shape), last.unflatten(0, input_ids.shape))
 
 
 @torch.no_grad()
@@ -216,13 +211,10 @@ def _keeps_apart(verifier: PreTrainedModel) -> bool:
     tokens = torch.arange(1, 9).remainder(vocabulary)[None].to(verifier.device)
     others = torch.cat([tokens[:, :4].flip(1), tokens[:, 4:]], dim=1)
     positions = torch.arange(4, device=tokens.device).repeat(2)[None]
-    after, after_others = (_captured(verifier, one, positions, [0]).last[:, 4:] for one in (tokens, others))
+    documents = DocumentLayout.of(document_numbers(positions))
+    after, after_others = (_captured(verifier, one, positions, [0], documents).last[:, 4:] for one in (tokens, others))
     check_finite(after, verifier, name_of(verifier))
     return torch.allclose(after, after_others, atol=1e-2 * float(after.abs().max()), rtol=0)
-
-
-def _has_several(position_ids: Tensor) -> bool:
-    return bool((position_ids.diff(dim=1) != 1).any())
 
 
 def name_of(verifier: PreTrainedModel) -> str:

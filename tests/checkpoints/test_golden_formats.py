@@ -20,8 +20,8 @@ from specforge.errors import UsageError
 from specforge.hookspecs import CheckpointFormat
 from specforge.models.storage import write_checkpoint
 from specforge.registry import installed
-from specforge.verifier.features import default_aux_layers
 from specforge.verifier.parts import VerifierParts
+from specforge_eagle3.config import default_aux_layers
 
 ALGORITHMS = {case: json.loads((case / "case.json").read_text())["algorithm"] for case in CASES}
 PAIRS = [

@@ -170,8 +170,8 @@ def test_parts_of_a_step_add_up_by_hand(batch):
     # Nothing flows back into the first input, which is the verifier's.
     fusion = 2 * 2 * places * 2 * width * width
     supervised = align(batch["loss_mask"], batch["document_ids"], 1).supervised.sum().item()
-    # Queries of the other places are computed, and lead nowhere.
-    keys = (places - supervised) * (3 * 2 * 2 * shared + 2 * heads) * width
+    # Queries and outputs of the other rows are computed, and lead nowhere.
+    keys = (places - supervised) * (3 * 2 * 2 * shared + 2 * 2 * heads) * width
     by_hand = 3 * 2 * supervised * layer + keys + fusion
     # Attention is two products, and five backwards, at the supervised places alone.
     assert by_hand < cost.flops[LAYERS] < by_hand + 3.5 * scores

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from specforge.documents import DocumentLayout
 from specforge.models.draft_rows import DraftRows
 from specforge.training.losses.distillation import DraftSteps
 from specforge.training.module import DraftModule
@@ -88,9 +89,9 @@ def test_rows_that_no_step_needs_are_not_run_and_nothing_changes(
         return module, outcome, ran
 
     trimmed, ours, ran = run()
-    needed = DraftRows.needed(ours.supervised).counts
+    needed = DraftRows.needed(ours.supervised, DocumentLayout.of(BATCH["document_ids"])).counts
     assert ran == list(needed) and sum(needed) < ours.supervised.numel() * 0.7
-    monkeypatch.setattr(DraftRows, "needed", lambda supervised: DraftRows.all(*supervised.shape, torch.device("cpu")))
+    monkeypatch.setattr(DraftRows, "needed", lambda supervised, documents: DraftRows.all(*supervised.shape, documents))
     whole, reference, ran = run()
     assert ran == [32] * STEPS
     torch.testing.assert_close(ours.loss, reference.loss)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from specforge.errors import UsageError
-from specforge.verifier.features import capture, check_aux_layers, check_documents, default_aux_layers, packs
+from specforge.verifier.features import capture, check_aux_layers, check_documents, packs
 from specforge.verifier.parts import decoder
 
 FAMILIES = ["llama", "llama-tied", "qwen3", "gemma2", "gemma3", "gemma3-images"]
@@ -94,20 +94,6 @@ def test_only_ascending_layers_in_bounds_are_allowed(number: int, layers: list[i
     else:
         with pytest.raises(UsageError, match=rf"0\.\.{number}"):
             check_aux_layers(layers, number)
-
-
-@pytest.mark.parametrize("number", [7, 8, 9, 12, 27, 80])
-def test_default_layers(number: int) -> None:
-    assert default_aux_layers(number) == [2, number // 2, number - 3]
-    check_aux_layers(default_aux_layers(number), number)
-
-
-@pytest.mark.parametrize("number", [3, 4, 5, 6])
-def test_too_few_layers_for_the_default_are_refused_with_an_example_that_works(number: int) -> None:
-    with pytest.raises(UsageError, match=f"has {number} decoder layers") as caught:
-        default_aux_layers(number)
-    example = str(caught.value).rpartition("[")[2].rstrip("]")
-    check_aux_layers([int(one) for one in example.split(",")], number)
 
 
 def test_documents_that_would_read_each_other_run_apart(tiny_verifiers: Mapping[str, Any]) -> None:

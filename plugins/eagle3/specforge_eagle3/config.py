@@ -95,3 +95,25 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
                 f"{self.target_vocab_size} tokens"
             )
         return self
+
+
+def default_aux_layers(num_layers: int) -> list[int]:
+    """Return the published choice of aux layers: a low, a middle and a high one.
+
+    Args:
+        num_layers: Number N of the verifier's decoder layers.
+
+    Returns:
+        ``[2, N // 2, N - 3]`` (https://arxiv.org/abs/2503.01840, section 3).
+
+    Raises:
+        UsageError: The verifier has fewer than 7 layers, so that the three are not distinct and ascending.
+    """
+    chosen = [2, num_layers // 2, num_layers - 3]
+    if num_layers < 7:
+        example = sorted({1, num_layers // 2, num_layers - 1})
+        raise UsageError(
+            f"the verifier has {num_layers} decoder layers, so the default aux layers {chosen} are not three distinct "
+            f"ascending ones; choose some of 0..{num_layers}, for example {example}"
+        )
+    return chosen

@@ -19,8 +19,7 @@ from specforge.config import SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.proposals import GreedyTokenProposalConfig
-from specforge.verifier.features import default_aux_layers
-from specforge_eagle3.config import Eagle3SpeculatorConfig
+from specforge_eagle3.config import Eagle3SpeculatorConfig, default_aux_layers
 from specforge_eagle3.model import NO_LATENT_ATTENTION, Eagle3DraftModel
 from specforge_eagle3.rules import EMBEDDINGS, LAYER_IDS, layer_id_faults, tensor_faults
 

@@ -21,8 +21,9 @@ from specforge.training.losses.comparison import Term
 from specforge.training.losses.objectives import Distributions
 from specforge.training.module import Batch
 from specforge.training.saying import say
-from specforge.verifier.features import Features, check_aux_layers, default_aux_layers
+from specforge.verifier.features import Features, check_aux_layers
 from specforge.verifier.parts import VerifierParts
+from specforge_eagle3.config import default_aux_layers
 from specforge_eagle3.model import Eagle3DraftModel
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from torch import Tensor
 
 from specforge.training.callbacks.board.hyperparameters import log_results
 from specforge.training.callbacks.stopping import StopRequest
@@ -79,6 +81,10 @@ class LastCheckpoint(Checkpoint):
         if self._leaving:
             self._leave(trainer, self._leaving)
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Ask all processes for signals; they have answered when the step ends."""
+        self._stop.ask()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -86,12 +92,12 @@ class LastCheckpoint(Checkpoint):
         # What is saved before a validation goes on behind it, and the best draft would be chosen without it.
         loop = trainer.fit_loop
         if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
-            self._save_if_it_is_time(trainer)
+            self._save_if_it_is_time(trainer, self._stop.answer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after a validation in the middle of an epoch, for the step before it."""
         if not trainer.sanity_checking:
-            self._save_if_it_is_time(trainer)
+            self._save_if_it_is_time(trainer, self._stop.agreed)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after each epoch; where the run ends inside one, its last step has been saved already."""
@@ -99,7 +105,7 @@ class LastCheckpoint(Checkpoint):
             self._epoch_is_over = True
             self._save(trainer)
             self._epoch_is_over = False
-        if number := self._stop.agreed(trainer):
+        if number := self._stop.agreed():
             self._leave(trainer, number)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -109,12 +115,12 @@ class LastCheckpoint(Checkpoint):
             for scope in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
                 scope["completed"] = scope["processed"]
 
-    def _save_if_it_is_time(self, trainer: Trainer) -> None:
+    def _save_if_it_is_time(self, trainer: Trainer, signal_received: Callable[[], int]) -> None:
         # Between optimizer steps there are gradients that a checkpoint does not hold.
         between_steps = trainer.global_step == self._saved_step or trainer.fit_loop._should_accumulate()
         if between_steps or _epoch_is_complete(trainer):  # the whole epoch is saved when it has ended
             return
-        self._leaving = self._stop.agreed(trainer)
+        self._leaving = signal_received()
         is_last_step = trainer.global_step == trainer.max_steps or _stops_early(trainer)
         if self._leaving or is_last_step or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)

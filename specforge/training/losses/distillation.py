@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specforge.decoding.recorded import acceptance_of_drawn, draft_places, label_log_probs
 from specforge.models.speculator import unchanged
+from specforge.moving import moved
 from specforge.sampling import Sampling
 from specforge.training.losses.chunks import Chunk, blocks, chunks
 from specforge.training.losses.comparison import (
@@ -108,38 +109,42 @@ def distill(
         hidden: What the draft's head reads, [S, N, H]; with ``places``, of the pairs that were run, [P, H].
         head: The draft's head, [D, H]; or one for each of the S steps.
         teacher: The verifier's side.
-        targets: Row of ``teacher.last`` that each row and step is compared with, int64 [S, N].
-        supervised: Which rows count, bool [S, N].
+        targets: Row of ``teacher.last`` that each row and step is compared with, int64 [S, N], on the CPU.
+        supervised: Which rows count, bool [S, N], on the CPU.
         terms: The summands of the objective.
         weights: Factor of each row and step in the loss, [S, N].
         labels: What the text goes on with; None where decoding is not replayed.
         finish: What is done to the draft's logits after its head.
-        places: Index in ``hidden`` of each row's and step's state, int64 [S, N]; None where every pair has one.
+        places: Index in ``hidden`` of each row's and step's state, int64 [S, N], on the CPU; None where every pair
+            has one.
         compiled: Whether torch.compile fuses what is done with the logits; takes a while at the first call.
         weighting: A further factor of each pair, which depends on its whole chain; None for none.
     """
     if places is None:
         hidden = hidden.flatten(0, 1)
-        places = torch.arange(len(hidden), device=hidden.device).view_as(supervised)
+        places = torch.arange(len(hidden)).view_as(supervised)
+    heads = [head] if isinstance(head, Tensor) else list(head)
+    verifier_size = teacher.parts.lm_head.weight.shape[0]
     work = _Work(
-        *(teacher, places, targets, supervised, terms, weights, labels, finish),
+        teacher,
+        chunks(supervised, targets, places, verifier_size, len(heads[0]), hidden.device),
+        moved(supervised, hidden.device),
+        *(terms, weights, labels, finish),
         weighting=weighting,
         compare=compiled_compare() if compiled else compare,
     )
-    heads = [head] if isinstance(head, Tensor) else list(head)
     if not torch.is_grad_enabled():
         # Without this, a head that is trained would ask for its gradient in validation too.
         hidden, heads = hidden.detach(), [one.detach() for one in heads]
     loss, sums, *by_row = _Distill.apply(hidden, work, *heads)
     names = [term.name for term in terms]
-    return DraftSteps(loss, dict(zip(names, sums, strict=True)), supervised, *by_row)
+    return DraftSteps(loss, dict(zip(names, sums, strict=True)), work.supervised, *by_row)
 
 
 @dataclass(frozen=True)
 class _Work:
     teacher: Teacher
-    places: Tensor
-    targets: Tensor
+    chunks: list[Chunk]
     supervised: Tensor
     terms: list[Term]
     weights: Tensor
@@ -148,10 +153,10 @@ class _Work:
     weighting: ChainWeighting | None
     compare: Callable[..., Compared]
 
-    def chunks(self, draft_size: int) -> Iterator[tuple[Chunk, _Target]]:
-        """Yield the pairs that count in chunks, and the verifier's distributions at their targets, each formed once."""
-        verifier_size, target = self.teacher.parts.lm_head.weight.shape[0], None
-        for chunk in chunks(self.supervised, self.targets, self.places, verifier_size, draft_size):
+    def compared(self) -> Iterator[tuple[Chunk, _Target]]:
+        """Yield the chunks, and the verifier's distributions at their targets, each formed once."""
+        target = None
+        for chunk in self.chunks:
             target = _tail(target, chunk.shared) if target and chunk.shared else None
             fresh = self._target(chunk.targets[chunk.shared :])
             target = _combined(torch.cat, target, fresh) if target else fresh
@@ -179,7 +184,7 @@ class _Distill(torch.autograd.Function):
         compute_type = _compute_type(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             run = _Run(hidden, heads, work, compute_type, ctx.needs_input_grad[0], ctx.needs_input_grad[2])
-            for chunk, target in work.chunks(len(heads[0])):
+            for chunk, target in work.compared():
                 run.add(chunk, target)
         ctx.gradients = run.hidden_gradient, run.head_gradients
         others = run.sums, run.acceptance, run.agreement, run.matches, run.drawn
@@ -323,12 +328,13 @@ class _Run:
     def _mean_acceptance(self) -> Tensor:
         """Mean acceptance of each step over the batches of all processes, [S], by a pass without gradients."""
         sums = torch.zeros_like(self.sums[0])
-        for chunk, target in self.work.chunks(len(self.heads[0])):
+        for chunk, target in self.work.compared():
             logits = self._logits(self.hidden[chunk.places].to(self.heads[0].dtype), chunk)
             for block in blocks(logits):
                 pairs = chunk.part(block)
                 sums.index_add_(0, pairs.steps, acceptance(self._distributions(logits[block], target, pairs)))
-        return total(sums) / total(self.work.supervised.sum(1)).clamp(min=1)
+        sums, counts = total(torch.stack([sums, self.work.supervised.sum(1).to(sums)]))
+        return sums / counts.clamp(min=1)
 
 
 @dataclass(frozen=True)
