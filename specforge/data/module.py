@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -28,9 +28,22 @@ from specforge.data.text.verifier import VerifierText
 from specforge.errors import UsageError
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
     from transformers import PreTrainedTokenizerBase
 
 LIVE, RECORD = "live", "record"
+
+
+def data_of(trainer: Trainer) -> DraftDataModule:
+    """Return the data that a trainer was given.
+
+    Raises:
+        UsageError: It was given loaders, which know neither rows nor vocabulary.
+    """
+    data = getattr(trainer, "datamodule", None)  # an attribute that Lightning sets and does not declare
+    if data is None:
+        raise UsageError("a draft is trained on a DraftDataModule: trainer.fit(module, datamodule=data)")
+    return cast(DraftDataModule, data)
 
 
 class DraftDataModule(LightningDataModule):

@@ -98,7 +98,8 @@ class Sums(Metric):
         def move(state: Tensor) -> Tensor:
             return state.to(fn(state).device)
 
-        return super()._apply(move, exclude_state)
+        super()._apply(move, exclude_state)
+        return self
 
 
 class AcceptanceLength(Sums):

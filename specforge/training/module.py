@@ -11,13 +11,14 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from specforge.bounds import Decay
 from specforge.data.features.manifest import FeatureNeeds
-from specforge.data.module import DraftDataModule
+from specforge.data.module import DraftDataModule, data_of
 from specforge.data.packing import window_in
 from specforge.errors import SpecforgeError, UsageError
 from specforge.hookspecs import Objective, Weighting
@@ -264,8 +265,8 @@ class DraftModule(LightningModule, ABC):
             return
         # Lightning makes the run's device the default one in here; what is read and counted belongs on the CPU.
         with torch.device("cpu"):
-            data: DraftDataModule = self.trainer.datamodule
-            all_stored = data.use_features(self.feature_needs, self.trainer.state.fn)
+            data = data_of(self.trainer)
+            all_stored = data.use_features(self.feature_needs, self.trainer.state.fn or "fit")
             self.teacher.recorder = data.recorder
             device, whole = self.trainer.strategy.root_device, self.runs_verifier or not all_stored
             self.teacher.load(device, whole, data.packing)
@@ -289,7 +290,7 @@ class DraftModule(LightningModule, ABC):
     @cached_property
     def means(self) -> dict[str, StageMetrics]:
         """The metrics of ``val`` and ``test``; once the data are set up."""
-        data: DraftDataModule = self.trainer.datamodule
+        data = data_of(self.trainer)
         verifier = self.feature_needs.fingerprint
         terms = list(self.term_weights)
         return {
@@ -403,9 +404,9 @@ class DraftModule(LightningModule, ABC):
         loss, counts, flat = every.split([1, counts.numel(), sums.numel()])
         return loss[0], flat.view_as(sums), counts
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> DraftSteps:
-        """Add a batch to the validation metrics; callbacks get what the draft did."""
-        return self._measure(batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, DraftSteps]:
+        """Add a batch to the validation metrics; callbacks get what the draft did, as ``draft_steps``."""
+        return {"draft_steps": self._measure(batch)}
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
@@ -461,7 +462,7 @@ class DraftModule(LightningModule, ABC):
                 f"{self.optimizer_settings.name!r}; go on with the same one"
             )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Create the optimizer and the schedule of the run."""
         optimizer = build_optimizer(self.draft, self.optimizer_settings)
         schedule = self.build_schedule(optimizer, self.length.steps)

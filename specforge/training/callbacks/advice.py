@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from specforge.data.module import DraftDataModule
+from specforge.data.module import DraftDataModule, data_of
 from specforge.data.rows.coverage import coverage_by_size
 from specforge.training.callbacks.board.acceptance import accept_rates
 from specforge.training.module import DraftModule
@@ -173,7 +173,7 @@ class Advice(Callback):
         self._say_once("overfitting", overfitting(self._validations, trainer.current_epoch == 0))
         draft_ids, rates = module.draft.draft_ids, accept_rates(trainer, module, "pos")
         if draft_ids is not None:
-            self._say_once("vocabulary", _of_vocabulary(draft_ids.cpu(), rates, trainer.datamodule))
+            self._say_once("vocabulary", _of_vocabulary(draft_ids.cpu(), rates, data_of(trainer)))
 
     @rank_zero_only
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

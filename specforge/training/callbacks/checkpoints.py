@@ -85,6 +85,7 @@ class LastCheckpoint(Checkpoint):
         """Save when it is time, or when a signal asks to stop; where a validation follows the step, after that."""
         # What is saved before a validation goes on behind it, and the best draft would be chosen without it.
         loop = trainer.fit_loop
+        assert loop._data_fetcher is not None
         if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
             self._save_if_it_is_time(trainer)
 

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.utilities import rank_zero_only
 
+from specforge.data.module import data_of
 from specforge.training.callbacks.board.acceptance import accept_rates
 from specforge.training.module import DraftModule
 from specforge.training.saying import say
@@ -45,7 +46,7 @@ class Summary(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the summaries of data, draft and run."""
         module = cast(DraftModule, pl_module)
-        say(trainer.datamodule.summary_text())
+        say(data_of(trainer).summary_text())
         say(module.summary_text())
         say(str(module.length))
         say(f"run: {self.run or 'nothing of it is stored'}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from specforge.config import flat
+from specforge.data.module import data_of
 from specforge.training.saying import say
 
 _UNSAID = ("output_dir", "run_name", "ckpt_path")  # where things are
@@ -62,7 +63,7 @@ class BatchNumbers(Callback):
             UsageError: The checkpoint stands where no batch begins.
         """
         loops = checkpoint["loops"]["fit_loop"]
-        loader = trainer.datamodule.train_dataloader()
+        loader = data_of(trainer).train_dataloader()
         for state in filter(None, loops["state_dict"]["combined_loader"]):
             progress = loops["epoch_loop.batch_progress"]
             current, total = progress["current"], progress["total"]
@@ -95,7 +96,7 @@ class ResumedSettings(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what differs, and give optimizer and schedule their settings of now."""
-        self._settings["tokenizer"] = trainer.datamodule.tokenizer_digest  # and chat template
+        self._settings["tokenizer"] = data_of(trainer).tokenizer_digest  # and chat template
         if self._stored is None:
             return
         stored, self._stored = self._stored, None

@@ -59,7 +59,7 @@ def accept_rates(trainer: Trainer, pl_module: LightningModule, kind: Literal["po
     """
     suffix = cast(DraftModule, pl_module).means["val"].suffix
     rates = (trainer.callback_metrics.get(f"val/accept_rate_{kind}_{position}{suffix}") for position in count(1))
-    return [float(one) for one in takewhile(lambda one: one is not None, rates)]
+    return [float(one) for one in takewhile(lambda one: one is not None, rates) if one is not None]
 
 
 def draw_acceptance(curves: list[Curve]) -> npt.NDArray[np.uint8]:

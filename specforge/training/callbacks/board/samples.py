@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from specforge.data.module import data_of
 from specforge.data.text.showing import stretches
 from specforge.decoding.replay import turns_of
 from specforge.errors import UsageError
@@ -70,7 +71,7 @@ class SampleTexts(Callback):
         """Find the tokenizer; where rows hold tokens there need not be one, and nothing is shown."""
         if writers(trainer):
             try:
-                self._tokenizer = trainer.datamodule.tokenizer
+                self._tokenizer = data_of(trainer).tokenizer
             except UsageError:
                 self._tokenizer = None
 
@@ -82,7 +83,7 @@ class SampleTexts(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: DraftSteps | None,
+        outputs: Any,
         batch: Mapping[str, Tensor],
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -90,7 +91,7 @@ class SampleTexts(Callback):
         """Show the texts of the batch, as long as some are missing."""
         if self._tokenizer is None or outputs is None or trainer.sanity_checking or self._shown == SAMPLES:
             return
-        for sample in samples_of(batch, outputs, SAMPLES - self._shown):
+        for sample in samples_of(batch, outputs["draft_steps"], SAMPLES - self._shown):
             text = to_markdown(sample, self._tokenizer)
             for writer in writers(trainer):
                 writer.add_text(f"val/sample_{self._shown}", text, trainer.global_step)
