@@ -25,6 +25,7 @@ from specforge.hookspecs import Objective, Weighting
 from specforge.models.chain.alignment import Alignment, align
 from specforge.models.draft_rows import DraftRows
 from specforge.models.speculator import SpeculatorModel
+from specforge.private.lightning import is_accumulating
 from specforge.registry import installed
 from specforge.sampling import Sampling
 from specforge.training.identity import Identity, different_tensors, start_from
@@ -393,7 +394,7 @@ class DraftModule(LightningModule, ABC):
         """Add up the figures of the batches of an optimizer step, as far as it has come."""
         if self._so_far is not None:
             figures = tuple(before + one for before, one in zip(self._so_far, figures, strict=True))
-        self._so_far = figures if self.trainer.fit_loop._should_accumulate() else None
+        self._so_far = figures if is_accumulating(self.trainer) else None
         return figures
 
     def _over_processes(self, outcome: DraftSteps) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,6 +30,7 @@ from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention, cac
 from specforge.models.draft_rows import DraftRows
 from specforge.models.lean_blocks import make_lean
 from specforge.models.speculator import AttachmentMode, SpeculatorModel
+from specforge.private.transformers import set_attention
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features
 from specforge.verifier.parts import VerifierParts, decoder
@@ -400,7 +401,7 @@ class EagleSpeculator(SpeculatorModel):
 def _drafting(config: PreTrainedConfig) -> PreTrainedConfig:
     """Copy a layer's configuration for a layer that attends by ``specforge.models.draft_attention``."""
     config = copy.deepcopy(config)
-    config._attn_implementation = IMPLEMENTATION
+    set_attention(config, IMPLEMENTATION)
     if getattr(config, "attn_logit_softcapping", None):
         # No fused attention caps its logits, and a draft learns without.
         config.attn_logit_softcapping = None

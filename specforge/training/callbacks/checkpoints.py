@@ -10,6 +10,7 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
+from specforge.private.lightning import cluster_environment, is_accumulating, may_stop_early, validation_follows
 from specforge.training.callbacks.board.hyperparameters import log_results
 from specforge.training.callbacks.stopping import StopRequest
 from specforge.training.module import DraftModule
@@ -84,9 +85,7 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Save when it is time, or when a signal asks to stop; where a validation follows the step, after that."""
         # What is saved before a validation goes on behind it, and the best draft would be chosen without it.
-        loop = trainer.fit_loop
-        assert loop._data_fetcher is not None
-        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+        if not validation_follows(trainer):
             self._save_if_it_is_time(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,7 +111,7 @@ class LastCheckpoint(Checkpoint):
 
     def _save_if_it_is_time(self, trainer: Trainer) -> None:
         # Between optimizer steps there are gradients that a checkpoint does not hold.
-        between_steps = trainer.global_step == self._saved_step or trainer.fit_loop._should_accumulate()
+        between_steps = trainer.global_step == self._saved_step or is_accumulating(trainer)
         if between_steps or _epoch_is_complete(trainer):  # the whole epoch is saved when it has ended
             return
         self._leaving = self._stop.agreed(trainer)
@@ -126,8 +125,7 @@ class LastCheckpoint(Checkpoint):
 
     def _leave(self, trainer: Trainer, number: int) -> None:
         why = "Interrupted" if number == signal.SIGINT else f"Stopped by {signal.Signals(number).name}"
-        environment = trainer._accelerator_connector.cluster_environment
-        launched = trainer.world_size > 1 and environment.creates_processes_externally
+        launched = trainer.world_size > 1 and cluster_environment(trainer).creates_processes_externally
         how = ", under the same launcher" if launched else ""
         say(
             f"\n{why} at step {trainer.global_step}; everything up to it is saved in "
@@ -148,7 +146,7 @@ def best_checkpoint(trainer: Trainer) -> BestCheckpoint:
 
 def _stops_early(trainer: Trainer) -> bool:
     """Tell whether ``max_time`` is over, or a callback has asked to stop, and the trainer will do so."""
-    return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
+    return bool(trainer.should_stop and may_stop_early(trainer))
 
 
 def _epoch_is_complete(trainer: Trainer) -> bool:

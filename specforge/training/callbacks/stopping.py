@@ -13,6 +13,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
+from specforge.private.lightning import cluster_environment
+
 
 class StopRequest:
     """Whether a signal has asked to stop; all processes of a run come to know of it at the same step."""
@@ -31,7 +33,7 @@ class StopRequest:
         self._received, self._process = 0, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             return
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_environment(trainer)
         asked = environment.requeue_signal if isinstance(environment, SLURMEnvironment) else None
         for number in {signal.SIGINT, signal.SIGTERM, asked or signal.SIGUSR1}:
             signal.signal(number, self._on_signal)

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from pydantic import ValidationError
 
 from specforge.errors import UsageError, nearest_name
+from specforge.private.argparse import actions, type_of
 from specforge.training.cli.config_files import config_files, read_yaml
 from specforge.training.cli.precision import check_precision
 from specforge.training.cli.trainer_values import check_trainer
@@ -134,7 +135,7 @@ def check_values(config: Namespace, parser: ArgumentParser, arguments: list[str]
         UsageError: With the key, the value and what is allowed.
     """
     # The parser takes null for any key of a file, whatever its type.
-    for action in parser._actions:
+    for action in actions(parser):
         key, default = action.dest, action.default
         if default not in (None, SUPPRESS) and config.get(key, default) is None and not _may_be_null(action):
             raise UsageError(f"{key}: {_no_null(default)}{_place(key, arguments)}")
@@ -149,11 +150,11 @@ def check_values(config: Namespace, parser: ArgumentParser, arguments: list[str]
 
 def known_keys(parser: ArgumentParser) -> list[str]:
     """Return the paths of all keys that a configuration may hold."""
-    return [one.dest for one in parser._actions if one.dest not in ("help", "config", "print_config", "print_shtab")]
+    return [one.dest for one in actions(parser) if one.dest not in ("help", "config", "print_config", "print_shtab")]
 
 
 def _groups(parser: ArgumentParser) -> list[Action]:
-    return [action for action in parser._actions if hasattr(action, "basetype")]
+    return [action for action in actions(parser) if hasattr(action, "basetype")]
 
 
 def _value(values: Any, key: str) -> Any:
@@ -166,18 +167,18 @@ def _value(values: Any, key: str) -> Any:
 
 def _as_typed(name: str, parser: ArgumentParser) -> str:
     """Name an option as it is typed, and what has a place of its own as the usage names it."""
-    action = next((one for one in parser._actions if one.dest == name), None)
+    action = next((one for one in actions(parser) if one.dest == name), None)
     if action is None:
         return name
     return action.option_strings[0] if action.option_strings else str(action.metavar or name)
 
 
 def _may_be_null(action: Action) -> bool:
-    return type(None) in get_args(getattr(action, "_typehint", None))
+    return type(None) in get_args(type_of(action))
 
 
 def _default_of(key: str, parser: ArgumentParser) -> Any:
-    return next((action.default for action in parser._actions if action.dest == key), None)
+    return next((action.default for action in actions(parser) if action.dest == key), None)
 
 
 def _no_null(default: Any) -> str:

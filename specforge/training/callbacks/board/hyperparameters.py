@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
 from specforge.config import flat
+from specforge.private.torch import add_summary
 from specforge.training.callbacks.board.writers import writers
 from specforge.training.module import DraftModule
 
@@ -52,14 +53,14 @@ class Hyperparameters(Callback):
             if not isinstance(logger, TensorBoardLogger):  # which would add a result that nobody measured
                 logger.log_hyperparams(self._settings)
         for writer in writers(trainer):
-            writer._get_file_writer().add_summary(self._start)
+            add_summary(writer, self._start)
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last results, and that the run is over."""
         log_results("final", trainer, pl_module)
         for writer in writers(trainer):
-            writer._get_file_writer().add_summary(self._end)
+            add_summary(writer, self._end)
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
