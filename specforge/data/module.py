@@ -26,6 +26,7 @@ from specforge.data.text.encoding import RowEncoder
 from specforge.data.text.sources import check_source
 from specforge.data.text.verifier import VerifierText
 from specforge.errors import UsageError
+from specforge.private.lightning import make_loadable
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -101,6 +102,8 @@ class DraftDataModule(LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
+        make_loadable(self.hparams)
         self._sources = {"train": train, "validation": validation, "test": test}
         for split, source in self._sources.items():
             if source is not None:

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.plugins.environments import ClusterEnvironment
     from lightning.pytorch.strategies import ModelParallelStrategy
+
+# As Lightning's command line notes it: from plain values, jsonargparse makes what the constructor is typed to take.
+_INSTANTIATOR = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+
+
+def make_loadable(hparams: MutableMapping[str, Any]) -> None:
+    """Make hyperparameters plain values, which checkpoints can store and ``load_from_checkpoint`` turns back.
+
+    What has no plain form is left out, and has to be given to ``load_from_checkpoint``.
+
+    Args:
+        hparams: What ``save_hyperparameters`` has kept; is changed.
+    """
+    for name, value in list(hparams.items()):
+        try:
+            hparams[name] = to_jsonable_python(value)
+        except PydanticSerializationError:
+            del hparams[name]
+    hparams.update(_INSTANTIATOR)
+
+
+def has_trainer(module: LightningModule) -> bool:
+    """Return whether a module is attached to a trainer; asking for it raises an error if not."""
+    return module._trainer is not None
 
 
 def validation_follows(trainer: Trainer) -> bool:

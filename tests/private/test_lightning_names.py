@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
+from pydantic import BaseModel
 
 from specforge.private import lightning as private
 
@@ -42,6 +43,29 @@ def test_what_follows_a_training_batch(tmp_path):
         "accumulating": [True, False] * 3,
         "early": [False, False, False, True, True, True],
     }
+
+
+class Settings(BaseModel):
+    rates: tuple[float, ...] = (0.5,)
+
+
+class Settled(BoringModel):
+    def __init__(self, settings: Settings, folder: Path, other: object = None) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        private.make_loadable(self.hparams)
+        self.settings, self.folder, self.other = settings, folder, other
+
+
+def test_a_module_is_built_again_from_plain_values(tmp_path):
+    module = Settled(Settings(rates=(1.0, 2.0)), tmp_path, other=object())
+    assert not private.has_trainer(module)
+    trainer = a_trainer(tmp_path, max_steps=0)
+    trainer.fit(module)
+    assert private.has_trainer(module)
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    again = Settled.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
+    assert (again.settings, again.folder, again.other) == (module.settings, tmp_path, None)
 
 
 def test_what_launched_the_processes(tmp_path):

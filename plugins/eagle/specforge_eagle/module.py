@@ -127,10 +127,9 @@ class EagleModule(DraftModule):
         draft.borrow_weights()
         return draft
 
-    def configure_model(self) -> None:
-        """Create the draft; where it is to read scaled inputs, after it has been given stored weights."""
-        super().configure_model()
-        if self.settings.feature_scale != "none" and not isinstance(self.draft.fusion_fc, ScaledLinear):
+    def adapt_draft(self) -> None:
+        """Have the draft read scaled inputs, unless that is off."""
+        if self.settings.feature_scale != "none":
             self.draft.fusion_fc = ScaledLinear.of(self.draft.fusion_fc)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -143,7 +142,11 @@ class EagleModule(DraftModule):
             embedded = F.rms_norm(embedded, embedded.shape[-1:])
         states = torch.stack([embedded, feature.to(embedded.dtype)], dim=-2)[0, read_of_first_row(batch)]
         fit_scale(
-            self.draft.fusion_fc, self.settings.feature_scale, states, INPUTS, keep_function=self.init_from is not None
+            self.draft.fusion_fc,
+            self.settings.feature_scale,
+            states,
+            INPUTS,
+            keep_function=self.starts_from is not None,
         )
 
     def alignment(self, batch: Batch) -> Alignment:

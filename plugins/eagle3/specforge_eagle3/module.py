@@ -143,11 +143,9 @@ class Eagle3Module(DraftModule):
         draft.lm_head.requires_grad_(settings.train_head)
         return draft
 
-    def configure_model(self) -> None:
-        """Create the draft; where it is to read scaled features, after it has been given stored weights."""
-        super().configure_model()
-        is_scaled = self.settings.feature_scale != "none" and not self.settings.norms_features
-        if is_scaled and not isinstance(self.draft.fc, ScaledLinear):
+    def adapt_draft(self) -> None:
+        """Have the draft read scaled features, unless that is off or a norm scales them."""
+        if self.settings.feature_scale != "none" and not self.settings.norms_features:
             self.draft.fc = ScaledLinear.of(self.draft.fc)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -156,7 +154,7 @@ class Eagle3Module(DraftModule):
             return
         if isinstance(self.draft.fc, ScaledLinear):
             states = self.features_ahead(batch).aux[0, read_of_first_row(batch)]
-            fit_scale(self.draft.fc, self.settings.feature_scale, states, self._inputs, self.init_from is not None)
+            fit_scale(self.draft.fc, self.settings.feature_scale, states, self._inputs, self.starts_from is not None)
         if not self.compile_steps:
             self._say_what_is_added()
 

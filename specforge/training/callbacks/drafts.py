@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from specforge.models.scaled_linear import folded
 from specforge.models.speculator import SpeculatorModel
 from specforge.training.callbacks.board.writers import writers
 from specforge.training.callbacks.checkpoints import best_checkpoint, checkpoint_folder, command
+from specforge.training.identity import draft_weights
 from specforge.training.module import DraftModule
 from specforge.training.runs import check_checkpoint
 from specforge.training.saying import say
@@ -38,7 +38,7 @@ class DraftWriter(Callback):
         run = checkpoint_folder(trainer).parent
         next_steps = [f"look at it   tensorboard --logdir {run.parent}"] if writers(trainer) else []
         if best.best_model_path and best.best_model_score is not None:
-            draft = draft_of_checkpoint(Path(best.best_model_path), module.draft)
+            draft = _best_draft(Path(best.best_model_path), module.draft)
             which = f"the best draft ({best.monitor} {float(best.best_model_score):.3f})"
             next_steps.append(f"measure it   {command('validate', self.arguments, 'best')}")
         else:
@@ -57,15 +57,7 @@ class DraftWriter(Callback):
         say("\n  ".join([f"\nDone: {run / 'draft'} holds {which}.", *next_steps]))
 
 
-def draft_of_checkpoint(path: Path, like: SpeculatorModel) -> SpeculatorModel:
-    """Build the draft that a training checkpoint holds.
-
-    Args:
-        path: A ``.ckpt`` file of a run.
-        like: A draft of the same configuration.
-    """
+def _best_draft(path: Path, last: SpeculatorModel) -> SpeculatorModel:
     check_checkpoint(path)
-    saved = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    prefix = "draft."
-    state = {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
-    return type(like).from_state(like.config, folded(state), where=str(path))
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    return type(last).from_state(last.config, draft_weights(checkpoint), where=str(path))
