@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Timer
 
 from specforge.data.module import data_of
 from specforge.errors import UsageError
+from specforge.training.attached import callbacks_of
 
 NEEDS_AN_END = (
     "set trainer.max_steps or trainer.max_epochs: the learning-rate schedule spans the whole run, so it needs to know "
@@ -108,6 +109,7 @@ def _check_validation(trainer: Trainer, batches: int) -> None:
 
 
 def _duration(trainer: Trainer) -> str:
-    timers = (one for one in trainer.callbacks if isinstance(one, Timer))  # type: ignore[attr-defined]
-    seconds = [left for one in timers if (left := one.time_remaining()) is not None]  # all of it, before the start
+    seconds = [
+        left for one in callbacks_of(trainer, Timer) if (left := one.time_remaining()) is not None
+    ]  # all of it, before the start
     return str(timedelta(seconds=min(seconds))) if seconds else ""

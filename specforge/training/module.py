@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -299,6 +299,13 @@ class DraftModule(LightningModule, ABC):
         """
         self.draft = self.build_draft(self.teacher.parts, data)
         prepare_steps(self.draft, self.activation_checkpointing, self.compile_steps)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the run's callbacks that the trainer was not given (see ``RunCallbacks.missing_in``)."""
+        # Callbacks stand above the module that they watch; this is the one way back, taken when a trainer asks.
+        from specforge.training.callbacks.fit import RunCallbacks
+
+        return RunCallbacks.missing_in(self.trainer)
 
     def adapt_draft(self) -> None:
         """Change the network for training, once it has the weights that it starts from; not unless a plugin says so."""

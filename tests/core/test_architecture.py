@@ -53,8 +53,9 @@ MAY_KNOW = {
     # The package's front door hands out names of two rooms on first use.
     "__init__": {"config", "models"},
 }
-# What a room may import in a function alone: a draft generates by decoding, which stands above it.
-MAY_CALL = {"models": {"decoding"}}
+# What a room may import in a function only: a draft generates by decoding, a module tells its trainer which callbacks
+# watch it, and both stand above.
+MAY_CALL = {"models": {"decoding"}, "training": {"training/callbacks"}}
 # Names that no file of the core may contain, besides those that plugins have registered.
 OTHER_ALGORITHMS = {"eagle", "hass", "mlp"}
 

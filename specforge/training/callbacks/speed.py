@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from specforge.data.loader import ResumableLoader
+from specforge.training.attached import is_fitting
 from specforge.training.totals import total
 
 
@@ -35,7 +36,7 @@ class Throughput(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the time of validation out."""
-        if not trainer.sanity_checking:
+        if is_fitting(trainer):
             self._restart(trainer)
 
     def on_train_batch_end(
