@@ -121,11 +121,21 @@ def test_an_interrupted_run_says_how_to_resume_and_ends_as_if_it_had_not_been(ru
     last = tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
     assert f"trainer.fit(module, datamodule=data, ckpt_path='{last}')" in capsys.readouterr().out
     module, data = module_and_data(runs)
-    module.optimizer_settings = OptimizerSettings(lr=3e-3)
     # The same folder, as a logger of this version writes there.
     again = TensorBoardLogger(tmp_path, version=0)
     trainer_in(tmp_path, logger=again, max_epochs=5).fit(module, datamodule=data, ckpt_path=str(last))
     assert "resumed with other settings: trainer.max_epochs" in capsys.readouterr().out
+    assert_close(plain / "checkpoints" / "last.ckpt", last, rtol=0, atol=0)
+
+
+def test_the_same_trainer_resumes(runs, plain, tmp_path):
+    interrupt = InterruptAt(3)
+    trainer = trainer_in(tmp_path, callbacks=[interrupt])
+    with pytest.raises(SystemExit):
+        trainer.fit(*module_and_data(runs))
+    interrupt.batch = -1
+    last = tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+    trainer.fit(*module_and_data(runs), ckpt_path=last)
     assert_close(plain / "checkpoints" / "last.ckpt", last, rtol=0, atol=0)
 
 

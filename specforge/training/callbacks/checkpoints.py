@@ -80,7 +80,7 @@ class LastCheckpoint(Checkpoint):
         if epochs.completed == epochs.ready:
             # Going on from the end of an epoch, there is no epoch to take up in its middle.
             trainer.fit_loop.epoch_loop.restarting = False
-        self._saved_step = trainer.global_step
+        self._saved_step, self._leaving = trainer.global_step, 0
         self._stop.listen(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -121,7 +121,7 @@ class TrainingCLI(LightningCLI):
         super().add_core_arguments_to_parser(parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Hand on to module and data what both need to know of the verifier."""
+        """Hand on to module and data what both need to know of the verifier, and add the run's own callbacks."""
         for name in ("verifier", "verifier_revision", "trust_remote_code"):
             parser.link_arguments(name, f"model.{name}")
             parser.link_arguments(name, f"data.{name}")
