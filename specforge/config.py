@@ -80,7 +80,7 @@ class VerifierConfig(StoredConfig):
             config: The verifier's configuration.
             name_or_path: Hub id or folder; by default what the configuration was loaded from.
         """
-        name = name_or_path or getattr(config, "_name_or_path", None) or None
+        name = name_or_path or getattr(config, "name_or_path", None) or None
         return cls(name_or_path=name, architectures=list(config.architectures or []))
 
     @classmethod

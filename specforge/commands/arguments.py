@@ -19,6 +19,7 @@ from specforge.data.text.verifier import VerifierText
 from specforge.decoding.verification import Verification
 from specforge.errors import UsageError, describe_invalid
 from specforge.models.speculator import SpeculatorModel
+from specforge.private.argparse import action_of
 from specforge.sampling import Sampling
 from specforge.training.cli.config_errors import explain
 from specforge.verifier.loading import VerifierLoading, VerifierType, running_verifier
@@ -45,7 +46,8 @@ def command_parser(command: str, usage: str, description: str) -> ArgumentParser
     parser.add_argument(
         "--config", action="config", metavar="FILE", help="A YAML file with flags as keys; flags go over it."
     )
-    printing = next(one for one in parser._actions if one.dest == "print_config")
+    printing = action_of(parser, "--print_config")
+    assert printing is not None
     printing.help = "Print all settings as such a file, and exit."
     return parser
 

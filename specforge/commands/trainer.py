@@ -7,7 +7,6 @@ import functools
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
 
 from specforge.commands.wrapping import hanging, reflowed
 from specforge.errors import UsageError, describe_os_error
@@ -94,19 +93,11 @@ def command_line() -> argparse.ArgumentParser:
 
 def settings_parser(algorithm: Algorithm) -> argparse.ArgumentParser:
     """Return the parser of all settings of an algorithm; nothing is run."""
+    from jsonargparse import capture_parser
+
     from specforge.training.cli.command_line import TrainingCLI
 
-    class Found(Exception):
-        """Carries the parser out of a command line."""
-
-    class ParserOnly(TrainingCLI):
-        def parse_arguments(self, parser: Any, args: Any) -> None:
-            raise Found(parser)
-
-    try:
-        ParserOnly(algorithm, [], "fit")
-    except Found as found:
-        parser: argparse.ArgumentParser = found.args[0]
+    parser: argparse.ArgumentParser = capture_parser(TrainingCLI, algorithm, [], "fit")
     return parser
 
 

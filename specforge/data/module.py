@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -27,11 +27,25 @@ from specforge.data.text.encoding import RowEncoder
 from specforge.data.text.sources import check_source
 from specforge.data.text.verifier import VerifierText
 from specforge.errors import UsageError
+from specforge.private.lightning import make_loadable
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
     from transformers import PreTrainedTokenizerBase
 
 LIVE, RECORD = "live", "record"
+
+
+def data_of(trainer: Trainer) -> DraftDataModule:
+    """Return the data that a trainer was given.
+
+    Raises:
+        UsageError: It was given loaders, which know neither rows nor vocabulary.
+    """
+    data = getattr(trainer, "datamodule", None)  # an attribute that Lightning sets and does not declare
+    if data is None:
+        raise UsageError("a draft is trained on a DraftDataModule: trainer.fit(module, datamodule=data)")
+    return cast(DraftDataModule, data)
 
 
 class DraftDataModule(LightningDataModule):
@@ -89,6 +103,8 @@ class DraftDataModule(LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
+        make_loadable(self.hparams)
         self._sources = {"train": train, "validation": validation, "test": test}
         for split, source in self._sources.items():
             if source is not None:

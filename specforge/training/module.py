@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -19,16 +20,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from specforge.bounds import Decay
 from specforge.data.features.manifest import FeatureNeeds
 from specforge.data.host_masks import HostMasks
-from specforge.data.module import DraftDataModule
+from specforge.data.module import DraftDataModule, data_of
 from specforge.errors import SpecforgeError, UsageError
 from specforge.hookspecs import Objective, Weighting
 from specforge.models.chain.alignment import Alignment, align
 from specforge.models.draft_rows import DraftRows
 from specforge.models.speculator import SpeculatorModel
 from specforge.moving import moved
+from specforge.private.lightning import has_trainer, is_accumulating, make_loadable
 from specforge.registry import installed
 from specforge.sampling import Sampling
-from specforge.training.identity import Identity, different_tensors, start_from
+from specforge.training.identity import Identity, different_tensors, draft_in, start_from
 from specforge.training.length import RunLength
 from specforge.training.losses.comparison import Term
 from specforge.training.losses.distillation import DraftSteps, Labels, Teacher, distill
@@ -111,6 +113,8 @@ class DraftModule(LightningModule, ABC):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
+        make_loadable(self.hparams)
         loading = VerifierLoading(verifier_dtype, verifier_revision, trust_remote_code)
         self.teacher = FrozenVerifier(verifier, loading, verifier_sharding)
         self.terms = objective_terms(objective)
@@ -120,6 +124,8 @@ class DraftModule(LightningModule, ABC):
         self.optimizer_settings = optimizer
         self.schedule_settings = schedule
         self.init_from = init_from
+        self.starts_from: str | None = None
+        """Whose weights the draft was given when it was created, in words; None for its own."""
         self.activation_checkpointing = activation_checkpointing
         self.compile_steps = compile
         # Which positions count in all batches of the optimizer step under way; None where it takes only one.
@@ -266,21 +272,29 @@ class DraftModule(LightningModule, ABC):
         return self.teacher.needs(self.aux_layers, self.reads_whole_rows)
 
     def configure_model(self) -> None:
-        """Load the verifier, or its parts where all states are stored, and create the draft, once."""
-        if self.teacher.is_held:
+        """Load the verifier, or its parts where all states are stored, and create the draft, once.
+
+        Nothing is created without a trainer: ``load_from_checkpoint`` has the draft from the checkpoint, and a run that
+        is begun with it starts from its weights.
+        """
+        if self.teacher.is_held or not has_trainer(self):
             return
+        loaded: SpeculatorModel | None = getattr(self, "draft", None)
         # Lightning makes the run's device the default one in here; what is read and counted belongs on the CPU.
         with torch.device("cpu"):
-            data: DraftDataModule = self.trainer.datamodule
-            all_stored = data.use_features(self.feature_needs, self.trainer.state.fn)
+            data = data_of(self.trainer)
+            all_stored = data.use_features(self.feature_needs, self.trainer.state.fn or "fit")
             self.teacher.recorder = data.recorder
             device, whole = self.trainer.strategy.root_device, self.runs_verifier or not all_stored
             self.teacher.load(device, whole, data.packing)
             self.create_draft(data)
             if (stored := self.draft.config.speculators_config) is not None:
                 stored.verifier.fingerprint = self.feature_needs.fingerprint
-            if self.init_from is not None:
-                start_from(self.draft, self.init_from)
+            given = loaded if loaded is not None else self.init_from
+            if given is not None:
+                start_from(self.draft, given)
+                self.starts_from = self.init_from if loaded is None else "the checkpoint that was loaded"
+            self.adapt_draft()
             for stage, metrics in self.means.items():
                 self.add_module(f"{stage}_means", metrics)
 
@@ -293,10 +307,20 @@ class DraftModule(LightningModule, ABC):
         self.draft = self.build_draft(self.teacher.parts, data)
         prepare_steps(self.draft, self.activation_checkpointing, self.compile_steps)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the run's callbacks that the trainer was not given (see ``RunCallbacks.missing_in``)."""
+        # Callbacks stand above the module that they watch; this is the one way back, taken when a trainer asks.
+        from specforge.training.callbacks.fit import RunCallbacks
+
+        return RunCallbacks.missing_in(self.trainer)
+
+    def adapt_draft(self) -> None:
+        """Change the network for training, once it has the weights that it starts from; not unless a plugin says so."""
+
     @cached_property
     def means(self) -> dict[str, StageMetrics]:
         """The metrics of ``val`` and ``test``; once the data are set up."""
-        data: DraftDataModule = self.trainer.datamodule
+        data = data_of(self.trainer)
         verifier = self.feature_needs.fingerprint
         terms = list(self.term_weights)
         return {
@@ -315,10 +339,10 @@ class DraftModule(LightningModule, ABC):
         whole = self.teacher.whole
         frozen = f"with {sum(one.numel() for one in whole.parameters()):,}" if whole else "by its stored states"
         lines = [f"draft: {trained:,} trained parameters, towards {self.teacher.name} {frozen}"]
-        if self.init_from is not None and self.trainer.ckpt_path is None:
+        if self.starts_from is not None and self.trainer.ckpt_path is None:
             lines.append(
-                f"  starts from the weights of {self.init_from}; optimizer and learning-rate schedule begin again. To "
-                "continue a run with both, resume it with --ckpt_path"
+                f"  starts from the weights of {self.starts_from}; optimizer and learning-rate schedule begin again. "
+                "To continue a run with both, resume it with --ckpt_path"
             )
         if reason := self.means["val"].why_proxy:
             lines.append(f"  {self.monitor} is no exact figure: validation {reason}")
@@ -410,7 +434,7 @@ class DraftModule(LightningModule, ABC):
         """Add up the figures of the batches of an optimizer step, as far as it has come."""
         if self._so_far is not None:
             figures = tuple(before + one for before, one in zip(self._so_far, figures, strict=True))
-        self._so_far = figures if self.trainer.fit_loop._should_accumulate() else None
+        self._so_far = figures if is_accumulating(self.trainer) else None
         return figures
 
     def _over_processes(self, outcome: DraftSteps) -> tuple[Tensor, Tensor, Tensor]:
@@ -421,9 +445,9 @@ class DraftModule(LightningModule, ABC):
         loss, counts, flat = every.split([1, counts.numel(), sums.numel()])
         return loss[0], flat.view_as(sums), counts
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> DraftSteps:
-        """Add a batch to the validation metrics; callbacks get what the draft did."""
-        return self._measure(batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, DraftSteps]:
+        """Add a batch to the validation metrics; callbacks get what the draft did, as ``draft_steps``."""
+        return {"draft_steps": self._measure(batch)}
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
@@ -449,14 +473,21 @@ class DraftModule(LightningModule, ABC):
         if self.teacher.recorder is not None:
             self.teacher.recorder.flush()
         checkpoint["identity"] = Identity.of(self.draft).stored()
+        checkpoint["draft_config"] = self.draft.stored_config()
         checkpoint["optimizer_name"] = self.optimizer_settings.name
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another draft or, in training, of other trained weights or another optimizer.
 
+        Without a trainer, there is no draft yet: it is built from the checkpoint.
+
         Raises:
             UsageError: With what differs, by name.
         """
+        if not has_trainer(self):
+            self.draft = draft_in(checkpoint)
+            checkpoint["state_dict"] = {f"draft.{name}": one for name, one in self.draft.state_dict().items()}
+            return
         own, path = Identity.of(self.draft), self.trainer.ckpt_path
         different: list[str] = []
         if "identity" in checkpoint:
@@ -479,7 +510,7 @@ class DraftModule(LightningModule, ABC):
                 f"{self.optimizer_settings.name!r}; go on with the same one"
             )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Create the optimizer and the schedule of the run."""
         optimizer = build_optimizer(self.draft, self.optimizer_settings)
         schedule = self.build_schedule(optimizer, self.length.steps)

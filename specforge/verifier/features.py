@@ -153,7 +153,7 @@ def check_logits(verifier: PreTrainedModel) -> None:
         rebuilt, own = parts.logits(last), verifier(tokens, use_cache=False).logits
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise UsageError(
-            f"{type(verifier).__name__}: its forward pass fails, so what {verifier.config._name_or_path}/config.json "
+            f"{type(verifier).__name__}: its forward pass fails, so what {verifier.config.name_or_path}/config.json "
             f"says does not go together: {reason_of(error)}"
         ) from error
     check_finite(own, verifier, name_of(verifier))
@@ -219,7 +219,7 @@ def _keeps_apart(verifier: PreTrainedModel) -> bool:
 
 def name_of(verifier: PreTrainedModel) -> str:
     """Return the folder or hub id of a verifier, or of one that was made in memory its class."""
-    return verifier.config._name_or_path or type(verifier).__name__
+    return verifier.config.name_or_path or type(verifier).__name__
 
 
 def decoder_layers(verifier: PreTrainedModel) -> nn.ModuleList:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from specforge.config import CONFIG_NAME, find_file, read_json
 from specforge.errors import UsageError
+from specforge.private.transformers import builds
 from specforge.verifier.diagnosis import (
     field_faults,
     reason_of,
@@ -93,7 +94,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
     None where the configuration is of no language model.
     """
     classes = (AutoModelForCausalLM, AutoModelForImageTextToText)
-    return next((one for one in classes if type(config) in one._model_mapping), None)
+    return next((one for one in classes if builds(one, config)), None)
 
 
 def skeleton_of(config: PreTrainedConfig, name_or_path: str, loading: VerifierLoading) -> PreTrainedModel:

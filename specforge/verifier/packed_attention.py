@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from specforge.documents import DocumentAttention, DocumentLayout
+from specforge.private.transformers import attention_of
 
 IMPLEMENTATION = "specforge_documents"
 
@@ -34,7 +35,7 @@ def attend_by_documents(verifier: PreTrainedModel) -> None:
     """
     config = verifier.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    by_sdpa = verifier._supports_attention_backend and config._attn_implementation == "sdpa"
+    by_sdpa = verifier.is_backend_compatible() and attention_of(config) == "sdpa"
     if by_sdpa and kinds <= {"full_attention", "sliding_attention"}:
         verifier.set_attn_implementation(IMPLEMENTATION)
 

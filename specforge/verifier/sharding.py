@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
+from specforge.private.torch import map_own
 from specforge.verifier.features import decoder_layers
 from specforge.verifier.loading import VerifierLoading, load_config, load_verifier, skeleton_of
 from specforge.verifier.packed_attention import attend_by_documents
@@ -58,8 +59,6 @@ def _skeleton(name_or_path: str, loading: VerifierLoading) -> PreTrainedModel:
 
 def _receive(module: nn.Module, device: torch.device) -> None:
     """Copy a module's own tensors from the first process to the others."""
-    module._apply(
-        lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device), recurse=False
-    )
+    map_own(module, lambda one: torch.empty_like(one, device=device) if one.is_meta else one.to(device))
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         torch.distributed.broadcast(tensor.data, src=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from textwrap import dedent
@@ -18,7 +19,7 @@ PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 
 GROUND = {
     *("registry", "hookspecs", "config", "errors", "files", "bounds"),
-    *("sampling", "drawing", "documents", "moving", "quiet", "interrupts"),
+    *("sampling", "drawing", "documents", "moving", "quiet", "interrupts", "private"),
 }
 FEATURES = GROUND | {"verifier"}
 DRAFTS = FEATURES | {"models", "models/chain", "proposals", "decoding"}
@@ -53,8 +54,9 @@ MAY_KNOW = {
     # The package's front door hands out names of two rooms on first use.
     "__init__": {"config", "models"},
 }
-# What a room may import in a function alone: a draft generates by decoding, which stands above it.
-MAY_CALL = {"models": {"decoding"}}
+# What a room may import in a function only: a draft generates by decoding, a module tells its trainer which callbacks
+# watch it, and both stand above.
+MAY_CALL = {"models": {"decoding"}, "training": {"training/callbacks"}}
 
 
 def relative(path: Path) -> str:
@@ -132,6 +134,36 @@ def test_plugins_know_neither_commands_nor_each_other():
             if other_plugin or name.startswith(("specforge.commands", "specforge.__main__", "specforge.builtin")):
                 wrong.append(f"{relative(path)}:{line} {name}")
     assert not wrong
+
+
+def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield line and name of each module, name and attribute in a module that begins with one underscore."""
+    for line, name in imported(tree):
+        yield from ((line, part) for part in name.split(".") if re.match(r"_[^_]", part))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr):
+            yield node.lineno, node.attr
+
+
+def own_names(tree: ast.AST) -> Iterator[str]:
+    """Yield the names that a module defines, in classes and on objects too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+def test_private_names_of_other_packages_are_touched_in_one_room():
+    trees = {path: ast.parse(path.read_text()) for path in (*CORE, *PLUGINS) if path.parent.name != "private"}
+    ours = {name for tree in trees.values() for name in own_names(tree)} | {"_exit"}  # documented, of os
+    wrong = [
+        f"{relative(path)}:{line} {name}"
+        for path, tree in trees.items()
+        for line, name in private_names(tree)
+        if name not in ours
+    ]
+    assert not wrong, "each stands in specforge/private, with a test of its own"
 
 
 def test_a_plugin_front_door_imports_only_the_contract():

@@ -17,6 +17,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from specforge.models.draft_attention import DraftAttention, attend_as_draft, attention_window, cache_argument
+from specforge.private.transformers import set_attention
 
 IMPLEMENTATION = "specforge_eagle"
 
@@ -49,7 +50,7 @@ def causal_mask(
         hidden = torch.finfo(states.dtype).min
         return torch.zeros_like(attention_mask, dtype=states.dtype).masked_fill(~attention_mask.bool(), hidden)
     config = copy.copy(config)
-    config._attn_implementation = "eager" if weighted else "sdpa"
+    set_attention(config, "eager" if weighted else "sdpa")
     make = create_causal_mask if attention_window(config) is None else create_sliding_window_causal_mask
     options = {cache_argument(make): cache}
     return make(

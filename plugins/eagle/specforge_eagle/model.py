@@ -30,6 +30,7 @@ from specforge.models.draft_attention import DraftAttention, cache_argument
 from specforge.models.draft_rows import DraftRows
 from specforge.models.lean_blocks import make_lean
 from specforge.models.speculator import AttachmentMode, SpeculatorModel
+from specforge.private.transformers import set_attention
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features
 from specforge.verifier.parts import VerifierParts, decoder
@@ -410,7 +411,7 @@ class EagleSpeculator(SpeculatorModel):
 def _drafting(config: PreTrainedConfig) -> PreTrainedConfig:
     """Copy a layer's configuration for a layer that attends by ``specforge_eagle.masked_attention``."""
     config = copy.deepcopy(config)
-    config._attn_implementation = IMPLEMENTATION
+    set_attention(config, IMPLEMENTATION)
     if getattr(config, "attn_logit_softcapping", None):
         # No fused attention caps its logits, and a draft learns without.
         config.attn_logit_softcapping = None

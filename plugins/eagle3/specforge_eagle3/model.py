@@ -25,6 +25,7 @@ from specforge.models.draft_rows import DraftRows
 from specforge.models.lean_blocks import make_lean
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.vocabulary import DraftVocabulary, map_faults
+from specforge.private.transformers import set_attention
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features
 from specforge_eagle3.config import Eagle3SpeculatorConfig, default_aux_layers
@@ -90,7 +91,7 @@ class Eagle3DraftModel(SpeculatorModel):
     def __init__(self, config: Eagle3SpeculatorConfig, own_embeddings: bool | None = None) -> None:
         super().__init__(config)
         layers = config.transformer_layer_config
-        layers._attn_implementation = IMPLEMENTATION
+        set_attention(layers, IMPLEMENTATION)
         blocks = family(layers.model_type)
         width, eps, aux = layers.hidden_size, layers.rms_norm_eps, config.num_aux_layers
         feature_width = config.target_hidden_size or width

@@ -126,8 +126,9 @@ def _positive(text: str) -> int:
 class _Settings(TrainingCLI):
     """The module and the data of a configuration, without a trainer."""
 
-    def instantiate_trainer(self, **kwargs: Any) -> None:
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Create none: processes are not the trainer's here."""
+        return None
 
 
 def _module_and_data(words: list[str], sources: list[str]) -> tuple[DraftModule, DraftDataModule]:

@@ -15,6 +15,7 @@ from specforge.data.rows.stored import ROWS_FILE, StoredRows
 from specforge.data.text.files import JSON, LINES, PARQUET, count_rows, kind_of, read_file
 from specforge.data.text.records import RawRecord, Record
 from specforge.errors import UsageError
+from specforge.private.datasets import fingerprint_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -114,7 +115,7 @@ def source_fingerprint(source: str) -> str:
     files = source_files(source)
     if not files:
         rows = _open_rows(source)
-        return rows.fingerprint if isinstance(rows, StoredRows) else str(rows._fingerprint)
+        return rows.fingerprint if isinstance(rows, StoredRows) else fingerprint_of(rows)
     digests = [_file_digest(file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 

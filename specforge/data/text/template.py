@@ -14,9 +14,10 @@ from datetime import datetime
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from specforge.data.text.turns import Message
+from specforge.private.transformers import compiled_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,7 +131,7 @@ class ChatTemplate:
         names = {**self.tokenizer.special_tokens_map, **self.arguments}
         try:
             # One day for all rows of a build. The compiled template is shared, so that it is told before each use.
-            _compile_jinja_template(source).globals["strftime_now"] = datetime.fromisoformat(self.date).strftime
+            compiled_template(source).globals["strftime_now"] = datetime.fromisoformat(self.date).strftime
             rendered: tuple[list[str], list[list[Span]]] = render_jinja_template(
                 [list(messages)], tools=tools, chat_template=source, **options, **names
             )

@@ -9,10 +9,12 @@ from contextlib import suppress
 from types import FrameType
 
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+
+from specforge.private.lightning import cluster_environment
 
 
 class StopRequest:
@@ -37,7 +39,7 @@ class StopRequest:
             self._group = torch.distributed.new_group(backend="gloo")
         if threading.current_thread() is not threading.main_thread():
             return
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_environment(trainer)
         asked = environment.requeue_signal if isinstance(environment, SLURMEnvironment) else None
         for number in {signal.SIGINT, signal.SIGTERM, asked or signal.SIGUSR1}:
             signal.signal(number, self._on_signal)

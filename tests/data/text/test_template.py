@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from specforge.data.text.template import ChatTemplate, TemplateRefusal, TooSlow, arguments_advice, time_limit
 
@@ -35,12 +34,6 @@ def test_a_template_prints_one_date(load_tokenizer: Load) -> None:
     assert new.on("2020-01-05").render(HELLO, None) == "05 Jan 2020"
     assert old.render(HELLO, None) == "29 Feb 2024", "the compiled template is shared, its date is not"
     assert new.on("2020-01-05").identity == new.identity != old.identity
-
-
-def test_the_private_name_of_transformers_takes_a_date() -> None:
-    compiled = _compile_jinja_template("{{ strftime_now('%Y') }} of the day")
-    compiled.globals["strftime_now"] = lambda form: f"now {form}"
-    assert _compile_jinja_template("{{ strftime_now('%Y') }} of the day").render() == "now %Y of the day"
 
 
 @pytest.mark.parametrize(
