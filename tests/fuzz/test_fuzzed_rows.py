@@ -20,7 +20,7 @@ from specforge.data.text.encoding import RowEncoder, TokenRow
 from specforge.data.text.prompts import read_conversation
 from specforge.data.text.records import RawRecord, Record
 from specforge.data.text.sources import read_records
-from specforge.data.text.verifier import VerifierText
+from specforge.data.text.verifier import VerifierTokenizer
 from specforge.errors import SpecforgeError, UsageError
 
 VERIFIER = Path(__file__).parents[2] / "configs" / "quickstart" / "verifier"
@@ -66,7 +66,7 @@ JUNK: list[Any] = [
 
 @pytest.fixture(scope="module")
 def encoder() -> RowEncoder:
-    text = VerifierText(str(VERIFIER))
+    text = VerifierTokenizer(str(VERIFIER))
     return RowEncoder(text.template, text.vocabulary_size)
 
 
