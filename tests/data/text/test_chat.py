@@ -244,7 +244,7 @@ def test_text_is_returned_unchanged() -> None:
         ([QUESTION, {**ANSWER, "tool_calls": 3}], "malformed tool call", "found int"),
         ([QUESTION, {**ANSWER, "tool_calls": [{"arguments": {}}]}], "malformed tool call", "message 1"),
         ([QUESTION, {"from": "function_call", "value": "{}"}], "malformed tool call", "message 1"),
-        ([QUESTION, {"from": "function_call", "value": "no JSON"}], "malformed tool call", "no JSON"),
+        ([QUESTION, {"from": "function_call", "value": "no JSON"}], "malformed tool call", "not JSON"),
         ("Hi", "malformed messages", "must be a list"),
         (["Hi"], "malformed message", "message 0"),
     ],
