@@ -115,7 +115,7 @@ class ResumableLoader(DataLoader[Batch]):
             try:
                 batch = next(batches, None)
             except SpecforgeError as error:
-                raise _without_worker(error) from None
+                raise _without_traceback(error) from None
             self.seconds_waited += time.perf_counter() - since
             if batch is None:
                 return
@@ -163,6 +163,6 @@ class ResumableLoader(DataLoader[Batch]):
         return items // self.stride
 
 
-def _without_worker(error: SpecforgeError) -> SpecforgeError:
+def _without_traceback(error: SpecforgeError) -> SpecforgeError:
     """Return a worker's error with its own message only; torch puts the worker's traceback before it."""
     return type(error)(str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].strip())

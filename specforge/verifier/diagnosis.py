@@ -112,18 +112,20 @@ def why_not_fitting(
     expected = _shapes(build(config))
     for name, shape in expected.items():
         if name in found and list(found[name]) != shape:
-            keys = _deciding(config, build, lambda shapes: shapes.get(name) != shape)  # noqa: B023  (used at once)
+            keys = _responsible_keys(config, build, lambda shapes: shapes.get(name) != shape)  # noqa: B023  (used at once)
             return (
                 f"{name} is {list(found[name])} in the weights, but {shape} according to {keys or 'the configuration'}"
             )
     # A count decides the last of several similar weights.
     if lacking := [name for name in expected if name in missing]:
-        keys = _deciding(config, build, lambda shapes: lacking[-1] not in shapes)
+        keys = _responsible_keys(config, build, lambda shapes: lacking[-1] not in shapes)
         return f"it needs {lacking[-1]}, which the weights lack, according to {keys or 'its family'}"
     return None
 
 
-def _deciding(config: PreTrainedConfig, build: Build, differs: Callable[[Mapping[str, list[int]]], bool]) -> str:
+def _responsible_keys(
+    config: PreTrainedConfig, build: Build, differs: Callable[[Mapping[str, list[int]]], bool]
+) -> str:
     """Return the keys whose change alters the weights, with their values."""
     keys = []
     for path, value in _in_time(_paths(config.to_dict())):

@@ -21,7 +21,7 @@ def check_finite(states: Tensor, verifier: nn.Module, name: str) -> None:
     """
     if states.isfinite().all():
         return
-    damaged = _first_not_finite(verifier)
+    damaged = _first_non_finite(verifier)
     dtype = str(next(verifier.parameters()).dtype).removeprefix("torch.")
     wider = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(dtype)
     if damaged is None or (dtype == "float16" and not damaged[1].isnan().any()):
@@ -34,6 +34,6 @@ def check_finite(states: Tensor, verifier: nn.Module, name: str) -> None:
     )
 
 
-def _first_not_finite(module: nn.Module) -> tuple[str, Tensor] | None:
+def _first_non_finite(module: nn.Module) -> tuple[str, Tensor] | None:
     tensors = (*module.named_parameters(), *module.named_buffers())
     return next(((name, one) for name, one in tensors if not torch.isfinite(one).all()), None)

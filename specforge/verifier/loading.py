@@ -136,12 +136,12 @@ def load_verifier(
             )
     except Exception as error:
         skeleton_of(config, name_or_path, loading)
-        if why := _misfit(config, name_or_path, loading):
+        if why := _mismatch(config, name_or_path, loading):
             raise UsageError(f"verifier {name_or_path}/{CONFIG_NAME}: {why}") from error
         raise UsageError(f"verifier {name_or_path} cannot be loaded: {reason_of(error)}") from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
-        why = _misfit(config, name_or_path, loading, report["missing_keys"])
+        why = _mismatch(config, name_or_path, loading, report["missing_keys"])
         because = f"; {CONFIG_NAME}: {why}" if why else ""
         raise UsageError(f"verifier {name_or_path} lacks weights ({len(report['missing_keys'])}): {missing}{because}")
     attend_by_documents(model)
@@ -158,7 +158,7 @@ def _built(config: PreTrainedConfig, loading: VerifierLoading) -> PreTrainedMode
     return model
 
 
-def _misfit(
+def _mismatch(
     config: PreTrainedConfig, name_or_path: str, loading: VerifierLoading, missing: Collection[str] = ()
 ) -> str | None:
     """Explain why weights do not fit a configuration; None if they fit or it cannot be determined."""

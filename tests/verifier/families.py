@@ -223,7 +223,7 @@ def table(outcomes: dict[str, Outcome]) -> str:
     ]
     for name, outcome in outcomes.items():
         cells = [cell(outcome.found.get(trial, "there is no draft")) for trial in trials]
-        packed = "one pass" if outcome.packed else "one document a row"
+        packed = "one pass" if outcome.packed else "one document per row"
         lines.append(f"| {name} | `{outcome.model_class}` | {packed} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, start=1))])
 

@@ -144,8 +144,8 @@ class Manifest:
             del values["convention"]
             return cls(**{**values, "shards": tuple(Shard(**one) for one in values["shards"])})
         except FileNotFoundError:
-            begun = any(folder.glob("shard-*"))
-            what = "is not finished; run its command again to resume" if begun else "is not a feature store"
+            started = any(folder.glob("shard-*"))
+            what = "is not finished; run its command again to resume" if started else "is not a feature store"
             raise UsageError(f"{folder} {what} (it has no {MANIFEST})") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is damaged: {error}; remove it and run the command that wrote it again") from None

@@ -18,7 +18,7 @@ _TABLE = "bigrams.safetensors"
 
 
 def count_successors(rows: TokenRows) -> Tensor:
-    """Return the most frequent successor of each token where the successor is supervised, int64 [V]; -1 for none.
+    """Return the most frequent supervised successor of each token, int64 [V]; -1 if there is none.
 
     Ties go to the lowest id.
     """

@@ -61,9 +61,9 @@ class RowMaker:
         length = [self.settings.max_length, self.settings.long_rows]
         return json.dumps([FORMAT, length, split, self.encoder.identity])
 
-    def on(self, date: str) -> RowMaker:
+    def with_date(self, date: str) -> RowMaker:
         """Return the same maker with another date, for templates that print one."""
-        return replace(self, encoder=self.encoder.on(date))
+        return replace(self, encoder=self.encoder.with_date(date))
 
     @property
     def splits(self) -> tuple[str, ...]:

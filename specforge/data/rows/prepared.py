@@ -137,7 +137,7 @@ def _write(folder: Path, sources: Sequence[str], maker: RowMaker, workers: int, 
     progress = _read_progress(folder, identity)
     if progress["done"]:
         _log.warning("resuming after %s rows of an earlier run", f"{progress['done']:,}")
-        maker = maker.on(progress["date"])
+        maker = maker.with_date(progress["date"])
     else:
         shutil.rmtree(folder, ignore_errors=True)
     with ExitStack() as closing:

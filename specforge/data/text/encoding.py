@@ -85,9 +85,9 @@ class RowEncoder:
         stored = json.dumps([self._tokenizer_state, names, self.vocabulary_size], sort_keys=True, default=str)
         return hashlib.sha256(stored.encode()).hexdigest()
 
-    def on(self, date: str) -> RowEncoder:
+    def with_date(self, date: str) -> RowEncoder:
         """Return the same encoder with another date, for templates that print one."""
-        return self if self.template is None else RowEncoder(self.template.on(date), self.vocabulary_size)
+        return self if self.template is None else RowEncoder(self.template.with_date(date), self.vocabulary_size)
 
     def encode(self, records: Sequence[Record], max_length: int | None = None) -> list[list[TokenRow] | BadRow]:
         """Tokenise records, with one tokenizer call for all texts.

@@ -369,47 +369,47 @@ def _truncated(chat: Chat, characters: int | None) -> Chat:
 
 def _missing(message: Message, reply: str) -> str | None:
     """Return which part of a message is missing in its reply, ignoring spaces; None if nothing is."""
-    found = _squeezed(reply)
+    found = _without_spaces(reply)
     content = message["content"]
-    pieces = [content] if _squeezed(content) in found else _THINKING.split(content)
+    pieces = [content] if _without_spaces(content) in found else _THINKING.split(content)
     position = 0
     # In order: a short thought may also occur in the answer.
     for piece in (message.get("reasoning_content", ""), *pieces):
-        start = found.find(_squeezed(piece), position)
+        start = found.find(_without_spaces(piece), position)
         if start < 0:
-            return "content" if _squeezed(pieces[-1]) not in found else "thinking"
-        position = start + len(_squeezed(piece))
+            return "content" if _without_spaces(pieces[-1]) not in found else "thinking"
+        position = start + len(_without_spaces(piece))
     functions = [call["function"] for call in message.get("tool_calls", ())]
     names = Counter(function["name"] for function in functions)
     for function in functions:
         if reply.count(function["name"]) < names[function["name"]]:
             return f"call of {function['name']}"
-        if not _holds_arguments(function["arguments"], reply, found):
+        if not _contains_arguments(function["arguments"], reply, found):
             return f"call of {function['name']} with its arguments"
     return None
 
 
-def _holds_arguments(arguments: Any, reply: str, found: str) -> bool:
+def _contains_arguments(arguments: Any, reply: str, found: str) -> bool:
     if isinstance(arguments, str):  # already JSON: if encoded twice, it does not occur verbatim
-        return _squeezed(arguments) in found
+        return _without_spaces(arguments) in found
     if arguments and repr(arguments) in reply and json.dumps(arguments) not in reply:
         return False  # a Python repr in the text: the template expects JSON strings
-    return _holds(arguments, found)
+    return _contains(arguments, found)
 
 
-def _holds(value: Any, found: str) -> bool:
+def _contains(value: Any, found: str) -> bool:
     """Return whether a call's value occurs in a text without spaces, in any notation: JSON, XML, Python."""
     match value:
         case dict():
-            return all(_holds(key, found) and _holds(one, found) for key, one in value.items())
+            return all(_contains(key, found) and _contains(one, found) for key, one in value.items())
         case list():
-            return all(_holds(one, found) for one in value)
+            return all(_contains(one, found) for one in value)
         case str():
             escaped = (json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
-            return any(_squeezed(one) in found for one in (value, *escaped))
+            return any(_without_spaces(one) in found for one in (value, *escaped))
         case None | bool():
             return json.dumps(value) in found or repr(value) in found
-    return _squeezed(json.dumps(value)) in found
+    return _without_spaces(json.dumps(value)) in found
 
 
 def _with_encoded_arguments(message: Message) -> Message:
@@ -423,7 +423,7 @@ def _with_encoded_arguments(message: Message) -> Message:
     return {**message, "tool_calls": calls}
 
 
-def _squeezed(text: str) -> str:
+def _without_spaces(text: str) -> str:
     return "".join(text.split())
 
 

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-SET_OFF = "black on bright_green"
+HIGHLIGHT = "black on bright_green"
 Mark = TypeVar("Mark", bound=Hashable)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters in the data must not reach the terminal
 
 
-def set_off(text: str, console: Console) -> Text:
+def highlighted(text: str, console: Console) -> Text:
     """Return a highlighted text: in color, or between ⟦ and ⟧ if the console has none (a pipe, ``NO_COLOR``)."""
     has_color = console.color_system is not None and not console.no_color
-    return Text(text, style=SET_OFF) if has_color else Text(f"⟦{text}⟧")
+    return Text(text, style=HIGHLIGHT) if has_color else Text(f"⟦{text}⟧")
 
 
 def spans(

@@ -74,7 +74,7 @@ class ChatTemplate:
         names = [self.tokenizer.chat_template, self.tokenizer.special_tokens_map]
         return [*names, self.end_tokens, self.arguments, self._given_date]
 
-    def on(self, date: str) -> ChatTemplate:
+    def with_date(self, date: str) -> ChatTemplate:
         """Return the same template with another date and the same identity."""
         other = copy.copy(self)
         other.date = date

@@ -146,12 +146,12 @@ class TestReading:
     def test_every_row_has_the_states_of_the_verifier(self, plan, prepare, run, dtype):
         store = prepare(dtype=dtype)
         rows = plan.sources[0]
-        places = store.locate(rows.digests)
+        indices = store.locate(rows.digests)
         assert len(store.manifest.shards) > 10
         for number in range(len(rows)):
             expected = expected_states(run, rows, number)
             for column, layer in enumerate((2, 4, 8)):
-                values, scales = store.read(places[number], layer)
+                values, scales = store.read(indices[number], layer)
                 found = decode(values, scales, torch.float32)
                 assert values.dtype == getattr(torch, dtype)
                 bound = expected[:, column].abs().amax(-1, keepdim=True) * {"float32": 1e-5, "bfloat16": 1 / 200}.get(
@@ -182,8 +182,8 @@ class TestReading:
         store = prepare()
         assert len(store._shards) == len(store.manifest.shards)
         monkeypatch.setattr(module, "StoredShard", lambda path: pytest.fail("opened again"))
-        for place in range(90):
-            store.read(place, 8)
+        for index in range(90):
+            store.read(index, 8)
         monkeypatch.undo()
         other = pickle.loads(pickle.dumps(store))
         assert torch.equal(other.read(3, 8)[0], store.read(3, 8)[0])
@@ -202,8 +202,8 @@ class TestReading:
         store = FeatureStore(tmp_path / "store") if (tmp_path / "store").exists() else prepare()
         rows = make_rows([row(number) for number in numbers], f"{'-'.join(map(str, numbers))}.jsonl")
         found = store.locate(rows.digests)
-        assert [place >= 0 for place in found] == [number < 90 for number in numbers]
-        assert all(store.kept[place] == rows.lengths[n] for n, place in enumerate(found) if place >= 0)
+        assert [index >= 0 for index in found] == [number < 90 for number in numbers]
+        assert all(store.kept[index] == rows.lengths[n] for n, index in enumerate(found) if index >= 0)
 
 
 class TestPlan:
@@ -224,7 +224,7 @@ class TestPlan:
         kept = int(NEEDS.kept(np.array(len(mask)), np.array(len(mask) - 1 - mask[::-1].index(True))))
         rows = alignment.supervised.any(0).nonzero()[:, 1]
         targets = alignment.targets[alignment.supervised]
-        assert all(place < kept for place in [*rows.tolist(), *targets.tolist()])
+        assert all(index < kept for index in [*rows.tolist(), *targets.tolist()])
 
     def test_equal_rows_are_kept_once_with_the_longest_length_read(self, make_rows):
         long, short = row(1), row(1)
@@ -245,8 +245,8 @@ class TestPlan:
         plan = ShardPlan([rows], NEEDS, 192)
         prepare_features(plan, manifest_of(plan), tmp_path / "store", LiveStates(run, 64))
         store = FeatureStore(tmp_path / "store")
-        for number, place in enumerate(store.locate(rows.digests)):
-            found = store.read(place, 8)[0]
+        for number, index in enumerate(store.locate(rows.digests)):
+            found = store.read(index, 8)[0]
             assert len(found) == rows.lengths[number] - 5
             torch.testing.assert_close(found, expected_states(run, rows, number)[: len(found), 2], rtol=1e-4, atol=1e-4)
 
@@ -463,10 +463,10 @@ class TestVllmStates:
         states = VllmStates(served, plan, manifest.layers, WIDTH)
         prepare_features(plan, manifest, tmp_path / "imported", states)
         imported, own = FeatureStore(tmp_path / "imported"), prepare()
-        for place in range(90):
+        for index in range(90):
             for layer in (2, 4, 8):
                 torch.testing.assert_close(
-                    imported.read(place, layer)[0].float(), own.read(place, layer)[0], rtol=1e-2, atol=1e-3
+                    imported.read(index, layer)[0].float(), own.read(index, layer)[0], rtol=1e-2, atol=1e-3
                 )
 
     def test_scaled_values_are_multiplied(self, make_rows, tmp_path):

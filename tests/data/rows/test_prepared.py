@@ -227,13 +227,13 @@ class TestInterruptedRuns:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(RowEncoder, "encode", count)
             prepare_rows([source], make_maker(), tmp_path / "out", 1)
-        begun = len(encoded)
+        calls = len(encoded)
         encoded[:] = [0] * -100
         monkeypatch.setattr(
             RowEncoder, "encode", lambda self, rows, most: encoded.append(len(rows)) or encode(self, rows, most)
         )
         prepare_rows([source], make_maker(), tmp_path / "out", 1)
-        assert sum(encoded) == 3000 - 256 * begun
+        assert sum(encoded) == 3000 - 256 * calls
         assert "resuming after 1,792 rows of an earlier run" in caplog.text
 
     def test_other_settings_start_from_scratch(self, source, tmp_path, monkeypatch):

@@ -32,9 +32,9 @@ def test_a_template_prints_one_date(load_tokenizer: Load) -> None:
     tokenizer = load_tokenizer("{{ strftime_now('%d %b %Y') }}")
     old, new = ChatTemplate(tokenizer, date="2024-02-29"), ChatTemplate(tokenizer)
     assert (old.render(HELLO, None), new.prints_date) == ("29 Feb 2024", True)
-    assert new.on("2020-01-05").render(HELLO, None) == "05 Jan 2020"
+    assert new.with_date("2020-01-05").render(HELLO, None) == "05 Jan 2020"
     assert old.render(HELLO, None) == "29 Feb 2024", "the compiled template is shared, but not its date"
-    assert new.on("2020-01-05").identity == new.identity != old.identity
+    assert new.with_date("2020-01-05").identity == new.identity != old.identity
 
 
 def test_the_private_name_of_transformers_takes_a_date() -> None:

@@ -125,7 +125,7 @@ def test_a_lost_or_doubly_encoded_call_is_detected() -> None:
     twice = tokenizer.apply_chat_template(string, tokenize=False)
     for whole, stop, kinds in (
         (right, len(right) - 1, ()),
-        (right[:second] + "<|im_end|>", second + 10, ("call vanishes",)),
+        (right[:second] + "<|im_end|>", second + 10, ("call lost",)),
         (twice, len(twice) - 1, ("arguments encoded twice",)),
     ):
         pieces = [(whole[:start], False), (whole[start:stop], True), (whole[stop:], False)]
@@ -135,9 +135,9 @@ def test_a_lost_or_doubly_encoded_call_is_detected() -> None:
 def test_lost_thinking_is_refused() -> None:
     chat = row("thinking by key")
     verdict = judged(CHATML, chat)
-    assert (verdict.status, verdict.untold) == (REFUSED, ("thinking vanishes",))
+    assert (verdict.status, verdict.unlocated) == (REFUSED, ("thinking lost",))
     whole = make_tokenizer(CHATML).apply_chat_template(chat["messages"], tokenize=False)
-    assert judged(CHATML, chat, Encoded([supervise(FIRST)(whole)])).kinds == ("thinking vanishes",)
+    assert judged(CHATML, chat, Encoded([supervise(FIRST)(whole)])).kinds == ("thinking lost",)
 
 
 def test_a_prompt_that_is_not_a_prefix_is_refused_without_an_argument() -> None:
@@ -145,7 +145,7 @@ def test_a_prompt_that_is_not_a_prefix_is_refused_without_an_argument() -> None:
     assert judged(CLOSED_THINKING, chat).status == REFUSED
     assert judged(CLOSED_THINKING, chat, enable_thinking=False).status == EXACT
     whole = make_tokenizer(CLOSED_THINKING).apply_chat_template(chat["messages"], tokenize=False)
-    assert judged(CLOSED_THINKING, chat, Encoded([supervise(FIRST, SECOND)(whole)])).kinds == ("cannot be told",)
+    assert judged(CLOSED_THINKING, chat, Encoded([supervise(FIRST, SECOND)(whole)])).kinds == ("cannot be located",)
 
 
 def test_a_needless_refusal_is_distinguished_from_a_correct_one() -> None:
@@ -179,13 +179,13 @@ def test_the_page_counts_and_lists_what_is_wrong(monkeypatch: pytest.MonkeyPatch
         {"enable_thinking": False},
     ]
     page = Matrix(results).page(1.0)
-    assert "- 2 of 3 templates are exact on one and two turns. 0 templates take one row a turn" in page
-    assert "- 1 more let a plain reply be told" in page
-    assert "- Wrong in silence: none." in page
+    assert "- 2 of 3 templates are exact on one and two turns. 0 templates give one row per turn" in page
+    assert "- In 1 more, a plain reply can be located" in page
+    assert "- Silently wrong: none." in page
     assert "| two turns | 2 | 1 | 0 | 0 |" in page
     assert "| `enable_thinking: false` | 1 | trl: closed |" in page
-    assert page.rstrip().endswith("so that the last reply of a chat has none:\ntrl: glm.")
+    assert page.rstrip().endswith("so the last reply of a chat has none:\ntrl: glm.")
     verdict = replace(results[0].verdict, status=WRONG, kinds=("end token not supervised",))
     page = Matrix([replace(results[0], verdict=verdict), *results[1:]]).page(1.0)
-    assert "- Wrong in silence: 1 rows." in page
+    assert "- Silently wrong: 1 rows." in page
     assert "| end token not supervised | trl: plain | one turn |" in page
