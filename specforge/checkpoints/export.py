@@ -21,7 +21,7 @@ from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.checkpoints.writing import written_whole
 from specforge.config import SpeculatorModelConfig, VerifierConfig, meaning, verifier_difference
 from specforge.data.text.prompts import Conversation
-from specforge.data.text.verifier import VerifierText
+from specforge.data.text.verifier import VerifierTokenizer
 from specforge.decoding.agreement import Agreement
 from specforge.errors import SpecforgeError, UsageError
 from specforge.models.base_components import plain_rope
@@ -184,7 +184,7 @@ def _probe(
     served, agreement = None, Agreement()
     if order.runs_verifier:
         loading = order.loading
-        text = VerifierText(facts.name_or_path, loading.revision, loading.trust_remote_code)
+        text = VerifierTokenizer(facts.name_or_path, loading.revision, loading.trust_remote_code)
         prompts = probe_prompts(text, conversations)
         verifier = running_verifier(facts.name_or_path, loading)
         served = expected_of(model, verifier, prompts)

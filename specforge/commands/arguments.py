@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from specforge.commands.wrapping import HelpFormatter, hanging
 from specforge.config import SpeculatorModelConfig
 from specforge.data.text.template import ChatTemplate
-from specforge.data.text.verifier import VerifierText
+from specforge.data.text.verifier import VerifierTokenizer
 from specforge.decoding.verification import Verification
 from specforge.errors import UsageError, describe_invalid
 from specforge.models.speculator import SpeculatorModel
@@ -91,9 +91,9 @@ def add_template_flags(parser: ArgumentParser) -> None:
     )
 
 
-def verifier_text(found: Namespace, name: str) -> VerifierText:
+def verifier_text(found: Namespace, name: str) -> VerifierTokenizer:
     """Return the text side of a verifier, with the chat template as the flags want it."""
-    return VerifierText(
+    return VerifierTokenizer(
         name, found.verifier_revision, found.trust_remote_code, found.template_arguments, found.template_date
     )
 

@@ -1,4 +1,4 @@
-"""Drafts of every algorithm for a small verifier whose tokenizer knows chats."""
+"""Drafts of every algorithm for a small verifier with a chat template."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERIFIER = Path(__file__).parents[2] / "configs" / "quickstart" / "verifier"
 
 
 def make(algorithm: str, **options: Any) -> SpeculatorModel:
-    """Make a draft whose tensors are all at random, norms included."""
+    """Make a draft with random tensors, norms included."""
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(VERIFIER)
     options = {"verifier_name_or_path": str(VERIFIER), **options}
@@ -35,11 +35,11 @@ def make(algorithm: str, **options: Any) -> SpeculatorModel:
 
 
 def break_drafter(draft: SpeculatorModel, patch: pytest.MonkeyPatch) -> None:
-    """Let drafters of a draft's class read another token than the last decided one."""
-    right = type(draft).drafter
+    """Make drafters of a draft's class read a wrong token instead of the last decided one."""
+    original = type(draft).drafter
 
     def broken(self: SpeculatorModel, batch_size: int) -> Drafter:
-        drafter = right(self, batch_size)
+        drafter = original(self, batch_size)
         commit = drafter.commit
         drafter.commit = lambda tokens, features, counts: commit((tokens + 1) % 100, features, counts)  # type: ignore
         return drafter

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from specforge.checkpoints.verification.logits import difference, greatest_logits
 from specforge.checkpoints.verification.probe import ProbeText, Served
 from specforge.data.text.prompts import Conversation
-from specforge.data.text.verifier import VerifierText
+from specforge.data.text.verifier import VerifierTokenizer
 from specforge.decoding.agreement import Agreement, compare_rounds
 from specforge.decoding.loop import Decoder, Emission
 from specforge.decoding.recorded import chain_acceptance
@@ -35,7 +35,7 @@ QUESTIONS = (
 ACCEPTANCE_TOLERANCE = 0.02
 
 
-def probe_prompts(text: VerifierText, conversations: list[Conversation] | None = None) -> list[list[int]]:
+def probe_prompts(text: VerifierTokenizer, conversations: list[Conversation] | None = None) -> list[list[int]]:
     """Return the tokens of the probe's prompts.
 
     Args:

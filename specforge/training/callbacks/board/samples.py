@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from specforge.data.module import data_of
-from specforge.data.text.showing import stretches
+from specforge.data.text.showing import spans
 from specforge.decoding.replay import turns_of
 from specforge.errors import UsageError
 from specforge.training.attached import is_fitting
@@ -175,7 +175,7 @@ def _marked(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]
     shown = sample.response[:RESPONSE_TOKENS]
     sources: list[Any] = [Source.PROMPT] * len(sample.prompt) + sample.sources[: len(shown)]
     tags = {Source.PROMPT: ("<em>", "</em><br>"), Source.DRAFT: ("<strong>", "</strong>"), Source.VERIFIER: ("", "")}
-    for text, source in stretches(sample.prompt + shown, sources, tokenizer):
+    for text, source in spans(sample.prompt + shown, sources, tokenizer):
         opening, closing = tags[source]
         yield f"{opening}{_escaped(text)}{closing}"
     if len(shown) < len(sample.response):
