@@ -1,4 +1,4 @@
-"""Which keys of a verifier's ``config.json`` are why no model can be built from it, or why its weights do not fit."""
+"""Diagnosing a verifier's ``config.json``: the keys for which no model can be built or the weights do not fit."""
 
 from __future__ import annotations
 
