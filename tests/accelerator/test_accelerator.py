@@ -19,7 +19,6 @@ HERE = Path(__file__).parent
 )
 def test_commands_and_drafts_on_an_accelerator(tmp_path: Path) -> None:
     folders = [HERE, HERE.parent / "support", HERE.parent / "end_to_end", HERE.parent / "decoding"]
-    path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
     paths = filter(None, [os.environ.get("PYTHONPATH")])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", str(HERE / "on_accelerator.py"), f"--basetemp={tmp_path / 'inside'}"],
