@@ -185,7 +185,10 @@ class DraftModule(LightningModule, ABC):
             places=drafted.places,
             compiled=self.compile_steps,
             weighting=self.weighting if self.training else None,
+            further_head=self.draft.further_head,
+            candidates=self.candidates,
         )
+        outcome = self.measured(batch, features, drafted, outcome)
         for name, values in self.further_losses(features, drafted, outcome).items():
             loss = outcome.loss + self.term_weights[name] * (weights * values).sum()
             outcome = replace(outcome, loss=loss, terms={name: values.detach().sum(1), **outcome.terms})
@@ -231,6 +234,17 @@ class DraftModule(LightningModule, ABC):
         """
         return {}
 
+    def measured(self, batch: Batch, features: Features, drafted: Drafted, outcome: DraftSteps) -> DraftSteps:
+        """Return the outcome as decoding has it; overridden where drafts do not choose by the logits that are trained.
+
+        Args:
+            batch: See ``draft_steps``.
+            features: The verifier's states over the batch.
+            drafted: What the draft computed.
+            outcome: How it compares with the verifier.
+        """
+        return outcome
+
     def alignment(self, batch: Batch) -> Alignment:
         """Return what each row and step is compared with, and which of them count.
 
@@ -242,6 +256,11 @@ class DraftModule(LightningModule, ABC):
         """
         steps = self.num_steps if self.training else self.validation_steps
         return align(batch["loss_mask"], batch["document_ids"], steps)
+
+    @property
+    def candidates(self) -> int:
+        """Number of the draft's most probable tokens at each pair that ``further_losses`` reads; mostly none."""
+        return 0
 
     @property
     def term_weights(self) -> dict[str, float]:
@@ -349,11 +368,25 @@ class DraftModule(LightningModule, ABC):
         Args:
             supervised: Which positions count, bool [S, N].
         """
-        decay = self.step_decay ** torch.arange(len(supervised), device=supervised.device)
-        counted = supervised if self._window is None or not self.training else self._window
-        counts = counted.sum(1) if self.denominator == "valid" else torch.full_like(decay, counted.shape[1])
         # Gradients are averaged over the processes, which may hold different numbers of positions.
-        return decay * processes() / total(counts).clamp(min=1)
+        return self.step_decays(supervised) * processes() / self.step_counts(supervised).clamp(min=1)
+
+    def step_decays(self, supervised: Tensor) -> Tensor:
+        """Return the weight of each step, [S]: ``step_decay`` to the power of its number.
+
+        Args:
+            supervised: Which positions count, bool [S, N].
+        """
+        return self.step_decay ** torch.arange(len(supervised), device=supervised.device)
+
+    def step_counts(self, supervised: Tensor) -> Tensor:
+        """Return what each step's sum of losses is divided by, over all processes and the optimizer step, [S].
+
+        Args:
+            supervised: Which positions count, bool [S, N].
+        """
+        counted = supervised if self._window is None or not self.training else self._window
+        return total((counted if self.denominator == "valid" else torch.ones_like(counted)).sum(1))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Run one batch; Lightning updates the draft with the loss that comes back."""

@@ -7,7 +7,6 @@ dispatched by the algorithm and format that it states; nothing is assumed about 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import layouts
 import pytest
 import torch
+from golden_root import ROOT
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
@@ -30,7 +30,6 @@ from specforge.verifier.features import Features, capture, default_aux_layers
 from specforge.verifier.loading import load_verifier
 from specforge.verifier.parts import VerifierParts
 
-ROOT = Path(os.environ.get("SPECFORGE_GOLDEN") or Path(__file__).resolve().parents[2] / "../shared/golden").resolve()
 if not ROOT.is_dir():
     pytest.skip(f"no golden cases: {ROOT} is not a folder (set SPECFORGE_GOLDEN)", allow_module_level=True)
 
@@ -211,7 +210,7 @@ def test_there_are_cases() -> None:
 
 def test_every_algorithm_is_checked(any_case: Case) -> None:
     require(any_case.algorithm)
-    assert any_case.algorithm in {"eagle3", "eagle", "mlp"}, (
+    assert any_case.algorithm in {"eagle3", "eagle", "mlp", "dflash", "dflash2", "dspark"}, (
         "a plugin provides this algorithm, but no test here runs its cases"
     )
 
