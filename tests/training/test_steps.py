@@ -14,6 +14,9 @@ from specforge.training.losses.distillation import DraftSteps
 from specforge.training.module import DraftModule
 from specforge.training.steps import prepare_steps
 from specforge.verifier.parts import VerifierParts
+from specforge_dflash.dflash2_module import DFlash2Module
+from specforge_dflash.dspark_module import DSparkModule
+from specforge_dflash.settings import DFlash2DraftSettings, DSparkDraftSettings
 from specforge_eagle.module import EagleModule
 from specforge_eagle3.module import Eagle3DraftSettings, Eagle3Module
 from specforge_mlp.module import MLPModule
@@ -23,6 +26,13 @@ MODULES = {
     "eagle3": partial(Eagle3Module, draft=Eagle3DraftSettings(num_layers=2, draft_vocab_size=40), ttt_steps=STEPS),
     "hass": partial(EagleModule, noise=0.0, alignment_steps=STEPS),
     "mlp": MLPModule,
+    "dflash2": partial(
+        DFlash2Module,
+        draft=DFlash2DraftSettings(
+            num_layers=2, block_size=4, mask_token_id=0, selector_rank=4, selector_top_k=5, conv_group_size=4
+        ),
+    ),
+    "dspark": partial(DSparkModule, draft=DSparkDraftSettings(num_layers=2, block_size=3, mask_token_id=0)),
 }
 # What each algorithm computes last at a row, before its head.
 LAST: dict[str, Callable[[Any], torch.nn.Module]] = {
@@ -43,7 +53,10 @@ def make_module(name: str, tiny_verifiers: Mapping[str, Any]) -> DraftModule:
     torch.manual_seed(0)
     module = MODULES[name](verifier=str(made.folder))
     parts = VerifierParts.of(made.model)
-    data: Any = SimpleNamespace(vocabulary_counts=lambda: torch.arange(61, 0, -1))
+    rows = SimpleNamespace(longest_response=5, token_counts=torch.zeros(61))
+    data: Any = SimpleNamespace(
+        vocabulary_counts=lambda: torch.arange(61, 0, -1), vocabulary_size=61, train_rows=rows, validation_rows=None
+    )
     module.teacher.hold(made.model.requires_grad_(False), parts)
     module.create_draft(data)
     return module
