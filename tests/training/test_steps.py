@@ -53,10 +53,7 @@ def make_module(name: str, tiny_verifiers: Mapping[str, Any]) -> DraftModule:
     torch.manual_seed(0)
     module = MODULES[name](verifier=str(made.folder))
     parts = VerifierParts.of(made.model)
-    rows = SimpleNamespace(longest_response=5, token_counts=torch.zeros(61))
-    data: Any = SimpleNamespace(
-        vocabulary_counts=lambda: torch.arange(61, 0, -1), vocabulary_size=61, train_rows=rows, validation_rows=None
-    )
+    data: Any = SimpleNamespace(vocabulary_counts=lambda: torch.arange(61, 0, -1))
     module.teacher.hold(made.model.requires_grad_(False), parts)
     module.create_draft(data)
     return module

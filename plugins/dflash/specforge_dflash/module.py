@@ -19,7 +19,7 @@ from specforge.training.totals import processes
 from specforge.verifier.features import check_aux_layers
 from specforge.verifier.parts import VerifierParts
 from specforge_dflash.aux_layers import spread_aux_layers
-from specforge_dflash.mask_token import mask_token
+from specforge_dflash.mask_token import check_in_table, unused_token
 from specforge_dflash.model import DFlashDraftModel
 from specforge_dflash.settings import DFlashDraftSettings
 
@@ -52,6 +52,9 @@ class DFlashModule(DraftModule):
         except UsageError as error:
             raise UsageError(f"model.draft.aux_layers: {error}") from None
         self._aux_layers = chosen
+        # Until the texts have been looked at, any will do.
+        self._mask_token = draft.mask_token_id or 0
+        check_in_table(self._mask_token, verifier.vocab_size)
         if draft.draft_vocab_size is not None and draft.draft_vocab_size > verifier.vocab_size:
             raise UsageError(
                 f"model.draft.draft_vocab_size is {draft.draft_vocab_size}, but the verifier has only "
@@ -72,15 +75,33 @@ class DFlashModule(DraftModule):
         """Return fields of the draft's configuration that only its algorithm has."""
         return {}
 
-    def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> DFlashDraftModel:
-        """Create the network, at random; its final norm and its head are the verifier's."""
-        settings, vocabulary = self.settings, None
+    def configure_model(self) -> None:
+        """Check the texts, load the verifier and create the draft, once."""
+        if not self.teacher.is_held:
+            self.check_texts(self.trainer.datamodule)
+        super().configure_model()
+
+    def check_texts(self, data: DraftDataModule) -> None:
+        """Find a mask token that no text holds, and make sure that a block fits into a response.
+
+        Args:
+            data: The rows, set up.
+
+        Raises:
+            UsageError: There is no such token, or every response is too short.
+        """
+        self._mask_token = unused_token(self.settings.mask_token_id, data)
         longest = data.train_rows.longest_response
         if longest <= self.num_steps:
             raise UsageError(
-                f"model.draft.block_size is {settings.block_size}, so that a block proposes {self.num_steps} tokens, "
-                f"but the longest response of the training data has {longest}; anchor and proposed tokens must fit"
+                f"model.draft.block_size is {self.settings.block_size}, so that a block proposes {self.num_steps} "
+                f"tokens, but the longest response of the training data has {longest}; they and the token before them "
+                "must fit into one"
             )
+
+    def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> DFlashDraftModel:
+        """Create the network, at random; its final norm and its head are the verifier's."""
+        settings, vocabulary = self.settings, None
         if settings.draft_vocab_size not in (None, parts.config.vocab_size):
             vocabulary = DraftVocabulary.most_frequent(data.vocabulary_counts(), settings.draft_vocab_size)
         draft = self.network.from_training_args(
@@ -90,7 +111,7 @@ class DFlashModule(DraftModule):
             intermediate_size=settings.intermediate_size,
             block_size=settings.block_size,
             aux_hidden_state_layer_ids=self._aux_layers,
-            mask_token_id=mask_token(settings.mask_token_id, data),
+            mask_token_id=self._mask_token,
             sample_from_anchor=self.drafts_from_anchor,
             t2d=None if vocabulary is None else vocabulary.t2d,
             **self.network_fields(),

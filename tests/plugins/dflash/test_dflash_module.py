@@ -19,7 +19,7 @@ from specforge.verifier.parts import VerifierParts
 from specforge_dflash.config import DFlash2SpeculatorConfig, DFlashSpeculatorConfig, DSparkSpeculatorConfig
 from specforge_dflash.dflash2_module import DFlash2Module
 from specforge_dflash.dspark_module import DSparkModule
-from specforge_dflash.mask_token import mask_token
+from specforge_dflash.mask_token import unused_token
 from specforge_dflash.module import DFlashModule
 from specforge_dflash.settings import DFlash2DraftSettings, DFlashDraftSettings, DSparkDraftSettings
 
@@ -56,17 +56,18 @@ def data_of(rows: Any = Rows, tokens: int = VOCABULARY - 1) -> Any:
         vocabulary_size=VOCABULARY,
         train_rows=rows,
         validation_rows=None,
+        test_rows=None,
         verifier="tiny",
         tokenizer=SimpleNamespace(get_vocab=lambda: {str(token): token for token in range(tokens)}),
     )
 
 
-def make_module(name: str, tiny_verifiers: Mapping[str, Any], data: Any = None, **options: Any) -> Any:
+def make_module(name: str, tiny_verifiers: Mapping[str, Any], **options: Any) -> Any:
     made, (module_class, settings) = tiny_verifiers["llama"], MODULES[name]
     torch.manual_seed(0)
     module = module_class(verifier=str(made.folder), draft=options.pop("draft", settings), **options)
     module.teacher.hold(made.model.requires_grad_(False), VerifierParts.of(made.model))
-    module.create_draft(data or data_of())
+    module.create_draft(data_of())
     return module
 
 
@@ -157,22 +158,24 @@ def test_a_weighting_weighs_the_selector_by_its_own_chain(weighting: str, tiny_v
 class TestWhatIsRefused:
     def test_a_block_longer_than_any_response(self, tiny_verifiers: Mapping[str, Any]) -> None:
         settings = DFlashDraftSettings(block_size=8, **SMALL)
+        module = make_module("dflash", tiny_verifiers, draft=settings)
         with pytest.raises(UsageError, match="block_size is 8, so that a block proposes 7 tokens, but the longest re"):
-            make_module("dflash", tiny_verifiers, draft=settings)
-        make_module("dflash", tiny_verifiers, draft=settings.model_copy(update={"block_size": 7}))
+            module.check_texts(data_of())
+        shorter = settings.model_copy(update={"block_size": 7})
+        make_module("dflash", tiny_verifiers, draft=shorter).check_texts(data_of())
 
-    def test_a_mask_token_outside_the_table(self) -> None:
+    def test_a_mask_token_outside_the_table(self, tiny_verifiers: Mapping[str, Any]) -> None:
         with pytest.raises(UsageError, match="mask_token_id is 61, but the verifier has ids 0 to 60"):
-            mask_token(61, data_of())
+            make_module("dflash", tiny_verifiers, draft=DFlashDraftSettings(**{**SMALL, "mask_token_id": 61}))
 
     def test_a_mask_token_that_the_texts_hold(self) -> None:
         with pytest.raises(UsageError, match="mask_token_id is 5, which the texts hold 1 times"):
-            mask_token(5, data_of())
+            unused_token(5, data_of())
 
     def test_a_verifier_without_a_free_token(self) -> None:
-        assert mask_token(None, data_of()) == MASK
+        assert unused_token(None, data_of()) == MASK
         with pytest.raises(UsageError, match="tiny has no free token: its tokenizer uses all of its 61 ids; set model"):
-            mask_token(None, data_of(tokens=VOCABULARY))
+            unused_token(None, data_of(tokens=VOCABULARY))
 
     def test_layers_that_the_verifier_does_not_have(self, tiny_verifiers: Mapping[str, Any]) -> None:
         settings = DFlashDraftSettings(aux_layers=[1, 9])
