@@ -15,8 +15,7 @@ from specforge.training.module import DraftModule
 from specforge.training.steps import prepare_steps
 from specforge.verifier.parts import VerifierParts
 from specforge_dflash.dflash2_module import DFlash2Module
-from specforge_dflash.dspark_module import DSparkModule
-from specforge_dflash.settings import DFlash2DraftSettings, DSparkDraftSettings
+from specforge_dflash.settings import DFlash2DraftSettings
 from specforge_eagle.module import EagleModule
 from specforge_eagle3.module import Eagle3DraftSettings, Eagle3Module
 from specforge_mlp.module import MLPModule
@@ -29,10 +28,9 @@ MODULES = {
     "dflash2": partial(
         DFlash2Module,
         draft=DFlash2DraftSettings(
-            num_layers=2, block_size=4, mask_token_id=0, selector_rank=4, selector_top_k=5, conv_group_size=4
+            num_layers=1, block_size=4, mask_token_id=0, selector_rank=4, selector_top_k=5, conv_group_size=4
         ),
     ),
-    "dspark": partial(DSparkModule, draft=DSparkDraftSettings(num_layers=2, block_size=3, mask_token_id=0)),
 }
 # What each algorithm computes last at a row, before its head.
 LAST: dict[str, Callable[[Any], torch.nn.Module]] = {
