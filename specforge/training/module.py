@@ -464,6 +464,8 @@ class DraftModule(LightningModule, ABC):
         if self.teacher.recorder is not None:
             self.teacher.recorder.flush()
         checkpoint["identity"] = Identity.of(self.draft).stored()
+        config = self.draft.config
+        checkpoint["proposal_fields"] = {name: getattr(config, name) for name in sorted(config.proposal_fields)}
         checkpoint["optimizer_name"] = self.optimizer_settings.name
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from specforge.hookspecs import Algorithm, hookimpl
+from specforge.hookspecs import Algorithm, ProposalMethod, hookimpl
 
 
 @hookimpl
@@ -34,5 +34,19 @@ def specforge_algorithms() -> Iterable[Algorithm]:
             model="specforge_dflash.dspark:DSparkDraftModel",
             module="specforge_dflash.dspark_module:DSparkModule",
             data="specforge.data.module:DraftDataModule",
+            proposals=("greedy", "sampling", "static_tree", "dynamic_tree", "confident_chain"),
         ),
+    ]
+
+
+@hookimpl
+def specforge_proposals() -> Iterable[ProposalMethod]:
+    """What DSpark's confidence is for."""
+    return [
+        ProposalMethod(
+            "confident_chain",
+            "a chain that ends where DSpark's confidence in it does",
+            config="specforge_dflash.confident_chain:ConfidentChainTokenProposalConfig",
+            proposer="specforge_dflash.confident_chain:ConfidentChainProposer",
+        )
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from transformers import Qwen3Config
@@ -130,9 +130,12 @@ class DSparkSpeculatorConfig(DFlashSpeculatorConfig):
             state; ``"rnn"``: a recurrence along the block.
         enable_confidence_head: Whether the draft says how probable it is that each token is accepted.
         confidence_head_with_markov: Whether that reads the token before, embedded, beside the slot's state.
+        confidence_temperatures: What each slot's confidence, in log-odds, is divided by; 1 for all where none are
+            given. The last validation found them.
     """
 
     model_type_name: ClassVar[str] = "dspark"
+    proposal_fields: ClassVar[frozenset[str]] = frozenset({"confidence_temperatures"})
 
     speculators_model_type: str = "dspark"
     architectures: list[str] = Field(default_factory=lambda: ["DSparkDraftModel"])
@@ -141,9 +144,12 @@ class DSparkSpeculatorConfig(DFlashSpeculatorConfig):
     markov_head_type: MarkovHead = "vanilla"
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
+    confidence_temperatures: list[Annotated[float, Field(gt=0)]] = Field(default_factory=list)
 
     @model_validator(mode="after")
-    def _recurrence_begins_at_the_anchor(self) -> Self:
+    def _heads_fit(self) -> Self:
+        if len(self.confidence_temperatures) not in (0, self.num_drafted):
+            raise ValueError(f"confidence_temperatures needs one for each of the {self.num_drafted} drafted tokens")
         if self.markov_head_type == "rnn" and not self.sample_from_anchor:
             raise ValueError("markov_head_type rnn needs sample_from_anchor: its recurrence begins at the anchor")
         return self

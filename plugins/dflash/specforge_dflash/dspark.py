@@ -17,6 +17,7 @@ from specforge.models.draft_rows import DraftRows
 from specforge.verifier.features import Features
 from specforge_dflash.confidence import Confidence
 from specforge_dflash.config import DSparkSpeculatorConfig
+from specforge_dflash.dspark_drafter import DSparkDrafter
 from specforge_dflash.markov import EMBEDDING_DEVIATION, Markov
 from specforge_dflash.model import DFlashDraftModel
 from specforge_dflash.pairs import tokens_before
@@ -82,6 +83,10 @@ class DSparkDraftModel(DFlashDraftModel):
             tokens: The tokens before them, the verifier's ids, int64 [...].
         """
         return self._confidence(states, self.markov_head.markov_w1(tokens))
+
+    def drafter(self, batch_size: int) -> DSparkDrafter:
+        """Begin to draft for some sequences."""
+        return DSparkDrafter(self, batch_size, self.fc.weight.device)
 
     def _confidence(self, states: Tensor, embedded: Tensor) -> Tensor:
         head = cast(Confidence, self.confidence_head)

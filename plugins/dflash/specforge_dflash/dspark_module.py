@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from specforge.bounds import Weight
 from specforge.training.losses.distillation import DraftSteps
-from specforge.training.module import Drafted
+from specforge.training.module import Batch, Drafted
 from specforge.verifier.features import Features
+from specforge_dflash.calibration import ConfidenceRecord
 from specforge_dflash.dspark import DSparkDraftModel
 from specforge_dflash.model import DFlashDraftModel
 from specforge_dflash.module import DFlashModule
@@ -30,6 +31,7 @@ class DSparkModule(DFlashModule):
 
     network: ClassVar[type[DFlashDraftModel]] = DSparkDraftModel
     drafts_from_anchor: ClassVar[bool] = True
+    draft: DSparkDraftModel
     settings: DSparkDraftSettings
 
     def __init__(
@@ -37,6 +39,8 @@ class DSparkModule(DFlashModule):
     ) -> None:
         super().__init__(draft=draft, **kwargs)
         self.confidence_weight = confidence_weight
+        # Of the validation under way.
+        self._record: ConfidenceRecord | None = None
 
     def network_fields(self) -> dict[str, Any]:
         """Return the fields of the Markov head and the confidence head."""
@@ -53,6 +57,26 @@ class DSparkModule(DFlashModule):
         """Weights of the objective and, where there is that head, of the confidence's loss."""
         own = {CONFIDENCE: self.confidence_weight} if self.settings.confidence_head else {}
         return {**super().term_weights, **own}
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to record the confidence."""
+        if self.settings.confidence_head:
+            self._record = ConfidenceRecord()
+
+    def measured(self, batch: Batch, features: Features, drafted: Drafted, outcome: DraftSteps) -> DraftSteps:
+        """Record what the draft was confident of in validation, and what became of it."""
+        if self._record is not None:
+            self._record.add(drafted, outcome.drawn)
+        return outcome
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics, calibrate the confidence, and log how well it fits."""
+        super().on_validation_epoch_end()
+        if self._record is None:
+            return
+        found, self._record = self._record.calibrated(), None
+        self.draft.config.confidence_temperatures = found.temperatures
+        self.log_dict({"val/confidence_ece": found.error, "val/confidence_ece_raw": found.raw_error})
 
     def further_losses(self, features: Features, drafted: Drafted, outcome: DraftSteps) -> dict[str, Tensor]:
         """Return the cross-entropy of confidence and the probability of acceptance."""

@@ -65,7 +65,10 @@ def draft_of_checkpoint(path: Path, like: SpeculatorModel) -> SpeculatorModel:
         like: A draft of the same configuration.
     """
     check_checkpoint(path)
-    saved = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    saved = torch.load(path, map_location="cpu", weights_only=True)
     prefix = "draft."
-    state = {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
-    return type(like).from_state(like.config, folded(state), where=str(path))
+    tensors = saved["state_dict"].items()
+    state = {name.removeprefix(prefix): tensor for name, tensor in tensors if name.startswith(prefix)}
+    # How candidates are chosen may be found in validation.
+    config = like.config.model_copy(update=saved.get("proposal_fields"))
+    return type(like).from_state(config, folded(state), where=str(path))

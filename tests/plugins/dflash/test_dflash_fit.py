@@ -125,6 +125,18 @@ def test_generated_text_is_the_verifiers(algorithm: str, fit: Callable[..., Path
     assert torch.equal(draft.generate(prompt, max_new_tokens=12), expected)
 
 
+def test_the_confidence_is_calibrated_by_the_validation_of_the_draft_that_is_written(
+    fit: Callable[..., Path],
+) -> None:
+    run = fit("dspark")
+    draft = SpeculatorModel.from_pretrained(run / "draft")
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    temperatures = draft.config.confidence_temperatures
+    assert temperatures == best["proposal_fields"]["confidence_temperatures"] and len(temperatures) == 3
+    error, raw = (scalars(run, f"val/{name}")[-1][1] for name in ("confidence_ece", "confidence_ece_raw"))
+    assert 0 <= error <= raw < 1
+
+
 def test_a_finished_draft_begins_another_run(fit: Callable[..., Path]) -> None:
     first = fit("dspark")
     again = fit("dspark", "from another", f"--model.init_from={first / 'draft'}", "--trainer.max_steps=1")
