@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from specforge.hookspecs import Algorithm, ProposalMethod, hookimpl
+from specforge.hookspecs import Algorithm, CheckpointFormat, ProposalMethod, hookimpl
 
 
 @hookimpl
@@ -48,5 +48,31 @@ def specforge_proposals() -> Iterable[ProposalMethod]:
             "a chain that ends where DSpark's confidence in it does",
             config="specforge_dflash.confident_chain:ConfidentChainTokenProposalConfig",
             proposer="specforge_dflash.confident_chain:ConfidentChainProposer",
+        )
+    ]
+
+
+@hookimpl
+def specforge_checkpoint_formats() -> Iterable[CheckpointFormat]:
+    """The layouts that readers of block drafts want, the same for each algorithm."""
+    return [
+        CheckpointFormat(name, summary, algorithm=algorithm, layout=layout)
+        for algorithm in ("dflash", "dflash2", "dspark")
+        for name, summary, layout in (
+            (
+                "speculators",
+                "the speculators layout, 0.9; llama.cpp reads it of dspark",
+                "specforge_dflash.formats:BlockSpeculatorsLayout",
+            ),
+            (
+                "vllm",
+                "vLLM, method dflash or dspark: the speculators layout within what vLLM runs right",
+                "specforge_dflash.formats:VLLMBlockLayout",
+            ),
+            (
+                "plain",
+                "a Qwen3 configuration with dflash_config: z-lab, DeepSpec, SGLang, llama.cpp",
+                "specforge_dflash.plain:PlainBlockLayout",
+            ),
         )
     ]

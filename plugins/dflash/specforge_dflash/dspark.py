@@ -63,7 +63,7 @@ class DSparkDraftModel(DFlashDraftModel):
         """Turn what ``states`` returns into logits over the draft vocabulary [..., D]."""
         width = self.head_weights.shape[1]
         latents = self.before_head(hidden)[..., width:]
-        return self.slot_logits(hidden[..., :width]) + self.markov_head.bias(latents)
+        return self._biased(self.slot_logits(hidden[..., :width]), latents)
 
     @property
     def memory_size(self) -> int:
@@ -73,7 +73,7 @@ class DSparkDraftModel(DFlashDraftModel):
     def conditioned(self, logits: Tensor, states: Tensor, tokens: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Add what the Markov head makes of the tokens before."""
         latents, memory = self.markov_head(states, self.markov_head.markov_w1(tokens), memory)
-        return logits + self.markov_head.bias(latents), memory
+        return self._biased(logits, latents), memory
 
     def confidence(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Return the log-odds that slots' tokens are accepted, [...].
@@ -87,6 +87,10 @@ class DSparkDraftModel(DFlashDraftModel):
     def drafter(self, batch_size: int) -> DSparkDrafter:
         """Begin to draft for some sequences."""
         return DSparkDrafter(self, batch_size, self.fc.weight.device)
+
+    def _biased(self, logits: Tensor, latents: Tensor) -> Tensor:
+        # Where a stand-in for the verifier has only some of its tokens, so do the logits.
+        return logits + self.markov_head.bias(latents)[..., : logits.shape[-1]]
 
     def _confidence(self, states: Tensor, embedded: Tensor) -> Tensor:
         head = cast(Confidence, self.confidence_head)

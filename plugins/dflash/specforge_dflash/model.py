@@ -147,6 +147,11 @@ class DFlashDraftModel(SpeculatorModel):
             if self.lm_head is not None and self.draft_ids is not None:
                 self.lm_head.weight.copy_(parts.lm_head.weight[self.draft_ids.to(parts.lm_head.weight.device)])
 
+    @property
+    def mask_token(self) -> int:
+        """The mask token; where a stand-in for the verifier has only some of its tokens, the last one of those."""
+        return min(self.config.mask_token_id, self.verifier_parts.embed_tokens.num_embeddings - 1)
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed the verifier's tokens [...] as [..., H], by its raw table, as engines do."""
         table = self.verifier_parts.embed_tokens.weight.detach()
@@ -189,7 +194,7 @@ class DFlashDraftModel(SpeculatorModel):
             Their states after the final norm, [Q, H].
         """
         size = self.config.block_size
-        masks = self.embed(tokens.new_full((1, 1), self.config.mask_token_id)).expand(len(tokens), size - 1, -1)
+        masks = self.embed(tokens.new_full((1, 1), self.mask_token)).expand(len(tokens), size - 1, -1)
         hidden = torch.cat([self.embed(tokens)[:, None], masks], dim=1).flatten(0, 1)
         positions = position_ids[:, None] + torch.arange(size, device=tokens.device)
         cosines, sines = self.rotary_emb(hidden, positions.view(1, -1))
