@@ -295,11 +295,11 @@ def without_convolution(patch: pytest.MonkeyPatch) -> None:
 
 
 MUTATIONS = {
-    "the context ends one row early": (shifted_rows(-1), "dflash-qwen3-full"),
-    "a block is causal": (causal_blocks, "dflash-qwen3-full"),
-    "blocks stand one position later": (later_positions, "dflash-llama-pruned"),
+    "the context ends one row early": (shifted_rows(-1), "dflash-qwen3-packed"),
+    "a block is causal": (causal_blocks, "dflash-qwen3-packed"),
+    "blocks stand one position later": (later_positions, "dflash-qwen3-packed"),
     "documents are ignored": (without_documents, "dflash-qwen3-packed"),
-    "nothing is convolved": (without_convolution, "dflash2-qwen3-kernel3"),
+    "nothing is convolved": (without_convolution, "dflash2-qwen3-packed"),
 }
 
 
