@@ -311,6 +311,14 @@ class SpeculatorModel(nn.Module):
             model.attach_verifier(verifier, verifier_attachment_mode)
         return model
 
+    def read_start(self, name_or_path: str) -> Self:
+        """Read the draft whose weights training starts from; overridden if it may be of another algorithm.
+
+        Args:
+            name_or_path: Folder or hub id.
+        """
+        return type(self).from_pretrained(name_or_path)
+
     @classmethod
     def from_state(cls, config: SpeculatorModelConfig, state: Mapping[str, Tensor], where: str = "weights") -> Self:
         """Build the network and fill it with tensors under its own names; nothing is left at random.

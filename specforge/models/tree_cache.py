@@ -47,6 +47,11 @@ class TreeCache(DynamicCache):
         self._ancestors: Tensor | None = None
         self._announce(self.lengths.new_empty(batch_size, 0), new=0)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token has been committed to any sequence."""
+        return self._slots == 0
+
     def extend(self, length: int) -> Tensor:
         """Announce tokens that follow the committed ones, one behind the other; there must be no pending nodes.
 

@@ -125,7 +125,7 @@ def start_from(draft: SpeculatorModel, given: SpeculatorModel | str) -> None:
         UsageError: There is none, or it is another network, or for another verifier; what differs is named.
     """
     if isinstance(given, str):
-        stored, name = type(draft).from_pretrained(given), f"model.init_from: {given}"
+        stored, name = draft.read_start(given), f"model.init_from: {given}"
         config = f"{given}/{CONFIG_NAME}"
     else:
         stored, name, config = given, "the draft that was loaded", "its configuration"

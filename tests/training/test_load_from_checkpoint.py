@@ -82,7 +82,7 @@ def test_a_loaded_draft_needs_its_verifier_by_name_only_to_run(runs: SmallRuns) 
 
 def test_settings_are_those_of_the_run_but_for_what_is_given(runs: SmallRuns) -> None:
     module, data = load(runs.last("eagle3"), "eagle3", step_decay=0.5)
-    assert (module.ttt_steps, module.settings.draft_vocab_size, module.optimizer_settings.lr) == (3, 40, 3e-3)
+    assert (module.num_steps, module.settings.draft_vocab_size, module.optimizer_settings.lr) == (3, 40, 3e-3)
     assert module.step_decay == 0.5 and data.row_settings.max_length == 48
 
 

@@ -14,12 +14,12 @@ from specforge.errors import UsageError
 from specforge.models.block.anchors import draw_anchors
 from specforge.models.chain.alignment import Alignment
 from specforge.models.vocabulary import DraftVocabulary
+from specforge.training.mask_token import check_in_table, unused_token
 from specforge.training.module import Batch, DraftModule
 from specforge.training.totals import processes
 from specforge.verifier.features import check_aux_layers
 from specforge.verifier.parts import VerifierParts
 from specforge_dflash.aux_layers import spread_aux_layers
-from specforge_dflash.mask_token import check_in_table, unused_token
 from specforge_dflash.model import DFlashDraftModel
 from specforge_dflash.settings import DFlashDraftSettings
 

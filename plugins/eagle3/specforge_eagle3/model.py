@@ -22,6 +22,7 @@ from specforge.models.chain.ttt_attention import record_keys
 from specforge.models.chain.unrolling import run_chain
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention
 from specforge.models.draft_rows import DraftRows
+from specforge.models.drafter import Drafter
 from specforge.models.lean_blocks import make_lean
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.vocabulary import DraftVocabulary, map_faults
@@ -142,7 +143,7 @@ class Eagle3DraftModel(SpeculatorModel):
             **kwargs: ``num_layers`` (1), ``norm_before_residual`` (False), ``norm_before_fc``, ``fc_norm``,
                 ``norm_output``, ``t2d`` and ``d2t`` (the draft vocabulary; the verifier's whole one when absent),
                 ``ttt_steps`` (7), ``verifier_name_or_path``, ``layer_type`` (``"llama"``), ``intermediate_size``,
-                ``aux_layer_ids``, ``embed_requires_grad``.
+                ``aux_layer_ids``, ``embed_requires_grad``, and ``further_fields`` of the configuration.
 
         Returns:
             The draft with random weights; its maps hold the given vocabulary.
@@ -154,7 +155,9 @@ class Eagle3DraftModel(SpeculatorModel):
             kwargs.get("intermediate_size"),
         )
         t2d = kwargs.get("t2d")
-        config = Eagle3SpeculatorConfig(
+        config_class = cast(type[Eagle3SpeculatorConfig], cls.config_class)
+        config = config_class(
+            **kwargs.get("further_fields", {}),
             transformer_layer_config=layers,
             draft_vocab_size=layers.vocab_size if t2d is None else int(t2d.sum()),
             **{
@@ -163,7 +166,7 @@ class Eagle3DraftModel(SpeculatorModel):
             },
             eagle_aux_hidden_state_layer_ids=kwargs.get("aux_layer_ids"),
             speculators_config=SpeculatorsConfig(
-                algorithm=Eagle3SpeculatorConfig.model_type_name,
+                algorithm=config_class.model_type_name,
                 proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=kwargs.get("ttt_steps", 7))],
                 default_proposal_method="greedy",
                 verifier=VerifierConfig.from_config(verifier_config, kwargs.get("verifier_name_or_path")),
@@ -336,7 +339,7 @@ class Eagle3DraftModel(SpeculatorModel):
         """The head of all steps, [D, H]."""
         return self.lm_head.weight
 
-    def drafter(self, batch_size: int) -> FeatureDrafter:
+    def drafter(self, batch_size: int) -> Drafter:
         """Begin to draft for some sequences; row t stands at position t + 1."""
         return FeatureDrafter(self, batch_size, self.fc.weight.device, FIRST_POSITION)
 

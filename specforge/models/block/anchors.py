@@ -14,13 +14,14 @@ from specforge.models.block.documents import document_starts
 _BITS = 0xFFFFFFFF
 
 
-def draw_anchors(candidates: Tensor, document_ids: Tensor, quota: int, seed: int) -> Tensor:
+def draw_anchors(candidates: Tensor, document_ids: Tensor, quota: int | Tensor, seed: int) -> Tensor:
     """Draw rows of each document at random, without replacement.
 
     Args:
         candidates: Rows that may be drawn, bool [B, T].
         document_ids: Which document a row belongs to, -1 for padding, [B, T].
-        quota: Most rows of a document; all of its candidates are drawn where it has no more.
+        quota: Most rows of a document, or for each row that of its document, [B, T]; all candidates are drawn if there
+            are no more.
         seed: The same seed draws the same rows.
 
     Returns:
@@ -35,7 +36,7 @@ def draw_anchors(candidates: Tensor, document_ids: Tensor, quota: int, seed: int
     # A document's rows are as many in this order as in the batch, so they begin at the same index.
     rank = torch.arange(len(order), device=order.device) - starts[order]
     drawn = torch.zeros_like(wanted, dtype=torch.bool)
-    drawn[order] = rank < quota
+    drawn[order] = rank < (quota.flatten()[order] if isinstance(quota, Tensor) else quota)
     return drawn.view_as(candidates) & candidates
 
 

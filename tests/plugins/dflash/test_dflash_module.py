@@ -14,12 +14,12 @@ from torch import Tensor
 from specforge.errors import UsageError
 from specforge.models.chain.alignment import align
 from specforge.sampling import Sampling
+from specforge.training.mask_token import unused_token
 from specforge.training.module import DraftModule
 from specforge.verifier.parts import VerifierParts
 from specforge_dflash.config import DFlash2SpeculatorConfig, DFlashSpeculatorConfig, DSparkSpeculatorConfig
 from specforge_dflash.dflash2_module import DFlash2Module
 from specforge_dflash.dspark_module import DSparkModule
-from specforge_dflash.mask_token import unused_token
 from specforge_dflash.module import DFlashModule
 from specforge_dflash.settings import DFlash2DraftSettings, DFlashDraftSettings, DSparkDraftSettings
 

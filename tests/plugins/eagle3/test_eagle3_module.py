@@ -39,7 +39,7 @@ def make_batch() -> dict[str, Tensor]:
 
 def reference_loss(module: Eagle3Module, batch: dict[str, Tensor], size: int, compat: bool) -> float:
     """Row by row: 0.8^k times the mean over rows of KL(p || q), document by document."""
-    model, steps = module.teacher.model, module.ttt_steps
+    model, steps = module.teacher.model, module.num_steps
     sums, counts = [0.0] * steps, [0] * steps
     for document in (0, 1):
         places = (batch["document_ids"][0] == document).nonzero().squeeze(1)
