@@ -281,6 +281,11 @@ class DraftModule(LightningModule, ABC):
         return {term.name: term.weight for term in self.terms}
 
     @property
+    def mean_weights(self) -> list[float]:
+        """Factor of each trained step's mean in the loss of validation and test; a plugin's losses may have others."""
+        return [self.step_decay**step for step in range(self.num_steps)]
+
+    @property
     def besides_steps(self) -> list[str]:
         """What a run does besides its steps and takes time for, a sentence each; nothing, unless a plugin says so."""
         return []
@@ -574,9 +579,9 @@ class DraftModule(LightningModule, ABC):
         if not means:
             raise UsageError(f"no position of the {stage} data can be drafted: every response is a single token")
         loss = sum(
-            weight * self.step_decay**step * means[f"{name}/step_{step}"]
+            weight * share * means[f"{name}/step_{step}"]
             for name, weight in self.term_weights.items()
-            for step in range(self.num_steps)  # later steps are measured, but not trained
+            for step, share in enumerate(self.mean_weights)  # later steps are measured, but not trained
             if f"{name}/step_{step}" in means
         )
         self.log(f"{stage}/loss", torch.as_tensor(loss), prog_bar=True)

@@ -14,8 +14,8 @@ from specforge.bounds import Amount, LearningRate
 from specforge.private.torch import let_clip
 from specforge.training.class_paths import build, check_arguments, class_at, takes
 
-# What the heads of draft networks are called.
-HEADS = ("lm_head.", "head.")
+# What the names of the heads of draft networks end in: lm_head, head, markov_head.
+HEAD = "head"
 
 OWN = ("adamw", "muon")
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -137,5 +137,6 @@ class JointOptimizer(Optimizer):
 
 def _is_hidden_matrix(module: nn.Module, name: str) -> bool:
     """Muon is meant for matrices between hidden states, not for embeddings and heads."""
-    owner = module.get_submodule(name.rpartition(".")[0])
-    return isinstance(owner, nn.Linear) and name.endswith(".weight") and not name.startswith(HEADS)
+    *owners, kind = name.split(".")
+    is_of_head = any(owner.endswith(HEAD) for owner in owners)
+    return isinstance(module.get_submodule(".".join(owners)), nn.Linear) and kind == "weight" and not is_of_head

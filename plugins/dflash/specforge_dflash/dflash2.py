@@ -98,7 +98,7 @@ class DFlash2DraftModel(DFlashDraftModel):
 
     def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
         """Run the blocks of a packed batch, fed with the true tokens before each slot."""
-        states = self.backbone(batch, features, rows)
+        states = super().states(batch, features, rows)
         transitions = self.candidate_selector.transitions(states, tokens_before(batch["input_ids"], rows))
         return torch.cat([states, transitions.to(states.dtype)], dim=1)
 

@@ -42,7 +42,7 @@ class DSparkDraftModel(DFlashDraftModel):
 
     def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
         """Run the blocks of a packed batch, fed with the true tokens before each slot."""
-        states = self.backbone(batch, features, rows)
+        states = super().states(batch, features, rows)
         embedded = self.markov_head.markov_w1(tokens_before(batch["input_ids"], rows)).to(states.dtype)
         latents = self.markov_head.chain(states, embedded, rows.counts)
         found = [states, latents.to(states.dtype)]

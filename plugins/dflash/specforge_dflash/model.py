@@ -231,7 +231,7 @@ class DFlashDraftModel(SpeculatorModel):
         """The first slot whose state after the last layer is wanted: the first that predicts, or one before it."""
         return self.config.first_slot
 
-    def backbone(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
+    def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
         """Run the blocks of a packed batch.
 
         Args:
@@ -258,10 +258,6 @@ class DFlashDraftModel(SpeculatorModel):
             )
             found.append(self.run(anchors[part.rows], positions[part.rows], context, attention, part.wanted, of_wanted))
         return torch.cat(found)[slots.of_pairs]
-
-    def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
-        """Run the blocks of a packed batch; return states after the final norm."""
-        return self.backbone(batch, features, rows)
 
     @property
     def head_weights(self) -> Tensor:

@@ -71,6 +71,12 @@ class DFlashModule(DraftModule):
         """Number of tokens that a block proposes."""
         return self.settings.block_size - (not self.drafts_from_anchor)
 
+    @property
+    def mean_weights(self) -> list[float]:
+        """Factor of each step's mean in the loss of validation: its share of all decays, as if slots were as many."""
+        decays = super().mean_weights
+        return [one / sum(decays) for one in decays]
+
     def network_fields(self) -> dict[str, Any]:
         """Return fields of the draft's configuration that only its algorithm has."""
         return {}

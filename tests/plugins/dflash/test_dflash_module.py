@@ -98,6 +98,20 @@ def test_slots_share_one_denominator(name: str, tiny_verifiers: Mapping[str, Any
     assert float(outcome.loss) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_a_batch_without_a_response_costs_nothing_and_holds_nobody_up(
+    name: str, tiny_verifiers: Mapping[str, Any]
+) -> None:
+    """Other processes wait for a gradient of each weight."""
+    module = make_module(name, tiny_verifiers)
+    batch = {**BATCH, "loss_mask": torch.zeros_like(BATCH["loss_mask"])}
+    loss = module.draft_steps(batch, module.features(batch)).loss
+    loss.backward()
+    assert float(loss) == 0
+    for place, parameter in module.draft.named_parameters():
+        assert place == "lm_head.weight" or (parameter.grad is not None and not bool(parameter.grad.any())), place
+
+
 def test_anchors_are_drawn_in_training_and_all_rows_are_in_validation(tiny_verifiers: Mapping[str, Any]) -> None:
     module = make_module("dflash", tiny_verifiers, anchors=2)
     every = align(BATCH["loss_mask"], BATCH["document_ids"], 3).supervised
