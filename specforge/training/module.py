@@ -65,6 +65,11 @@ class Drafted:
     targets: Tensor
     supervised: Tensor
 
+    def counted(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return step, row, state and target of the pairs that count, int64 [m] each, on the device of the states."""
+        steps, rows = self.supervised.nonzero(as_tuple=True)
+        return moved((steps, rows, self.places[steps, rows], self.targets[steps, rows]), self.states.device)
+
 
 class DraftModule(LightningModule, ABC):
     """Trains a draft towards a verifier; a plugin supplies the network, and what its paper does in its own way.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specforge.moving import moved
 from specforge.training.module import Drafted
 from specforge.training.totals import total
 
@@ -53,9 +54,11 @@ class ConfidenceRecord:
             accepted: How probable it is that each pair's token is accepted, [S, N].
         """
         rows = drafted.supervised[0].nonzero()[:, 0]
-        self._log_odds.append(drafted.states[drafted.places[:, rows].clamp(min=0), -1].float())
+        found = rows, drafted.places[:, rows].clamp(min=0), drafted.supervised[:, rows]
+        rows, states, counted = moved(found, accepted.device)
+        self._log_odds.append(drafted.states[states, -1].float())
         self._accepted.append(accepted[:, rows].float())
-        self._counted.append(drafted.supervised[:, rows])
+        self._counted.append(counted)
 
     def calibrated(self) -> Calibration:
         """Find the temperatures; every process must call this, and all find the same."""

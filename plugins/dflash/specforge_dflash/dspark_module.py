@@ -92,7 +92,7 @@ def confidence_losses(drafted: Drafted, acceptance: Tensor) -> Tensor:
         drafted: What the draft computed; the last column of its states is the confidence, in log-odds.
         acceptance: How probable it is that each pair's token is accepted, [S, N].
     """
-    counted = drafted.supervised.nonzero(as_tuple=True)
-    log_odds = drafted.states[drafted.places[counted], -1].to(acceptance.dtype)
-    losses = F.binary_cross_entropy_with_logits(log_odds, acceptance[counted], reduction="none")
-    return torch.zeros_like(acceptance).index_put(counted, losses)
+    steps, rows, states, _ = drafted.counted()
+    log_odds = drafted.states[states, -1].to(acceptance.dtype)
+    losses = F.binary_cross_entropy_with_logits(log_odds, acceptance[steps, rows], reduction="none")
+    return torch.zeros_like(acceptance).index_put((steps, rows), losses)

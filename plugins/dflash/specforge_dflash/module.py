@@ -14,6 +14,7 @@ from specforge.errors import UsageError
 from specforge.models.block.anchors import draw_anchors
 from specforge.models.chain.alignment import Alignment
 from specforge.models.vocabulary import DraftVocabulary
+from specforge.private.lightning import has_trainer
 from specforge.training.mask_token import check_in_table, unused_token
 from specforge.training.module import Batch, DraftModule
 from specforge.training.totals import processes
@@ -83,7 +84,7 @@ class DFlashModule(DraftModule):
 
     def configure_model(self) -> None:
         """Check the texts, load the verifier and create the draft, once."""
-        if not self.teacher.is_held:
+        if not self.teacher.is_held and has_trainer(self):
             self.check_texts(data_of(self.trainer))
         super().configure_model()
 

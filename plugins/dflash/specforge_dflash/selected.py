@@ -31,10 +31,10 @@ def selected_steps(
         outcome: What the head's own distribution comes to.
     """
     found = [torch.zeros_like(outcome.acceptance) for _ in range(4)]
-    for steps, rows in _chunks(drafted, parts.lm_head.weight.shape[0]):
+    for steps, rows, states, target in _chunks(drafted, parts.lm_head.weight.shape[0]):
         # Pairs come in the order of their targets, each of which is formed once a chunk.
-        targets, target_of = drafted.targets[steps, rows].unique_consecutive(return_inverse=True)
-        q = draft.logits(drafted.states[drafted.places[steps, rows]]).float()
+        targets, target_of = target.unique_consecutive(return_inverse=True)
+        q = draft.logits(drafted.states[states]).float()
         p, text = parts.logits(last[targets]).float()[target_of], labels.tokens[targets][target_of]
         log_p, choice = p.log_softmax(-1), q.argmax(-1)
         accepted = acceptance(Distributions(q.log_softmax(-1), log_p, log_p))
@@ -48,9 +48,9 @@ def selected_steps(
     return replace(outcome, acceptance=accepted, agreement=agreement, matches=matches, drawn=drawn)
 
 
-def _chunks(drafted: Drafted, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield step and row of all pairs that count, in the order of their targets, few at a time."""
-    steps, rows = drafted.supervised.nonzero(as_tuple=True)
-    order = drafted.targets[steps, rows].argsort(stable=True)
+def _chunks(drafted: Drafted, vocabulary: int) -> Iterator[tuple[Tensor, ...]]:
+    """Yield step, row, state and target of all pairs that count, in the order of their targets, few at a time."""
+    counted = drafted.counted()
+    order = counted[-1].argsort(stable=True)
     for some in order.split(max(1, LOGITS_PER_CHUNK // vocabulary)):
-        yield steps[some], rows[some]
+        yield tuple(one[some] for one in counted)

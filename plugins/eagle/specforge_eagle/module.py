@@ -20,7 +20,6 @@ from specforge.bounds import Decay, Steps, Weight
 from specforge.data.module import DraftDataModule
 from specforge.models.chain.alignment import Alignment, Supervision, align
 from specforge.models.draft_rows import DraftRows
-from specforge.moving import moved
 from specforge.training.feature_scale import FeatureScale, FeatureScaledModule, check_feature_scale
 from specforge.training.losses.distillation import DraftSteps
 from specforge.training.module import Batch, Drafted
@@ -168,10 +167,8 @@ def feature_distances(drafted: Drafted, true: Tensor) -> Tensor:
         drafted: The draft's features, and what they are compared with.
         true: The verifier's, after its final norm, [N, H].
     """
-    counted = drafted.supervised.nonzero(as_tuple=True)
-    found = drafted.places[counted], drafted.targets[counted], counted
-    places, targets, counted = moved(found, true.device)
-    predicted, true = drafted.states[places], true[targets]
+    steps, rows, states, targets = drafted.counted()
+    predicted, true = drafted.states[states], true[targets]
     wide = torch.promote_types(predicted.dtype, torch.float32)
     distances = F.smooth_l1_loss(predicted.to(wide), true.to(wide), reduction="none").mean(-1)
-    return distances.new_zeros(drafted.supervised.shape).index_put(counted, distances)
+    return distances.new_zeros(drafted.supervised.shape).index_put((steps, rows), distances)
