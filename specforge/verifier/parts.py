@@ -100,22 +100,29 @@ class VerifierParts:
 
     def head(self, states: Tensor) -> Tensor:
         """Turn states after the final norm [..., H] into the verifier's logits [..., V]."""
-        return self._scaled(self.lm_head(states))
+        return scaled_logits(self.lm_head(states), self.config)
 
     def finish(self, logits: Tensor) -> Tensor:
         """Turn products with the head's matrix [..., V] into logits: bias, scaling and soft cap of the family."""
         bias = self.lm_head.bias
-        return self._scaled(logits if bias is None else logits + bias)
+        return scaled_logits(logits if bias is None else logits + bias, self.config)
 
-    def _scaled(self, logits: Tensor) -> Tensor:
-        if scale := getattr(self.config, "logits_scaling", None):
-            logits = logits / scale
-        for name in ("logit_scale", "lm_head_multiplier"):
-            if scale := getattr(self.config, name, None):
-                logits = logits * scale
-        if cap := getattr(self.config, "final_logit_softcapping", None):
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+
+def scaled_logits(logits: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Apply the scaling and soft cap of a model family to logits [..., V].
+
+    Args:
+        logits: What the head gives, its bias included.
+        config: The model's text configuration.
+    """
+    if scale := getattr(config, "logits_scaling", None):
+        logits = logits / scale
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if scale := getattr(config, name, None):
+            logits = logits * scale
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
