@@ -51,7 +51,7 @@ class VerifierParts:
         return cls(
             config=model.config.get_text_config(),
             embed_tokens=model.get_input_embeddings(),
-            norm=getattr(decoder(model), _final_norm_name(model)),
+            norm=final_norm(model),
             lm_head=model.get_output_embeddings(),
         )
 
@@ -138,6 +138,22 @@ def decoder(model: PreTrainedModel) -> nn.Module:
         if layers_of(module, model.config) is not None and any(child is embeddings for child in module.children()):
             return module
     return named
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """Return the norm between a model's last decoder layer and its head.
+
+    Raises:
+        UsageError: The model has none under a known name.
+    """
+    for name in FINAL_NORM_NAMES:
+        norm = getattr(decoder(model), name, None)
+        if isinstance(norm, nn.Module):
+            return norm
+    raise UsageError(
+        f"{type(model).__name__} has no final norm under a known name ({', '.join(FINAL_NORM_NAMES)}); "
+        "it cannot be used as a verifier"
+    )
 
 
 def layers_of(body: nn.Module, config: PreTrainedConfig) -> nn.ModuleList | None:
@@ -229,16 +245,6 @@ def _assign(module: nn.Module, name: str, state: dict[str, Tensor], where: str) 
                 f"{where}: {name}.{key} is {list(state[key].shape)}, but config.json says {list(own.shape)}"
             )
     module.load_state_dict(state, assign=True)
-
-
-def _final_norm_name(model: PreTrainedModel) -> str:
-    for name in FINAL_NORM_NAMES:
-        if isinstance(getattr(decoder(model), name, None), nn.Module):
-            return name
-    raise UsageError(
-        f"{type(model).__name__} has no final norm under a known name ({', '.join(FINAL_NORM_NAMES)}); "
-        "it cannot be used as a verifier"
-    )
 
 
 def _restore_constants(module: nn.Module) -> None:
