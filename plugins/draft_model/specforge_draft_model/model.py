@@ -138,8 +138,8 @@ class DraftModel(SpeculatorModel):
             return
         embeddings.copy_(parts.embed_tokens.weight)
         start_norm(final_norm(self.language_model), norm_scale(parts.norm, embeddings.shape[1]))
-        if self.head_weights is not embeddings:
-            self.head_weights.copy_(parts.lm_head.weight)
+        # A tied head has no tensors of its own, and one of another family perhaps no bias.
+        self.language_model.get_output_embeddings().load_state_dict(parts.lm_head.state_dict(), strict=False)
 
     def advance(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
         """Run the language model's decoder over packed rows.

@@ -80,7 +80,7 @@ def language_model_config(
         return _named("init_model", lambda: _checked(_config_of(str(settings.init_model), text, name, loading)))
     if settings.init_layers is not None:
         layers = settings.init_layers
-        return _named("init_layers", lambda: _checked(_cut(text, layers)))
+        return _named("init_layers", lambda: _checked(_cut(_not_quantised(verifier, name), layers)))
     config = draft_layer_config(verifier, settings.layer_type, settings.num_layers, settings.intermediate_size)
     config.hidden_size = settings.hidden_size or config.hidden_size
     config.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", False))
@@ -111,8 +111,10 @@ def start(draft: DraftModel, settings: DraftModelSettings, verifier: str, loadin
 def _fill(own: PreTrainedModel, settings: DraftModelSettings, verifier: str, loading: VerifierLoading) -> None:
     if settings.init_model is not None:
         stored = _named("init_model", lambda: _stored_model(str(settings.init_model)))
-        state = stored.state_dict()
-        own.load_state_dict({name: state[name] for name in own.state_dict()})
+        decoder(own).load_state_dict(decoder(stored).state_dict())
+        head = own.get_output_embeddings()
+        # A tied head has no tensors of its own.
+        head.load_state_dict(stored.get_output_embeddings().state_dict() if head.state_dict() else {})
     elif settings.init_layers is not None:
         layers = settings.init_layers
         state = _named("init_layers", lambda: _layer_tensors(own, verifier, loading, layers))
@@ -121,7 +123,7 @@ def _fill(own: PreTrainedModel, settings: DraftModelSettings, verifier: str, loa
 
 def _config_of(model: str, verifier: PreTrainedConfig, name: str, loading: VerifierLoading) -> PreTrainedConfig:
     """Return the configuration of a stored model, once it is clear that its ids are the verifier's."""
-    config = load_config(model).get_text_config()
+    config = _not_quantised(load_config(model), model)
     if config.vocab_size > verifier.vocab_size:
         raise UsageError(
             f"{model} has {config.vocab_size:,} tokens, and the verifier {name} only {verifier.vocab_size:,}; a draft "
@@ -136,6 +138,14 @@ def _config_of(model: str, verifier: PreTrainedConfig, name: str, loading: Verif
         # Rotary positions have no end; engines stop to draft where a configuration says so.
         config.max_position_embeddings = longest
     return config
+
+
+def _not_quantised(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """Return the text configuration of a model, unless its weights are stored with scales."""
+    text: PreTrainedConfig = config.get_text_config()
+    if getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None):
+        raise UsageError(f"the weights of {name} are quantised; start from a model in bfloat16, float16 or float32")
+    return text
 
 
 def _checked(config: PreTrainedConfig) -> PreTrainedConfig:

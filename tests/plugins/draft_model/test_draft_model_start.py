@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from draft_models import plain_model
 from tiny_verifiers import SHAPE, TinyVerifier, random_verifier
-from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, MistralConfig, T5Config
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, MistralConfig, PhiConfig, T5Config
 
 from specforge.errors import UsageError
 from specforge.verifier.loading import VerifierLoading, load_config
@@ -47,6 +48,15 @@ def test_all_layers_of_the_verifier_are_the_verifier(tiny_verifiers: Mapping[str
         expected = model(TOKENS, **({"token_type_ids": torch.zeros_like(TOKENS)} if "images" in name else {})).logits
         draft = started(verifier.folder, init_layers=list(range(8)))
         torch.testing.assert_close(logits(draft), expected, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_a_head_with_a_bias_is_taken_whole(tmp_path: Path) -> None:
+    sizes = {**SHAPE, "num_hidden_layers": 2, "num_key_value_heads": 4, "partial_rotary_factor": 0.5}
+    verifier = random_verifier(PhiConfig(**{name: one for name, one in sizes.items() if name != "head_dim"}), seed=5)
+    verifier.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        logits(started(tmp_path, init_layers=[0, 1])), verifier(TOKENS).logits, atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", ["llama-sharded", "gemma3"])
@@ -97,6 +107,24 @@ def test_a_stored_model_says_what_it_said(
     torch.testing.assert_close(plain_model(draft)(known).logits.float(), model(known).logits, atol=1e-4, rtol=1e-4)
     # Engines stop to draft behind this length.
     assert draft.config.language_model.max_position_embeddings == 64
+
+
+def test_of_a_stored_model_that_reads_images_the_language_model_is_taken(
+    tiny_verifiers: Mapping[str, TinyVerifier],
+) -> None:
+    folder = str(tiny_verifiers["gemma3-images"].folder)
+    layers, stored = started(Path(folder), init_layers=list(range(8))), started(Path(folder), init_model=folder)
+    assert torch.equal(logits(layers), logits(stored))
+
+
+def test_quantised_weights_are_refused(tiny_verifiers: Mapping[str, TinyVerifier], tmp_path: Path) -> None:
+    shutil.copytree(tiny_verifiers["llama"].folder, tmp_path / "verifier")
+    path = tmp_path / "verifier" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    for settings in ({"init_layers": [0]}, {"init_model": str(path.parent)}):
+        verifier = path.parent if "init_layers" in settings else tiny_verifiers["llama"].folder
+        with pytest.raises(UsageError, match=r"model\.draft\.init_.*: the weights of .* are quantised"):
+            DraftModelModule(verifier=str(verifier), draft=DraftModelSettings(**settings))
 
 
 def saved(folder: Path, config: Any) -> str:
