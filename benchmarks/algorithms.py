@@ -47,6 +47,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         for heads in (3, 5)
         for stages, stage_two in (("stage 1", None), ("both stages", STAGE_TWO))
     },
+    # Best with --lr 5e-3.
+    "draft model, 3 layers": {
+        "algorithm": "draft_model",
+        "model": {"draft": {"init_layers": [0, 1, 7]}, "objective": {"kl": 1.0, "text": 0.5}},
+    },
 }
 METHODS = {
     "greedy": "greedy:speculative_tokens={chain}",

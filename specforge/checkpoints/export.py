@@ -101,6 +101,7 @@ def export(order: Order) -> Export:
     output = order.output or default_output(order.source, path, order.format)
     with written_whole(output, PROBE) as folder:
         write_checkpoint(folder, stored.config, stored.tensors)
+        layout.write_others(folder, facts.name_or_path, order.loading)
         prompts = order.prompts if order.prompts is not None else record.prompts
         probe, agreement = _probe(model, layout, stored, facts, order, prompts)
         probe.save(folder)

@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from specforge.config import CONFIG_NAME, VerifierConfig, find_file, read_json
 from specforge.hookspecs import CheckpointFormat
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.storage import read_all_weights
+from specforge.verifier.loading import VerifierLoading
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,15 @@ class Layout(ABC):
 
         Raises:
             UsageError: The reader would refuse the draft, or run it wrong; the reason is given.
+        """
+
+    def write_others(self, folder: Path, verifier: str, loading: VerifierLoading) -> None:  # noqa: B027  (as above)
+        """Write the other files that the reader wants beside tensors and configuration; mostly none.
+
+        Args:
+            folder: Where they belong.
+            verifier: Folder or hub id of the verifier.
+            loading: How to load it.
         """
 
     def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:

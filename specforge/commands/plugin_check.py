@@ -180,6 +180,7 @@ def drafting(trial: Trial) -> str | None:
     positions = torch.arange(LENGTH)[None]
     features = capture(trial.verifier, tokens[None], positions, trial.draft.aux_layers)
     drafter = trial.draft.drafter(1)
+    drafter.begin(tokens[:1])
     begin = 0
     for end in (6, 7, 11):
         new = Features(features.aux[:, begin:end], features.last[:, begin:end])

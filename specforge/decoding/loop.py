@@ -210,6 +210,8 @@ class _Sequences:
         tokens = pad_sequence(self.sequences, batch_first=True)
         features = self.passes.begin(tokens)
         self.passes.cache.keep_first(counts)
+        if self.drafter is not None:
+            self.drafter.begin(tokens[:, 0])
         rows = torch.arange(len(counts), device=counts.device)
         self.root = self.decoder.sampling.choose(
             self.decoder.parts.logits(features.last[rows, counts - 1]), self.chance

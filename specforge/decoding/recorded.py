@@ -111,6 +111,8 @@ def replay_text(
     rounds = []
     root = begin
     committed = 0
+    if drafter is not None:
+        drafter.begin(tokens[:1])
     while root < len(tokens) - 1:
         if drafter is not None:
             new = slice(committed, root)

@@ -1,9 +1,10 @@
-"""The verifier at work: passes over trees of tokens, with a cache."""
+"""Language models at work: passes over trees of tokens, with a cache."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,38 +24,47 @@ from specforge.verifier.parts import decoder
 MASKED = ("sdpa", "eager")
 # Rotary embeddings that change within the context as a text grows: keys from before would have to be computed anew.
 GROWING_ROTARY = ("longrope",)
+States = TypeVar("States")
 
 
-class VerifierPasses:
-    """Runs a verifier over sequences that grow by trees.
+class Passes(ABC, Generic[States]):
+    """Runs a causal language model over sequences that grow by trees: a verifier, or a draft that is one.
 
     Args:
-        verifier: Any transformers causal language model whose state is keys and values alone.
-        aux_layers: Layers whose states a draft reads, ascending.
+        model: Any transformers causal language model whose state is keys and values alone.
         batch_size: Number B of sequences.
 
     Raises:
-        UsageError: The verifier keeps a state that cannot be rolled back, or cannot attend to a tree.
+        UsageError: The model keeps a state that cannot be rolled back, or cannot attend to a tree.
     """
 
-    def __init__(self, verifier: PreTrainedModel, aux_layers: Sequence[int], batch_size: int) -> None:
-        self._verifier = verifier
-        self._aux_layers = aux_layers
-        self._config = verifier.config.get_text_config()
-        self._kinds = _attention_kinds(verifier)
-        self._context = context_length(verifier)
-        self._cache_argument = cache_argument(decoder(verifier).forward)
-        self.cache = TreeCache(batch_size, verifier.device)
+    def __init__(self, model: PreTrainedModel, batch_size: int) -> None:
+        self.model = model
+        self._config = model.config.get_text_config()
+        self._kinds = _attention_kinds(model)
+        self._context = context_length(model)
+        self._cache_argument = cache_argument(decoder(model).forward)
+        self.cache = TreeCache(batch_size, model.device)
 
-    def begin(self, tokens: Tensor) -> Features:
-        """Process prompts, int64 [B, Q], padded on the right."""
+    def begin(self, tokens: Tensor) -> States:
+        """Process tokens that follow the committed ones, such as a prompt, int64 [B, Q], padded on the right."""
         return self._run(tokens, self.cache.extend(tokens.shape[1]))
 
-    def run(self, tokens: Tensor, parents: Tensor) -> Features:
+    def run(self, tokens: Tensor, parents: Tensor) -> States:
         """Process a tree of tokens, int64 [B, Q], each behind a parent; -1 is the last committed token."""
         return self._run(tokens, self.cache.append(parents))
 
-    def _run(self, tokens: Tensor, index: Tensor) -> Features:
+    @abstractmethod
+    def states(self, tokens: Tensor, position_ids: Tensor, **options: Any) -> States:
+        """Run the model's decoder.
+
+        Args:
+            tokens: int64 [B, Q].
+            position_ids: int64 [B, Q].
+            **options: The cache, and the mask where plain causal attention would not do.
+        """
+
+    def _run(self, tokens: Tensor, index: Tensor) -> States:
         options: dict[str, Any] = {self._cache_argument: self.cache, "use_cache": True}
         # Padding may stand behind the last position that a model has learnt.
         positions = index.clamp(max=self._context - 1)
@@ -62,9 +72,7 @@ class VerifierPasses:
             masks = {kind: self._mask(kind) for kind in self._kinds}
             # Models with layers of one kind take a mask, those with several a mask for each.
             options["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
-        features = capture(self._verifier, tokens, positions, self._aux_layers, **options)
-        check_finite(features.last, self._verifier, name_of(self._verifier))
-        return features
+        return self.states(tokens, positions, **options)
 
     def _mask(self, kind: str) -> Tensor:
         window = self._config.sliding_window if kind == "sliding_attention" else None
@@ -72,8 +80,28 @@ class VerifierPasses:
         visible = self.cache.visible(window, chunk)
         assert visible is not None
         # Added to the logits, which every implementation understands; padding sees only itself, hence no infinity.
-        hidden = torch.finfo(self._verifier.dtype).min
-        return torch.zeros_like(visible, dtype=self._verifier.dtype).masked_fill(~visible, hidden)[:, None]
+        hidden = torch.finfo(self.model.dtype).min
+        return torch.zeros_like(visible, dtype=self.model.dtype).masked_fill(~visible, hidden)[:, None]
+
+
+class VerifierPasses(Passes[Features]):
+    """Runs a verifier.
+
+    Args:
+        verifier: The verifier.
+        aux_layers: Layers whose states a draft reads, ascending.
+        batch_size: Number B of sequences.
+    """
+
+    def __init__(self, verifier: PreTrainedModel, aux_layers: Sequence[int], batch_size: int) -> None:
+        super().__init__(verifier, batch_size)
+        self._aux_layers = aux_layers
+
+    def states(self, tokens: Tensor, position_ids: Tensor, **options: Any) -> Features:
+        """Capture what a draft reads, and the last states."""
+        features = capture(self.model, tokens, position_ids, self._aux_layers, **options)
+        check_finite(features.last, self.model, name_of(self.model))
+        return features
 
 
 def why_no_trees(verifier: PreTrainedModel) -> str | None:

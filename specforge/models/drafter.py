@@ -1,8 +1,10 @@
 """A draft at work on sequences: what every proposal method steps through, whatever the algorithm.
 
-A round begins with ``commit``: the verifier has decided some tokens, and the draft takes in their features. Its answer
-is the distribution of the next token to draft, that of the *root*. ``step`` then drafts on behind chosen nodes, as
-deep and as broad as a proposal method likes; none of that outlives the next ``commit``.
+Before the first round, ``begin`` gives the first token of each sequence. No state of the verifier comes before it, so
+drafts that read states do without; a draft that is a language model reads the whole text. A round begins with
+``commit``: the verifier has decided some tokens, and the draft takes in their features. Its answer is the distribution
+of the next token to draft, that of the *root*. ``step`` then drafts on behind chosen nodes, as deep and as broad as a
+proposal method likes; none of that outlives the next ``commit``.
 
 Letters in shapes: B sequences, Q committed tokens, W stepped nodes, D draft vocabulary.
 """
@@ -29,6 +31,13 @@ class Drafter(ABC):
     root: Tensor
     draft_ids: Tensor | None = None
     max_depth: int | None = None
+
+    def begin(self, tokens: Tensor) -> None:  # noqa: B027  (most drafts need nothing of it)
+        """Take in the first token of each sequence, x_0, before anything else; ``commit`` brings those after it.
+
+        Args:
+            tokens: The verifier's ids, int64 [B].
+        """
 
     @abstractmethod
     def commit(self, tokens: Tensor, features: Features, counts: Tensor) -> None:

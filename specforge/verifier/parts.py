@@ -50,7 +50,7 @@ class VerifierParts:
         return cls(
             config=model.config.get_text_config(),
             embed_tokens=model.get_input_embeddings(),
-            norm=getattr(decoder(model), _final_norm_name(model)),
+            norm=final_norm(model),
             lm_head=model.get_output_embeddings(),
         )
 
@@ -99,22 +99,29 @@ class VerifierParts:
 
     def head(self, states: Tensor) -> Tensor:
         """Convert states after the final norm [..., H] to the verifier's logits [..., V]."""
-        return self._scaled(self.lm_head(states))
+        return scaled_logits(self.lm_head(states), self.config)
 
     def finish(self, logits: Tensor) -> Tensor:
         """Convert products with the head's matrix [..., V] to logits: add bias, scaling and soft cap of the family."""
         bias = self.lm_head.bias
-        return self._scaled(logits if bias is None else logits + bias)
+        return scaled_logits(logits if bias is None else logits + bias, self.config)
 
-    def _scaled(self, logits: Tensor) -> Tensor:
-        if scale := getattr(self.config, "logits_scaling", None):
-            logits = logits / scale
-        for name in ("logit_scale", "lm_head_multiplier"):
-            if scale := getattr(self.config, name, None):
-                logits = logits * scale
-        if cap := getattr(self.config, "final_logit_softcapping", None):
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+
+def scaled_logits(logits: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Apply the scaling and soft cap of a model family to logits [..., V].
+
+    Args:
+        logits: What the head gives, its bias included.
+        config: The model's text configuration.
+    """
+    if scale := getattr(config, "logits_scaling", None):
+        logits = logits / scale
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if scale := getattr(config, name, None):
+            logits = logits * scale
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
@@ -130,6 +137,22 @@ def decoder(model: PreTrainedModel) -> nn.Module:
         if layers_of(module, model.config) is not None and any(child is embeddings for child in module.children()):
             return module
     return named
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """Return the norm between a model's last decoder layer and its head.
+
+    Raises:
+        UsageError: The model has none under a known name.
+    """
+    for name in FINAL_NORM_NAMES:
+        norm = getattr(decoder(model), name, None)
+        if isinstance(norm, nn.Module):
+            return norm
+    raise UsageError(
+        f"{type(model).__name__} has no final norm under a known name ({', '.join(FINAL_NORM_NAMES)}); "
+        "it cannot be used as a verifier"
+    )
 
 
 def layers_of(body: nn.Module, config: PreTrainedConfig) -> nn.ModuleList | None:
@@ -221,16 +244,6 @@ def _assign(module: nn.Module, name: str, state: dict[str, Tensor], where: str) 
                 f"{where}: {name}.{key} is {list(state[key].shape)}, but {list(own.shape)} according to config.json"
             )
     module.load_state_dict(state, assign=True)
-
-
-def _final_norm_name(model: PreTrainedModel) -> str:
-    for name in FINAL_NORM_NAMES:
-        if isinstance(getattr(decoder(model), name, None), nn.Module):
-            return name
-    raise UsageError(
-        f"{type(model).__name__} has no final norm under a known name ({', '.join(FINAL_NORM_NAMES)}); "
-        "it cannot be used as a verifier"
-    )
 
 
 def _restore_constants(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -161,10 +162,14 @@ def test_no_folder_is_ever_replaced(published: Callable[[str], Path], tmp_path: 
 
 
 def test_what_is_no_draft_is_told_what_is_known(tmp_path: Path) -> None:
+    # A causal language model would be a draft model.
+    shutil.copytree(VERIFIER, tmp_path / "classifier")
+    path = tmp_path / "classifier" / "config.json"
+    path.write_text(path.read_text().replace("LlamaForCausalLM", "LlamaForSequenceClassification"))
     with pytest.raises(
         UsageError, match=r"in no known format: config.json says model_type 'llama'.*Known formats: .*vllm"
     ):
-        convert(str(VERIFIER), str(VERIFIER), tmp_path / "ours")
+        convert(str(path.parent), str(VERIFIER), tmp_path / "ours")
 
 
 def test_layer_ids_that_mean_two_things_ask_for_the_format(published: Callable[[str], Path], tmp_path: Path) -> None:

@@ -159,6 +159,9 @@ class WitnessDrafter(OracleDrafter):
         self.numbers = list(range(batch_size))
         self.told: dict[int, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
 
+    def begin(self, tokens: Tensor) -> None:
+        self.first = tokens.tolist()
+
     def commit(self, tokens: Tensor, features: Features, counts: Tensor) -> None:
         super().commit(tokens, features, counts)
         for row, (number, count) in enumerate(zip(self.numbers, counts.tolist(), strict=True)):
@@ -189,6 +192,7 @@ def test_the_draft_is_told_all_that_is_decided_and_what_the_verifier_made_of_it(
     whole = [[*prompt, *to_the_end(family, prompt)] for prompt in batch]
     witness = Witness(whole, VOCABULARY)
     decoded(Decoder(verifier, witness, config), batch, 1000)
+    assert witness.last_drafter.first == [prompt[0] for prompt in batch]
     assert witness.last_drafter.told.keys() == set(range(len(batch)))
     for number, told in witness.last_drafter.told.items():
         tokens, aux, last = zip(*told, strict=True)

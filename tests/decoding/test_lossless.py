@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_verifiers import VOCABULARY
+from random_verifiers import VOCABULARY, fill
 from small_models import (
     CONTEXT,
     SHAPE,
@@ -41,6 +41,7 @@ from specforge.proposals import (
     StaticTreeTokenProposalConfig,
 )
 from specforge.sampling import Sampling
+from specforge_draft_model.model import DraftModel
 
 Prompt = tuple[int, ...]
 NamedVerifiers = Callable[[str], PreTrainedModel]
@@ -389,6 +390,18 @@ def test_sampled_output_has_the_verifiers_own_law(name: str, sampling: Sampling,
     config, verification = METHODS[name]
     draft = None if name in WITHOUT_DRAFT else good_draft(verifier, size)
     assert max(sampled_surprises(Decoder(verifier, draft, config, sampling, verification))) < 4
+
+
+@pytest.mark.parametrize(("name", "size"), [("sampling", FEW), ("static_tree, sampled", 4)])
+def test_a_language_model_as_draft_leaves_the_law_as_it_is(name: str, size: int) -> None:
+    verifier = few_tokens_verifier()
+    config = LlamaConfig(**{**SHAPE, "vocab_size": size, "pad_token_id": None, "num_hidden_layers": 1})
+    draft = DraftModel.from_training_args(verifier.config, config)
+    fill(draft, seed=2)
+    draft.cast(torch.float64).attach_verifier(verifier)
+    proposal, verification = METHODS[name]
+    decoder = Decoder(verifier, draft, proposal, Sampling(temperature=1.0), verification)
+    assert max(sampled_surprises(decoder)) < 4
 
 
 def test_another_law_would_be_noticed() -> None:

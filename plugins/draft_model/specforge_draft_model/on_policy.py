@@ -1,0 +1,109 @@
+"""Text that the draft writes while it is trained (on-policy distillation, https://arxiv.org/abs/2310.08461).
+
+A draft is asked what follows its own tokens, which are not always the verifier's. In some batches it therefore writes a
+stretch of each document itself, and is trained towards what the verifier says of that text, token by token. A stretch
+takes the place of as many tokens of a response, so that everything else of the batch stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from specforge.bounds import Amount, Count, Portion
+from specforge.sampling import Chance, Sampling
+from specforge_draft_model.model import DraftModel
+
+
+class OnPolicySettings(BaseModel):
+    """What the draft writes itself, and in how many batches."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    share: Portion = Field(default=0.5, gt=0, description="Share of the training batches that the draft writes in.")
+    new_tokens: Count = Field(
+        default=32, le=4096, description="Tokens that it writes in each document, at most to the end of a response."
+    )
+    temperature: Amount = Field(default=1.0, description="Temperature of the draft; 0 takes its most probable tokens.")
+
+    def chooses(self, batch: int) -> bool:
+        """Tell whether the draft writes in a batch, by its number in the run: evenly spread over all batches."""
+        return int((batch + 1) * self.share) > int(batch * self.share)
+
+
+@torch.no_grad()
+def rewritten(draft: DraftModel, batch: Mapping[str, Tensor], settings: OnPolicySettings, seed: int) -> Tensor:
+    """Let the draft write a stretch of a response in each document; where it begins is drawn.
+
+    Args:
+        draft: The draft.
+        batch: ``input_ids``, ``loss_mask`` and ``document_ids``, [B, T] each.
+        settings: How many tokens, and how they are sampled.
+        seed: Seed of everything random.
+
+    Returns:
+        The tokens with those of the draft in them, int64 [B, T].
+    """
+    tokens = batch["input_ids"]
+    stretches = _stretches(batch["loss_mask"].cpu(), batch["document_ids"].cpu(), settings.new_tokens, seed)
+    if not stretches:
+        return tokens
+    prompts = [tokens[row, begin:at] for row, begin, at, _ in stretches]
+    chance = Chance(torch.Generator(tokens.device).manual_seed(seed))
+    longest = max(end - at for _, _, at, end in stretches)
+    written = continued(draft, prompts, longest, Sampling(temperature=settings.temperature), chance)
+    found = tokens.clone()
+    for (row, _, at, end), own in zip(stretches, written, strict=True):
+        found[row, at:end] = own[: end - at]
+    return found
+
+
+@torch.no_grad()
+def continued(draft: DraftModel, prompts: list[Tensor], number: int, sampling: Sampling, chance: Chance) -> Tensor:
+    """Let a draft go on from prompts.
+
+    Args:
+        draft: The draft.
+        prompts: Tokens of each of B prompts, int64 [T] each.
+        number: Number of tokens to write.
+        sampling: How they are chosen.
+        chance: Source of randomness.
+
+    Returns:
+        int64 [B, number].
+    """
+    lengths = torch.tensor([len(one) for one in prompts], device=prompts[0].device)
+    drafter = draft.drafter(len(prompts))
+    drafter.read(pad_sequence(prompts, batch_first=True), lengths)
+    written = [sampling.choose(drafter.root, chance)]
+    for parent in range(-1, number - 2):
+        logits = drafter.step(written[-1][:, None], torch.full_like(lengths, parent)[:, None])
+        written.append(sampling.choose(logits[:, 0], chance))
+    return torch.stack(written, dim=1)
+
+
+def _stretches(loss_mask: Tensor, document_ids: Tensor, new_tokens: int, seed: int) -> list[tuple[int, int, int, int]]:
+    """Choose what the draft writes of each document that has a response.
+
+    Returns:
+        Row, and where the document, the stretch and what follows it begin in the row.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for row, (mask, documents) in enumerate(zip(loss_mask, document_ids, strict=True)):
+        for document in documents[documents >= 0].unique():
+            own = (documents == document).nonzero()[:, 0]
+            begin, after = int(own[0]), int(own[-1]) + 1
+            # The draft cannot begin without a token.
+            places = begin + 1 + mask[begin + 1 : after].nonzero()[:, 0]
+            if not len(places):
+                continue
+            at = int(places[torch.randint(len(places), (), generator=generator)])
+            others = (~mask[at:after]).nonzero()[:, 0]
+            end = at + int(others[0]) if len(others) else after
+            found.append((row, begin, at, min(end, at + new_tokens)))
+    return found
