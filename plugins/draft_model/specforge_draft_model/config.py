@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from specforge.config import SpeculatorModelConfig
 from specforge.models.base_components import built
+from specforge.private.transformers import builds
 
 # Pydantic must not take transformers' configuration apart field by field: the validator below checks it.
 LanguageModelConfig = Annotated[PreTrainedConfig, GetPydanticSchema(lambda _, handler: handler(Any))]
@@ -38,7 +39,7 @@ class DraftModelConfig(SpeculatorModelConfig):
             value = built(CONFIG_MAPPING[kind], {name: one for name, one in value.items() if name != "model_type"})
         if not isinstance(value, PreTrainedConfig):
             raise ValueError("must be a dict or a transformers configuration")
-        if type(value) not in AutoModelForCausalLM._model_mapping:
+        if not builds(AutoModelForCausalLM, value):
             raise ValueError(f"model type {value.model_type!r} is not a causal language model of transformers")
         return value
 

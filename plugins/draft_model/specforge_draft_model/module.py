@@ -86,13 +86,10 @@ class DraftModelModule(DraftModule):
             draft.borrow_weights()
         return draft
 
-    def configure_model(self) -> None:
-        """Create the draft, and give it the weights that it starts from."""
-        is_fresh = not self.teacher.is_held
-        super().configure_model()
-        if is_fresh and self.init_from is None:
-            with torch.device("cpu"):
-                start(self.draft, self.settings, self.teacher.name, self.teacher.loading)
+    def adapt_draft(self) -> None:
+        """Give the network the weights that it starts from, unless a stored draft has given it some."""
+        if self.starts_from is None:
+            start(self.draft, self.settings, self.teacher.name, self.teacher.loading)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Run one batch, in which the draft may write first."""

@@ -90,7 +90,9 @@ def whole(
             seen[variant] = []
 
             def step(self: DraftModule, batch: Any, batch_idx: int) -> Any:
-                seen[variant].append({name: one.clone() for name, one in batch.items()})
+                seen[variant].append(
+                    {name: one.clone() for name, one in batch.items() if isinstance(one, torch.Tensor)}
+                )
                 return original(self, batch, batch_idx)
 
             with pytest.MonkeyPatch.context() as monkeypatch:

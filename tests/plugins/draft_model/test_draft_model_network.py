@@ -13,6 +13,7 @@ from random_verifiers import VOCABULARY, last_only, random_rows
 from transformers import BloomConfig, MambaConfig, PreTrainedModel
 
 from specforge import SpeculatorModel
+from specforge.documents import DocumentLayout
 from specforge.errors import UsageError
 from specforge.models.draft_rows import DraftRows
 from specforge_draft_model.model import DraftModel
@@ -39,7 +40,7 @@ def test_row_t_at_step_k_says_what_the_model_says_after_token_t_plus_1_plus_k(
             for t in range(begin, end - 1 - step):
                 expected[step, 14 * row + t] = logits[t + 1 + step - begin]
                 counts[step, 14 * row + t] = True
-    rows = DraftRows.needed(counts)
+    rows = DraftRows.needed(counts, DocumentLayout.of(batch["document_ids"]))
     states, places = draft.states(batch, last_only(last), rows), rows.places()
     for step in range(3):
         own = counts[step]
