@@ -1,8 +1,8 @@
-"""Where the documents of packed rows lie, for attention that never crosses a document and needs no mask.
+"""Where the documents of packed rows are, for attention that never crosses a document and needs no mask.
 
 Documents are gathered into right-padded groups of similar length, on which plain causal attention is exact: a real
-query never sees the padding behind it. A group's longest document is at most twice its shortest, so that padding
-costs less than the attention itself.
+query never sees the padding after it. A group's longest document is at most twice its shortest, so padding costs less
+than the attention itself.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Queries:
-    """Some tokens of a group of G documents, that attend to all of theirs.
+    """Query tokens of a group of G documents; each attends to its whole document.
 
     Attributes:
-        places: int64 [G, Q] indices among the queries; -1 where a document has fewer.
-        positions: Where they stand in their documents, int64 [G, Q].
+        indices: int64 [G, Q] indices among the queries; -1 if a document has fewer.
+        positions: Their positions within the documents, int64 [G, Q].
     """
 
-    places: Tensor
+    indices: Tensor
     positions: Tensor
 
 
@@ -34,7 +34,7 @@ class DocumentLayout:
 
     Attributes:
         groups: For each group, int64 [G, L] indices into the flattened [B * T] batch; -1 is padding.
-        whole_rows: True when every row is one document that begins with the row, so that nothing need be gathered.
+        whole_rows: True if every row is one document that begins with the row, so nothing needs to be gathered.
     """
 
     groups: tuple[Tensor, ...]
@@ -45,7 +45,7 @@ class DocumentLayout:
         """Find the documents of a batch.
 
         Args:
-            document_ids: [B, T]; equal neighbours belong together, -1 is padding.
+            document_ids: [B, T]; equal neighbours are one document, -1 is padding.
         """
         ids = document_ids.cpu()
         begins = torch.ones_like(ids, dtype=torch.bool)
@@ -66,7 +66,7 @@ class DocumentLayout:
             *tensors: Its inputs over the batch, [B, heads, T, width] each.
 
         Returns:
-            The output over the batch, [B, heads, T, width]; zero on padding, except where rows are whole.
+            The output over the batch, [B, heads, T, width]; zero on padding, unless rows are whole documents.
         """
         if self.whole_rows:
             return attention(*tensors)
@@ -75,65 +75,65 @@ class DocumentLayout:
         outputs = [attention(*(_gather(tensor, group) for tensor in flat)) for group in self.groups]
         return _scatter(outputs, self.groups, batch * length).unflatten(0, (batch, length)).transpose(1, 2)
 
-    def in_order(self, order: Tensor) -> Self:
-        """Return where the same documents lie in one row [1, B * T] that holds the tokens in another order.
+    def reordered(self, order: Tensor) -> Self:
+        """Return the layout of the same documents in one row [1, B * T] that holds the tokens in another order.
 
         Args:
-            order: The token at each place, int64 [B * T].
+            order: The old index of the token at each new index, int64 [B * T].
         """
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        return type(self)(tuple(torch.where(group >= 0, place[group], -1) for group in self.groups), whole_rows=False)
+        index = torch.empty_like(order)
+        index[order] = torch.arange(len(order), device=order.device)
+        return type(self)(tuple(torch.where(group >= 0, index[group], -1) for group in self.groups), whole_rows=False)
 
-    def first(self, count: int) -> list[Queries]:
-        """Find the first so many tokens of the flattened batch in each group."""
+    def queries_of_first(self, count: int) -> list[Queries]:
+        """Find the first ``count`` tokens of the flattened batch in each group."""
         found = []
         for group in self.groups:
             chosen = (group >= 0) & (group < count)
             most = max(chosen.sum(1).tolist(), default=0)
             positions = chosen.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
-            places = torch.where(chosen.gather(1, positions), group.gather(1, positions), -1)
-            found.append(Queries(places, positions))
+            indices = torch.where(chosen.gather(1, positions), group.gather(1, positions), -1)
+            found.append(Queries(indices, positions))
         return found
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Take the tokens of a batch of one row [1, heads, T, width] to each group, [G, heads, L, width]."""
+        """Gather the tokens of a batch of one row [1, heads, T, width] into each group, [G, heads, L, width]."""
         flat = tensor[0].transpose(0, 1)
         return [_gather(flat, group) for group in self.groups]
 
 
 def attend_at(
-    queries: Sequence[Queries], attention: Callable[..., Tensor], query: Tensor, of_keys: Sequence[Sequence[Tensor]]
+    queries: Sequence[Queries], attention: Callable[..., Tensor], query: Tensor, keys: Sequence[Sequence[Tensor]]
 ) -> Tensor:
-    """Apply attention to each document of a batch of one row, at some of its tokens.
+    """Apply attention to each document of a batch of one row, for some of its tokens as queries.
 
     Args:
-        queries: These tokens, for each group.
-        attention: Maps tensors [G, heads, Q, width] of the queries, those of a group of ``of_keys``, and the queries'
-            positions in their documents, [G, Q], to one [G, heads, Q, width].
+        queries: The query tokens of each group.
+        attention: Maps the queries [G, heads, Q, width], the tensors of the group's ``keys``, and the queries'
+            positions within their documents, [G, Q], to one [G, heads, Q, width].
         query: Its input at n queries, [1, heads, n, width].
-        of_keys: Its inputs at all tokens of each group.
+        keys: Its inputs at all tokens of each group.
 
     Returns:
         The output at the queries, [1, heads, n, width]; zero on padding.
     """
     flat = query[0].transpose(0, 1)
     outputs = [
-        attention(_gather(flat, own.places), *keys, own.positions) for own, keys in zip(queries, of_keys, strict=True)
+        attention(_gather(flat, own.indices), *group, own.positions) for own, group in zip(queries, keys, strict=True)
     ]
-    return _scatter(outputs, [own.places for own in queries], len(flat)).transpose(0, 1)[None]
+    return _scatter(outputs, [own.indices for own in queries], len(flat)).transpose(0, 1)[None]
 
 
-def _gather(tensor: Tensor, places: Tensor) -> Tensor:
-    """Take rows of a tensor [n, heads, width] to [G, heads, L, width]; where there is none, any."""
-    return tensor[places.clamp(min=0)].transpose(1, 2)
+def _gather(tensor: Tensor, indices: Tensor) -> Tensor:
+    """Gather rows of a tensor [n, heads, width] to [G, heads, L, width]; padding reads row 0, callers discard it."""
+    return tensor[indices.clamp(min=0)].transpose(1, 2)
 
 
-def _scatter(outputs: Sequence[Tensor], places: Sequence[Tensor], rows: int) -> Tensor:
-    """Put outputs [G, heads, L, width] back to their rows, [rows, heads, width]; zero at the others."""
-    real = [one >= 0 for one in places]
+def _scatter(outputs: Sequence[Tensor], indices: Sequence[Tensor], rows: int) -> Tensor:
+    """Scatter outputs [G, heads, L, width] back to their rows, [rows, heads, width]; the other rows are zero."""
+    real = [one >= 0 for one in indices]
     packed = torch.cat([one.transpose(1, 2)[own] for one, own in zip(outputs, real, strict=True)])
-    index = torch.cat([one[own] for one, own in zip(places, real, strict=True)])
+    index = torch.cat([one[own] for one, own in zip(indices, real, strict=True)])
     return packed.new_zeros(rows, *packed.shape[1:]).index_copy(0, index, packed)
 
 

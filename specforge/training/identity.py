@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from specforge.config import CONFIG_NAME, NOT_COMPUTED, VerifierConfig, meaning, verifier_difference
+from specforge.config import CONFIG_NAME, NOT_COMPUTED, VerifierConfig, network_settings, verifier_difference
 from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
 
@@ -106,7 +106,7 @@ def _network(draft: SpeculatorModel) -> dict[str, Any]:
     left_out = NOT_COMPUTED | draft.config.proposal_fields | {"max_position_embeddings"}  # engines set that themselves
     return {"aux_layers": layers} | {
         name: value
-        for name, value in meaning(draft.config).items()
+        for name, value in network_settings(draft.config).items()
         if name.rpartition(".")[2] not in left_out and not (layers and value == layers)
     }
 

@@ -46,9 +46,9 @@ class TrainingTimeTest:
     """
 
     def __init__(self, document_ids: Tensor, rows: DraftRows) -> None:
-        self.layout = DocumentLayout.of(document_ids).in_order(rows.order)
+        self.layout = DocumentLayout.of(document_ids).reordered(rows.order)
         # At step 0, all layers but the last one run all rows.
-        self.queries = {count: self.layout.first(count) for count in {len(rows.order), *rows.counts}}
+        self.queries = {count: self.layout.queries_of_first(count) for count in {len(rows.order), *rows.counts}}
         self.later_steps = len(rows.counts) - 1
         self._first: dict[int, list[KeysAndValues]] = {}
         self._later: dict[int, list[KeysAndValues]] = {}

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from specforge.config import flat
+from specforge.config import flatten
 from specforge.training.saying import say
 
 _UNSAID = ("output_dir", "run_name", "ckpt_path")  # where things are
@@ -82,7 +82,7 @@ class ResumedSettings(Callback):
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._settings = dict(flat(settings))
+        self._settings = dict(flatten(settings))
         self._stored: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

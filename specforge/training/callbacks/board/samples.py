@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from specforge.data.text.showing import stretches
-from specforge.decoding.replay import turns_of
+from specforge.decoding.replay import find_turns
 from specforge.errors import UsageError
 from specforge.training.callbacks.board.writers import writers
 from specforge.training.losses.distillation import DraftSteps
@@ -107,7 +107,7 @@ def samples_of(batch: Mapping[str, Tensor], outcome: DraftSteps, most: int) -> l
     """
     shape = batch["input_ids"].shape
     reachable = outcome.supervised[0].view(shape)
-    starts, lengths = turns_of(reachable)
+    starts, lengths = find_turns(reachable)
     samples: dict[tuple[int, int], Sample] = {}
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         row, column = divmod(start, shape[1])
