@@ -1,21 +1,21 @@
-"""``specforge plugins``: what is installed, what it contributes, and what is wrong with it; and a new one."""
+"""``specforge plugins``: list the installed plugins, their contributions and faults; or create a new one."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from specforge.commands.plugin_start import PREFIX, write_start
-from specforge.commands.wrapping import hanging
+from specforge.commands.plugin_start import PREFIX, write_package
+from specforge.commands.wrapping import wrap_hanging
 from specforge.hookspecs import Algorithm
 from specforge.registry import KINDS, Plugin, installed, key_of
 
 
 def run(arguments: list[str]) -> int:
-    """Print every plugin with its package, version, contributions and faults; or begin a new one."""
+    """Print every plugin with its package, version, contributions and faults; or create a new one."""
     found = command_line().parse_args(arguments)
     if found.subcommand == "new":
-        _begin(found.name, found.output or Path(f"{PREFIX}{found.name}"))
+        _create(found.name, found.output or Path(f"{PREFIX}{found.name}"))
         return 0
     for plugin in installed().plugins:
         print(describe(plugin))
@@ -23,35 +23,35 @@ def run(arguments: list[str]) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """Return the parser of what is typed behind the command."""
+    """Return the parser of the command's arguments."""
     parser = argparse.ArgumentParser(prog="specforge plugins", description=run.__doc__)
     subcommands = parser.add_subparsers(dest="subcommand", metavar="new")
-    summary = "write a package to begin a plugin with, which trains, drafts and passes its own tests"
+    summary = "create a plugin package that trains, drafts and passes its own tests"
     new = subcommands.add_parser("new", help=summary, description=summary)
-    new.add_argument("name", help="what the algorithm is called: lower-case letters, digits and _")
+    new.add_argument("name", help="name of the algorithm: lower-case letters, digits and _")
     new.add_argument("--output", type=Path, help=f"folder of the package (default: {PREFIX}NAME)")
     return parser
 
 
-def _begin(name: str, folder: Path) -> None:
-    write_start(name, folder)
-    print(f"Done: {folder} holds a plugin with the algorithm {name}; docs/plugins.md tells what each file is for.")
+def _create(name: str, folder: Path) -> None:
+    write_package(name, folder)
+    print(f"Done: {folder} holds a plugin with the algorithm {name}; docs/plugins.md explains each file.")
     print(f"  install it   pip install -e '{folder}[test]'")
     print(f"  test it      pytest {folder / 'tests'}")
     print(f"  its settings specforge fit --algorithm {name} --help")
 
 
 def describe(plugin: Plugin) -> str:
-    """Return a plugin's lines: a head line, one line a contribution, one line a fault."""
+    """Return a plugin's lines: a heading, and one line for each contribution and fault."""
     lines = [f"{plugin.name}  ({plugin.package} {plugin.version})"]
     for word, kind in KINDS.items():
         for descriptor in plugin.descriptors:
             if isinstance(descriptor, kind):
                 note = " [loads; training is not provided]" if _loads_only(descriptor) else ""
-                lines.append(hanging(f"  {word:<17}  {key_of(descriptor):<18}  ", f"{descriptor.summary}{note}"))
+                lines.append(wrap_hanging(f"  {word:<17}  {key_of(descriptor):<18}  ", f"{descriptor.summary}{note}"))
     if not plugin.descriptors and not plugin.faults:
         lines.append("  contributes nothing yet")
-    lines += [hanging("  FAULT: ", fault) for fault in plugin.faults]
+    lines += [wrap_hanging("  FAULT: ", fault) for fault in plugin.faults]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source: who may import whom, no algorithm in the core, all described."""
+"""Architecture rules checked on the source: allowed imports, no algorithm names in the core, docstrings everywhere."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ ROWS = {"data/text", "data/rows"}
 DATA = ROWS | {"data", "data/features"}
 TRAINING = {"training", "training/losses", "training/callbacks", "training/cli"}
 CHECKPOINTS = {"checkpoints", "checkpoints/verification"}
-# Each room, and the other rooms that it may know. A folder in a room is a room where it is named here, or else a part.
-MAY_KNOW = {
+# Each room, and the other rooms that it may import. A subfolder is its own room only if it is listed here.
+MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     "builtin": {"hookspecs"},
     "__main__": GROUND,
@@ -50,12 +50,12 @@ MAY_KNOW = {
     "checkpoints/verification": DRAFTS | ROWS | CHECKPOINTS | {"engines"},
     "estimation": DRAFTS | DATA | {"training", "training/losses"},
     "commands": DRAFTS | DATA | TRAINING | CHECKPOINTS | {"engines", "evaluation", "estimation"},
-    # The package's front door hands out names of two rooms on first use.
+    # The package's ``__init__`` imports names of two rooms on first use.
     "__init__": {"config", "models"},
 }
-# What a room may import in a function alone: a draft generates by decoding, which stands above it.
-MAY_CALL = {"models": {"decoding"}}
-# Names that no file of the core may contain, besides those that plugins have registered.
+# Rooms that a room may import only inside functions: a draft's ``generate`` uses decoding, a higher room.
+MAY_IMPORT_LAZILY = {"models": {"decoding"}}
+# Names that no file of the core may contain, in addition to those that plugins have registered.
 OTHER_ALGORITHMS = {"eagle", "hass", "mlp"}
 
 
@@ -65,9 +65,9 @@ def relative(path: Path) -> str:
 
 
 def room_at(parts: Sequence[str]) -> str:
-    """Return the room of a place in the core: the deepest that is named above, or else the outermost folder."""
+    """Return the room of a path in the core: the deepest folder listed above, or else the outermost folder."""
     rooms = ("/".join(parts[:depth]) for depth in range(len(parts), 0, -1))
-    return next((room for room in rooms if room in MAY_KNOW), parts[0])
+    return next((room for room in rooms if room in MAY_IMPORT), parts[0])
 
 
 def room_of(path: Path) -> str:
@@ -76,16 +76,16 @@ def room_of(path: Path) -> str:
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yield line and dotted name of everything that a module imports, wherever in it; ``from a import b`` is a.b."""
+    """Yield line and dotted name of every import in a module, nested ones too; ``from a import b`` is a.b."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide which room is meant"
+            assert node.level == 0, "relative imports hide the imported room"
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def known_rooms(tree: ast.AST) -> Iterator[tuple[int, str]]:
+def imported_rooms(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Yield line and room of each import of the core in a module; ``__init__`` for the package itself."""
     for line, name in imported(tree):
         parts = name.split(".")
@@ -95,23 +95,28 @@ def known_rooms(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield line, room_at(parts[1:]) if is_room else "__init__"
 
 
-def test_there_is_something_to_read():
+def test_the_source_is_found():
     assert {"config.py", "registry.py", "__main__.py"} <= {path.name for path in CORE}
     assert any(path.name == "model.py" for path in PLUGINS)
 
 
 @pytest.mark.parametrize("path", CORE, ids=relative)
-def test_rooms_know_only_what_stands_below_them(path):
+def test_rooms_import_only_lower_rooms(path):
     room = room_of(path)
-    assert room in MAY_KNOW, f"{relative(path)}: a new room; say here what it may know"
-    allowed = MAY_KNOW[room] | {room}
+    assert room in MAY_IMPORT, f"{relative(path)}: a new room; list here what it may import"
+    allowed = MAY_IMPORT[room] | {room}
     if room == "__main__":
         allowed = allowed | {"__init__"}  # the version
     tree = ast.parse(path.read_text())
     functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
-    called = {found for function in functions for found in known_rooms(function) if found[1] in MAY_CALL.get(room, ())}
-    known = (found for found in known_rooms(tree) if found not in called)
-    wrong = [f"{relative(path)}:{line} knows {other}" for line, other in known if other not in allowed]
+    called = {
+        found
+        for function in functions
+        for found in imported_rooms(function)
+        if found[1] in MAY_IMPORT_LAZILY.get(room, ())
+    }
+    known = (found for found in imported_rooms(tree) if found not in called)
+    wrong = [f"{relative(path)}:{line} imports {other}" for line, other in known if other not in allowed]
     assert not wrong
 
 
@@ -125,7 +130,7 @@ def test_the_core_imports_no_plugin():
     assert not wrong
 
 
-def test_plugins_know_neither_commands_nor_each_other():
+def test_plugins_import_neither_commands_nor_each_other():
     wrong = []
     for path in PLUGINS:
         own = path.relative_to(ROOT / "plugins").parts[1]
@@ -136,7 +141,7 @@ def test_plugins_know_neither_commands_nor_each_other():
     assert not wrong
 
 
-def test_a_plugin_front_door_imports_only_the_contract():
+def test_a_plugin_init_imports_only_the_contract():
     for path in PLUGINS:
         if path.name == "__init__.py":
             names = {name for _, name in imported(ast.parse(path.read_text()))}
@@ -166,7 +171,7 @@ def test_the_search_for_names_would_find_one():
 
 
 @pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=relative)
-def test_public_functions_and_classes_are_described_and_annotated(path):
+def test_public_functions_and_classes_have_docstrings_and_annotations(path):
     wrong = []
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):

@@ -1,31 +1,46 @@
-"""The likeliest causes of a draft that is not what it was, or does not do what it did, by symptom."""
+"""Faults of an export, and their likeliest causes by symptom."""
 
 from __future__ import annotations
 
-# Parts of a setting's name, and what a wrong value does.
+from dataclasses import dataclass
+
+# Parts of a setting's name, and the effect of a wrong value.
 SETTINGS = {
-    "layer_ids": "the draft reads other layers than it was trained on (engines count from before or after a layer): "
+    "layer_ids": "the draft reads other layers than in training (engines number a layer's input or its output): "
     "acceptance is low at every position",
-    "normalized": "states are scaled where they were not, or the other way round: acceptance is low at every position",
-    "norm": "states are normalised where they were not, or the other way round: acceptance is low, lower at later "
+    "normalized": "states are scaled but were not in training, or the reverse: acceptance is low at every position",
+    "norm": "states are normalised but were not in training, or the reverse: acceptance is low, lower at later "
     "positions",
-    "rope": "positions are turned otherwise than in training: acceptance falls as texts grow",
-    "max_position": "acceptance collapses behind this length",
-    "bias": "a bias is left out or made up: acceptance is low at every position",
-    "vocab": "draft ids are taken for others: nothing is accepted",
-    "tie": "heads or embeddings are shared where they were not",
+    "rope": "rotary embeddings differ from training: acceptance falls as texts grow",
+    "max_position": "acceptance collapses beyond this length",
+    "bias": "a bias is missing or added: acceptance is low at every position",
+    "vocab": "draft ids are mapped to the wrong tokens: nothing is accepted",
+    "tie": "heads or embeddings are shared but were not in training",
 }
 OTHER = "the file belongs to another network"
-READING = "an engine that does not stop here leaves what is missing at random, and drops what it does not know"
-TENSORS = "the tensors are not those that were written: damaged, cast, or of another draft"
-COMPUTED = "all settings and tensors are as written, but the network computes otherwise: another version of a library"
-FILES = "the file was cut or changed on its way"
-VERIFIER = "a draft serves the verifier that it was trained for, and no other one, a fine-tuned one included"
-BESIDE = "the verifier, or its features, are not those of training: another revision, dtype or layer"
+READING = "an engine that does not stop here initialises missing tensors at random and drops unknown ones"
+TENSORS = "the tensors are not the exported ones: damaged, cast, or of another draft"
+COMPUTED = "settings and tensors are as exported, but the network's output differs: another version of a library"
+FILES = "the file was truncated or changed after the export"
+VERIFIER = "a draft works only with the verifier that it was trained for, not even with a fine-tuned one"
+WITH_VERIFIER = "the verifier or its features differ from training: another revision, dtype or layer"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault of an export.
+
+    Attributes:
+        what: What is wrong.
+        cause: The likeliest cause, or the effect.
+    """
+
+    what: str
+    cause: str
 
 
 def cause_of_setting(name: str) -> str:
-    """Return what a wrong value of a setting does.
+    """Return the effect of a wrong value of a setting.
 
     Args:
         name: The setting, such as ``"layers.rope_theta"``.
@@ -34,21 +49,21 @@ def cause_of_setting(name: str) -> str:
 
 
 def cause_of_acceptance(rates: list[float], expected: list[float]) -> str:
-    """Return why a server may accept otherwise than is expected.
+    """Return why a server may accept less than expected.
 
     Args:
-        rates: Share of the rounds that accept at least k = 1, 2, ... tokens; empty where the server does not tell.
-        expected: The same as expected.
+        rates: Share of the rounds that accept at least k = 1, 2, ... tokens; empty if the server does not report it.
+        expected: The expected shares.
     """
     first = rates[0] if rates else None
     if first is not None and first < 0.02:
         return (
-            "nothing is accepted: d2t is missing or absolute, the decoder layer was left at random (tensor "
+            "nothing is accepted: d2t is missing or absolute, the decoder layer is randomly initialised (tensor "
             "names), or the draft belongs to another verifier"
         )
     if first is not None and first >= 0.9 * expected[0]:
         return "the first token is as good as expected, later ones are not: the state fed back (norms), or positions"
     return (
-        "the draft reads what it was not trained on: layer ids off by one, states before or after the final norm mixed "
-        "up, a bias left out; or another template, revision or quantisation of the verifier"
+        "the draft's inputs differ from training: layer ids off by one, states before and after the final norm mixed "
+        "up, a missing bias; or another template, revision or quantisation of the verifier"
     )

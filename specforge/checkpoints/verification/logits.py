@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from specforge.checkpoints.verification.probe import Logits
 from specforge.checkpoints.verifier_facts import VerifierFacts
-from specforge.decoding.recorded import draft_places
+from specforge.decoding.recorded import draft_indices
 from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.features import Features
@@ -108,7 +108,7 @@ def difference(model: SpeculatorModel, tokens: Tensor, features: Features, expec
     draft_ids = None if model.draft_ids is None else model.draft_ids.cpu()
     for step, logits in enumerate(found):
         ids, wanted = torch.tensor(expected.ids[step]), torch.tensor(expected.values[step])
-        places = draft_places(ids, draft_ids)
+        places = draft_indices(ids, draft_ids)
         if bool((places < 0).any()) or int(places.max()) >= logits.shape[-1]:
             missing = int(ids[(places < 0) | (places >= logits.shape[-1])][0])
             return f"at step {step}, token {missing} should be among the most probable, and the draft cannot say it"
