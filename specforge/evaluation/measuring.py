@@ -25,7 +25,7 @@ from specforge.models.speculator import SpeculatorModel
 from specforge.proposals import GreedyTokenProposalConfig, SamplingTokenProposalConfig
 from specforge.proposals.proposal import Proposer
 from specforge.registry import installed
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 from specforge.verifier.features import Features, capture
 
 # Longest chain that is replayed.
@@ -210,7 +210,7 @@ class Measuring:
         counts = []
         for length in range(1, CHAIN + 1):
             proposal = contender.proposal.model_copy(update={"speculative_tokens": length})
-            proposer = contender.proposer(proposal, self.settings.sampling, Chance())
+            proposer = contender.proposer(proposal, self.settings.sampling, RandomSource())
             counts.append(len(replay_text(proposer, None, text, no_features, begin)))
         return Rounds(tokens, torch.tensor(counts, dtype=torch.float64), torch.empty(0))
 
