@@ -164,8 +164,7 @@ def make_sampling(
     """Return the sampling settings for arguments of ``generate``.
 
     Args:
-        do_sample: False takes the most probable token whatever the other arguments are, as transformers does; None
-            leaves it to them.
+        do_sample: False always takes the most probable token, as transformers does; None follows the other arguments.
         temperature: None means 1 if ``do_sample`` is True, otherwise 0.
         top_k: Sample from the k most probable tokens; None and 0 for all.
         top_p: Sample from the fewest tokens that hold this much probability; None for all.

@@ -1,4 +1,4 @@
-"""The figures that were worked out by hand for Llama-3.1-8B, whose configuration alone is needed."""
+"""Figures computed by hand for Llama-3.1-8B; only its configuration is needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENS = 2048
 
 @pytest.fixture(scope="module")
 def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the configuration alone."""
+    """A folder with only the configuration."""
     folder = tmp_path_factory.mktemp("llama-8b")
     LlamaConfig(
         vocab_size=128256,
@@ -40,7 +40,7 @@ def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cost_of(folder: Path, name: str, **settings: Any) -> StepCost:
-    """Rehearse a step on a row of 2,048 tokens, all of them supervised."""
+    """Estimate a step on a row of 2,048 tokens, all supervised."""
     module = installed().load(installed().find(Algorithm, name), "module")(verifier=str(folder), **settings)
     trainer = Trainer(accelerator="cpu", devices=1, precision="bf16-mixed", max_steps=1, logger=False)
     text = given_text(10**6, 1.0, Namespace(max_length=TOKENS, batch_size=1))

@@ -71,9 +71,9 @@ def batch() -> dict[str, torch.Tensor]:
     positions, mask = torch.zeros_like(documents), torch.zeros_like(documents, dtype=torch.bool)
     for number, length in enumerate(lengths):
         row, begin = number // 2, (number % 2) * lengths[number - 1]
-        places = slice(begin, begin + length)
-        documents[row, places], positions[row, places] = number % 2, torch.arange(length)
-        mask[row, places] = torch.arange(length) >= length // 3
+        span = slice(begin, begin + length)
+        documents[row, span], positions[row, span] = number % 2, torch.arange(length)
+        mask[row, span] = torch.arange(length) >= length // 3
     tokens = torch.randint(3, 300, documents.shape, generator=torch.Generator().manual_seed(0))
     return {"input_ids": tokens, "loss_mask": mask, "document_ids": documents, "position_ids": positions}
 
@@ -103,7 +103,7 @@ class RealStep:
 
 
 def most_allocated(step: RealStep, batch: dict[str, torch.Tensor]) -> int:
-    """Return the most bytes that a step has allocated at once beyond what there was before, by torch's profiler."""
+    """Return the peak bytes that a step allocates on top of existing memory, by torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         step.run(batch)
     now = most = 0
@@ -154,24 +154,24 @@ def test_an_accelerator_uses_larger_chunks_with_the_same_operations(batch, monke
 
 
 def test_parts_of_a_step_add_up_by_hand(batch):
-    """EAGLE-1: a fusion and keys for each place, a layer and heads for each supervised one."""
+    """EAGLE-1: a fusion and keys for each position, a layer and heads for each supervised one."""
     module = make_module("eagle", {})
     config = module.teacher.config
     cost = DryRun(module, make_trainer(), torch.float32).run(batch)
-    places = batch["input_ids"].numel()
+    positions = batch["input_ids"].numel()
     width, inner = config.hidden_size, config.intermediate_size
     heads, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer = width * (2 * heads + 2 * shared) + 3 * width * inner
     # Each document attends to itself, padded to the longest in its group.
     pairs = sum(group.shape[0] * group.shape[1] ** 2 for group in DocumentLayout.of(batch["document_ids"]).groups)
     scores = 2 * pairs * 2 * heads
-    verifier = config.num_hidden_layers * (2 * places * layer + scores)
+    verifier = config.num_hidden_layers * (2 * positions * layer + scores)
     assert cost.flops[VERIFIER] == pytest.approx(verifier, rel=0.01)
     # The first input is the verifier's and gets no gradient.
-    fusion = 2 * 2 * places * 2 * width * width
+    fusion = 2 * 2 * positions * 2 * width * width
     supervised = align(batch["loss_mask"], batch["document_ids"], 1).supervised.sum().item()
     # Queries of the other positions are computed but not used.
-    keys = (places - supervised) * (3 * 2 * 2 * shared + 2 * heads) * width
+    keys = (positions - supervised) * (3 * 2 * 2 * shared + 2 * heads) * width
     by_hand = 3 * 2 * supervised * layer + keys + fusion
     # Attention is two products, and five in the backward pass, only at the supervised positions.
     assert by_hand < cost.flops[LAYERS] < by_hand + 3.5 * scores

@@ -35,7 +35,7 @@ def write_wide_verifier(folder: Path) -> None:
 
 
 def _widened(weight: Tensor, size: int) -> Tensor:
-    """Spread the rows of each head, [heads x size, H], over twice as many."""
+    """Spread the rows of each head, [heads x size, H], over twice the number."""
     heads = weight.view(-1, size, weight.shape[-1])
     spread = heads.new_zeros(len(heads), 2 * size, weight.shape[-1])
     spread[:, ::2] = heads

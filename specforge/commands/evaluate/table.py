@@ -10,7 +10,7 @@ from rich.text import Text
 from specforge.commands.evaluate import formatting
 from specforge.evaluation.results import ContenderResult, Measurement, Results
 
-# The rest of 80 columns beside the numbers; longer contender names wrap.
+# The rest of 80 columns after the numbers; longer contender names wrap.
 NAME_WIDTH = 20
 
 

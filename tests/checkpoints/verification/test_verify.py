@@ -210,7 +210,7 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
     "ids in the sense of vLLM": ("eagle3/sglang", setting("eagle_config", {IDS: [3, 4, 5]}), IDS),
     "ids at the top": ("eagle3/sglang", setting(IDS, [2, 4, 5]), "where SGLang does not read it"),
     "an option of vLLM": ("eagle3/sglang", setting("fc_norm", True), "knows no fc_norm"),
-    "embeddings that nobody reads": (
+    "unused embeddings": (
         "eagle3/sglang",
         added("embed_tokens.weight", torch.ones(1280, 64)),
         "drafts with the verifier's embeddings",
@@ -219,8 +219,8 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
     # EAGLE-1.
     "bias for vLLM": ("eagle/vllm", added("fc.bias", torch.ones(64)), "fc.bias, which vLLM leaves out"),
     "bias dropped for SGLang": ("eagle/sglang", tensor("fc.bias", None), "no fc.bias: SGLang always has one"),
-    "bias said and not there": ("eagle/eagle", setting("bias", True), '"bias" is true'),
-    "bias not said": ("eagle/eagle", setting("bias", ...), '"bias" is true or not said'),
+    "bias set but missing": ("eagle/eagle", setting("bias", True), '"bias" is true'),
+    "bias not set": ("eagle/eagle", setting("bias", ...), '"bias" is true or not said'),
     "bias dropped for HASS": ("eagle/hass", tensor("fc.bias", None), '"bias" is true'),
     "two layers": ("eagle/vllm", setting("num_hidden_layers", 2), "num_hidden_layers is 2"),
     "another family": (
@@ -239,10 +239,10 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
         r"exported: transformer\.self_attn\.k_proj",
     ),
     # MLP speculators.
-    "state scaled otherwise": ("mlp/mlp_speculator", setting("scale_input", False), "normalized is False"),
-    "ties said otherwise": ("mlp/mlp_speculator", setting("tie_weights", False), "missing: emb"),
+    "state scaling changed": ("mlp/mlp_speculator", setting("scale_input", False), "normalized is False"),
+    "tied weights changed": ("mlp/mlp_speculator", setting("tie_weights", False), "missing: emb"),
     "heads left out": ("mlp/mlp_speculator", setting("n_predict", 2), "one number for each of the 2 heads"),
-    "not said what is scaled": ("mlp/mlp_speculator", setting("scale_input", ...), "scale_input is not said"),
+    "input scaling not set": ("mlp/mlp_speculator", setting("scale_input", ...), "scale_input is not said"),
 }
 
 
@@ -298,7 +298,7 @@ def test_a_draft_that_accepts_less_than_before_is_found(exported: Callable[..., 
     values["served"]["acceptance_length"] = dict.fromkeys(values["served"]["acceptance_length"], 3.0)
     path.write_text(json.dumps(values))
     (fault,) = export_faults(tmp_path / "export", str(VERIFIER))
-    assert "and 3.000 is expected" in fault.what
+    assert "3.000 is expected" in fault.what
 
 
 def test_a_network_with_another_output_is_found(exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
