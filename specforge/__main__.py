@@ -84,7 +84,7 @@ def help_text(registry: Registry) -> str:
         f"  {quiet.FLAG}  show all messages of libraries, and tracebacks of errors",
         "",
         "start here:",
-        "  specforge fit --config configs/quickstart.yaml  train a small draft in two minutes",
+        "  specforge fit --config configs/quickstart.yaml  a small draft, in two minutes",
         "  specforge fit --algorithm NAME --help           every setting of an algorithm:",
         f"{'':<50}{', '.join(sorted(registry.all(Algorithm)))}",
     ]

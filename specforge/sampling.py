@@ -23,7 +23,7 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    temperature: float = Field(default=0.0, ge=0, description="0, or nearly so, takes the most probable token.")
+    temperature: float = Field(default=0.0, ge=0, description="0 or nearly 0 takes the most probable token.")
     top_k: int = Field(default=0, ge=0, description="Sample only from the k most probable tokens; 0: from all.")
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="Sample from the fewest tokens that hold this much probability."

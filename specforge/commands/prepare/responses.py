@@ -69,12 +69,12 @@ def run(arguments: list[str]) -> int:
     if found.endpoint:
         endpoints = _endpoints(found, asking, verifier.vocabulary_size if found.verifier else None)
         answer, name, model = endpoints.answer, endpoints.model, {"model": endpoints.model}
-    generation = {**asking.sampling.model_dump(), "max_new_tokens": asking.max_new_tokens, "seed": asking.seed}
+    decoding = {**asking.sampling.model_dump(), "max_new_tokens": asking.max_new_tokens, "seed": asking.seed}
     settings = {
         "prompts": [source_fingerprint(source) for source in found.sources],
         "limit": found.limit,
         **model,
-        **generation,
+        **decoding,
         **verifier.rendering,
     }
 
@@ -84,7 +84,7 @@ def run(arguments: list[str]) -> int:
         origin = {
             "model": name if doubt is None else f"{name} ({doubt})",
             "fingerprint": "" if doubt is not None else identity["verifier"],
-            **generation,
+            **decoding,
             **verifier.rendering,
             "template": identity.get("template"),
             "revision": found.verifier_revision,
