@@ -20,7 +20,7 @@ from specforge import SpeculatorModel
 from specforge.__main__ import main as specforge
 from specforge.config import TokenProposalConfig
 from specforge.data.text.prompts import read_prompts
-from specforge.data.text.verifier import VerifierText
+from specforge.data.text.verifier import VerifierTokenizer
 from specforge.decoding.verification import Verification
 from specforge.evaluation.measuring import Contender, Measuring, Settings
 from specforge.proposals.choice import choose_proposal
@@ -120,7 +120,7 @@ def main() -> None:
     drafts = {pair: train(arguments, *pair) for pair in itertools.product(arguments.recipes, arguments.seeds)}
     if arguments.train_only:
         return
-    verifier, template = load_verifier(arguments.verifier), VerifierText(arguments.verifier).template
+    verifier, template = load_verifier(arguments.verifier), VerifierTokenizer(arguments.verifier).template
     conversations = read_prompts(arguments.validation, limit=arguments.limit)
     columns = [(temperature, method) for temperature in (0.0, 1.0) for method in METHODS]
     columns.remove((0.0, "sampling"))  # the greedy chain once more

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from specforge import SpeculatorModel
 from specforge.config import SpeculatorModelConfig
 from specforge.data.text.prompts import prompt_set_name, read_prompts
-from specforge.data.text.verifier import VerifierText
+from specforge.data.text.verifier import VerifierTokenizer
 from specforge.decoding.loop import Decoder
 from specforge.decoding.recorded import chain_acceptance
 from specforge.decoding.replay import replay
@@ -118,7 +118,7 @@ def main() -> None:
     name = arguments.verifier
     if name is None:
         name = SpeculatorModelConfig.from_pretrained(arguments.draft).speculators_config.verifier.name_or_path
-    verifier, template = load_verifier(name), VerifierText(name).template
+    verifier, template = load_verifier(name), VerifierTokenizer(name).template
     draft = SpeculatorModel.from_pretrained(arguments.draft, verifier=verifier, dtype=verifier.dtype)
     sampling = Sampling(temperature=arguments.temperature)
     methods = {"greedy": GreedyTokenProposalConfig(speculative_tokens=arguments.chain)}

@@ -1,8 +1,8 @@
-"""A slow reference that tells the replies of a conversation, and a judge of rows by it.
+"""A slow reference that locates the replies of a conversation, and a judge of rows based on it.
 
-The reference renders each prompt as serving does and each chat through its reply; what is between is the reply, up to
-the first of the verifier's end tokens. It shares no code with specforge, renders every prefix on its own, and tries
-every way to give a row to a template: it is there to be right, not fast.
+The reference renders each prompt as in serving and each chat up to the end of its reply; the difference is the reply,
+up to the verifier's first end token. It shares no code with specforge, renders every prefix separately, and tries every
+way to give a row to a template: it aims to be correct, not fast.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 Row = dict[str, Any]
-Pair = tuple[str, str]  # what serving puts before a reply, and the reply
+Pair = tuple[str, str]  # the context of a reply in serving, and the reply
 
-EXACT, REFUSED, NEEDLESS, WRONG = "exact", "refused", "refused, could be told", "wrong in silence"
+EXACT, REFUSED, NEEDLESS, WRONG = "exact", "refused", "needlessly refused", "silently wrong"
 STATUSES = (EXACT, REFUSED, NEEDLESS, WRONG)
 _THINK = re.compile(r"</?think>")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_SHORTEST = 8  # characters of a prompt's text that are not in a reply by chance
+_SHORTEST = 8  # characters of prompt text that do not occur in a reply by chance
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Turn:
     Attributes:
         index: Its index among the messages.
         message: The message.
-        pairs: Right pairs of context and reply, one for each faithful way to give the row to the template; empty if the
-            reply cannot be told.
-        why: Why it cannot.
-        required: Whether it must be supervised: it answers a user and says something.
+        pairs: Correct pairs of context and reply, one for each faithful way to give the row to the template; empty if
+            the reply cannot be located.
+        why: The reason if it cannot.
+        required: Whether it must be supervised: it answers a user and is not empty.
         ends: Whether an end token is part of it.
     """
 
@@ -51,7 +51,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a program made of a row.
+    """A program's encoding of a row.
 
     Attributes:
         rows: Token rows, each as pieces of text and whether they are supervised.
@@ -71,21 +71,21 @@ class Verdict:
         kinds: What is wrong.
         detail: Excerpts, or the refusal.
         rows: Number of token rows.
-        untold: Why replies cannot be told.
+        unlocated: Why replies cannot be located.
     """
 
     status: str
     kinds: tuple[str, ...] = ()
     detail: str = ""
     rows: int = 0
-    untold: tuple[str, ...] = ()
+    unlocated: tuple[str, ...] = ()
 
 
 class Reference:
-    """Tells the replies of conversations as serving makes them.
+    """Locates the replies of conversations as in serving.
 
     Args:
-        tokenizer: With the chat template.
+        tokenizer: Tokenizer with the chat template.
         ends: The verifier's end tokens.
         arguments: Template arguments.
     """
@@ -115,23 +115,23 @@ class Reference:
         pairs: list[Pair] = []
         causes: list[str] = []
         for form in forms:
-            told, why = self._tell(form, index, message, row.get("tools"))
-            pairs += [pair for pair in told if pair not in pairs]
+            located, why = self._locate(form, index, message, row.get("tools"))
+            pairs += [pair for pair in located if pair not in pairs]
             causes += [why] if why else []
         answers = any(one["role"] == "user" for one in row["messages"][:index])
         why = "" if pairs else min(causes, key=lambda cause: cause.startswith("raises"))
         ends = any(self._end.search(reply) for _, reply in pairs)
         return Turn(index, message, pairs, why, answers and bool(own_words(message)), ends)
 
-    def _tell(self, form: list[Message], index: int, message: Message, tools: Any) -> tuple[list[Pair], str]:
-        """Return the right pairs for one way to give the row, or why there are none."""
+    def _locate(self, form: list[Message], index: int, message: Message, tools: Any) -> tuple[list[Pair], str]:
+        """Return the correct pairs for one way to give the row, or the reason why there are none."""
         try:
             prompt = self._render(form[:index], tools, add_generation_prompt=True)
             through = self._render(form[: index + 1], tools)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates may raise anything
             return [], f"raises: {error}"
         if not through.startswith(prompt):
-            return [], _parting(prompt, through)
+            return [], _difference(prompt, through)
         reply = through[len(prompt) :]
         if end := self._end.search(reply):
             replies = [reply[: end.end()]]
@@ -144,7 +144,7 @@ class Reference:
         return [(prompt, one) for one in replies], ""
 
     def _endings(self, form: list[Message], index: int, tools: Any, through: str) -> list[str]:
-        """Return what may follow a reply without an end token: the one that the next message's header is, if it is."""
+        """Return possible ends of a reply without an end token: the next message's header if it is one, or nothing."""
         try:
             later = self._render(form[: index + 2], tools)
         except Exception:
@@ -152,7 +152,7 @@ class Reference:
         if later.startswith(through):
             end = self._end.match(later, len(through))
             return [end.group() if end else ""]
-        # The reply is rendered in another way now that it is not the last: the end token may be taken or not.
+        # The reply is rewritten once it is not the last: it may be supervised with or without the end token.
         tail = (own_words(form[index]) or [""])[-1]
         after = _shared(through, later) - len(tail)
         shown = re.compile(rf"{re.escape(tail)}\s*({self._end.pattern})").search(later, after)
@@ -166,7 +166,7 @@ class Reference:
 
 
 def own_words(message: Message) -> list[str]:
-    """Return the texts that a reply must hold, without the blanks around them: thinking, content, and each call."""
+    """Return the stripped texts that a reply must hold: thinking, content and each call."""
     calls = [one["function"] for one in message.get("tool_calls") or ()]
     arguments = [_as_object(one["arguments"]) for one in calls]
     texts = [*_thinking(message), *_content(message), *(one["name"] for one in calls)]
@@ -175,29 +175,29 @@ def own_words(message: Message) -> list[str]:
 
 
 def fault(message: Message, text: str) -> str:
-    """Return what of a reply is not in a text, or is there as no verifier would write it; empty if all is well."""
+    """Return what of a reply is missing in a text or in a form that no verifier writes; empty if nothing is."""
     if not all(one.strip() in text for one in _content(message)):
-        return "content vanishes"
+        return "content lost"
     if "{'type': 'text'" in text:
         return "content as Python writes it"
     if not all(one.strip() in text for one in _thinking(message)):
-        return "thinking vanishes"
+        return "thinking lost"
     calls = [one["function"] for one in message.get("tool_calls") or ()]
     for call in calls:
         if text.count(call["name"]) < sum(one["name"] == call["name"] for one in calls):
-            return "call vanishes"
+            return "call lost"
         arguments = _as_object(call["arguments"])
         if any(f'\\"{key}' in text for key in arguments):
             return "arguments encoded twice"
         if any(f"{{'{key}'" in text for key in arguments):
             return "arguments as Python writes them"
         if not all(any(one in text for one in _spellings(leaf)) for leaf in _leaves(arguments)):
-            return "call vanishes"
+            return "call lost"
     return ""
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """Yield the keys and values of nested arguments that are no lists or objects themselves."""
+    """Yield the keys and scalar values of nested arguments."""
     if isinstance(value, dict):
         for key, one in value.items():
             yield key
@@ -210,7 +210,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _spellings(value: Any) -> list[str]:
-    """Return how a value may be written: as it is, in JSON with or without escapes, in Python, in XML."""
+    """Return the possible spellings of a value: verbatim, JSON with or without escapes, Python, XML."""
     if not isinstance(value, str):
         return [json.dumps(value), repr(value)]
     escaped = [json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]
@@ -218,11 +218,11 @@ def _spellings(value: Any) -> list[str]:
 
 
 def judge(row: Row, turns: Sequence[Turn], encoded: Encoded) -> Verdict:
-    """Judge what a program made of a row by the reference's turns."""
-    untold = tuple(turn.why for turn in turns if turn.required and not turn.pairs)
-    told = [turn.index for turn in turns if turn.required and turn.pairs]
+    """Judge a program's encoding of a row by the reference's turns."""
+    unlocated = tuple(turn.why for turn in turns if turn.required and not turn.pairs)
+    located = [turn.index for turn in turns if turn.required and turn.pairs]
     if encoded.refusal:
-        return Verdict(REFUSED if untold or not told else NEEDLESS, detail=encoded.refusal, untold=untold)
+        return Verdict(REFUSED if unlocated or not located else NEEDLESS, detail=encoded.refusal, unlocated=unlocated)
     kinds: list[str] = []
     details: list[str] = []
     found: list[int] = []
@@ -235,18 +235,18 @@ def judge(row: Row, turns: Sequence[Turn], encoded: Encoded) -> Verdict:
                 found += [] if turn is None else [turn.index]
                 kinds.append(kind)
                 details.append(f"{context[-30:]!r} + {text!r}")
-    for index in told:
+    for index in located:
         if index not in found:
             kinds.append("reply not supervised")
             details.append(f"message {index}")
     if not kinds and len(found) > len(set(found)):
         kinds.append("reply supervised twice")
     status = WRONG if kinds else EXACT if found else REFUSED
-    return Verdict(status, tuple(dict.fromkeys(kinds)), "; ".join(details), len(encoded.rows), untold)
+    return Verdict(status, tuple(dict.fromkeys(kinds)), "; ".join(details), len(encoded.rows), unlocated)
 
 
 def _runs(pieces: Sequence[tuple[str, bool]]) -> Iterator[Pair]:
-    """Yield each supervised run with all that is before it."""
+    """Yield each supervised run with its context."""
     context = ""
     for text, supervised in pieces:
         if supervised:
@@ -255,7 +255,7 @@ def _runs(pieces: Sequence[tuple[str, bool]]) -> Iterator[Pair]:
 
 
 def _match(turns: Sequence[Turn], context: str, text: str) -> tuple[list[int], str]:
-    """Return the turns that a run is made of, one directly after another, and the text that is left."""
+    """Return the consecutive turns that make up a run, and the remaining text."""
     found = []
     while text:
         hits = [
@@ -275,7 +275,7 @@ def _match(turns: Sequence[Turn], context: str, text: str) -> tuple[list[int], s
 def _diagnose(
     row: Row, turns: Sequence[Turn], pieces: Sequence[tuple[str, bool]], context: str, text: str
 ) -> tuple[str, Turn | None]:
-    """Name what is wrong with a supervised run, and the turn that it seems to be meant for."""
+    """Return the fault of a supervised run and the turn that it probably belongs to."""
     whole = "".join(piece for piece, _ in pieces)
     start, stop = len(context), len(context) + len(text)
     for turn in turns:
@@ -296,12 +296,14 @@ def _diagnose(
         return "prompt or header supervised", None
     for turn in turns:
         if (words := own_words(turn.message)) and any(word in text for word in words):
-            return fault(turn.message, text) or ("context is not serving's" if turn.pairs else "cannot be told"), turn
+            return fault(turn.message, text) or (
+                "context is not serving's" if turn.pairs else "cannot be located"
+            ), turn
     return "no reply's text supervised", next((turn for turn in turns if not turn.pairs), None)
 
 
 def _prompt_words(messages: Sequence[Message]) -> list[str]:
-    """Return the texts of a chat that no reply of it holds."""
+    """Return the texts of a chat that none of its replies holds."""
     texts = [text.strip() for one in messages if one["role"] != "assistant" for text in _content(one)]
     return [text for text in texts if len(text) >= _SHORTEST]
 
@@ -367,7 +369,7 @@ def _in_parts(message: Message) -> Message:
     )
 
 
-def _parting(prompt: str, through: str) -> str:
+def _difference(prompt: str, through: str) -> str:
     shared = _shared(prompt, through)
     opened = prompt.rfind("<", 0, shared)
     if opened >= 0 and ">" not in prompt[opened:shared]:  # not from the middle of a token

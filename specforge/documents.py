@@ -1,40 +1,96 @@
-"""Where the documents of packed rows are, for attention that never crosses a document and needs no mask.
+"""The documents of packed rows, for attention that never crosses a document and needs no mask.
 
-Documents are gathered into right-padded groups of similar length, on which plain causal attention is exact: a real
-query never sees the padding after it. A group's longest document is at most twice its shortest, so padding costs less
-than the attention itself.
+Documents are gathered into right-padded groups of similar length. Plain causal attention is exact on them: a real query
+never sees the padding after it. A group's longest document is at most twice its shortest, so padding costs less than
+the attention itself.
+
+The indices are computed once per batch, on the CPU. Layers only gather and scatter by them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from specforge.moving import moved
+
 
 @dataclass(frozen=True)
-class Queries:
-    """Query tokens of a group of G documents; each attends to its whole document.
+class Groups:
+    """Tokens of a flattened batch in groups of slots, G documents of L slots each; some slots are empty.
 
     Attributes:
-        indices: int64 [G, Q] indices among the queries; -1 if a document has fewer.
-        positions: Their positions within the documents, int64 [G, Q].
+        shapes: G and L of each group.
+        rows: The token in each filled slot, int64 [n].
+        slots: Index of each filled slot among the slots of all groups, int64 [n]; None if all are filled.
     """
 
-    indices: Tensor
-    positions: Tensor
+    shapes: tuple[tuple[int, int], ...]
+    rows: Tensor
+    slots: Tensor | None
+
+    @classmethod
+    def of(cls, indices: Sequence[Tensor]) -> Self:
+        """Make groups of indices into the batch.
+
+        Args:
+            indices: Indices of each group, int64 [G, L] on the CPU; -1 for an empty slot.
+        """
+        shapes = tuple((len(one), one.shape[1]) for one in indices)
+        flat = torch.cat([one.flatten() for one in indices])
+        slots = (flat >= 0).nonzero().squeeze(1)
+        return cls(shapes, flat[slots], None if len(slots) == len(flat) else slots)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Gather rows of a batch [B * T, ...] into slots, [G, L, ...] for each group; empty slots are zero."""
+        sizes = [documents * length for documents, length in self.shapes]
+        together = _Copy.apply(tensor, self.rows, self.slots, sum(sizes))
+        parts = together.split(sizes)
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def scatter(self, tensors: Sequence[Tensor], number: int) -> Tensor:
+        """Scatter slots, [G, L, ...] for each group, to a batch [number, ...]; other rows are zero."""
+        flat = [one.flatten(0, 1) for one in tensors]
+        together = torch.cat(flat) if len(flat) > 1 else flat[0]
+        taken: Tensor = _Copy.apply(together, self.slots, self.rows, number)
+        return taken
+
+
+class _Copy(torch.autograd.Function):
+    """Copies rows of a tensor to rows of a new one, by indices without duplicates; None means all rows in order.
+
+    Autograd's own gradient of indexing sums duplicates, which is slow, and nondeterministic on GPUs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, source: Tensor | None, target: Tensor | None, number: int) -> Tensor:
+        ctx.indices, ctx.number = (source, target), len(tensor)
+        return _copied(tensor, source, target, number)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        source, target = ctx.indices
+        return _copied(gradient, target, source, ctx.number), None, None, None
+
+
+def _copied(tensor: Tensor, source: Tensor | None, target: Tensor | None, number: int) -> Tensor:
+    taken = tensor if source is None else tensor.index_select(0, source)
+    if target is None:
+        return taken
+    return tensor.new_zeros(number, *tensor.shape[1:]).index_copy_(0, target, taken)
 
 
 @dataclass(frozen=True)
 class DocumentLayout:
-    """The documents of a packed batch, in groups of similar length.
+    """The documents of a packed batch [B, T], in groups of similar length.
 
     Attributes:
-        groups: For each group, int64 [G, L] indices into the flattened [B * T] batch; -1 is padding.
-        whole_rows: True if every row is one document that begins with the row, so nothing needs to be gathered.
+        groups: For each group, int64 [G, L] indices into the flattened batch, on the CPU; -1 is padding.
+        whole_rows: Whether every row is a single document from its first token on, so that nothing is gathered.
     """
 
     groups: tuple[Tensor, ...]
@@ -45,7 +101,8 @@ class DocumentLayout:
         """Find the documents of a batch.
 
         Args:
-            document_ids: [B, T]; equal neighbours are one document, -1 is padding.
+            document_ids: Integers [B, T]; equal neighbours are one document, -1 is padding. On a device, this waits for
+                a copy to the CPU.
         """
         ids = document_ids.cpu()
         begins = torch.ones_like(ids, dtype=torch.bool)
@@ -55,86 +112,53 @@ class DocumentLayout:
         real = ids.flatten()[starts] >= 0
         starts, lengths = starts[real], lengths[real]
         whole_rows = bool((begins & (ids >= 0)).sum() == ids.shape[0]) and bool((ids[:, 0] >= 0).all())
-        groups = tuple(group.to(document_ids.device) for group in _group(starts, lengths))
-        return cls(groups, whole_rows)
+        return cls(tuple(_group(starts, lengths)), whole_rows)
+
+    def reordered(self, order: Tensor) -> Self:
+        """Return the layout of the same documents in one row [1, B * T] with the tokens in another order.
+
+        Args:
+            order: The token at each index, int64 [B * T], on the CPU.
+        """
+        index = torch.empty_like(order)
+        index[order] = torch.arange(len(order))
+        return type(self)(tuple(torch.where(group >= 0, index[group], -1) for group in self.groups), whole_rows=False)
+
+    def on(self, device: torch.device) -> DocumentAttention:
+        """Return the attention within these documents on a device."""
+        return DocumentAttention(None if self.whole_rows else moved(Groups.of(self.groups), device))
+
+
+EACH_ROW_ONE_DOCUMENT = DocumentLayout((), whole_rows=True)
+
+
+@dataclass(frozen=True)
+class DocumentAttention:
+    """Causal attention within each document of a batch.
+
+    Attributes:
+        groups: The documents; None if each row is one.
+    """
+
+    groups: Groups | None
 
     def attend(self, attention: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Apply causal attention to each document.
 
         Args:
             attention: Maps tensors [G, heads, L, width] to one [G, heads, L, width].
-            *tensors: Its inputs over the batch, [B, heads, T, width] each.
+            *tensors: The attention's inputs over the batch, [B, heads, T, width] each.
 
         Returns:
-            The output over the batch, [B, heads, T, width]; zero on padding, unless rows are whole documents.
+            The output over the batch, [B, heads, T, width]; zero on padding, unless each row is one document.
         """
-        if self.whole_rows:
+        if self.groups is None:
             return attention(*tensors)
         batch, _, length, _ = tensors[0].shape
         flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in tensors]
-        outputs = [attention(*(_gather(tensor, group) for tensor in flat)) for group in self.groups]
-        return _scatter(outputs, self.groups, batch * length).unflatten(0, (batch, length)).transpose(1, 2)
-
-    def reordered(self, order: Tensor) -> Self:
-        """Return the layout of the same documents in one row [1, B * T] that holds the tokens in another order.
-
-        Args:
-            order: The old index of the token at each new index, int64 [B * T].
-        """
-        index = torch.empty_like(order)
-        index[order] = torch.arange(len(order), device=order.device)
-        return type(self)(tuple(torch.where(group >= 0, index[group], -1) for group in self.groups), whole_rows=False)
-
-    def queries_of_first(self, count: int) -> list[Queries]:
-        """Find the first ``count`` tokens of the flattened batch in each group."""
-        found = []
-        for group in self.groups:
-            chosen = (group >= 0) & (group < count)
-            most = max(chosen.sum(1).tolist(), default=0)
-            positions = chosen.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
-            indices = torch.where(chosen.gather(1, positions), group.gather(1, positions), -1)
-            found.append(Queries(indices, positions))
-        return found
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Gather the tokens of a batch of one row [1, heads, T, width] into each group, [G, heads, L, width]."""
-        flat = tensor[0].transpose(0, 1)
-        return [_gather(flat, group) for group in self.groups]
-
-
-def attend_at(
-    queries: Sequence[Queries], attention: Callable[..., Tensor], query: Tensor, keys: Sequence[Sequence[Tensor]]
-) -> Tensor:
-    """Apply attention to each document of a batch of one row, for some of its tokens as queries.
-
-    Args:
-        queries: The query tokens of each group.
-        attention: Maps the queries [G, heads, Q, width], the tensors of the group's ``keys``, and the queries'
-            positions within their documents, [G, Q], to one [G, heads, Q, width].
-        query: Its input at n queries, [1, heads, n, width].
-        keys: Its inputs at all tokens of each group.
-
-    Returns:
-        The output at the queries, [1, heads, n, width]; zero on padding.
-    """
-    flat = query[0].transpose(0, 1)
-    outputs = [
-        attention(_gather(flat, own.indices), *group, own.positions) for own, group in zip(queries, keys, strict=True)
-    ]
-    return _scatter(outputs, [own.indices for own in queries], len(flat)).transpose(0, 1)[None]
-
-
-def _gather(tensor: Tensor, indices: Tensor) -> Tensor:
-    """Gather rows of a tensor [n, heads, width] to [G, heads, L, width]; padding reads row 0, callers discard it."""
-    return tensor[indices.clamp(min=0)].transpose(1, 2)
-
-
-def _scatter(outputs: Sequence[Tensor], indices: Sequence[Tensor], rows: int) -> Tensor:
-    """Scatter outputs [G, heads, L, width] back to their rows, [rows, heads, width]; the other rows are zero."""
-    real = [one >= 0 for one in indices]
-    packed = torch.cat([one.transpose(1, 2)[own] for one, own in zip(outputs, real, strict=True)])
-    index = torch.cat([one[own] for one, own in zip(indices, real, strict=True)])
-    return packed.new_zeros(rows, *packed.shape[1:]).index_copy(0, index, packed)
+        gathered = zip(*(self.groups.gather(one) for one in flat), strict=True)
+        outputs = [attention(*(one.transpose(1, 2) for one in of_group)).transpose(1, 2) for of_group in gathered]
+        return self.groups.scatter(outputs, batch * length).unflatten(0, (batch, length)).transpose(1, 2)
 
 
 def _group(starts: Tensor, lengths: Tensor) -> list[Tensor]:
@@ -142,11 +166,11 @@ def _group(starts: Tensor, lengths: Tensor) -> list[Tensor]:
         return [starts.new_empty(0, 1)]
     groups = []
     order = torch.argsort(lengths, descending=True, stable=True)
-    # Group by powers of two of the length: few groups, and at most as much padding as tokens.
+    # Group by powers of two of the length: few groups, and no more padding than tokens.
     classes = torch.floor(torch.log2(lengths[order].double())).long()
     for size_class in classes.unique(sorted=True).flip(0):
         members = order[classes == size_class]
-        offsets = torch.arange(int(lengths[members].max()), device=lengths.device)
+        offsets = torch.arange(int(lengths[members].max()))
         inside = offsets < lengths[members, None]
         groups.append(torch.where(inside, starts[members, None] + offsets, -1))
     return groups

@@ -21,7 +21,7 @@ from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.checkpoints.writing import replacing_folder
 from specforge.config import SpeculatorModelConfig, VerifierConfig, network_settings, verifier_difference
 from specforge.data.text.prompts import Conversation
-from specforge.data.text.verifier import VerifierText
+from specforge.data.text.verifier import VerifierTokenizer
 from specforge.decoding.agreement import Agreement
 from specforge.errors import SpecforgeError, UsageError
 from specforge.models.base_components import plain_rope
@@ -186,7 +186,7 @@ def _probe(
     served, agreement = None, Agreement()
     if request.runs_verifier:
         loading = request.loading
-        text = VerifierText(facts.name_or_path, loading.revision, loading.trust_remote_code)
+        text = VerifierTokenizer(facts.name_or_path, loading.revision, loading.trust_remote_code)
         prompts = probe_prompts(text, conversations)
         verifier = running_verifier(facts.name_or_path, loading)
         served = expected_of(model, verifier, prompts)

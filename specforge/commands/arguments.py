@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
 from specforge.config import SpeculatorModelConfig
 from specforge.data.text.template import ChatTemplate
-from specforge.data.text.verifier import VerifierText
+from specforge.data.text.verifier import VerifierTokenizer
 from specforge.decoding.verification import Verification
 from specforge.errors import UsageError, describe_invalid
 from specforge.models.speculator import SpeculatorModel
+from specforge.private.argparse import action_of
 from specforge.sampling import Sampling
 from specforge.training.cli.config_errors import explain
 from specforge.verifier.loading import VerifierLoading, VerifierType, running_verifier
@@ -45,7 +46,8 @@ def command_parser(command: str, usage: str, description: str) -> ArgumentParser
     parser.add_argument(
         "--config", action="config", metavar="FILE", help="A YAML file with flags as keys; flags override it."
     )
-    printing = next(one for one in parser._actions if one.dest == "print_config")
+    printing = action_of(parser, "--print_config")
+    assert printing is not None
     printing.help = "Print all settings as such a file, and exit."
     return parser
 
@@ -89,9 +91,9 @@ def add_template_flags(parser: ArgumentParser) -> None:
     )
 
 
-def verifier_text(found: Namespace, name: str) -> VerifierText:
+def verifier_text(found: Namespace, name: str) -> VerifierTokenizer:
     """Return a verifier's tokenizer, with the chat template as set by the flags."""
-    return VerifierText(
+    return VerifierTokenizer(
         name, found.verifier_revision, found.trust_remote_code, found.template_arguments, found.template_date
     )
 

@@ -8,6 +8,7 @@ import shtab
 
 from specforge.commands.wrapping import HelpFormatter
 from specforge.hookspecs import Command
+from specforge.private.argparse import action_of, actions, subcommands
 from specforge.quiet import FLAG
 from specforge.registry import Registry, installed
 
@@ -61,15 +62,15 @@ def add_options(parser: argparse.ArgumentParser, target: argparse.ArgumentParser
         parser: The source; not changed.
         target: The parser to extend.
     """
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            subcommands = target.add_subparsers()
-            summaries = {one.dest: one.help for one in action._choices_actions}
-            for name, inner in action.choices.items():
+    for action in actions(parser):
+        inner = subcommands(action)
+        if inner is not None:
+            own = target.add_subparsers()
+            for name, (one, summary) in inner.items():
                 # Subcommands without a summary would count as hidden.
-                add_options(inner, subcommands.add_parser(name, help=summaries.get(name, name)))
+                add_options(one, own.add_parser(name, help=summary or name))
             continue
-        words = [word for word in action.option_strings if word not in target._option_string_actions]
+        words = [word for word in action.option_strings if action_of(target, word) is None]
         if action.help == argparse.SUPPRESS or (action.option_strings and not words):
             continue
         metavar = str(action.metavar or action.dest).rpartition(".")[2]

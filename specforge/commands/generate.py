@@ -16,7 +16,7 @@ from specforge.commands.arguments import PROPOSAL, decoding_parser, find_verifie
 from specforge.config import SpeculatorModelConfig
 from specforge.data.text.chat import Message
 from specforge.data.text.prompts import Conversation, read_prompts, reply_text
-from specforge.data.text.showing import set_off
+from specforge.data.text.showing import highlighted
 from specforge.data.text.template import ChatTemplate
 from specforge.decoding.loop import Decoder, Emission
 from specforge.decoding.verification import Verification, is_lossy
@@ -143,7 +143,7 @@ class _Chat:
             if text == shown or text.endswith("\ufffd"):
                 continue
             added = text[len(shown) :]
-            self.console.print(set_off(added, self.console) if is_drafted else Text(added), end="")
+            self.console.print(highlighted(added, self.console) if is_drafted else Text(added), end="")
             shown = text
         self.console.file.flush()
         return shown

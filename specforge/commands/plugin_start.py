@@ -1,6 +1,6 @@
-"""A package to start a plugin with: the example of ``docs/plugins.md`` under another name.
+"""A package to start a plugin with: one of the examples of ``docs/plugins.md`` under another name.
 
-``specforge/plugin_template`` is a link to that example, so that there is only one copy; wheels contain the files.
+``specforge/plugin_templates`` holds links to these examples, so that there is only one copy; wheels contain the files.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
 
-TEMPLATE = Path(__file__).parents[1] / "plugin_template"
+TEMPLATES = Path(__file__).parents[1] / "plugin_templates"
 PREFIX = "specforge-"
 
 
-def write_package(name: str, folder: Path) -> None:
-    """Write a package that registers an algorithm, a loss and a subcommand, and passes its own tests.
+def write_package(name: str, folder: Path, minimal: bool = False) -> None:
+    """Write a package that registers an algorithm, and passes its own tests.
 
     Args:
         name: Name of the algorithm and the plugin.
         folder: Folder of the package; an existing one is not replaced.
+        minimal: Write an algorithm only, without data, a proposal method, a loss and a subcommand.
 
     Raises:
         UsageError: The name is not a Python module name or is taken, or the folder exists.
@@ -38,10 +39,11 @@ def write_package(name: str, folder: Path) -> None:
     taken |= {plugin.package.removeprefix(PREFIX) for plugin in installed().plugins}
     if name in taken:
         raise UsageError(f"{name!r} is already installed; choose a name other than {', '.join(sorted(taken))}")
-    settings = tomllib.loads((TEMPLATE / "pyproject.toml").read_text(encoding="utf-8"))
+    template = TEMPLATES / ("minimal" if minimal else "whole")
+    settings = tomllib.loads((template / "pyproject.toml").read_text(encoding="utf-8"))
     word = settings["project"]["name"].removeprefix(PREFIX)
     with replacing_folder(folder) as temporary:
-        shutil.copytree(TEMPLATE, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        shutil.copytree(template, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".*"))
         # Deepest first, so that a folder is renamed after its contents.
         for path in sorted(temporary.rglob("*"), reverse=True):
             if path.is_file():

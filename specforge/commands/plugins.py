@@ -1,21 +1,25 @@
-"""``specforge plugins``: list the installed plugins, their contributions and faults; or create a new one."""
+"""``specforge plugins``: list installed plugins with their faults; create a new one; check an algorithm."""
 
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 
 from specforge.commands.plugin_start import PREFIX, write_package
 from specforge.commands.wrapping import wrap_hanging
+from specforge.errors import SpecforgeError
 from specforge.hookspecs import Algorithm
 from specforge.registry import KINDS, Plugin, installed, key_of
 
 
 def run(arguments: list[str]) -> int:
-    """Print every plugin with its package, version, contributions and faults; or create a new one."""
+    """Print every plugin with its package, version, contributions and faults; create one; or check an algorithm."""
     found = command_line().parse_args(arguments)
+    if found.subcommand == "check":
+        return _check(found.name, found.settings)
     if found.subcommand == "new":
-        _create(found.name, found.output or Path(f"{PREFIX}{found.name}"))
+        _create(found.name, found.output or Path(f"{PREFIX}{found.name}"), found.minimal)
         return 0
     for plugin in installed().plugins:
         print(describe(plugin))
@@ -25,18 +29,40 @@ def run(arguments: list[str]) -> int:
 def command_line() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = argparse.ArgumentParser(prog="specforge plugins", description=run.__doc__)
-    subcommands = parser.add_subparsers(dest="subcommand", metavar="new")
+    subcommands = parser.add_subparsers(dest="subcommand", metavar="{new,check}")
     summary = "create a plugin package that trains, drafts and passes its own tests"
     new = subcommands.add_parser("new", help=summary, description=summary)
     new.add_argument("name", help="name of the algorithm: lower-case letters, digits and _")
     new.add_argument("--output", type=Path, help=f"folder of the package (default: {PREFIX}NAME)")
+    new.add_argument(
+        "--minimal", action="store_true", help="an algorithm only, without data, proposal method, loss and subcommand"
+    )
+    summary = "check an algorithm on a tiny verifier: training, its checkpoint, its drafter, each proposal method"
+    check = subcommands.add_parser("check", help=summary, description=summary)
+    check.add_argument("name", help="an installed algorithm")
+    check.add_argument("settings", nargs="*", metavar="-- SETTINGS", help="flags of specforge fit: --model.heads 2")
     return parser
 
 
-def _create(name: str, folder: Path) -> None:
-    write_package(name, folder)
+def _check(name: str, settings: list[str]) -> int:
+    from specforge.commands.plugin_check import check_algorithm
+
+    failed = 0
+    for what, fault in check_algorithm(name, settings):
+        print(f"{'ok    ' if fault is None else 'FAULT '} {what}", flush=True)
+        if fault is not None:
+            failed += 1
+            print(textwrap.indent(fault, " " * 7))
+    if failed:
+        raise SpecforgeError(f"{name}: {failed} of the checks above found a fault; see docs/plugins.md")
+    return 0
+
+
+def _create(name: str, folder: Path, minimal: bool) -> None:
+    write_package(name, folder, minimal)
     print(f"Done: {folder} holds a plugin with the algorithm {name}; docs/plugins.md explains each file.")
     print(f"  install it   pip install -e '{folder}[test]'")
+    print(f"  check it     specforge plugins check {name}")
     print(f"  test it      pytest {folder / 'tests'}")
     print(f"  its settings specforge fit --algorithm {name} --help")
 

@@ -7,7 +7,6 @@ import functools
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
 
 from specforge.commands.wrapping import wrap_hanging, wrap_paragraphs
 from specforge.errors import UsageError, describe_os_error
@@ -41,6 +40,7 @@ def choose(arguments: list[str], help_text: str) -> Algorithm | None:
     Raises:
         UsageError: None is chosen, or it cannot be trained.
     """
+    from specforge.config import config_class
     from specforge.training.cli.config_files import choose_algorithm
 
     name = choose_algorithm(arguments)
@@ -56,6 +56,7 @@ def choose(arguments: list[str], help_text: str) -> Algorithm | None:
     algorithm = installed().find(Algorithm, name)
     if algorithm.module is None or algorithm.data is None:
         raise UsageError(f"the algorithm {name!r} can be loaded, but its plugin does not train it yet")
+    config_class(name)  # whose name has to be the same
     return algorithm
 
 
@@ -92,19 +93,11 @@ def command_line() -> argparse.ArgumentParser:
 
 def settings_parser(algorithm: Algorithm) -> argparse.ArgumentParser:
     """Return the parser of all settings of an algorithm; nothing is run."""
+    from jsonargparse import capture_parser
+
     from specforge.training.cli.command_line import TrainingCLI
 
-    class Found(Exception):
-        """Carries the parser out of a command line."""
-
-    class ParserOnly(TrainingCLI):
-        def parse_arguments(self, parser: Any, args: Any) -> None:
-            raise Found(parser)
-
-    try:
-        ParserOnly(algorithm, [], "fit")
-    except Found as found:
-        parser: argparse.ArgumentParser = found.args[0]
+    parser: argparse.ArgumentParser = capture_parser(TrainingCLI, algorithm, [], "fit")
     return parser
 
 

@@ -1,1 +1,1 @@
-"""What a batch is made of: text -> rows (cached) -> packing, with features -> loader -> module."""
+"""From text to batches: text -> token rows (cached) -> packing, with features -> loader -> module."""

@@ -1,10 +1,10 @@
-"""The LightningDataModule that every algorithm's data starts from."""
+"""The base LightningDataModule of every algorithm."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -17,52 +17,68 @@ from specforge.data.features.manifest import FeatureNeeds, Manifest
 from specforge.data.features.reading import read_from
 from specforge.data.features.recording import FeatureRecorder
 from specforge.data.features.store import FeatureStore
-from specforge.data.loader import PackedSampler, ResumableLoader
+from specforge.data.host_masks import HostMasks
+from specforge.data.loader import Batch, PackedSampler, ResumableLoader
 from specforge.data.packing import PackedRows, collate, pack
 from specforge.data.rows.building import build_rows, is_built
 from specforge.data.rows.reading import TokenRows
 from specforge.data.rows.summary import MAX_BAD_SHARE, RowSettings
 from specforge.data.text.encoding import RowEncoder
 from specforge.data.text.sources import check_source
-from specforge.data.text.verifier import VerifierText
+from specforge.data.text.verifier import VerifierTokenizer
 from specforge.errors import UsageError
+from specforge.private.lightning import make_loadable
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
     from transformers import PreTrainedTokenizerBase
 
 LIVE, RECORD = "live", "record"
 
 
-class DraftDataModule(LightningDataModule):
-    """Rows of text for training a draft: tokenised once, cached, packed and batched.
+def data_of(trainer: Trainer) -> DraftDataModule:
+    """Return the data that a trainer was given.
 
-    A source is a .jsonl, .json or .parquet file, also as .gz, or a folder of them, a folder of rows that specforge
-    prepare rows wrote (taken as they are), a folder of datasets.save_to_disk, or a hub data set as owner/name or
-    owner/name:split. A row holds `messages`, ShareGPT `conversations`, `prompt` and `response` or `completion`,
-    `instruction` and `output`, `text`, or `input_ids` and `loss_mask`.
+    Raises:
+        UsageError: It was given loaders, which know neither rows nor vocabulary.
+    """
+    data = getattr(trainer, "datamodule", None)  # an attribute that Lightning sets and does not declare
+    if data is None:
+        raise UsageError("a draft is trained on a DraftDataModule: trainer.fit(module, datamodule=data)")
+    return cast(DraftDataModule, data)
+
+
+class DraftDataModule(LightningDataModule):
+    """Training data of a draft: text rows are tokenised once, cached, packed and batched.
+
+    A source is a .jsonl, .json or .parquet file (also .gz) or a folder of them, a folder written by specforge prepare
+    rows (used as it is), a folder of datasets.save_to_disk, or a hub data set as owner/name or owner/name:split. A row
+    holds ``messages``, ShareGPT ``conversations``, ``prompt`` and ``response`` or ``completion``, ``instruction`` and
+    ``output``, ``text``, or ``input_ids`` and ``loss_mask``.
 
     Args:
         verifier: Hub name or folder of the verifier, for its tokenizer, chat template and vocabulary size.
         train: Source of the training rows.
-        validation: Source of the validation rows. Without one, a share of the training rows is held out.
+        validation: Source of the validation rows. Default: a share of the training rows is held out.
         test: Source of the test rows.
-        validation_share: Share of the training rows to hold out without a validation source, below 1. 0 holds out none.
-        max_length: Longest row in tokens, at least 2, and how many tokens a packed row takes.
-        long_rows: What to do with longer rows: truncate cuts them at the end, drop leaves them out. Both are counted.
-        bad_rows: What to do with rows that cannot be trained on: drop leaves them out and counts them, refuse ends the
-            run with the first.
-        max_bad_share: Share of the rows of a source that may be bad, below 1. More end the run.
-        template_arguments: What the chat template is given besides the chat, such as enable_thinking: false.
-        template_date: Day that the chat template prints as today's, as 2026-11-29. Default: the day of the build.
-        packing: Whether to join several documents in one row. No attention and no training step crosses a document.
-        batch_size: Rows a batch, on each device. With packing, packed rows.
-        num_workers: Processes that load batches, on each device. 0 loads in the training process.
-        seed: Seed of the order of the training rows and of what is held out.
-        features: Where the verifier's states come from. live runs it on each batch, record keeps what it says in the
-            first epoch for those after and for later runs, and a folder that specforge prepare features wrote is read.
-        cache_dir: Folder of the tokenised rows. Default: rows below $SPECFORGE_CACHE, or below ~/.cache/specforge.
+        validation_share: Share of training rows held out if there is no validation source, below 1. 0 holds out none.
+        max_length: Longest row in tokens, at least 2, and the capacity of a packed row.
+        long_rows: How to treat longer rows: truncate cuts them at the end, drop leaves them out. Both are counted.
+        bad_rows: How to treat rows that cannot be trained on: drop leaves them out and counts them, refuse fails at
+            the first.
+        max_bad_share: Share of bad rows allowed in a source, below 1. More bad rows end the run.
+        template_arguments: Extra arguments of the chat template, such as enable_thinking: false.
+        template_date: Date that the chat template prints as today, such as 2026-11-29. Default: the day of the build.
+        packing: Whether to join several documents in one row. Neither attention nor training steps cross documents.
+        batch_size: Rows (with packing: packed rows) per batch on each device.
+        num_workers: Processes per device that load batches. 0 loads in the training process.
+        seed: Seed of the order of the training rows and of the choice of held-out rows.
+        features: Where the verifier's states come from. live runs the verifier on each batch, record stores the states
+            of the first epoch for the next epochs and later runs, and a folder that specforge prepare features wrote
+            is read.
+        cache_dir: Folder of the tokenised rows. Default: rows in $SPECFORGE_CACHE, or in ~/.cache/specforge.
         verifier_revision: Branch, tag or commit of the verifier on the hub.
-        trust_remote_code: Whether to run code that comes with the verifier's tokenizer and configuration.
+        trust_remote_code: Whether to run code shipped with the verifier's tokenizer and configuration.
     """
 
     def __init__(
@@ -88,6 +104,8 @@ class DraftDataModule(LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
+        make_loadable(self.hparams)
         self._sources = {"train": train, "validation": validation, "test": test}
         for split, source in self._sources.items():
             if source is not None:
@@ -110,25 +128,27 @@ class DraftDataModule(LightningDataModule):
                 ) from None
         self._caches = Path(cache_dir).expanduser() if cache_dir else default_cache()
         self.cache_dir = self._caches if cache_dir else self._caches / "rows"
-        self._text = VerifierText(verifier, verifier_revision, trust_remote_code, template_arguments, template_date)
+        self._text = VerifierTokenizer(
+            verifier, verifier_revision, trust_remote_code, template_arguments, template_date
+        )
         self._packed: dict[str, PackedRows] = {}
         self._feature_lines: list[str] = []
         self.recorder: FeatureRecorder | None = None
-        """Keeps states that are captured while training, where that is asked for."""
+        """Records states captured during training, with ``data.features: record``; otherwise None."""
 
     @property
     def sources(self) -> list[str]:
-        """The sources of all splits, each once."""
+        """The distinct sources of all splits."""
         return list(dict.fromkeys(source for source in self._sources.values() if source is not None))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The verifier's tokenizer, loaded when first needed: rows of tokens do without."""
+        """The verifier's tokenizer, loaded on first use; token rows do not need it."""
         return self._text.tokenizer
 
     @property
     def tokenizer_digest(self) -> str | None:
-        """Digest of the verifier's tokenizer and chat template; None where it has none that can be loaded."""
+        """Digest of the verifier's tokenizer and chat template; None if they cannot be loaded."""
         try:
             return RowEncoder(self._text.template, self.vocabulary_size).tokenizer_digest
         except UsageError:
@@ -136,27 +156,27 @@ class DraftDataModule(LightningDataModule):
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of ids of the verifier, V."""
+        """Vocabulary size V of the verifier."""
         return self._text.vocabulary_size
 
     @property
     def train_rows(self) -> TokenRows:
-        """The training rows, without those held out; there after `setup`."""
+        """The training rows without held-out rows; available after ``setup``."""
         return self._packed["train"].rows
 
     @property
     def validation_rows(self) -> TokenRows | None:
-        """The validation rows, or None when there are none."""
+        """The validation rows; None if there are none."""
         return self._packed["validation"].rows if "validation" in self._packed else None
 
     @property
     def test_rows(self) -> TokenRows | None:
-        """The test rows, or None when there are none."""
+        """The test rows; None if there are none."""
         return self._packed["test"].rows if "test" in self._packed else None
 
     @property
     def is_built(self) -> bool:
-        """Whether the rows of every source are there, so that `setup` only opens them."""
+        """Whether the rows of every source are already built, so that ``setup`` only opens them."""
         return all(
             is_built(source, lambda: self._text.template, self.vocabulary_size, self.row_settings, self.cache_dir)
             for source in self._sources.values()
@@ -164,7 +184,7 @@ class DraftDataModule(LightningDataModule):
         )
 
     def prepare_data(self) -> None:
-        """Build the caches; Lightning calls it in one process a node."""
+        """Build the caches; Lightning calls this in one process per node."""
         for split in self._sources:
             self._build(split)
 
@@ -178,17 +198,17 @@ class DraftDataModule(LightningDataModule):
         self._packed = {split: PackedRows(documents, self._bins(documents)) for split, documents in rows.items()}
 
     def use_features(self, needs: FeatureNeeds, stage: str) -> bool:
-        """Read the verifier's states from where they are stored; before the loaders are made.
+        """Attach stored verifier states to the rows; must be called before the loaders are made.
 
         Args:
-            needs: What is read of them.
-            stage: What the run does: fit, validate or test.
+            needs: Which states are read.
+            stage: Stage of the run: fit, validate or test.
 
         Returns:
-            Whether all of that stage are stored, so that the verifier need not run.
+            Whether all states of this stage are stored, so that the verifier need not run.
 
         Raises:
-            UsageError: The store is damaged, or of another verifier, tokenizer or layers, or lacks training rows.
+            UsageError: The store is damaged, of another verifier or tokenizer, or lacks layers or training rows.
         """
         if self.features == LIVE:
             return False
@@ -210,18 +230,18 @@ class DraftDataModule(LightningDataModule):
             )
         self._feature_lines = [f"features: {store.summary_text()}"]
         self._feature_lines += [
-            f"  {number:,} of the {len(splits[split].rows):,} rows of {split} are not there: the verifier runs on them"
+            f"  {number:,} of the {len(splits[split].rows):,} {split} rows are missing: the verifier runs on them"
             for split, number in missing.items()
             if number
         ]
         return not any(missing.values())
 
     def feature_manifest(self, needs: FeatureNeeds, dtype: FeatureType) -> Manifest:
-        """Return what a store for this run holds, without rows and shards.
+        """Return the manifest of a store for this run, without rows and shards.
 
         Args:
-            needs: What is read of the verifier's states.
-            dtype: Type to store them in.
+            needs: Which states are read.
+            dtype: Storage type.
         """
         return Manifest(
             verifier=needs.verifier,
@@ -234,33 +254,37 @@ class DraftDataModule(LightningDataModule):
             whole_rows=needs.whole_rows,
         )
 
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Keep a batch's masks on the CPU as well, before Lightning moves the batch."""
+        return HostMasks.kept(batch)
+
     def train_dataloader(self) -> ResumableLoader:
-        """Return the training batches of this rank, shuffled anew each epoch."""
+        """Return the loader of this rank's training batches, reshuffled each epoch."""
         loader = self._loader("train", shuffle=True)
         if self.trainer is not None:
             loader.window_end = self._window_end
         return loader
 
     def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
-        """Return the validation batches of this rank; an empty list, which Lightning takes for none, without any."""
+        """Return the loader of this rank's validation batches; an empty list if there are no validation rows."""
         return self._loader("validation", shuffle=False) if "validation" in self._packed else []
 
     def test_dataloader(self) -> ResumableLoader:
-        """Return the test batches of this rank.
+        """Return the loader of this rank's test batches.
 
         Raises:
-            UsageError: there is no test source.
+            UsageError: ``data.test`` is not set.
         """
         if "test" not in self._packed:
             raise UsageError("data.test is not set; give a source of test rows")
         return self._loader("test", shuffle=False)
 
     def vocabulary_counts(self) -> Tensor:
-        """Return how often each id is supervised in the training rows, int64 [V]."""
+        """Return how often each token id is supervised in the training rows, int64 [V]."""
         return self.train_rows.supervised_counts
 
     def summary_text(self) -> str:
-        """Return a few lines for a person: what was kept, cut and dropped, and how full the packed rows are."""
+        """Return a readable summary: rows kept, truncated and dropped, and how full the packed rows are."""
         lines = [self._split_summary(split, packed) for split, packed in self._packed.items()]
         return "\n".join(lines + self._feature_lines)
 
@@ -278,7 +302,7 @@ class DraftDataModule(LightningDataModule):
         )
 
     def rows_of(self, source: str) -> TokenRows:
-        """Return the token rows of a source, from the cache where they are there."""
+        """Return the token rows of a source, from the cache if it has them."""
         return build_rows(source, lambda: self._text.template, self.vocabulary_size, self.row_settings, self.cache_dir)
 
     def _build(self, split: str) -> TokenRows | None:
@@ -286,32 +310,32 @@ class DraftDataModule(LightningDataModule):
         return None if source is None else self.rows_of(source)
 
     def _hold_out(self, rows: TokenRows) -> tuple[TokenRows, TokenRows]:
-        """Split off the last share of a seeded shuffle, at least one chat: the rows of one are never parted."""
+        """Hold out the last share of the shuffled chats, at least one; all rows of a chat stay together."""
         _, first, chats = np.unique(rows.chats, return_index=True, return_inverse=True)
         if len(first) < 2:
             raise UsageError(
                 "data.validation_share: one row, or the rows of one chat, cannot be split; set it to 0, or give "
                 "data.validation"
             )
-        number = np.argsort(np.argsort(first))[chats]  # of each row's chat, counted as they come
+        number = np.argsort(np.argsort(first))[chats]  # index of each row's chat, in order of appearance
         order = np.random.default_rng(self.seed).permutation(len(first))
         kept = max(1, min(len(first) - 1, round(len(first) * (1 - self.validation_share))))
         is_kept = np.isin(number, order[:kept])
-        # In the order of the file, neighbours are read from one place of the disk.
+        # In file order, consecutive reads are close together on disk.
         return rows.select(np.flatnonzero(is_kept)), rows.select(np.flatnonzero(~is_kept))
 
     def _bins(self, rows: TokenRows) -> list[list[int]]:
         return pack(rows.lengths, self.row_settings.max_length) if self.packing else [[row] for row in range(len(rows))]
 
-    def _window_end(self, number: int) -> int:
-        """Return the number of the first batch after the optimizer step that a batch of an epoch belongs to."""
+    def _window_end(self, index: int) -> int:
+        """Return the index of the first batch after the optimizer step that the given batch belongs to."""
         assert self.trainer is not None
         accumulated = self.trainer.accumulate_grad_batches
-        return min((number // accumulated + 1) * accumulated, int(self.trainer.num_training_batches))
+        return min((index // accumulated + 1) * accumulated, int(self.trainer.num_training_batches))
 
     def _loader(self, split: str, shuffle: bool) -> ResumableLoader:
         items = self._packed[split]
-        # Lightning knows which ranks take different data: under tensor parallelism several share theirs.
+        # Only Lightning knows which ranks read different data: under tensor parallelism several ranks share it.
         ranks = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"rank": 0, "num_replicas": 1}
         sampler = PackedSampler(
             items, shuffle=shuffle, seed=self.seed, rank=ranks["rank"], world_size=ranks["num_replicas"]
@@ -323,7 +347,7 @@ class DraftDataModule(LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # so that beginning an epoch takes no random numbers from the run's own
+            generator=torch.Generator(),  # so that starting an epoch draws nothing from the global generator
         )
 
 

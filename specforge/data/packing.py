@@ -1,4 +1,4 @@
-"""Several documents a row: which go together, and the tensors they make."""
+"""Packing several documents into a row: the assignment and the resulting tensors."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from specforge.data.features.reading import RowFeatures, stack_features
 from specforge.data.rows.reading import TokenRows
 
 _PADDING = {"input_ids": 0, "loss_mask": False, "document_ids": -1, "position_ids": 0}
-# What the masks of a window are called beside those of a batch.
+# Prefix of the masks of a whole optimizer step.
 _WINDOW = "window_"
 
 
 def pack(lengths: npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
-    """Pack documents into rows, longest first, each into the fullest row that still takes it.
+    """Pack documents into rows, longest first, each into the fullest row that still has room for it.
 
     Args:
-        lengths: tokens of each document.
-        capacity: tokens that a row takes.
+        lengths: Number of tokens of each document.
+        capacity: Number of tokens per row.
 
     Returns:
-        Documents of each row. Every document is in exactly one; the same lengths always give the same rows.
+        The documents of each row. Each document is in exactly one row; the result is deterministic.
 
     Raises:
-        ValueError: a document is longer than a row.
+        ValueError: A document is longer than a row.
     """
     if len(lengths) and lengths.max() > capacity:
         raise ValueError(f"a document of {lengths.max()} tokens does not fit into a row of {capacity}")
     bins: list[list[int]] = []
-    bins_with: dict[int, list[int]] = {}  # free tokens -> bins that have just so many
-    free_sizes: list[int] = []  # the keys, ascending: at most one for each free size, however many bins there are
+    bins_with: dict[int, list[int]] = {}  # free tokens -> bins with exactly that many
+    free_sizes: list[int] = []  # its keys, ascending: at most `capacity`, however many bins there are
     for document in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[document])
-        place = bisect_left(free_sizes, length)
-        if place == len(free_sizes):
+        index = bisect_left(free_sizes, length)
+        if index == len(free_sizes):
             chosen, free = len(bins), capacity
             bins.append([])
         else:
-            free = free_sizes[place]
+            free = free_sizes[index]
             chosen = bins_with[free].pop()
             if not bins_with[free]:
-                del bins_with[free], free_sizes[place]
+                del bins_with[free], free_sizes[index]
         bins[chosen].append(document)
         free -= length
         if free and free not in bins_with:
@@ -61,18 +61,18 @@ def pack(lengths: npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
 
 
 class PackedRows(Dataset[dict[str, Tensor]]):
-    """Token rows as they enter a batch: each item joins the documents of one bin.
+    """Data set of packed rows: each item joins the documents of one bin.
 
     Args:
-        rows: the documents.
-        bins: documents of each item.
+        rows: The documents.
+        bins: Documents of each item.
     """
 
     def __init__(self, rows: TokenRows, bins: list[list[int]]) -> None:
         self.rows = rows
         self.bins = bins
         self.features: RowFeatures | None = None
-        """Where the states of the documents are stored, if they are."""
+        """Stored states of the documents; None if there are none."""
 
     def __len__(self) -> int:
         return len(self.bins)
@@ -81,12 +81,12 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         """Join the documents of a bin.
 
         Args:
-            index: number of the bin. A negative index `-1 - i` is bin `i` with nothing supervised: evaluation fills up
-                with it, so that every rank has as many batches and every document counts once.
+            index: Index of the bin. A negative index ``-1 - i`` is bin ``i`` without supervision: evaluation pads with
+                such items so that every rank has the same number of batches and every document counts once.
 
         Returns:
-            `input_ids` int64 [T], `loss_mask` bool [T], `document_ids` int64 [T] (0, 1, ... in the row) and
-            `position_ids` int64 [T], which restart at each document; and what `features` adds, if there are any.
+            ``input_ids`` int64 [T], ``loss_mask`` bool [T], ``document_ids`` int64 [T] (0, 1, ... in the row) and
+            ``position_ids`` int64 [T], which restart at each document; plus the keys of ``features``, if any.
         """
         chosen = self.bins[index if index >= 0 else -1 - index]
         joined, lengths = self.rows.join(chosen)
@@ -100,15 +100,15 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         }
 
     def fill_share(self, capacity: int) -> float:
-        """Return the share of the items' tokens that documents fill, were every item `capacity` tokens long."""
+        """Return the share of tokens that documents fill if every item is ``capacity`` tokens long."""
         return float(self.rows.lengths.sum()) / (len(self.bins) * capacity)
 
 
 def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack items to a batch of [B, T] tensors, padded on the right to the longest.
+    """Stack items into a batch of [B, T] tensors, right-padded to the longest.
 
-    Padding has `input_ids` 0, `loss_mask` False, `document_ids` -1 and `position_ids` 0. Stored states are padded with
-    zeros; a batch has them where all items have.
+    Padding has ``input_ids`` 0, ``loss_mask`` False, ``document_ids`` -1 and ``position_ids`` 0. Stored states are
+    padded with zeros; a batch has them if all items have them.
     """
     padded = {
         key: pad_sequence([item[key] for item in items], batch_first=True, padding_value=padding)
@@ -118,10 +118,10 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def window_of(batches: Collection[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return which tokens are supervised in several batches, as in the one batch that they would be together.
+    """Return the masks of several batches, concatenated as one batch.
 
     Returns:
-        `window_loss_mask` and `window_document_ids`, [W * B, T] each for W batches, padded to the longest.
+        ``window_loss_mask`` and ``window_document_ids``, [W * B, T] each for W batches, padded to the longest row.
     """
     longest = max(one["loss_mask"].shape[1] for one in batches)
     return {
@@ -133,5 +133,5 @@ def window_of(batches: Collection[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def window_in(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the `loss_mask` and `document_ids` of all batches of an optimizer step; empty where it takes only one."""
+    """Return ``loss_mask`` and ``document_ids`` of a whole optimizer step; empty if the step has only one batch."""
     return {name.removeprefix(_WINDOW): one for name, one in batch.items() if name.startswith(_WINDOW)}

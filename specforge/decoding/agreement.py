@@ -113,5 +113,5 @@ def _margins(
             # For a token outside the draft vocabulary, all logits are others.
             others = torch.where(labels[:, None] >= 0, logits.scatter(1, index, -torch.inf), logits).amax(1)
             margins[step, row] = own - others
-            rounding[step, row] = ROUNDING * precision * logits.abs().amax(1)
+            rounding[step, row] = ROUNDING * precision * logits.masked_fill(logits.isinf(), 0).abs().amax(1)
     return margins, rounding

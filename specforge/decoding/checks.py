@@ -47,7 +47,7 @@ def check_fit(draft: SpeculatorModel, verifier: PreTrainedConfig) -> None:
         ("width", width, own.hidden_size),
     ):
         if expected is not None and expected != found:
-            name = verifier._name_or_path or verifier.model_type
+            name = verifier.name_or_path or verifier.model_type
             raise UsageError(f"the draft was made for a verifier with a {what} of {expected:,}; {name} has {found:,}")
     if draft.chosen_aux_layers is not None:
         check_aux_layers(draft.chosen_aux_layers, own.num_hidden_layers)

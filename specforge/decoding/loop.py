@@ -62,7 +62,8 @@ class Times:
     """Seconds of one decoding.
 
     Attributes:
-        draft: Proposing, and reading features.
+        draft: Proposing, and reading features. On an accelerator, this and the next are the device's times only if the
+            decoder is ``timed``.
         verifier: The verifier's forward passes and logits after the prefill.
         prompt: The prefill.
         total: Everything after the prefill.
@@ -86,6 +87,7 @@ class Decoder:
         sampling: How tokens are chosen.
         verification: How proposed tokens are verified.
         stop_tokens: Ids that end a sequence; None takes those of the verifier's ``generation_config``.
+        timed: Whether to wait for an accelerator between the parts of a round, so that ``times`` tells them apart.
 
     Raises:
         UsageError: Draft, proposal method and verifier do not fit together.
@@ -99,6 +101,7 @@ class Decoder:
         sampling: Sampling | None = None,
         verification: Verification | None = None,
         stop_tokens: Sequence[int] | None = None,
+        timed: bool = False,
     ) -> None:
         self.verifier = verifier
         self.draft = draft
@@ -107,6 +110,7 @@ class Decoder:
         self.verification = verification or Verification()
         self.stop_tokens = set(default_stop_tokens(verifier) if stop_tokens is None else stop_tokens)
         self.times = Times()
+        self.timed = timed
         self.parts = VerifierParts.of(verifier)
         self._context = context_length(verifier)
         check_logits(verifier)
@@ -188,15 +192,15 @@ class _Sequences:
 
     def rounds(self) -> Iterator[Emission]:
         times = self.decoder.times
-        began = _now()
+        began = self._now()
         emissions = self._begin()
         # The draft's time over the prompts counts as prefill, not as rounds.
-        times.prompt, times.draft = _now() - began, 0.0
+        times.prompt, times.draft = self._now() - began, 0.0
         yield from emissions
         while self.sequences:
-            began = _now()
+            began = self._now()
             emissions = self._round()
-            times.total += _now() - began
+            times.total += self._now() - began
             times.rounds += 1
             yield from emissions
 
@@ -214,14 +218,14 @@ class _Sequences:
         return emissions
 
     def _round(self) -> list[Emission]:
-        began = _now()
+        began = self._now()
         proposal = self._propose()
-        proposed = _now()
+        proposed = self._now()
         tokens = torch.cat([self.root[:, None], proposal.tokens], dim=1)
         parents = torch.cat([torch.full_like(self.root, -1)[:, None], proposal.parents + 1], dim=1)
         features = self.cached_verifier.run(tokens, parents)
         logits = self.decoder.parts.logits(features.last)
-        verified = _now()
+        verified = self._now()
         self.decoder.times.draft += proposed - began
         self.decoder.times.verifier += verified - proposed
         verdict = verify(proposal, logits, self.decoder.sampling, self.decoder.verification, self.rng)
@@ -242,10 +246,10 @@ class _Sequences:
         emitted = torch.cat([proposal.tokens[rows, verdict.nodes], self.root[:, None]], dim=1)
         emitted = emitted.scatter(1, verdict.counts[:, None], verdict.next_tokens[:, None])
         self.root = verdict.next_tokens
-        tokens_per_row = [
-            row[: count + 1] for row, count in zip(emitted.tolist(), verdict.counts.tolist(), strict=True)
-        ]
-        emissions, active_rows = self._emit(tokens_per_row, proposal.counts.tolist())
+        # In one copy to the host.
+        table = torch.cat([emitted, verdict.counts[:, None], proposal.counts[:, None]], dim=1).tolist()
+        tokens_per_row = [tokens[: accepted + 1] for *tokens, accepted, _ in table]
+        emissions, active_rows = self._emit(tokens_per_row, [drafted for *_, drafted in table])
         self._commit_to_draft(
             emitted, Features(features.aux[rows, path], features.last[rows, path]), verdict.counts + 1, active_rows
         )
@@ -284,9 +288,15 @@ class _Sequences:
             following, counts = following[rows], counts[rows]
             features = Features(features.aux[rows], features.last[rows])
         if self.drafter is not None and active_rows:
-            began = _now()
+            began = self._now()
             self.drafter.commit(following, features, counts)
-            self.decoder.times.draft += _now() - began
+            self.decoder.times.draft += self._now() - began
+
+    def _now(self) -> float:
+        """Return the time; if times are wanted, once the device has finished its queued work."""
+        if self.decoder.timed and torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return time.perf_counter()
 
     def _cut(self, tokens: list[int], room: int) -> tuple[list[int], bool]:
         """Cut tokens after a stop token and at the room left; return them and whether the sequence has ended."""
@@ -309,10 +319,3 @@ class _Sequences:
 def _empty_proposal(root: Tensor) -> Proposal:
     empty = root.new_empty(len(root), 0)
     return Proposal(empty, empty, torch.zeros_like(root))
-
-
-def _now() -> float:
-    """Return the time, once the device has finished its queued work."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()

@@ -15,13 +15,14 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchmetrics import Metric
+
+from specforge.private.torchmetrics import UncastMetric
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def replay(acceptance: Tensor, lengths: Tensor) -> Rounds:
     return Rounds(lengths.sum().double(), visits.sum((0, 1)), accepted)
 
 
-class Sums(Metric):
+class Sums(UncastMetric):
     """A metric whose states are sums over batches and ranks; they keep their dtype when a parent module is cast."""
 
     full_state_update = False
@@ -92,13 +93,6 @@ class Sums(Metric):
         # Sums over millions of rows lose digits in float32, but Apple GPUs have no wider type.
         wide = torch.float32 if torch.backends.mps.is_available() else torch.float64
         self.add_state(name, torch.zeros(shape, dtype=wide), dist_reduce_fx="sum")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Metric:
-        # torch and torchmetrics both cast and move states with this method; only moving is wanted.
-        def move(state: Tensor) -> Tensor:
-            return state.to(fn(state).device)
-
-        return super()._apply(move, exclude_state)
 
 
 class AcceptanceLength(Sums):

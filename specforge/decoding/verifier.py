@@ -13,6 +13,7 @@ from specforge.decoding.checks import context_length
 from specforge.errors import UsageError
 from specforge.models.draft_attention import cache_argument
 from specforge.models.tree_cache import TreeCache
+from specforge.private.transformers import attention_of, is_recurrent
 from specforge.verifier.features import Features, capture, name_of
 from specforge.verifier.finite import check_finite
 from specforge.verifier.packed_attention import IMPLEMENTATION
@@ -81,12 +82,12 @@ def why_no_trees(verifier: PreTrainedModel) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or [])
     unknown = sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"})
     rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    if unknown or getattr(verifier, "_is_stateful", False):
+    if unknown or is_recurrent(verifier):
         what = f"layers of {', '.join(unknown)}" if unknown else "a recurrent state"
         return f"it has {what}, so rejected tokens cannot be rolled back"
     if rotary in GROWING_ROTARY:
         return f"its {rotary} rotary embeddings change as a text grows"
-    if not verifier._supports_attention_backend:
+    if not verifier.is_backend_compatible():
         return "it does not use transformers' attention interface, which takes a tree mask"
     return None
 
@@ -101,7 +102,7 @@ def _attention_kinds(verifier: PreTrainedModel) -> list[str]:
     reason = why_no_trees(verifier)
     if reason is not None:
         raise UsageError(f"{name} cannot verify drafts: {reason}")
-    implementation = config._attn_implementation
+    implementation = attention_of(config)
     if implementation not in (*MASKED, IMPLEMENTATION):
         raise UsageError(
             f"{name} is loaded with attn_implementation={implementation!r}, which cannot attend to a tree of "

@@ -1,1 +1,1 @@
-"""Serving engines: what is asked of them, what they answer, what they count."""
+"""Serving engines: requests, responses, and their acceptance counters."""

@@ -1,4 +1,4 @@
-"""Many conversations at once, through one or several endpoints."""
+"""Answering many conversations concurrently through one or several endpoints."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from specforge.engines.asking import Asking, Keep, Prompt, Refuse, Reply
 from specforge.engines.client import Engine, Refused, Unanswered
+from specforge.engines.generation import GenerationSettings, Keep, Prompt, Refuse, Reply
 from specforge.errors import SpecforgeError, UsageError
 
 _log = logging.getLogger(__name__)
@@ -19,16 +19,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EndpointSettings:
-    """How endpoints are used.
+    """Settings for the use of endpoints.
 
     Attributes:
-        urls: Their bases.
-        model: What they call the verifier; None for the one that they serve.
-        concurrency: Conversations in flight.
-        max_failures: An endpoint that fails so often in a row is given up.
-        retries: How often the client tries a request again before it counts as failed.
-        timeout: Seconds that an answer may take.
-        vocabulary: Number of the verifier's tokens, which no token id of an answer may exceed; None if not known.
+        urls: Base URLs of the endpoints.
+        model: The endpoints' name for the verifier; None for the only model that they serve.
+        concurrency: Number of conversations in flight.
+        max_failures: Number of consecutive failed requests after which an endpoint is dropped.
+        retries: Number of retries before a request counts as failed.
+        timeout: Seconds allowed for a response.
+        vocabulary: Vocabulary size V of the verifier, to check token ids in responses; None if unknown.
     """
 
     urls: Sequence[str] = field(repr=False)
@@ -41,24 +41,24 @@ class EndpointSettings:
 
 
 class EndpointAnswerer:
-    """Lets engines answer, each conversation turn by turn; a request goes to the engine that has the fewest in flight.
+    """Answers conversations turn by turn; each request goes to the engine with the fewest requests in flight.
 
     Args:
-        settings: Which engines, and how they are used.
-        asking: How they are asked.
+        settings: The endpoints and how they are used.
+        generation: Settings of the generation.
     """
 
-    def __init__(self, settings: EndpointSettings, asking: Asking) -> None:
+    def __init__(self, settings: EndpointSettings, generation: GenerationSettings) -> None:
         self.settings = settings
-        self.asking = asking
+        self.generation = generation
 
     @cached_property
     def model(self) -> str:
-        """What the engines call the verifier: the name that is given, or else the only one that they list.
+        """The engines' name for the verifier: the given name, or the only one that they list.
 
         Raises:
-            UsageError: They serve several.
-            SpecforgeError: One cannot be reached.
+            UsageError: They serve several models or none.
+            SpecforgeError: An endpoint cannot be reached.
         """
         return self.settings.model or asyncio.run(self._listed_model())
 
@@ -67,7 +67,7 @@ class EndpointAnswerer:
             listed = [await engine.models() for engine in engines]
         names = sorted({name for one in listed for name in one})
         if len(names) != 1:
-            raise UsageError(f"--model: which one? the endpoints serve {', '.join(names) or 'none'}")
+            raise UsageError(f"--model: choose one, the endpoints serve {', '.join(names) or 'none'}")
         return names[0]
 
     def answer(self, prompts: Iterator[Prompt], keep: Keep, refuse: Refuse) -> None:
@@ -75,11 +75,11 @@ class EndpointAnswerer:
 
         Args:
             prompts: The conversations.
-            keep: Takes those that are finished.
-            refuse: Takes those that the engine will not answer, and why.
+            keep: Called with finished conversations.
+            refuse: Called with each conversation that the engine refuses, and the reason.
 
         Raises:
-            SpecforgeError: Requests will not do at all, every endpoint has failed too often in a row, or some
+            SpecforgeError: The endpoints reject all requests, every endpoint has failed too often in a row, or some
                 conversations were not answered.
         """
         asyncio.run(self._answer(self.model, prompts, keep, refuse))
@@ -90,15 +90,15 @@ class EndpointAnswerer:
         async def work() -> None:
             for prompt in prompts:
                 try:
-                    keep([(prompt, await crowd.converse(prompt))])
+                    keep([(prompt, await pool.converse(prompt))])
                 except Refused as error:
                     refuse(prompt, str(error))
                 except Unanswered as error:
                     unanswered.append(f"{prompt.conversation.location}: {error}")
 
         async with self._engines() as engines:
-            await asyncio.gather(*(engine.probe(model, self.asking) for engine in engines))
-            crowd = _Crowd(engines, model, self.asking, self.settings.max_failures)
+            await asyncio.gather(*(engine.probe(model, self.generation) for engine in engines))
+            pool = _EnginePool(engines, model, self.generation, self.settings.max_failures)
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(self.settings.concurrency):
@@ -107,8 +107,8 @@ class EndpointAnswerer:
                 raise errors.exceptions[0] from None
         if unanswered:
             raise SpecforgeError(
-                f"{len(unanswered):,} conversations were not answered, the first one {unanswered[0]}; all others are "
-                "kept: the same command asks again for those that are missing"
+                f"{len(unanswered):,} conversations were not answered, the first: {unanswered[0]}; all others are "
+                "kept: run the same command again to request the missing ones"
             )
 
     @asynccontextmanager
@@ -122,65 +122,65 @@ class EndpointAnswerer:
 
 
 @dataclass
-class _Crowd:
-    """The engines that still answer."""
+class _EnginePool:
+    """The engines that have not been dropped."""
 
     engines: list[Engine]
     model: str
-    asking: Asking
+    generation: GenerationSettings
     max_failures: int
 
     async def converse(self, prompt: Prompt) -> list[Reply]:
         """Return the replies of one conversation.
 
         Raises:
-            Refused: It cannot be answered, or not so that the tokens of the replies would be known.
-            Unanswered: No engine answers this time.
+            Refused: It cannot be answered, or the exact tokens of its replies cannot be known.
+            Unanswered: No engine answered.
         """
         if isinstance(prompt.conversation.turns[0][0], int):
-            raise Refused("the row holds tokens alone, and an endpoint takes messages; answer it in process")
+            raise Refused("the row holds only tokens, but an endpoint takes messages; answer it in process")
         replies: list[Reply] = []
         for turn in range(len(prompt.conversation.turns)):
             chat = prompt.conversation.chat(turn, [reply.text for reply in replies])
-            reply = await self._ask(chat, prompt.conversation.tools, self.asking.seed_of(prompt.index, turn))
+            reply = await self._ask(chat, prompt.conversation.tools, self.generation.seed_of(prompt.index, turn))
             if reply.token_ids is None:
                 _require_whole(reply)
             replies.append(reply)
         return replies
 
     async def _ask(self, chat: list[object], tools: list[Any] | None, seed: int) -> Reply:
-        """Ask the least busy engine, and the others where it fails."""
+        """Ask the least busy engine; if it fails, ask the others."""
         error: Unanswered | None = None
         for engine in sorted(self.engines, key=lambda one: one.in_flight):
             try:
-                reply = await engine.reply(self.model, chat, self.asking, seed, tools)
+                reply = await engine.reply(self.model, chat, self.generation, seed, tools)
             except Unanswered as failure:
                 error = failure
-                self._note_failure(engine, failure)
+                self._count_failure(engine, failure)
                 continue
             engine.failures = 0
             return reply
         raise error or Unanswered("no endpoint is left")
 
-    def _note_failure(self, engine: Engine, failure: Unanswered) -> None:
+    def _count_failure(self, engine: Engine, failure: Unanswered) -> None:
         engine.failures += 1
         if engine.failures < self.max_failures or engine not in self.engines:
             return
         if self.engines == [engine]:
             raise SpecforgeError(
-                f"{engine.url}: {engine.failures} requests in a row have failed, the last one: {failure}; what is "
-                "answered is kept: run the same command when the engine is back"
+                f"{engine.url}: {engine.failures} requests in a row have failed, the last: {failure}; finished "
+                "conversations are kept: run the same command again when the engine is back"
             ) from failure
         self.engines.remove(engine)
-        _log.warning("%s is left out: %s requests in a row have failed: %s", engine.url, engine.failures, failure)
+        _log.warning("%s is dropped: %s requests in a row have failed: %s", engine.url, engine.failures, failure)
 
 
 def _require_whole(reply: Reply) -> None:
-    """Refuse a reply whose text does not stand for its tokens, where the engine does not return these."""
+    """Refuse a reply without token ids if its text does not determine its tokens."""
     if reply.finish != "stop":
         raise Refused(
-            f"the reply ended by {reply.finish}: without token ids, a row of its text would have an end that the "
-            "verifier did not write; raise --max_new_tokens, or serve it with an engine that returns token ids (vLLM)"
+            f"the reply ended by {reply.finish}: without token ids, a row of its text would get an end token that the "
+            "verifier did not generate; raise --max_new_tokens, or use an engine that returns token ids (vLLM)"
         )
     if not reply.text.strip():
         raise Refused("the reply is empty, and the engine returns no token ids")

@@ -1,4 +1,4 @@
-"""What an answer of OpenAI's chat completions has to be, token ids included, which vLLM adds."""
+"""Schema of OpenAI's chat completions, with the token ids that vLLM adds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_leng
 
 
 class Message(Strict):
-    """What the verifier wrote, and what engines take out of its text."""
+    """The verifier's text, and the parts that engines move out of it."""
 
     content: str | None = None
     tool_calls: list[Any] | None = None
@@ -21,7 +21,7 @@ class Message(Strict):
 
 
 class Choice(Strict):
-    """One reply, why it ended, and its tokens."""
+    """One reply, its finish reason and its tokens."""
 
     message: Message
     finish_reason: str
@@ -29,13 +29,13 @@ class Choice(Strict):
 
 
 class Usage(Strict):
-    """What the engine counted."""
+    """Token counts of the engine."""
 
     completion_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
 class Completion(Strict):
-    """An answer; half a surrogate is no text, and refused with the rest of what is no JSON."""
+    """A response; invalid JSON, such as an unpaired surrogate in a text, is refused."""
 
     choices: Annotated[list[Choice], Field(min_length=1)]
     prompt_token_ids: TokenIds | None = None
@@ -43,14 +43,14 @@ class Completion(Strict):
 
 
 def read_completion(body: bytes, vocabulary: int | None = None) -> Completion:
-    """Read an answer.
+    """Parse and check a response.
 
     Args:
-        body: As it came.
-        vocabulary: Number of the verifier's tokens; None if it is not known.
+        body: The response body.
+        vocabulary: Vocabulary size V of the verifier; None if unknown.
 
     Raises:
-        ValueError: It is of another shape, or has tokens that the verifier does not have.
+        ValueError: The body has another form, or token ids outside the vocabulary.
     """
     completion = Completion.model_validate_json(body)
     for where, ids in (
@@ -58,5 +58,5 @@ def read_completion(body: bytes, vocabulary: int | None = None) -> Completion:
         ("prompt_token_ids", completion.prompt_token_ids),
     ):
         if vocabulary is not None and ids is not None and max(ids) >= vocabulary:
-            raise ValueError(f"{where} has {max(ids)}, and the verifier has {vocabulary} tokens")
+            raise ValueError(f"{where} has id {max(ids)}, but the verifier has {vocabulary} tokens")
     return completion

@@ -1,4 +1,4 @@
-"""Asking servers over HTTP: a deadline for the whole of an answer, its shape checked, and no password shown."""
+"""HTTP connections to servers: a deadline for the whole response, a check of its form, and hidden credentials."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from urllib.parse import unquote, urlsplit
 
 try:
     import httpx2 as httpx
-except ImportError:  # what openai was built on before its release 3
+except ImportError:  # used by openai before release 3
     import httpx  # type: ignore[no-redef, import-not-found, unused-ignore]
 from openai import DefaultAsyncHttpxClient
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from specforge.errors import UsageError, describe_invalid
 
-# No answer of a language model is longer; one that unpacks to more is not read on.
+# More than any response of a language model; reading stops there.
 LONGEST = 64 * 2**20
 RequestError = httpx.RequestError
 
 
 class WrongAnswer(httpx.DecodingError):
-    """An answer came, and is not of the shape that was asked for; the client tries again, as after a lost one."""
+    """A response has the wrong form; the client retries as after a lost one."""
 
 
 class Strict(BaseModel):
-    """Base of what is expected of an answer: values of other types are refused, fields that nobody reads are not."""
+    """Base of response schemas: values of other types are refused, unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
 
 class Model(Strict):
-    """A model that a server lists."""
+    """A model listed by a server."""
 
     id: str = Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")
 
 
 class Models(Strict):
-    """The models that a server lists."""
+    """The models listed by a server."""
 
     data: list[Model]
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server is.
+    """Address of a server.
 
     Attributes:
-        url: Its address without a name and password; what is shown and stored.
-        credentials: Name and password of the URL, sent with each request; None if it has none.
+        url: URL without credentials; the form that is shown and stored.
+        credentials: User name and password of the URL, sent with each request; None if it has none.
     """
 
     url: str
@@ -60,24 +60,24 @@ class Address:
 
     @classmethod
     def of(cls, url: str, flag: str = "--endpoint") -> Self:
-        """Take a URL apart.
+        """Parse a URL.
 
         Args:
-            url: Such as ``http://localhost:8000/v1``; a name and password may be in it.
-            flag: What to name in error messages.
+            url: URL such as ``http://localhost:8000/v1``, with or without credentials.
+            flag: Flag to name in error messages.
 
         Raises:
-            UsageError: It is no address of a server.
+            UsageError: It is not the URL of a server.
         """
         shown = url.strip().rpartition("@")[2].partition("?")[0]
         try:
             parts = urlsplit(url.strip())
             is_server = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # a port that is no number, brackets that do not close
+        except ValueError:  # a port that is not a number, unclosed brackets
             is_server = False
         if not is_server or parts.query or parts.fragment or not url.isprintable():
             raise UsageError(
-                f"{flag}: {shown!r} is no address of a server; give one like http://localhost:8000/v1, without a query"
+                f"{flag}: {shown!r} is not the URL of a server; give one like http://localhost:8000/v1, without a query"
             )
         host = parts.netloc.rpartition("@")[2]
         named = None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
@@ -85,27 +85,27 @@ class Address:
 
 
 class Connection(DefaultAsyncHttpxClient):
-    """The HTTP client below openai's: every answer is read whole, in time, and checked before it is handed over.
+    """HTTP client for the openai client: responses are read completely, within a deadline, and checked.
 
     Args:
-        address: The server, whose name and password it sends.
-        seconds: What an answer may take, from the request to its last byte.
-        check: Gets the path and the body of each successful answer; raises ``ValueError`` if it is of a wrong shape.
+        address: The server and the credentials to send.
+        seconds: Time allowed from the request to the last byte of the response.
+        check: Called with path and body of each successful response; raises ``ValueError`` if its form is wrong.
     """
 
     def __init__(self, address: Address, seconds: float, check: Callable[[str, bytes], object] | None = None) -> None:
-        # Timeouts of the library count from byte to byte, and never end if a server drips.
+        # The library's timeouts apply to each read, so they never fire if a server sends byte by byte.
         super().__init__(auth=address.credentials, timeout=seconds, verify=_certificates())
         self._seconds = seconds
         self._check = check
 
     async def send(self, request: httpx.Request, *, stream: bool = False, **options: Any) -> httpx.Response:
-        """Send a request, and return its answer with the whole body.
+        """Send a request and return its response with the whole body.
 
         Raises:
-            WrongAnswer: It is too long, or of a wrong shape.
-            httpx.ReadTimeout: It is not whole in time.
-            httpx.RequestError: There is none.
+            WrongAnswer: The response is too long or has the wrong form.
+            httpx.ReadTimeout: The response is not complete in time.
+            httpx.RequestError: There is no response.
         """
         try:
             async with asyncio.timeout(self._seconds):
@@ -115,24 +115,24 @@ class Connection(DefaultAsyncHttpxClient):
                 finally:
                     await answer.aclose()
         except TimeoutError:
-            raise httpx.ReadTimeout(f"no whole answer in {self._seconds:g} s", request=request) from None
+            raise httpx.ReadTimeout(f"no complete response in {self._seconds:g} s", request=request) from None
         if answer.is_success and self._check is not None:
             try:
                 self._check(request.url.path, body)
             except ValueError as error:
                 raise WrongAnswer(_described(error), request=request) from None
-        # The body is unpacked already.
-        kept = [(name, value) for name, value in answer.headers.items() if name.lower() not in _OF_THE_TRANSFER]
+        # The body is already decoded.
+        kept = [(name, value) for name, value in answer.headers.items() if name.lower() not in _TRANSFER_HEADERS]
         return httpx.Response(answer.status_code, headers=kept, content=body, request=answer.request)
 
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """Return what connections trust; it takes longer to read than anything else about one."""
+    """Return the trusted certificates, cached because loading them is slow."""
     return httpx.create_ssl_context()
 
 
-_OF_THE_TRANSFER = ("content-encoding", "content-length", "transfer-encoding")
+_TRANSFER_HEADERS = ("content-encoding", "content-length", "transfer-encoding")
 
 
 async def _whole(answer: httpx.Response) -> bytes:
@@ -140,13 +140,13 @@ async def _whole(answer: httpx.Response) -> bytes:
     async for part in answer.aiter_bytes():
         size += len(part)
         if size > LONGEST:
-            raise WrongAnswer(f"the answer is longer than {LONGEST // 2**20} MiB", request=answer.request)
+            raise WrongAnswer(f"the response is longer than {LONGEST // 2**20} MiB", request=answer.request)
         parts.append(part)
     return b"".join(parts)
 
 
 def on_one_line(text: object) -> str:
-    """Return what a server says in one short line, without what a terminal would take for commands."""
+    """Return a server's text as one short line without control characters."""
     words = "".join(one if one.isprintable() else " " for one in str(text)).split()
     return " ".join(words)[:300]
 

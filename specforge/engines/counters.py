@@ -1,4 +1,4 @@
-"""How a running server accepts on given prompts: vLLM by its metrics, SGLang by its server info."""
+"""Acceptance of a running server on given prompts: from vLLM's metrics or SGLang's server info."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from pydantic import Field, ValidationError
 from specforge.engines.connection import Address, Connection, Models, RequestError, Strict, on_one_line
 from specforge.errors import SpecforgeError, describe_invalid
 
-# What a page of counters and an answer to a prompt may take.
+# Seconds allowed for a page of counters and for the response to a prompt.
 SECONDS, ANSWER_SECONDS = 30.0, 600.0
 # One line of a Prometheus page: a counter of vLLM's speculative decoding, its labels and its value.
 COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+?)(?:_total)?(?:\{(.*)\})?\s+([\d.eE+-]+)$", re.MULTILINE)
 POSITION = re.compile(r'position="(\d+)"')
-Asked = tuple[list[int], int]  # a prompt, and how many tokens it is to be answered with
+TokenPrompt = tuple[list[int], int]  # a prompt and the number of tokens to generate
 
 
 @dataclass(frozen=True)
 class Measured:
-    """How a server accepts.
+    """Measured acceptance of a server.
 
     Attributes:
         engine: Name of the server.
-        acceptance_length: Tokens a pass of the verifier.
-        chain: Tokens that it drafts in a round; None where it does not tell.
-        accept_rates: Share of the rounds that accept at least k = 1, 2, ... tokens; empty where it does not tell.
+        acceptance_length: Tokens per verifier forward pass.
+        chain: Draft tokens per round; None if the server does not report it.
+        accept_rates: Share of rounds that accept at least k = 1, 2, ... tokens; empty if not reported.
     """
 
     engine: str
@@ -43,40 +43,40 @@ class Measured:
 
 
 class _Completion(Strict):
-    """An answer to a prompt; what it says does not matter."""
+    """A response to a prompt; its text does not matter."""
 
     choices: Annotated[list[dict[str, Any]], Field(min_length=1)]
 
 
 class _State(Strict):
-    """What one process of SGLang counts."""
+    """Counters of one SGLang process."""
 
     avg_spec_accept_length: Annotated[float, Field(ge=0, le=1000)] | None = None
 
 
 class _ServerInfo(Strict):
-    """What SGLang tells."""
+    """SGLang's server info."""
 
     internal_states: list[_State] | None = None
     speculative_num_steps: int | None = None
 
 
-def measure(url: str, prompts: Sequence[Asked]) -> Measured:
-    """Let a server answer prompts at temperature 0, and read what it counts.
+def measure(url: str, prompts: Sequence[TokenPrompt]) -> Measured:
+    """Send prompts to a server at temperature 0 and read its counters.
 
     Args:
-        url: Address of the server, such as ``http://localhost:8000``; a name and password in it are not shown.
-        prompts: The tokens of each, and how many are asked for.
+        url: URL of the server, such as ``http://localhost:8000``; credentials in it are not shown.
+        prompts: Token ids of each prompt and the number of tokens to generate.
 
     Raises:
-        UsageError: It is no address of a server.
-        SpecforgeError: The server cannot be reached, answers otherwise than the two do, or does not speculate.
+        UsageError: It is not the URL of a server.
+        SpecforgeError: The server cannot be reached, is neither vLLM nor SGLang, or does not speculate.
     """
     address = Address.of(url)
     return asyncio.run(_measure(Address(address.url.removesuffix("/v1"), address.credentials), prompts))
 
 
-async def _measure(server: Address, prompts: Sequence[Asked]) -> Measured:
+async def _measure(server: Address, prompts: Sequence[TokenPrompt]) -> Measured:
     if await _get(server, "/get_server_info") is not None:
         await _answer(server, prompts)
         return _from_server_info(await _get(server, "/get_server_info") or "{}", server.url)
@@ -85,9 +85,7 @@ async def _measure(server: Address, prompts: Sequence[Asked]) -> Measured:
     counted = {name: value - before.get(name, 0.0) for name, value in (await _counters(server)).items()}
     rounds = counted.get("drafts", 0.0)
     if rounds <= 0:
-        raise SpecforgeError(
-            f"{server.url} answered without drafting once; is it served with a speculative configuration?"
-        )
+        raise SpecforgeError(f"{server.url} answered without any draft; does it run with a speculative configuration?")
     positions = sorted((name for name in counted if isinstance(name, int)), key=int)
     return Measured(
         "vLLM",
@@ -97,8 +95,8 @@ async def _measure(server: Address, prompts: Sequence[Asked]) -> Measured:
     )
 
 
-async def _answer(server: Address, prompts: Sequence[Asked]) -> None:
-    # A local server asks for no key, but the client insists on one.
+async def _answer(server: Address, prompts: Sequence[TokenPrompt]) -> None:
+    # A local server needs no key, but the client requires one.
     connection = Connection(server, ANSWER_SECONDS, _check)
     try:
         async with AsyncOpenAI(
@@ -127,7 +125,7 @@ def _check(path: str, body: bytes) -> object:
 
 
 async def _counters(server: Address) -> dict[str | int, float]:
-    """Return vLLM's counters, summed over its engines: by name, those by position under its number."""
+    """Return vLLM's counters by name, summed over its engines; counters by position are keyed by the position."""
     page = await _get(server, "/metrics")
     if page is None or "vllm:" not in page:
         raise SpecforgeError(f"{server.url} has neither vLLM's /metrics nor SGLang's /get_server_info")
@@ -138,7 +136,7 @@ async def _counters(server: Address) -> dict[str | int, float]:
         except ValueError:
             value = math.inf
         if not 0 <= value < math.inf:
-            raise SpecforgeError(f"{server.url}/metrics: {name} is {on_one_line(number)}, which counts nothing")
+            raise SpecforgeError(f"{server.url}/metrics: {name} is {on_one_line(number)}, which is not a count")
         position = POSITION.search(labels)
         if name == "accepted_tokens_per_pos" and position:
             found[int(position[1])] += value
@@ -151,17 +149,17 @@ def _from_server_info(body: str, url: str) -> Measured:
     try:
         info = _ServerInfo.model_validate_json(body)
     except ValidationError as error:
-        told = on_one_line(describe_invalid(error))
-        raise SpecforgeError(f"{url}/get_server_info is not what SGLang tells: {told}") from None
+        reason = on_one_line(describe_invalid(error))
+        raise SpecforgeError(f"{url}/get_server_info is not SGLang's: {reason}") from None
     lengths = [one.avg_spec_accept_length for one in info.internal_states or [] if one.avg_spec_accept_length]
     if not lengths:
-        raise SpecforgeError(f"{url}/get_server_info says nothing of acceptance; is it served with a draft?")
-    # A mean since the server was started: other requests count as well.
+        raise SpecforgeError(f"{url}/get_server_info reports no acceptance length; does it run with a draft?")
+    # A mean since the server started: other requests count too.
     return Measured("SGLang", sum(lengths) / len(lengths), info.speculative_num_steps)
 
 
 async def _get(server: Address, path: str) -> str | None:
-    """Return what a server says at a path; None if it knows no such one."""
+    """Return the content of a path of a server; None if the path does not exist."""
     try:
         async with Connection(server, SECONDS) as connection:
             answer = await connection.get(f"{server.url}{path}")

@@ -1,7 +1,7 @@
-"""Replies on their way: appended as they come, in whatever order, so that a run that is killed keeps all but the last.
+"""Journal of replies: appended as they arrive, in any order, so that a killed run loses only those in flight.
 
-A line holds the conversations that were finished together, whole or not at all: one through an engine, a batch in
-process. A last line that is torn is cut off when the journal is opened again.
+A line holds the conversations that were finished together: one through an engine, a batch in process. An incomplete
+last line is removed when the journal is opened again.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from specforge.engines.asking import Prompt, Reply, rows_of
+from specforge.engines.generation import Prompt, Reply, rows_of
 
 
 @dataclass
 class ReplyTally:
-    """What was written.
+    """Counts of the written replies.
 
     Attributes:
-        conversations: Conversations with all their replies.
-        rows: Rows of them.
-        replies: Replies in them.
-        tokens: Tokens that the verifier produced.
-        finishes: How many replies ended why.
-        with_tokens: Conversations whose tokens are known.
+        conversations: Finished conversations.
+        rows: Rows of these conversations.
+        replies: Replies in these conversations.
+        tokens: Tokens that the verifier generated.
+        finishes: Number of replies by finish reason.
+        with_tokens: Conversations with token ids.
     """
 
     conversations: int = 0
@@ -42,25 +42,25 @@ class ReplyTally:
         return cls(**{**values, "finishes": Counter(values["finishes"])})
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values that JSON can hold."""
+        """Return JSON-serializable values."""
         return {**asdict(self), "finishes": dict(self.finishes)}
 
 
 class Journal:
-    """The finished conversations of a run and of those before it; use it as a context, which closes it.
+    """The finished conversations of a run and its earlier attempts; a context manager that closes the file.
 
     Args:
-        path: The file; what it holds already is kept.
+        path: The file; existing entries are kept.
 
     Raises:
-        OSError: It cannot be read or written.
+        OSError: The file cannot be read or written.
     """
 
     def __init__(self, path: Path) -> None:
         self.tally = ReplyTally()
         self.finished: set[int] = set()
-        self._lines: list[tuple[int, int]] = []  # least index of a line, and where it begins
-        # Unbuffered: what a run says it has kept is out of its hands, and survives its end.
+        self._lines: list[tuple[int, int]] = []  # lowest index in each line, and the line's offset
+        # Unbuffered: whatever is reported as kept survives the end of the process.
         self._file = path.open("a+b", buffering=0)
         self._read()
 
@@ -71,10 +71,10 @@ class Journal:
         self._file.close()
 
     def append(self, answered: Sequence[tuple[Prompt, list[Reply]]]) -> None:
-        """Keep conversations that are finished.
+        """Append finished conversations.
 
         Raises:
-            OSError: They cannot be written; then none of them is kept.
+            OSError: They cannot be written, and none of them is kept.
         """
         entries = [
             {
@@ -87,17 +87,17 @@ class Journal:
         begin = self._file.seek(0, 2)
         left = memoryview(json.dumps(entries, ensure_ascii=False).encode() + b"\n")
         try:
-            while left:  # a disk that is nearly full takes a part, and refuses the next
+            while left:  # a nearly full disk accepts part of the data before it refuses
                 left = left[self._file.write(left) :]
         except OSError:
             self._file.truncate(begin)
             raise
-        self._note(entries, begin)
+        self._record(entries, begin)
 
     def rows(self) -> Iterable[dict[str, Any]]:
         """Yield all rows in the order of the prompts.
 
-        Lines hold neighbours, or one conversation alone; hence their order is that of their first conversations.
+        A line holds consecutive conversations or a single one, so lines are ordered by their first conversation.
         """
         for _, begin in sorted(self._lines):
             self._file.seek(begin)
@@ -112,11 +112,11 @@ class Journal:
                 entries = _parse(line)
                 if entries is None:
                     break
-                self._note(entries, begin)
+                self._record(entries, begin)
                 begin += len(line)
         self._file.truncate(begin)
 
-    def _note(self, entries: list[dict[str, Any]], begin: int) -> None:
+    def _record(self, entries: list[dict[str, Any]], begin: int) -> None:
         self._lines.append((min(entry["index"] for entry in entries), begin))
         for entry in entries:
             replies = entry["replies"]
@@ -130,7 +130,7 @@ class Journal:
 
 
 def _parse(line: bytes) -> list[dict[str, Any]] | None:
-    """Return the entries of a line; None for one that is torn."""
+    """Return the entries of a line; None if it is incomplete or damaged."""
     try:
         return list(json.loads(line)) if line.endswith(b"\n") else None
     except ValueError:

@@ -1,7 +1,7 @@
-"""A folder of responses: rows in the order of the prompts, and a summary; there whole or not at all.
+"""A folder of responses: rows in the order of the prompts, and a summary, written atomically.
 
-What is finished lies in a hidden neighbour until all is: a run that was ended in any way is taken up by the same
-command, and the rows are those of a run that was not.
+Finished conversations are kept in a hidden folder next to it until all are finished. An interrupted run is resumed by
+the same command and gives the same rows as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from specforge.data.rows.summary import MAX_BAD_SHARE
 from specforge.data.text.bad_rows import BadRow
-from specforge.engines.asking import Answer, Prompt, Reply, read_asked
+from specforge.engines.generation import Answer, Prompt, Reply, iter_prompts
 from specforge.engines.journal import Journal, ReplyTally
 from specforge.errors import SpecforgeError, UsageError
 from specforge.files import locked, whole_file
@@ -32,14 +32,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Responses:
-    """What a folder of responses holds.
+    """Contents of a folder of responses.
 
     Attributes:
-        settings: All that the rows depend on.
-        origin: What the rows say of who wrote them.
-        tally: What was written.
-        refused: Conversations that could not be answered, by place, and why; they are left out.
-        notes: What else is to be stored beside the rows.
+        settings: Everything that the rows depend on.
+        origin: The ``origin`` of the rows.
+        tally: Counts of the written replies.
+        refused: Reasons of conversations that could not be answered, by location; they are left out.
+        notes: Additional values to store in the summary.
     """
 
     settings: dict[str, Any]
@@ -50,7 +50,7 @@ class Responses:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """Read the summary of a folder; None where it is none of responses."""
+        """Read the summary of a folder; None if it is not a folder of responses."""
         try:
             values = json.loads((folder / SUMMARY_FILE).read_text())
             return cls(**{**values, "tally": ReplyTally.from_json(values["tally"])})
@@ -58,24 +58,24 @@ class Responses:
             return None
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values that JSON can hold."""
+        """Return JSON-serializable values."""
         return {**vars(self), "tally": self.tally.to_json()}
 
 
 def check_output(output: Path) -> Responses | None:
-    """Return what an output folder holds; None where it is yet to be written.
+    """Return the contents of an output folder; None if it is yet to be written.
 
     Raises:
-        UsageError: Something else is there, or the name is one of a file.
+        UsageError: The folder holds something else, or the name is a file name.
     """
     if not output.name or output.suffix in (".jsonl", ".json"):
-        raise UsageError(f"--output: {output} is no name for a folder; give one, the rows are OUTPUT/{RESPONSES_FILE}")
+        raise UsageError(f"--output: {output} is not a folder name; give one, the rows will be OUTPUT/{RESPONSES_FILE}")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
-    there = Responses.read(output)
-    if there is None:
+    existing = Responses.read(output)
+    if existing is None:
         raise UsageError(f"--output: {output} holds something else; choose another folder, or remove it")
-    return there
+    return existing
 
 
 def write_responses(
@@ -86,30 +86,30 @@ def write_responses(
     answer: Answer,
     conclude: Callable[[Journal], tuple[dict[str, Any], dict[str, Any]]],
 ) -> Responses:
-    """Let prompts be answered, and write the folder, unless it is there already.
+    """Answer prompts and write the folder, unless it already exists.
 
     Args:
-        sources: Prompts, one after the other.
-        limit: Only so many of them; None for all.
-        settings: All that the rows depend on, by the names of flags; another run with others is refused.
+        sources: Paths or hub names of prompts, read in this order.
+        limit: Maximum number of prompts; None for all.
+        settings: Everything that the rows depend on, by flag name; a run with other settings is refused.
         output: The folder.
-        answer: Answers.
-        conclude: Says at the end who wrote the rows (``origin``), and what else is to be noted.
+        answer: Answers the prompts.
+        conclude: Returns, at the end, the rows' ``origin`` and the notes to store.
 
     Raises:
-        UsageError: There are no prompts, too many rows hold none, or the folder holds something else, or an unfinished
-            run with other settings.
-        SpecforgeError: Another process writes the folder, it cannot be written, or the answers fail.
+        UsageError: There are no prompts, too many rows hold none, or the folder holds something else or a run with
+            other settings.
+        SpecforgeError: Another process is writing the folder, it cannot be written, or prompts were not answered.
     """
     check_output(output)
     partial = output.with_name(f".{output.name}.partial")
     try:
         with locked(output):
-            if there := check_output(output):
-                _require_same(there.settings, settings, f"{output} holds responses")
+            if existing := check_output(output):
+                _require_same(existing.settings, settings, f"{output} holds responses")
                 shutil.rmtree(partial, ignore_errors=True)
-                return there
-            _bind(partial, settings)
+                return existing
+            _open_partial(partial, settings)
             try:
                 responses = _answer_all(sources, limit, settings, partial, answer, conclude)
             finally:
@@ -120,8 +120,8 @@ def write_responses(
             return responses
     except OSError as error:
         raise SpecforgeError(
-            f"cannot write {output}: {error.strerror or error}; what is answered so far stays in {partial}: mend that "
-            "and run the same command again, and it goes on from there"
+            f"cannot write {output}: {error.strerror or error}; finished conversations are kept in {partial}: fix this "
+            "and run the same command again to resume"
         ) from error
 
 
@@ -133,10 +133,10 @@ def _answer_all(
     answer: Answer,
     conclude: Callable[[Journal], tuple[dict[str, Any], dict[str, Any]]],
 ) -> Responses:
-    """Answer what is not answered yet, and put all of it into ``partial/whole``."""
-    # All are read once before the first is asked: bad lines would otherwise show after hours.
+    """Answer the remaining prompts and write everything into ``partial/whole``."""
+    # Read all prompts before asking the first: a bad line must not show only after hours.
     total, refused = 0, dict[str, str]()
-    for one in read_asked(sources, limit):
+    for one in iter_prompts(sources, limit):
         total += 1
         if isinstance(one, BadRow):
             refused[one.location] = one.explanation
@@ -145,7 +145,7 @@ def _answer_all(
     _require_few_bad(refused, total)
     with Journal(partial / _JOURNAL_FILE) as journal:
         if journal.finished:
-            _log.warning("going on after %s conversations of an earlier run", f"{len(journal.finished):,}")
+            _log.warning("resuming after %s conversations of an earlier run", f"{len(journal.finished):,}")
         # disable=None shows the bar on a terminal only.
         done = len(journal.finished) + len(refused)
         with tqdm(total=total, initial=done, unit=" conversations", disable=None) as bar:
@@ -160,11 +160,11 @@ def _answer_all(
                 bar.update()
 
             earlier = set(journal.finished)
-            asked = (one for one in read_asked(sources, limit) if isinstance(one, Prompt))
+            asked = (one for one in iter_prompts(sources, limit) if isinstance(one, Prompt))
             answer((one for one in asked if one.index not in earlier), keep, refuse)
         if not journal.finished:
             where, why = next(iter(refused.items()))
-            raise SpecforgeError(f"none of the {total:,} prompts was answered; the first one, {where}: {why}")
+            raise SpecforgeError(f"none of the {total:,} prompts was answered; the first, {where}: {why}")
         origin, notes = conclude(journal)
         responses = Responses(settings, origin, journal.tally, refused, notes)
         whole = partial / "whole"
@@ -181,12 +181,12 @@ def _require_few_bad(bad: dict[str, str], total: int) -> None:
         where, why = next(iter(bad.items()))
         raise UsageError(
             f"{len(bad):,} of {total:,} rows hold no prompt, and at most {MAX_BAD_SHARE:.0%} may be left out; the "
-            f"first one is {where}: {why}"
+            f"first is {where}: {why}"
         )
 
 
-def _bind(partial: Path, settings: dict[str, Any]) -> None:
-    """Make the hidden neighbour, or make sure that it is of a run with the same settings."""
+def _open_partial(partial: Path, settings: dict[str, Any]) -> None:
+    """Create the hidden folder, or check that its run has the same settings."""
     path = partial / _SETTINGS_FILE
     if _holds_answers(partial):
         _require_same(json.loads(path.read_text()), settings, f"{partial} holds an unfinished run")
@@ -200,8 +200,8 @@ def _holds_answers(partial: Path) -> bool:
     return journal.exists() and journal.stat().st_size > 0
 
 
-def _require_same(there: dict[str, Any], settings: dict[str, Any], what: str) -> None:
-    differing = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]
+def _require_same(stored: dict[str, Any], settings: dict[str, Any], what: str) -> None:
+    differing = [name for name in {**stored, **settings} if stored.get(name) != settings.get(name)]
     if differing:
-        named = ", ".join(f"{name} ({there.get(name)} there, {settings.get(name)} now)" for name in differing)
+        named = ", ".join(f"{name} ({stored.get(name)} stored, {settings.get(name)} now)" for name in differing)
         raise UsageError(f"--output: {what} with other settings: {named}; use those, or choose another --output")

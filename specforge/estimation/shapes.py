@@ -15,13 +15,21 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-_aten = torch.ops.aten
-# With a boolean mask, the shape of the result depends on the mask's values.
-_MASKABLE = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
+from specforge.private.torch import (
+    ATTENTION,
+    ATTENTION_BACKWARD,
+    CHOOSING,
+    GROUPED_PRODUCT,
+    NO_TORCH_FUNCTION,
+    READS_VALUE,
+    TorchDispatchMode,
+    packet,
+    tree_leaves,
+    tree_map_only,
+    wrapper,
+)
 
 
 class ShapeTensor(Tensor):
@@ -32,19 +40,12 @@ class ShapeTensor(Tensor):
     """
 
     content: Tensor
-    __torch_function__: Any = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = NO_TORCH_FUNCTION
 
     @staticmethod
     def __new__(cls, content: Tensor) -> Self:
         """Wrap a tensor on the meta device."""
-        shape: Self = Tensor._make_wrapper_subclass(
-            cls,
-            content.shape,
-            strides=content.stride(),
-            storage_offset=content.storage_offset(),
-            dtype=content.dtype,
-            device=torch.device("cpu"),
-        )
+        shape = wrapper(cls, content)
         shape.content = content
         return shape
 
@@ -92,13 +93,13 @@ class ShapeMode(TorchDispatchMode):
         known = {id(one.content): one for one in given if isinstance(one, ShapeTensor)}
         if given and not known:
             return function(*args, **kwargs)
-        if function is _aten._local_scalar_dense.default:
+        if function is READS_VALUE:
             raise RuntimeError("the value of a tensor without values was read")
         inner_args, inner_kwargs = tree_map_only(Tensor, lambda one: _content(function, one), (args, kwargs))
         result = function(*inner_args, **_on_meta(inner_kwargs))
         if not given and not _is_number(result):
             return function(*args, **kwargs)
-        formula = _FORMULAS.get(function._overloadpacket)
+        formula = _FORMULAS.get(packet(function))
         if formula is not None:
             self.flops[self._part] += formula(*inner_args, **inner_kwargs, out_val=result)
         # In-place operations return the same tensor.
@@ -122,7 +123,8 @@ class ShapeMode(TorchDispatchMode):
 def _content(function: Any, tensor: Tensor) -> Tensor:
     if isinstance(tensor, ShapeTensor):
         return tensor.content
-    return tensor if function in _MASKABLE and tensor.dtype == torch.bool else tensor.to("meta")
+    # With a boolean mask, the shape of the result depends on the mask's values.
+    return tensor if function in CHOOSING and tensor.dtype == torch.bool else tensor.to("meta")
 
 
 def _on_meta(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -157,9 +159,9 @@ def _pairs(query: torch.Size, key: torch.Size) -> int:
 
 
 MORE_FORMULAS: dict[Any, Callable[..., int]] = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    _aten._grouped_mm: _grouped_flops,
+    ATTENTION: _attention_flops,
+    ATTENTION_BACKWARD: _attention_backward_flops,
+    GROUPED_PRODUCT: _grouped_flops,
 }
 """Formulas that torch lacks, from argument shapes to operations: attention on the CPU, grouped products of experts."""
 _FORMULAS: dict[Any, Callable[..., int]] = {

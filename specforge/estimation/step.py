@@ -178,7 +178,7 @@ class DryRun:
 
         for one in self.module.draft.modules():
             one.register_forward_pre_hook(enter)
-            one.register_forward_hook(leave, always_call=True)  # a step may leave a layer early
+            one.register_forward_hook(leave)
 
 
 class _Uncounted:

@@ -108,9 +108,10 @@ class Measuring:
         self.template = template
         self.contenders = contenders
         self.settings = settings
-        self.alone = Decoder(verifier, sampling=settings.sampling)
+        self.alone = Decoder(verifier, sampling=settings.sampling, timed=True)
         self.decoders = [
-            Decoder(verifier, one.draft, one.proposal, settings.sampling, settings.verification) for one in contenders
+            Decoder(verifier, one.draft, one.proposal, settings.sampling, settings.verification, timed=True)
+            for one in contenders
         ]
         self._is_warm = False
 
@@ -220,7 +221,7 @@ class Measuring:
         return capture(self.verifier, text[None], torch.arange(len(text), device=text.device)[None], aux_layers)
 
     def _chain(self, draft: SpeculatorModel) -> int:
-        return min(CHAIN, draft.drafter(1).max_depth or CHAIN)
+        return draft.drafter(1).max_depth or CHAIN
 
 
 def _gather(decoder: Decoder, prompts: list[Tensor], settings: Settings) -> list[list[Emission]]:

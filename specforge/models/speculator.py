@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specforge.config import SpeculatorModelConfig, TokenProposalConfig
+from specforge.documents import DocumentLayout
 from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
 from specforge.models.draft_rows import DraftRows
@@ -143,13 +144,18 @@ class SpeculatorModel(nn.Module):
             UsageError: The algorithm does not draft step by step.
         """
         batch = {"input_ids": input_ids, "position_ids": position_ids, "document_ids": document_ids}
-        rows = DraftRows.all(steps, input_ids.numel(), input_ids.device)
+        rows = DraftRows.all(steps, input_ids.numel(), DocumentLayout.of(document_ids)).to(input_ids.device)
         return self.states(batch, features, rows).view(steps, *input_ids.shape, -1)
 
     @property
     def head_weights(self) -> Tensor | list[Tensor]:
         """The matrix that turns states into logits, [D, H]; or a list with one for each step."""
         raise NotImplementedError
+
+    @property
+    def further_head(self) -> Tensor | None:
+        """A second matrix whose logits are added, [D, R]: it reads the last R columns of what the head reads."""
+        return None
 
     def before_head(self, states: Tensor) -> Tensor:
         """Return what the heads read of states [..., H]: the states themselves, unless a network says otherwise."""

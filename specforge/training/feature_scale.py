@@ -53,11 +53,10 @@ class FeatureScaledModule(DraftModule):
             features: The verifier's states over the batch.
         """
 
-    def configure_model(self) -> None:
-        """Create the draft; its layer is scaled after it has been given stored weights."""
-        super().configure_model()
+    def adapt_draft(self) -> None:
+        """Have the layer divide its inputs, unless that is off."""
         layer = self.draft.get_submodule(self.scaled_layer)
-        if self.feature_scale != "none" and not isinstance(layer, ScaledLinear):
+        if self.feature_scale != "none":
             assert isinstance(layer, nn.Linear)
             self.draft.set_submodule(self.scaled_layer, ScaledLinear.of(layer))
 
@@ -66,7 +65,7 @@ class FeatureScaledModule(DraftModule):
         layer = self.draft.get_submodule(self.scaled_layer)
         if self.trainer.global_step == 0 and batch_idx == 0 and isinstance(layer, ScaledLinear):
             states = self.states_read(batch, self.features_ahead(batch))[0, read_of_first_row(batch)]
-            keeps_function = self.init_from is not None
+            keeps_function = self.starts_from is not None
             fit_scale(layer, self.feature_scale, states, self.scaled_inputs, keeps_function)
 
 

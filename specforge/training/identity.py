@@ -12,9 +12,17 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from specforge.config import CONFIG_NAME, NOT_COMPUTED, VerifierConfig, network_settings, verifier_difference
+from specforge.config import (
+    CONFIG_NAME,
+    NOT_COMPUTED,
+    SpeculatorModelConfig,
+    VerifierConfig,
+    network_settings,
+    verifier_difference,
+)
 from specforge.errors import UsageError
-from specforge.models.speculator import SpeculatorModel
+from specforge.models.scaled_linear import folded
+from specforge.models.speculator import SpeculatorModel, network_of
 
 _SHOWN = 8  # differences in a message
 
@@ -77,17 +85,51 @@ def different_tensors(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
     return [f"{name} is {_shape(stored, name)} there and {_shape(own, name)} here" for name in sorted(names)[:3]]
 
 
-def start_from(draft: SpeculatorModel, name_or_path: str) -> None:
+def draft_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of the draft in a training checkpoint, as they are written.
+
+    Args:
+        checkpoint: Content of the file.
+    """
+    prefix = "draft."
+    saved: dict[str, Tensor] = checkpoint["state_dict"]
+    return folded({name.removeprefix(prefix): one for name, one in saved.items() if name.startswith(prefix)})
+
+
+def draft_in(checkpoint: Mapping[str, Any]) -> SpeculatorModel:
+    """Build the draft of a training checkpoint, attached to no verifier.
+
+    Args:
+        checkpoint: Content of the file.
+
+    Raises:
+        UsageError: It is of an earlier version, or damaged.
+    """
+    if "draft_config" not in checkpoint:
+        raise UsageError(
+            "the checkpoint is of an earlier version, which did not store the draft's configuration. Resume its run "
+            "with --ckpt_path, or take the draft/ that the run has written"
+        )
+    config = SpeculatorModelConfig.from_dict(checkpoint["draft_config"], where="the checkpoint's draft_config")
+    return network_of(config).from_state(config, draft_weights(checkpoint), where="the checkpoint")
+
+
+def start_from(draft: SpeculatorModel, given: SpeculatorModel | str) -> None:
     """Give a draft the weights of a stored one, its draft vocabulary included.
 
     Args:
         draft: The draft, attached to its verifier's parts.
-        name_or_path: Folder or hub id of the stored one.
+        given: The stored one, or its folder or hub id.
 
     Raises:
         UsageError: There is none, or it is another network, or for another verifier; what differs is named.
     """
-    stored = type(draft).from_pretrained(name_or_path, verifier=draft.verifier_parts)
+    if isinstance(given, str):
+        stored, name = type(draft).from_pretrained(given), f"model.init_from: {given}"
+        config = f"{given}/{CONFIG_NAME}"
+    else:
+        stored, name, config = given, "the draft that was loaded", "its configuration"
+    stored.attach_verifier(draft.verifier_parts)
     stored.borrow_embeddings()
     there, here = Identity.of(stored), Identity.of(draft)
     if different := there.differences(here) or different_tensors(stored.state_dict(), draft.state_dict()):
@@ -95,9 +137,9 @@ def start_from(draft: SpeculatorModel, name_or_path: str) -> None:
         if here.is_of_another_verifier(there):
             what_to_do = (
                 "Train it for the same verifier; to adapt it to another one, remove "
-                f"speculators_config.verifier.fingerprint from {name_or_path}/{CONFIG_NAME}"
+                f"speculators_config.verifier.fingerprint from {config}"
             )
-        raise UsageError(f"model.init_from: {name_or_path} does not fit this run: {'; '.join(different)}. {what_to_do}")
+        raise UsageError(f"{name} does not fit this run: {'; '.join(different)}. {what_to_do}")
     draft.load_state_dict(stored.state_dict())
 
 

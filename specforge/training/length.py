@@ -10,7 +10,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
+from specforge.data.module import data_of
 from specforge.errors import UsageError
+from specforge.training.attached import callbacks_of
 
 NEEDS_AN_END = (
     "set trainer.max_steps or trainer.max_epochs: the learning-rate schedule spans the whole run, so it needs to know "
@@ -58,10 +60,10 @@ class RunLength:
         epochs = None if trainer.max_epochs in (None, -1) else int(trainer.max_epochs)
         if by_steps is None and epochs is None:
             raise UsageError(NEEDS_AN_END)
-        if trainer.datamodule is None:  # a rehearsal without data, whose steps are given
+        if getattr(trainer, "datamodule", None) is None:  # a rehearsal without data, whose steps are given
             return cls(int(by_steps or 0), "trainer.max_steps")
         # Not trainer.estimated_stepping_batches, which makes Lightning forget the loader's position on resuming.
-        batches = limited(len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches)
+        batches = limited(len(data_of(trainer).train_dataloader()), trainer.limit_train_batches)
         _check_validation(trainer, batches)
         accumulated, duration = trainer.accumulate_grad_batches, _duration(trainer)
         by_epochs = None if epochs is None else epochs * math.ceil(batches / accumulated)
@@ -107,5 +109,7 @@ def _check_validation(trainer: Trainer, batches: int) -> None:
 
 
 def _duration(trainer: Trainer) -> str:
-    seconds = [one._duration for one in trainer.callbacks if isinstance(one, Timer) and one._duration is not None]
+    seconds = [
+        left for one in callbacks_of(trainer, Timer) if (left := one.time_remaining()) is not None
+    ]  # all of it, before the start
     return str(timedelta(seconds=min(seconds))) if seconds else ""

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from specforge.bounds import Decay
 from specforge.data.features.manifest import FeatureNeeds
-from specforge.data.module import DraftDataModule
-from specforge.data.packing import window_in
+from specforge.data.host_masks import HostMasks
+from specforge.data.module import DraftDataModule, data_of
 from specforge.errors import SpecforgeError, UsageError
 from specforge.hookspecs import Objective, Weighting
 from specforge.models.chain.alignment import Alignment, align
 from specforge.models.draft_rows import DraftRows
 from specforge.models.speculator import SpeculatorModel
+from specforge.moving import moved
+from specforge.private.lightning import has_trainer, is_accumulating, make_loadable
 from specforge.registry import installed
 from specforge.sampling import Sampling
-from specforge.training.identity import Identity, different_tensors, start_from
+from specforge.training.identity import Identity, different_tensors, draft_in, start_from
 from specforge.training.length import RunLength
 from specforge.training.losses.comparison import Term
 from specforge.training.losses.distillation import DraftSteps, Labels, Teacher, distill
@@ -36,12 +40,12 @@ from specforge.training.optimizers import OptimizerSettings, build_optimizer
 from specforge.training.schedules import ScheduleSettings, build_schedule
 from specforge.training.steps import prepare_steps
 from specforge.training.teacher import FrozenVerifier
-from specforge.training.totals import processes, total
+from specforge.training.totals import begin_total, processes, total
 from specforge.verifier.features import Features
 from specforge.verifier.loading import VerifierLoading, VerifierType
 from specforge.verifier.parts import VerifierParts
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Drafted:
 
     Attributes:
         states: Its states at the pairs of row and step that were run, [P, H].
-        places: Index of each row's and step's state, int64 [S, N]; -1 where it was not run.
+        places: Index of each row's and step's state, int64 [S, N]; -1 where it was not run. This and what follows is
+            on the CPU; indices go to a device by ``specforge.moving.moved``.
         targets: Row of the verifier's states that each row and step is compared with, int64 [S, N].
         supervised: Which of them count, bool [S, N].
     """
@@ -108,6 +113,8 @@ class DraftModule(LightningModule, ABC):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
+        make_loadable(self.hparams)
         loading = VerifierLoading(verifier_dtype, verifier_revision, trust_remote_code)
         self.teacher = FrozenVerifier(verifier, loading, verifier_sharding)
         self.terms = objective_terms(objective)
@@ -117,10 +124,14 @@ class DraftModule(LightningModule, ABC):
         self.optimizer_settings = optimizer
         self.schedule_settings = schedule
         self.init_from = init_from
+        self.starts_from: str | None = None
+        """Whose weights the draft was given when it was created, in words; None for its own."""
         self.activation_checkpointing = activation_checkpointing
         self.compile_steps = compile
         # Which positions count in all batches of the optimizer step under way; None where it takes only one.
         self._window: Tensor | None = None
+        # Waits for how many of them count in all processes together.
+        self._counted: Callable[[], Tensor] | None = None
         # Loss, sums and counts of its batches so far.
         self._so_far: tuple[Tensor, ...] | None = None
         # States of a batch that were looked at before its step.
@@ -167,11 +178,13 @@ class DraftModule(LightningModule, ABC):
             batch: ``input_ids``, ``loss_mask``, ``document_ids`` and ``position_ids``, [B, T] each.
             features: The verifier's states over the batch.
         """
-        alignment = self.alignment(batch)
+        host, device = HostMasks.of(batch), features.last.device
+        alignment = self.alignment(host.masks)
         targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
-        rows = DraftRows.needed(supervised)
-        drafted = Drafted(self.states(batch, features, rows), rows.places(), targets, supervised)
-        weights = self.pair_weights(supervised)
+        self._counted = begin_total(self._counts(supervised))
+        rows = DraftRows.needed(supervised, host.documents)
+        drafted = Drafted(self.states(batch, features, rows.to(device)), rows.places(), targets, supervised)
+        weights = self.pair_weights(supervised).to(device, non_blocking=True)
         outcome = distill(
             self.draft.before_head(drafted.states),
             self.draft.head_weights,
@@ -185,7 +198,10 @@ class DraftModule(LightningModule, ABC):
             places=drafted.places,
             compiled=self.compile_steps,
             weighting=self.weighting if self.training else None,
+            further_head=self.draft.further_head,
+            candidates=self.candidates,
         )
+        outcome = self.measured(batch, features, drafted, outcome)
         for name, values in self.further_losses(features, drafted, outcome).items():
             loss = outcome.loss + self.term_weights[name] * (weights * values).sum()
             outcome = replace(outcome, loss=loss, terms={name: values.detach().sum(1), **outcome.terms})
@@ -213,7 +229,7 @@ class DraftModule(LightningModule, ABC):
         """Return the factor of each row and step in the loss, [S, N]: that of its step, unless a plugin says otherwise.
 
         Args:
-            supervised: Which of them count, bool [S, N].
+            supervised: Which of them count, bool [S, N], on the CPU.
         """
         return self.step_weights(supervised)[:, None].expand_as(supervised)
 
@@ -231,6 +247,17 @@ class DraftModule(LightningModule, ABC):
         """
         return {}
 
+    def measured(self, batch: Batch, features: Features, drafted: Drafted, outcome: DraftSteps) -> DraftSteps:
+        """Return the outcome as decoding has it; overridden where drafts do not choose by the logits that are trained.
+
+        Args:
+            batch: See ``draft_steps``.
+            features: The verifier's states over the batch.
+            drafted: What the draft computed.
+            outcome: How it compares with the verifier.
+        """
+        return outcome
+
     def alignment(self, batch: Batch) -> Alignment:
         """Return what each row and step is compared with, and which of them count.
 
@@ -238,10 +265,15 @@ class DraftModule(LightningModule, ABC):
         losses are divided by what all of them count.
 
         Args:
-            batch: ``loss_mask`` and ``document_ids``, [B, T] each.
+            batch: ``loss_mask`` and ``document_ids``, [B, T] each, on the CPU.
         """
         steps = self.num_steps if self.training else self.validation_steps
         return align(batch["loss_mask"], batch["document_ids"], steps)
+
+    @property
+    def candidates(self) -> int:
+        """Number of the draft's most probable tokens at each pair that ``further_losses`` reads; mostly none."""
+        return 0
 
     @property
     def term_weights(self) -> dict[str, float]:
@@ -259,21 +291,29 @@ class DraftModule(LightningModule, ABC):
         return self.teacher.needs(self.aux_layers, self.reads_whole_rows)
 
     def configure_model(self) -> None:
-        """Load the verifier, or its parts where all states are stored, and create the draft, once."""
-        if self.teacher.is_held:
+        """Load the verifier, or its parts where all states are stored, and create the draft, once.
+
+        Nothing is created without a trainer: ``load_from_checkpoint`` has the draft from the checkpoint, and a run that
+        is begun with it starts from its weights.
+        """
+        if self.teacher.is_held or not has_trainer(self):
             return
+        loaded: SpeculatorModel | None = getattr(self, "draft", None)
         # Lightning makes the run's device the default one in here; what is read and counted belongs on the CPU.
         with torch.device("cpu"):
-            data: DraftDataModule = self.trainer.datamodule
-            all_stored = data.use_features(self.feature_needs, self.trainer.state.fn)
+            data = data_of(self.trainer)
+            all_stored = data.use_features(self.feature_needs, self.trainer.state.fn or "fit")
             self.teacher.recorder = data.recorder
             device, whole = self.trainer.strategy.root_device, self.runs_verifier or not all_stored
             self.teacher.load(device, whole, data.packing)
             self.create_draft(data)
             if (stored := self.draft.config.speculators_config) is not None:
                 stored.verifier.fingerprint = self.feature_needs.fingerprint
-            if self.init_from is not None:
-                start_from(self.draft, self.init_from)
+            given = loaded if loaded is not None else self.init_from
+            if given is not None:
+                start_from(self.draft, given)
+                self.starts_from = self.init_from if loaded is None else "the checkpoint that was loaded"
+            self.adapt_draft()
             for stage, metrics in self.means.items():
                 self.add_module(f"{stage}_means", metrics)
 
@@ -286,10 +326,20 @@ class DraftModule(LightningModule, ABC):
         self.draft = self.build_draft(self.teacher.parts, data)
         prepare_steps(self.draft, self.activation_checkpointing, self.compile_steps)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the run's callbacks that the trainer was not given (see ``RunCallbacks.missing_in``)."""
+        # Callbacks stand above the module that they watch; this is the one way back, taken when a trainer asks.
+        from specforge.training.callbacks.fit import RunCallbacks
+
+        return RunCallbacks.missing_in(self.trainer)
+
+    def adapt_draft(self) -> None:
+        """Change the network for training, once it has the weights that it starts from; not unless a plugin says so."""
+
     @cached_property
     def means(self) -> dict[str, StageMetrics]:
         """The metrics of ``val`` and ``test``; once the data are set up."""
-        data: DraftDataModule = self.trainer.datamodule
+        data = data_of(self.trainer)
         verifier = self.feature_needs.fingerprint
         terms = list(self.term_weights)
         return {
@@ -308,10 +358,10 @@ class DraftModule(LightningModule, ABC):
         whole = self.teacher.whole
         frozen = f"with {sum(one.numel() for one in whole.parameters()):,}" if whole else "by its stored states"
         lines = [f"draft: {trained:,} trained parameters, towards {self.teacher.name} {frozen}"]
-        if self.init_from is not None and self.trainer.ckpt_path is None:
+        if self.starts_from is not None and self.trainer.ckpt_path is None:
             lines.append(
-                f"  starts from the weights of {self.init_from}; optimizer and learning-rate schedule begin again. To "
-                "continue a run with both, resume it with --ckpt_path"
+                f"  starts from the weights of {self.starts_from}; optimizer and learning-rate schedule begin again. "
+                "To continue a run with both, resume it with --ckpt_path"
             )
         if reason := self.means["val"].why_proxy:
             lines.append(f"  {self.monitor} is no exact figure: validation {reason}")
@@ -319,7 +369,7 @@ class DraftModule(LightningModule, ABC):
 
     def features(self, batch: Batch) -> Features:
         """Return the verifier's states over a batch."""
-        return self.teacher.states(batch, self.aux_layers)
+        return self.teacher.states(batch, self.aux_layers, HostMasks.of(batch).documents)
 
     def features_ahead(self, batch: Batch) -> Features:
         """Return the states of the batch whose step comes next, which takes them over."""
@@ -347,21 +397,47 @@ class DraftModule(LightningModule, ABC):
         that their losses have the mean that one process would find on the same rows in one batch.
 
         Args:
-            supervised: Which positions count, bool [S, N].
+            supervised: Which positions count, bool [S, N], on the CPU.
         """
-        decay = self.step_decay ** torch.arange(len(supervised), device=supervised.device)
-        counted = supervised if self._window is None or not self.training else self._window
-        counts = counted.sum(1) if self.denominator == "valid" else torch.full_like(decay, counted.shape[1])
+        counts = self.step_counts(supervised)
         # Gradients are averaged over the processes, which may hold different numbers of positions.
-        return decay * processes() / total(counts).clamp(min=1)
+        return self.step_decays(len(supervised)) * processes() / counts.clamp(min=1)
+
+    def step_decays(self, steps: int) -> Tensor:
+        """Return the weight of each step, [S]: ``step_decay`` to the power of its number.
+
+        Args:
+            steps: Number S of steps.
+        """
+        return self.step_decay ** torch.arange(steps, device=self.device)
+
+    def step_counts(self, supervised: Tensor) -> Tensor:
+        """Return what each step's sum of losses is divided by, over all processes and the optimizer step, [S].
+
+        Args:
+            supervised: Which positions count, bool [S, N], on the CPU.
+        """
+        begun, self._counted = self._counted, None
+        return begun() if begun else total(self._counts(supervised))
+
+    def _counts(self, supervised: Tensor) -> Tensor:
+        """Return what this process adds to the denominator of each step, [S]."""
+        counted = supervised if self._window is None or not self.training else self._window
+        counts = counted.sum(1) if self.denominator == "valid" else torch.full((len(counted),), counted.shape[1])
+        return moved(counts, self.device)
+
+    def on_train_start(self) -> None:
+        """Let DDP leave the draft's buffers alone, which it would send before every step: none changes them."""
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            self.trainer.model.broadcast_buffers = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Run one batch; Lightning updates the draft with the loss that comes back."""
-        window = window_in(batch)
-        self._window = self.alignment(window).supervised.flatten(1) if window else None
+        host = HostMasks.of(batch)
+        self._window = self.alignment(host.window).supervised.flatten(1) if host.window else None
         features, self._ahead = self._ahead or self.features(batch), None
         outcome = self.draft_steps(batch, features)
-        if window and not torch.equal(outcome.supervised, self.alignment(batch).supervised.flatten(1)):
+        if host.window and not torch.equal(outcome.supervised.cpu(), self.alignment(host.masks).supervised.flatten(1)):
             raise SpecforgeError(
                 f"{type(self).__name__} counts other positions than its alignment(batch), which trainer."
                 "accumulate_grad_batches divides by; a plugin that does has to override alignment"
@@ -392,7 +468,7 @@ class DraftModule(LightningModule, ABC):
         """Add up the figures of the batches of an optimizer step, as far as it has come."""
         if self._so_far is not None:
             figures = tuple(before + one for before, one in zip(self._so_far, figures, strict=True))
-        self._so_far = figures if self.trainer.fit_loop._should_accumulate() else None
+        self._so_far = figures if is_accumulating(self.trainer) else None
         return figures
 
     def _over_processes(self, outcome: DraftSteps) -> tuple[Tensor, Tensor, Tensor]:
@@ -403,9 +479,9 @@ class DraftModule(LightningModule, ABC):
         loss, counts, flat = every.split([1, counts.numel(), sums.numel()])
         return loss[0], flat.view_as(sums), counts
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> DraftSteps:
-        """Add a batch to the validation metrics; callbacks get what the draft did."""
-        return self._measure(batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, DraftSteps]:
+        """Add a batch to the validation metrics; callbacks get what the draft did, as ``draft_steps``."""
+        return {"draft_steps": self._measure(batch)}
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
@@ -431,14 +507,21 @@ class DraftModule(LightningModule, ABC):
         if self.teacher.recorder is not None:
             self.teacher.recorder.flush()
         checkpoint["identity"] = Identity.of(self.draft).stored()
+        checkpoint["draft_config"] = self.draft.stored_config()
         checkpoint["optimizer_name"] = self.optimizer_settings.name
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another draft or, in training, of other trained weights or another optimizer.
 
+        Without a trainer, there is no draft yet: it is built from the checkpoint.
+
         Raises:
             UsageError: With what differs, by name.
         """
+        if not has_trainer(self):
+            self.draft = draft_in(checkpoint)
+            checkpoint["state_dict"] = {f"draft.{name}": one for name, one in self.draft.state_dict().items()}
+            return
         own, path = Identity.of(self.draft), self.trainer.ckpt_path
         different: list[str] = []
         if "identity" in checkpoint:
@@ -461,7 +544,7 @@ class DraftModule(LightningModule, ABC):
                 f"{self.optimizer_settings.name!r}; go on with the same one"
             )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Create the optimizer and the schedule of the run."""
         optimizer = build_optimizer(self.draft, self.optimizer_settings)
         schedule = self.build_schedule(optimizer, self.length.steps)

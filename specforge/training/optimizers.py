@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from specforge.bounds import Amount, LearningRate
+from specforge.private.torch import let_clip
 from specforge.training.class_paths import build, check_arguments, class_at, takes
 
 # What the heads of draft networks are called.
@@ -84,8 +85,7 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
         weight_decay=settings.weight_decay,
         fused=True,  # a step in one pass over the weights: six times as fast on a CPU, too
     )
-    # Lightning does not clip the gradients of optimizers that unscale them themselves, as fused ones offer to.
-    adamw._step_supports_amp_scaling = False
+    let_clip(adamw)
     if not by_muon:
         return adamw
     muon = Muon(

@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 import torch.distributed
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
+
+from specforge.private.lightning import shard_over
+from specforge.private.torch import tree_map
 
 FSDP2 = "fsdp2"
 
@@ -56,12 +58,13 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Let every process take its own data: Lightning's default shards over nothing on one node."""
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        shard_over(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
         """Shard the module before its optimizers are made."""
         self.model_to_device()
+        assert self.model is not None
         # Only one process a node has prepared the data, so that the random weights may differ.
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             torch.distributed.broadcast(tensor.data, src=0)
@@ -80,6 +83,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Gather the module's weights; only the first process keeps them."""
+        assert self.lightning_module is not None
         return self._gathered(self.lightning_module.state_dict())
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -89,6 +93,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Shard the weights of a checkpoint into the module."""
+        assert self.model is not None
         options = StateDictOptions(full_state_dict=True, strict=strict)
         set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=options)
 
@@ -104,6 +109,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def on_train_end(self) -> None:
         """Put whole weights in the place of the shards: what follows is no longer done by all processes together."""
+        assert isinstance(self.model, FSDPModule)
         self.model.reshard()  # after a validation they are gathered, in the type of the computation
         for module in self.model.modules():
             for name, shard in list(module.named_parameters(recurse=False)):

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from specforge.data.features.dtypes import decode
 from specforge.data.features.manifest import FeatureNeeds
 from specforge.data.features.recording import FeatureRecorder
+from specforge.documents import DocumentLayout
 from specforge.training.totals import processes, total
 from specforge.verifier.features import Features, capture, check_documents, check_logits
 from specforge.verifier.fingerprint import fingerprint
@@ -121,14 +123,17 @@ class FrozenVerifier:
         """
         self._held = model, parts
 
-    def states(self, batch: Mapping[str, Tensor], aux_layers: list[int]) -> Features:
+    def states(
+        self, batch: Mapping[str, Any], aux_layers: list[int], documents: DocumentLayout | None = None
+    ) -> Features:
         """Return its states over a batch: as they are stored with it, or else computed.
 
         Args:
             batch: ``input_ids`` and ``position_ids``, [B, T] each, and perhaps stored states.
             aux_layers: Ids of the layers that features are taken from, ascending.
+            documents: Where the documents are (see ``specforge.verifier.features.capture``).
         """
-        computed = self._computed(batch, aux_layers) if self._runs_on(batch) else None
+        computed = self._computed(batch, aux_layers, documents) if self._runs_on(batch) else None
         if computed is not None and "last" not in batch:
             return computed
         dtype = self.parts.lm_head.weight.dtype
@@ -155,15 +160,15 @@ class FrozenVerifier:
     def _is_split(self) -> bool:
         return self.sharding and processes() > 1
 
-    def _runs_on(self, batch: Mapping[str, Tensor]) -> bool:
+    def _runs_on(self, batch: Mapping[str, Any]) -> bool:
         runs = "last" not in batch
         if self._is_split and self.whole is not None:
             # A process whose states are stored lends its share of the layers to those whose states are not.
             return bool(total(torch.tensor(float(runs), device=batch["input_ids"].device)))
         return runs
 
-    def _computed(self, batch: Mapping[str, Tensor], aux_layers: list[int]) -> Features:
-        features = capture(self.model, batch["input_ids"], batch["position_ids"], aux_layers)
+    def _computed(self, batch: Mapping[str, Any], aux_layers: list[int], documents: DocumentLayout | None) -> Features:
+        features = capture(self.model, batch["input_ids"], batch["position_ids"], aux_layers, documents)
         if self.recorder is not None:
             self.recorder.add(batch, features.aux, features.last)
             # As they will be read again, so that training does not depend on what has been recorded before.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.distributed
 from torch import Tensor
 
@@ -18,11 +20,28 @@ def total(values: Tensor) -> Tensor:
     Args:
         values: Of the same shape in every process; no gradient flows through the sum.
     """
+    return begin_total(values)()
+
+
+def begin_total(values: Tensor) -> Callable[[], Tensor]:
+    """Begin to add a tensor up over all processes, while this one computes what does not depend on the sum.
+
+    Args:
+        values: As for ``total``.
+
+    Returns:
+        Waits for the sum, and returns it.
+    """
     if processes() == 1:
-        return values
+        return lambda: values
     summed = values.detach().clone()
-    torch.distributed.all_reduce(summed)
-    return summed
+    work = torch.distributed.all_reduce(summed, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return summed
+
+    return finish
 
 
 def of_first(values: Tensor) -> Tensor:

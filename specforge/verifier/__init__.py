@@ -1,1 +1,1 @@
-"""The frozen model: load all of it or only its embeddings, norm and head; capture the features that a draft reads."""
+"""The frozen verifier: loading it or only its embeddings, norm and head, and capturing the features of a draft."""

@@ -1,8 +1,8 @@
-"""Capturing what a draft reads from a verifier: the residual stream at chosen depths.
+"""Capturing a verifier's features: the residual stream at chosen layers.
 
 Layer id k is the residual stream *before* decoder layer k: 0 is the embedding output, k the output of layer k - 1, and
-the number of layers N the output of the last layer. It is taken by hooks, before the final norm; transformers'
-``hidden_states[-1]`` is after it.
+N, the number of layers, the output of the last layer. Hooks take it before the final norm; transformers'
+``hidden_states[-1]`` is after the norm.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from specforge.documents import DocumentLayout
+from specforge.documents import EACH_ROW_ONE_DOCUMENT, DocumentLayout, Groups
 from specforge.errors import UsageError
+from specforge.moving import moved
 from specforge.verifier.diagnosis import reason_of
 from specforge.verifier.finite import check_finite
-from specforge.verifier.packed_attention import document_numbers, documents_of
+from specforge.verifier.packed_attention import attending_to, document_numbers
 from specforge.verifier.parts import VerifierParts, decoder, layers_of
 
 
@@ -41,33 +42,11 @@ class Features:
     last: Tensor
 
 
-def default_aux_layers(num_layers: int) -> list[int]:
-    """Return the published choice of aux layers: a low, a middle and a high one.
-
-    Args:
-        num_layers: Number N of the verifier's decoder layers.
-
-    Returns:
-        ``[2, N // 2, N - 3]`` (https://arxiv.org/abs/2503.01840, section 3).
-
-    Raises:
-        UsageError: The verifier has fewer than 7 layers, so that the three are not distinct and ascending.
-    """
-    chosen = [2, num_layers // 2, num_layers - 3]
-    if num_layers < 7:
-        example = sorted({1, num_layers // 2, num_layers - 1})
-        raise UsageError(
-            f"the verifier has {num_layers} decoder layers, so the default aux layers {chosen} are not three distinct "
-            f"ascending ones; choose some of 0..{num_layers}, for example {example}"
-        )
-    return chosen
-
-
 def check_aux_layers(layer_ids: Sequence[int], num_layers: int) -> None:
     """Refuse layer ids that are not ascending or out of bounds.
 
     Raises:
-        UsageError: With the ids, the verifier's number of layers and what is allowed.
+        UsageError: Names the ids, the verifier's number of layers and the allowed ids.
     """
     in_bounds = all(0 <= layer <= num_layers for layer in layer_ids)
     ascending = all(low < high for low, high in pairwise(layer_ids))
@@ -80,38 +59,53 @@ def check_aux_layers(layer_ids: Sequence[int], num_layers: int) -> None:
 
 @torch.no_grad()
 def capture(
-    verifier: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, aux_layers: Sequence[int], **options: Any
+    verifier: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    aux_layers: Sequence[int],
+    documents: DocumentLayout | None = None,
+    **options: Any,
 ) -> Features:
-    """Run a verifier's decoder and keep the asked-for states; no logits are computed.
+    """Run a verifier's decoder and return the requested states; no logits are computed.
 
-    Several threads may do so with one verifier at the same time.
+    Several threads may use one verifier at the same time.
 
     Args:
         verifier: Any transformers causal language model.
         input_ids: Tokens [B, T].
-        position_ids: Positions [B, T]. Where they restart at 0 with each document, no document reads another: families
-            that cannot keep documents of a row apart run one a row.
+        position_ids: Positions [B, T]. If they restart at 0 with each document, no document attends to another;
+            families that cannot separate documents within a row run one document per row.
         aux_layers: Ascending layer ids.
-        **options: Passed to the decoder: a cache, an attention mask.
+        documents: Where the documents are, padding left out. By default they begin where positions do not increase by
+            1, and a device waits until that is found.
+        **options: Passed to the decoder: a cache, an attention mask. Rows then see what these say.
 
     Returns:
-        The states, in the verifier's type.
+        The states, in the verifier's type; of padding, any.
     """
-    if not options and not packs(verifier) and _has_several(position_ids):
-        return _captured_apart(verifier, input_ids, position_ids, aux_layers)
-    return _captured(verifier, input_ids, position_ids, aux_layers, **options)
+    if options:
+        return _captured(verifier, input_ids, position_ids, aux_layers, None, **options)
+    if documents is None:
+        documents = DocumentLayout.of(document_numbers(position_ids))
+    if not documents.whole_rows and not packs(verifier):
+        return _captured_apart(verifier, input_ids, position_ids, aux_layers, documents)
+    return _captured(verifier, input_ids, position_ids, aux_layers, documents)
 
 
 def _captured(
-    verifier: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, aux_layers: Sequence[int], **options: Any
+    verifier: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    aux_layers: Sequence[int],
+    documents: DocumentLayout | None,
+    **options: Any,
 ) -> Features:
-    """Run rows as they are."""
+    """Run rows unchanged."""
     body = decoder(verifier)
     layers = decoder_layers(verifier)
     states: dict[int, Tensor] = {}
     wanted = {*aux_layers, len(layers)}
-    # With a cache or a mask, rows see more, or less, than their document.
-    attention = nullcontext() if options else documents_of(position_ids)
+    attention = nullcontext() if documents is None else attending_to(documents, input_ids.device)
     with attention, _recording(layers, wanted, states):
         body(input_ids=input_ids, position_ids=position_ids, **{"use_cache": False, **options})
     last = states[len(layers)]
@@ -121,32 +115,33 @@ def _captured(
 
 
 def _captured_apart(
-    verifier: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, aux_layers: Sequence[int]
+    verifier: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    aux_layers: Sequence[int],
+    documents: DocumentLayout,
 ) -> Features:
     """Run each document as a row of its own, together with others of similar length, and join the states again."""
-    parts, indices = [], []
-    for group in DocumentLayout.of(document_numbers(position_ids)).groups:
-        steps = torch.arange(group.shape[1], device=group.device)
+    groups = moved(Groups.of(documents.groups), input_ids.device)
+    found = []
+    for tokens, positions in zip(*(groups.gather(one.flatten()) for one in (input_ids, position_ids)), strict=True):
         # Padding follows a document, which does not see it.
-        positions = position_ids.flatten()[group[:, :1]] + steps
-        own = _captured(verifier, input_ids.flatten()[group.clamp(min=0)], positions, aux_layers)
-        real = group >= 0
-        parts.append((own.aux[real], own.last[real]))
-        indices.append(group[real])
-    order = torch.cat(indices).argsort()
-    aux, last = (torch.cat(one)[order].unflatten(0, input_ids.shape) for one in zip(*parts, strict=True))
-    return Features(aux, last)
+        going_on = positions[:, :1] + torch.arange(positions.shape[1], device=positions.device)
+        found.append(_captured(verifier, tokens, going_on, aux_layers, EACH_ROW_ONE_DOCUMENT))
+    number = input_ids.numel()
+    aux, last = (groups.scatter(one, number) for one in ([own.aux for own in found], [own.last for own in found]))
+    return Features(aux.unflatten(0, input_ids.shape), last.unflatten(0, input_ids.shape))
 
 
 @torch.no_grad()
 def check_logits(verifier: PreTrainedModel) -> None:
-    """Make sure that norm and head, applied to the captured last state, give the verifier's own logits.
+    """Check that the final norm and head, applied to the captured last state, give the verifier's own logits.
 
-    A family that does something else between its last layer and its logits would train and measure every draft wrong,
-    silently.
+    A family that computes anything else between its last layer and its logits would silently train and measure every
+    draft wrongly.
 
     Raises:
-        UsageError: They do not, or are not finite.
+        UsageError: The logits differ or are not finite.
     """
     vocabulary = verifier.config.get_text_config().vocab_size
     tokens = torch.arange(1, 9).remainder(vocabulary)[None].to(verifier.device)
@@ -158,8 +153,8 @@ def check_logits(verifier: PreTrainedModel) -> None:
         rebuilt, own = parts.logits(last), verifier(tokens, use_cache=False).logits
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise UsageError(
-            f"{type(verifier).__name__}: its forward pass fails, so what {verifier.config._name_or_path}/config.json "
-            f"says does not go together: {reason_of(error)}"
+            f"{type(verifier).__name__}: its forward pass fails, so {verifier.config.name_or_path}/config.json is "
+            f"inconsistent: {reason_of(error)}"
         ) from error
     check_finite(own, verifier, name_of(verifier))
     if not torch.allclose(rebuilt.float(), own.float(), atol=1e-2, rtol=1e-2):
@@ -170,19 +165,19 @@ def check_logits(verifier: PreTrainedModel) -> None:
 
 
 def check_documents(verifier: PreTrainedModel) -> None:
-    """Make sure that a document of a packed row does not read the one before it, for a verifier that is split.
+    """Check that a document of a packed row does not read the one before it, for a sharded verifier.
 
-    Families that keep a recurrent state, or attend in a way of their own, let it. Elsewhere ``capture`` runs their
-    documents one a row; processes that share a verifier would have different numbers of passes then.
+    In families with a recurrent state or their own attention it does. ``capture`` normally runs their documents one
+    per row, but then processes that share a verifier would run different numbers of forward passes.
 
     Raises:
-        UsageError: It does.
+        UsageError: A document reads the one before it.
     """
-    if not _keeps_apart(verifier):
+    if not _separates_documents(verifier):
         raise UsageError(
             f"verifier_sharding: {type(verifier).__name__} reads across the documents of a packed row, and a verifier "
-            "that is split over processes cannot run them one by one; train with data.packing: false, without "
-            "verifier_sharding, or from states that specforge prepare features has stored"
+            "that is sharded over processes cannot run them one by one; train with data.packing: false, without "
+            "verifier_sharding, or on states stored by specforge prepare features"
         )
 
 
@@ -190,64 +185,61 @@ _packs: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def packs(verifier: PreTrainedModel) -> bool:
-    """Tell whether packed rows run as they are; otherwise each document becomes a row. Found out the first time.
+    """Return whether packed rows run unchanged; otherwise each document becomes a row. Tested once per verifier.
 
-    Rows of a verifier that is split over processes always do: see ``check_documents``.
+    Always True for a sharded verifier, see ``check_documents``.
     """
     if isinstance(decoder_layers(verifier)[0], FSDPModule):
         return True
     if verifier not in _packs:
-        _packs[verifier] = _keeps_apart(verifier)
+        _packs[verifier] = _separates_documents(verifier)
     return _packs[verifier]
 
 
 def assume_packs(verifier: PreTrainedModel) -> None:
-    """Take it that packed rows run as they are, where states have no values that would tell."""
+    """Assume that packed rows run unchanged, for states without values, which cannot be tested."""
     _packs[verifier] = True
 
 
 @torch.no_grad()
-def _keeps_apart(verifier: PreTrainedModel) -> bool:
-    """Tell whether a document of a packed row is independent of the one before it."""
-    # Chunks are counted from where a row begins.
+def _separates_documents(verifier: PreTrainedModel) -> bool:
+    """Return whether a document of a packed row is independent of the one before it."""
+    # Attention chunks are counted from the start of the row.
     if "chunked_attention" in (getattr(verifier.config.get_text_config(), "layer_types", None) or []):
         return False
     vocabulary = verifier.config.get_text_config().vocab_size
     tokens = torch.arange(1, 9).remainder(vocabulary)[None].to(verifier.device)
     others = torch.cat([tokens[:, :4].flip(1), tokens[:, 4:]], dim=1)
     positions = torch.arange(4, device=tokens.device).repeat(2)[None]
-    after, after_others = (_captured(verifier, one, positions, [0]).last[:, 4:] for one in (tokens, others))
+    documents = DocumentLayout.of(document_numbers(positions))
+    after, after_others = (_captured(verifier, one, positions, [0], documents).last[:, 4:] for one in (tokens, others))
     check_finite(after, verifier, name_of(verifier))
     return torch.allclose(after, after_others, atol=1e-2 * float(after.abs().max()), rtol=0)
 
 
-def _has_several(position_ids: Tensor) -> bool:
-    return bool((position_ids.diff(dim=1) != 1).any())
-
-
 def name_of(verifier: PreTrainedModel) -> str:
-    """Return the folder or hub id of a verifier, or of one that was made in memory its class."""
-    return verifier.config._name_or_path or type(verifier).__name__
+    """Return the folder or hub id of a verifier, or its class if it was created in memory."""
+    return verifier.config.name_or_path or type(verifier).__name__
 
 
 def decoder_layers(verifier: PreTrainedModel) -> nn.ModuleList:
     """Return the list of a verifier's decoder layers.
 
     Raises:
-        UsageError: The model keeps no list of that length, so that its features cannot be captured.
+        UsageError: The model has no such list, so its features cannot be captured.
     """
     layers = layers_of(decoder(verifier), verifier.config)
     if layers is None:
         number = verifier.config.get_text_config().num_hidden_layers
         raise UsageError(
-            f"{type(verifier).__name__} keeps no list of its {number} decoder layers; it cannot be a verifier"
+            f"{type(verifier).__name__} has no list of its {number} decoder layers; it cannot be a verifier"
         )
     return layers
 
 
 @contextmanager
 def _recording(layers: nn.ModuleList, wanted: set[int], states: dict[int, Tensor]) -> Iterator[None]:
-    # Hooks are the module's, so they see the passes of other threads too.
+    # Hooks belong to the module, so they also see forward passes of other threads.
     own = get_ident()
 
     def before(layer_id: int) -> Any:

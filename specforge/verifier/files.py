@@ -1,4 +1,4 @@
-"""The files that hold a checkpoint's tensors, of a verifier or of a draft."""
+"""Finding the files with a checkpoint's tensors, for verifiers and drafts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 
 def find_weights(name_or_path: str | os.PathLike[str], **options: Any) -> list[Path]:
-    """Return the files that hold a checkpoint's tensors: safetensors, or else ``.bin``, whole or in shards.
+    """Return the files with a checkpoint's tensors: safetensors, or else ``.bin``, in one file or in shards.
 
     Args:
         name_or_path: Folder or hub id.
         **options: Passed to ``huggingface_hub.hf_hub_download``.
 
     Raises:
-        UsageError: There are none, or a shard is missing; the message is that of the first kind.
+        UsageError: There are none (the message names the safetensors file), or a shard is missing.
     """
     missing = None
     for whole, index in ((WEIGHTS, WEIGHTS_INDEX), (PICKLED, PICKLED_INDEX)):
@@ -41,15 +41,17 @@ def find_weights(name_or_path: str | os.PathLike[str], **options: Any) -> list[P
 
 
 def _shards(index: Path) -> list[str]:
-    """Return the names of the files that an index lists; all are beside it.
+    """Return the names of the files that an index lists; all must be in its folder.
 
     Raises:
-        UsageError: The index is wrong.
+        UsageError: The index is malformed.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UsageError(f"{index} has no weight_map, which says what file each tensor is in")
+        raise UsageError(f"{index} has no weight_map, which maps each tensor to its file")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise UsageError(f"{index}: weight_map.{name} is {shard!r:.80}, and must be the name of a file beside it")
+            raise UsageError(
+                f"{index}: weight_map.{name} is {shard!r:.80}, but must be the name of a file in its folder"
+            )
     return sorted(set(weight_map.values()))

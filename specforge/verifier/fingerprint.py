@@ -1,6 +1,6 @@
-"""Telling verifiers apart by what decides their states: their tensors, and the computation that config.json asks for.
+"""Identifying verifiers by what determines their states: their tensors and the computation that config.json describes.
 
-Names, paths and the split into files do not count. The tokenizer has a digest of its own, see ``specforge.data.rows``.
+Names, paths and the split into files do not count. The tokenizer has a separate digest, see ``specforge.data.rows``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from specforge.errors import UsageError
 from specforge.verifier.files import find_weights
 from specforge.verifier.loading import VerifierLoading, load_config
 
-# A tensor of up to 256 KiB is read whole. Of a larger one, a block of 2 KiB is read in each MiB, and at least 16: about
+# Tensors up to 256 KiB are read whole. Of larger ones, one block of 2 KiB per MiB is read, at least 16 blocks: about
 # 40 MB of 16 GB.
 WHOLE_BYTES = 2**18
 BLOCK_BYTES = 2**11
@@ -38,12 +38,12 @@ _Tensor = tuple[str, list[int], _Bytes]
 def fingerprint(name_or_path: str, loading: VerifierLoading | None = None) -> str:
     """Return a verifier's fingerprint: 16 hexadecimal digits for its tensors, a dash, and 8 for its computation.
 
-    Names, shapes and sizes of all tensors count, and a sample of each that is spread over all of it; a quantised tensor
-    counts as it is stored. Of ``config.json`` all fields count that can change the computation.
+    It covers names, shapes and sizes of all tensors and a sample spread over each; quantised tensors count as stored.
+    Of ``config.json`` it covers all fields that can change the computation.
 
     Args:
         name_or_path: Folder or hub id of the verifier.
-        loading: Its revision, and whether to trust its code; the defaults when None.
+        loading: Its revision, and whether to trust its code. Default: ``VerifierLoading()``.
 
     Raises:
         UsageError: There is no such verifier, it has no weights, or a file is damaged.
@@ -57,35 +57,35 @@ def fingerprint(name_or_path: str, loading: VerifierLoading | None = None) -> st
 
 
 def _computation(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return what a configuration says of the computation, without its family's defaults.
+    """Return the fields of a configuration that affect the computation, without its family's defaults.
 
-    A default counts the same whether it is written out or not: versions of transformers differ in what they write out.
+    A default counts the same whether or not it is written: versions of transformers differ in what they write.
     """
     found: dict[str, Any] = {"model_type": config.model_type}
     for name, value in config.to_dict().items():
         if name in NOT_COMPUTED or name.startswith("_") or value == getattr(type(config), name, None):
             continue
-        # Only parts are looked up: Gemma 4 has no one value of what differs by layer.
+        # Only nested configurations are looked up: Gemma 4 has no single value for what differs by layer.
         part = getattr(config, name, None) if isinstance(value, dict) else None
         found[name] = _computation(part) if isinstance(part, PreTrainedConfig) else value
     return found
 
 
 def _tensors(path: Path) -> Iterator[str]:
-    """Yield name, shape, size and digest of each tensor of a file, of which only samples are read."""
+    """Yield name, shape, size and digest of each tensor of a file; only samples are read."""
     read = _safetensors if path.suffix == ".safetensors" else _pickled
     try:
         for name, shape, content in read(path):
             yield f"{name} {shape} {content.size} {_digest(_sample(content))}"
     except Exception as error:  # damaged files fail in many ways
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UsageError(f"{path} is damaged, or holds something other than tensors by name: {reason}") from None
+        raise UsageError(f"{path} is damaged or does not hold named tensors: {reason}") from None
 
 
 def _safetensors(path: Path) -> Iterator[_Tensor]:
     with path.open("rb") as file:
         mapped = mmap(file.fileno(), 0, prot=PROT_READ)
-    # By default the disk reads around each block, which is all of the file in the end.
+    # By default the kernel reads ahead around each block, which adds up to the whole file.
     mapped.madvise(MADV_RANDOM)
     begin = 8 + int.from_bytes(mapped[:8], "little")
     header, content = json.loads(mapped[8:begin]), np.frombuffer(mapped, np.uint8)[begin:]
@@ -93,8 +93,8 @@ def _safetensors(path: Path) -> Iterator[_Tensor]:
     tensors = [(name, one["shape"], *one["data_offsets"]) for name, one in header.items()]
     for name, _, first, last in tensors:
         if not 0 <= first <= last <= content.size:
-            raise ValueError(f"it ends before its tensor {name}")
-        # Asked for all at once, so that the disk works on many blocks at a time.
+            raise ValueError(f"the file ends before its tensor {name}")
+        # All blocks are requested at once, so that the disk can read many in parallel.
         for offset in _offsets(last - first).tolist():
             page = (begin + first + offset) // PAGESIZE * PAGESIZE
             mapped.madvise(MADV_WILLNEED, page, min(BLOCK_BYTES + PAGESIZE, len(mapped) - page))
@@ -114,9 +114,9 @@ def _sample(content: _Bytes) -> bytes:
 
 
 def _offsets(size: int) -> npt.NDArray[np.int64]:
-    """Return where the blocks begin that are read of a tensor, from its first to its last byte.
+    """Return the offsets of the sampled blocks of a tensor, from its first to its last byte.
 
-    Their distance is no whole number of rows, so that they meet all columns.
+    Their distance is not a multiple of the row size, so that they cover all columns.
     """
     number = max(LEAST_BLOCKS, size // BYTES_PER_BLOCK)
     return np.linspace(0, max(0, size - BLOCK_BYTES), number).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Finding and loading a verifier: its configuration, or all of it, frozen."""
+"""Loading a verifier's configuration, or the whole frozen model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from specforge.config import CONFIG_NAME, find_file, read_json
 from specforge.errors import UsageError
+from specforge.private.transformers import builds
 from specforge.verifier.diagnosis import (
     field_faults,
     reason_of,
@@ -35,9 +36,9 @@ class VerifierLoading:
     """How to load a verifier.
 
     Attributes:
-        dtype: Type of its weights; ``"auto"`` is the stored one, but float32 where there is no accelerator.
+        dtype: Type of its weights; ``"auto"`` is the stored type on an accelerator and float32 otherwise.
         revision: Branch, tag or commit on the hub.
-        trust_remote_code: Run model code that comes with the checkpoint.
+        trust_remote_code: Whether to run model code shipped with the checkpoint.
     """
 
     dtype: VerifierType = "auto"
@@ -45,7 +46,7 @@ class VerifierLoading:
     trust_remote_code: bool = False
 
     def torch_dtype(self, stored: torch.dtype | None) -> torch.dtype:
-        """Return the type to load weights in, given the type that they are stored in."""
+        """Return the type for loading weights, given their stored type."""
         if self.dtype != "auto":
             return cast(torch.dtype, getattr(torch, self.dtype))
         if not torch.accelerator.is_available():
@@ -54,14 +55,14 @@ class VerifierLoading:
 
 
 def load_config(name_or_path: str, loading: VerifierLoading | None = None) -> PreTrainedConfig:
-    """Read a verifier's configuration; no weights are touched.
+    """Read a verifier's configuration without touching its weights.
 
     Args:
         name_or_path: Folder or hub id.
-        loading: Revision and trust; the defaults when None.
+        loading: Revision and trust. Default: ``VerifierLoading()``.
 
     Raises:
-        UsageError: There is no such verifier, a field has a wrong type or value, or it is no language model.
+        UsageError: There is no such verifier, a field has a wrong type or value, or it is not a language model.
     """
     loading = loading or VerifierLoading()
     try:
@@ -75,7 +76,7 @@ def load_config(name_or_path: str, loading: VerifierLoading | None = None) -> Pr
         config = AutoConfig.from_pretrained(
             name_or_path, revision=loading.revision, trust_remote_code=loading.trust_remote_code
         )
-    except Exception as error:  # each family checks its fields in ways of its own
+    except Exception as error:  # each family checks its fields in its own way
         why = reason_of(error) if "auto_map" in values else why_not_read(values, error)
         raise UsageError(f"verifier {path}: {why}") from error
     if auto_class(config) is None and not loading.trust_remote_code:
@@ -88,16 +89,16 @@ def load_config(name_or_path: str, loading: VerifierLoading | None = None) -> Pr
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """Return the class of transformers that builds a verifier: its language model or, if there is none, all of it.
+    """Return the transformers auto class of a verifier: for language models or, failing that, multimodal ones.
 
-    None where the configuration is of no language model.
+    None if the configuration is not of a language model.
     """
     classes = (AutoModelForCausalLM, AutoModelForImageTextToText)
-    return next((one for one in classes if type(config) in one._model_mapping), None)
+    return next((one for one in classes if builds(one, config)), None)
 
 
 def skeleton_of(config: PreTrainedConfig, name_or_path: str, loading: VerifierLoading) -> PreTrainedModel:
-    """Build a verifier without values, in evaluation mode, in the type that its weights are to have.
+    """Build a verifier on the meta device, in evaluation mode and in the type of its loaded weights.
 
     Raises:
         UsageError: No model can be built from the configuration.
@@ -116,8 +117,8 @@ def load_verifier(
 
     Args:
         name_or_path: Folder or hub id.
-        loading: Type, revision and trust; the defaults when None.
-        device: Where each weight goes as it is read; torch's default device when None.
+        loading: Type, revision and trust. Default: ``VerifierLoading()``.
+        device: Device onto which each weight is read. Default: torch's default device.
 
     Raises:
         UsageError: There is no such verifier, or its weights cannot be read or do not fit its configuration.
@@ -136,12 +137,12 @@ def load_verifier(
             )
     except Exception as error:
         skeleton_of(config, name_or_path, loading)
-        if why := _misfit(config, name_or_path, loading):
+        if why := _mismatch(config, name_or_path, loading):
             raise UsageError(f"verifier {name_or_path}/{CONFIG_NAME}: {why}") from error
         raise UsageError(f"verifier {name_or_path} cannot be loaded: {reason_of(error)}") from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
-        why = _misfit(config, name_or_path, loading, report["missing_keys"])
+        why = _mismatch(config, name_or_path, loading, report["missing_keys"])
         because = f"; {CONFIG_NAME}: {why}" if why else ""
         raise UsageError(f"verifier {name_or_path} lacks weights ({len(report['missing_keys'])}): {missing}{because}")
     attend_by_documents(model)
@@ -158,20 +159,20 @@ def _built(config: PreTrainedConfig, loading: VerifierLoading) -> PreTrainedMode
     return model
 
 
-def _misfit(
+def _mismatch(
     config: PreTrainedConfig, name_or_path: str, loading: VerifierLoading, missing: Collection[str] = ()
 ) -> str | None:
-    """Say why weights do not fit a configuration; None where they do, or cannot be told to."""
-    from specforge.verifier.parts import stored_shapes  # which imports this module
+    """Explain why weights do not fit a configuration; None if they fit or it cannot be determined."""
+    from specforge.verifier.parts import stored_shapes  # imports this module
 
     try:
         shapes = stored_shapes(name_or_path, loading.revision)
         return why_not_fitting(config, partial(_built, loading=loading), shapes, missing)
-    except Exception:  # the files are damaged, or of another kind, which loading says itself
+    except Exception:  # damaged files or another format, which loading reports
         return None
 
 
 def running_verifier(name_or_path: str, loading: VerifierLoading | None = None) -> PreTrainedModel:
-    """Load a whole verifier onto the accelerator, or where there is none onto the CPU; see ``load_verifier``."""
+    """Load a whole verifier onto the accelerator if there is one, otherwise the CPU; see ``load_verifier``."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return load_verifier(name_or_path, loading, accelerator)

@@ -1,4 +1,4 @@
-"""What the tensors of a model are called in the files of a checkpoint: transformers renames some as it reads them."""
+"""Names of a model's tensors in checkpoint files: transformers renames some of them on reading."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 
 def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
-    """Map the names of a model's tensors to those in files; tensors that are merged or split on reading are left out.
+    """Map a model's tensor names to the names in files; tensors that are merged or split on reading are left out.
 
     Args:
-        model: The model, with or without values.
+        model: The model, possibly on the meta device.
         stored: All names in the files.
     """
     own = model.state_dict()

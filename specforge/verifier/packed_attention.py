@@ -18,12 +18,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from specforge.documents import DocumentLayout
+from specforge.documents import DocumentAttention, DocumentLayout
+from specforge.private.transformers import attention_of
 
 IMPLEMENTATION = "specforge_documents"
 
 # Of the capture that runs in this thread: others may decode with the same verifier meanwhile.
-_layout: ContextVar[DocumentLayout | None] = ContextVar("layout", default=None)
+_documents: ContextVar[DocumentAttention | None] = ContextVar("documents", default=None)
 
 
 def attend_by_documents(verifier: PreTrainedModel) -> None:
@@ -34,19 +35,19 @@ def attend_by_documents(verifier: PreTrainedModel) -> None:
     """
     config = verifier.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    by_sdpa = verifier._supports_attention_backend and config._attn_implementation == "sdpa"
+    by_sdpa = verifier.is_backend_compatible() and attention_of(config) == "sdpa"
     if by_sdpa and kinds <= {"full_attention", "sliding_attention"}:
         verifier.set_attn_implementation(IMPLEMENTATION)
 
 
 @contextmanager
-def documents_of(position_ids: Tensor) -> Iterator[None]:
-    """Attend within documents in this thread; one begins wherever positions, [B, T], do not go on by 1."""
-    token = _layout.set(DocumentLayout.of(document_numbers(position_ids)))
+def attending_to(documents: DocumentLayout, device: torch.device) -> Iterator[None]:
+    """Attend within documents in this thread, on a device."""
+    token = _documents.set(documents.on(device))
     try:
         yield
     finally:
-        _layout.reset(token)
+        _documents.reset(token)
 
 
 def document_numbers(position_ids: Tensor) -> Tensor:
@@ -64,18 +65,18 @@ def _attention(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    layout = _layout.get()
-    if layout is None:
+    documents = _documents.get()
+    if documents is None:
         found: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **options
         )
         return found
     attend = partial(causal_attention, scale=scaling, window=sliding_window)
-    return layout.attend(attend, query, key, value).transpose(1, 2), None
+    return documents.attend(attend, query, key, value).transpose(1, 2), None
 
 
 def _mask(*arguments: Any, **options: Any) -> Tensor | None:
-    mask: Tensor | None = None if _layout.get() is not None else sdpa_mask(*arguments, **options)
+    mask: Tensor | None = None if _documents.get() is not None else sdpa_mask(*arguments, **options)
     return mask
 
 

@@ -1,7 +1,6 @@
-"""The parts of a verifier that a draft needs beside its features: token embeddings, final norm and head.
+"""The parts of a verifier that a draft needs in addition to its features: token embeddings, final norm and head.
 
-They are taken from a loaded verifier, where they are shared, or read tensor by tensor from its files, without
-building the model.
+They are shared with a loaded verifier, or read tensor by tensor from its files without loading the model.
 """
 
 from __future__ import annotations
@@ -57,11 +56,11 @@ class VerifierParts:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, loading: VerifierLoading | None = None) -> Self:
-        """Read only the parts from a verifier's files; sharded files are opened only where needed.
+        """Read only the parts from a verifier's files; only the shards that hold them are opened.
 
         Args:
             name_or_path: Folder or hub id.
-            loading: Type, revision and trust; the defaults when None.
+            loading: Type, revision and trust. Default: ``VerifierLoading()``.
 
         Raises:
             UsageError: There is no such verifier, or a tensor is missing or cannot be read.
@@ -76,8 +75,8 @@ class VerifierParts:
         stored = stored_names(skeleton, all_names(name_or_path, loading.revision))
         for module in (parts.embed_tokens, parts.norm) if tied else (parts.embed_tokens, parts.norm, parts.lm_head):
             own = [f"{names[module]}.{key}" for key in module.state_dict()]
-            wanted = [stored.get(name, name) for name in own]
-            tensors = read_tensors(name_or_path, wanted, revision=loading.revision)
+            in_files = [stored.get(name, name) for name in own]
+            tensors = read_tensors(name_or_path, in_files, revision=loading.revision)
             state = {name.rpartition(".")[2]: tensor.to(dtype) for name, tensor in tensors.items()}
             _assign(module, names[module], state, name_or_path)
             _restore_constants(module)
@@ -88,22 +87,22 @@ class VerifierParts:
         return parts
 
     def logits(self, last: Tensor) -> Tensor:
-        """Turn states before the final norm into the verifier's logits.
+        """Convert states before the final norm to the verifier's logits.
 
         Args:
             last: Output of the last decoder layer, [..., H].
 
         Returns:
-            Logits [..., V] in the head's type, with the scaling and soft cap of the model family.
+            Logits [..., V] in the head's dtype, with the scaling and soft cap of the model family.
         """
         return self.head(self.norm(last))
 
     def head(self, states: Tensor) -> Tensor:
-        """Turn states after the final norm [..., H] into the verifier's logits [..., V]."""
+        """Convert states after the final norm [..., H] to the verifier's logits [..., V]."""
         return self._scaled(self.lm_head(states))
 
     def finish(self, logits: Tensor) -> Tensor:
-        """Turn products with the head's matrix [..., V] into logits: bias, scaling and soft cap of the family."""
+        """Convert products with the head's matrix [..., V] to logits: add bias, scaling and soft cap of the family."""
         bias = self.lm_head.bias
         return self._scaled(logits if bias is None else logits + bias)
 
@@ -119,13 +118,13 @@ class VerifierParts:
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
-    """Return the module that holds a model's decoder layers and final norm, of several modalities the text's."""
+    """Return the module with a model's decoder layers and final norm; for multimodal models, the text decoder."""
     get_decoder = getattr(model, "get_decoder", None)
     found = get_decoder() if get_decoder is not None else None
     named = found if isinstance(found, nn.Module) else model.base_model
     if layers_of(named, model.config) is not None:
         return named
-    # Some models name another module, or themselves; the layers are beside the embeddings.
+    # Some models name another module, or themselves; the layers are next to the embeddings.
     embeddings = model.get_input_embeddings()
     for module in model.modules():
         if layers_of(module, model.config) is not None and any(child is embeddings for child in module.children()):
@@ -134,42 +133,42 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def layers_of(body: nn.Module, config: PreTrainedConfig) -> nn.ModuleList | None:
-    """Return the list of decoder layers among a module's children: the one with as many as a configuration says."""
+    """Return the child list with ``num_hidden_layers`` modules: the decoder layers; None if there is none."""
     number = config.get_text_config().num_hidden_layers
     lists = (child for child in body.children() if isinstance(child, nn.ModuleList))
     return next((one for one in lists if len(one) == number), None)
 
 
-def read_tensors(name_or_path: str, wanted: Iterable[str], revision: str | None = None) -> dict[str, Tensor]:
+def read_tensors(name_or_path: str, names: Iterable[str], revision: str | None = None) -> dict[str, Tensor]:
     """Read some tensors of a checkpoint by name, from one safetensors file or from shards with an index.
 
     Raises:
         UsageError: The checkpoint has no safetensors, lacks one of the tensors, or a file is damaged.
     """
-    wanted = list(wanted)
+    names = list(names)
     files = files_of(name_or_path, revision)
-    unlisted = [name for name in wanted if files and name not in files]
+    unlisted = [name for name in names if files and name not in files]
     if unlisted:
         raise UsageError(f"{name_or_path}: its {WEIGHTS_INDEX} has no tensor {', '.join(unlisted)}")
     tensors: dict[str, Tensor] = {}
-    for file_name in sorted({files.get(name, WEIGHTS) for name in wanted}):
+    for file_name in sorted({files.get(name, WEIGHTS) for name in names}):
         path = find_file(name_or_path, file_name, revision=revision)
         try:
             with safe_open(path, framework="pt") as file:
                 available = set(file.keys())
-                for name in wanted:
+                for name in names:
                     if name in available:
                         tensors[name] = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{path} is damaged or not a safetensors file: {error}") from None
-    missing = [name for name in wanted if name not in tensors]
+    missing = [name for name in names if name not in tensors]
     if missing:
         raise UsageError(f"{name_or_path} has no tensor {', '.join(missing)}")
     return tensors
 
 
 def stored_shapes(name_or_path: str, revision: str | None = None) -> dict[str, list[int]]:
-    """Return the shapes of all tensors of a checkpoint, by name; all of its files are opened.
+    """Return the shapes of all tensors of a checkpoint by name; this opens all its files.
 
     Raises:
         UsageError: The checkpoint has no safetensors, or a file is damaged.
@@ -189,7 +188,7 @@ def all_names(name_or_path: str, revision: str | None = None) -> list[str]:
     """Return the names of all tensors of a checkpoint.
 
     Raises:
-        UsageError: The checkpoint has no safetensors, or its one file is damaged.
+        UsageError: The checkpoint has no safetensors, or its only file is damaged.
     """
     if files := files_of(name_or_path, revision):
         return list(files)
@@ -197,10 +196,10 @@ def all_names(name_or_path: str, revision: str | None = None) -> list[str]:
 
 
 def files_of(name_or_path: str, revision: str | None) -> dict[str, str]:
-    """Map a checkpoint's tensor names to its shard files; empty when it is one file.
+    """Map a checkpoint's tensor names to its shard files; empty if it is a single file.
 
     Raises:
-        UsageError: There is an index, and it says nothing of files.
+        UsageError: The index has no ``weight_map``.
     """
     folder = Path(name_or_path)
     if folder.is_dir() and (folder / WEIGHTS).is_file():
@@ -211,7 +210,7 @@ def files_of(name_or_path: str, revision: str | None) -> dict[str, str]:
         return {}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise UsageError(f"{index} has no weight_map, which says what file each tensor is in")
+        raise UsageError(f"{index} has no weight_map, which maps each tensor to its file")
     return weight_map
 
 
@@ -219,7 +218,7 @@ def _assign(module: nn.Module, name: str, state: dict[str, Tensor], where: str) 
     for key, own in module.state_dict().items():
         if state[key].shape != own.shape:
             raise UsageError(
-                f"{where}: {name}.{key} is {list(state[key].shape)}, but config.json says {list(own.shape)}"
+                f"{where}: {name}.{key} is {list(state[key].shape)}, but {list(own.shape)} according to config.json"
             )
     module.load_state_dict(state, assign=True)
 
@@ -235,7 +234,7 @@ def _final_norm_name(model: PreTrainedModel) -> str:
 
 
 def _restore_constants(module: nn.Module) -> None:
-    """Give a value to constants that no checkpoint stores and a skeleton on the meta device lacks."""
+    """Set constants that no checkpoint stores and that have no value on the meta device."""
     for name, buffer in list(module.named_buffers(recurse=False)):
         if buffer.is_meta:
             scale = getattr(module, "scalar_embed_scale", None)

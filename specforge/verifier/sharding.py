@@ -1,4 +1,4 @@
-"""A frozen verifier whose decoder layers are split over all processes, for one that does not fit in each."""
+"""A frozen verifier whose decoder layers are sharded over all processes, for verifiers that do not fit in one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
+from specforge.private.torch import map_own
 from specforge.verifier.features import decoder_layers
 from specforge.verifier.loading import VerifierLoading, load_config, load_verifier, skeleton_of
 from specforge.verifier.packed_attention import attend_by_documents
@@ -16,11 +17,11 @@ from specforge.verifier.parts import decoder
 
 
 def load_sharded_verifier(name_or_path: str, loading: VerifierLoading, device: torch.device) -> PreTrainedModel:
-    """Load a verifier, frozen, of whose decoder layers each process keeps a share; all processes call this together.
+    """Load a frozen verifier of whose decoder layers each process keeps a shard; all processes must call this.
 
-    A layer is gathered while it runs, so from then on all processes must run the verifier at the same time. Embeddings,
-    final norm and head stay whole in every process. The first process reads the files and holds all weights in its
-    host's memory for as long as that takes; a device never holds more than one whole layer.
+    A layer is gathered while it runs, so all processes must run the verifier at the same time. Embeddings, final norm
+    and head are replicated. While loading, the first process reads the files and holds all weights in host memory; a
+    device never holds more than one whole layer.
 
     Args:
         name_or_path: Folder or hub id.
@@ -45,7 +46,7 @@ def load_sharded_verifier(name_or_path: str, loading: VerifierLoading, device: t
     model.tie_weights()
     body = decoder(model)
     whole = {one for module in body.modules() if module not in inside for one in module.parameters(recurse=False)}
-    # The layers share the streams of their root, so that one is gathered while the one before it runs.
+    # The layers share the streams of their root, so that one is gathered while the previous one runs.
     fully_shard(body, mesh=mesh, ignored_params=whole)
     return model.requires_grad_(False)
 
@@ -57,9 +58,7 @@ def _skeleton(name_or_path: str, loading: VerifierLoading) -> PreTrainedModel:
 
 
 def _receive(module: nn.Module, device: torch.device) -> None:
-    """Copy a module's own tensors from the first process to the others."""
-    module._apply(
-        lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device), recurse=False
-    )
+    """Copy a module's own tensors from the first process to all others."""
+    map_own(module, lambda one: torch.empty_like(one, device=device) if one.is_meta else one.to(device))
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         torch.distributed.broadcast(tensor.data, src=0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import waits
 from pretended import DEVICE, install, pretended
 from quickstart_runs import VERIFIER, Workshop
 from small_models import CONFIGS, random_draft, random_model
@@ -116,6 +117,30 @@ def test_prepared_features_are_the_same_and_are_trained_on(workshop: Workshop) -
     on_cpu, there = on_both(run)
     expected = scalars(on_cpu, "train/loss")
     assert scalars(there, "train/loss") == [(step, pytest.approx(value, rel=1e-3)) for step, value in expected]
+
+
+# How often the host may wait for the device in a step that logs nothing to a file, by kind and features.
+# Values: two of the progress bar, which Lightning reads twice, and one that tells whether the loss is finite. Live,
+# transformers looks for packed rows. The learning rate is copied to the device to be logged.
+WAITS = {"live": {waits.VALUE: 6, waits.TO_DEVICE: 1}, "stored": {waits.VALUE: 5, waits.TO_DEVICE: 1}}
+
+
+@pytest.mark.parametrize("features", WAITS)
+@pytest.mark.parametrize("name", ["eagle3", "hass"])
+def test_a_training_step_hardly_waits_for_the_device(name: str, features: str, workshop: Workshop) -> None:
+    workshop.values |= FIT[name][0]
+    counted = {"class_path": "waits.CountedStep", "init_args": {"step": 3}}
+    workshop.values["trainer"] |= {"max_steps": 3, "log_every_n_steps": 50, "val_check_interval": 8}
+    workshop.values["trainer"] |= {"callbacks": [counted], "gradient_clip_val": 1.0}
+    words = workshop.words("there", f"--trainer.accelerator={DEVICE.type}", *FIT[name][1])
+    with pretended():
+        if features == "stored":
+            store = str(workshop.folder / "features")
+            assert main(["prepare", "features", *workshop.words("there"), "--output", store, "--dtype=float32"]) == 0
+            words.append(f"--data.features={store}")
+        assert main(["fit", *words]) == 0
+    over = {kind: times for kind, times in waits.by_kind().items() if times > WAITS[features].get(kind, 0)}
+    assert waits.found and not over, f"a step waits more often than it may:\n{waits.calls()}"
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ HERE = Path(__file__).parent
 )
 def test_commands_and_drafts_on_an_accelerator(tmp_path: Path) -> None:
     folders = [HERE, HERE.parent / "support", HERE.parent / "end_to_end", HERE.parent / "decoding"]
+    paths = filter(None, [os.environ.get("PYTHONPATH")])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", str(HERE / "on_accelerator.py"), f"--basetemp={tmp_path / 'inside'}"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, folders), *paths]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,

@@ -82,9 +82,10 @@ def register(package: Path) -> None:
     (folder / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
 
-def test_a_new_plugin_passes_its_own_tests(tmp_path, capsys):
+@pytest.mark.parametrize("options", [[], ["--minimal"]])
+def test_a_new_plugin_passes_its_own_tests(tmp_path, capsys, options):
     package = tmp_path / "mine"
-    assert main(["plugins", "new", "my_heads", "--output", str(package)]) == 0
+    assert main(["plugins", "new", "my_heads", "--output", str(package), *options]) == 0
     assert f"pytest {package}" in capsys.readouterr().out
     register(package)
     path = os.pathsep.join([str(package), *sys.path])
@@ -93,10 +94,37 @@ def test_a_new_plugin_passes_its_own_tests(tmp_path, capsys):
     assert ran.returncode == 0 and "passed" in ran.stdout, ran.stdout + ran.stderr
 
 
-def test_a_new_plugin_has_its_name_everywhere(tmp_path):
+def test_a_drafter_that_is_one_off_is_found_by_check(tmp_path):
     package = tmp_path / "mine"
     assert main(["plugins", "new", "my_heads", "--output", str(package)]) == 0
-    template = Path(plugin_start.TEMPLATE)
+    register(package)
+    drafter = package / "specforge_my_heads" / "drafter.py"
+    source = drafter.read_text()
+    assert "counts - 1" in source
+    drafter.write_text(source.replace("counts - 1", "counts - 2"))
+    path = os.pathsep.join([str(package), *sys.path])
+    words = [sys.executable, "-m", "specforge", "plugins", "check", "my_heads", "--", "--model.heads", "2"]
+    ran = subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert ran.returncode == 1
+    shown = ran.stdout.splitlines()
+    [fault] = [number for number, line in enumerate(shown) if line.startswith("FAULT")]
+    assert "the drafter agrees with unroll" in shown[fault] and "draft step 0: logits are" in shown[fault + 1]
+    # The text is the verifier's own whatever a draft proposes.
+    found = [line.split(":")[0] for line in shown if "the text is the verifier's own" in line]
+    assert {"ok     greedy", "ok     dynamic_tree", "ok     my_heads_tree"} <= set(found)
+    assert "1 of the checks above" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_check_refuses_what_cannot_be_tried(capsys):
+    assert main(["plugins", "check", "nosuch"]) == 2
+    assert "no installed plugin provides the algorithm 'nosuch'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("template", "options"), [("whole", []), ("minimal", ["--minimal"])])
+def test_a_new_plugin_has_its_name_everywhere(tmp_path, template, options):
+    package = tmp_path / "mine"
+    assert main(["plugins", "new", "my_heads", "--output", str(package), *options]) == 0
+    template = plugin_start.TEMPLATES / template
     word = tomllib.loads((template / "pyproject.toml").read_text())["project"]["name"].removeprefix("specforge-")
     files = [path for path in package.rglob("*") if path.is_file()]
     assert {"__init__.py", "model.py", "test_my_heads.py", "pyproject.toml"} <= {path.name for path in files}

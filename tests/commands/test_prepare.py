@@ -146,7 +146,7 @@ def test_wrong_flags_are_named(words, tmp_path, capsys, changed, message):
         ('{"question": "x"}\n', "broken.jsonl:1: "),
         ('{"messages": [{"role": "user", "content": 5}]}\n', "broken.jsonl:1: "),
         ('{"messages": [{"role": "user", "content": "only asked"}]}\n', "broken.jsonl:1: a row without a usable turn"),
-        ('{"input_ids": [1, 2], "loss_mask": [0, 0]}\n', "no supervised token in the whole set"),
+        ('{"input_ids": [1, 2], "loss_mask": [0, 0]}\n', "no token is supervised"),
     ],
 )
 @pytest.mark.parametrize("show", ["0", "3"])

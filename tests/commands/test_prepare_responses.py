@@ -103,7 +103,7 @@ class TestInProcess:
         assert in_process(chats, tmp_path / "out") == 0
         assert capsys.readouterr().out == first
         assert in_process(chats, tmp_path / "out", "--temperature", 0.5) == 2
-        assert "temperature (0.0 there, 0.5 now)" in capsys.readouterr().err
+        assert "temperature (0.0 stored, 0.5 now)" in capsys.readouterr().err
 
     def test_a_prompt_that_is_too_long_is_rejected(self, write_rows, tmp_path, capsys):
         source = write_rows("chats.jsonl", [{"prompt": "What now? " * 300}, {"prompt": QUESTIONS[0]}])
@@ -115,7 +115,7 @@ class TestInProcess:
         stranger = "specforge.commands.prepare.in_process.InProcessAnswerer._reply"
 
         def noise(self: Any, asked: Any, turn: int) -> Any:
-            from specforge.engines.asking import Reply
+            from specforge.engines.generation import Reply
 
             generator = torch.Generator().manual_seed(turn)
             for prompt, tokens in asked:
@@ -138,7 +138,7 @@ class TestInProcess:
                 "template_arguments.enable_thinking: the chat template of",
             ),
             (["nowhere.jsonl", "--output", "out", "--verifier", VERIFIER], "nowhere.jsonl does not exist"),
-            ([VALIDATION, "--output", "out.jsonl", "--verifier", VERIFIER], "is no name for a folder"),
+            ([VALIDATION, "--output", "out.jsonl", "--verifier", VERIFIER], "is not a folder name"),
             ([VALIDATION, "--output", "out", "--verifier", VERIFIER, "--top_p", "2"], "top_p"),
             ([VALIDATION, "--output", "out", "--verifier", "no/where"], "no/where"),
         ],

@@ -303,6 +303,34 @@ def specforge_commands():
         assert section(toys.run("plugins").stdout, "toy  (toy-package 0.1)") == ["contributes nothing yet"]
 
 
+def test_an_algorithm_whose_configuration_has_another_name_is_refused(toys):
+    source = """
+from specforge.hookspecs import Algorithm, hookimpl
+
+@hookimpl
+def specforge_algorithms():
+    return [Algorithm("toyalgo", "a toy", "toy_heavy:ToyConfig", "toy_heavy:ToyDraft", "toy_heavy:M", "toy_heavy:D")]
+"""
+    toys.install("toy-package", source)
+    toys.write(
+        "toy_heavy.py",
+        """
+from typing import ClassVar
+from specforge.config import SpeculatorModelConfig
+
+class ToyConfig(SpeculatorModelConfig):
+    model_type_name: ClassVar[str] = "toy"
+
+class ToyDraft: ...
+class M: ...
+class D: ...
+""",
+    )
+    done = toys.run("fit", "--algorithm", "toyalgo")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "'toyalgo' is inconsistent: model_type_name of toy_heavy:ToyConfig is 'toy'" in done.stderr
+
+
 def test_a_plugin_adds_a_family_of_draft_layers(toys):
     toys.install(
         "toy-package",

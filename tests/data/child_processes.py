@@ -1,4 +1,4 @@
-"""Work in processes of its own that a test may kill, and what is left behind."""
+"""Child processes that a test may kill, and the files that they leave."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """Do something in a process of its own; return its id."""
+    """Start work in a child process; return its id."""
     child = os.fork()
     if child == 0:
         status = 1

@@ -45,7 +45,7 @@ def train_tokenizer(trim_offsets: bool) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def make_verifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Write a folder with config.json and, unless told otherwise, a tokenizer; return the folder."""
+    """Write a folder with config.json and, by default, a tokenizer; return the folder."""
 
     def make(template: str | None = CHATML, trim_offsets: bool = False, tokenizer: bool = True) -> Path:
         folder = tmp_path_factory.mktemp("verifier")
@@ -70,7 +70,7 @@ def verifier(make_verifier: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def load_tokenizer(make_verifier: Callable[..., Path]) -> Callable[..., PreTrainedTokenizerBase]:
-    """Return a tokenizer with a chat template, as it comes back from a folder."""
+    """Return a tokenizer with a chat template, loaded from a folder."""
     return lambda *arguments, **options: AutoTokenizer.from_pretrained(make_verifier(*arguments, **options))
 
 

@@ -39,12 +39,12 @@ def ready(verifier: Path, train: str, **options: Any) -> DraftDataModule:
 
 
 def documents(batches: Any) -> list[tuple[int, ...]]:
-    """Return the ids of each document of the batches that supervises something."""
+    """Return the token ids of each document in the batches that has supervised tokens."""
     found = []
     for batch in batches:
         for ids, mask, numbers in zip(batch["input_ids"], batch["loss_mask"], batch["document_ids"], strict=True):
             chosen = [numbers == number for number in range(int(numbers.max()) + 1)]
-            found += [tuple(ids[where].tolist()) for where in chosen if mask[where].any()]
+            found += [tuple(ids[own].tolist()) for own in chosen if mask[own].any()]
     return found
 
 
@@ -62,7 +62,7 @@ def test_batches_hold_every_document_once(verifier: Path, train: str) -> None:
     assert batch["input_ids"].shape[1] <= 128
 
 
-def test_what_is_held_out_follows_the_seed(verifier: Path, train: str) -> None:
+def test_the_held_out_rows_depend_on_the_seed(verifier: Path, train: str) -> None:
     held_out = [documents(ready(verifier, train, seed=seed).val_dataloader()) for seed in (1, 1, 2)]
     assert held_out[0] == held_out[1] != held_out[2]
 
@@ -117,7 +117,7 @@ def test_vocabulary_counts_are_over_the_training_rows(verifier: Path, train: str
     assert expected.sum() > 0
 
 
-def test_the_summary_tells_what_became_of_the_rows(verifier: Path, write_lines: Write) -> None:
+def test_the_summary_counts_kept_truncated_and_dropped_rows(verifier: Path, write_lines: Write) -> None:
     rows = [{"input_ids": [1] * length, "loss_mask": [0] * (length - 1) + [1]} for length in (4, 4, 9)]
     source = write_lines([*rows, {"input_ids": [1] * 12, "loss_mask": [0] * 4 + [1] * 8}])
     text = ready(verifier, source, max_length=8, validation_share=0).summary_text()
@@ -125,13 +125,13 @@ def test_the_summary_tells_what_became_of_the_rows(verifier: Path, write_lines: 
     assert f"of {source}: 1 truncated to 8 tokens; dropped: 1 no supervised token within max_length" in text
 
 
-def test_rows_of_tokens_need_no_tokenizer(make_verifier: Callable[..., Path], write_lines: Write) -> None:
+def test_token_rows_need_no_tokenizer(make_verifier: Callable[..., Path], write_lines: Write) -> None:
     rows = [{"input_ids": [1, 2, 3], "loss_mask": [0, 0, 1]}, {"input_ids": [4, 5], "loss_mask": [0, 1]}]
     module = ready(make_verifier(tokenizer=False), write_lines(rows), validation_share=0)
     assert sorted(documents(module.train_dataloader())) == [(1, 2, 3), (4, 5)]
 
 
-def test_a_verifier_that_cannot_be_loaded_is_one_line(
+def test_a_verifier_that_cannot_be_loaded_gives_a_one_line_error(
     make_verifier: Callable[..., Path], tmp_path: Path, train: str
 ) -> None:
     for verifier, part in ((make_verifier(tokenizer=False), "tokenizer"), (tmp_path, "config.json")):
@@ -166,7 +166,7 @@ def test_values_out_of_range_are_refused_while_parsing(
 
 
 class Recorder(pl.LightningModule):
-    """Notes the batches that it is trained on."""
+    """Records the batches that it is trained on."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ def loader(number: int = 11, workers: int = 0, batch_size: int = 2, seed: int = 
     return ResumableLoader(items, batch_size=batch_size, sampler=sampler, num_workers=workers)
 
 
-def stand(epoch: int, items: int, stride: int, of: int, seed: int = 3) -> dict[str, int]:
+def loader_state(epoch: int, items: int, stride: int, of: int, seed: int = 3) -> dict[str, int]:
     return {"epoch": epoch, "items": items, "stride": stride, "of": of, "seed": seed}
 
 
@@ -41,7 +41,7 @@ def indices(batches: Any) -> list[list[int]]:
 
 
 @given(number=st.integers(1, 30), world_size=st.integers(1, 7), epoch=st.integers(0, 3))
-def test_ranks_train_on_every_item_and_equally_long(number: int, world_size: int, epoch: int) -> None:
+def test_ranks_train_on_every_item_and_have_equal_lengths(number: int, world_size: int, epoch: int) -> None:
     seen = []
     for rank in range(world_size):
         sampler = PackedSampler(Numbers(number), shuffle=True, seed=3, rank=rank, world_size=world_size)
@@ -78,13 +78,13 @@ def test_a_resumed_epoch_equals_the_rest_of_an_uninterrupted_one(workers: int) -
     whole, stopped, resumed = loader(), loader(workers=workers), loader(workers=workers)
     for each in (whole, stopped):
         each.sampler.set_epoch(1)
-    begun = indices(islice(stopped, 2))
+    first = indices(islice(stopped, 2))
     state = stopped.state_dict()
-    assert state == stand(1, 4, 2, of=11)
+    assert state == loader_state(1, 4, 2, of=11)
     resumed.load_state_dict(state)
     rest = indices(resumed)
-    assert begun + rest == indices(whole)
-    assert resumed.state_dict() == stand(1, 11, 2, of=11)
+    assert first + rest == indices(whole)
+    assert resumed.state_dict() == loader_state(1, 11, 2, of=11)
     assert len(resumed) == 6
     for each in (whole, resumed):
         each.sampler.set_epoch(2)
@@ -92,9 +92,9 @@ def test_a_resumed_epoch_equals_the_rest_of_an_uninterrupted_one(workers: int) -
 
 
 @given(batches=st.integers(0, 6))
-def test_any_place_of_an_epoch_can_be_resumed_and_only_what_is_left_is_read(batches: int) -> None:
+def test_an_epoch_can_be_resumed_after_any_batch(batches: int) -> None:
     resumed = loader(rank=1, world_size=2, number=24)
-    resumed.load_state_dict(stand(4, 4 * batches, 4, of=24))
+    resumed.load_state_dict(loader_state(4, 4 * batches, 4, of=24))
     whole = loader(rank=1, world_size=2, number=24)
     whole.sampler.set_epoch(4)
     assert indices(resumed) == indices(whole)[batches:]
@@ -115,7 +115,7 @@ def test_the_state_of_a_finished_epoch_starts_the_next_from_its_beginning() -> N
     other=st.sampled_from([(1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1)]),
     data=st.data(),
 )
-def test_another_number_of_ranks_takes_what_is_left(
+def test_another_number_of_ranks_resumes_with_the_remaining_items(
     number: int, ranks: tuple[int, int], other: tuple[int, int], data: st.DataObject
 ) -> None:
     batches = data.draw(st.integers(0, math.ceil(number / 4)))
@@ -134,7 +134,7 @@ def test_another_number_of_ranks_takes_what_is_left(
         rest = indices(resumed)
         seen += [one for batch in rest for one in batch]
         assert resumed.batches_before(states[0]) + len(rest) == len(resumed)
-    # What fills up the last batches of the ranks, at most one item each, comes twice.
+    # The items that fill the last batches, at most one per rank, come twice.
     assert set(seen) == set(range(number)) and len(seen) < number + ranks[0] + other[0]
     if number % 4 == 0:
         assert sorted(seen) == list(range(number))
@@ -143,18 +143,18 @@ def test_another_number_of_ranks_takes_what_is_left(
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (stand(1, 4, 2, of=12), "stands after 4 of 12 .* there are 11 now"),
-        (stand(1, 4, 2, of=11, seed=4), "the order of data.seed 4; .* data.seed is 3"),
-        (stand(1, 3, 3, of=11), "stands after 3 of 11 .* which batches of 2 .* do not reach"),
+        (loader_state(1, 4, 2, of=12), "written after 4 of 12 .* now there are 11"),
+        (loader_state(1, 4, 2, of=11, seed=4), "the order of data.seed 4; .* data.seed is 3"),
+        (loader_state(1, 3, 3, of=11), "written after 3 of 11 .* not a multiple of 2 rows"),
     ],
 )
-def test_a_place_that_is_none_is_refused(state: dict[str, int], message: str) -> None:
+def test_a_state_that_does_not_fit_is_refused(state: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         loader().load_state_dict(state)
 
 
-def test_after_a_whole_epoch_anything_may_follow() -> None:
+def test_after_a_whole_epoch_any_settings_are_accepted() -> None:
     resumed = loader(batch_size=3, seed=9)
-    resumed.load_state_dict(stand(1, 24, 2, of=24))
+    resumed.load_state_dict(loader_state(1, 24, 2, of=24))
     resumed.sampler.set_epoch(2)
     assert sorted(one for batch in indices(resumed) for one in batch) == list(range(11))

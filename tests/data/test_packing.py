@@ -19,7 +19,7 @@ LENGTHS = (3, 5, 1, 4)
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> TokenRows:
-    """Rows of LENGTHS tokens; row n holds the ids 10n + 1, ... and supervises the third on, or its only one."""
+    """Rows of LENGTHS tokens; row n holds the ids 10n + 1, ..., supervised from the third on (or the only one)."""
     folder = tmp_path_factory.mktemp("rows")
     lines = [
         f'{{"input_ids": {[10 * row + token for token in range(1, length + 1)]}, '
@@ -37,7 +37,7 @@ def test_each_document_is_in_one_bin_and_no_bin_overflows(lengths: list[int], ca
     assert sorted(document for chosen in bins for document in chosen) == list(range(len(lengths)))
     loads = sorted(sum(lengths[document] for document in chosen) for chosen in bins)
     assert not loads or loads[-1] <= capacity
-    # Two rows that would fit into one were never both begun.
+    # No two rows would fit into one.
     assert len(loads) < 2 or loads[0] + loads[1] > capacity
 
 
@@ -53,7 +53,7 @@ def test_packing_equals_plain_best_fit_decreasing(lengths: list[int]) -> None:
     assert sorted(sum(lengths[document] for document in chosen) for chosen in bins) == sorted(loads)
 
 
-def test_packing_is_deterministic_and_refuses_what_cannot_fit() -> None:
+def test_packing_is_deterministic_and_refuses_documents_that_do_not_fit() -> None:
     lengths = np.random.default_rng(0).integers(1, 100, 5000)
     assert pack(lengths, 128) == pack(lengths.copy(), 128)
     with pytest.raises(ValueError, match="a document of 9 tokens does not fit into a row of 8"):
@@ -69,12 +69,12 @@ def test_documents_keep_their_tokens_and_positions_restart(rows: TokenRows, bins
         parts = [rows[document] for document in documents]
         for key in ("input_ids", "loss_mask"):
             assert torch.equal(item[key], torch.cat([part[key] for part in parts]))
-        expected = [(number, place) for number, row in enumerate(documents) for place in range(LENGTHS[row])]
+        expected = [(number, position) for number, row in enumerate(documents) for position in range(LENGTHS[row])]
         assert list(zip(item["document_ids"].tolist(), item["position_ids"].tolist(), strict=True)) == expected
         assert item["document_ids"].dtype == item["position_ids"].dtype == torch.int64
 
 
-def test_a_negative_index_supervises_nothing(rows: TokenRows) -> None:
+def test_an_item_of_a_negative_index_has_no_supervision(rows: TokenRows) -> None:
     packed = PackedRows(rows, [[0], [1, 2]])
     filler, real = packed[-2], packed[1]
     assert real["loss_mask"].any()
@@ -93,5 +93,5 @@ def test_batches_are_padded_on_the_right(rows: TokenRows) -> None:
     }
 
 
-def test_the_fill_share_counts_documents_against_full_rows(rows: TokenRows) -> None:
+def test_the_fill_share_is_relative_to_full_rows(rows: TokenRows) -> None:
     assert PackedRows(rows, pack(rows.lengths, 8)).fill_share(8) == pytest.approx(13 / 16)

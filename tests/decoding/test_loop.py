@@ -251,6 +251,18 @@ def test_times_are_accounted(verifier: PreTrainedModel, oracle: Oracle, prompts:
     assert alone.times.rounds == 9 and alone.times.verifier > 0
 
 
+@pytest.mark.parametrize("timed", [False, True])
+def test_the_device_is_waited_for_only_if_times_are_wanted(
+    timed: bool, verifier: PreTrainedModel, oracle: Oracle, prompts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waits.append(1))
+    decoder = Decoder(verifier, oracle, GREEDY_CHAIN, timed=timed)
+    assert emissions(decoder, prompts[2:3], 10) and decoder.times.total > 0
+    assert bool(waits) == timed
+
+
 def test_the_consumers_time_is_not_counted(
     verifier: PreTrainedModel, oracle: Oracle, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,7 +273,7 @@ def test_the_consumers_time_is_not_counted(
         clock += 1
         return float(clock)
 
-    monkeypatch.setattr(loop, "_now", now)
+    monkeypatch.setattr(loop.time, "perf_counter", now)
     decoder = Decoder(verifier, oracle, GREEDY_CHAIN)
     for _ in decoder.decode([torch.tensor(prompts[2])], 10):
         clock += 1000
@@ -289,7 +301,7 @@ def test_the_times_of_the_parts_add_up_to_at_most_the_total(
         def drafter(self, batch_size: int) -> OracleDrafter:
             return SlowDrafter(self, batch_size)
 
-    monkeypatch.setattr(loop, "_now", now)
+    monkeypatch.setattr(loop.time, "perf_counter", now)
     slow = Slow([[*prompts[5], *full_answer("llama", prompts[5])]], VOCABULARY)
     decoder = Decoder(verifier, slow, GREEDY_CHAIN)
     emissions(decoder, prompts[5:6], 6)

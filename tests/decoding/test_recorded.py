@@ -160,4 +160,4 @@ def test_a_draft_that_cannot_step_is_rejected():
     with pytest.raises(UsageError, match="cannot draft step by step"):
         draft.drafter(1)
     with pytest.raises(UsageError, match="cannot be replayed"):
-        draft.unroll(torch.zeros(1, 2), None, None, None, 1)
+        draft.unroll(*[torch.zeros(1, 2, dtype=torch.int64)] * 4, 1)

@@ -55,6 +55,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
     assert main(made.words("muon-one", "eagle3", few, muon)) == 0
     assert main(made.words("by-value-one", "eagle3", few, by_value)) == 0
     assert main(made.words("by-ten-one", "eagle3", few, *by_ten)) == 0
+    # Steps that log nothing to a file.
+    _, counted = task(made, "counted", "eagle3", "ddp", "--trainer.max_steps=6", *KL, "--trainer.log_every_n_steps=50")
     by_srun(
         2,
         [
@@ -66,6 +68,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
             task(made, "by-value-fsdp2", "eagle3", "fsdp2", few, by_value),
             task(made, "half-fsdp2", "eagle3", "fsdp2", half),
             task(made, "resumed-by-fsdp2", "eagle3", "fsdp2", f"--ckpt_path={made.last('half-one')}"),
+            ("run_with_one_reduction", counted),
             ("captures_the_same", {name: str(one.folder) for name, one in tiny_verifiers.items()}),
         ],
     )

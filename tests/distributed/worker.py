@@ -4,23 +4,65 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed
 from torch.distributed.tensor import DTensor
 
 from specforge.__main__ import main
+from specforge.training.module import DraftModule
 from specforge.verifier.features import capture, check_logits, decoder_layers
 from specforge.verifier.loading import VerifierLoading, load_verifier
 from specforge.verifier.parts import VerifierParts
 from specforge.verifier.sharding import load_sharded_verifier
+
+# What waits for the other processes, unless it is asynchronous.
+COLLECTIVES = (
+    *("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "barrier"),
+    *("all_gather_object", "broadcast_object_list", "gather_object"),
+)
 
 
 def run(words: list[str]) -> None:
     """Run a command of specforge."""
     status = main(words)
     assert status == 0, f"specforge {' '.join(words)} ended with {status}"
+
+
+def run_with_one_reduction(words: list[str]) -> None:
+    """Run a command, and make sure that no step waits for the other processes twice, beside the gradients' reduction.
+
+    Gradients are reduced by torch below Python. The first step prepares, and the last one saves.
+    """
+    calls: list[list[str]] = []
+    step, patched = DraftModule.training_step, {}
+
+    def training_step(self: DraftModule, batch: Any, batch_idx: int) -> Any:
+        calls.append([])
+        return step(self, batch, batch_idx)
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if calls and not options.get("async_op"):
+                calls[-1].append("".join(traceback.format_stack(limit=4)[:-1]))
+            return patched[name](*arguments, **options)
+
+        return call
+
+    DraftModule.training_step = training_step  # type: ignore[method-assign]
+    for name in COLLECTIVES:
+        patched[name] = getattr(torch.distributed, name)
+        setattr(torch.distributed, name, counted(name))
+    run(words)
+    DraftModule.training_step = step  # type: ignore[method-assign]
+    for name, original in patched.items():
+        setattr(torch.distributed, name, original)
+    for waits in calls[1:-1]:
+        assert len(waits) == 1, "\n".join(waits) or "nothing is counted"
+    assert len(calls) > 3
 
 
 def captures_the_same(verifiers: Mapping[str, str]) -> None:
@@ -46,7 +88,11 @@ def captures_the_same(verifiers: Mapping[str, str]) -> None:
                 assert parameter.to_local().numel() <= -(-parameter.shape[0] // processes) * parameter[0].numel(), name
 
 
+TASKS: dict[str, Callable[[Any], None]] = {
+    one.__name__: one for one in (run, run_with_one_reduction, captures_the_same)
+}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name, argument in json.loads(sys.argv[1]):
-        {"run": run, "captures_the_same": captures_the_same}[name](argument)
+        TASKS[name](argument)

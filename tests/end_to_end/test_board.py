@@ -116,7 +116,7 @@ class TestSamples:
         """Each text is decoded again by the draft that the run wrote, and has to be marked in the same way."""
         model = {**MODELS[algorithm], "optimizer": {"name": "muon", "lr": 2e-2}}
         workshop.values |= {"algorithm": algorithm, "model": model}
-        run = fit("runs", "--trainer.max_steps=12", *ONE_VALIDATION)
+        run = fit("runs", "--trainer.max_steps=12", "--callbacks.samples.texts=3", *ONE_VALIDATION)
         draft = SpeculatorModel.from_pretrained(run / "draft", verifier=str(VERIFIER))
         steps = sum(tag.startswith("val/accept_rate_pos_") for tag in events_of(run).Tags()["scalars"])
         proposer = GreedyProposer(GreedyTokenProposalConfig(speculative_tokens=steps), Sampling(), RandomSource())
@@ -130,7 +130,7 @@ class TestSamples:
             prompt = row["input_ids"][max(0, begin - PROMPT_TOKENS) : begin]
             accepted = [number for _, number in rounds]
             expected.append(to_markdown(Sample(prompt, row["input_ids"][begin:], accepted, steps), tokenizer))
-        found = [texts(events_of(run), f"val/sample_{number}") for number in range(SAMPLES)]
+        found = [texts(events_of(run), f"val/sample_{number}") for number in range(3)]
         assert all(list(one) == [12] and one[12] in expected for one in found)
         assert found[0] != found[1]
         assert "<strong>" in "".join(expected)  # otherwise nothing has been learnt, and nothing is tested

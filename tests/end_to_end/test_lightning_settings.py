@@ -144,4 +144,4 @@ class TestEnds:
         status, shown = ended(cut, *more, "--trainer.max_steps=70")
         # The file's name is told unless the cut falls between the look at its size and the read.
         assert status == 1
-        assert "rows.arrow was cut while it was in use" in shown or "ended by a bus error: a file of rows" in shown
+        assert "rows.arrow was truncated while in use" in shown or "ended by a bus error: a file of rows" in shown

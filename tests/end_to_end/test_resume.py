@@ -440,7 +440,7 @@ class TestDamagedCheckpoints:
         interrupt(workshop)
         for words in (["--data.seed=7"], ["--data.max_length=128"], ["--data.batch_size=5"]):
             assert main(["fit", *workshop.words("runs", "--ckpt_path=last", *words)]) == 2
-            assert "stands after 6 of 16 (packed) rows" in capfd.readouterr().err
+            assert "was written after 6 of 16 (packed) rows" in capfd.readouterr().err
 
     @pytest.mark.parametrize("command", ["fit", "validate"])
     @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])

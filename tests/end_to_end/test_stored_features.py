@@ -24,6 +24,11 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "algorithm": "eagle",
         "model": {"alignment_steps": 3, "objective": {"cross_entropy": 0.1, "top_k": 1.0}, "schedule": {"warmup": 1}},
     },
+    # It reads the layers that the stores hold, which were prepared for the first of these.
+    "dspark": {
+        "algorithm": "dspark",
+        "model": {"draft": {"num_layers": 1, "aux_layers": [2, 4, 5], "mask_token_id": 0}},
+    },
     "mlp": {"algorithm": "mlp", "model": {"draft": {"num_layers": 2, "intermediate_size": 48}}},
     "mlp, soft": {
         "algorithm": "mlp",
@@ -157,12 +162,12 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["--model.draft.aux_layers=[1,2,3]"], "holds the layers [2, 4, 5, 8], but [1, 2, 3, 8] are read"),
+            (["--model.draft.aux_layers=[1,2,3]"], "lacks layers [1, 3] (it has [2, 4, 5, 8])"),
             (
                 ["--data.max_length=64"],
                 "lacks 27 of the 30 rows of data.train; prepare features with the same sources and data.max_length",
             ),
-            (["--data.features=nowhere"], "data.features: nowhere is no store of features"),
+            (["--data.features=nowhere"], "data.features: nowhere is not a feature store"),
         ],
     )
     def test_a_store_that_does_not_fit_is_refused(self, shared, stores, capfd, words, message):
@@ -185,7 +190,7 @@ class TestRefusals:
         changed = [{**one, "input_ids": [*one["input_ids"][:-1], 7]} for one in rows("validation.jsonl", 8)]
         write_rows(Path(workshop.values["data"]["validation"]), changed)
         fit("runs", STEPS, VALIDATE, f"--data.features={stores['float32']}")
-        assert "8 of the 8 rows of validation are not there: the verifier runs on them" in capfd.readouterr().out
+        assert "8 of the 8 validation rows are missing: the verifier runs on them" in capfd.readouterr().out
         assert len(captured) == 2
 
 
@@ -239,7 +244,7 @@ class TestCommand:
             ([], "output: is required"),
             (["--output=out"], "no algorithm is chosen"),
             (["nowhere.jsonl", "--output=out"], "sources: nowhere.jsonl does not exist"),
-            (["--output=out", "--verify"], "out is no store of features"),
+            (["--output=out", "--verify"], "out is not a feature store"),
             (["--output=out", "--dtype=int4"], "--dtype: invalid choice: 'int4'"),
             (["--output=out", "--batch_tokens=0"], "must be a number of at least 1, got '0'"),
             (["--output=out", "--algorithm=eagle3", "--modell.x=1"], "unknown key 'modell.x'. Did you mean 'model'?"),

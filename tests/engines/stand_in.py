@@ -1,4 +1,4 @@
-"""An engine that stands in for a real one, to have the faults that a real one has seldom: on loopback, no model."""
+"""A stand-in engine without a model, on loopback, with faults that real engines rarely show."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Fault = Callable[[dict[str, Any]], "int | None"]
 
 
 def reply_ids(body: dict[str, Any]) -> list[int]:
-    """What it says: tokens that hang on the chat and the seed alone, 2 at the end."""
-    said = sum(len(one["content"]) for one in body["messages"])
-    return [*(10 + (body["seed"] + said + step) % 50 for step in range(3)), 2]
+    """Return the reply: tokens that depend only on the chat and the seed, with 2 at the end."""
+    length = sum(len(one["content"]) for one in body["messages"])
+    return [*(10 + (body["seed"] + length + step) % 50 for step in range(3)), 2]
 
 
 def prompt_ids(messages: list[dict[str, str]]) -> list[int]:
-    """What it reads: 1, the characters of a message and 3; a reply stands for the tokens that it is made of."""
+    """Return the prompt tokens: 1, the characters of a message and 3; a reply maps to the tokens it consists of."""
     tokens = []
     for one in messages:
         if one["role"] == "assistant":
@@ -35,15 +35,15 @@ class StandIn:
     """The engine.
 
     Attributes:
-        requests: Bodies of all requests but the probes (which ask for one token).
-        fault: Returns the status that a request fails with; None for none. 0 closes the connection.
-        delay: Seconds that an answer takes.
-        raw: Returns the body that a request is answered with, whatever it should be; None for the right one.
-        drips: Whether an answer never ends, one byte after the other.
-        token_ids: Whether it returns them, as vLLM does.
-        refused_fields: Fields that it refuses, as a strict engine does.
-        keys: API keys that it was shown.
-        most_at_once: Most requests that were there at a time.
+        requests: Bodies of all requests except probes (which request one token).
+        fault: Returns the status with which a request fails, or None for success. 0 closes the connection.
+        delay: Seconds until the response.
+        raw: Returns a body that replaces the response; None for the correct one.
+        drips: Whether the response never ends, sent byte by byte.
+        token_ids: Whether it returns token ids, as vLLM does.
+        refused_fields: Request fields that it refuses, as a strict engine does.
+        keys: Authorization headers received.
+        most_at_once: Maximum number of concurrent requests.
     """
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ def serving() -> Iterator[StandIn]:
                     self.wfile.flush()
                     time.sleep(0.02)
             except OSError:
-                pass  # whoever asked has gone
+                pass  # the client has disconnected
             self.close_connection = True
 
         def _send(self, status: int, answer: dict[str, Any] | bytes) -> None:
@@ -139,13 +139,13 @@ def serving() -> Iterator[StandIn]:
                 self.end_headers()
                 self.wfile.write(content)
             except OSError:
-                pass  # whoever asked has gone
+                pass  # the client has disconnected
 
         def log_message(self, *_: Any) -> None:
             pass
 
     class Server(ThreadingHTTPServer):
-        request_queue_size = 128  # the default of 5 turns many at once away
+        request_queue_size = 128  # the default of 5 rejects many concurrent connections
 
     server = Server(("127.0.0.1", 0), Handler)
     engine.url = f"http://127.0.0.1:{server.server_port}/v1"

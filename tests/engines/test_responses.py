@@ -1,4 +1,4 @@
-"""Rows of responses, the journal that they are kept in, and the folder that they end up in."""
+"""Rows of responses, their journal, and the output folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specforge.data.text.prompts import Conversation
-from specforge.engines.asking import Asking, Keep, Prompt, Refuse, Reply, read_asked, rows_of
+from specforge.engines.generation import GenerationSettings, Keep, Prompt, Refuse, Reply, iter_prompts, rows_of
 from specforge.engines.journal import Journal
 from specforge.engines.responses import write_responses
 from specforge.errors import SpecforgeError, UsageError
@@ -38,14 +38,14 @@ def answered(index: int) -> tuple[Prompt, list[Reply]]:
 
 
 class TestRowsOf:
-    def test_turns_that_go_on_from_the_very_tokens_are_one_row(self):
+    def test_turns_that_continue_the_exact_tokens_are_one_row(self):
         rows = rows_of(conversation(2), [reply([1, 2], [3, 4]), reply([1, 2, 3, 4, 9, 9], [5])])
         assert [(row["input_ids"], row["loss_mask"]) for row in rows] == [
             ([1, 2, 3, 4, 9, 9, 5], [0, 0, 1, 1, 0, 0, 1])
         ]
         assert [one["content"] for one in rows[0]["messages"]] == ["ask 0", "3 4", "ask 1", "5"]
 
-    def test_a_turn_that_reads_other_tokens_begins_a_row(self):
+    def test_a_turn_with_other_prompt_tokens_begins_a_row(self):
         rows = rows_of(conversation(2), [reply([1, 2], [3, 4]), reply([1, 2, 7, 9, 9], [5])])
         assert [(row["input_ids"], row["loss_mask"]) for row in rows] == [
             ([1, 2, 3, 4], [0, 0, 1, 1]),
@@ -53,67 +53,67 @@ class TestRowsOf:
         ]
         assert [len(row["messages"]) for row in rows] == [2, 4]
 
-    def test_without_tokens_there_are_messages_alone(self):
+    def test_without_tokens_there_are_only_messages(self):
         assert rows_of(conversation(1), [Reply("yes", "stop", 2)]) == [
             {"messages": [{"role": "user", "content": "ask 0"}, {"role": "assistant", "content": "yes"}]}
         ]
 
-    def test_a_prompt_of_tokens_has_no_messages(self):
+    def test_a_tokenised_prompt_has_no_messages(self):
         assert rows_of(Conversation(([1, 2],), "here:1"), [reply([1, 2], [3])]) == [
             {"input_ids": [1, 2, 3], "loss_mask": [0, 0, 1]}
         ]
 
     @given(st.lists(st.tuples(st.booleans(), st.lists(st.integers(3, 9)), st.lists(st.integers(3, 9), min_size=1))))
-    def test_every_token_that_was_produced_is_supervised_once_behind_what_was_read(self, turns):
+    def test_every_generated_token_is_supervised_once_after_its_context(self, turns):
         if not turns:
             return
         replies: list[Reply] = []
-        for goes_on, more, produced in turns:
-            before = [*replies[-1].prompt_ids, *replies[-1].token_ids] if replies and goes_on else [1]
+        for continues, more, produced in turns:
+            before = [*replies[-1].prompt_ids, *replies[-1].token_ids] if replies and continues else [1]
             replies.append(reply(before + more, produced))
         rows = rows_of(conversation(len(turns)), replies)
         found = [
-            (row["input_ids"][:place], token)
+            (row["input_ids"][:index], token)
             for row in rows
-            for place, token in enumerate(row["input_ids"])
-            if row["loss_mask"][place]
+            for index, token in enumerate(row["input_ids"])
+            if row["loss_mask"][index]
         ]
         expected = [
-            (one.prompt_ids + one.token_ids[:place], token)
+            (one.prompt_ids + one.token_ids[:index], token)
             for one in replies
-            for place, token in enumerate(one.token_ids)
+            for index, token in enumerate(one.token_ids)
         ]
         assert found == expected
 
 
-class TestAsked:
-    def test_messages_go_before_tokens(self, write_lines):
-        said = zip(["user", "assistant"] * 2, "abcd", strict=True)
-        messages = [{"role": role, "content": content} for role, content in said]
+class TestPrompts:
+    def test_messages_take_precedence_over_tokens(self, write_lines):
+        turns = zip(["user", "assistant"] * 2, "abcd", strict=True)
+        messages = [{"role": role, "content": content} for role, content in turns]
         source = write_lines([{"messages": messages, "input_ids": [1, 2], "loss_mask": [0, 1]}])
-        (prompt,) = read_asked([source])
+        (prompt,) = iter_prompts([source])
         assert [turn[0]["content"] for turn in prompt.conversation.turns] == ["a", "c"]
 
-    def test_places_count_over_all_sources(self, write_lines):
+    def test_indices_count_over_all_sources(self, write_lines):
         sources = [write_lines([{"prompt": "x"}] * 3, f"{name}.jsonl") for name in "ab"]
-        assert [one.index for one in read_asked(sources, limit=5)] == [0, 1, 2, 3, 4]
+        assert [one.index for one in iter_prompts(sources, limit=5)] == [0, 1, 2, 3, 4]
 
-    def test_seeds_differ_by_place_and_turn(self):
-        asking = Asking(Sampling(), 5, seed=3)
-        seeds = {asking.seed_of(index, turn) for index in range(100) for turn in range(5)}
+    def test_seeds_differ_by_index_and_turn(self):
+        generation = GenerationSettings(Sampling(), 5, seed=3)
+        seeds = {generation.seed_of(index, turn) for index in range(100) for turn in range(5)}
         assert len(seeds) == 500 and all(0 <= seed < 2**31 for seed in seeds)
-        assert asking.seed_of(7, 1) == Asking(Sampling(temperature=1), 9, seed=3).seed_of(7, 1)
-        assert asking.seed_of(7, 1) != Asking(Sampling(), 5, seed=4).seed_of(7, 1)
+        assert generation.seed_of(7, 1) == GenerationSettings(Sampling(temperature=1), 9, seed=3).seed_of(7, 1)
+        assert generation.seed_of(7, 1) != GenerationSettings(Sampling(), 5, seed=4).seed_of(7, 1)
 
 
 class TestJournal:
-    def test_rows_come_back_in_the_order_of_the_prompts(self, tmp_path):
+    def test_rows_are_read_in_the_order_of_the_prompts(self, tmp_path):
         with Journal(tmp_path / "journal") as journal:
             for block in ([4, 5], [0, 1], [2, 3]):
                 journal.append([answered(index) for index in block])
             assert [row["input_ids"][1] for row in journal.rows()] == [0, 1, 2, 3, 4, 5]
 
-    def test_a_torn_last_line_is_cut_off_wherever_it_is_torn(self, tmp_path):
+    def test_an_incomplete_last_line_is_removed(self, tmp_path):
         path = tmp_path / "journal"
         with Journal(path) as journal:
             journal.append([answered(0), answered(1)])
@@ -127,7 +127,7 @@ class TestJournal:
                 journal.append([answered(2)])
             assert path.read_bytes() == whole
 
-    def test_what_a_broken_machine_leaves_is_cut_off(self, tmp_path):
+    def test_garbage_at_the_end_is_removed(self, tmp_path):
         path = tmp_path / "journal"
         with Journal(path) as journal:
             journal.append([answered(0)])
@@ -137,7 +137,7 @@ class TestJournal:
             assert journal.finished == {0}
         assert path.read_bytes() == whole
 
-    def test_a_tally_is_the_same_when_it_is_read_again(self, tmp_path):
+    def test_a_tally_is_the_same_when_read_again(self, tmp_path):
         with Journal(tmp_path / "journal") as journal:
             journal.append([answered(0)])
             journal.append([(Prompt(1, conversation(1)), [Reply("cut", "length", 7)])])
@@ -188,7 +188,7 @@ class TestFolder:
         again = write(prompts, tmp_path / "out", lambda *_: pytest.fail("asked again"))
         assert again == first
 
-    def test_what_is_refused_is_left_out_and_told(self, prompts, tmp_path):
+    def test_refused_prompts_are_left_out_and_reported(self, prompts, tmp_path):
         def refusing(prompts: Iterator[Prompt], keep: Keep, refuse: Refuse) -> None:
             for prompt in prompts:
                 keep([answered(prompt.index)]) if prompt.index % 2 else refuse(prompt, "too long")
@@ -211,7 +211,7 @@ class TestFolder:
         with pytest.raises(UsageError, match=r"train.jsonl:6: a row without a prompt"):
             write(source, tmp_path / "out", lambda *_: pytest.fail("asked"))
 
-    def test_one_bad_prompt_among_many_is_left_out_and_told(self, write_lines, tmp_path):
+    def test_one_bad_prompt_among_many_is_left_out_and_reported(self, write_lines, tmp_path):
         source = write_lines([{"prompt": "x"}] * 10 + [{"prommpt": "y"}] + [{"prompt": "x"}] * 10)
         responses = write(source, tmp_path / "out")
         assert list(responses.refused) == [f"{source}:11"] and responses.tally.conversations == 20
@@ -219,31 +219,31 @@ class TestFolder:
     def test_a_run_with_other_settings_is_refused_by_their_names(self, prompts, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             write(prompts, tmp_path / "out", interrupted_after(3))
-        with pytest.raises(UsageError, match=r"unfinished run with other settings: seed \(0 there, 1 now\)"):
+        with pytest.raises(UsageError, match=r"unfinished run with other settings: seed \(0 stored, 1 now\)"):
             write(prompts, tmp_path / "out", seed=1)
         write(prompts, tmp_path / "out")
-        with pytest.raises(UsageError, match=r"responses with other settings: top_k \(None there, 5 now\)"):
+        with pytest.raises(UsageError, match=r"responses with other settings: top_k \(None stored, 5 now\)"):
             write(prompts, tmp_path / "out", top_k=5)
 
-    def test_what_was_finished_is_not_asked_again(self, prompts, tmp_path, caplog):
+    def test_finished_conversations_are_not_asked_again(self, prompts, tmp_path, caplog):
         with pytest.raises(KeyboardInterrupt):
             write(prompts, tmp_path / "out", interrupted_after(3))
         asked: list[int] = []
 
-        def noting(prompts: Iterator[Prompt], keep: Keep, refuse: Refuse) -> None:
+        def recording(prompts: Iterator[Prompt], keep: Keep, refuse: Refuse) -> None:
             for prompt in prompts:
                 asked.append(prompt.index)
                 keep([answered(prompt.index)])
 
-        write(prompts, tmp_path / "out", noting)
-        assert asked == list(range(3, 20)) and "going on after 3 conversations" in caplog.text
+        write(prompts, tmp_path / "out", recording)
+        assert asked == list(range(3, 20)) and "resuming after 3 conversations" in caplog.text
         write(prompts, tmp_path / "undisturbed")
         assert read(tmp_path / "out") == read(tmp_path / "undisturbed")
 
     @pytest.mark.parametrize(
         "moment", ["pathlib.Path.replace", "shutil.rmtree", "specforge.engines.responses.Responses.to_json"]
     )
-    def test_an_end_at_the_end_loses_nothing(self, prompts, tmp_path, monkeypatch, moment):
+    def test_a_kill_during_the_final_steps_loses_nothing(self, prompts, tmp_path, monkeypatch, moment):
         child = os.fork()
         if child == 0:
             monkeypatch.setattr(moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
@@ -255,21 +255,21 @@ class TestFolder:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.jsonl", "undisturbed"]
 
     @pytest.mark.parametrize("name", ["out.jsonl", "out.json", ""])
-    def test_a_name_of_a_file_is_refused(self, prompts, tmp_path, name):
-        with pytest.raises(UsageError, match="is no name for a folder"):
+    def test_a_file_name_is_refused(self, prompts, tmp_path, name):
+        with pytest.raises(UsageError, match="is not a folder name"):
             write(prompts, Path(name) if not name else tmp_path / name)
 
-    def test_a_folder_of_something_else_is_left_alone(self, prompts, tmp_path):
+    def test_a_folder_with_other_content_is_not_touched(self, prompts, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").write_text("all of it")
         with pytest.raises(UsageError, match="holds something else"):
             write(prompts, tmp_path / "out")
 
-    def test_a_second_process_is_turned_away(self, prompts, tmp_path):
+    def test_a_second_process_is_refused(self, prompts, tmp_path):
         with locked(tmp_path / "out"), pytest.raises(SpecforgeError, match=r"another process is writing .*out"):
             write(prompts, tmp_path / "out")
 
-    def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(self, prompts, tmp_path, capfd):
+    def test_a_full_disk_is_reported_and_the_run_resumes_when_there_is_room(self, prompts, tmp_path, capfd):
         child = os.fork()
         if child == 0:
             try:
@@ -280,8 +280,8 @@ class TestFolder:
             finally:
                 os._exit(0)
         os.waitpid(child, 0)
-        told = capfd.readouterr().out
-        assert "cannot write" in told and "File too large" in told and "run the same command again" in told
+        shown = capfd.readouterr().out
+        assert "cannot write" in shown and "File too large" in shown and "run the same command again" in shown
         with Journal(tmp_path / ".out.partial" / "journal.jsonl") as journal:
             assert 0 < len(journal.finished) < 20
         write(prompts, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Servers that answer in every wrong way: a run ends with its rows or with one message, and so does a measurement."""
+"""Servers with every kind of wrong response: a run gives its rows or one message, a measurement a number or one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from specforge.engines.answering import EndpointAnswerer, EndpointSettings
-from specforge.engines.asking import Asking
 from specforge.engines.counters import measure
+from specforge.engines.generation import GenerationSettings
 from specforge.engines.responses import write_responses
 from specforge.errors import SpecforgeError
 from specforge.sampling import Sampling
@@ -52,11 +52,11 @@ RAW = [b"", b"null", b"<html>busy</html>", b"\x00\xff", b"[]", b"{", b'{"a":' * 
 
 
 class Server:
-    """Answers each path with what is set for it, a status and a body.
+    """Answers each path with a preset status and body.
 
     Attributes:
-        answers: By path.
-        asked: Chats asked so far; the first is the probe, which is answered well.
+        answers: Status and body by path.
+        asked: Number of chat requests so far; the first is the probe, which is answered correctly.
     """
 
     def __init__(self) -> None:
@@ -104,45 +104,45 @@ def serving() -> Iterator[Server]:
         server.server_close()
 
 
-def changed(chance: random.Random, values: dict[str, Any]) -> bytes:
-    """Change an answer in one place, or as a whole."""
-    if chance.random() < 0.2:
-        return chance.choice(RAW)
+def changed(rng: random.Random, values: dict[str, Any]) -> bytes:
+    """Change one value of a response, or replace it."""
+    if rng.random() < 0.2:
+        return rng.choice(RAW)
     values = json.loads(json.dumps(values))
-    place: Any = values
+    node: Any = values
     while True:
-        key = chance.choice(list(place) if isinstance(place, dict) else range(len(place)))
-        if isinstance(place[key], dict | list) and place[key] and chance.random() < 0.7:
-            place = place[key]
+        key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+        if isinstance(node[key], dict | list) and node[key] and rng.random() < 0.7:
+            node = node[key]
             continue
-        if chance.random() < 0.3:
-            del place[key]
+        if rng.random() < 0.3:
+            del node[key]
         else:
-            place[key] = chance.choice(ODD)
+            node[key] = rng.choice(ODD)
         break
     content = json.dumps(values).encode()
-    return content[: chance.randrange(len(content))] if chance.random() < 0.1 else content
+    return content[: rng.randrange(len(content))] if rng.random() < 0.1 else content
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_a_run_ends_with_whole_rows_or_one_message(seed: int, tmp_path: Path) -> None:
-    chance = random.Random(seed)
+def test_a_run_gives_complete_rows_or_one_message(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     kept = 0
     with serving() as server:
         for trial in range(TRIALS):
             server.asked = 0
-            status = chance.choice([200] * 8 + [400, 429, 500])
-            server.answers["/v1/chat/completions"] = status, changed(chance, COMPLETION)
+            status = rng.choice([200] * 8 + [400, 429, 500])
+            server.answers["/v1/chat/completions"] = status, changed(rng, COMPLETION)
             server.answers["/v1/models"] = 200, json.dumps(MODELS).encode()
             if trial % 5 == 0:
-                server.answers["/v1/models"] = 200, changed(chance, MODELS)
+                server.answers["/v1/models"] = 200, changed(rng, MODELS)
             url = server.url.replace("//", "//someone:sesame@")
             settings = EndpointSettings(
                 [f"{url}/v1"], concurrency=1, max_failures=2, retries=0, timeout=5.0, vocabulary=VOCABULARY
             )
-            answerer = EndpointAnswerer(settings, Asking(Sampling(), 8, 0))
+            answerer = EndpointAnswerer(settings, GenerationSettings(Sampling(), 8, 0))
             output = tmp_path / f"{trial}"
             try:
                 write_responses([str(prompts)], None, {}, output, answerer.answer, lambda _: ({}, {}))
@@ -161,25 +161,25 @@ def test_a_run_ends_with_whole_rows_or_one_message(seed: int, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_a_measurement_ends_with_a_number_or_one_message(seed: int) -> None:
-    chance = random.Random(seed)
+def test_a_measurement_gives_a_number_or_one_message(seed: int) -> None:
+    rng = random.Random(seed)
     with serving() as server:
         for trial in range(TRIALS // 2):
             choice = {"index": 0, "text": "", "finish_reason": "length"}
             server.answers["/v1/models"] = (
                 200,
-                changed(chance, MODELS) if trial % 4 == 0 else json.dumps(MODELS).encode(),
+                changed(rng, MODELS) if trial % 4 == 0 else json.dumps(MODELS).encode(),
             )
             done = {"id": "x", "object": "text_completion", "choices": [choice]}
             server.answers["/v1/completions"] = (
                 200,
-                changed(chance, done) if trial % 4 == 1 else json.dumps(done).encode(),
+                changed(rng, done) if trial % 4 == 1 else json.dumps(done).encode(),
             )
             server.answers.pop("/get_server_info", None)
             if trial % 2:
-                server.answers["/get_server_info"] = 200, changed(chance, INFO)
-            spoiled = COUNTERS.replace("20.0", chance.choice(["1e999", "1e", "-5", "..", "20.0"]))
-            server.answers["/metrics"] = 200, chance.choice([spoiled.encode(), *RAW])
+                server.answers["/get_server_info"] = 200, changed(rng, INFO)
+            spoiled = COUNTERS.replace("20.0", rng.choice(["1e999", "1e", "-5", "..", "20.0"]))
+            server.answers["/metrics"] = 200, rng.choice([spoiled.encode(), *RAW])
             try:
                 measured = measure(server.url.replace("//", "//someone:sesame@"), [([1], 2)])
             except SpecforgeError as error:

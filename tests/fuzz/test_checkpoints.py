@@ -1,4 +1,4 @@
-"""Published drafts with things wrong: each is read as what it is, or refused in one message that names the file."""
+"""Corrupted published drafts: each is read correctly or refused in one message that names the file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KEYS = [
     "mlp/speculators",
 ]
 NETWORKS = {"eagle3": Eagle3DraftModel, "eagle": EagleSpeculator, "mlp": MLPSpeculator}
-# What each algorithm's drafts are exported as.
+# Export format of each algorithm's drafts.
 ENGINE = {"eagle3": "vllm", "eagle": "eagle", "mlp": "mlp_speculator"}
 SEEDS, TRIALS = 3, 35
 ODD: list[Any] = [
@@ -68,7 +68,7 @@ ODD += [
 
 @pytest.fixture(scope="module")
 def published(tiny_verifiers: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One whole draft in each format, of a random verifier."""
+    """One intact draft in each format, for a random verifier."""
     made: dict[str, Path] = {}
     verifier = tiny_verifiers["llama"]
     for key in KEYS:
@@ -90,77 +90,77 @@ def published(tiny_verifiers: Mapping[str, Any], tmp_path_factory: pytest.TempPa
 Change = Callable[[random.Random, dict[str, Any], dict[str, Tensor]], None]
 
 
-def odd_value(chance: random.Random, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Set a key, at the top or inside, to something else."""
+def odd_value(rng: random.Random, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Set a top-level or nested key to another value."""
     inside = [config, *(one for one in config.values() if isinstance(one, dict))]
-    place = chance.choice(inside)
+    node = rng.choice(inside)
     named = ["rope_theta", "rope_scaling", "rope_parameters", "quantization_config", "speculators_config", "dtype"]
-    place[chance.choice([*place, *named])] = chance.choice(ODD)
+    node[rng.choice([*node, *named])] = rng.choice(ODD)
 
 
-def dropped_key(chance: random.Random, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Leave a key out."""
-    place = chance.choice([config, *(one for one in config.values() if isinstance(one, dict) and one)])
-    place.pop(chance.choice(list(place)))
+def dropped_key(rng: random.Random, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Remove a key."""
+    node = rng.choice([config, *(one for one in config.values() if isinstance(one, dict) and one)])
+    node.pop(rng.choice(list(node)))
 
 
-def other_number(chance: random.Random, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def other_number(rng: random.Random, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Change a number."""
-    place = chance.choice([config, *(one for one in config.values() if isinstance(one, dict))])
-    numbers = [name for name, one in place.items() if type(one) in (int, float)]
+    node = rng.choice([config, *(one for one in config.values() if isinstance(one, dict))])
+    numbers = [name for name, one in node.items() if type(one) in (int, float)]
     if numbers:
-        name = chance.choice(numbers)
-        place[name] = type(place[name])(place[name] * chance.choice([0, -1, 2, 1000]) + chance.choice([0, 1]))
+        name = rng.choice(numbers)
+        node[name] = type(node[name])(node[name] * rng.choice([0, -1, 2, 1000]) + rng.choice([0, 1]))
 
 
-def other_tensor(chance: random.Random, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Drop, rename, reshape, cast or spoil a tensor."""
-    name = chance.choice(list(tensors))
+def other_tensor(rng: random.Random, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Drop, rename, reshape, cast or corrupt a tensor."""
+    name = rng.choice(list(tensors))
     one = tensors.pop(name)
     kinds = (torch.float16, torch.int8, torch.int32, torch.bool, torch.float8_e4m3fn, torch.complex64, torch.float64)
     changes: list[Callable[[], dict[str, Tensor]]] = [
         lambda: {},
-        lambda: {chance.choice(["x", "layers.0.x.weight", f"model.{name}", f"{name}_scale", "d2t", "t2d"]): one},
+        lambda: {rng.choice(["x", "layers.0.x.weight", f"model.{name}", f"{name}_scale", "d2t", "t2d"]): one},
         lambda: {name: one[:-1].clone()},
         lambda: {name: one.unsqueeze(0)},
         lambda: {name: one.flatten()[:0]},
-        lambda: {name: one.float().to(chance.choice(kinds))},
+        lambda: {name: one.float().to(rng.choice(kinds))},
         lambda: {name: torch.full_like(one, math.nan) if one.is_floating_point() else one.roll(1)},
         lambda: {name: one, f"{name}_scale": torch.ones(1)},
     ]
-    tensors.update(chance.choice(changes)())
+    tensors.update(rng.choice(changes)())
 
 
 CHANGES: list[Change] = [odd_value, odd_value, dropped_key, other_number, other_tensor, other_tensor]
 
 
-def other_file(chance: random.Random, folder: Path) -> None:
-    """Cut, fill with rubbish, rename or index a file wrongly."""
-    path = folder / chance.choice([WEIGHTS, WEIGHTS, CONFIG])
+def other_file(rng: random.Random, folder: Path) -> None:
+    """Truncate, overwrite, rename or wrongly index a file."""
+    path = folder / rng.choice([WEIGHTS, WEIGHTS, CONFIG])
     content = path.read_bytes()
-    index = {"weight_map": {"a": chance.choice([WEIGHTS, None, "../" + WEIGHTS, "nowhere.safetensors", 3, ["a"]])}}
-    match chance.randrange(6):
+    index = {"weight_map": {"a": rng.choice([WEIGHTS, None, "../" + WEIGHTS, "nowhere.safetensors", 3, ["a"]])}}
+    match rng.randrange(6):
         case 0:
-            path.write_bytes(content[: chance.randrange(len(content))])
+            path.write_bytes(content[: rng.randrange(len(content))])
         case 1:
-            at = chance.randrange(len(content))
-            path.write_bytes(content[:at] + chance.randbytes(8) + content[at + 8 :])
+            at = rng.randrange(len(content))
+            path.write_bytes(content[:at] + rng.randbytes(8) + content[at + 8 :])
         case 2:
             path.write_bytes(
-                chance.choice([b"", b"null", b"[]", b"\xff\xfe", b'{"a":' * 5000, b"version https://git-lfs"])
+                rng.choice([b"", b"null", b"[]", b"\xff\xfe", b'{"a":' * 5000, b"version https://git-lfs"])
             )
         case 3:
-            path.rename(folder / chance.choice(["pytorch_model.bin", "other.json"]))
+            path.rename(folder / rng.choice(["pytorch_model.bin", "other.json"]))
         case 4:
-            torch.save(chance.choice([[1], {"a": 1}, {1: torch.ones(1)}, torch.ones(1)]), folder / "pytorch_model.bin")
+            torch.save(rng.choice([[1], {"a": 1}, {1: torch.ones(1)}, torch.ones(1)]), folder / "pytorch_model.bin")
             path.unlink()
         case 5:
-            (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(chance.choice([index, {}, {"weight_map": []}])))
+            (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(rng.choice([index, {}, {"weight_map": []}])))
             (folder / WEIGHTS).rename(folder / "model-1.safetensors")
 
 
-def tried(act: Callable[[], Any], folder: Path) -> Any:
-    """Return what an entry point makes of a draft; None if it refuses it in one message."""
+def attempt(act: Callable[[], Any], folder: Path) -> Any:
+    """Return the result of an entry point; None if it refuses the draft in one message."""
     try:
         return act()
     except SpecforgeError as error:
@@ -169,24 +169,24 @@ def tried(act: Callable[[], Any], folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_a_draft_with_something_wrong_is_read_right_or_refused(
+def test_a_corrupted_draft_is_read_correctly_or_refused(
     seed: int, published: dict[str, Path], tiny_verifiers: Mapping[str, Any], tmp_path: Path
 ) -> None:
-    chance, verifier = random.Random(seed), str(tiny_verifiers["llama"].folder)
+    rng, verifier = random.Random(seed), str(tiny_verifiers["llama"].folder)
     read = 0
     for trial in range(TRIALS):
-        key = chance.choice(KEYS)
+        key = rng.choice(KEYS)
         folder = tmp_path / f"{trial}"
         shutil.copytree(published[key], folder)
         config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
-        for _ in range(chance.choice([1, 1, 2])):
-            chance.choice(CHANGES)(chance, config, tensors)
+        for _ in range(rng.choice([1, 1, 2])):
+            rng.choice(CHANGES)(rng, config, tensors)
         (folder / CONFIG).write_text(json.dumps(config))
         save_file({name: one.contiguous() for name, one in tensors.items()}, folder / WEIGHTS)
-        if chance.random() < 0.2:
-            other_file(chance, folder)
-        tried(lambda: SpeculatorModel.from_pretrained(folder), folder)  # noqa: B023  (called at once)
-        done = tried(lambda: convert(str(folder), verifier, tmp_path / f"{trial}-ours"), folder)  # noqa: B023
+        if rng.random() < 0.2:
+            other_file(rng, folder)
+        attempt(lambda: SpeculatorModel.from_pretrained(folder), folder)  # noqa: B023  (called at once)
+        done = attempt(lambda: convert(str(folder), verifier, tmp_path / f"{trial}-ours"), folder)  # noqa: B023
         if done is not None:
             read += 1
             ids = done.model.draft_ids
@@ -194,5 +194,5 @@ def test_a_draft_with_something_wrong_is_read_right_or_refused(
             request = ExportRequest(
                 str(done.folder), ENGINE[key.split("/")[0]], tmp_path / f"{trial}-out", runs_verifier=False
             )
-            tried(lambda: export(request), folder)  # noqa: B023
+            attempt(lambda: export(request), folder)  # noqa: B023
     assert TRIALS // 10 < read < TRIALS

@@ -1,6 +1,6 @@
-"""Mutated configurations: each is parsed, or refused in one message that names the key, the line or the file.
+"""Mutated configurations: each is parsed or refused in one message that names the key, the line or the file.
 
-SPECFORGE_FUZZ=1000 says how many, SPECFORGE_FUZZ_SEED=7 which.
+SPECFORGE_FUZZ=1000 sets the number, SPECFORGE_FUZZ_SEED=7 the seed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ VALUES: list[Any] = [
     *({"class_path": "nowhere.Thing"}, {"class_path": 3}, [{"class_path": "os.system"}], {"init_args": {}}),
     *([1, "a", None], {"kl": -1}, {"kl": float("nan")}, "../x", "/dev/null", "00:00:00:01", {"minutes": 1}),
 ]
-# What is wrong in how a file is written; the key that the message must name, or the line.
-WRITTEN = {
+# Malformed files, and what the message must contain.
+MALFORMED = {
     "model:\n  ttt_steps: 3\n  ttt_steps: 4\n": "ttt_steps is set twice",
     "trainer: {}\ntrainer: {}\n": "trainer is set twice",
     "data: &a {train: *a}\n": "is inside itself",
@@ -63,7 +63,7 @@ def parser() -> Any:
 
 @pytest.fixture
 def attempt(parser: Any, tmp_path: Path) -> Callable[[str], str | None]:
-    """Parse a file as ``fit`` does and return why it is refused, or None."""
+    """Parse a file as ``fit`` does; return the error message, or None."""
 
     def run(text: str) -> str | None:
         file = tmp_path / "run.yaml"
@@ -82,7 +82,7 @@ def attempt(parser: Any, tmp_path: Path) -> Callable[[str], str | None]:
 
 @pytest.fixture
 def row_files(tmp_path: Path) -> list[str]:
-    """The flags that train and validate on a few rows."""
+    """Flags to train and validate on a few rows."""
     file = tmp_path / "rows.jsonl"
     with QUICKSTART.with_name("quickstart").joinpath("train.jsonl").open(encoding="utf-8") as lines:
         file.write_text("".join(itertools.islice(lines, 4)), encoding="utf-8")
@@ -97,13 +97,13 @@ def set_value(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-@pytest.mark.parametrize(("text", "reason"), WRITTEN.items(), ids=range(len(WRITTEN)))
-def test_files_that_are_written_wrongly(attempt, text, reason):
+@pytest.mark.parametrize(("text", "reason"), MALFORMED.items(), ids=range(len(MALFORMED)))
+def test_malformed_files(attempt, text, reason):
     message = attempt(text)
     assert message is not None and reason in message and "run.yaml" in message
 
 
-def test_an_alias_that_means_what_it_says_is_allowed(attempt):
+def test_a_valid_alias_is_allowed(attempt):
     values = yaml.safe_load(QUICKSTART.read_text())
     text = yaml.safe_dump(values).replace("train: configs", "train: &rows configs", 1)
     text = text.replace(f"validation: {values['data']['validation']}", "validation: *rows")
@@ -111,21 +111,21 @@ def test_an_alias_that_means_what_it_says_is_allowed(attempt):
 
 
 def test_mutated_values(attempt, parser):
-    chance = random.Random(SEED)
+    rng = random.Random(SEED)
     base = yaml.safe_load(QUICKSTART.read_text())
     keys = [key for key in known_keys(parser) if not key.endswith(".help")]
     accepted = 0
     for _ in range(NUMBER):
         values, changed = copy.deepcopy(base), []
-        for _ in range(chance.choice([1, 1, 1, 2])):
-            key = chance.choice(keys)
-            value = copy.deepcopy(chance.choice(VALUES))
+        for _ in range(rng.choice([1, 1, 1, 2])):
+            key = rng.choice(keys)
+            value = copy.deepcopy(rng.choice(VALUES))
             changed.append(key)
             set_value(values, key, value)
-        if chance.random() < 0.2:
-            group = values[chance.choice(["trainer", "model", "data"])]
+        if rng.random() < 0.2:
+            group = values[rng.choice(["trainer", "model", "data"])]
             if isinstance(group, dict) and group:
-                key = chance.choice(sorted(group))
+                key = rng.choice(sorted(group))
                 changed.append(key)
                 del group[key]
         text = yaml.safe_dump(values, allow_unicode=True)
@@ -148,7 +148,7 @@ def test_mutated_values(attempt, parser):
     ],
     ids=str,
 )
-def test_at_their_bounds_they_train_or_are_refused(values, tmp_path, row_files, capfd):
+def test_values_at_their_bounds_train_or_are_refused(values, tmp_path, row_files, capfd):
     config = yaml.safe_load(QUICKSTART.read_text())
     for group, inner in values.items():
         for key, value in inner.items():

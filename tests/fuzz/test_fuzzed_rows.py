@@ -1,4 +1,4 @@
-"""Rows of every published form, changed at random: each ends in a row or in one message, never in another exception."""
+"""Randomly changed rows of every published form: each gives a row or one message, never another exception."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from specforge.data.text.encoding import RowEncoder, TokenRow
 from specforge.data.text.prompts import read_conversation
 from specforge.data.text.records import RawRecord, Record
 from specforge.data.text.sources import read_records
-from specforge.data.text.verifier import VerifierText
+from specforge.data.text.verifier import VerifierTokenizer
 from specforge.errors import SpecforgeError, UsageError
 
 VERIFIER = Path(__file__).parents[2] / "configs" / "quickstart" / "verifier"
@@ -66,52 +66,52 @@ JUNK: list[Any] = [
 
 @pytest.fixture(scope="module")
 def encoder() -> RowEncoder:
-    text = VerifierText(str(VERIFIER))
+    text = VerifierTokenizer(str(VERIFIER))
     return RowEncoder(text.template, text.vocabulary_size)
 
 
-def junk(chance: random.Random) -> Any:
-    if chance.random() < 0.03:
+def junk(rng: random.Random) -> Any:
+    if rng.random() < 0.03:
         deep: list[Any] = []
         for _ in range(3000):
             deep = [deep]
         return deep
-    return copy.deepcopy(chance.choice(JUNK))
+    return copy.deepcopy(rng.choice(JUNK))
 
 
-def mutate(value: Any, chance: random.Random) -> Any:
+def mutate(value: Any, rng: random.Random) -> Any:
     """Change one node of a value, at any depth."""
     inside = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
-    if not inside or chance.random() < 0.15:
-        return chance.choice([junk(chance), junk(chance), [value], {"content": value}, [value, value]])
-    key = chance.choice(inside)
-    match chance.randrange(8):
+    if not inside or rng.random() < 0.15:
+        return rng.choice([junk(rng), junk(rng), [value], {"content": value}, [value, value]])
+    key = rng.choice(inside)
+    match rng.randrange(8):
         case 0:
             del value[key]
         case 1 if isinstance(value, dict):
-            value[chance.choice(["role", "from", "value", "text", "messages", "x"])] = value.pop(key)
+            value[rng.choice(["role", "from", "value", "text", "messages", "x"])] = value.pop(key)
         case 2 if isinstance(value, list):
-            value.insert(key, value[chance.choice(inside)])
+            value.insert(key, value[rng.choice(inside)])
         case _:
-            value[key] = mutate(value[key], chance)
+            value[key] = mutate(value[key], rng)
     return value
 
 
-def raw_records(number: int, chance: random.Random) -> list[RawRecord]:
-    """Return changed rows, as values or as lines of JSON, some of them with a changed byte."""
+def raw_records(number: int, rng: random.Random) -> list[RawRecord]:
+    """Return changed rows, as values or JSON lines, some with a changed byte."""
     records = []
     for _ in range(number):
-        row = copy.deepcopy(chance.choice(FORMS))
-        for _ in range(chance.choice([1, 1, 2, 3])):
-            row = mutate(row, chance)
+        row = copy.deepcopy(rng.choice(FORMS))
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            row = mutate(row, rng)
         try:
             line = bytearray(json.dumps(row).encode())
         except RecursionError:
             records.append(RawRecord(row, WHERE))
             continue
-        if chance.random() < 0.2:
-            line[chance.randrange(len(line))] = chance.randrange(256)
-        records.append(RawRecord(chance.choice([row, bytes(line)]), WHERE))
+        if rng.random() < 0.2:
+            line[rng.randrange(len(line))] = rng.randrange(256)
+        records.append(RawRecord(rng.choice([row, bytes(line)]), WHERE))
     return records
 
 
@@ -122,33 +122,33 @@ def encoded(encoder: RowEncoder, record: Record) -> list[TokenRow]:
     return rows
 
 
-def test_a_changed_row_is_a_row_or_one_message(encoder: RowEncoder) -> None:
-    ends: Counter[str] = Counter()
+def test_a_changed_row_gives_a_row_or_one_message(encoder: RowEncoder) -> None:
+    outcomes: Counter[str] = Counter()
     for raw in raw_records(2500, random.Random(0)):
         for take in (lambda record: encoded(encoder, record), read_conversation):
             try:
                 take(raw.parse())
-                ends["taken"] += 1
+                outcomes["taken"] += 1
             except UsageError as error:
                 assert str(error).startswith(f"{WHERE}: ")
                 assert len(str(error)) < 2000
                 str(error).encode()
-                ends["refused"] += 1
-    assert min(ends["taken"], ends["refused"]) > 500
+                outcomes["refused"] += 1
+    assert min(outcomes["taken"], outcomes["refused"]) > 500
 
 
-def test_a_changed_bit_of_prepared_rows_is_found(tmp_path: Path, encoder: RowEncoder) -> None:
+def test_a_flipped_bit_of_prepared_rows_is_detected(tmp_path: Path, encoder: RowEncoder) -> None:
     source = tmp_path / "train.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in FORMS[2:3] * 300))
     settings = RowSettings(max_length=64, long_rows="truncate")
     prepare_rows([str(source)], RowMaker(encoder, settings), tmp_path / "rows", 1)
     folder = tmp_path / "rows" / "train"
-    chance = random.Random(0)
+    rng = random.Random(0)
     for number in range(300):
         file = (folder / "rows.arrow", folder / "summary.json", tmp_path / "rows" / "summary.json")[number % 3]
         content = file.read_bytes()
         changed = bytearray(content)
-        changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
         file.write_bytes(changed)
         if file.parent == folder:
             for read in (lambda: open_rows(folder, 10**6).supervised_counts, lambda: list(read_records(str(folder)))):

@@ -1,4 +1,4 @@
-"""Stored states that changed on the disk: read as they were written, or refused in one line that names the file."""
+"""Stored states that changed on disk: read as written, or refused in one line that names the file."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ NEEDS = FeatureNeeds("a verifier", "0123456789abcdef-01234567", (2, 4), 8, 16, w
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> TokenRows:
-    """40 rows of tokens."""
-    folder, chance = tmp_path_factory.mktemp("rows"), random.Random(0)
+    """40 token rows."""
+    folder, rng = tmp_path_factory.mktemp("rows"), random.Random(0)
     lines = [
-        f'{{"input_ids": {[chance.randrange(60) for _ in range(length)]}, "loss_mask": {[0, *[1] * (length - 1)]}}}\n'
-        for length in (chance.randint(4, 20) for _ in range(40))
+        f'{{"input_ids": {[rng.randrange(60) for _ in range(length)]}, "loss_mask": {[0, *[1] * (length - 1)]}}}\n'
+        for length in (rng.randint(4, 20) for _ in range(40))
     ]
     (folder / "rows.jsonl").write_text("".join(lines))
     return build_rows(str(folder / "rows.jsonl"), pytest.fail, 61, RowSettings(64, "drop"), folder / "cache")
@@ -46,7 +46,7 @@ def manifest_of(plan: ShardPlan, dtype: str) -> Manifest:
 
 @pytest.fixture(scope="module", params=["bfloat16", "int8"])
 def store(request: pytest.FixtureRequest, rows: TokenRows, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of some shards."""
+    """A store of several shards."""
     plan = ShardPlan([rows], NEEDS, token_bytes=96, shard_bytes=12_000)
 
     def states(plan: ShardPlan, shard: range) -> Iterator[tuple[int, Tensor]]:
@@ -68,47 +68,47 @@ def read(folder: Path, rows: TokenRows) -> dict[str, Tensor]:
     return {name: batch[name] for name in FEATURES if name in batch}
 
 
-def flip(content: bytearray, chance: random.Random) -> None:
-    # As often in what describes the states, which is at the start, as in the states.
-    limit = chance.choice([8, 400, 2000, len(content)])
-    content[chance.randrange(min(limit, len(content)))] ^= 1 << chance.randrange(8)
+def flip(content: bytearray, rng: random.Random) -> None:
+    # Headers, at the start of a file, are hit as often as the states.
+    limit = rng.choice([8, 400, 2000, len(content)])
+    content[rng.randrange(min(limit, len(content)))] ^= 1 << rng.randrange(8)
 
 
-def cut(content: bytearray, chance: random.Random) -> None:
-    del content[chance.randrange(len(content)) :]
+def cut(content: bytearray, rng: random.Random) -> None:
+    del content[rng.randrange(len(content)) :]
 
 
-def overwrite(content: bytearray, chance: random.Random) -> None:
-    begin, size = chance.randrange(len(content)), chance.randint(1, 64)
-    content[begin : begin + size] = bytes(chance.randrange(256) for _ in content[begin : begin + size])
+def overwrite(content: bytearray, rng: random.Random) -> None:
+    begin, size = rng.randrange(len(content)), rng.randint(1, 64)
+    content[begin : begin + size] = bytes(rng.randrange(256) for _ in content[begin : begin + size])
 
 
-def append(content: bytearray, chance: random.Random) -> None:
-    content += bytes(chance.randrange(256) for _ in range(chance.randint(1, 9)))
+def append(content: bytearray, rng: random.Random) -> None:
+    content += bytes(rng.randrange(256) for _ in range(rng.randint(1, 9)))
 
 
-def remove_inside(content: bytearray, chance: random.Random) -> None:
-    begin = chance.randrange(len(content))
-    del content[begin : begin + chance.randint(1, 64)]
+def remove_inside(content: bytearray, rng: random.Random) -> None:
+    begin = rng.randrange(len(content))
+    del content[begin : begin + rng.randint(1, 64)]
 
 
 CHANGES: list[Callable[[bytearray, random.Random], None]] = [flip, flip, flip, cut, overwrite, append, remove_inside]
 
 
-def harm(folder: Path, chance: random.Random) -> str:
+def harm(folder: Path, rng: random.Random) -> str:
     """Change one file of a store; return its name."""
     names = [MANIFEST, *sorted(path.name for path in folder.glob("shard-*"))]
-    name, other = chance.sample(names, 2)
-    if MANIFEST not in (name, other) and chance.random() < 0.3:
+    name, other = rng.sample(names, 2)
+    if MANIFEST not in (name, other) and rng.random() < 0.3:
         name = MANIFEST
-    kind = chance.random()
+    kind = rng.random()
     if kind < 0.04:
         (folder / name).unlink()
     elif kind < 0.08:
         shutil.copy(folder / other, folder / name)
     else:
         content = bytearray((folder / name).read_bytes())
-        chance.choice(CHANGES)(content, chance)
+        rng.choice(CHANGES)(content, rng)
         (folder / name).write_bytes(content)
     return name
 
@@ -130,7 +130,7 @@ def test_a_changed_store_is_refused_or_reads_the_same(store: Path, rows: TokenRo
             assert found.keys() == expected.keys()
             for key, tensor in found.items():
                 same = torch.equal(tensor.view(torch.uint8), expected[key].view(torch.uint8))
-                assert same, f"seed {seed}: {name} was changed, and {key} is read otherwise"
+                assert same, f"seed {seed}: {name} was changed, and {key} is read differently"
         shutil.rmtree(folder)
     assert refused > MUTATIONS // 4
 
@@ -150,11 +150,11 @@ def test_a_changed_recording_is_captured_again_or_refused(rows: TokenRows, tmp_p
     assert recorded.reopen()
     expected = [items[number] for number in range(len(rows))]
     for seed in range(MUTATIONS // 4):
-        folder, chance = tmp_path / str(seed), random.Random(seed)
+        folder, rng = tmp_path / str(seed), random.Random(seed)
         shutil.copytree(tmp_path / "recorded", folder)
-        path = chance.choice(sorted(folder.glob("shard-*")))
+        path = rng.choice(sorted(folder.glob("shard-*")))
         content = bytearray(path.read_bytes())
-        chance.choice(CHANGES)(content, chance)
+        rng.choice(CHANGES)(content, rng)
         path.write_bytes(content)
         items.features = None
         FeatureRecorder(folder, manifest, NEEDS, {"train": items}).reopen()
@@ -162,7 +162,7 @@ def test_a_changed_recording_is_captured_again_or_refused(rows: TokenRows, tmp_p
             try:
                 found = items[number]
             except SpecforgeError as error:
-                assert str(path) in str(error) and "captures its rows again" in str(error), f"seed {seed}: {error}"
+                assert str(path) in str(error) and "to capture its rows again" in str(error), f"seed {seed}: {error}"
             else:
                 assert "aux" not in found or all(torch.equal(found[name], one[name]) for name in one), f"seed {seed}"
         shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Maps between the vocabularies with something wrong: a draft is loaded exactly if its maps are right."""
+"""Corrupted vocabulary maps: a draft is loaded if and only if its maps are valid."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = (torch.int8, torch.int16, torch.int32, torch.uint8, torch.float32, torch
 
 @pytest.fixture(scope="module")
 def drafts(tiny_verifiers: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A draft of 20 of 61 tokens, in the layouts that hold maps."""
+    """A draft with 20 of 61 tokens, in the layouts with vocabulary maps."""
     verifier = tiny_verifiers["llama"]
     draft = Eagle3DraftModel.from_training_args(
         verifier.model.config, t2d=torch.arange(VOCABULARY) % 3 == 1, verifier_name_or_path=str(verifier.folder)
@@ -41,20 +41,20 @@ def drafts(tiny_verifiers: Mapping[str, Any], tmp_path_factory: pytest.TempPathF
     return made
 
 
-def changed(chance: random.Random, maps: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Change the maps of a draft in one way; some stay right."""
+def changed(rng: random.Random, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Change the maps of a draft in one way; some stay valid."""
     maps = {name: one.clone() for name, one in maps.items()}
-    name = chance.choice(["d2t", "t2d"])
+    name = rng.choice(["d2t", "t2d"])
     other = torch.zeros(VOCABULARY, dtype=torch.bool)
-    other[chance.sample(range(VOCABULARY), DRAFT)] = True
-    at = chance.randrange(len(maps[name]))
-    match chance.randrange(10):
+    other[rng.sample(range(VOCABULARY), DRAFT)] = True
+    at = rng.randrange(len(maps[name]))
+    match rng.randrange(10):
         case 0:
-            maps[name] = maps[name].to(chance.choice(KINDS))
+            maps[name] = maps[name].to(rng.choice(KINDS))
         case 1:
             maps[name] = torch.zeros_like(maps[name])
         case 2:
-            maps["d2t"][at % DRAFT] += chance.choice([-40, -1, 1, 40, 2**62])
+            maps["d2t"][at % DRAFT] += rng.choice([-40, -1, 1, 40, 2**62])
         case 3:
             maps["t2d"][at] ^= True
         case 4:
@@ -72,35 +72,35 @@ def changed(chance: random.Random, maps: dict[str, Tensor]) -> dict[str, Tensor]
     return maps
 
 
-def is_right(maps: dict[str, Tensor], may_lack_t2d: bool) -> bool:
-    """Tell, token by token, whether maps lead to tokens of the verifier, ascending, and agree."""
+def is_valid(maps: dict[str, Tensor], may_lack_t2d: bool) -> bool:
+    """Check token by token whether the maps give ascending verifier tokens and agree."""
     d2t, t2d = maps.get("d2t"), maps.get("t2d")
     if d2t is None or d2t.dtype in (torch.float32, torch.float16, torch.bool) or len(d2t) != DRAFT:
         return False
     ids = [index + offset for index, offset in enumerate(d2t.tolist())]
-    leads = ids == sorted(set(ids)) and all(0 <= one < VOCABULARY for one in ids)
+    is_ascending = ids == sorted(set(ids)) and all(0 <= one < VOCABULARY for one in ids)
     if t2d is None:
-        return leads and may_lack_t2d and any(d2t.tolist())
-    marks = not t2d.is_floating_point() and len(t2d) == VOCABULARY
-    return leads and marks and [token for token, one in enumerate(t2d.tolist()) if one] == ids
+        return is_ascending and may_lack_t2d and any(d2t.tolist())
+    is_mask = not t2d.is_floating_point() and len(t2d) == VOCABULARY
+    return is_ascending and is_mask and [token for token, one in enumerate(t2d.tolist()) if one] == ids
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_a_draft_is_loaded_exactly_if_its_maps_are_right(
+def test_a_draft_is_loaded_if_and_only_if_its_maps_are_valid(
     seed: int, drafts: dict[str, Path], tiny_verifiers: Mapping[str, Any], tmp_path: Path
 ) -> None:
-    chance, verifier = random.Random(seed), str(tiny_verifiers["llama"].folder)
+    rng, verifier = random.Random(seed), str(tiny_verifiers["llama"].folder)
     outcomes = set()
     for trial in range(TRIALS):
-        key = chance.choice(list(drafts))
+        key = rng.choice(list(drafts))
         folder, ours = tmp_path / f"{trial}", tmp_path / f"{trial}-ours"
         shutil.copytree(drafts[key], folder)
         tensors = load_file(folder / WEIGHTS)
-        maps = changed(chance, {name: tensors.pop(name) for name in ("d2t", "t2d")})
+        maps = changed(rng, {name: tensors.pop(name) for name in ("d2t", "t2d")})
         save_file({**tensors, **maps}, folder / WEIGHTS)
-        right = is_right(maps, may_lack_t2d=key == "eagle3/midlayer")
-        outcomes.add(right)
-        if not right:
+        valid = is_valid(maps, may_lack_t2d=key == "eagle3/midlayer")
+        outcomes.add(valid)
+        if not valid:
             with pytest.raises(UsageError, match=r"d2t|t2d") as refused:
                 convert(str(folder), verifier, ours)
             assert str(folder) in str(refused.value)

@@ -1,4 +1,4 @@
-"""A verifier's config.json with wrong types and missing fields: it loads, or one message names the file and the key."""
+"""A verifier's config.json with wrong types and missing fields: it loads, or one message names file and key."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def mutated(values: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[s
 
 
 def use(folder: str) -> None:
-    """Do with a verifier what training does before its first step."""
+    """Use a verifier as training does before its first step."""
     config = load_config(folder)
     verifier = load_verifier(folder)
     check_logits(verifier)
@@ -56,17 +56,19 @@ def use(folder: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "glm4", "gpt2", "mistral3"])
-def test_every_config_is_taken_or_refused_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_config_is_accepted_or_refused_by_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(diagnosis, "SECONDS", 0.05)
     make(name, tmp_path)
     use(str(tmp_path))
     file = tmp_path / "config.json"
     values = json.loads(file.read_text())
     paths = list(keys_of(values))
-    draw = random.Random(name)
+    rng = random.Random(name)
     refused = 0
     for _ in range(MUTATIONS):
-        path, value = draw.choice(paths), draw.choice([*VALUES, MISSING])
+        path, value = rng.choice(paths), rng.choice([*VALUES, MISSING])
         file.write_text(json.dumps(mutated(values, path, value)))
         try:
             use(str(tmp_path))

@@ -26,9 +26,10 @@ from specforge.registry import installed
 from specforge.training.losses.comparison import Term
 from specforge.training.losses.distillation import DraftSteps, Teacher, distill
 from specforge.training.losses.objectives import forward_kl
-from specforge.verifier.features import Features, capture, default_aux_layers
+from specforge.verifier.features import Features, capture
 from specforge.verifier.loading import load_verifier
 from specforge.verifier.parts import VerifierParts
+from specforge_eagle3.config import default_aux_layers
 
 PADDING = 3
 # What specforge calls the formats of the cases.
@@ -207,7 +208,7 @@ def test_there_are_cases() -> None:
 
 def test_every_algorithm_is_checked(any_case: Case) -> None:
     require(any_case.algorithm)
-    assert any_case.algorithm in {"eagle3", "eagle", "mlp"}, (
+    assert any_case.algorithm in {"eagle3", "eagle", "mlp", "dflash", "dflash2", "dspark"}, (
         "a plugin provides this algorithm, but no test here runs its cases"
     )
 

@@ -5,7 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from specforge.documents import DocumentLayout
 from specforge.models.draft_rows import DraftRows
+
+NO_DOCUMENTS = DocumentLayout((), whole_rows=False)
 
 
 @st.composite
@@ -17,7 +20,7 @@ def supervision(draw: st.DrawFn) -> Tensor:
 
 @given(supervised=supervision())
 def test_a_step_runs_the_rows_that_it_or_a_later_step_needs_and_no_others(supervised: Tensor) -> None:
-    rows = DraftRows.needed(supervised)
+    rows = DraftRows.needed(supervised, NO_DOCUMENTS)
     assert rows.order.sort().values.equal(torch.arange(supervised.shape[1]))
     for step, count in enumerate(rows.counts):
         needed = supervised[step:].any(0).nonzero().squeeze(1)
@@ -28,7 +31,7 @@ def test_a_step_runs_the_rows_that_it_or_a_later_step_needs_and_no_others(superv
 
 @given(supervised=supervision())
 def test_places_are_those_of_the_states_one_step_behind_the_other(supervised: Tensor) -> None:
-    rows = DraftRows.needed(supervised)
+    rows = DraftRows.needed(supervised, NO_DOCUMENTS)
     states = [(step, int(row)) for step, count in enumerate(rows.counts) for row in rows.order[:count]]
     places = rows.places()
     for number, (step, row) in enumerate(states):
@@ -38,5 +41,5 @@ def test_places_are_those_of_the_states_one_step_behind_the_other(supervised: Te
 
 
 def test_all_rows_stay_where_they_are() -> None:
-    rows = DraftRows.all(3, 4, torch.device("cpu"))
+    rows = DraftRows.all(3, 4, NO_DOCUMENTS)
     assert rows.places().equal(torch.arange(12).view(3, 4))

@@ -25,7 +25,6 @@ from specforge_eagle3.model import Eagle3DraftModel
 
 class SmallConfig(SpeculatorModelConfig):
     model_type_name: ClassVar[str] = "small"
-    speculators_model_type: str = "small"
     width: int = 3
 
 

@@ -1,4 +1,4 @@
-"""Where recorded runs of published implementations are: two small ones for each algorithm in the repository, or all."""
+"""Location of recorded runs of published implementations: two per algorithm in the repository, or all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server on this machine, for as long as a test needs it."""
+"""A server on this machine for the duration of a test."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pathlib import Path
 
 @contextmanager
 def local_server(module: str, words: list[str], log: Path, environment: Mapping[str, str]) -> Iterator[str]:
-    """Run ``python -m module`` on a free port; yield its address when it is healthy.
+    """Run ``python -m module`` on a free port; yield its URL once it is healthy.
 
     Args:
-        module: A server that knows ``--port`` and answers at ``/health``.
-        words: What it is given besides.
-        log: Where to write what it says.
-        environment: Variables on top of this process's own.
+        module: A server that takes ``--port`` and answers at ``/health``.
+        words: Further arguments.
+        log: File for its output.
+        environment: Additional environment variables.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

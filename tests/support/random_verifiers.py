@@ -1,4 +1,4 @@
-"""Random verifiers of several families in float64, and rows of their states."""
+"""Random verifiers of several families in float64, and random rows."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def fill(model: torch.nn.Module, seed: int) -> None:
-    """Give a model weights that are large enough to matter; norms and biases too."""
+    """Fill a model with weights large enough to matter, including norms and biases."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -64,19 +64,19 @@ def random_verifier(family: str, seed: int = 0) -> PreTrainedModel:
 
 
 def random_rows(batch: int, length: int, seed: int = 2, width: int = WIDTH) -> tuple[Tensor, Tensor]:
-    """Tokens [B, T] and states [B, T, H]."""
+    """Return tokens [B, T] and states [B, T, H]."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, VOCABULARY, (batch, length), generator=generator)
     return tokens, torch.randn(batch, length, width, generator=generator, dtype=torch.float64)
 
 
 def last_only(last: Tensor) -> Features:
-    """Features of a verifier of which only the last state is looked at."""
+    """Return features that hold only the last state."""
     return Features(last.new_empty(*last.shape[:2], 0, last.shape[2]), last)
 
 
 def commit(drafter: Drafter, tokens: Tensor, last: Tensor, done: list[int], counts: Sequence[int]) -> None:
-    """Commit so many tokens of each sequence; behind the shorter ones stands what happens to stand there."""
+    """Commit ``counts`` tokens of each sequence; shorter ones are padded with arbitrary values."""
     longest = max(counts)
     following = torch.full((len(counts), longest), VOCABULARY - 1)
     states = torch.full((len(counts), longest, last.shape[-1]), 7.0, dtype=last.dtype)

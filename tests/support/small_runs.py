@@ -1,4 +1,4 @@
-"""Small runs of every algorithm on rows of tokens, and what they wrote."""
+"""Small runs of every algorithm on token rows, and their outputs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,20 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "algorithm": "eagle",
         "model": {"noise": 0, "alignment_steps": 3, "objective": {"cross_entropy": 0.1, "top_k": 1.0}},
     },
-    # Its objective reads the mean acceptance over the whole batch.
+    # Its objective uses the mean acceptance over the whole batch.
     "eagle3": {
         "algorithm": "eagle3",
         "model": {"ttt_steps": 3, "draft": {"draft_vocab_size": 40}, "objective": {"kl": 0.5, "lk_lambda": 0.5}},
     },
-    # What the verifier writes at temperature 0 is the same whoever asks.
+    # Its anchors are drawn anew at each step.
+    "dspark": {
+        "algorithm": "dspark",
+        "model": {
+            "anchors": 4,
+            "draft": {"num_layers": 2, "block_size": 3, "markov_rank": 8, "draft_vocab_size": 40, "mask_token_id": 1},
+        },
+    },
+    # At temperature 0 the verifier generates the same text in every process.
     "mlp": {
         "algorithm": "mlp",
         "model": {
@@ -35,12 +43,12 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class SmallRuns:
-    """Runs on the same rows, below one folder.
+    """Runs on the same rows, in one folder.
 
     Attributes:
-        folder: Where everything is.
+        folder: Folder of all files.
         verifier: Folder of the verifier.
-        values: What all configurations share, besides rows and verifier.
+        values: Values that all configurations share, in addition to rows and verifier.
     """
 
     folder: Path
@@ -53,7 +61,7 @@ class SmallRuns:
         (self.folder / f"{split}.jsonl").write_text("".join(lines))
 
     def words(self, name: str, algorithm: str, *more: str) -> list[str]:
-        """Return the words of a run, after ``specforge``."""
+        """Return the command-line words of a run, after ``specforge``."""
         values = {**self.values, "verifier": str(self.verifier), "output_dir": str(self.folder / name)}
         values |= {"algorithm": ALGORITHMS[algorithm]["algorithm"]}
         learning = {"optimizer": {"lr": 3e-3}, "schedule": {"name": "constant", "warmup": 0}}
@@ -65,7 +73,7 @@ class SmallRuns:
         return ["fit", "--config", str(path), *more]
 
     def run(self, name: str) -> Path:
-        """Return the folder of a run, of which there is one only, however many processes began it."""
+        """Return the folder of a run; there is only one, however many processes started it."""
         assert [one.name for one in (self.folder / name).iterdir()] == ["version_0"]
         return self.folder / name / "version_0"
 
@@ -89,8 +97,8 @@ def assert_close(first: Path, second: Path, **tolerance: float) -> None:
 
 
 def logged(run: Path) -> dict[str, list[float]]:
-    """Return all that a run logged, by tag, but for what it took."""
+    """Return everything that a run logged, by tag, except its resource use."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    taken = {f"train/{name}" for name in ("tokens_per_second", "idle_share", "peak_memory_gb")}
-    tags = [tag for tag in events.Tags()["scalars"] if tag not in taken]
+    resources = {f"train/{name}" for name in ("tokens_per_second", "idle_share", "peak_memory_gb")}
+    tags = [tag for tag in events.Tags()["scalars"] if tag not in resources]
     return {tag: [one.value for one in events.Scalars(tag)] for tag in tags}

@@ -1,4 +1,4 @@
-"""Tiny random verifiers of every family that is tried, written to disk in some hundredths of a second each."""
+"""Tiny random verifiers of every tested family, each written to disk in hundredths of a second."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 VOCABULARY = 96
 LAYERS = 8
-# As most families call it, and as those after GPT-2 do.
+# Sizes under the names of most families, then under those of GPT-2 and its successors.
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -69,10 +69,10 @@ class Family:
 
     Attributes:
         config: Class name of its configuration.
-        options: Beside the usual sizes.
+        options: Options in addition to the usual sizes.
         sizes: The usual sizes.
-        vision: Configuration of what reads images; the options are then the text's.
-        model_type: Of the text, where it is not the configuration's default.
+        vision: Configuration of the vision part; the options then belong to the text part.
+        model_type: Model type of the text part, if it is not the configuration's default.
         outer: Options of the whole configuration.
     """
 
@@ -88,16 +88,16 @@ def _rope(kind: str, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
 
 
-def _directions(*sections: int, **more: Any) -> dict[str, Any]:
+def _mrope(*sections: int, **more: Any) -> dict[str, Any]:
     return {**HEADS, **_rope("default", mrope_section=list(sections), **more)}
 
 
-def _sees(**options: Any) -> dict[str, Any]:
+def _vision(**options: Any) -> dict[str, Any]:
     return {"hidden_size": 16, "intermediate_size": 24, "image_size": 28, "patch_size": 14, **options}
 
 
 _TOWER = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
-_VIT = _sees(num_hidden_layers=1, num_attention_heads=2)
+_VIT = _vision(num_hidden_layers=1, num_attention_heads=2)
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaConfig", {**HEADS, "tie_word_embeddings": True}),
@@ -218,8 +218,8 @@ FAMILIES: dict[str, Family] = {
         vision={},
         model_type="gemma4_text",
     ),
-    "qwen2_5_vl": Family("Qwen2_5_VLConfig", _directions(2, 1, 1), vision={**_TOWER, "fullatt_block_indexes": [0]}),
-    "qwen3_vl": Family("Qwen3VLConfig", _directions(2, 1, 1), vision={**_TOWER, "deepstack_visual_indexes": [0]}),
+    "qwen2_5_vl": Family("Qwen2_5_VLConfig", _mrope(2, 1, 1), vision={**_TOWER, "fullatt_block_indexes": [0]}),
+    "qwen3_vl": Family("Qwen3VLConfig", _mrope(2, 1, 1), vision={**_TOWER, "deepstack_visual_indexes": [0]}),
     "qwen3_5": Family("Qwen3_5Config", LINEAR, vision=_TOWER),
     "llama4": Family(
         "Llama4Config",
@@ -235,7 +235,7 @@ FAMILIES: dict[str, Family] = {
     "mistral3": Family(
         "Mistral3Config", HEADS, vision={**_VIT, "model_type": "pixtral", "head_dim": 8}, model_type="mistral"
     ),
-    "glm4v": Family("Glm4vConfig", _directions(1, 1, 0, partial_rotary_factor=0.5), vision=_TOWER),
+    "glm4v": Family("Glm4vConfig", _mrope(1, 1, 0, partial_rotary_factor=0.5), vision=_TOWER),
     "llava_next": Family(
         "LlavaNextConfig",
         HEADS,
@@ -243,7 +243,7 @@ FAMILIES: dict[str, Family] = {
         model_type="llama",
     ),
 }
-"""Every family that is tried, by the name of its model type, and what is special about it."""
+"""Every tested family, by its model type and what is special about it."""
 
 
 def make(name: str, folder: Path) -> PreTrainedModel:
@@ -251,7 +251,7 @@ def make(name: str, folder: Path) -> PreTrainedModel:
 
     Args:
         name: Its name in ``FAMILIES``.
-        folder: Where to.
+        folder: Folder to write.
 
     Returns:
         The model, in evaluation mode.
@@ -267,7 +267,7 @@ def make(name: str, folder: Path) -> PreTrainedModel:
     torch.manual_seed(0)
     build = transformers.AutoModelForCausalLM if family.vision is None else transformers.AutoModelForImageTextToText
     model = build.from_config(config)
-    # Weights that matter, and norms that are far from how they begin.
+    # Weights large enough to matter, and norms far from their initial values.
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

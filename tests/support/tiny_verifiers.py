@@ -45,14 +45,14 @@ VISION = {
 
 @dataclass(frozen=True)
 class TinyVerifier:
-    """A random verifier: its folder, and the model as it was before it was saved."""
+    """A random verifier: its folder, and the model before it was saved."""
 
     folder: Path
     model: PreTrainedModel
 
 
 def random_verifier(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """Make a model whose layers matter and whose norm weights are far from what they are initialised with."""
+    """Make a model whose layers matter and whose norm weights are far from their initial values."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
@@ -67,7 +67,7 @@ def random_verifier(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 
 def save_tiny_verifiers(root: Path) -> dict[str, TinyVerifier]:
-    """Save llama, llama-sharded (both untied), llama-tied, qwen3, gemma2, gemma3 and gemma3-images below a folder."""
+    """Save llama, llama-sharded (both untied), llama-tied, qwen3, gemma2, gemma3 and gemma3-images into a folder."""
     windows = {"sliding_window": 4, "query_pre_attn_scalar": 8}
     configs: dict[str, PreTrainedConfig] = {
         "llama": LlamaConfig(**SHAPE, tie_word_embeddings=False),

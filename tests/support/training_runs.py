@@ -1,4 +1,4 @@
-"""Training runs in tests: a folder with data and one configuration, runs made from it, and reading what they wrote."""
+"""Training runs in tests: a folder with data, a configuration and its runs, and readers of their outputs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class RunsFolder:
     """A folder with data, one configuration file, and the runs made from it.
 
     Attributes:
-        folder: Where everything is.
-        cache: Folder of tokenised rows, shared by all such folders of a session.
+        folder: Folder of all files.
+        cache: Folder of tokenised rows, shared by all folders of a session.
         values: The configuration.
     """
 
@@ -42,7 +42,7 @@ class RunsFolder:
         return path
 
     def words(self, output_dir: str, *more: str) -> list[str]:
-        """Return the words after the subcommand."""
+        """Return the command-line words after the subcommand."""
         return ["--config", str(self.config), "--output_dir", str(self.folder / output_dir), *more]
 
     def run_folder(self, output_dir: str, version: int = 0) -> Path:
@@ -51,7 +51,7 @@ class RunsFolder:
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of a training checkpoint, as its draft is written."""
+    """Return the weights of a training checkpoint as they are written into its draft."""
     return folded(torch.load(checkpoint, weights_only=True)["state_dict"])
 
 
@@ -80,6 +80,6 @@ def assert_same_values(first: Any, second: Any) -> None:
 
 
 def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
-    """Return step and value of what a run logged under a tag, over all its event files."""
+    """Return step and value of everything a run logged under a tag, over all its event files."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     return [(one.step, one.value) for one in events.Scalars(tag)]

@@ -1,9 +1,9 @@
-"""Try every family of ``tiny_families`` as a verifier, and write what works into docs/families.md.
+"""Try every family of ``tiny_families`` as a verifier and write the results into docs/families.md.
 
-    python tests/verifier/families.py            try all of them, and write the table
-    python tests/verifier/families.py gpt2 opt   try some, and print what came of them
+    python tests/verifier/families.py            try all of them and write the table
+    python tests/verifier/families.py gpt2 opt   try some and print the results
 
-Each is a tiny random verifier that the commands of specforge work with as a user would, all in this process.
+Each is a tiny random verifier, used with specforge's commands as a user would, all in this process.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ NEW_TOKENS = 12
 
 @dataclass
 class Outcome:
-    """What came of a family.
+    """Results for a family.
 
     Attributes:
         model_class: Class of the verifier.
-        packed: Whether documents of a row run in one pass.
-        found: ``YES`` or the reason why not, by what was tried.
+        packed: Whether the documents of a packed row run in one forward pass.
+        found: ``YES`` or the reason of the failure, by trial.
     """
 
     model_class: str = ""
@@ -68,7 +68,7 @@ class Outcome:
 
 
 class Trial:
-    """One family, tried in a folder of its own.
+    """Trial of one family in its own folder.
 
     Args:
         name: Its name in ``FAMILIES``.
@@ -97,35 +97,37 @@ class Trial:
         )
 
     def stored(self) -> str:
-        """Store the states, see that each row's are those that it has alone, and train on them."""
+        """Store the states, check each row's against a run of that row only, and train on them."""
         features = self.folder / "features"
-        said = command("prepare", "features", *self._words("eagle3"), "--output", str(features), "--dtype", "float32")
-        if said != YES:
-            return said
+        outcome = command(
+            "prepare", "features", *self._words("eagle3"), "--output", str(features), "--dtype", "float32"
+        )
+        if outcome != YES:
+            return outcome
         store, verifier = FeatureStore(features), self.verifier()
         for line in self.rows.read_text(encoding="utf-8").splitlines():
             tokens = np.array(json.loads(line)["input_ids"])
-            place = int(store.locate(np.frombuffer(row_digest(tokens), np.uint64).reshape(1, 2))[0])
+            index = int(store.locate(np.frombuffer(row_digest(tokens), np.uint64).reshape(1, 2))[0])
             row = torch.tensor(tokens)[None]
             *aux, last = store.manifest.layers
-            alone = capture(verifier, row, torch.arange(row.shape[1])[None], aux)
-            for layer, state in zip((*aux, last), (*alone.aux[0].unbind(1), alone.last[0]), strict=True):
-                values, _ = store.read(place, layer)
+            separate = capture(verifier, row, torch.arange(row.shape[1])[None], aux)
+            for layer, state in zip((*aux, last), (*separate.aux[0].unbind(1), separate.last[0]), strict=True):
+                values, _ = store.read(index, layer)
                 if not _close(values, state[: len(values)]):
-                    return f"the stored states of layer {layer} are others than a document has alone"
+                    return f"the stored states of layer {layer} differ from those of the separate document"
         return self.fit("eagle3", "stored", "--data.features", str(features))
 
     def export(self, run: str = "eagle3") -> str:
-        """Export the draft of a run, and verify the export beside the verifier."""
+        """Export the draft of a run and verify the export with the verifier."""
         output = self.folder / "export"
         with patch.object(served, "NEW_TOKENS", NEW_TOKENS):
-            said = command("export", str(self._draft(run)), "--format", "vllm", "--output", str(output))
-        if said != YES:
-            return said
+            outcome = command("export", str(self._draft(run)), "--format", "vllm", "--output", str(output))
+        if outcome != YES:
+            return outcome
         return command("verify", str(output), "--verifier", str(self.verifier_folder))
 
     def generate(self, run: str = "eagle3") -> str:
-        """Generate with the draft of a run what the verifier generates without."""
+        """Check that generation with the draft of a run gives the verifier's own text."""
         draft, verifier = SpeculatorModel.from_pretrained(self._draft(run)), self.verifier()
         prompts = torch.tensor([[5, 9, 14, 33, 60], [7, 3, 71, 20, 11]])
         with torch.no_grad():
@@ -135,7 +137,7 @@ class Trial:
             found = draft.generate(prompts, max_new_tokens=NEW_TOKENS, eos_token_id=[])
         except SpecforgeError as error:
             return str(error)
-        return YES if torch.equal(found, expected) else "another text than the verifier's"
+        return YES if torch.equal(found, expected) else "the text differs from the verifier's"
 
     def _draft(self, run: str) -> Path:
         return self.folder / run / "version_0" / "draft"
@@ -151,15 +153,15 @@ class Trial:
 
 
 def packed_states_are_right(verifier: PreTrainedModel) -> bool:
-    """Tell whether documents of a packed row have the states that they have alone."""
+    """Return whether documents of a packed row have the same states as separate rows."""
     tokens = torch.arange(3, 3 + 40).remainder(VOCABULARY)[None]
     lengths = [19, 1, 20]
     packed = capture(verifier, tokens, torch.cat([torch.arange(one) for one in lengths])[None], [0, 2, 4])
-    alone = [
+    separate = [
         capture(verifier, one, torch.arange(one.shape[1])[None], [0, 2, 4]) for one in tokens.split(lengths, dim=1)
     ]
-    return _close(packed.last, torch.cat([one.last for one in alone], 1)) and _close(
-        packed.aux, torch.cat([one.aux for one in alone], 1)
+    return _close(packed.last, torch.cat([one.last for one in separate], 1)) and _close(
+        packed.aux, torch.cat([one.aux for one in separate], 1)
     )
 
 
@@ -168,13 +170,13 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 
 
 def write_rows(path: Path) -> Path:
-    """Write rows of ready tokens."""
-    draw = random.Random(0)
+    """Write token rows."""
+    rng = random.Random(0)
     rows = []
     for _ in range(6):
-        length = draw.randint(8, 30)
+        length = rng.randint(8, 30)
         rows.append({
-            "input_ids": [draw.randrange(3, VOCABULARY) for _ in range(length)],
+            "input_ids": [rng.randrange(3, VOCABULARY) for _ in range(length)],
             "loss_mask": [int(index > 3) for index in range(length)],
         })  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -182,59 +184,59 @@ def write_rows(path: Path) -> Path:
 
 
 def command(*words: str) -> str:
-    """Run a command; return ``YES``, or the error that it ends with."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+    """Run a command; return ``YES`` or its error message."""
+    outcome = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(outcome):
         status = main(list(words))
     if status == 0:
         return YES
-    return re.sub(r"\S+/(verifier|draft)\b", r"\1", said.getvalue().rpartition("error: ")[2].strip())
+    return re.sub(r"\S+/(verifier|draft)\b", r"\1", outcome.getvalue().rpartition("error: ")[2].strip())
 
 
-def tried(name: str, folder: Path) -> Outcome:
-    """Try everything with a family."""
+def try_family(name: str, folder: Path) -> Outcome:
+    """Run all trials of a family."""
     trial = Trial(name, folder)
     verifier = trial.verifier()
     found = {algorithm: trial.fit(algorithm, algorithm) for algorithm in ALGORITHMS}
     if not packed_states_are_right(verifier):
-        found["eagle3"] = "packed documents have other states than alone"
+        found["eagle3"] = "packed documents have other states than separate ones"
     if found["eagle3"] == YES:
         found |= {"stored": trial.stored(), "export": trial.export(), "generate": trial.generate()}
     return Outcome(type(verifier).__name__, packs(verifier), found)
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
-    """Return a table in Markdown, with the reasons below it."""
-    tried_things = (*ALGORITHMS, "stored", "export", "generate")
+    """Return a Markdown table with the reasons below it."""
+    trials = (*ALGORITHMS, "stored", "export", "generate")
     reasons: list[str] = []
 
-    def cell(said: str) -> str:
-        if said == YES:
+    def cell(outcome: str) -> str:
+        if outcome == YES:
             return YES
-        if said not in reasons:
-            reasons.append(said)
-        return f"no ({reasons.index(said) + 1})"
+        if outcome not in reasons:
+            reasons.append(outcome)
+        return f"no ({reasons.index(outcome) + 1})"
 
     lines = [
-        f"| family | class of the verifier | packed rows | {' | '.join(tried_things)} |",
-        "|---" * (len(tried_things) + 3) + "|",
+        f"| family | class of the verifier | packed rows | {' | '.join(trials)} |",
+        "|---" * (len(trials) + 3) + "|",
     ]
     for name, outcome in outcomes.items():
-        cells = [cell(outcome.found.get(thing, "there is no draft")) for thing in tried_things]
-        packed = "one pass" if outcome.packed else "one document a row"
+        cells = [cell(outcome.found.get(trial, "there is no draft")) for trial in trials]
+        packed = "one pass" if outcome.packed else "one document per row"
         lines.append(f"| {name} | `{outcome.model_class}` | {packed} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, start=1))])
 
 
 def run(names: list[str]) -> int:
-    """Try some families, or all."""
+    """Try the given families, or all."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
     outcomes = {}
     for name in names or FAMILIES:
         with tempfile.TemporaryDirectory() as folder:
-            outcomes[name] = tried(name, Path(folder))
+            outcomes[name] = try_family(name, Path(folder))
         print(name, outcomes[name], flush=True)
     if names:
         print(table(outcomes))

@@ -1,6 +1,6 @@
-"""Verifiers of other families than Llama's: what each kind of them needs.
+"""Verifiers of families other than Llama: what each kind needs.
 
-All of them are tried by ``python tests/verifier/families.py``.
+``python tests/verifier/families.py`` tries all of them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_a_family_is_a_verifier_with_every_algorithm(name: str, tmp_path: Path) 
 
 
 def assert_it_learns(draft: SpeculatorModel, verifier: Any) -> None:
-    """Every weight of a draft has a gradient that is no zero, from the first step."""
+    """Every weight of a draft has a nonzero gradient from the first step."""
     tokens = torch.arange(3, 15)[None]
     positions, documents = torch.tensor([[*range(7), *range(5)]]), torch.tensor([[0] * 7 + [1] * 5])
     features = capture(verifier, tokens, positions, draft.aux_layers)
@@ -94,7 +94,7 @@ def test_states_that_cannot_be_packed_are_stored_exported_and_probed(tmp_path: P
 
 @pytest.mark.parametrize("name", ["llama4 text", "gemma4 text"])
 def test_generation_is_the_verifiers_own(name: str, tmp_path: Path) -> None:
-    """Longer than the chunks of attention, 16 tokens."""
+    """Longer than an attention chunk of 16 tokens."""
     make(name, tmp_path)
     verifier = load_verifier(str(tmp_path))
     torch.manual_seed(0)
@@ -108,8 +108,8 @@ def test_generation_is_the_verifiers_own(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "stablelm", "nemotron", "olmo", "phimoe"])
-def test_the_draft_starts_at_the_scale_of_the_verifiers_final_norm(name: str, tmp_path: Path) -> None:
-    """RMSNorm, 1 + weight, LayerNorm, LayerNorm with 1 + weight, without weights, and with a bias."""
+def test_the_draft_norm_is_initialised_with_the_verifiers_final_norm_scale(name: str, tmp_path: Path) -> None:
+    """RMSNorm, 1 + weight, LayerNorm, LayerNorm with 1 + weight, without weights, with a bias."""
     verifier = make(name, tmp_path)
     parts = VerifierParts.of(verifier)
     draft = Eagle3DraftModel.from_training_args(verifier.config)
@@ -139,8 +139,8 @@ def size(states: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", ["phi", "gptj"])
-def test_what_follows_the_heads_matrix_is_the_same_wherever_it_is_computed(name: str, tmp_path: Path) -> None:
-    """Training multiplies by the matrix itself; decoding calls the head, bias and all."""
+def test_finishing_products_with_the_heads_matrix_equals_the_head(name: str, tmp_path: Path) -> None:
+    """Training multiplies by the matrix itself; decoding calls the head with its bias."""
     parts = VerifierParts.of(make(name, tmp_path))
     assert parts.lm_head.bias is not None and parts.lm_head.bias.any()
     states = torch.randn(4, 32)
@@ -155,4 +155,4 @@ def test_the_table_numbers_its_reasons() -> None:
 def test_every_family_is_in_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     missing = [name for name in FAMILIES if f"| {name} |" not in page]
-    assert not missing, "write it again: python tests/verifier/families.py"
+    assert not missing, "regenerate it: python tests/verifier/families.py"

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from specforge.errors import UsageError
-from specforge.verifier.features import capture, check_aux_layers, check_documents, default_aux_layers, packs
+from specforge.verifier.features import capture, check_aux_layers, check_documents, packs
 from specforge.verifier.parts import decoder
 
 FAMILIES = ["llama", "llama-tied", "qwen3", "gemma2", "gemma3", "gemma3-images"]
@@ -24,7 +24,7 @@ def tokens_of(lengths: list[int], vocabulary: int, seed: int = 0) -> list[Tensor
 
 
 def reference_states(model: Any, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Run one document alone; return transformers' hidden states and the input of its final norm."""
+    """Run a single document; return transformers' hidden states and the input of its final norm."""
     seen: list[Tensor] = []
     handle = decoder(model).norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     with torch.no_grad():
@@ -34,7 +34,7 @@ def reference_states(model: Any, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_captured_states_are_those_of_transformers(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
+def test_captured_states_equal_those_of_transformers(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
     model = tiny_verifiers[name].model
     (tokens,) = tokens_of([9], model.config.get_text_config().vocab_size)
     number = model.config.get_text_config().num_hidden_layers
@@ -46,13 +46,13 @@ def test_captured_states_are_those_of_transformers(name: str, tiny_verifiers: Ma
         torch.testing.assert_close(features.aux[:, :, layer], hidden[layer])
     torch.testing.assert_close(features.last, before_norm)
     torch.testing.assert_close(features.aux[:, :, number], features.last)
-    # transformers' last hidden state is after the final norm: ours must not be.
+    # transformers' last hidden state is after the final norm; ours must not be.
     assert (features.last - hidden[-1]).abs().max() > 0.1
     torch.testing.assert_close(decoder(model).norm(features.last), hidden[-1])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_packed_documents_do_not_see_each_other(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
+def test_packed_documents_do_not_attend_to_each_other(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
     model = deepcopy(tiny_verifiers[name].model).double()
     vocabulary = model.config.get_text_config().vocab_size
     packed = [tokens_of([5, 1, 7, 2], vocabulary, 1), tokens_of([8, 7], vocabulary, 2)]
@@ -62,10 +62,10 @@ def test_packed_documents_do_not_see_each_other(name: str, tiny_verifiers: Mappi
     for row, documents in enumerate(packed):
         begin = 0
         for document in documents:
-            alone = capture(model, document[None], torch.arange(len(document))[None], [0, 2, 5])
+            separate = capture(model, document[None], torch.arange(len(document))[None], [0, 2, 5])
             part = slice(begin, begin + len(document))
-            torch.testing.assert_close(features.aux[row, part], alone.aux[0])
-            torch.testing.assert_close(features.last[row, part], alone.last[0])
+            torch.testing.assert_close(features.aux[row, part], separate.aux[0])
+            torch.testing.assert_close(features.last[row, part], separate.last[0])
             begin += len(document)
 
 
@@ -75,7 +75,7 @@ def number_of_hooks(model: Any) -> int:
 
 def test_capture_leaves_no_hook_and_no_graph(tiny_verifiers: Mapping[str, Any]) -> None:
     model = tiny_verifiers["llama"].model
-    # transformers installs hooks of its own when it first runs.
+    # transformers installs its own hooks on the first run.
     reference_states(model, torch.ones(3, dtype=torch.int64))
     before = number_of_hooks(model)
     features = capture(model, torch.ones(1, 3, dtype=torch.int64), torch.arange(3)[None], [1])
@@ -96,21 +96,7 @@ def test_only_ascending_layers_in_bounds_are_allowed(number: int, layers: list[i
             check_aux_layers(layers, number)
 
 
-@pytest.mark.parametrize("number", [7, 8, 9, 12, 27, 80])
-def test_default_layers(number: int) -> None:
-    assert default_aux_layers(number) == [2, number // 2, number - 3]
-    check_aux_layers(default_aux_layers(number), number)
-
-
-@pytest.mark.parametrize("number", [3, 4, 5, 6])
-def test_too_few_layers_for_the_default_are_refused_with_an_example_that_works(number: int) -> None:
-    with pytest.raises(UsageError, match=f"has {number} decoder layers") as caught:
-        default_aux_layers(number)
-    example = str(caught.value).rpartition("[")[2].rstrip("]")
-    check_aux_layers([int(one) for one in example.split(",")], number)
-
-
-def test_documents_that_would_read_each_other_run_apart(tiny_verifiers: Mapping[str, Any]) -> None:
+def test_documents_that_would_read_each_other_run_separately(tiny_verifiers: Mapping[str, Any]) -> None:
     for made in tiny_verifiers.values():
         check_documents(made.model)
         assert packs(made.model)
@@ -123,7 +109,7 @@ def test_documents_that_would_read_each_other_run_apart(tiny_verifiers: Mapping[
     assert not packs(verifier)
     with pytest.raises(UsageError, match="verifier_sharding: GptOssForCausalLM reads across the documents"):
         check_documents(verifier)
-    # Documents of one token and padding, too; in two rows.
+    # Includes documents of one token and padding, in two rows.
     lengths = [[3, 1, 5], [4, 2, 3]]
     tokens = torch.arange(18).view(2, 9) + 3
     positions = torch.stack([torch.cat([torch.arange(one) for one in row]) for row in lengths])
@@ -132,7 +118,7 @@ def test_documents_that_would_read_each_other_run_apart(tiny_verifiers: Mapping[
         begin = 0
         for length in own:
             document = slice(begin, begin + length)
-            alone = capture(verifier, tokens[row : row + 1, document], torch.arange(length)[None], [0, 1])
-            torch.testing.assert_close(found.last[row, document], alone.last[0], atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(found.aux[row, document], alone.aux[0], atol=1e-4, rtol=1e-4)
+            separate = capture(verifier, tokens[row : row + 1, document], torch.arange(length)[None], [0, 1])
+            torch.testing.assert_close(found.last[row, document], separate.last[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(found.aux[row, document], separate.aux[0], atol=1e-4, rtol=1e-4)
             begin += length

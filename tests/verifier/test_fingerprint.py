@@ -1,4 +1,4 @@
-"""The fingerprint of a verifier: the same for the same states, another one for whatever changes them."""
+"""The fingerprint of a verifier: equal for equal states, different for anything that changes them."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def change_weights(folder: Path, change: Callable[[str, torch.Tensor], torch.Ten
     save_file({name: change(name, one) for name, one in weights.items()}, folder / "model.safetensors")
 
 
-class TestTheSame:
-    def test_wherever_the_folder_is(self, tiny_verifiers, copy):
+class TestEqual:
+    def test_for_any_folder(self, tiny_verifiers, copy):
         assert fingerprint(str(copy)) == fingerprint(str(tiny_verifiers["llama"].folder))
 
-    def test_however_the_weights_are_split(self, tiny_verifiers, copy):
+    def test_for_any_split_of_the_weights(self, tiny_verifiers, copy):
         tiny_verifiers["llama"].model.save_pretrained(copy.parent / "sharded", max_shard_size="6KB")
         assert len(list((copy.parent / "sharded").glob("*.safetensors"))) > 2
         assert fingerprint(str(copy.parent / "sharded")) == fingerprint(str(copy))
 
-    def test_of_a_loaded_verifier_that_is_saved_again(self, copy):
+    def test_for_a_loaded_verifier_saved_again(self, copy):
         load_verifier(str(copy)).save_pretrained(copy.parent / "again")
         assert fingerprint(str(copy.parent / "again")) == fingerprint(str(copy))
 
-    def test_of_weights_in_bin_files_whole_or_split(self, copy):
+    def test_for_weights_in_bin_files_whole_or_split(self, copy):
         before = fingerprint(str(copy))
         weights = load_file(copy / "model.safetensors")
         (copy / "model.safetensors").unlink()
@@ -77,24 +77,24 @@ class TestTheSame:
         ],
         ids=["names", "no computation", "older form", "older name", "whole number", "default left out", "order"],
     )
-    def test_where_config_json_asks_for_the_same_computation(self, copy, change):
+    def test_for_configurations_of_the_same_computation(self, copy, change):
         before = fingerprint(str(copy))
         change_config(copy, change)
         assert fingerprint(str(copy)) == before
 
 
-class TestOthers:
-    def test_no_two_verifiers_share_one(self, tiny_verifiers):
+class TestDifferent:
+    def test_for_any_two_verifiers(self, tiny_verifiers):
         by_name = {name: fingerprint(str(one.folder)) for name, one in tiny_verifiers.items()}
         assert len(set(by_name.values())) == len(tiny_verifiers)
 
     @pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "model.norm.weight"])
-    def test_a_little_training_of_one_tensor(self, copy, name):
+    def test_after_a_little_training_of_one_tensor(self, copy, name):
         before = fingerprint(str(copy))
         change_weights(copy, lambda other, one: one + 1e-3 if other == name else one)
         assert verifier_difference(before, fingerprint(str(copy))) == "different weights"
 
-    def test_training_of_any_row_of_a_small_verifier(self, copy):
+    def test_after_training_of_any_row_of_a_small_verifier(self, copy):
         seen = {fingerprint(str(copy))}
         for row in range(1, 24, 5):
 
@@ -106,7 +106,7 @@ class TestOthers:
         assert len(seen) == 6
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8])
-    def test_another_precision_and_quantised_tensors(self, copy, dtype):
+    def test_for_another_precision_and_quantised_tensors(self, copy, dtype):
         before = fingerprint(str(copy))
         change_weights(copy, lambda name, one: one.to(dtype) if one.ndim > 1 else one)
         assert fingerprint(str(copy)) != before
@@ -124,7 +124,7 @@ class TestOthers:
         ],
         ids=["theta", "yarn", "part of the head", "eps", "activation", "dtype", "quantisation"],
     )
-    def test_another_computation(self, copy, change):
+    def test_for_another_computation(self, copy, change):
         before = fingerprint(str(copy))
         change_config(copy, change)
         assert verifier_difference(before, fingerprint(str(copy))) == "a different computation in config.json"
@@ -132,24 +132,24 @@ class TestOthers:
     @pytest.mark.parametrize(
         ("field", "value"), [("sliding_window", 5), ("sliding_window", None), ("final_logit_softcapping", 4.0)]
     )
-    def test_another_window_or_soft_cap(self, tiny_verifiers, tmp_path, field, value):
+    def test_for_another_window_or_soft_cap(self, tiny_verifiers, tmp_path, field, value):
         shutil.copytree(tiny_verifiers["gemma2"].folder, tmp_path / "copy")
         before = fingerprint(str(tmp_path / "copy"))
         change_config(tmp_path / "copy", lambda config: config.update({field: value}))
         assert fingerprint(str(tmp_path / "copy")) != before
 
-    def test_the_text_part_of_a_verifier_that_reads_images(self, tiny_verifiers, tmp_path):
+    def test_for_another_text_part_of_a_multimodal_verifier(self, tiny_verifiers, tmp_path):
         shutil.copytree(tiny_verifiers["gemma3-images"].folder, tmp_path / "copy")
         before = fingerprint(str(tmp_path / "copy"))
         change_config(tmp_path / "copy", lambda config: config["text_config"].update(sliding_window=3))
         assert fingerprint(str(tmp_path / "copy")) != before
 
-    def test_those_of_earlier_versions_are_told(self):
+    def test_those_of_earlier_versions_are_recognised(self):
         assert "earlier version" in verifier_difference("84cc7e1198794151", "1708f55b9e7bd782-ea5d1812")
 
 
 def sparse_verifier(folder: Path, config: Path, rows: int, columns: int = 4096) -> Path:
-    """Make a verifier of one tensor of zeros, which takes no room on the disk."""
+    """Make a verifier with one tensor of zeros in a sparse file."""
     folder.mkdir()
     shutil.copy(config, folder / "config.json")
     size = rows * columns * 2
@@ -171,7 +171,7 @@ class TestLarge:
         assert pages * os.sysconf("SC_PAGE_SIZE") < 16e9 / 50
         assert fingerprint(str(folder)) == first
 
-    def test_training_of_all_rows_is_seen_wherever_it_changes_them(self, copy, tmp_path):
+    def test_a_change_in_any_band_of_rows_or_columns_is_detected(self, copy, tmp_path):
         folder = sparse_verifier(tmp_path / "large", copy / "config.json", rows=2**12)
         path, seen = folder / "model.safetensors", {fingerprint(str(folder))}
         begin = path.stat().st_size - 2**25
@@ -215,7 +215,7 @@ def test_a_damaged_bin_file_is_named(copy):
         fingerprint(str(copy))
 
 
-def test_no_weights_at_all(copy):
+def test_missing_weights_are_named(copy):
     (copy / "model.safetensors").unlink()
     with pytest.raises(UsageError, match=r"holds no model.safetensors"):
         fingerprint(str(copy))

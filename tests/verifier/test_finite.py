@@ -1,4 +1,4 @@
-"""A verifier whose states are not finite: the tensor or the type is named, and never its family."""
+"""A verifier with non-finite states: the tensor or dtype is named, never the family."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def with_nan(tensor: Tensor, row: int = 1) -> Tensor:
 
 
 def refusal(folder: str, dtype: Any = "float32") -> str:
-    """Return why a verifier is refused when it is loaded for training or decoding."""
+    """Return the error of loading a verifier for training or decoding."""
     with pytest.raises(UsageError) as refused:
         check_logits(load_verifier(folder, VerifierLoading(dtype=dtype)))
     assert str(refused.value).startswith(f"verifier {folder}: ") and "family" not in str(refused.value)
@@ -50,26 +50,26 @@ def refusal(folder: str, dtype: Any = "float32") -> str:
 
 @pytest.mark.parametrize("name", [DAMAGED, "model.norm.weight", "lm_head.weight"])
 def test_a_damaged_tensor_is_named(changed: Callable[..., str], name: str) -> None:
-    assert f"its tensor {name} holds values that are NaN or infinite" in refusal(changed(name, with_nan))
+    assert f"its tensor {name} holds NaN or infinite values" in refusal(changed(name, with_nan))
 
 
-def test_a_type_that_overflows_is_named_with_wider_ones(changed: Callable[..., str]) -> None:
+def test_an_overflowing_dtype_is_named_with_wider_ones(changed: Callable[..., str]) -> None:
     folder = changed("model.layers.2.mlp.down_proj.weight", lambda tensor: tensor * 3e4)
     message = refusal(folder, "float16")
     assert "its states are not finite in float16" in message and "verifier_dtype to bfloat16 or float32" in message
     check_logits(load_verifier(folder, VerifierLoading(dtype="float32")))
 
 
-def test_a_weight_that_the_type_does_not_hold_is_named(changed: Callable[..., str]) -> None:
+def test_a_weight_outside_the_range_of_the_dtype_is_named(changed: Callable[..., str]) -> None:
     folder = changed(DAMAGED, lambda tensor: tensor + 1e5)
     assert f"its tensor {DAMAGED} is not finite in float16" in refusal(folder, "float16")
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_what_only_the_text_shows_ends_training_with_the_tensor(
+def test_non_finite_states_in_training_end_it_naming_the_tensor(
     changed: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str
 ) -> None:
-    """And not with the advice to learn more slowly."""
+    """The advice is not to lower the learning rate."""
     folder = changed("model.embed_tokens.weight", lambda tensor: with_nan(tensor, 50))
     rows = {name: tmp_path / f"{name}.jsonl" for name in ("train", "validation")}
     for name, path in rows.items():
@@ -83,7 +83,7 @@ def test_what_only_the_text_shows_ends_training_with_the_tensor(
     assert f"verifier {folder}: its tensor model.embed_tokens.weight" in error and "optimizer.lr" not in error
 
 
-def test_decoding_ends_with_the_tensor_too(changed: Callable[..., str]) -> None:
+def test_non_finite_states_in_decoding_end_it_naming_the_tensor(changed: Callable[..., str]) -> None:
     verifier = load_verifier(changed("model.embed_tokens.weight", lambda tensor: with_nan(tensor, 50)))
     assert sum(len(one.tokens) for one in Decoder(verifier).decode([torch.tensor([5, 6])], 2)) == 2
     with pytest.raises(UsageError, match=r"its tensor model\.embed_tokens\.weight"):

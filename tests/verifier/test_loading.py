@@ -42,7 +42,7 @@ def needed_shards(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_loaded_verifier_is_frozen_and_the_saved_one(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
+def test_a_loaded_verifier_is_frozen_and_equals_the_saved_one(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
     made = tiny_verifiers[name]
     loaded = load_verifier(str(made.folder))
     assert not loaded.training
@@ -53,7 +53,7 @@ def test_a_loaded_verifier_is_frozen_and_the_saved_one(name: str, tiny_verifiers
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_parts_from_files_are_those_of_the_model(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
+def test_parts_from_files_equal_those_of_the_model(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
     made = tiny_verifiers[name]
     read = VerifierParts.from_pretrained(str(made.folder))
     shared = VerifierParts.of(made.model)
@@ -72,7 +72,7 @@ def test_parts_from_files_are_those_of_the_model(name: str, tiny_verifiers: Mapp
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("source", ["model", "files"])
-def test_logits_of_the_last_state_are_the_models(name: str, source: str, tiny_verifiers: Mapping[str, Any]) -> None:
+def test_logits_of_the_last_state_equal_the_models(name: str, source: str, tiny_verifiers: Mapping[str, Any]) -> None:
     made = tiny_verifiers[name]
     parts = VerifierParts.of(made.model) if source == "model" else VerifierParts.from_pretrained(str(made.folder))
     last: list[torch.Tensor] = []
@@ -91,15 +91,15 @@ def test_a_tied_head_is_the_embedding(name: str, tiny_verifiers: Mapping[str, An
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_type_of_the_weights(dtype: Any, copy: Path) -> None:
+def test_dtype_of_the_weights(dtype: Any, copy: Path) -> None:
     loading = VerifierLoading(dtype=dtype)
-    wanted = getattr(torch, dtype)
-    assert {one.dtype for one in load_verifier(str(copy), loading).parameters()} == {wanted}
+    expected = getattr(torch, dtype)
+    assert {one.dtype for one in load_verifier(str(copy), loading).parameters()} == {expected}
     parts = VerifierParts.from_pretrained(str(copy), loading)
-    assert {one.weight.dtype for one in (parts.embed_tokens, parts.norm, parts.lm_head)} == {wanted}
+    assert {one.weight.dtype for one in (parts.embed_tokens, parts.norm, parts.lm_head)} == {expected}
 
 
-def test_auto_type(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert VerifierLoading().torch_dtype(torch.bfloat16) == torch.float32
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
@@ -107,7 +107,7 @@ def test_auto_type(monkeypatch: pytest.MonkeyPatch) -> None:
     assert VerifierLoading().torch_dtype(None) == torch.bfloat16
 
 
-def test_only_needed_shards_are_opened(sharded: Path, tiny_verifiers: Mapping[str, Any]) -> None:
+def test_only_the_needed_shards_are_opened(sharded: Path, tiny_verifiers: Mapping[str, Any]) -> None:
     unneeded = set(weight_map(sharded).values()) - needed_shards(sharded)
     assert len(unneeded) >= 3
     for shard in unneeded:
@@ -192,7 +192,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
             read(str(tmp_path))
 
 
-def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_is_not_a_causal_language_model_is_refused(tmp_path: Path) -> None:
     BertConfig(vocab_size=8, hidden_size=8, num_attention_heads=1, num_hidden_layers=1).save_pretrained(tmp_path)
     assert load_config(str(tmp_path)).model_type == "bert"  # transformers has a causal head for it
     config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "vit"}
@@ -220,13 +220,13 @@ def test_reading_a_config_touches_no_weights(tmp_path: Path) -> None:
         ({"hidden_size": []}, "'hidden_size' expected int, got list"),
         ({"architectures": 3}, "architectures must be a list of class names, not 3"),
         ({"dtype": "no"}, "dtype 'no'"),
-        ({"dtype": 3}, "dtype must be a type of torch such as 'bfloat16', not 3"),
+        ({"dtype": 3}, "dtype must be a torch dtype such as 'bfloat16', not 3"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1,000,000; at most 1,000"),
         ({"vocab_size": 0}, "vocab_size must be a positive integer, not 0"),
-        ({"model_type": "lama"}, "model_type: transformers knows no 'lama'. Did you mean"),
+        ({"model_type": "lama"}, "model_type: transformers does not know 'lama'. Did you mean"),
         ({"num_key_value_heads": -1}, "num_key_value_heads must not be negative, but is -1"),
         ({"num_experts_per_tok": -1}, "num_experts_per_tok must not be negative, but is -1"),
-        ({"num_key_value_heads": 4}, r"k_proj.weight is [16, 16] in the weights, but [32, 16] by"),
+        ({"num_key_value_heads": 4}, r"k_proj.weight is [16, 16] in the weights, but [32, 16] according to"),
         ({"num_hidden_layers": 9}, "num_hidden_layers 9"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"pad_token_id": 10**6}, "pad_token_id 1000000"),
@@ -242,16 +242,16 @@ def test_a_wrong_field_is_named_with_its_file(change: dict[str, Any], message: s
     assert "config.json" in str(caught.value) and str(copy) in str(caught.value)
 
 
-def test_a_default_that_is_no_token_is_named(tmp_path: Path) -> None:
+def test_a_default_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
     make("phi3, rope longrope", tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     del values["pad_token_id"]
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(UsageError, match=r"config\.json: pad_token_id 32000 is no token of a vocabulary of 96"):
+    with pytest.raises(UsageError, match=r"config\.json: pad_token_id 32000 is outside the vocabulary of 96"):
         load_verifier(str(tmp_path))
 
 
-def test_the_key_inside_another_is_named(tmp_path: Path) -> None:
+def test_a_nested_key_is_named(tmp_path: Path) -> None:
     make("mistral3", tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     values["vision_config"]["model_type"] = "no"
@@ -261,7 +261,7 @@ def test_the_key_inside_another_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "llama4", "mistral3"])
-def test_tensors_are_found_under_the_names_that_transformers_reads(name: str, tmp_path: Path) -> None:
+def test_tensors_are_found_under_their_names_in_files(name: str, tmp_path: Path) -> None:
     verifier = make(name, tmp_path)
     loaded = load_verifier(str(tmp_path))
     names = stored_names(loaded, all_names(str(tmp_path)))

@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from specforge.config import SpeculatorModelConfig
-from specforge.data.text.verifier import VerifierText
+from specforge.data.text.verifier import VerifierTokenizer
 from specforge.errors import UsageError
 from specforge.verifier.features import capture
 from specforge.verifier.loading import load_verifier
@@ -60,7 +60,7 @@ def describe_heads(draft: MedusaModel, prompt: str, top: int) -> list[str]:
         top: Number of tokens a line.
     """
     assert draft.verifier is not None
-    tokenizer = VerifierText(draft.verifier.name_or_path).tokenizer
+    tokenizer = VerifierTokenizer(draft.verifier.name_or_path).tokenizer
     chat = [{"role": "user", "content": prompt}]
     tokens = torch.tensor([tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)])
     features = capture(draft.verifier, tokens, torch.arange(tokens.shape[1])[None], draft.aux_layers)

@@ -20,7 +20,6 @@ class MedusaConfig(SpeculatorModelConfig):
 
     model_type_name: ClassVar[str] = "medusa"
 
-    speculators_model_type: str = "medusa"
     architectures: list[str] = Field(default_factory=lambda: ["MedusaModel"])
     hidden_size: int = Field(ge=1)
     vocab_size: int = Field(ge=1)

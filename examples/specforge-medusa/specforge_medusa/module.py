@@ -62,7 +62,7 @@ class MedusaModule(DraftModule):
                 vocab_size=parts.config.vocab_size,
                 num_heads=self.heads,
                 speculators_config=SpeculatorsConfig(
-                    algorithm="medusa",
+                    algorithm=MedusaConfig.model_type_name,
                     proposal_methods=[
                         GreedyTokenProposalConfig(speculative_tokens=self.heads),
                         SparseTreeTokenProposalConfig(depth=self.heads),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specforge.errors import UsageError
@@ -188,6 +189,23 @@ def test_steps_of_training_lower_the_loss(verifier: LlamaForCausalLM, tmp_path: 
         optimizer.step()
     assert list(outcome.terms) == [objective]
     assert losses[-1] < losses[0] / 2
+
+
+def test_a_trained_module_is_loaded_from_its_checkpoint(verifier: LlamaForCausalLM, tmp_path: Path) -> None:
+    verifier.float().save_pretrained(tmp_path / "verifier")
+    row = json.dumps({"input_ids": list(range(1, 13)), "loss_mask": [0, 0] + [1] * 10})
+    (tmp_path / "rows.jsonl").write_text("\n".join([row] * 4))
+    rows = str(tmp_path / "rows.jsonl")
+    name, cache = str(tmp_path / "verifier"), str(tmp_path / "cache")
+    data = MedusaDataModule(verifier=name, train=rows, validation=rows, cache_dir=cache)
+    module = MedusaModule(verifier=name, heads=HEADS)
+    trainer = Trainer(accelerator="cpu", max_steps=2, logger=False, default_root_dir=tmp_path)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+    loaded = MedusaModule.load_from_checkpoint(tmp_path / "mine.ckpt")
+    own = module.draft.state_dict()
+    assert loaded.heads == HEADS
+    assert all(torch.equal(one, own[name]) for name, one in loaded.draft.state_dict().items())
 
 
 def test_the_package_registers_itself_without_a_fault() -> None:

@@ -34,7 +34,6 @@ class EagleSpeculatorConfig(SpeculatorModelConfig):
 
     model_type_name: ClassVar[str] = "eagle"
 
-    speculators_model_type: str = "eagle"
     architectures: list[str] = Field(default_factory=lambda: ["EagleSpeculator"])
     transformer_layer_config: LayerConfig = Field(default_factory=LlamaConfig)
     transformer_layer_architecture: str = "auto"

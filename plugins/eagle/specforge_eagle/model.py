@@ -24,16 +24,18 @@ from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierC
 from specforge.errors import UsageError
 from specforge.models.base_components import norm_scale, rotary_options, single_layer_config, start_norm
 from specforge.models.chain.drafter import FeatureDrafter
-from specforge.models.chain.ttt_attention import run_first
+from specforge.models.chain.ttt_attention import record_keys
 from specforge.models.chain.unrolling import run_chain
-from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention, cache_argument, causal_mask
+from specforge.models.draft_attention import DraftAttention, cache_argument
 from specforge.models.draft_rows import DraftRows
 from specforge.models.lean_blocks import make_lean
 from specforge.models.speculator import AttachmentMode, SpeculatorModel
+from specforge.private.transformers import set_attention
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features
 from specforge.verifier.parts import VerifierParts, decoder
 from specforge_eagle.config import EagleSpeculatorConfig
+from specforge_eagle.masked_attention import IMPLEMENTATION, causal_mask
 
 # Row t stands at the position of token t.
 FIRST_POSITION = 0
@@ -76,6 +78,7 @@ class EagleSpeculator(SpeculatorModel):
 
         self.fusion_fc = nn.Linear(2 * width, width, bias=config.fusion_bias)
         self.transformer: Any = config.decoder_layer.build(self._layer_config)
+        self._attends_to_normed = hasattr(self.transformer, "input_layernorm")
         self.rotary: nn.Module = config.decoder_layer.rotary(self._layer_config)
         norms = self._norms() if config.layernorms else [nn.Identity(), nn.Identity(), nn.Identity()]
         self.embedding_layernorm, self.transformer.input_layernorm, self.pre_lm_head_layernorm = norms
@@ -106,7 +109,7 @@ class EagleSpeculator(SpeculatorModel):
                 layernorms=kwargs.get("layernorms", False),
                 fusion_bias=kwargs.get("fusion_bias", False),
                 speculators_config=SpeculatorsConfig(
-                    algorithm="eagle",
+                    algorithm=EagleSpeculatorConfig.model_type_name,
                     proposal_methods=[
                         GreedyTokenProposalConfig(speculative_tokens=kwargs.get("speculative_tokens", 5))
                     ],
@@ -295,11 +298,17 @@ class EagleSpeculator(SpeculatorModel):
             The predicted feature of each token, [B, wanted, H].
         """
         hidden = self.fuse(tokens, feature)
-
-        def run(rows: slice, attention: DraftAttention) -> Tensor:
-            return self._transform(hidden[:, rows], position_ids[:, rows], draft_attention=attention)
-
-        return run_first(run, attention, hidden.shape[1], wanted)
+        if wanted is None or wanted == hidden.shape[1]:
+            return self._transform(hidden, position_ids, draft_attention=attention)
+        if not self._attends_to_normed:
+            # What the attention of such a family reads is known to its layer only.
+            return self._transform(hidden, position_ids, draft_attention=attention)[:, :wanted]
+        # The other rows are only attended to.
+        rest, positions = hidden[:, wanted:], position_ids[:, wanted:]
+        read = self.transformer.input_layernorm(rest)
+        rotated = self._rotated(rest, positions)
+        record_keys(self.transformer.self_attn, read, attention, position_embeddings=rotated, position_ids=positions)
+        return self._transform(hidden[:, :wanted], position_ids[:, :wanted], draft_attention=attention)
 
     def fed_back(self, states: Tensor) -> Tensor:
         """Return what the next step reads of predicted features, [..., H]: the features themselves."""
@@ -333,7 +342,6 @@ class EagleSpeculator(SpeculatorModel):
         input_ids: Tensor,
         feature: Tensor,
         position_ids: Tensor,
-        document_ids: Tensor,
         rows: DraftRows,
         detached: bool = False,
     ) -> Tensor:
@@ -346,7 +354,6 @@ class EagleSpeculator(SpeculatorModel):
             input_ids: The verifier's tokens x, [B, T].
             feature: What the first step reads of the verifier, [B, T, H] (see ``first_feature``).
             position_ids: Positions that restart at 0 with each document, [B, T].
-            document_ids: Which document a token belongs to, -1 for padding, [B, T].
             rows: The rows that each step runs.
             detached: No gradient flows through the features that are fed back.
 
@@ -354,12 +361,12 @@ class EagleSpeculator(SpeculatorModel):
             Predicted features, one step behind the other, [P, H] (see ``DraftRows.places``); those of row t at step k
             are of token x_{t+1+k}.
         """
-        return run_chain(self, input_ids, feature, position_ids, document_ids, rows, FIRST_POSITION, detached)
+        return run_chain(self, input_ids, feature, position_ids, rows, FIRST_POSITION, detached)
 
     def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
         """Predict features, step by step; no gradient flows through those that are fed back."""
         read = self.first_feature(features)
-        return self.chain(batch["input_ids"], read, batch["position_ids"], batch["document_ids"], rows, detached=True)
+        return self.chain(batch["input_ids"], read, batch["position_ids"], rows, detached=True)
 
     def drafter(self, batch_size: int) -> FeatureDrafter:
         """Begin to draft for some sequences; row t stands at position t."""
@@ -377,9 +384,13 @@ class EagleSpeculator(SpeculatorModel):
         self.rotary = self.config.decoder_layer.rotary(self._layer_config)
 
     def _transform(self, hidden: Tensor, position_ids: Tensor, **attention: Any) -> Tensor:
-        rotated = self.rotary(hidden, position_ids, **rotary_options(self.rotary, self._layer_config))
+        rotated = self._rotated(hidden, position_ids)
         output = self.transformer(hidden, position_embeddings=rotated, position_ids=position_ids, **attention)
         return cast(Tensor, output if isinstance(output, Tensor) else output[0])
+
+    def _rotated(self, hidden: Tensor, position_ids: Tensor) -> Any:
+        """Return the rotary embedding of positions, as the layer takes it."""
+        return self.rotary(hidden, position_ids, **rotary_options(self.rotary, self._layer_config))
 
     def _norms(self) -> Sequence[nn.Module]:
         """Make three norms that are those of the layer's family."""
@@ -398,9 +409,9 @@ class EagleSpeculator(SpeculatorModel):
 
 
 def _drafting(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Copy a layer's configuration for a layer that attends by ``specforge.models.draft_attention``."""
+    """Copy a layer's configuration for a layer that attends by ``specforge_eagle.masked_attention``."""
     config = copy.deepcopy(config)
-    config._attn_implementation = IMPLEMENTATION
+    set_attention(config, IMPLEMENTATION)
     if getattr(config, "attn_logit_softcapping", None):
         # No fused attention caps its logits, and a draft learns without.
         config.attn_logit_softcapping = None

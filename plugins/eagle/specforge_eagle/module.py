@@ -20,6 +20,7 @@ from specforge.bounds import Decay, Steps, Weight
 from specforge.data.module import DraftDataModule
 from specforge.models.chain.alignment import Alignment, Supervision, align
 from specforge.models.draft_rows import DraftRows
+from specforge.moving import moved
 from specforge.training.feature_scale import FeatureScale, FeatureScaledModule, check_feature_scale
 from specforge.training.losses.distillation import DraftSteps
 from specforge.training.module import Batch, Drafted
@@ -150,8 +151,7 @@ class EagleModule(FeatureScaledModule):
         # Other noise for each batch and rank, and the same again where a run is resumed.
         number = self.trainer.fit_loop.total_batch_idx * self.trainer.world_size + self.trainer.global_rank
         noise = feature_noise(true, batch["document_ids"], self.noise, (torch.initial_seed() + number) % 2**63)
-        tokens, positions, documents = batch["input_ids"], batch["position_ids"], batch["document_ids"]
-        return self.draft.chain(tokens, true + noise, positions, documents, rows, detached=True)
+        return self.draft.chain(batch["input_ids"], true + noise, batch["position_ids"], rows, detached=True)
 
     def further_losses(self, features: Features, drafted: Drafted, outcome: DraftSteps) -> dict[str, Tensor]:
         """Return the distances between predicted and true features."""
@@ -169,7 +169,9 @@ def feature_distances(drafted: Drafted, true: Tensor) -> Tensor:
         true: The verifier's, after its final norm, [N, H].
     """
     counted = drafted.supervised.nonzero(as_tuple=True)
-    predicted, true = drafted.states[drafted.places[counted]], true[drafted.targets[counted]]
+    found = drafted.places[counted], drafted.targets[counted], counted
+    places, targets, counted = moved(found, true.device)
+    predicted, true = drafted.states[places], true[targets]
     wide = torch.promote_types(predicted.dtype, torch.float32)
     distances = F.smooth_l1_loss(predicted.to(wide), true.to(wide), reduction="none").mean(-1)
-    return torch.zeros_like(drafted.supervised, dtype=wide).index_put(counted, distances)
+    return distances.new_zeros(drafted.supervised.shape).index_put(counted, distances)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Length at which the noise has its full amplitude (https://github.com/SafeAILab/EAGLE: 512 / T).
@@ -20,8 +21,8 @@ def feature_noise(features: Tensor, document_ids: Tensor, amplitude: float, seed
     """
     generator = torch.Generator(features.device).manual_seed(seed)
     uniform = torch.rand(features.shape, generator=generator, device=features.device, dtype=torch.float32)
-    documents = document_ids - document_ids.min()  # padding, -1, counts as a document of its own
-    counts = documents.new_zeros(len(documents), int(documents.max()) + 1)
+    documents = F.pad(document_ids.diff(dim=1) != 0, (1, 0)).cumsum(1)  # padding counts as a document of its own
+    counts = torch.zeros_like(documents)
     lengths = counts.scatter_add(1, documents, torch.ones_like(documents)).gather(1, documents)
     bound = amplitude * FULL_LENGTH / lengths
     return ((2 * uniform - 1) * bound[..., None]).to(features.dtype)

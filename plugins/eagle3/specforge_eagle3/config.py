@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import ClassVar, Self
 
-from pydantic import Field, GetPydanticSchema, field_serializer, field_validator, model_validator
-from transformers import LlamaConfig, PreTrainedConfig
+from pydantic import Field, field_validator, model_validator
+from transformers import LlamaConfig
 
 from specforge.config import SpeculatorModelConfig
 from specforge.errors import UsageError
-from specforge.models.base_components import PLAIN, built, family
-from specforge.models.rope import with_settled_rope
-
-# Pydantic must not take transformers' configuration apart field by field: the validator below checks it.
-LayerConfig = Annotated[PreTrainedConfig, GetPydanticSchema(lambda _, handler: handler(Any))]
-
-# What every configuration of transformers has and readers of a draft want to know.
-KEPT = {"model_type"}
+from specforge.models.layer_config import LayerConfig
 
 
 class Eagle3SpeculatorConfig(SpeculatorModelConfig):
@@ -37,7 +30,6 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
 
     model_type_name: ClassVar[str] = "eagle3"
 
-    speculators_model_type: str = "eagle3"
     architectures: list[str] = Field(default_factory=lambda: ["Eagle3DraftModel"])
     transformer_layer_config: LayerConfig = Field(default_factory=LlamaConfig)
     draft_vocab_size: int = Field(default=32000, ge=1)
@@ -59,26 +51,6 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
         """Number n of verifier layers that features are taken from."""
         return len(self.eagle_aux_hidden_state_layer_ids or (0, 0, 0))
 
-    @field_validator("transformer_layer_config", mode="before")
-    @classmethod
-    def validate_transformer_config(cls, value: Any) -> Any:
-        """Accept a dict with a ``model_type`` or a transformers configuration; refuse anything else."""
-        if isinstance(value, PreTrainedConfig):
-            return value
-        if not isinstance(value, dict):
-            raise ValueError("must be a dict or a transformers configuration")
-        try:
-            config_class = family(str(value.get("model_type", "llama"))).config
-        except UsageError as error:
-            raise ValueError(f"model_type: {error}") from None
-        return built(config_class, with_settled_rope(value, PLAIN))
-
-    @field_serializer("transformer_layer_config")
-    def serialize_transformer_config(self, value: PreTrainedConfig) -> dict[str, Any]:
-        """Store the layers' whole configuration, without what concerns transformers alone."""
-        general = PreTrainedConfig().to_dict().keys() - KEPT
-        return {name: one for name, one in value.to_dict().items() if name not in general}
-
     @field_validator("eagle_aux_hidden_state_layer_ids")
     @classmethod
     def _layers_of_a_verifier(cls, value: list[int] | None) -> list[int] | None:
@@ -96,3 +68,25 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
                 f"{self.target_vocab_size} tokens"
             )
         return self
+
+
+def default_aux_layers(num_layers: int) -> list[int]:
+    """Return the published choice of aux layers: a low, a middle and a high one.
+
+    Args:
+        num_layers: Number N of the verifier's decoder layers.
+
+    Returns:
+        ``[2, N // 2, N - 3]`` (https://arxiv.org/abs/2503.01840, section 3).
+
+    Raises:
+        UsageError: The verifier has fewer than 7 layers, so that the three are not distinct and ascending.
+    """
+    chosen = [2, num_layers // 2, num_layers - 3]
+    if num_layers < 7:
+        example = sorted({1, num_layers // 2, num_layers - 1})
+        raise UsageError(
+            f"the verifier has {num_layers} decoder layers, so the default aux layers {chosen} are not three distinct "
+            f"ascending ones; choose some of 0..{num_layers}, for example {example}"
+        )
+    return chosen

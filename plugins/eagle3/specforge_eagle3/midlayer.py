@@ -17,10 +17,10 @@ from specforge.checkpoints.plain import NON_LAYER_FIELDS, position_faults, width
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.config import SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
+from specforge.models.layer_config import stored_layers
 from specforge.models.speculator import SpeculatorModel
 from specforge.proposals import GreedyTokenProposalConfig
-from specforge.verifier.features import default_aux_layers
-from specforge_eagle3.config import Eagle3SpeculatorConfig
+from specforge_eagle3.config import Eagle3SpeculatorConfig, default_aux_layers
 from specforge_eagle3.model import NO_LATENT_ATTENTION, Eagle3DraftModel
 from specforge_eagle3.rules import EMBEDDINGS, LAYER_IDS, layer_id_faults, tensor_faults
 
@@ -57,7 +57,7 @@ class MidlayerLayout(Layout):
                 "eagle_aux_hidden_state_layer_ids": self.layers_before(values),
                 **{option: values[option] for option in OPTIONS if option in values},
                 "speculators_config": SpeculatorsConfig(
-                    algorithm="eagle3",
+                    algorithm=Eagle3SpeculatorConfig.model_type_name,
                     proposal_methods=[GreedyTokenProposalConfig()],
                     default_proposal_method="greedy",
                     verifier=verifier,
@@ -105,7 +105,7 @@ class MidlayerLayout(Layout):
                 f"{self.reader} knows no {' or '.join(options)}, and would run the draft without; serve it with vLLM "
                 "(--format vllm), or train with these options off"
             )
-        values = with_legacy_rope(config.serialize_transformer_config(layers)) | {
+        values = with_legacy_rope(stored_layers(layers)) | {
             "architectures": [ARCHITECTURE],
             "draft_vocab_size": config.draft_vocab_size,
             "dtype": str(draft.dtype).removeprefix("torch."),

@@ -6,8 +6,7 @@ V verifier and D draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -15,19 +14,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
+from specforge.documents import DocumentLayout
 from specforge.errors import UsageError
 from specforge.models.base_components import Family, draft_layer_config, family, norm_scale, start_norm
 from specforge.models.chain.drafter import FeatureDrafter
-from specforge.models.chain.ttt_attention import run_first
+from specforge.models.chain.ttt_attention import record_keys
 from specforge.models.chain.unrolling import run_chain
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention
 from specforge.models.draft_rows import DraftRows
 from specforge.models.lean_blocks import make_lean
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.vocabulary import DraftVocabulary, map_faults
+from specforge.private.transformers import set_attention
 from specforge.proposals import GreedyTokenProposalConfig
-from specforge.verifier.features import Features, default_aux_layers
-from specforge_eagle3.config import Eagle3SpeculatorConfig
+from specforge.verifier.features import Features
+from specforge_eagle3.config import Eagle3SpeculatorConfig, default_aux_layers
 
 # Row t stands at the position of the token that it reads.
 FIRST_POSITION = 1
@@ -63,10 +64,16 @@ class FirstLayer(nn.Module):
         """Compute the layer's output [B, T, H] from token embeddings and features [B, T, H]."""
         normalised = self.hidden_norm(feature)
         residual = normalised if self.norm_before_residual else feature
-        both = torch.cat([self.input_layernorm(embedded), normalised], dim=-1)
-        attended, _ = self.self_attn(both, attention_mask=None, **attention)
+        attended, _ = self.self_attn(self._beside(embedded, normalised), attention_mask=None, **attention)
         hidden = residual + attended
         return cast(Tensor, hidden + self.mlp(self.post_attention_layernorm(hidden)))
+
+    def attention_input(self, embedded: Tensor, feature: Tensor) -> Tensor:
+        """Return what the attention reads of token embeddings and features, [B, T, 2H]."""
+        return self._beside(embedded, self.hidden_norm(feature))
+
+    def _beside(self, embedded: Tensor, normalised: Tensor) -> Tensor:
+        return torch.cat([self.input_layernorm(embedded), normalised], dim=-1)
 
 
 class Eagle3DraftModel(SpeculatorModel):
@@ -84,7 +91,7 @@ class Eagle3DraftModel(SpeculatorModel):
     def __init__(self, config: Eagle3SpeculatorConfig, own_embeddings: bool | None = None) -> None:
         super().__init__(config)
         layers = config.transformer_layer_config
-        layers._attn_implementation = IMPLEMENTATION
+        set_attention(layers, IMPLEMENTATION)
         blocks = family(layers.model_type)
         width, eps, aux = layers.hidden_size, layers.rms_norm_eps, config.num_aux_layers
         feature_width = config.target_hidden_size or width
@@ -156,7 +163,7 @@ class Eagle3DraftModel(SpeculatorModel):
             },
             eagle_aux_hidden_state_layer_ids=kwargs.get("aux_layer_ids"),
             speculators_config=SpeculatorsConfig(
-                algorithm="eagle3",
+                algorithm=Eagle3SpeculatorConfig.model_type_name,
                 proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=kwargs.get("ttt_steps", 7))],
                 default_proposal_method="greedy",
                 verifier=VerifierConfig.from_config(verifier_config, kwargs.get("verifier_name_or_path")),
@@ -252,25 +259,22 @@ class Eagle3DraftModel(SpeculatorModel):
             States after the final norm, [S, B, T, H]: ``lm_head`` maps them to logits over the draft vocabulary;
             those of row t at step k predict x_{t+2+k} (see ``specforge.models.chain.alignment``).
         """
-        rows = DraftRows.all(steps, input_ids.numel(), input_ids.device)
-        return self.chain(input_ids, aux, position_ids, document_ids, rows).view(steps, *input_ids.shape, -1)
+        rows = DraftRows.all(steps, input_ids.numel(), DocumentLayout.of(document_ids)).to(input_ids.device)
+        return self.chain(input_ids, aux, position_ids, rows).view(steps, *input_ids.shape, -1)
 
-    def chain(
-        self, input_ids: Tensor, aux: Tensor, position_ids: Tensor, document_ids: Tensor, rows: DraftRows
-    ) -> Tensor:
+    def chain(self, input_ids: Tensor, aux: Tensor, position_ids: Tensor, rows: DraftRows) -> Tensor:
         """Run the training-time test at the rows that are needed.
 
         Args:
             input_ids: As in ``forward``.
             aux: As in ``forward``.
             position_ids: As in ``forward``.
-            document_ids: As in ``forward``.
             rows: The rows that each step runs.
 
         Returns:
             Their states after the final norm, one step behind the other, [P, H] (see ``DraftRows.places``).
         """
-        states = run_chain(self, input_ids, self.fuse(aux), position_ids, document_ids, rows, FIRST_POSITION)
+        states = run_chain(self, input_ids, self.fuse(aux), position_ids, rows, FIRST_POSITION)
         return cast(Tensor, self.norm(states))
 
     def advance(
@@ -293,18 +297,19 @@ class Eagle3DraftModel(SpeculatorModel):
         Returns:
             States before the final norm, [B, wanted, H].
         """
-        cosines, sines = self.rotary_emb(feature, position_ids)
+        rotary = self.rotary_emb(feature, position_ids)
         states = [self.embed(tokens), feature]
-
-        def run(layer: nn.Module, rows: slice, attention: DraftAttention) -> Tensor:
-            rotary = cosines[:, rows], sines[:, rows]
-            read = (one[:, rows] for one in states)
-            return cast(Tensor, layer(*read, position_embeddings=rotary, draft_attention=attention))
-
         *others, last = self.layers
         for layer in others:
-            states = [run(layer, slice(None), attention)]
-        return run_first(partial(run, last), attention, feature.shape[1], wanted)
+            states = [layer(*states, position_embeddings=rotary, draft_attention=attention)]
+        if wanted is not None and wanted < feature.shape[1]:
+            # The other rows are only attended to.
+            rest = slice(wanted, None)
+            attention_module, read = _attention_of(last, *_rows(states, rest))
+            record_keys(attention_module, read, attention, position_embeddings=_rows(rotary, rest))
+        first = slice(wanted)
+        rotary = _rows(rotary, first)
+        return cast(Tensor, last(*_rows(states, first), position_embeddings=rotary, draft_attention=attention))
 
     def fed_back(self, states: Tensor) -> Tensor:
         """Return what the next step reads of states before the final norm, [..., H]."""
@@ -324,7 +329,7 @@ class Eagle3DraftModel(SpeculatorModel):
 
     def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
         """Run the training-time test; return states after the final norm."""
-        return self.chain(batch["input_ids"], features.aux, batch["position_ids"], batch["document_ids"], rows)
+        return self.chain(batch["input_ids"], features.aux, batch["position_ids"], rows)
 
     @property
     def head_weights(self) -> Tensor:
@@ -344,3 +349,14 @@ class Eagle3DraftModel(SpeculatorModel):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=deviation)
+
+
+def _rows(tensors: Iterable[Tensor], rows: slice) -> list[Tensor]:
+    """Return some rows of tensors [B, T, ...]."""
+    return [one[:, rows] for one in tensors]
+
+
+def _attention_of(layer: Any, *states: Tensor) -> tuple[nn.Module, Tensor]:
+    """Return the attention module of one of the draft's layers, and what it reads of the layer's states."""
+    reads = layer.attention_input if isinstance(layer, FirstLayer) else layer.input_layernorm
+    return layer.self_attn, reads(*states)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from specforge.bounds import Count, Layers, Steps, Width
-from specforge.data.module import DraftDataModule
+from specforge.data.module import DraftDataModule, data_of
 from specforge.errors import UsageError
 from specforge.models.base_components import LayerType
 from specforge.models.chain.alignment import Alignment, Supervision, align
@@ -21,8 +21,9 @@ from specforge.training.losses.comparison import Term
 from specforge.training.losses.objectives import Distributions
 from specforge.training.module import Batch
 from specforge.training.saying import say
-from specforge.verifier.features import Features, check_aux_layers, default_aux_layers
+from specforge.verifier.features import Features, check_aux_layers
 from specforge.verifier.parts import VerifierParts
+from specforge_eagle3.config import default_aux_layers
 from specforge_eagle3.model import Eagle3DraftModel
 
 
@@ -170,7 +171,7 @@ class Eagle3Module(FeatureScaledModule):
     def summary_text(self) -> str:
         """Return a few lines for a person, with the coverage of the draft vocabulary."""
         pruned = self.draft.draft_ids is not None
-        counts = self.trainer.datamodule.vocabulary_counts()
+        counts = data_of(self.trainer).vocabulary_counts()
         coverage = DraftVocabulary.from_t2d(self.draft.t2d.cpu()).coverage(counts) if pruned else 1.0
         size = self.draft.lm_head.out_features
         return f"{super().summary_text()}\n  {size:,} draft tokens cover {coverage:.1%} of the supervised ones"

@@ -37,7 +37,6 @@ class MLPSpeculatorConfig(SpeculatorModelConfig):
     model_type_name: ClassVar[str] = "mlp"
     proposal_fields: ClassVar[frozenset[str]] = frozenset({"top_k_tokens_per_head", "n_candidates"})
 
-    speculators_model_type: str = "mlp"
     architectures: list[str] = Field(default_factory=lambda: ["MLPSpeculator"])
     inputs: list[str] = Field(default_factory=lambda: list(INPUTS))
     inputs_hidden_states_normalized: bool = False

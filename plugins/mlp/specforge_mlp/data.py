@@ -38,7 +38,7 @@ class MLPDataModule(DraftDataModule):
             prepared, settings = self._sources["stage_two"], self._module.settings_of_stage_two
             if prepared is not None and settings is None:
                 raise UsageError("data.stage_two is set, but there is no stage 2; set model.stage_two, or leave it out")
-            if settings is not None and self.trainer.overfit_batches:
+            if settings is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
                 raise UsageError("trainer.overfit_batches trains on the rows alone; set model.stage_two to null")
             if prepared is None and settings is not None:
                 if self._module.teacher.sharding:
@@ -90,7 +90,7 @@ class MLPDataModule(DraftDataModule):
         assert self.trainer is not None
         items = self._packed["stage_two"]
         rank, ranks = self._ranks
-        place = (epoch * self.trainer.num_training_batches + number) * ranks + rank
+        place = (epoch * int(self.trainer.num_training_batches) + number) * ranks + rank
         places = range(place * self.batch_size, (place + 1) * self.batch_size)
         chosen = [_shuffled(self.seed, one // len(items), len(items))[one % len(items)] for one in places]
         return collate([items[item] for item in chosen])

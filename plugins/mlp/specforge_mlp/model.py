@@ -233,7 +233,7 @@ class MLPSpeculator(SpeculatorModel):
 def proposals_of(config: MLPSpeculatorConfig, verifier: VerifierConfig) -> SpeculatorsConfig:
     """Return what a draft is meant for: a chain as long as there are heads, or the published tree."""
     return SpeculatorsConfig(
-        algorithm="mlp",
+        algorithm=MLPSpeculatorConfig.model_type_name,
         proposal_methods=[
             GreedyTokenProposalConfig(speculative_tokens=config.num_layers),
             CandidateTreeTokenProposalConfig(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from specforge.checkpoints.verification.logits import difference, greatest_logits
 from specforge.checkpoints.verification.probe import ProbeText, Served
 from specforge.data.text.prompts import Conversation
-from specforge.data.text.verifier import VerifierText
+from specforge.data.text.verifier import VerifierTokenizer
 from specforge.decoding.agreement import Agreement, compare_rounds
 from specforge.decoding.loop import Decoder, Emission
 from specforge.decoding.recorded import chain_acceptance
@@ -35,7 +35,7 @@ QUESTIONS = (
 ACCEPTANCE_TOLERANCE = 0.02
 
 
-def probe_prompts(text: VerifierText, conversations: list[Conversation] | None = None) -> list[list[int]]:
+def probe_prompts(text: VerifierTokenizer, conversations: list[Conversation] | None = None) -> list[list[int]]:
     """Return the tokens of the probe's prompts.
 
     Args:
@@ -90,7 +90,7 @@ def drafter_agreement(model: SpeculatorModel, verifier: PreTrainedModel, texts: 
     Returns:
         The comparison; empty if this pair can be trained and served, but not decoded here.
     """
-    chain = min(CHAIN, model.drafter(1).max_depth or CHAIN)
+    chain = model.drafter(1).max_depth or CHAIN
     prompts = [torch.tensor(text.tokens[: text.begin]) for text in texts]
     decoded: list[list[Emission]] = [[] for _ in prompts]
     try:
@@ -156,7 +156,7 @@ def greedy_acceptance(
     Raises:
         UsageError: No text has two tokens of the verifier, so there are no rounds.
     """
-    steps = min(CHAIN, model.drafter(1).max_depth or CHAIN)
+    steps = model.drafter(1).max_depth or CHAIN
     by_text, lengths = [], []
     for text in texts:
         anchors = len(text.tokens) - 1 - text.begin

@@ -21,7 +21,7 @@ from specforge.data.text.records import RawRecord
 from specforge.data.text.sources import check_source, count_records, read_raw_records
 from specforge.data.text.template import ChatTemplate
 from specforge.errors import UsageError
-from specforge.verifier.policy import PolicyCheck, check_policy
+from specforge.verifier.on_policy import PolicyCheck, check_policy
 
 _log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from specforge.commands.trainer import quieten
 from specforge.commands.units import in_units
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
-from specforge.data.features.capturing import Capturing
+from specforge.data.features.capturing import LiveStates
 from specforge.data.features.dtypes import FeatureType
-from specforge.data.features.importing import Importing
+from specforge.data.features.importing import VllmStates
 from specforge.data.features.manifest import Manifest, describe_layers
 from specforge.data.features.plan import ShardPlan
 from specforge.data.features.preparing import States, prepare_features
@@ -71,9 +71,9 @@ def run(arguments: list[str]) -> int:
     needs = module.feature_needs
     manifest = data.feature_manifest(needs, found.dtype)
     plan = ShardPlan([data.rows_of(source) for source in sources or data.sources], needs, manifest.token_bytes)
-    states: States = Capturing(partial(_states, module.teacher, module.aux_layers), found.batch_tokens)
+    states: States = LiveStates(partial(_states, module.teacher, module.aux_layers), found.batch_tokens)
     if found.from_vllm is not None:
-        states = Importing(Path(found.from_vllm), plan, manifest.layers, manifest.width)
+        states = VllmStates(Path(found.from_vllm), plan, manifest.layers, manifest.width)
     whole = prepare_features(plan, replace(manifest, rows_identity=plan.identity), output, states)
     if whole is None:
         print(f"Done here: other processes still write shards of {output}; the last to finish writes the manifest.")
@@ -128,8 +128,9 @@ def _positive(text: str) -> int:
 class _Settings(TrainingCLI):
     """The module and the data of a configuration, without a trainer."""
 
-    def instantiate_trainer(self, **kwargs: Any) -> None:
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Create none: the trainer does not manage the processes here."""
+        return None
 
 
 def _module_and_data(words: list[str], sources: list[str]) -> tuple[DraftModule, DraftDataModule]:

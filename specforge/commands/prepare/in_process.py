@@ -12,7 +12,7 @@ from specforge.data.text.prompts import Conversation, reply_text
 from specforge.data.text.template import ChatTemplate
 from specforge.decoding.checks import context_length
 from specforge.decoding.loop import Decoder
-from specforge.engines.asking import Asking, Keep, Prompt, Refuse, Reply
+from specforge.engines.generation import GenerationSettings, Keep, Prompt, Refuse, Reply
 from specforge.errors import UsageError
 
 
@@ -22,15 +22,17 @@ class InProcessAnswerer:
     Args:
         verifier: The verifier.
         template: Its chat template, with the tokenizer.
-        asking: Generation settings.
+        generation: Generation settings.
         batch_size: Number of conversations in a batch.
     """
 
-    def __init__(self, verifier: PreTrainedModel, template: ChatTemplate, asking: Asking, batch_size: int) -> None:
+    def __init__(
+        self, verifier: PreTrainedModel, template: ChatTemplate, generation: GenerationSettings, batch_size: int
+    ) -> None:
         self.template = template
-        self.asking = asking
+        self.generation = generation
         self.batch_size = batch_size
-        self.decoder = Decoder(verifier, sampling=asking.sampling)
+        self.decoder = Decoder(verifier, sampling=generation.sampling)
         self._context = context_length(verifier)
 
     def answer(self, prompts: Iterator[Prompt], keep: Keep, refuse: Refuse) -> None:
@@ -77,9 +79,9 @@ class InProcessAnswerer:
 
     def _reply(self, asked: list[tuple[Prompt, list[int]]], turn: int) -> Iterator[tuple[Prompt, Reply]]:
         responses: list[list[int]] = [[] for _ in asked]
-        seeds = [self.asking.seed_of(prompt.index, turn) for prompt, _ in asked]
+        seeds = [self.generation.seed_of(prompt.index, turn) for prompt, _ in asked]
         for emission in self.decoder.decode(
-            [torch.tensor(tokens) for _, tokens in asked], self.asking.max_new_tokens, seeds
+            [torch.tensor(tokens) for _, tokens in asked], self.generation.max_new_tokens, seeds
         ):
             responses[emission.sequence] += emission.tokens
         for (prompt, tokens), response in zip(asked, responses, strict=True):

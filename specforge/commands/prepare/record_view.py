@@ -14,7 +14,7 @@ from specforge.data.rows.maker import RowMaker
 from specforge.data.text.bad_rows import BadRow
 from specforge.data.text.encoding import TokenRow
 from specforge.data.text.records import RawRecord
-from specforge.data.text.showing import set_off, stretches
+from specforge.data.text.showing import highlighted, spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,10 +56,10 @@ def _show_row(
     console.print(Text(f"{location}: {number:,} tokens, {share}, {outcome}", style="bold"))
     ends = kept.loss_mask & np.isin(kept.input_ids, maker.encoder.end_ids)
     marks = list(zip(kept.loss_mask.tolist(), ends.tolist(), strict=True))
-    parts = stretches(kept.input_ids.tolist(), marks, tokenizer)
+    parts = spans(kept.input_ids.tolist(), marks, tokenizer)
     for is_supervised, group in groupby(parts, key=lambda part: part[1][0]):
         text = "".join(f"{part}{END}" if is_end else part for part, (_, is_end) in group)
-        console.print(set_off(text, console) if is_supervised else Text(text), end="", soft_wrap=True)
+        console.print(highlighted(text, console) if is_supervised else Text(text), end="", soft_wrap=True)
     console.print()
     for rule, count in Counter(kept.rules).items():
         console.print(Text(f"  {count} span{'s' if count > 1 else ''}: {rule}", style="dim"))

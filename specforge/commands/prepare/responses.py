@@ -31,12 +31,12 @@ from specforge.commands.prepare.in_process import InProcessAnswerer
 from specforge.data.text.records import RawRecord
 from specforge.data.text.sources import check_source, source_fingerprint
 from specforge.data.text.template import ChatTemplate
-from specforge.engines.asking import Answer, Asking, Keep, Prompt, Refuse
+from specforge.engines.generation import Answer, GenerationSettings, Keep, Prompt, Refuse
 from specforge.engines.journal import Journal
 from specforge.engines.responses import RESPONSES_FILE, Responses, check_output, write_responses
 from specforge.errors import UsageError
 from specforge.verifier.fingerprint import fingerprint
-from specforge.verifier.policy import PolicyCheck
+from specforge.verifier.on_policy import PolicyCheck
 
 if TYPE_CHECKING:
     from specforge.engines.answering import EndpointAnswerer
@@ -62,14 +62,20 @@ def run(arguments: list[str]) -> int:
     """Generate the responses, and print a summary."""
     found = parse(command_line(), arguments)
     _check_flags(found)
-    asking = Asking(sampling_of(found), found.max_new_tokens, found.seed, found.template_arguments or {})
+    generation = GenerationSettings(
+        sampling_of(found), found.max_new_tokens, found.seed, found.template_arguments or {}
+    )
     verifier = _Verifier(found)
     identity = verifier.identity if found.verifier else {}
-    answer, name, model = verifier.answerer(asking), found.verifier, identity
+    answer, name, model = verifier.answerer(generation), found.verifier, identity
     if found.endpoint:
-        endpoints = _endpoints(found, asking, verifier.vocabulary_size if found.verifier else None)
+        endpoints = _endpoints(found, generation, verifier.vocabulary_size if found.verifier else None)
         answer, name, model = endpoints.answer, endpoints.model, {"model": endpoints.model}
-    decoding = {**asking.sampling.model_dump(), "max_new_tokens": asking.max_new_tokens, "seed": asking.seed}
+    decoding = {
+        **generation.sampling.model_dump(),
+        "max_new_tokens": generation.max_new_tokens,
+        "seed": generation.seed,
+    }
     settings = {
         "prompts": [source_fingerprint(source) for source in found.sources],
         "limit": found.limit,
@@ -79,7 +85,7 @@ def run(arguments: list[str]) -> int:
     }
 
     def conclude(journal: Journal) -> tuple[dict[str, Any], dict[str, Any]]:
-        check = verifier.check(journal, asking) if found.verifier and found.check else None
+        check = verifier.check(journal, generation) if found.verifier and found.check else None
         doubt = _doubt(found, journal, check)
         origin = {
             "model": name if doubt is None else f"{name} ({doubt})",
@@ -132,19 +138,19 @@ class _Verifier:
         """The loaded verifier and its chat template."""
         return load(self._found, self._found.verifier)
 
-    def answerer(self, asking: Asking) -> Answer:
+    def answerer(self, generation: GenerationSettings) -> Answer:
         """Return a function that answers prompts; the verifier is loaded when it is called."""
 
         def answer(prompts: Iterator[Prompt], keep: Keep, refuse: Refuse) -> None:
-            InProcessAnswerer(*self.loaded, asking, self._found.batch_size).answer(prompts, keep, refuse)
+            InProcessAnswerer(*self.loaded, generation, self._found.batch_size).answer(prompts, keep, refuse)
 
         return answer
 
-    def check(self, journal: Journal, asking: Asking) -> PolicyCheck | None:
+    def check(self, journal: Journal, generation: GenerationSettings) -> PolicyCheck | None:
         """Check evenly spaced rows against the verifier."""
         step = max(journal.tally.rows // self._found.check, 1)
         rows = islice(journal.rows(), 0, step * self._found.check, step)
-        origin = {"model": self._found.verifier, "fingerprint": "", **asking.sampling.model_dump()}
+        origin = {"model": self._found.verifier, "fingerprint": "", **generation.sampling.model_dump()}
         records = (RawRecord({**row, "origin": origin}, f"response {step * n + 1}") for n, row in enumerate(rows))
         return check_rows(*self.loaded, records)
 
@@ -219,14 +225,14 @@ def _check_flags(found: Namespace) -> None:
     check_output(Path(found.output))
 
 
-def _endpoints(found: Namespace, asking: Asking, vocabulary: int | None) -> EndpointAnswerer:
+def _endpoints(found: Namespace, generation: GenerationSettings, vocabulary: int | None) -> EndpointAnswerer:
     # The client takes a second to import.
     from specforge.engines.answering import EndpointAnswerer, EndpointSettings
 
     settings = EndpointSettings(
         found.endpoint, found.model, found.concurrency, found.max_failures, found.retries, found.timeout, vocabulary
     )
-    return EndpointAnswerer(settings, asking)
+    return EndpointAnswerer(settings, generation)
 
 
 def _doubt(found: Namespace, journal: Journal, check: PolicyCheck | None) -> str | None:

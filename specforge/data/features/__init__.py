@@ -1,1 +1,1 @@
-"""Stored states of a verifier: what is in a store, how it is written and checked, and how batches read it."""
+"""A verifier's hidden states on disk: format, writing, verification, and reading into batches."""

@@ -1,4 +1,4 @@
-"""States from a verifier at work: rows are packed, so that little of a pass is padding."""
+"""States computed by a running verifier, on packed rows so that little of a forward pass is padding."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from specforge.data.packing import pack
 
 
 @dataclass(frozen=True)
-class Capturing:
-    """States that a verifier computes.
+class LiveStates:
+    """States computed by verifier forward passes.
 
     Attributes:
         run: Maps tokens and positions, [B, T] each, to states [B, T, L, H]; positions that restart at 0 begin a
             document.
-        batch_tokens: Tokens of a pass; a longer row takes a pass of its own.
+        batch_tokens: Tokens per forward pass; a longer row gets its own pass.
     """
 
     run: Callable[[Tensor, Tensor], Tensor]
     batch_tokens: int
 
     def __call__(self, plan: ShardPlan, shard: range) -> Iterator[tuple[int, Tensor]]:
-        """Yield number and states [T, L, H] of each row of a shard, longest first."""
+        """Yield the number and states [T, L, H] of each row of a shard, longest first."""
         rows = plan.tokens(shard)
         lengths = np.array([len(row) for row in rows])
         longest = int(lengths.max())
         bins = pack(lengths, longest)
-        at_once = max(1, self.batch_tokens // longest)
-        for begin in range(0, len(bins), at_once):
-            batch = bins[begin : begin + at_once]
+        bins_per_pass = max(1, self.batch_tokens // longest)
+        for begin in range(0, len(bins), bins_per_pass):
+            batch = bins[begin : begin + bins_per_pass]
             ids = [torch.from_numpy(np.concatenate([rows[row] for row in one])) for one in batch]
             positions = [torch.cat([torch.arange(lengths[row]) for row in one]) for one in batch]
             states = self.run(pad_sequence(ids, batch_first=True), pad_sequence(positions, batch_first=True))

@@ -1,7 +1,7 @@
-"""How states are stored: as they are, or in one byte a value, with a scale for each token and layer.
+"""Storage types of states: floating point as is, or one byte per value with a scale per token and layer.
 
-With a scale s = max |x| / 448 (float8_e4m3fn) or max |x| / 127 (int8), what is read back differs from x by at most
-max(|x| / 16, s / 1024), or by s / 2; bfloat16 by |x| / 256.
+The scale is s = max |x| / 448 (float8_e4m3fn) or max |x| / 127 (int8). The error of a decoded value x is at most
+max(|x| / 16, s / 1024) for float8_e4m3fn, s / 2 for int8 and |x| / 256 for bfloat16.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ _LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
 def torch_dtype(name: FeatureType) -> torch.dtype:
-    """Return the type of that name."""
+    """Return the torch dtype with this name."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
 def has_scales(dtype: torch.dtype) -> bool:
-    """Tell whether values of a type are multiples of a scale."""
+    """Return whether values of this type are stored with scales."""
     return dtype in _LARGEST
 
 
 def state_bytes(width: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one stored state, its scale included.
+    """Return the bytes of one stored state, including its scale.
 
     Args:
-        width: Values of a state, H.
-        dtype: Type that it is stored in.
+        width: Width H of a state.
+        dtype: Storage type.
     """
     return width * dtype.itemsize + 4 * has_scales(dtype)
 
 
 def encode(states: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Turn states into what is stored.
+    """Convert states to their storage type.
 
     Args:
         states: States [..., H].
-        dtype: Type to store.
+        dtype: Storage type.
 
     Returns:
-        The values [..., H] and, for types of one byte, the float32 scales [...].
+        The values [..., H] and the float32 scales [...] of one-byte types (None for other types).
     """
     if dtype not in _LARGEST:
         return states.to(dtype), None
@@ -55,7 +55,7 @@ def encode(states: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 def decode(values: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Turn what is stored back into states.
+    """Convert stored values back to states.
 
     Args:
         values: Stored values [..., H].

@@ -1,8 +1,8 @@
-"""States that a serving engine wrote, as vLLM's connector for extracting hidden states does: one file a request.
+"""States written by vLLM's hidden-state extraction connector, one file per request.
 
-`<request>.safetensors` holds `token_ids` int64 [T] and `hidden_states` [T, L, H], layers ascending, the output of the
-last layer at the end; a `.lock` beside it is held while it is written. Values of one byte come with
-`hidden_states_scales`. The files do not say of which verifier they are.
+``<request>.safetensors`` holds ``token_ids`` int64 [T] and ``hidden_states`` [T, L, H], layers ascending, with the
+output of the last layer at the end. A ``.lock`` file next to it is held during writing. One-byte values come with
+``hidden_states_scales``. The files do not name their verifier.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from specforge.data.rows.reading import row_digest
 from specforge.errors import SpecforgeError, UsageError
 
 
-class Importing:
-    """States from a folder of such files.
+class VllmStates:
+    """States from a folder of these files.
 
     Args:
         folder: The folder.
-        plan: The rows that must be there.
-        layers: Ids of the layers that the files hold.
+        plan: The rows that the folder must contain.
+        layers: Ids of the layers in the files.
         width: Width H of a state.
 
     Raises:
-        UsageError: There are no files, or none for some of the rows.
-        SpecforgeError: A file is damaged, or still being written.
+        UsageError: The folder holds no files, or lacks some of the rows.
+        SpecforgeError: A file is damaged or still being written.
     """
 
     def __init__(self, folder: Path, plan: ShardPlan, layers: list[int], width: int) -> None:
@@ -52,11 +52,11 @@ class Importing:
             source, row = missing[0].tolist()
             raise UsageError(
                 f"--from_vllm: {folder} has no file with the tokens of {len(missing):,} of the {len(plan.rows):,} "
-                f"rows, the first of them row {row} of source {source}; request all rows with their own token ids"
+                f"rows (first: row {row} of source {source}); request every row by its own token ids"
             )
 
     def __call__(self, plan: ShardPlan, shard: range) -> Iterator[tuple[int, Tensor]]:
-        """Yield number and states [T, L, H] of each row of a shard."""
+        """Yield the number and states [T, L, H] of each row of a shard."""
         for number, (digest, kept) in enumerate(zip(plan.digests[shard], plan.kept[shard], strict=True)):
             yield number, self._states(self._paths[digest.tobytes()])[: int(kept)]
 
@@ -69,7 +69,7 @@ class Importing:
         expected = [len(tensors["token_ids"]), len(self.layers), self.width]
         if list(states.shape) != expected:
             raise UsageError(
-                f"{path}: hidden_states is {list(states.shape)}, but {expected} is read, the layers {self.layers}; "
+                f"{path}: hidden_states has shape {list(states.shape)}; expected {expected} for layers {self.layers}; "
                 f"start the server with eagle_aux_hidden_state_layer_ids {self.layers}"
             )
         return states.float() * tensors["hidden_states_scales"] if "hidden_states_scales" in tensors else states
@@ -78,13 +78,13 @@ class Importing:
 def _token_ids(path: Path) -> np.ndarray:
     for lock in (path.with_suffix(".lock"), path.with_name(f"{path.name}.lock")):
         if lock.exists() and _is_held(lock):
-            raise SpecforgeError(f"{path} is still being written; wait until the server has answered all requests")
+            raise SpecforgeError(f"{path} is still being written; wait until the server has finished all requests")
     try:
         with safe_open(path, framework="np") as file:
             tokens: np.ndarray = file.get_tensor("token_ids")
             return tokens
     except (SafetensorError, OSError) as error:
-        raise SpecforgeError(f"{path} is damaged, or holds no states: {error}") from None
+        raise SpecforgeError(f"{path} is damaged or holds no states: {error}") from None
 
 
 def _is_held(lock: Path) -> bool:

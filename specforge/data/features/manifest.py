@@ -1,4 +1,4 @@
-"""What a store holds, as its manifest says it, and whether that is what a run reads."""
+"""The manifest of a feature store, and its check against what a run reads."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _CONVENTION = (
 
 @dataclass(frozen=True)
 class FeatureNeeds:
-    """What a run reads of a verifier.
+    """Which verifier states a run reads.
 
     Attributes:
-        verifier: Its name, for messages.
+        verifier: Name of the verifier, for messages.
         fingerprint: See ``specforge.verifier.fingerprint``.
         aux_layers: Ids of the aux layers, ascending.
-        num_layers: Number of decoder layers, which is the id of the last state.
+        num_layers: Number of decoder layers, also the id of the last state.
         width: Width H of a state.
-        whole_rows: Whether states behind the last supervised token are read.
+        whole_rows: Whether states after the last supervised token are read.
     """
 
     verifier: str
@@ -46,17 +46,17 @@ class FeatureNeeds:
 
     @property
     def layers(self) -> list[int]:
-        """Ids of all layers that are read, ascending."""
+        """Ids of all layers to read, ascending."""
         return sorted({*self.aux_layers, self.num_layers})
 
     def kept(self, lengths: Any, last_supervised: Any) -> Any:
-        """Return how many tokens of each row have states that are read, int64 [rows].
+        """Return the number of leading tokens of each row whose states are read, int64 [rows].
 
-        Alignments differ in whether the state of the token behind the last supervised one is read; none reads more.
+        Some alignments read the state of the token after the last supervised one; none reads further.
 
         Args:
             lengths: Tokens of each row.
-            last_supervised: Place of the last supervised token of each row.
+            last_supervised: Index of the last supervised token of each row.
         """
         return lengths if self.whole_rows else (last_supervised + 2).clip(max=lengths)
 
@@ -66,11 +66,11 @@ class Shard:
     """One file of a store.
 
     Attributes:
-        file: Its name.
-        rows: Rows in it.
-        tokens: Tokens whose states are in it.
-        bytes: Its size.
-        checksum: Of its index, which holds the checksums of its rows.
+        file: File name.
+        rows: Number of rows.
+        tokens: Number of tokens with stored states.
+        bytes: File size.
+        checksum: Checksum of its index, which holds the checksums of its rows.
     """
 
     file: str
@@ -82,18 +82,18 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds.
+    """Contents of a feature store.
 
     Attributes:
         verifier: Name of the verifier.
         fingerprint: See ``specforge.verifier.fingerprint``.
-        tokenizer: Digest of its tokenizer and chat template; None where it has none.
-        vocabulary_size: Number of its ids.
+        tokenizer: Digest of its tokenizer and chat template; None if it has none.
+        vocabulary_size: Size of its vocabulary.
         layers: Ids of the stored layers, ascending; the last is the number of decoder layers.
         width: Width H of a state.
         dtype: Type of the stored values.
-        whole_rows: Whether rows are whole, or end behind their last supervised token.
-        rows_identity: Digest of the rows in their order, and of how they are spread over shards.
+        whole_rows: Whether states of whole rows are stored, or only up to one token after the last supervised one.
+        rows_identity: Digest of the rows, their order and their split into shards.
         shards: The files.
     """
 
@@ -110,18 +110,18 @@ class Manifest:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that the content of a shard depends on, to be stored in it."""
+        """Everything that the content of a shard depends on; it is stored in each shard."""
         values = asdict(replace(self, shards=()))
         return {"format": FORMAT, **{name: one for name, one in values.items() if name not in ("verifier", "shards")}}
 
     @property
     def name(self) -> str:
-        """A short name for what is held, for a folder's."""
+        """A short digest of the identity, used as a folder name."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a token: its states at all layers, with their scales."""
+        """Bytes per token: its states at all layers, with their scales."""
         return len(self.layers) * state_bytes(self.width, torch_dtype(self.dtype))
 
     @classmethod
@@ -129,7 +129,7 @@ class Manifest:
         """Read the manifest of a store.
 
         Raises:
-            UsageError: There is none, or it is not one of this format.
+            UsageError: The manifest is missing, damaged or of another format.
         """
         path = folder / MANIFEST
         try:
@@ -137,52 +137,52 @@ class Manifest:
             if values.pop("format") != FORMAT:
                 raise UsageError(
                     f"{path} was written by another version of specforge, in another format; run the command that "
-                    "wrote it again, which captures the features again"
+                    "wrote it again to capture the features again"
                 )
             if values.pop("checksum") != _checksum(values):
                 raise ValueError("its checksum is wrong")
             del values["convention"]
             return cls(**{**values, "shards": tuple(Shard(**one) for one in values["shards"])})
         except FileNotFoundError:
-            begun = any(folder.glob("shard-*"))
-            what = "is not finished; run its command again, and it goes on" if begun else "is no store of features"
+            started = any(folder.glob("shard-*"))
+            what = "is not finished; run its command again to resume" if started else "is not a feature store"
             raise UsageError(f"{folder} {what} (it has no {MANIFEST})") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is damaged: {error}; remove it and run the command that wrote it again") from None
 
     def write(self, folder: Path) -> None:
-        """Write the manifest; a store with one is whole."""
+        """Write the manifest, which marks the store as complete."""
         values = {"convention": _CONVENTION, **asdict(self)}
         whole = {"format": FORMAT, **values, "checksum": _checksum(values)}
         with whole_file(folder / MANIFEST) as file:
             file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
     def require(self, needs: FeatureNeeds, tokenizer: str | None, where: str) -> None:
-        """Refuse a run that reads something else.
+        """Refuse a run that needs states which this store lacks.
 
         Args:
             needs: What the run reads.
-            tokenizer: Digest of its tokenizer and chat template; None where it is not known.
-            where: What to name in the message: configuration key and folder.
+            tokenizer: Digest of its tokenizer and chat template; None if unknown.
+            where: Configuration key and folder, for the message.
 
         Raises:
-            UsageError: With both sides.
+            UsageError: Names what the store holds and what the run needs.
         """
         if self.fingerprint != needs.fingerprint:
             raise UsageError(
                 f"{where} holds states of another verifier: {self.verifier} ({self.fingerprint}), not "
                 f"{needs.verifier} ({needs.fingerprint}): {verifier_difference(self.fingerprint, needs.fingerprint)}; "
-                "prepare features of this one, or set data.features: live"
+                "prepare features of this verifier, or set data.features: live"
             )
         if None not in (tokenizer, self.tokenizer) and tokenizer != self.tokenizer:
             raise UsageError(
                 f"{where} was captured with another tokenizer or chat template ({self.tokenizer}) than that of "
-                f"{needs.verifier} ({tokenizer}); prepare features of this one, or set data.features: live"
+                f"{needs.verifier} ({tokenizer}); prepare features again, or set data.features: live"
             )
         if missing := [layer for layer in needs.layers if layer not in self.layers]:
             raise UsageError(
-                f"{where} holds the layers {self.layers}, but {needs.layers} are read, which {missing} are missing of; "
-                "prepare features with the same configuration, or choose aux layers that are there"
+                f"{where} lacks layers {missing} (it has {self.layers}); prepare features with the same "
+                "configuration, or choose among the stored aux layers"
             )
         if needs.whole_rows and not self.whole_rows:
             raise UsageError(
@@ -196,6 +196,6 @@ def _checksum(values: Mapping[str, Any]) -> str:
 
 
 def describe_layers(layers: Sequence[int]) -> str:
-    """Return the layers as a person reads them."""
+    """Return a readable description of the layers."""
     *aux, last = layers
     return f"aux layers {aux} and the last state ({last})" if aux else f"the last state ({last})"

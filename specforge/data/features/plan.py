@@ -1,4 +1,4 @@
-"""Which rows go into a store, what of each, and in which shard: every process makes the same plan."""
+"""Which rows and tokens go into a feature store, and into which shard; every process makes the same plan."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import numpy.typing as npt
 from specforge.data.features.manifest import FeatureNeeds
 from specforge.data.rows.reading import TokenRows
 
-SHARD_BYTES = 2**29  # what a killed run loses at most, and what is held in memory at once
+SHARD_BYTES = 2**29  # the most that a killed run loses, and what is held in memory at once
 
 
 class ShardPlan:
-    """Which states of which rows go into a store, and how they are spread over shards.
+    """Which states of which rows go into a store, and their split into shards.
 
     Args:
-        sources: The rows; those with equal tokens are stored once, at their first place.
-        needs: What of them is read.
-        token_bytes: Bytes of a token.
-        shard_bytes: Bytes of a shard, about.
+        sources: The rows. Rows with equal tokens are stored once, where they occur first.
+        needs: Which of their states are read.
+        token_bytes: Bytes per token.
+        shard_bytes: Approximate bytes per shard.
     """
 
     def __init__(
@@ -40,24 +40,24 @@ class ShardPlan:
         begins = np.cumsum([0, *map(len, sources)])
         source = np.searchsorted(begins, chosen, side="right") - 1
         self.rows = np.stack([source, chosen - begins[source]], axis=1)
-        """Source, and row in it, of each row that is stored, int64 [rows, 2]."""
+        """Source index and row index within it of each stored row, int64 [rows, 2]."""
         self.kept: npt.NDArray[np.int64] = longest[order]
-        """Tokens of each row whose states are stored, int64 [rows]."""
+        """Number of leading tokens of each row whose states are stored, int64 [rows]."""
         self.digests: npt.NDArray[np.uint64] = digests[chosen]
         """Digests of the rows, uint64 [rows, 2]."""
         self.all_tokens = int(lengths.sum())
-        """Tokens of all rows of the sources."""
+        """Number of tokens in all rows of the sources."""
         self.unique_tokens = int(lengths[chosen].sum())
-        """Tokens of the rows that are stored, whether or not their states are."""
+        """Number of tokens in the stored rows, including tokens whose states are not stored."""
         ends = np.cumsum(self.kept) * token_bytes
         cuts = np.searchsorted(ends, np.arange(shard_bytes, ends[-1], shard_bytes), side="right")
         bounds = np.unique([0, *cuts, len(self.kept)])
         self.shards = [range(begin, end) for begin, end in pairwise(bounds.tolist())]
-        """Rows of each shard."""
+        """Row range of each shard."""
         self.identity = sha256(self.digests.tobytes() + self.kept.tobytes() + bounds.tobytes()).hexdigest()
-        """Digest of the rows in their order, of what is kept of each, and of the shards."""
+        """Digest of the rows, their order, their stored lengths and the shard bounds."""
 
     def tokens(self, shard: range) -> list[npt.NDArray[np.int64]]:
-        """Return the tokens of the rows of a shard, as far as their states are stored."""
+        """Return the tokens with stored states of each row of a shard."""
         found = (self.sources[source][int(row)]["input_ids"].numpy() for source, row in self.rows[shard])
         return [tokens[:kept] for tokens, kept in zip(found, self.kept[shard], strict=True)]

@@ -1,7 +1,8 @@
-"""Writing a store: rows are spread over shards by a plan that every process makes alike, and each takes what is left.
+"""Writing a feature store: every process computes the same plan and writes the shards that are still missing.
 
-A shard is written by whoever holds its lock, and is there whole or not at all. Whoever finds all of them there writes
-the manifest. So a run that was ended goes on where it was, and the same command on other devices joins in.
+The process that holds a shard's lock writes it; a shard appears on disk complete or not at all. The process that finds
+all shards complete writes the manifest. An interrupted run therefore resumes, and the same command on other devices
+shares the work.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ from specforge.errors import SpecforgeError, UsageError
 from specforge.files import leftovers, locked
 
 States = Callable[[ShardPlan, range], Iterator[tuple[int, Tensor]]]
-"""Yields, in any order, for each row of a shard its number in it and its states [T, L, H]."""
+"""Yields, in any order, the number within the shard and the states [T, L, H] of each row."""
 _log = logging.getLogger(__name__)
 
 
 def prepare_features(plan: ShardPlan, manifest: Manifest, output: Path, states: States) -> Manifest | None:
-    """Write what is missing of a store.
+    """Write the missing shards of a store.
 
     Args:
-        plan: What goes into it.
-        manifest: What it holds, without the shards.
-        output: The folder.
+        plan: The rows and shards.
+        manifest: Contents of the store, without the shards.
+        output: Folder of the store.
         states: Where the states come from.
 
     Returns:
-        The manifest; None where other processes still write shards, the last of which will write it.
+        The manifest; None if other processes still write shards, the last of which writes the manifest.
 
     Raises:
         UsageError: The folder holds something else.
-        SpecforgeError: It cannot be written, or the states are no numbers.
+        SpecforgeError: The store cannot be written, or states are not finite.
     """
     _check_output(output)
     try:
@@ -52,13 +53,13 @@ def prepare_features(plan: ShardPlan, manifest: Manifest, output: Path, states: 
         done = [_is_done(path, manifest) for path in paths]
         before = sum(int(plan.kept[shard].sum()) for shard, there in zip(plan.shards, done, strict=True) if there)
         if before:
-            _log.warning("going on after %s tokens of an earlier run, or of another process", f"{before:,}")
+            _log.warning("resuming after %s tokens of an earlier run or another process", f"{before:,}")
         total = int(plan.kept.sum())
         # disable=None shows the bar on a terminal only; delay hides it for short runs.
         with tqdm(desc="capturing", unit=" tokens", total=total, initial=before, disable=None, delay=2) as bar:
             for path, shard, there in zip(paths, plan.shards, done, strict=True):
                 if not there:
-                    _take(path, plan, shard, manifest, states)
+                    _write_missing(path, plan, shard, manifest, states)
                     bar.update(int(plan.kept[shard].sum()))
         if not all(_is_done(path, manifest) for path in paths):
             return None
@@ -67,27 +68,27 @@ def prepare_features(plan: ShardPlan, manifest: Manifest, output: Path, states: 
                 stack.enter_context(locked(output / MANIFEST))
             except SpecforgeError:
                 return None
-            _clean(output, paths)
+            _remove_leftovers(output, paths)
             whole = replace(manifest, shards=tuple(StoredShard(path).entry for path in paths))
             whole.write(output)
             return whole
     except OSError as error:
         raise SpecforgeError(
-            f"cannot write {output}: {error.strerror or error}; what is done so far stays there: mend that and run the "
-            "same command again, and it goes on from there"
+            f"cannot write {output}: {error.strerror or error}; finished shards are kept: fix this and run the "
+            "same command again to resume"
         ) from error
 
 
 def _check_output(output: Path) -> None:
-    """Refuse a folder of something else; shards of something else are found when they come up."""
+    """Refuse a folder with other content; shards of another store are refused when they are opened."""
     if output.exists() and not output.is_dir():
-        raise UsageError(f"--output: {output} is a file; give a folder that is yet to be made")
-    # Hidden files are locks, and what a run that was killed was writing.
+        raise UsageError(f"--output: {output} is a file; give a new folder")
+    # Hidden files are locks and partial files of a killed run.
     names = [path.name for path in output.glob("*") if not path.name.startswith(".")]
-    strangers = [name for name in names if name != MANIFEST and not name.startswith("shard-")]
-    if strangers:
+    others = [name for name in names if name != MANIFEST and not name.startswith("shard-")]
+    if others:
         raise UsageError(
-            f"--output: {output} holds something else ({sorted(strangers)[0]}); choose another folder, or remove it"
+            f"--output: {output} holds something else ({sorted(others)[0]}); choose another folder, or remove it"
         )
 
 
@@ -97,12 +98,14 @@ def _is_done(path: Path, manifest: Manifest) -> bool:
     try:
         identity = StoredShard(path).identity
     except SpecforgeError as error:
-        _log.warning("%s. It is made again", error)
+        _log.warning("%s. The shard is written again", error)
         return False
     if identity != manifest.identity:
-        own = manifest.identity
+        expected = manifest.identity
         different = ", ".join(
-            f"{name} {identity.get(name)}, not {own[name]}" for name in own if identity.get(name) != own[name]
+            f"{name} {identity.get(name)}, not {expected[name]}"
+            for name in expected
+            if identity.get(name) != expected[name]
         )
         raise UsageError(
             f"--output: {path.parent} holds features of something else ({different}); choose another folder, or "
@@ -111,9 +114,9 @@ def _is_done(path: Path, manifest: Manifest) -> bool:
     return True
 
 
-def _clean(output: Path, shards: Sequence[Path]) -> None:
-    """Remove what processes left behind that were killed."""
-    for path in [*output.glob(".tmp*"), *leftovers(output / MANIFEST)]:  # .tmp* is of safetensors
+def _remove_leftovers(output: Path, shards: Sequence[Path]) -> None:
+    """Remove the partial files of killed processes."""
+    for path in [*output.glob(".tmp*"), *leftovers(output / MANIFEST)]:  # .tmp* files come from safetensors
         path.unlink(missing_ok=True)
     for shard in shards:
         with suppress(SpecforgeError), locked(shard):
@@ -121,8 +124,8 @@ def _clean(output: Path, shards: Sequence[Path]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _take(path: Path, plan: ShardPlan, shard: range, manifest: Manifest, states: States) -> None:
-    """Write a shard, unless another process is at it or has finished it."""
+def _write_missing(path: Path, plan: ShardPlan, shard: range, manifest: Manifest, states: States) -> None:
+    """Write a shard unless another process is writing it or has finished it."""
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(path))
@@ -147,9 +150,9 @@ def _tensors(plan: ShardPlan, shard: range, manifest: Manifest, states: States) 
                 "numbers; capture them in a wider type with --verifier_dtype"
             )
         values, scales = encode(found, dtype)
-        for place, layer in enumerate(manifest.layers):
-            tensors[layer_name(layer)][begin:end] = values[:, place]
+        for column, layer in enumerate(manifest.layers):
+            tensors[layer_name(layer)][begin:end] = values[:, column]
             if scales is not None:
-                tensors[scales_name(layer)][begin:end] = scales[:, place]
+                tensors[scales_name(layer)][begin:end] = scales[:, column]
     digests = torch.from_numpy(plan.digests[shard].view(np.uint8).copy())
     return {"digests": digests, "starts": starts, **tensors}

@@ -1,4 +1,4 @@
-"""Keeping what is captured while a draft is trained, so that each row is captured once."""
+"""Recording the states captured during training, so that each row is captured once."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _log = logging.getLogger(__name__)
 
 
 class FeatureRecorder:
-    """Adds shards to a folder as states become known; several processes may record into one folder.
+    """Adds shards of captured states to a folder; several processes may record into the same folder.
 
     Args:
         folder: The folder.
-        manifest: What it holds, of a type without scales.
-        needs: What is read of it.
+        manifest: Contents of the store; its dtype must be one without scales.
+        needs: Which states the run reads.
         splits: The rows of the run, by split.
     """
 
@@ -41,39 +41,39 @@ class FeatureRecorder:
         self.manifest = manifest
         self.needs = needs
         self.splits = splits
-        self._wanted: dict[bytes, int] = {}  # tokens to keep of each row that is not stored, by digest
+        self._missing: dict[bytes, int] = {}  # tokens to store of each missing row, by digest
         self._recorded: list[tuple[bytes, Tensor]] = []
         self._bytes = 0
 
     def reopen(self) -> bool:
-        """Let batches read all that has been recorded so far, by any process; return whether that is everything."""
+        """Let batches read everything recorded so far by any process; return whether no row is missing."""
         store = self._open()
-        self._wanted.clear()
+        self._missing.clear()
         for items in self.splits.values():
             rows = items.rows
             missing = np.ones(len(rows), np.bool_) if store is None else read_from(store, self.needs, items)
             kept = self.needs.kept(rows.lengths, rows.last_supervised)
             for row in np.flatnonzero(missing):
                 digest = rows.digests[row].tobytes()
-                self._wanted[digest] = max(self._wanted.get(digest, 0), int(kept[row]))
-        return not self._wanted
+                self._missing[digest] = max(self._missing.get(digest, 0), int(kept[row]))
+        return not self._missing
 
     def summary_text(self) -> str:
-        """Return one line for a person."""
+        """Return a one-line summary."""
         return (
             f"recorded in {self.folder}, {describe_layers(self.manifest.layers)}, {self.manifest.dtype}, "
             f"{self.manifest.token_bytes:,} bytes a token"
         )
 
     def add(self, batch: Mapping[str, Tensor], aux: Tensor, last: Tensor) -> None:
-        """Record the rows of a batch that are not stored yet.
+        """Record the rows of a batch that are not yet stored.
 
         Args:
-            batch: `input_ids` and `document_ids`, [B, T] each.
+            batch: ``input_ids`` and ``document_ids``, [B, T] each.
             aux: States of the aux layers, [B, T, n, H].
             last: The last states, [B, T, H].
         """
-        if not self._wanted:
+        if not self._missing:
             return
         by_layer = dict(zip(self.needs.aux_layers, aux.unbind(2), strict=True)) | {self.needs.num_layers: last}
         states = [by_layer[layer] for layer in self.needs.layers]
@@ -82,7 +82,7 @@ class FeatureRecorder:
             bounds = [0, *(np.flatnonzero(np.diff(ids)) + 1), len(ids)]
             for begin, end in pairwise(bounds):
                 digest = row_digest(tokens[number, begin:end])
-                kept = self._wanted.pop(digest, None)
+                kept = self._missing.pop(digest, None)
                 if kept is not None:
                     found = torch.stack([one[number, begin : begin + kept] for one in states])
                     self._recorded.append((digest, encode(found, torch_dtype(self.manifest.dtype))[0].cpu()))
@@ -91,11 +91,11 @@ class FeatureRecorder:
             self.flush()
 
     def rounded(self, states: Tensor) -> Tensor:
-        """Return states as they are read again once they are recorded, in the type that they have."""
+        """Return states as they will be read back after recording, in their own dtype."""
         return decode(encode(states, torch_dtype(self.manifest.dtype))[0], None, states.dtype)
 
     def flush(self) -> None:
-        """Write what has been recorded since the last time; where that fails, training goes on without it."""
+        """Write the states recorded since the last flush; if that fails, training continues without recording."""
         if not self._recorded:
             return
         digests, states = zip(*self._recorded, strict=True)
@@ -109,8 +109,8 @@ class FeatureRecorder:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_shard(self.folder / name, tensors, self.manifest.identity)
         except (SpecforgeError, OSError) as error:
-            self._wanted.clear()
-            _log.warning("states are no longer recorded, the verifier runs instead: %s", error)
+            self._missing.clear()
+            _log.warning("states are no longer recorded; the verifier runs instead: %s", error)
 
     def _open(self) -> FeatureStore | None:
         shards = []
@@ -118,7 +118,7 @@ class FeatureRecorder:
             try:
                 shard = StoredShard(path)
             except SpecforgeError as error:
-                _log.warning("%s. Its rows are captured again", error)
+                _log.warning("%s. Its rows will be captured again", error)
                 continue
             if shard.identity == self.manifest.identity:
                 shards.append(shard.entry)

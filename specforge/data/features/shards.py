@@ -1,9 +1,9 @@
-"""One file of a store: the states of some rows, one tensor a layer, with the digests by which rows are found.
+"""One file of a feature store: the states of some rows, one tensor per layer, and the digests that identify the rows.
 
-Tensors: `digests` uint8 [rows, 16], `starts` int64 [rows + 1], `checksums` int64 [rows, layers]; for each layer k
-`layer.k` [tokens, H] and, for types of one byte, `layer.k.scales` float32 [tokens]. Row r has the tokens from starts[r]
-to starts[r + 1]. Its checksum at a layer is the XXH3 of its values and scales; everything else in the file has one
-checksum, which is in the header.
+Tensors: ``digests`` uint8 [rows, 16], ``starts`` int64 [rows + 1], ``checksums`` int64 [rows, layers]; for each layer k
+``layer.k`` [tokens, H] and, for one-byte types, ``layer.k.scales`` float32 [tokens]. Row r has the tokens starts[r]
+to starts[r + 1]. Its checksum at a layer is the XXH3 of its values and scales. One checksum in the header covers the
+rest of the file.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from specforge.data.rows.mapped import require_size
 from specforge.errors import SpecforgeError
 from specforge.files import whole_file
 
-_KEY = "specforge"  # one key for all: safetensors writes several in any order
+_KEY = "specforge"  # a single key: safetensors writes several in arbitrary order
 _INDEX = ("digests", "starts", "checksums")
-AGAIN = "remove it and run the command that wrote it again, which captures its rows again"
+AGAIN = "remove it and run the command that wrote it again to capture its rows again"
 
 
 def layer_name(layer: int) -> str:
@@ -42,15 +42,15 @@ def scales_name(layer: int) -> str:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> None:
-    """Write a shard; it is there whole or not at all.
+    """Write a shard atomically.
 
     Args:
         path: The file.
         tensors: Its tensors, without the checksums.
-        identity: What it is part of; `layers` are the layers that it holds.
+        identity: Identity of the store; ``layers`` are the layers in the shard.
 
     Raises:
-        SpecforgeError: It cannot be written.
+        SpecforgeError: The shard cannot be written.
     """
     whole = {**tensors, "checksums": _checksums(tensors, identity["layers"])}
     metadata = json.dumps({"checksum": _index_checksum(whole, identity), "identity": identity})
@@ -59,19 +59,18 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], identity: Mapping[str
             save_file(whole, file, {_KEY: metadata})
     except (OSError, SafetensorError) as error:
         raise SpecforgeError(
-            f"cannot write {path}: {error}; the shards before it are kept: mend that and run the same command again, "
-            "and it goes on from there"
+            f"cannot write {path}: {error}; finished shards are kept: fix this and run the same command again to resume"
         ) from error
 
 
 class StoredShard:
-    """A shard that is mapped into memory; its index is checked when it is opened, each row when it is read.
+    """A memory-mapped shard; its index is checked when the file is opened, each row when it is read.
 
     Args:
         path: The file.
 
     Raises:
-        SpecforgeError: It is missing, damaged or no shard of this version.
+        SpecforgeError: The file is missing, damaged or not a shard of this version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,16 +78,16 @@ class StoredShard:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = json.loads(file.metadata()[_KEY])
-                # Mapped once, for all rows; the disk gives what is touched.
+                # Mapped once for all rows; only touched pages are read from disk.
                 self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self.identity: dict[str, Any] = metadata["identity"]
-            """What it is part of."""
+            """Identity of the store it belongs to."""
             is_current = self.identity["format"] == FORMAT
             found = _index_checksum(self._tensors, self.identity) if is_current else ""
         except FileNotFoundError:
             raise SpecforgeError(f"{path} is missing; run the command that wrote it again") from None
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise SpecforgeError(f"{path} is damaged or no shard of features: {error}; {AGAIN}") from None
+            raise SpecforgeError(f"{path} is damaged or not a feature shard: {error}; {AGAIN}") from None
         if not is_current:
             raise SpecforgeError(f"{path} was written by another version of specforge; {AGAIN}")
         if found != metadata.get("checksum"):
@@ -96,40 +95,39 @@ class StoredShard:
         self.digests: npt.NDArray[np.uint64] = self._tensors["digests"].numpy().view(np.uint64)
         """Digests of the rows, uint64 [rows, 2]."""
         self.starts: npt.NDArray[np.int64] = self._tensors["starts"].numpy()
-        """First token of each row, and the number of tokens, int64 [rows + 1]."""
+        """Offset of the first token of each row, then the number of tokens, int64 [rows + 1]."""
         self._checksums = self._tensors["checksums"].numpy().view(np.uint64)
         self._columns = {layer: column for column, layer in enumerate(self.identity["layers"])}
         self.entry = Shard(path.name, len(self.starts) - 1, int(self.starts[-1]), path.stat().st_size, found)
-        """What a manifest says of it."""
+        """Its manifest entry."""
 
     def read(self, row: int, layer: int) -> tuple[Tensor, Tensor | None]:
-        """Read the states of a row, and compare them with their checksum.
+        """Read the states of a row and verify their checksum.
 
         Args:
-            row: Its number in the shard.
+            row: Index of the row in the shard.
             layer: Id of the layer.
 
         Returns:
-            The stored values [T, H], and the scales [T] of types that have them: views of the file.
+            The stored values [T, H] and, for one-byte types, the scales [T]: views of the file.
 
         Raises:
-            SpecforgeError: They are not what was written.
+            SpecforgeError: The checksum is wrong.
         """
         require_size(self.path, self.entry.bytes)
         tokens = slice(int(self.starts[row]), int(self.starts[row + 1]))
         found = _row(self._tensors, layer, tokens)
         if _row_checksum(*found) != self._checksums[row, self._columns[layer]]:
             raise SpecforgeError(
-                f"{self.path} is damaged: the states of its row {row} at layer {layer} are not those that were "
-                f"written; {AGAIN}"
+                f"{self.path} is damaged: the checksum of the states of row {row} at layer {layer} is wrong; {AGAIN}"
             )
         return found
 
     def check(self) -> None:
-        """Read all of it, and compare it with the checksums.
+        """Read the whole shard and verify its checksums.
 
         Raises:
-            SpecforgeError: They differ.
+            SpecforgeError: A checksum is wrong.
         """
         for row in range(self.entry.rows):
             for layer in self._columns:
@@ -158,8 +156,8 @@ def _row_checksum(values: Tensor, scales: Tensor | None) -> int:
 
 
 def _index_checksum(tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> str:
-    kinds = {name: f"{one.dtype} {list(one.shape)}" for name, one in tensors.items()}
-    checksum = xxh3_128(json.dumps([kinds, identity], sort_keys=True).encode())
+    types = {name: f"{one.dtype} {list(one.shape)}" for name, one in tensors.items()}
+    checksum = xxh3_128(json.dumps([types, identity], sort_keys=True).encode())
     for name in _INDEX:
         checksum.update(_content(tensors[name]))
     return checksum.hexdigest()

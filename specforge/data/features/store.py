@@ -1,4 +1,4 @@
-"""Reading a store: rows are found by their tokens, states are read through memory maps."""
+"""Reading a feature store: rows are found by a digest of their tokens, states are memory-mapped."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from specforge.errors import SpecforgeError, UsageError
 
 
 class FeatureStore:
-    """A folder of states.
+    """A folder of stored states.
 
     Args:
         folder: The folder.
-        manifest: What of it to read; by default what its manifest says.
+        manifest: Which shards to read. Default: the folder's own manifest.
 
     Raises:
-        UsageError: It is no store, it is unfinished, or a shard is missing or truncated; the file is named.
-        SpecforgeError: The index of a shard is damaged; the file is named.
+        UsageError: The folder is not a store or is unfinished, or a shard is missing or truncated; names the file.
+        SpecforgeError: The index of a shard is damaged; names the file.
     """
 
     def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
@@ -47,49 +47,49 @@ class FeatureStore:
             kept.append(np.diff(stored.starts))
             shards.append(np.full(shard.rows, number))
             rows.append(np.arange(shard.rows))
-        # By the first half of the digest; the second half tells whether it is really that row. Of equal rows, which
-        # only recordings have, the one with the most tokens comes first.
+        # Sorted by the first half of the digest; `locate` also compares the second half. Recordings may hold equal
+        # rows; the one with the most tokens comes first.
         found_by, tokens = np.concatenate(digests), np.concatenate(kept)
         order = np.lexsort((-tokens, found_by[:, 0]))
         self._digests = found_by[order]
         self._shard_of = np.concatenate(shards)[order]
         self._row_of = np.concatenate(rows)[order]
         self.kept: npt.NDArray[np.int64] = tokens[order]
-        """Tokens of each place that have states."""
+        """Number of tokens with states of each row, int64 [rows]."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the open files behind: each process maps its own."""
+        """Drop the open files: each process maps its own."""
         return {**self.__dict__, "_shards": {}}
 
     def locate(self, digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-        """Find rows.
+        """Find rows by their digests.
 
         Args:
             digests: Digests of their tokens, uint64 [rows, 2].
 
         Returns:
-            The place of each in the store, int64 [rows]; -1 for one that is not there.
+            The index of each row in the store, int64 [rows]; -1 for a missing row.
         """
-        places = np.searchsorted(self._digests[:, 0], digests[:, 0]).clip(max=len(self._digests) - 1)
-        return np.where((self._digests[places] == digests).all(1), places, -1)
+        indices = np.searchsorted(self._digests[:, 0], digests[:, 0]).clip(max=len(self._digests) - 1)
+        return np.where((self._digests[indices] == digests).all(1), indices, -1)
 
-    def read(self, place: int, layer: int) -> tuple[Tensor, Tensor | None]:
+    def read(self, index: int, layer: int) -> tuple[Tensor, Tensor | None]:
         """Read the states of a row.
 
         Args:
-            place: Its place in the store.
+            index: Index of the row in the store.
             layer: Id of the layer.
 
         Returns:
-            The stored values [T, H], and the scales [T] of types that have them: views of the file.
+            The stored values [T, H] and, for one-byte types, the scales [T]: views of the file.
 
         Raises:
-            SpecforgeError: They are not what was written; the file is named.
+            SpecforgeError: The checksum is wrong; names the file.
         """
-        return self._shard(int(self._shard_of[place])).read(int(self._row_of[place]), layer)
+        return self._shard(int(self._shard_of[index])).read(int(self._row_of[index]), layer)
 
     def summary_text(self) -> str:
-        """Return one line for a person."""
+        """Return a one-line summary."""
         manifest = self.manifest
         return (
             f"{self.folder}, {describe_layers(manifest.layers)} of {len(self.kept):,} rows, {manifest.dtype}, "
@@ -97,10 +97,10 @@ class FeatureStore:
         )
 
     def check(self) -> None:
-        """Read everything, and compare it with the checksums.
+        """Read all shards and verify their checksums.
 
         Raises:
-            SpecforgeError: Shards are damaged; they are named.
+            SpecforgeError: Shards are damaged; names them.
         """
         faults = []
         for number in tqdm(range(len(self.manifest.shards)), desc="verifying", unit=" shards", disable=None, delay=2):

@@ -1,4 +1,4 @@
-"""A table of bigrams: the token that most often follows each one, counted over training rows."""
+"""Bigram table: the most frequent successor of each token in the training rows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _TABLE = "bigrams.safetensors"
 
 
 def count_successors(rows: TokenRows) -> Tensor:
-    """Return the most frequent successor of each token where the successor is supervised, int64 [V]; -1 for none.
+    """Return the most frequent supervised successor of each token, int64 [V]; -1 if there is none.
 
-    Of equally frequent ones, the lowest id.
+    Ties go to the lowest id.
     """
     size = rows.vocabulary_size
     pairs = []
@@ -29,20 +29,20 @@ def count_successors(rows: TokenRows) -> Tensor:
         ids = row["input_ids"].numpy()
         pairs.append((ids[:-1] * size + ids[1:])[row["loss_mask"].numpy()[1:]])
     found, counts = np.unique(np.concatenate([np.empty(0, np.int64), *pairs]), return_counts=True)
-    # Stable: of equal counts the lowest pair stays in front.
+    # Stable: among equal counts the lowest pair stays first.
     order = np.argsort(-counts, kind="stable")
-    first, where = np.unique(found[order] // size, return_index=True)
+    tokens, indices = np.unique(found[order] // size, return_index=True)
     successors = torch.full((size,), -1, dtype=torch.int64)
-    successors[torch.from_numpy(first)] = torch.from_numpy(found[order][where] % size)
+    successors[torch.from_numpy(tokens)] = torch.from_numpy(found[order][indices] % size)
     return successors
 
 
 def bigram_table(rows: TokenRows, identity: str, cache_dir: Path) -> Path:
-    """Return the file of a table for the proposal method ``bigram``, counted anew where the cache has none.
+    """Return the table file for the proposal method ``bigram``; count it if the cache has none.
 
     Args:
         rows: The training rows.
-        identity: What the rows depend on.
+        identity: Identity of the rows.
         cache_dir: Folder of the caches.
 
     Raises:

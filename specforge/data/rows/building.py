@@ -1,4 +1,4 @@
-"""Token rows of a source: prepared ones as they lie there, others built once and cached by content."""
+"""Token rows of a source: prepared rows are used as they are, others are built once and cached by content."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def build_rows(
     settings: RowSettings,
     cache_dir: Path,
 ) -> TokenRows:
-    """Return the token rows of a source: as they lie there, if it is a folder of them, or else through the cache.
+    """Return the token rows of a source: a folder of token rows is opened, any other source goes through the cache.
 
     Args:
-        source: path or hub name, see `specforge.data.text.sources`.
-        load_template: returns the verifier's chat template; not called where the source holds tokens of any tokenizer.
-        vocabulary_size: number of ids of the verifier.
-        settings: what is done with long rows, and with bad ones.
-        cache_dir: folder of the caches; the rows lie in a folder named by all that they depend on.
+        source: Path or hub name, see ``specforge.data.text.sources``.
+        load_template: Returns the verifier's chat template; not called if the source holds token ids.
+        vocabulary_size: Vocabulary size V of the verifier.
+        settings: How to treat long and bad rows.
+        cache_dir: Folder of the caches; each cache is a subfolder named by a hash of everything the rows depend on.
 
     Raises:
-        UsageError: too many rows are bad (the message names the first by file and line), no supervised token is left,
-            or a folder of rows is damaged, was made for another verifier, or holds rows that are too long.
-        SpecforgeError: the cache cannot be written.
+        UsageError: Too many rows are bad (the message names the first by file and line), no supervised token is left,
+            or a folder of rows is damaged, was made for another verifier or holds rows that are too long.
+        SpecforgeError: The cache cannot be written.
     """
     if (Path(source) / ROWS_FILE).is_file():
         rows = _prepared_rows(Path(source), load_template, vocabulary_size, settings.max_length)
@@ -55,9 +55,11 @@ def build_rows(
         ensure_folder(folder, lambda target: _write_rows(target, source, maker), is_whole)
         rows = open_rows(folder, vocabulary_size)
         rows.summary.require_few_bad(settings, source)
-    # The first token of a row has nothing before it: a mask of all ones may leave it out.
+    # The first token of a row has no context, so an all-ones mask may exclude it.
     if rows.summary.supervised_tokens >= rows.summary.tokens - rows.summary.rows:
-        warnings.warn(f"{source}: every token is supervised; is that meant, or is the loss mask missing?", stacklevel=2)
+        warnings.warn(
+            f"{source}: every token is supervised; is this intended, or is the loss mask missing?", stacklevel=2
+        )
     return rows
 
 
@@ -68,7 +70,7 @@ def is_built(
     settings: RowSettings,
     cache_dir: Path,
 ) -> bool:
-    """Tell whether ``build_rows`` would find the rows of a source ready; the arguments are the same."""
+    """Return whether ``build_rows`` with the same arguments would find the rows already built."""
     if (Path(source) / ROWS_FILE).is_file():
         return True
     maker = RowMaker(make_encoder([source], load_template, vocabulary_size), settings)
@@ -76,15 +78,15 @@ def is_built(
 
 
 def make_encoder(sources: Sequence[str], load_template: Callable[[], ChatTemplate], vocabulary_size: int) -> RowEncoder:
-    """Return the encoder of some sources; it goes without a tokenizer where all their first rows hold tokens.
+    """Return the encoder of some sources; it has no tokenizer if the first row of every source holds token ids.
 
     Args:
-        sources: paths or hub names.
-        load_template: returns the verifier's chat template.
-        vocabulary_size: number of ids of the verifier.
+        sources: Paths or hub names.
+        load_template: Returns the verifier's chat template.
+        vocabulary_size: Vocabulary size V of the verifier.
 
     Raises:
-        UsageError: a source holds no rows that can be parsed.
+        UsageError: A source holds no rows that can be parsed.
     """
     holds_texts = not all(holds_tokens(_first_record(source)) for source in sources)
     return RowEncoder(load_template() if holds_texts else None, vocabulary_size)
@@ -102,7 +104,7 @@ def _first_record(source: str) -> Record:
 
 
 def identity_of(encoder: RowEncoder) -> dict[str, Any]:
-    """Return what a folder of rows stores of how it was made: its format, and what it needs of a verifier."""
+    """Return the metadata stored with rows: their format and what they require of a verifier."""
     template = encoder.template
     return {
         "format": FORMAT,
@@ -114,14 +116,14 @@ def identity_of(encoder: RowEncoder) -> dict[str, Any]:
 
 
 def require_supervision(summary: RowsSummary, source: str) -> None:
-    """Refuse rows that teach nothing.
+    """Refuse rows without supervised tokens.
 
     Raises:
-        UsageError: no token is supervised.
+        UsageError: No token is supervised.
     """
     if not summary.supervised_tokens:
         reasons = ", ".join(f"{count:,} ({reason})" for reason, count in summary.dropped.items())
-        raise UsageError(f"{source}: no supervised token in the whole set; rows dropped: {reasons or 'none'}")
+        raise UsageError(f"{source}: no token is supervised; rows dropped: {reasons or 'none'}")
 
 
 def _cache_folder(source: str, maker: RowMaker, cache_dir: Path) -> Path:
@@ -132,27 +134,27 @@ def _cache_folder(source: str, maker: RowMaker, cache_dir: Path) -> Path:
 def _prepared_rows(
     folder: Path, load_template: Callable[[], ChatTemplate], vocabulary_size: int, max_length: int
 ) -> TokenRows:
-    """Open a folder of rows, and make sure that it suits the run."""
+    """Open a folder of rows and check that it suits the run."""
     opened = StoredRows(folder)
     stored = opened.description
     if stored.get("format") != FORMAT:
         raise UsageError(f"{folder}: the rows were prepared by another version of specforge; prepare them again")
     if stored.get("vocabulary_size") != vocabulary_size:
         raise UsageError(
-            f"{folder}: the rows were prepared for a verifier of {stored.get('vocabulary_size')} ids, this one has "
+            f"{folder}: the rows are for a vocabulary of {stored.get('vocabulary_size')} ids, this verifier has "
             f"{vocabulary_size}; prepare them for this verifier"
         )
     if stored.get("tokenizer"):
         template = load_template()
         if stored["tokenizer"] != RowEncoder(template, vocabulary_size).tokenizer_digest:
             raise UsageError(
-                f"{folder}: the rows were prepared with another tokenizer or chat template than this verifier's; "
+                f"{folder}: the rows were prepared with a tokenizer or chat template other than this verifier's; "
                 "prepare them for this verifier"
             )
         arguments = stored.get("template_arguments") or {}
         if arguments != template.arguments:
             raise UsageError(
-                f"{folder}: the rows were prepared with the template arguments {arguments}, this run has "
+                f"{folder}: the rows were prepared with template arguments {arguments}, this run has "
                 f"{template.arguments}; {arguments_advice(arguments).replace('--', '--data.')}"
             )
     rows = token_rows(opened, vocabulary_size)
@@ -166,7 +168,7 @@ def _prepared_rows(
 
 
 def _write_rows(folder: Path, source: str, maker: RowMaker) -> None:
-    """Write a folder of the cache."""
+    """Write a cache folder."""
     writer = RowsWriter(folder)
     try:
         write_rows([source], maker, {TRAIN: writer})

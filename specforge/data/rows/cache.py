@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all."""
+"""Cache folders that are written atomically."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ _log = logging.getLogger(__name__)
 
 
 def ensure_folder(folder: Path, write: Callable[[Path], None], is_whole: Callable[[Path], bool]) -> None:
-    """Make sure that a folder exists with its whole content.
+    """Make sure that a folder exists with its complete content.
 
-    Of two processes that write it at once, the first to finish wins.
+    If two processes write it at once, the first to finish wins.
 
     Args:
-        folder: the folder to provide.
-        write: fills the empty folder that it is given.
-        is_whole: tells whether an existing folder is undamaged; a damaged one is written anew.
+        folder: The folder to provide.
+        write: Fills an empty folder.
+        is_whole: Returns whether an existing folder is undamaged; a damaged one is written again.
 
     Raises:
-        SpecforgeError: the folder cannot be written.
+        SpecforgeError: The folder cannot be written.
     """
     if is_whole(folder):
         return
     try:
         if folder.exists():
-            _log.warning("the cache %s is damaged and is built again", folder)
+            _log.warning("the cache %s is damaged and will be built again", folder)
             shutil.rmtree(folder)
-        with whole_folder(folder) as beside:
-            write(beside)
+        with whole_folder(folder) as temporary:
+            write(temporary)
     except OSError as error:
-        if not is_whole(folder):  # otherwise another process was faster, with the same content
+        if not is_whole(folder):  # otherwise another process finished first, with the same content
             raise SpecforgeError(
                 f"cannot write {folder}: {error}; free some space or choose another data.cache_dir"
             ) from error

@@ -1,4 +1,4 @@
-"""How much of what is supervised a draft vocabulary covers, by its size."""
+"""The share of supervised tokens that a draft vocabulary covers, by its size."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _SIZES = 8
 
 @dataclass(frozen=True)
 class Coverage:
-    """What a draft vocabulary of the most frequent training tokens covers.
+    """Coverage of a draft vocabulary of the most frequent training tokens.
 
     Attributes:
-        draft_vocab_size: its number of tokens.
-        train: share of the supervised tokens of the training rows that are in it.
-        validation: the same of the validation rows, which had no say in the choice; None without any.
+        draft_vocab_size: Size of the draft vocabulary.
+        train: Share of the training rows' supervised tokens that it contains.
+        validation: The same for the validation rows, which did not influence the choice; None without validation rows.
     """
 
     draft_vocab_size: int
@@ -27,13 +27,13 @@ class Coverage:
 
 
 def coverage_by_size(train: Tensor, validation: Tensor | None) -> list[Coverage]:
-    """Return the coverage of draft vocabularies of the eight largest powers of two below V.
+    """Return the coverage of draft vocabularies whose sizes are the eight largest powers of two below V.
 
     Args:
-        train: int64 [V], how often each id is supervised in the training rows.
-        validation: the same of the validation rows.
+        train: How often each id is supervised in the training rows, int64 [V].
+        validation: The same for the validation rows.
     """
-    # Of equally frequent tokens the lowest ids come first, as where a draft vocabulary is chosen.
+    # Ties go to the lowest ids, as in the choice of a draft vocabulary.
     order = np.argsort(-train.numpy(), kind="stable")
     powers = range((len(order) - 1).bit_length())
     covered = _cumulative_share(train.numpy()[order])

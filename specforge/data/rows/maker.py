@@ -1,4 +1,4 @@
-"""From raw rows to batches on their way to disk: parsed, tokenised, split, cut. Worker processes do this part."""
+"""Raw rows to record batches: parsing, tokenising, splitting, truncating. Worker processes run this part."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from specforge.data.text.encoding import RowEncoder, TokenRow
 from specforge.data.text.records import RawRecord, Record
 from specforge.data.text.replies import CORRECTED
 
-FORMAT = 3  # raised when the same source would give other rows, so that old caches are left alone
+FORMAT = 3  # raised when the same source would give other rows, so that old caches are not used
 SCHEMA = pa.schema(
-    # `chat` is equal for the rows of one chat, which a split must not part.
+    # `chat` is equal for the rows of one chat, which must stay in one split.
     [("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_())), ("chat", pa.int64())]
 )
 TRAIN, VALIDATION = "train", "validation"
@@ -27,11 +27,11 @@ TRAIN, VALIDATION = "train", "validation"
 
 @dataclass(frozen=True)
 class WrittenRows:
-    """The rows that a chunk of raw rows adds to a split.
+    """The token rows that a chunk of raw rows adds to a split.
 
     Attributes:
-        message: an Arrow record batch as it stands in a stream.
-        summary: what became of the chunk's rows of this split.
+        message: A serialized Arrow record batch.
+        summary: Summary of the chunk's rows in this split.
     """
 
     message: bytes
@@ -40,13 +40,13 @@ class WrittenRows:
 
 @dataclass(frozen=True)
 class RowMaker:
-    """How rows are made; equal makers make equal rows of equal sources.
+    """Makes token rows of raw rows; equal makers make equal rows of equal sources.
 
     Attributes:
-        encoder: tokenises.
-        settings: what is done with long and with bad rows.
-        validation_share: share of the rows that goes to the validation split, from 0 to below 1.
-        seed: chooses which.
+        encoder: Tokenises the rows.
+        settings: How to treat long and bad rows.
+        validation_share: Share of the rows that goes to the validation split, from 0 to below 1.
+        seed: Selects which rows these are.
     """
 
     encoder: RowEncoder
@@ -56,14 +56,14 @@ class RowMaker:
 
     @property
     def identity(self) -> str:
-        """All that the rows depend on besides the sources."""
+        """Everything that the rows depend on except the sources."""
         split = [self.validation_share, self.seed] if self.validation_share else None
         length = [self.settings.max_length, self.settings.long_rows]
         return json.dumps([FORMAT, length, split, self.encoder.identity])
 
-    def on(self, date: str) -> RowMaker:
-        """Return the same maker on another day, for templates that print it."""
-        return replace(self, encoder=self.encoder.on(date))
+    def with_date(self, date: str) -> RowMaker:
+        """Return the same maker with another date, for templates that print one."""
+        return replace(self, encoder=self.encoder.with_date(date))
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -73,13 +73,13 @@ class RowMaker:
     def split_of(self, rows: Sequence[TokenRow]) -> str:
         """Return the split of the rows of a record.
 
-        It depends only on the tokens of the first and on the seed: neither equal rows nor the rows of one chat are ever
-        parted, and a row stays where it is when others come and go.
+        The split depends only on the tokens of the first row and on the seed. Equal rows and the rows of one chat
+        therefore share a split, and a row keeps its split when other rows are added or removed.
         """
         return VALIDATION if _digest(rows[0], f"{self.seed} ") < self.validation_share * 2**64 else TRAIN
 
     def fit(self, row: TokenRow) -> TokenRow | str:
-        """Return the row as it is kept, or the reason why it is not."""
+        """Return the row as it will be stored, or the reason for dropping it."""
         limit = self.settings.max_length
         if not row.loss_mask.any():
             return "no supervised token"
@@ -92,10 +92,10 @@ class RowMaker:
         return replace(row, input_ids=row.input_ids[:limit], loss_mask=row.loss_mask[:limit])
 
     def make(self, chunk: Sequence[RawRecord]) -> dict[str, WrittenRows]:
-        """Return what a chunk of raw rows adds to each split; what is counted of the chunk counts to the first.
+        """Return what a chunk of raw rows adds to each split; counts of the whole chunk go to the training split.
 
         Raises:
-            UsageError: a row is bad, and none may be; the message names its location.
+            UsageError: A row is bad and ``bad_rows`` is ``refuse``; the message names its location.
         """
         splits = {split: _Split(RowsSummary()) for split in self.splits}
         parsed = [_parse(raw) for raw in chunk]
@@ -116,7 +116,7 @@ class RowMaker:
 
 @dataclass
 class _Split:
-    """The rows of one split, on their way into a batch."""
+    """Collects the rows of one split for a batch."""
 
     summary: RowsSummary
     rows: list[TokenRow] = field(default_factory=list)
@@ -140,7 +140,7 @@ class _Split:
         self.chats += [_digest(rows[0]) - 2**63] * len(kept)
 
     def batch(self, end_ids: npt.NDArray[np.int32]) -> WrittenRows:
-        """Return the batch, with its summary."""
+        """Return the batch with its summary."""
         summary, rows = self.summary, self.rows
         offsets = np.cumsum([0, *(len(row.input_ids) for row in rows)], dtype=np.int32)
         ids = np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in rows)])
@@ -167,5 +167,5 @@ def _parse(raw: RawRecord) -> Record | BadRow:
 
 
 def _digest(row: TokenRow, salt: str = "") -> int:
-    """Return 64 bits that tell a row's tokens from others."""
+    """Return a 64-bit digest of a row's tokens."""
     return int.from_bytes(hashlib.blake2b(salt.encode() + row.input_ids.tobytes(), digest_size=8).digest())

@@ -1,4 +1,4 @@
-"""Files that are mapped into memory: one that is cut meanwhile would end the process by SIGBUS, without a message."""
+"""A check for memory-mapped files: reading one that was truncated would kill the process with SIGBUS."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from specforge.errors import SpecforgeError
 
 
 def require_size(path: Path, size: int) -> None:
-    """Make sure that a mapped file still has all of its bytes, before they are read.
+    """Check that a mapped file still has all its bytes before they are read.
 
     Args:
         path: The file.
-        size: Bytes that it had when it was mapped.
+        size: Its size in bytes when it was mapped.
 
     Raises:
-        SpecforgeError: It is shorter, or gone.
+        SpecforgeError: The file is shorter or missing.
     """
     try:
         left = os.stat(path).st_size
@@ -24,5 +24,5 @@ def require_size(path: Path, size: int) -> None:
         raise SpecforgeError(f"{path} can no longer be read: {error.strerror}") from error
     if left < size:
         raise SpecforgeError(
-            f"{path} was cut while it was in use: {left:,} of its {size:,} bytes are left; prepare it again"
+            f"{path} was truncated while in use: {left:,} of its {size:,} bytes are left; prepare it again"
         )

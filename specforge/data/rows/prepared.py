@@ -1,7 +1,7 @@
-"""A folder of prepared rows: `train` and `validation`, each a folder of token rows, and a summary of both.
+"""A folder of prepared rows: ``train`` and ``validation``, each a folder of token rows, and a summary of both.
 
-All of it is written into a hidden neighbour and renamed at the end. What lies in the neighbour says how far it is, so
-that a run that was killed is taken up where it ended, and the result is that of one that was not.
+The output is written into a hidden folder next to it, which is renamed at the end. The hidden folder records the
+progress, so a killed run resumes and gives the same result as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from specforge.data.rows.reading import count_stored, is_whole
 from specforge.data.rows.sealed import read_sealed, write_sealed
 from specforge.data.rows.stored import ROWS_FILE, SUMMARY_FILE, written_parts
 from specforge.data.rows.summary import RowsSummary
-from specforge.data.rows.writing import RowsWriter, chained, write_rows
+from specforge.data.rows.writing import RowsWriter, chain_checksum, write_rows
 from specforge.data.text.sources import source_fingerprint
 from specforge.errors import SpecforgeError, UsageError
 from specforge.files import leftovers, locked, whole_file
@@ -34,12 +34,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a folder of prepared rows holds.
+    """Contents of a folder of prepared rows.
 
     Attributes:
-        identity: digest of all that the rows depend on.
-        splits: what became of the rows of `train` and, if any were held out, of `validation`.
-        coverage: supervised tokens that a draft vocabulary covers, by its size.
+        identity: Digest of everything that the rows depend on.
+        splits: Summaries of ``train`` and, if rows were held out, of ``validation``.
+        coverage: Share of supervised tokens that a draft vocabulary covers, by its size.
     """
 
     identity: str
@@ -48,12 +48,12 @@ class Prepared:
 
     @property
     def total(self) -> RowsSummary:
-        """What became of the sources."""
+        """The summary of all splits together."""
         return sum(self.splits.values(), RowsSummary())
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """Read the summary of a folder; None where it is none of prepared rows."""
+        """Read the summary of a folder; None if it is not a folder of prepared rows."""
         try:
             values = read_sealed(folder / SUMMARY_FILE)
             splits = {split: RowsSummary.from_json(one) for split, one in values["splits"].items()}
@@ -69,25 +69,25 @@ class Prepared:
 
 
 def prepare_rows(sources: Sequence[str], maker: RowMaker, output: Path, workers: int) -> Prepared:
-    """Write a folder of prepared rows, unless it is there already.
+    """Write a folder of prepared rows unless it already exists.
 
     Args:
-        sources: paths or hub names, read one after the other.
-        maker: makes rows of them.
-        output: the folder.
-        workers: processes; the result does not depend on their number.
+        sources: Paths or hub names, read in this order.
+        maker: Makes rows of them.
+        output: The folder.
+        workers: Number of processes; the result does not depend on it.
 
     Raises:
-        UsageError: a source or a row is refused, no supervised token is left, or the folder holds something else.
-        SpecforgeError: another process writes the folder, it cannot be written, or a worker was ended from outside.
+        UsageError: A source or a row is refused, no supervised token is left, or the folder holds something else.
+        SpecforgeError: Another process is writing the folder, it cannot be written, or a worker was killed.
     """
     identity = json.dumps([maker.identity, *map(source_fingerprint, sources)])
     digest = hashlib.sha256(identity.encode()).hexdigest()
     partial = output.with_name(f".{output.name}.partial")
     try:
         with locked(output):
-            if there := check_output(output):
-                return _require_same(there, digest, output)
+            if existing := check_output(output):
+                return _require_same(existing, digest, output)
             try:
                 prepared = _write(partial, sources, maker, workers, digest)
             except UsageError:
@@ -96,22 +96,22 @@ def prepare_rows(sources: Sequence[str], maker: RowMaker, output: Path, workers:
             partial.rename(output)
             return prepared
     except OSError as error:
-        kept = f"; what is done so far stays in {partial}: mend that and run the same command again to go on"
+        kept = f"; the finished part is kept in {partial}: fix this and run the same command again to resume"
         raise SpecforgeError(
             f"cannot write {output}: {error.strerror or error}{kept if partial.exists() else ''}"
         ) from error
 
 
 def check_output(output: Path) -> Prepared | None:
-    """Return what an output folder holds; None where it is yet to be written.
+    """Return the contents of an output folder; None if it is yet to be written.
 
     Raises:
-        UsageError: something else is there.
+        UsageError: The folder holds something else or cannot be made.
     """
     if not output.name:
-        raise UsageError(f"--output: {output} is no name for a folder; give one that is yet to be made")
+        raise UsageError(f"--output: {output} is not a folder name; give a new folder")
     if file := next((parent for parent in output.parents if parent.is_file()), None):
-        raise UsageError(f"--output: {output} cannot be made, since {file} is a file; choose another folder")
+        raise UsageError(f"--output: {output} cannot be created because {file} is a file; choose another folder")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     prepared = Prepared.read(output)
@@ -122,22 +122,22 @@ def check_output(output: Path) -> Prepared | None:
     return prepared
 
 
-def _require_same(there: Prepared, identity: str, output: Path) -> Prepared:
-    if there.identity != identity:
+def _require_same(existing: Prepared, identity: str, output: Path) -> Prepared:
+    if existing.identity != identity:
         raise UsageError(
             f"--output: {output} holds rows of other sources or settings; choose another folder, or remove it"
         )
-    if not all(is_whole(output / split) for split in there.splits):
+    if not all(is_whole(output / split) for split in existing.splits):
         raise UsageError(f"--output: the rows in {output} are damaged; remove it and run the same command again")
-    return there
+    return existing
 
 
 def _write(folder: Path, sources: Sequence[str], maker: RowMaker, workers: int, identity: str) -> Prepared:
-    """Write all of the output into a folder, or what is left of it."""
+    """Write the output into a folder, resuming earlier progress."""
     progress = _read_progress(folder, identity)
     if progress["done"]:
-        _log.warning("going on after %s rows of an earlier run", f"{progress['done']:,}")
-        maker = maker.on(progress["date"])
+        _log.warning("resuming after %s rows of an earlier run", f"{progress['done']:,}")
+        maker = maker.with_date(progress["date"])
     else:
         shutil.rmtree(folder, ignore_errors=True)
     with ExitStack() as closing:
@@ -147,17 +147,17 @@ def _write(folder: Path, sources: Sequence[str], maker: RowMaker, workers: int, 
 
         date = maker.encoder.template.date if maker.encoder.template else ""
 
-        def note(done: int) -> None:
+        def save_progress(done: int) -> None:
             sizes = {split: [one.size, one.summary.to_json(), one.checksum] for split, one in writers.items()}
             _write_progress(folder, {"identity": identity, "date": date, "done": done, "splits": sizes})
 
-        write_rows(sources, maker, writers, workers, progress["done"], note)
+        write_rows(sources, maker, writers, workers, progress["done"], save_progress)
         summaries = {split: writer.summary for split, writer in writers.items()}
         require_supervision(summaries[TRAIN], ", ".join(sources))
         for writer in writers.values():
             writer.finish(identity_of(maker.encoder))
     if VALIDATION in summaries and not summaries[VALIDATION].rows:
-        # The rows are so few that chance held out none; those that it dropped still count.
+        # With very few rows, chance may hold out none; rows dropped from validation still count.
         shutil.rmtree(folder / VALIDATION)
         summaries = {TRAIN: sum(summaries.values(), RowsSummary())}
     counts = {split: count_stored(folder / split, maker.encoder.vocabulary_size) for split in summaries}
@@ -177,13 +177,13 @@ def _open(folder: Path, earlier: tuple[int, dict[str, Any], int] | None) -> Rows
 
 
 def _read_progress(folder: Path, identity: str) -> dict[str, Any]:
-    """Return how far an earlier run of the same sources and settings came."""
+    """Return the progress of an earlier run with the same sources and settings."""
     try:
         progress = read_sealed(folder / _PROGRESS_FILE)
         if progress["identity"] == identity:
             for split, (size, _, checksum) in progress["splits"].items():
-                # A machine that went down may have lost what it had promised to write.
-                if chained(written_parts(folder / split / ROWS_FILE, size)) != checksum:
+                # A crashed machine may have lost data that it reported as written.
+                if chain_checksum(written_parts(folder / split / ROWS_FILE, size)) != checksum:
                     raise ValueError("the rows are damaged")
             return progress
     except (OSError, ValueError, KeyError, TypeError):

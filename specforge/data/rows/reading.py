@@ -1,4 +1,4 @@
-"""Token rows as a run reads them, through a memory map."""
+"""Reading token rows through a memory map."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from specforge.errors import SpecforgeError
 
 
 class TokenRows:
-    """Tokenised rows, read from disk as they are needed.
+    """Tokenised rows, read from disk on demand.
 
     Args:
-        stored: columns `input_ids` (lists of int32), `loss_mask` (lists of bool) and `chat` (int64).
-        summary: what became of the source.
-        vocabulary_size: number of ids of the verifier, V.
-        chosen: indices of the rows to take; None for all.
+        stored: Columns ``input_ids`` (lists of int32), ``loss_mask`` (lists of bool) and ``chat`` (int64).
+        summary: Summary of the source.
+        vocabulary_size: Vocabulary size V of the verifier.
+        chosen: Indices of the rows to use; None for all.
     """
 
     def __init__(
@@ -47,20 +47,20 @@ class TokenRows:
         return len(self._stored if self._chosen is None else self._chosen)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return `input_ids` int64 [T] and `loss_mask` bool [T] of one row."""
+        """Return ``input_ids`` int64 [T] and ``loss_mask`` bool [T] of one row."""
         return self.join([index])[0]
 
     def join(self, indices: list[int]) -> tuple[dict[str, Tensor], Tensor]:
-        """Read some rows, one behind the other.
+        """Read and concatenate some rows.
 
         Returns:
-            `input_ids` int64 [T] and `loss_mask` bool [T] of all of them, and the tokens of each, int64 [rows].
+            ``input_ids`` int64 [T] and ``loss_mask`` bool [T] of all of them, and the length of each row, int64 [rows].
 
         Raises:
-            SpecforgeError: they are damaged.
+            SpecforgeError: The rows are damaged.
         """
-        wanted = np.asarray(indices, dtype=np.int64)
-        rows = self._stored.take(wanted if self._chosen is None else self._chosen[wanted])
+        chosen = np.asarray(indices, dtype=np.int64)
+        rows = self._stored.take(chosen if self._chosen is None else self._chosen[chosen])
         ids, mask = rows["input_ids"].combine_chunks(), rows["loss_mask"].combine_chunks()
         joined = {
             "input_ids": torch.from_numpy(ids.flatten().to_numpy().astype(np.int64)),
@@ -70,12 +70,12 @@ class TokenRows:
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each row, int64 [rows]."""
+        """Number of tokens of each row, int64 [rows]."""
         return self._stored.lengths if self._chosen is None else self._stored.lengths[self._chosen]
 
     @cached_property
     def chats(self) -> npt.NDArray[np.int64]:
-        """The chat of each row, int64 [rows]: equal for rows that are turns of one."""
+        """Chat id of each row, int64 [rows]; equal for rows of the same chat."""
         return np.concatenate([batch["chat"].to_numpy() for batch in self._batches()])
 
     @cached_property
@@ -84,8 +84,28 @@ class TokenRows:
         return _count_supervised(self._batches(), self.vocabulary_size)
 
     @cached_property
+    def token_counts(self) -> Tensor:
+        """How often each id occurs, supervised or not, int64 [V]."""
+        counts = np.zeros(self.vocabulary_size, dtype=np.int64)
+        for batch in self._batches():
+            counts += np.bincount(pc.list_flatten(batch["input_ids"]).to_numpy(), minlength=self.vocabulary_size)
+        return torch.from_numpy(counts)
+
+    @cached_property
+    def longest_response(self) -> int:
+        """Most supervised tokens that follow each other in a row."""
+        longest = 0
+        for batch in self._batches():
+            mask = pc.list_flatten(batch["loss_mask"]).to_numpy()
+            ends = np.cumsum(pc.list_value_length(batch["loss_mask"]).to_numpy())
+            # A token that is not supervised behind each row, so that no span crosses from one to the next.
+            gaps = np.flatnonzero(~np.insert(mask, ends, False))
+            longest = max(longest, int(np.diff(gaps, prepend=-1).max()) - 1)
+        return longest
+
+    @cached_property
     def digests(self) -> npt.NDArray[np.uint64]:
-        """What tells the tokens of each row from those of any other, uint64 [rows, 2]."""
+        """Digest of the tokens of each row, uint64 [rows, 2]."""
         digests = []
         for batch in self._batches():
             ids = pc.list_flatten(batch["input_ids"]).to_numpy()
@@ -95,18 +115,18 @@ class TokenRows:
 
     @cached_property
     def last_supervised(self) -> npt.NDArray[np.int64]:
-        """Place of the last supervised token of each row, int64 [rows]; -1 where none is."""
-        places = []
+        """Index of the last supervised token of each row, int64 [rows]; -1 if none is supervised."""
+        indices = []
         for batch in self._batches():
             lengths = pc.list_value_length(batch["loss_mask"]).to_numpy()
             starts = np.cumsum(lengths) - lengths
             mask = pc.list_flatten(batch["loss_mask"]).to_numpy()
             within = np.arange(len(mask)) - np.repeat(starts, lengths)
-            places.append(np.maximum.reduceat(np.where(mask, within, -1), starts))
-        return np.concatenate(places).astype(np.int64)
+            indices.append(np.maximum.reduceat(np.where(mask, within, -1), starts))
+        return np.concatenate(indices).astype(np.int64)
 
     def select(self, indices: npt.NDArray[np.int64]) -> TokenRows:
-        """Return some of the rows; `truncated` and `dropped` of the summary still tell of the whole source."""
+        """Return some of the rows; the summary's ``truncated`` and ``dropped`` still cover the whole source."""
         rows = indices if self._chosen is None else self._chosen[indices]
         chosen = TokenRows(self._stored, self.summary, self.vocabulary_size, rows)
         tokens, supervised_tokens = int(chosen.lengths.sum()), int(chosen.supervised_counts.sum())
@@ -120,7 +140,7 @@ class TokenRows:
 
 
 def row_digest(input_ids: npt.NDArray[Any]) -> bytes:
-    """Return 16 bytes that tell a row's tokens from any others."""
+    """Return a 16-byte digest of a row's tokens."""
     return hashlib.blake2b(input_ids.astype("<i4", copy=False).tobytes(), digest_size=16).digest()
 
 
@@ -128,27 +148,27 @@ def open_rows(folder: Path, vocabulary_size: int) -> TokenRows:
     """Open a folder of rows.
 
     Raises:
-        UsageError: they are damaged.
+        UsageError: The rows are damaged.
     """
     return token_rows(StoredRows(folder), vocabulary_size)
 
 
 def token_rows(stored: StoredRows, vocabulary_size: int) -> TokenRows:
-    """Return stored rows as a run reads them."""
+    """Wrap stored rows as ``TokenRows``."""
     return TokenRows(stored, RowsSummary.from_json(stored.description["summary"]), vocabulary_size)
 
 
 def count_stored(folder: Path, vocabulary_size: int) -> Tensor:
     """Return how often each id is supervised in a folder of rows, int64 [V].
 
-    The rows are read one batch after the other, not through a memory map, in which all of them would stay resident.
+    The rows are read batch by batch, not through a memory map, which would keep all of them resident.
     """
     with pa.OSFile(str(folder / ROWS_FILE)) as file, pa.ipc.open_stream(file) as batches:
         return _count_supervised(batches, vocabulary_size)
 
 
 def is_whole(folder: Path) -> bool:
-    """Tell whether a folder holds all the rows that its summary speaks of, as they were written."""
+    """Return whether a folder holds all rows of its summary, undamaged."""
     try:
         StoredRows(folder).check()
     except SpecforgeError:

@@ -1,4 +1,4 @@
-"""JSON files with a checksum of themselves, so that no changed bit of them is taken for a value."""
+"""JSON files that carry their own checksum, so that corruption is detected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SEAL = "checksum"
 
 
 def write_sealed(path: Path, values: Mapping[str, Any], indent: int | None = None) -> None:
-    """Write values that JSON can hold, and their checksum."""
+    """Write JSON values and their checksum."""
     path.write_text(json.dumps({**values, _SEAL: _checksum(values)}, indent=indent) + "\n", encoding="utf-8")
 
 
@@ -21,11 +21,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It was changed since it was written, or has no checksum.
+        ValueError: The checksum is wrong or missing.
     """
     values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict) or values.pop(_SEAL, None) != _checksum(values):
-        raise ValueError("its content differs from its checksum")
+        raise ValueError("its checksum is wrong")
     return values
 
 

@@ -1,8 +1,8 @@
 """Token rows in a folder: an Arrow stream, each batch of which is checked against a checksum when it is first read.
 
-Arrow trusts what it reads: a changed bit of a value is trained on, one of a header may end the process. Therefore the
-header of each batch, and the offsets that its rows' lengths follow from, are checked when the folder is opened, before
-Arrow reads them: few bytes, however many rows there are. The rest of a batch is checked when one of its rows is read.
+Arrow trusts what it reads: a flipped bit in a value would be trained on, one in a header may crash the process.
+The header and row offsets of each batch, which are small, are therefore checked when the folder is opened, before
+Arrow reads them. The rest of a batch is checked when one of its rows is first read.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Part(NamedTuple):
     """A message of the stream: the schema, or a batch.
 
     Attributes:
-        size: bytes.
-        head: bytes up to the end of the offsets of its first column; all of a schema.
-        head_checksum: CRC-32 of these.
-        rest_checksum: CRC-32 of the others.
+        size: Size in bytes.
+        head: Bytes up to the end of the offsets of its first column; the whole message for a schema.
+        head_checksum: CRC-32 of the head.
+        rest_checksum: CRC-32 of the rest.
     """
 
     size: int
@@ -47,12 +47,12 @@ class Part(NamedTuple):
 
 
 def schema_part(message: bytes | memoryview) -> Part:
-    """Return what is stored of the schema."""
+    """Return the part of a schema message."""
     return Part(len(message), len(message), zlib.crc32(message), 0)
 
 
 def batch_part(message: bytes | memoryview, rows: int) -> Part:
-    """Return what is stored of a batch of lists, to find changes of it."""
+    """Return the part of a batch message whose columns are lists."""
     view = memoryview(message)
     header = int.from_bytes(view[4:_PREFIX], "little")
     head = min(_PREFIX + header + _OFFSET * (rows + 1), len(view))
@@ -60,10 +60,10 @@ def batch_part(message: bytes | memoryview, rows: int) -> Part:
 
 
 def written_parts(path: Path, size: int) -> list[Part]:
-    """Return the parts of the first bytes of a rows' file, of which no summary tells yet.
+    """Return the parts of the first ``size`` bytes of a rows file that has no summary yet.
 
     Raises:
-        OSError, ValueError: The bytes are no whole messages.
+        OSError, ValueError: The bytes are not complete messages.
     """
     with pa.memory_map(str(path)) as file:
         buffer = file.read_buffer(size)
@@ -81,14 +81,14 @@ class StoredRows:
     """The rows of a folder, read through a memory map.
 
     Args:
-        folder: holds `rows.arrow` and the summary that vouches for it.
+        folder: Holds ``rows.arrow`` and the summary with its checksums.
 
     Attributes:
-        folder: as given.
-        description: what the summary holds.
+        folder: As given.
+        description: Content of the summary.
 
     Raises:
-        UsageError: there are no rows, they have no checksums, or what is checked at once is damaged.
+        UsageError: Rows or checksums are missing, or a header is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -109,7 +109,7 @@ class StoredRows:
         self._begins = np.cumsum([0, *(part.size for part in self._parts)]).tolist()
         view, size = memoryview(self._bytes), self._begins[-1]
         if len(view) != size:
-            raise UsageError(self._damaged(f"it has {len(view):,} bytes, and had {size:,}"))
+            raise UsageError(self._damaged(f"the file has {len(view):,} bytes instead of {size:,}"))
         for part, begin in zip(self._parts, self._begins, strict=False):
             if zlib.crc32(view[begin : begin + part.head]) != part.head_checksum:
                 raise UsageError(self._damaged(f"bytes {begin:,} to {begin + part.head:,} differ from their checksum"))
@@ -123,7 +123,7 @@ class StoredRows:
         return int(self._first_rows[-1])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows as values, a batch at a time."""
+        """Yield the rows as Python values, read a batch at a time."""
         for table in self.tables():
             yield from table.to_pylist()
 
@@ -132,7 +132,7 @@ class StoredRows:
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each row, int64 [rows]."""
+        """Number of tokens of each row, int64 [rows]."""
         parts = [pc.list_value_length(batch.column(0)).to_numpy() for batch in self._batches]
         return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
 
@@ -142,10 +142,10 @@ class StoredRows:
         return hashlib.sha256(json.dumps(self._parts).encode()).hexdigest()
 
     def tables(self) -> Iterator[pa.Table]:
-        """Yield all rows in order, a batch at a time, as they were written.
+        """Yield all rows in order, one written batch at a time.
 
         Raises:
-            SpecforgeError: they are damaged.
+            SpecforgeError: The rows are damaged.
         """
         return (pa.Table.from_batches([self._batch(n)]) for n, batch in enumerate(self._batches) if batch.num_rows)
 
@@ -153,7 +153,7 @@ class StoredRows:
         """Return some rows, in the order given.
 
         Raises:
-            SpecforgeError: they are damaged.
+            SpecforgeError: The rows are damaged.
         """
         require_size(self.folder / ROWS_FILE, len(self._bytes))
         batches = self._first_rows.searchsorted(rows, side="right") - 1
@@ -162,10 +162,10 @@ class StoredRows:
         return pa.Table.from_batches([self._batch(batch).slice(row, 1) for batch, row in chosen], self.schema)
 
     def check(self) -> None:
-        """Check all rows at once.
+        """Check all rows.
 
         Raises:
-            SpecforgeError: some are damaged.
+            SpecforgeError: Some are damaged.
         """
         for number in range(len(self._batches)):
             self._batch(number)
@@ -182,4 +182,4 @@ class StoredRows:
         return self._batches[number]
 
     def _damaged(self, how: str) -> str:
-        return f"{self._path}: the rows are damaged: {how}; remove {self.folder}, and prepare the rows again"
+        return f"{self._path}: the rows are damaged: {how}; remove {self.folder} and prepare the rows again"

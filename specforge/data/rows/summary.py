@@ -1,4 +1,4 @@
-"""What is done with the rows of a source, and what became of them."""
+"""How the rows of a source are treated, and the counts of the outcome."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any, Literal, Self
 from specforge.data.text.origin import Origin
 from specforge.errors import UsageError
 
-MAX_BAD_SHARE = 0.05  # of a source's rows that may be bad, unless it is set
+MAX_BAD_SHARE = 0.05  # default share of a source's rows that may be bad
 
 
 @dataclass(frozen=True)
 class RowSettings:
-    """What is done with long rows, and with bad ones.
+    """How to treat long and bad rows.
 
     Attributes:
-        max_length: longest row, in tokens.
-        long_rows: `truncate` cuts longer rows at the end, `drop` leaves them out.
-        bad_rows: `drop` leaves bad rows out and counts them, `refuse` ends with the first.
-        max_bad_share: share of the source's rows that may be bad.
+        max_length: Longest row in tokens.
+        long_rows: ``truncate`` cuts longer rows at the end, ``drop`` leaves them out.
+        bad_rows: ``drop`` leaves bad rows out and counts them, ``refuse`` fails at the first.
+        max_bad_share: Share of the source's rows that may be bad.
     """
 
     max_length: int
@@ -34,36 +34,36 @@ class BadRows:
     """Rows that are bad for one reason.
 
     Attributes:
-        count: how many.
-        first: what is wrong with the first of them, with its file and line.
+        count: Number of rows.
+        first: Error message of the first one, with its file and line.
     """
 
     count: int
     first: str
 
     def __add__(self, other: BadRows) -> BadRows:
-        """Return both; the first stays the first."""
+        """Return the sum; ``first`` is that of ``self``."""
         return BadRows(self.count + other.count, self.first)
 
 
 @dataclass
 class RowsSummary:
-    """What became of a source.
+    """Counts of a source's rows after preparation.
 
     Attributes:
-        rows: rows kept.
-        tokens: tokens in them.
-        supervised_tokens: tokens in them whose loss mask is set.
-        truncated: rows that were cut.
-        dropped: rows that were left out, by reason.
-        bad: rows of the source that were left out since they are bad, by reason.
-        replies: supervised spans in the rows kept; 0 of rows of tokens, since the end tokens are not looked up.
-        ended_replies: those whose last token is an end token of the verifier.
-        corrected_replies: those that the template's generation tags marked wrong.
-        split_chats: chats of which each turn is a row, since the template rewrites earlier turns.
-        repeated_tokens: tokens that these rows hold besides the last of their chat.
-        source_rows: rows of the source that were read.
-        origins: who wrote the responses of the rows kept, each once; None stands for rows that do not say.
+        rows: Rows kept.
+        tokens: Tokens of the kept rows.
+        supervised_tokens: Tokens of the kept rows whose loss mask is set.
+        truncated: Rows that were truncated.
+        dropped: Rows that were left out, by reason.
+        bad: Bad rows of the source, which were left out, by reason.
+        replies: Supervised spans in the kept rows; 0 for token rows, whose end tokens are not looked up.
+        ended_replies: Spans whose last token is an end token of the verifier.
+        corrected_replies: Spans that the template's generation tags marked wrong.
+        split_chats: Chats stored as one row per turn because the template rewrites earlier turns.
+        repeated_tokens: Tokens of these rows without the last row of each chat.
+        source_rows: Rows of the source that were read.
+        origins: Distinct origins of the responses in the kept rows; None stands for rows without one.
     """
 
     rows: int = 0
@@ -90,7 +90,7 @@ class RowsSummary:
         return cls(**{**values, **read})
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values that JSON can hold."""
+        """Return JSON-serializable values."""
         return {
             **vars(self),
             "bad": {reason: vars(one) for reason, one in self.bad.items()},
@@ -98,7 +98,7 @@ class RowsSummary:
         }
 
     def __add__(self, other: RowsSummary) -> RowsSummary:
-        """Return the summary of both."""
+        """Return the combined summary."""
         bad = dict(self.bad)
         for reason, one in other.bad.items():
             bad[reason] = bad[reason] + one if reason in bad else one
@@ -112,25 +112,25 @@ class RowsSummary:
 
     @property
     def bad_rows(self) -> int:
-        """Rows of the source that are bad."""
+        """Number of bad rows of the source."""
         return sum(one.count for one in self.bad.values())
 
     def require_few_bad(self, settings: RowSettings, source: str, expected: int = 0) -> None:
         """Refuse a source with too many bad rows.
 
         Args:
-            settings: how many may be.
-            source: its name, for the message.
-            expected: rows that it has, while it is still read; those that were read count if they are more.
+            settings: How many are allowed.
+            source: Its name, for the message.
+            expected: Expected rows of a source that is still being read; ignored if more were read.
 
         Raises:
-            UsageError: more are bad.
+            UsageError: There are more bad rows than allowed.
         """
         number = max(self.source_rows, expected)
         if not self.bad or (settings.bad_rows == "drop" and self.bad_rows <= settings.max_bad_share * number):
             return
         worst = sorted(self.bad.items(), key=lambda item: -item[1].count)
-        shown = "; ".join(f"{one.count:,} ({reason}), the first {one.first}" for reason, one in worst[:3])
+        shown = "; ".join(f"{one.count:,} ({reason}), the first: {one.first}" for reason, one in worst[:3])
         allowed = (
             "bad_rows: refuse allows none"
             if settings.bad_rows == "refuse"

@@ -1,4 +1,4 @@
-"""Raw rows through a maker on several processes: results come in the order of the source, memory stays bounded."""
+"""Making rows in several processes, with results in source order and bounded memory."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from specforge.data.text.records import RawRecord
 from specforge.errors import SpecforgeError
 
 CHUNK = 256  # raw rows made and written at once
-_AHEAD = 3  # chunks handed out for each worker: enough that none waits for the reader
+_AHEAD = 3  # chunks submitted per worker: enough that none waits for the reader
 _Made = tuple[int, dict[str, WrittenRows]]
 _maker: RowMaker
 
 
 def make_batches(records: Iterator[RawRecord], maker: RowMaker, workers: int) -> Iterator[_Made]:
-    """Yield for each chunk of raw rows their number, and what they add to each split.
+    """Yield, for each chunk of raw rows, the number of rows and what they add to each split.
 
     The chunks do not depend on the number of workers.
 
     Args:
-        records: the raw rows.
-        maker: makes rows of them.
-        workers: processes; with 1, this one does it all.
+        records: The raw rows.
+        maker: Makes rows of them.
+        workers: Number of processes; 1 means the current process.
 
     Raises:
-        UsageError: a row is refused; of several, the first.
-        SpecforgeError: a worker came to an end that was not its own.
+        UsageError: A row is refused; if several are, names the first.
+        SpecforgeError: A worker was killed.
     """
     chunks = iter(lambda: list(islice(records, CHUNK)), [])
     if workers == 1:
         for chunk in chunks:
             yield len(chunk), maker.make(chunk)
         return
-    # Not forked: threads of tokenizers and torch would not come along, but the locks that they hold would.
+    # Not forked: a fork would copy locks held by threads of tokenizers and torch, but not the threads.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(maker,))
     pending: deque[Future[_Made]] = deque()
@@ -54,7 +54,7 @@ def make_batches(records: Iterator[RawRecord], maker: RowMaker, workers: int) ->
             yield pending.popleft().result()
     except BrokenProcessPool:
         raise SpecforgeError(
-            "a worker process was ended from outside, perhaps for lack of memory; run the same command again to go on, "
+            "a worker process was killed, perhaps for lack of memory; run the same command again to resume, "
             "with fewer --workers if memory is short"
         ) from None
     finally:
@@ -65,12 +65,12 @@ def _start_worker(maker: RowMaker) -> None:
     global _maker
     _maker = maker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Without this, workers of a parent that was killed would wait for chunks for ever."""
+    """End the worker when its parent is killed; otherwise it would wait for chunks forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

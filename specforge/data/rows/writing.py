@@ -1,4 +1,4 @@
-"""Token rows on their way to disk: Arrow streams that grow batch by batch, and can be taken up again."""
+"""Writing token rows as Arrow streams that grow batch by batch and can be resumed."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from specforge.data.text.sources import count_records, read_raw_records
 
 
 class RowsWriter:
-    """Writes one folder of token rows.
+    """Writes a folder of token rows.
 
     Args:
-        folder: the folder, which exists.
-        size: bytes of the rows' file to keep, from an earlier run; 0 starts with none.
-        summary: what became of the rows in them.
+        folder: An existing folder.
+        size: Bytes of the rows file to keep from an earlier run; 0 starts from scratch.
+        summary: Summary of the rows in these bytes.
 
     Attributes:
-        summary: what became of the rows so far.
-        checksum: of the rows so far.
+        summary: Summary of the rows so far.
+        checksum: Checksum of the rows so far.
     """
 
     def __init__(self, folder: Path, size: int = 0, summary: RowsSummary | None = None) -> None:
         self.folder = folder
         self.summary = summary or RowsSummary()
-        # Unbuffered: what a run says it has written is out of its hands, and survives its end.
+        # Unbuffered: whatever is reported as written survives the end of the process.
         self._file = (folder / ROWS_FILE).open("r+b" if size else "wb", buffering=0)
         self._file.truncate(size)
         self._file.seek(size)
@@ -45,24 +45,24 @@ class RowsWriter:
             schema = SCHEMA.serialize().to_pybytes()
             self._file.write(schema)
             self._parts = [schema_part(schema)]
-        self.checksum = chained(self._parts)
+        self.checksum = chain_checksum(self._parts)
 
     @property
     def size(self) -> int:
-        """Bytes of the rows' file."""
+        """Size of the rows file in bytes."""
         return self._file.tell()
 
     def append(self, batch: WrittenRows) -> None:
         """Add rows.
 
         Raises:
-            OSError: they cannot be written.
+            OSError: The rows cannot be written.
         """
         left = memoryview(batch.message)
-        while left:  # a disk that is nearly full takes a part, and refuses the next
+        while left:  # a nearly full disk accepts part of the data before it refuses
             left = left[self._file.write(left) :]
         self._parts.append(batch_part(batch.message, batch.summary.rows))
-        self.checksum = chained(self._parts[-1:], self.checksum)
+        self.checksum = chain_checksum(self._parts[-1:], self.checksum)
         self.summary += batch.summary
 
     def close(self) -> None:
@@ -70,18 +70,18 @@ class RowsWriter:
         self._file.close()
 
     def finish(self, identity: Mapping[str, Any]) -> None:
-        """Close the file and write the summary that vouches for it.
+        """Close the file and write the summary with its checksums.
 
         Args:
-            identity: what the rows are bound to, to be stored.
+            identity: Metadata of the rows to store, see ``identity_of``.
         """
         self.close()
         stored = {"summary": self.summary.to_json(), "checksums": self._parts, **identity}
         write_sealed(self.folder / SUMMARY_FILE, stored)
 
 
-def chained(parts: Sequence[Part], before: int = 0) -> int:
-    """Return a checksum of parts, which continues that of the parts before them."""
+def chain_checksum(parts: Sequence[Part], before: int = 0) -> int:
+    """Return a checksum of parts that continues the checksum of earlier parts."""
     for part in parts:
         before = zlib.crc32(json.dumps(part).encode(), before)
     return before
@@ -95,20 +95,20 @@ def write_rows(
     done: int = 0,
     after_batch: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Stream sources into the folders of their splits, with a progress bar on a terminal.
+    """Stream sources into the folders of the splits, with a progress bar on a terminal.
 
     Args:
-        sources: paths or hub names, read one after the other.
-        maker: makes rows of them.
-        writers: of each split.
-        workers: processes.
-        done: raw rows that an earlier run has finished, to be passed over.
-        after_batch: called with the raw rows finished so far, whenever a batch of them is written.
+        sources: Paths or hub names, read in this order.
+        maker: Makes the rows.
+        writers: The writer of each split.
+        workers: Number of processes.
+        done: Number of raw rows that an earlier run finished, which are skipped.
+        after_batch: Called after each written batch with the number of raw rows finished so far.
 
     Raises:
-        UsageError: a source is refused, or more of its rows are bad than may be; the message names file and line.
-        SpecforgeError: a worker was ended from outside.
-        OSError: the rows cannot be written.
+        UsageError: A source is refused, or too many of its rows are bad; the message names file and line.
+        SpecforgeError: A worker was killed.
+        OSError: The rows cannot be written.
     """
     records = islice(chain.from_iterable(map(read_raw_records, sources)), done, None)
     total, names = sum(map(count_records, sources)), ", ".join(sources)
@@ -117,7 +117,7 @@ def write_rows(
         for number, batches in make_batches(records, maker, workers):
             for split, batch in batches.items():
                 writers[split].append(batch)
-            # More than the share of all rows: what follows cannot mend it.
+            # Already more than the allowed share of all rows: fail early.
             writers[TRAIN].summary.require_few_bad(maker.settings, names, total)
             done += number
             after_batch(done)

@@ -6,15 +6,15 @@ from specforge.errors import UsageError
 
 
 class BadRow(UsageError):
-    """One row of a source is malformed; the rows around it may be good.
+    """One row of a source is malformed; other rows may be good.
 
     Attributes:
         location: File and line of the row, such as ``train.jsonl:12``.
-        reason: A few words that are the same for all rows with this fault, to count by, such as ``no messages``.
+        reason: A short label shared by all rows with this error, for counting, such as ``no messages``.
     """
 
     def __init__(self, location: str, reason: str, explanation: str) -> None:
-        # All three are arguments of the exception, so that it survives the way from a worker process.
+        # All three are exception arguments, so that the error can be pickled in a worker process.
         super().__init__(location, reason, explanation)
         self.location = location
         self.reason = reason

@@ -1,4 +1,4 @@
-"""What a row says: a conversation in one normal form, from each of the forms in which people publish them."""
+"""Reading a row as a conversation in one normal form, from each published form."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ class Chat:
     """A conversation in its normal form.
 
     Attributes:
-        messages: As ``specforge.data.text.turns.read_turn`` returns them.
-        tools: Descriptions of tools for the template, function-wrapped; None if there are none.
-        supervised: For each message whether it is a reply to train on. Never true of the first one, which answers
-            nothing.
-        texts: Prompt and reply of a row that gave two bare texts; a tokenizer without a chat template takes them, one
-            after the other. None for other rows.
+        messages: Messages as ``specforge.data.text.turns.read_turn`` returns them.
+        tools: Function-wrapped tool descriptions for the template; None if there are none.
+        supervised: Whether each message is a reply to train on. Never True for the first one, which answers nothing.
+        texts: Prompt and reply of a row that gave two plain texts, which are concatenated if the tokenizer has no chat
+            template. None for other rows.
     """
 
     messages: list[Message]
@@ -46,11 +45,11 @@ def read_chat(record: Record, needs_reply: bool = True) -> Chat | str:
     """Return the conversation of a row, or the text of a ``text`` row.
 
     Args:
-        record: A row of any form but ``input_ids`` and ``loss_mask``.
-        needs_reply: Refuse a conversation without a reply to train on.
+        record: A row of any form except ``input_ids`` and ``loss_mask``.
+        needs_reply: Whether to refuse a conversation without a reply to train on.
 
     Raises:
-        BadRow: The row is malformed, or none of the forms.
+        BadRow: The row is malformed or has an unknown form.
     """
     try:
         chat = _read(record)
@@ -91,10 +90,10 @@ def _turn_list(value: Any, key: str, location: str) -> list[Any]:
 
 
 def _from_turns(turns: list[Any], row: dict[str, Any], location: str, context: int = 0) -> Chat:
-    """Return the chat of some turns, the first of which are context that is not trained on."""
+    """Return the chat of some turns; the first ``context`` turns are not trained on."""
     read = [read_turn(turn, location, number) for number, turn in enumerate(turns)]
     messages = [message for message, _ in read]
-    supervised = [wanted and number >= max(context, 1) for number, (_, wanted) in enumerate(read)]
+    supervised = [is_trained and number >= max(context, 1) for number, (_, is_trained) in enumerate(read)]
     system = row.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] not in ("system", "developer"):
         messages, supervised = [{"role": "system", "content": system}, *messages], [False, *supervised]
@@ -115,7 +114,7 @@ def _from_prompt(row: dict[str, Any], reply_key: str | None, location: str) -> C
 
 
 def _from_instruction(row: dict[str, Any], location: str) -> Chat:
-    """Read a row as Alpaca has them; ``history`` holds earlier pairs of instruction and output."""
+    """Read an Alpaca row; ``history`` holds earlier pairs of instruction and output."""
     instruction = _read_text(row["instruction"], "instruction", location)
     key = next((key for key in ("output", *_REPLY_KEYS) if row.get(key) is not None), "output")
     output = _read_text(row.get(key), key, location)
@@ -155,11 +154,11 @@ def _without_reply(chat: Chat, row: dict[str, Any], location: str) -> BadRow:
     if row.get("chosen") is not None:
         return _preference_pair(location)
     if any(is_reply(message) for message in chat.messages[1:]):
-        return BadRow(location, "no reply to train on", "each reply in it says that it shall not be trained on")
+        return BadRow(location, "no reply to train on", "every reply in it is marked as not to be trained on")
     return BadRow(
         location,
         "no reply",
-        f"{_UNUSABLE}: it needs an assistant message with text or tool calls as an answer",
+        f"{_UNUSABLE}: it needs an assistant message with text or tool calls after a prompt",
     )
 
 
@@ -167,18 +166,16 @@ def _unknown_form(row: dict[str, Any], location: str) -> BadRow:
     if row.get("chosen") is not None:
         return _preference_pair(location)
     if row.get("prompt") is not None:
-        return BadRow(
-            location, "no reply", "a row without a usable turn: a 'prompt' needs a 'response' or 'completion'"
-        )
+        return BadRow(location, "no reply", f"{_UNUSABLE}: a 'prompt' needs a 'response' or 'completion'")
     keys = sorted(map(str, row))
     hint = next((hint for key in keys if (hint := nearest_name(key, _ROW_KEYS))), "")
-    return BadRow(location, "unknown form", f"{_UNUSABLE}: it has {keys!r:.200}, and needs {_FORMS}.{hint}")
+    return BadRow(location, "unknown form", f"{_UNUSABLE}: it has {keys!r:.200}, but needs {_FORMS}.{hint}")
 
 
 def _preference_pair(location: str) -> BadRow:
     return BadRow(
         location,
         "preference pair",
-        "'chosen' and 'rejected' replies are not trained on as they are; to train on the chosen ones, rename 'chosen' "
-        "to 'completion' beside a 'prompt', or to 'messages' if it holds the whole chat",
+        "preference pairs ('chosen', 'rejected') are not trained on; to train on the chosen replies, rename 'chosen' "
+        "to 'completion' if the row has a 'prompt', or to 'messages' if it holds the whole chat",
     )

@@ -1,4 +1,4 @@
-"""From records to token ids and loss masks."""
+"""Encoding of records as token ids and loss masks."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from specforge.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MOST_SLOW = 3  # rows that may take too long to render; then it is the template that does
-_CHARACTERS = 6  # rendered for each token that is kept, before it is known how many tokens they are
+_MOST_SLOW = 3  # rows that take too long to render before the template is blamed
+_CHARACTERS = 6  # characters first rendered per token of max_length
 _Tokens = tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]
 
 
@@ -34,10 +34,10 @@ class TokenRow:
     """One tokenised row.
 
     Attributes:
-        input_ids: int32 [T].
-        loss_mask: bool [T], True where the verifier would have to produce the token.
-        origin: Who wrote the responses; None where the row does not say.
-        rules: For each reply how its span was found; empty for a row that held tokens.
+        input_ids: Token ids, int32 [T].
+        loss_mask: Which tokens the verifier would have to produce, bool [T].
+        origin: Who wrote the responses; None if the row does not state it.
+        rules: How the span of each reply was found; empty for token rows.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -47,16 +47,16 @@ class TokenRow:
 
 
 def holds_tokens(record: Record) -> bool:
-    """Tell whether a record is tokenised already."""
+    """Return whether a record is already tokenised."""
     return record.value.get("input_ids") is not None and record.value.get("loss_mask") is not None
 
 
 class RowEncoder:
-    """Turns records into token rows.
+    """Encodes records as token rows.
 
     Args:
-        template: the verifier's, with its tokenizer; None for a source whose rows hold tokens already.
-        vocabulary_size: number of ids of the verifier; a row with another id is refused.
+        template: Chat template of the verifier, with its tokenizer; None for a source of token rows.
+        vocabulary_size: Vocabulary size V of the verifier; a row with an id outside is refused.
     """
 
     def __init__(self, template: ChatTemplate | None, vocabulary_size: int) -> None:
@@ -72,36 +72,36 @@ class RowEncoder:
 
     @property
     def identity(self) -> str:
-        """All that the rows depend on besides the source: the tokenizer, its template and the vocabulary's size."""
+        """Everything that the rows depend on except the source: tokenizer, chat template and vocabulary size."""
         template = None if self.template is None else self.template.identity
         return json.dumps([self._tokenizer_state, template, self.vocabulary_size], sort_keys=True, default=str)
 
     @property
     def tokenizer_digest(self) -> str | None:
-        """What tells the tokenizer and its chat template from others, whatever arguments it gets; None without one."""
+        """Digest of the tokenizer and its chat template, without template arguments; None without a template."""
         if self.template is None:
             return None
         names = [self.template.tokenizer.chat_template, self.template.tokenizer.special_tokens_map]
         stored = json.dumps([self._tokenizer_state, names, self.vocabulary_size], sort_keys=True, default=str)
         return hashlib.sha256(stored.encode()).hexdigest()
 
-    def on(self, date: str) -> RowEncoder:
-        """Return the same encoder on another day, for templates that print it."""
-        return self if self.template is None else RowEncoder(self.template.on(date), self.vocabulary_size)
+    def with_date(self, date: str) -> RowEncoder:
+        """Return the same encoder with another date, for templates that print one."""
+        return self if self.template is None else RowEncoder(self.template.with_date(date), self.vocabulary_size)
 
     def encode(self, records: Sequence[Record], max_length: int | None = None) -> list[list[TokenRow] | BadRow]:
-        """Tokenise records, the texts among them in one call.
+        """Tokenise records, with one tokenizer call for all texts.
 
         Args:
-            records: the records.
-            max_length: tokens of a row that are kept; longer chats need not be rendered to their end.
+            records: The records.
+            max_length: Number of tokens kept per row; longer chats need not be rendered to their end.
 
         Returns:
-            For each record its rows, or why it is bad. A chat is one row, or one a turn where the chat template renders
-            earlier turns in another way than it did when they were the last.
+            For each record its rows, or the error if it is bad. A chat is one row, or one row per turn if the chat
+            template rewrites earlier turns.
 
         Raises:
-            UsageError: the rows were written with other template arguments, or the template takes too long.
+            UsageError: The responses were written with other template arguments, or the template takes too long.
         """
         made: list[list[TokenRow] | BadRow] = []
         texts: list[SupervisedText] = []
@@ -132,15 +132,15 @@ class RowEncoder:
         return made
 
     def _whole(self, record: Record) -> list[tuple[SupervisedText, _Tokens]]:
-        """Render a record to its end, after all."""
+        """Render and tokenise a record to its end."""
         texts, _ = self._read(record, None)
         return list(zip(texts, self._tokenise(texts), strict=True))
 
     def _read(self, record: Record, characters: int | None) -> tuple[list[SupervisedText], bool]:
-        """Return the texts of a record, and whether they are all of it."""
+        """Return the texts of a record, and whether they cover all of it."""
         if self._finder is None:
             raise UsageError(
-                f"{record.location}: a row of text in a source whose first row holds 'input_ids' and 'loss_mask'; "
+                f"{record.location}: a text row in a source whose first row holds 'input_ids' and 'loss_mask'; "
                 "keep the two kinds in separate sources"
             )
         chat = read_chat(record)
@@ -157,7 +157,7 @@ class RowEncoder:
                 one.text.encode()
             except UnicodeEncodeError as error:
                 raise BadRow(
-                    record.location, "half a character", f"the text holds half a character: {error.reason}"
+                    record.location, "unpaired surrogate", f"the text holds an unpaired surrogate: {error.reason}"
                 ) from error
         return texts, is_whole
 
@@ -165,7 +165,7 @@ class RowEncoder:
         written = template_arguments_of(record)
         if written is not None and written != template.arguments:
             raise UsageError(
-                f"{record.location}: origin: the response was written with the template arguments {written}, and rows "
+                f"{record.location}: origin: the response was written with template arguments {written}, but rows "
                 f"are rendered with {template.arguments}; {arguments_advice(written)}"
             )
 
@@ -174,7 +174,7 @@ class RowEncoder:
             self._slow += 1
             if self._slow == _MOST_SLOW:
                 raise UsageError(
-                    f"{error}; it is the third such row: the verifier's chat template seems not to end. Mend it, "
+                    f"{error}; it is the third such row: the verifier's chat template seems not to terminate. Fix it, "
                     "or give rows with 'input_ids' and 'loss_mask'"
                 )
 
@@ -190,10 +190,10 @@ class RowEncoder:
         return [rows[number] for number in range(len(texts))]
 
     def _masked(self, encoding: Any, text: SupervisedText) -> _Tokens:
-        """Return a text's tokens and which are supervised.
+        """Return a text's tokens and which of them are supervised.
 
-        Serving tokenises only the prompt, and the verifier adds the tokens of its reply: no token covers the end of the
-        one and the start of the other. Where one does, the text is tokenised in pieces that it does not reach over.
+        In serving, the prompt is tokenised and the verifier generates the reply's tokens, so no token straddles the
+        boundary between them. If one does here, the text is tokenised in pieces that are split at the boundary.
         """
         ids, offsets = _arrays(encoding)
         cuts = _straddled(offsets, text.spans)
@@ -204,7 +204,7 @@ class RowEncoder:
                 (ids, offsets + begin) for (ids, offsets), begin in zip(map(_arrays, pieces), bounds, strict=False)
             ]
             joined = np.concatenate([part for part, _ in parts])
-            # Tokenizers that begin each text with a blank of their own would add some here.
+            # Tokenizers that prepend a space to each text would add some here.
             if self._tokenizer.decode(joined.tolist(), False) == self._tokenizer.decode(ids.tolist(), False):
                 ids, offsets = joined, np.concatenate([part for _, part in parts])
         return ids, tokens_inside(offsets, text.spans)
@@ -218,20 +218,20 @@ class RowEncoder:
                 record.location,
                 "id outside the vocabulary",
                 f"id {ids[outside[0]]} at position {outside[0]} is outside the verifier's vocabulary of "
-                f"{self.vocabulary_size} ids; was the row written with another tokenizer?",
+                f"{self.vocabulary_size} ids; was the row tokenised with another tokenizer?",
             )
         return TokenRow(ids.astype(np.int32), mask, read_origin(record), rules)
 
 
 def tokens_inside(offsets: npt.NDArray[np.int64], spans: Sequence[Span]) -> npt.NDArray[np.bool_]:
-    """Mark the tokens that lie whole inside a span.
+    """Mark the tokens that are entirely inside a span.
 
     Args:
-        offsets: int64 [T, 2], the half-open character range of each token.
-        spans: half-open character ranges, ascending and disjoint.
+        offsets: Half-open character range of each token, int64 [T, 2].
+        spans: Half-open character ranges, ascending and disjoint.
 
     Returns:
-        bool [T]; False for a token that straddles a boundary or covers no character.
+        Bool [T]; False for a token that straddles a boundary or covers no character.
     """
     if not spans:
         return np.zeros(len(offsets), dtype=np.bool_)
@@ -242,13 +242,13 @@ def tokens_inside(offsets: npt.NDArray[np.int64], spans: Sequence[Span]) -> npt.
 
 
 def _arrays(encoding: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return ids, int64 [T], and offsets, int64 [T, 2]."""
+    """Return ids int64 [T] and offsets int64 [T, 2]."""
     return np.asarray(encoding.ids, dtype=np.int64), np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
 
 
 def _straddled(offsets: npt.NDArray[np.int64], spans: Sequence[Span]) -> list[int]:
-    """Return the boundaries of spans that are inside of a token, ascending."""
-    if not len(offsets):  # a tokenizer that drops all of the text
+    """Return the span boundaries that are inside a token, ascending."""
+    if not len(offsets):  # a tokenizer that drops the whole text
         return []
     bounds = np.unique(np.asarray(spans, dtype=np.int64))
     before = np.searchsorted(offsets[:, 0], bounds, side="left") - 1  # the last token that starts before
@@ -274,21 +274,19 @@ def _flat_integers(record: Record, key: str, kinds: str) -> npt.NDArray[Any]:
     except ValueError:
         array = np.empty(0, dtype=object)
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in kinds:
-        raise BadRow(record.location, "malformed tokens", f"{key!r} must be a list of integers that is not empty")
+        raise BadRow(record.location, "malformed tokens", f"{key!r} must be a non-empty list of integers")
     return array
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Serialise the tokenizer, with offsets that cover every character and without its own truncation and padding."""
+    """Serialise the tokenizer with offsets that cover every character and without truncation and padding."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise UsageError(
-            "the verifier's tokenizer has no tokenizer.json form; give rows with 'input_ids' and 'loss_mask'"
-        )
+        raise UsageError("the verifier's tokenizer has no tokenizer.json; give rows with 'input_ids' and 'loss_mask'")
     state = json.loads(backend.to_str())
-    # Truncation and padding are left behind by whoever called the tokenizer last, and would change the rows.
+    # Truncation and padding are state left by the last caller, and would change the rows.
     state.update(truncation=None, padding=None)
-    # Trimmed offsets leave out blanks: a token of blanks would seem to lie nowhere, and drop out of the mask.
+    # Trimmed offsets leave out spaces: a token of spaces would cover nothing and drop out of the mask.
     post_processor = state.get("post_processor") or {}
     for part in (post_processor, *post_processor.get("processors", ())):
         if "trim_offsets" in part:

@@ -1,4 +1,4 @@
-"""Files of rows, read as a stream: JSON lines, a JSON array, Parquet, each also compressed by gzip."""
+"""Streaming readers of row files: JSON lines, a JSON array or Parquet, optionally compressed by gzip."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _GZIP = b"\x1f\x8b"
 
 
 def kind_of(path: Path) -> str | None:
-    """Return the kind of a file of rows by its name, whether or not it is compressed; None for other files."""
+    """Return the kind of a row file by its name, compressed or not; None for other files."""
     name = path.name.lower().removesuffix(".gz")
     return next((kind for kind in (LINES, JSON, PARQUET) if name.endswith(kind)), None)
 
 
 def read_file(path: Path) -> Iterator[RawRecord]:
-    """Yield the rows of a file whose name has a kind.
+    """Yield the rows of a file whose name has a known kind.
 
     Raises:
-        UsageError: the file cannot be read, or is damaged as a whole.
+        UsageError: The file cannot be read or is damaged.
     """
     if kind_of(path) == PARQUET:
         with _open_parquet(path) as table:
@@ -53,10 +53,10 @@ def read_file(path: Path) -> Iterator[RawRecord]:
 
 
 def count_rows(path: Path) -> int:
-    """Return how many rows a file has, for progress bars: blank lines count too.
+    """Return the number of rows of a file for progress bars, blank lines included.
 
     Raises:
-        UsageError: the file cannot be read, or is damaged as a whole.
+        UsageError: The file cannot be read or is damaged.
     """
     if kind_of(path) == PARQUET:
         with _open_parquet(path) as table:
@@ -72,9 +72,9 @@ def count_rows(path: Path) -> int:
 
 @contextmanager
 def _open(path: Path) -> Iterator[io.BufferedReader]:
-    """Open a file, and uncompress it as it is read."""
+    """Open a file and decompress it on the fly."""
     try:
-        # Bytes, not text: a line that is no UTF-8 must be named, and text mode decodes ahead of the line it is at.
+        # Binary mode: errors must name a line that is not UTF-8, but text mode decodes ahead of the current line.
         with path.open("rb") as file:
             if file.peek(len(_GZIP)).startswith(_GZIP):
                 with gzip.GzipFile(fileobj=file) as plain:
@@ -82,7 +82,7 @@ def _open(path: Path) -> Iterator[io.BufferedReader]:
             else:
                 yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UsageError(f"{path}: the compressed file is cut or damaged: {error}; fetch or write it again") from error
+        raise UsageError(f"{path}: the compressed file is truncated or damaged: {error}; replace it") from error
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -93,11 +93,11 @@ def _open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
         source: str | IO[bytes] = str(path)
         file = closing.enter_context(_open(path))
         if isinstance(file.raw, gzip.GzipFile):
-            # Parquet is read from its end, which a compressed file does not have before all of it is read.
+            # Parquet is read from its end, so a compressed file has to be decompressed first.
             source = closing.enter_context(tempfile.TemporaryFile())
             shutil.copyfileobj(file, source, _BLOCK)
         try:
             yield pq.ParquetFile(source, buffer_size=_BLOCK, page_checksum_verification=True)
-        except Exception as error:  # pyarrow and the decoders of its formats raise each its own
+        except Exception as error:  # pyarrow and its decoders each raise their own classes
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise UsageError(f"{path}: the Parquet file is cut or damaged: {lines[0]}; fetch it again") from error
+            raise UsageError(f"{path}: the Parquet file is truncated or damaged: {lines[0]}; replace it") from error

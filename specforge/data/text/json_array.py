@@ -1,4 +1,4 @@
-"""The elements of a JSON array, read as a stream: the file may be larger than memory."""
+"""Streaming reader of a JSON array: the file may be larger than memory."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from specforge.errors import UsageError
 
 _BLOCK = 1 << 20
 _BLANKS = re.compile(r"[ \t\n\r]*")
-_LONGEST_WORD = 16  # an error this close to the end of a block may only mean that a word continues in the next
+_LONGEST_WORD = 16  # an error this close to the end of a block may be a word that continues in the next block
 
 
 def read_array(file: IO[bytes], shown: str) -> Iterator[RawRecord]:
-    """Yield the elements of a file that is one array.
+    """Yield the elements of a file that holds one array.
 
     Args:
-        file: opened at its start.
-        shown: name of the file in locations and errors.
+        file: The file, at its start.
+        shown: Name of the file in locations and errors.
 
     Raises:
-        UsageError: the file is not one array of JSON values; the message names file and line.
+        UsageError: The file is not one array of JSON values; the message names file and line.
     """
     text = _JsonText(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
     number = 0
@@ -45,32 +45,32 @@ def read_array(file: IO[bytes], shown: str) -> Iterator[RawRecord]:
 
 
 class _JsonText:
-    """A text file of JSON, of which a block at a time is in memory."""
+    """A JSON text file, held in memory one block at a time."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
         self._decoder = json.JSONDecoder()
-        self._lines = 0  # before the block
+        self._lines = 0  # lines before the block
         self._block = ""
         self._at = 0
 
     @property
     def line(self) -> int:
-        """The line of what is read next, from 1."""
+        """Line number of the next character, from 1."""
         return self._lines + self._block.count("\n", 0, self._at) + 1
 
     def peek(self) -> str:
-        """Return the next character that is not blank; an empty string at the end."""
+        """Return the next non-blank character; an empty string at the end."""
         while True:
-            self._at = _BLANKS.match(self._block, self._at).end()  # type: ignore[union-attr]  # matches nothing too
-            if self._at < len(self._block) or not self._read_on(_BLOCK):
+            self._at = _BLANKS.match(self._block, self._at).end()  # type: ignore[union-attr]  # always matches, possibly nothing
+            if self._at < len(self._block) or not self._read_more(_BLOCK):
                 return self._block[self._at : self._at + 1]
 
     def take(self, expected: str) -> None:
-        """Move past the next character that is not blank; an empty string means the end.
+        """Consume the next non-blank character; an empty string means the end.
 
         Raises:
-            ValueError: it is another one.
+            ValueError: The next character is another one.
         """
         found = self.peek()
         if found != expected:
@@ -78,29 +78,29 @@ class _JsonText:
         self._at += len(found)
 
     def value(self) -> Any:
-        """Return the next value, and move past it.
+        """Consume and return the next value.
 
         Raises:
-            ValueError: there is none.
+            ValueError: No valid value follows.
         """
         self.peek()
         size = _BLOCK
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._block, self._at)
-                may_continue = end == len(self._block)  # as a number may
+                may_continue = end == len(self._block)  # a number may
             except json.JSONDecodeError as error:
                 may_continue = error.msg.startswith("Unterminated") or error.pos + _LONGEST_WORD > len(self._block)
-                if not (may_continue and self._read_on(size)):
+                if not (may_continue and self._read_more(size)):
                     self._at = min(error.pos, len(self._block))
                     raise
             else:
-                if not (may_continue and self._read_on(size)):
+                if not (may_continue and self._read_more(size)):
                     self._at = end
                     return value
-            size *= 2  # a value of many blocks is read a few times over, not once a block
+            size *= 2  # a value of n blocks is parsed O(log n) times
 
-    def _read_on(self, size: int) -> bool:
+    def _read_more(self, size: int) -> bool:
         more = self._file.read(size)
         if more:
             self._lines += self._block.count("\n", 0, self._at)

@@ -1,7 +1,7 @@
-"""Who wrote the responses of a row, and how: what decides whether an acceptance length on them is exact.
+"""Who wrote the responses of a row, and how: this decides whether an acceptance length on them is exact.
 
-A row says so under the key ``origin``. Replay is exact on text that the verifier itself wrote, with the sampling that
-decoding will use; on any other text the same figure is only a proxy.
+A row states it under the key ``origin``. Replay is exact on text that the verifier itself generated with the sampling
+that decoding will use; on any other text the same figure is only a proxy.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from specforge.sampling import Sampling
 
 
 class Origin(Sampling):
-    """What a row says of its responses; keys beyond these, such as ``seed``, are allowed.
+    """Origin of a row's responses; additional keys, such as ``seed``, are allowed.
 
     Attributes:
-        model: Name of the model that wrote them, for people.
-        fingerprint: Fingerprint of its weights, as ``specforge.verifier.fingerprint`` gives it.
-        temperature: Temperature that they were sampled at; 0 for greedy ones.
-        top_k: Sampled from the k most probable tokens alone; 0 for all.
-        top_p: Sampled from the fewest tokens that hold this much probability.
+        model: Name of the model that wrote them, for messages.
+        fingerprint: Fingerprint of its weights, see ``specforge.verifier.fingerprint``.
+        temperature: Sampling temperature; 0 for greedy decoding.
+        top_k: Sampling used only the k most probable tokens; 0 for all.
+        top_p: Sampling used the smallest set of tokens with at least this probability.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -37,15 +37,15 @@ class Origin(Sampling):
 
     @property
     def sampling(self) -> Sampling:
-        """How the tokens were chosen."""
+        """The sampling settings of the responses."""
         return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
 def read_origin(record: Record) -> Origin | None:
-    """Return what a row says of its responses; None where it says nothing.
+    """Return the origin of a row's responses; None if the row does not state it.
 
     Raises:
-        BadRow: ``origin`` is there, but wrong.
+        BadRow: ``origin`` is malformed.
     """
     value = record.value.get("origin")
     if value is None:
@@ -57,26 +57,26 @@ def read_origin(record: Record) -> Origin | None:
 
 
 def template_arguments_of(record: Record) -> dict[str, Any] | None:
-    """Return the template arguments that a row's responses were written with; None where it does not say."""
+    """Return the template arguments that a row's responses were written with; None if not stated."""
     origin = record.value.get("origin")
     arguments = origin.get("template_arguments") if isinstance(origin, dict) else None
     return arguments if isinstance(arguments, dict) else None
 
 
 def why_proxy(origins: Sequence[Origin | None], fingerprint: str) -> str | None:
-    """Return why an acceptance length on some rows is only a proxy; None where it is exact.
+    """Return why an acceptance length on some rows is only a proxy; None if it is exact.
 
     Args:
-        origins: The different origins of the rows.
+        origins: The distinct origins of the rows.
         fingerprint: Fingerprint of the verifier that decodes.
     """
     if None in origins:
-        return "rows do not say who wrote their responses (key 'origin')"
+        return "rows do not state who wrote their responses (key 'origin')"
     for origin in origins:
         if origin is not None and origin.fingerprint != fingerprint:
             return _other_verifier(origin, fingerprint)
     if len(origins) > 1:
-        return "responses were sampled in different ways"
+        return "responses were sampled with different settings"
     return None
 
 
@@ -86,5 +86,5 @@ def _other_verifier(origin: Origin, fingerprint: str) -> str:
     return (
         f"responses were written by {origin.model} ({origin.fingerprint}), which is not this verifier ({fingerprint}): "
         f"{verifier_difference(origin.fingerprint, fingerprint)}. Let this verifier answer the prompts with specforge "
-        "prepare responses; or, if it did write them, set that fingerprint in the rows"
+        "prepare responses; if it did write them, set its fingerprint in the rows"
     )

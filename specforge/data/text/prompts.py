@@ -1,4 +1,4 @@
-"""Prompts to answer: conversations whose replies are left to the verifier."""
+"""Prompt sets: conversations whose replies the verifier will generate."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a person says, turn by turn.
+    """The user's side of a conversation, turn by turn.
 
     Attributes:
-        turns: What comes before each reply: messages of a chat, or one list of tokens for a prompt that is tokenised.
+        turns: The input before each reply: messages of a chat, or token ids for a tokenised prompt.
         location: File and line to name in errors, such as ``prompts.jsonl:12``.
-        tools: Descriptions of tools for the chat template; None if there are none.
+        tools: Tool descriptions for the chat template; None if there are none.
     """
 
     turns: tuple[list[Message] | list[int], ...]
@@ -34,19 +34,19 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
 
     def prompt(self, turn: int, replies: list[str], template: ChatTemplate) -> list[int]:
-        """Return the tokens that a reply follows.
+        """Return the prompt tokens of a reply.
 
         Args:
-            turn: Which reply, from 0.
-            replies: The replies so far, one before each later turn.
-            template: The verifier's.
+            turn: Index of the reply, from 0.
+            replies: The earlier replies, one for each turn before this one.
+            template: The verifier's chat template.
 
         Raises:
-            UsageError: The tokenizer has no chat template, or it refuses the chat.
+            UsageError: There is no chat template, or it refuses the chat.
         """
-        said = self.turns[turn]
-        if said and isinstance(said[0], int):
-            return [token for token in said if isinstance(token, int)]
+        current = self.turns[turn]
+        if current and isinstance(current[0], int):
+            return [token for token in current if isinstance(token, int)]
         if not template.exists:
             raise UsageError(
                 f"{self.location}: the verifier's tokenizer has no chat template; give rows with 'input_ids'"
@@ -58,7 +58,7 @@ class Conversation:
             raise UsageError(f"{self.location}: the chat cannot be rendered: {error}") from error
 
     def chat(self, turn: int, replies: list[str]) -> list[Any]:
-        """Return the messages that a reply follows, the replies so far among them; not where a prompt is tokens."""
+        """Return the messages before a reply, including earlier replies; not for tokenised prompts."""
         chat: list[Any] = []
         for number, messages in enumerate(self.turns[: turn + 1]):
             chat += [{"role": "assistant", "content": replies[number - 1]}] if number else []
@@ -69,17 +69,16 @@ class Conversation:
 def read_prompts(source: str, key: str = "--prompts", limit: int | None = None) -> list[Conversation]:
     """Read a prompt set.
 
-    A row holds ``turns`` (a list of texts, one a turn of the user), ``input_ids`` and ``loss_mask`` (the prompt is what
-    comes before the first supervised token), ``messages`` or ``conversations`` (replies in it are left out), or
-    ``prompt``.
+    A row holds ``turns`` (a list of texts, one per user turn), ``input_ids`` and ``loss_mask`` (the prompt ends before
+    the first supervised token), ``messages`` or ``conversations`` (their replies are left out), or ``prompt``.
 
     Args:
         source: Path or hub name, see ``specforge.data.text.sources``.
-        key: What to call the source in errors.
-        limit: Read only so many; None for all.
+        key: Name of the option, for errors.
+        limit: Maximum number of conversations; None for all.
 
     Raises:
-        UsageError: The source or a row is wrong, or there is none.
+        UsageError: The source or a row is malformed, or there are no rows.
     """
     check_source(source, key)
     conversations: list[Conversation] = []
@@ -96,7 +95,7 @@ def read_conversation(record: Record) -> Conversation:
     """Return the prompts of one row, see ``read_prompts``.
 
     Raises:
-        BadRow: The row is wrong.
+        BadRow: The row is malformed.
     """
     turns = _turns(record)
     tools = None if isinstance(turns[0][0], int) else read_tools(record.value.get("tools"), record.location)
@@ -104,11 +103,11 @@ def read_conversation(record: Record) -> Conversation:
 
 
 def reply_text(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a reply as a later turn reads it: its text after its last control token, where channels of thinking end.
+    """Return the text of a reply for later turns: the text after its last control token, which ends its thinking.
 
     Args:
-        tokens: The reply, with its end token.
-        tokenizer: The verifier's.
+        tokens: The reply, including its end token.
+        tokenizer: The verifier's tokenizer.
     """
     special = set(tokenizer.all_special_ids)
     body = list(tokens[:-1]) if tokens and tokens[-1] in special else list(tokens)
@@ -118,7 +117,7 @@ def reply_text(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str
 
 
 def prompt_set_name(source: str) -> str:
-    """Return what to call a prompt set: the file's name without its endings, or the source as it is."""
+    """Return the name of a prompt set: the file name without its suffixes, or the source itself."""
     path = Path(source.removesuffix(".gz"))
     return path.stem if path.suffix else source
 
@@ -127,7 +126,7 @@ def _turns(record: Record) -> list[list[Message] | list[int]]:
     value = record.value
     if (turns := value.get("turns")) is not None:
         if not isinstance(turns, list) or not turns or not all(isinstance(one, str) and one.strip() for one in turns):
-            raise BadRow(record.location, "malformed turns", "'turns' must be a list of texts that are not empty")
+            raise BadRow(record.location, "malformed turns", "'turns' must be a list of non-empty texts")
         return [[{"role": "user", "content": one}] for one in turns]
     if value.get("input_ids") is not None and value.get("loss_mask") is not None:
         tokens, mask = value["input_ids"], value["loss_mask"]
@@ -142,29 +141,29 @@ def _turns(record: Record) -> list[list[Message] | list[int]]:
         first = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
         return [[*first, {"role": "user", "content": value["prompt"]}]]
     if isinstance(value.get("prompt"), list) or any(value.get(key) is not None for key in (*CHAT_KEYS, "instruction")):
-        return _asked(record)
+        return _split_at_replies(record)
     raise BadRow(
         record.location,
         "unknown form",
-        f"a row without a prompt: it has {sorted(value)!r:.200}, and needs 'turns', 'messages', 'conversations', "
+        f"a row without a prompt: it has {sorted(value)!r:.200}, but needs 'turns', 'messages', 'conversations', "
         "'prompt', 'instruction', or 'input_ids' and 'loss_mask'",
     )
 
 
-def _asked(record: Record) -> list[list[Message] | list[int]]:
-    """Split a chat at its replies, which are left out; what follows the last one counts only if somebody asks."""
+def _split_at_replies(record: Record) -> list[list[Message] | list[int]]:
+    """Split a chat at its replies, which are left out; messages after the last one need a user or tool message."""
     chat = read_chat(record, needs_reply=False)
-    assert isinstance(chat, Chat)  # the row is none of text
+    assert isinstance(chat, Chat)  # not a text row
     turns: list[list[Message] | list[int]] = []
-    said: list[Message] = []
+    pending: list[Message] = []
     for message in chat.messages:
         if message["role"] != "assistant":
-            said.append(message)
-        elif any(one["role"] in ("user", "tool") for one in said):
-            turns.append(said)
-            said = []
-    if any(one["role"] in ("user", "tool") for one in said):
-        turns.append(said)
+            pending.append(message)
+        elif any(one["role"] in ("user", "tool") for one in pending):
+            turns.append(pending)
+            pending = []
+    if any(one["role"] in ("user", "tool") for one in pending):
+        turns.append(pending)
     if not turns:
-        raise BadRow(record.location, "no prompt", "a chat in which nobody asks anything")
+        raise BadRow(record.location, "no prompt", "the chat has no user or tool message to answer")
     return turns

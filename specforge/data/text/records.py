@@ -1,4 +1,4 @@
-"""Raw rows, and where each of them is from."""
+"""Rows with their location in the source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row and the location to name when it is refused, such as `train.jsonl:12`."""
+    """A row and its location for errors, such as ``train.jsonl:12``."""
 
     value: dict[str, Any]
     location: str
@@ -21,7 +21,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class RawRecord:
-    """A row as its source holds it: a line of JSON that nobody has parsed yet, or values."""
+    """A row as its source holds it: an unparsed line of JSON, or values."""
 
     content: bytes | Any
     location: str
@@ -30,13 +30,13 @@ class RawRecord:
         """Return the row.
 
         Raises:
-            BadRow: the row is no JSON object; the message names file and line.
+            BadRow: The row is not a JSON object; the message names file and line.
         """
         content = self.content
         value = _parse_line(content, self.location) if isinstance(content, bytes) else content
         if not isinstance(value, dict):
             found = "null" if value is None else type(value).__name__
-            raise BadRow(self.location, "no JSON object", f"a row must be a JSON object, found {found}")
+            raise BadRow(self.location, "not a JSON object", f"a row must be a JSON object, found {found}")
         return Record(value, self.location)
 
 
@@ -47,7 +47,7 @@ def _parse_line(line: bytes, location: str) -> Any:
         explanation = f"not UTF-8 text ({error.reason} at byte {error.start} of the line)"
         raise BadRow(location, "not UTF-8", explanation) from error
     except json.JSONDecodeError as error:
-        explanation = f"invalid JSON: {error.msg} (column {error.colno}); each line must be one whole JSON object"
+        explanation = f"invalid JSON: {error.msg} (column {error.colno}); each line must be a complete JSON object"
         raise BadRow(location, "invalid JSON", explanation) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, thousands of brackets
         raise BadRow(location, "invalid JSON", f"invalid JSON: {error}") from error

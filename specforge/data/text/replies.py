@@ -1,8 +1,8 @@
-"""Where the replies of a chat are in its text: exactly what the verifier would generate after the prompt of serving.
+"""Locating the replies of a chat in its rendered text: exactly what the verifier would generate in serving.
 
-For the reply m_i of a chat m_0 .. m_n, with P_i = render(m_0 .. m_{i-1}) and the generation prompt, and
-T_i = render(m_0 .. m_i), the reply is T_i[len(P_i) : e], where P_i is a prefix of T_i and e is the end of the first of
-the verifier's end tokens after it. It holds the reply's own text: content, thinking and calls.
+For the reply m_i of a chat m_0 .. m_n, let P_i = render(m_0 .. m_{i-1}) with the generation prompt, and
+T_i = render(m_0 .. m_i). P_i must be a prefix of T_i. The reply is T_i[len(P_i) : e], where e is the end of the first
+end token of the verifier after P_i. It must contain the reply's own text: content, thinking and tool calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NEXT_HEADER = "up to the next role's header, which ends it"
 UNENDED = "no end token"
 TAGGED = "generation tags agree"
 CORRECTED = "generation tags corrected"
-_BLOCK = 8  # replies of a long chat that are rendered together
+_BLOCK = 8  # replies of a long chat rendered together
 _EXCERPT = 40
 _THINKING = re.compile(r"</?think>")
 
@@ -35,10 +35,10 @@ class SupervisedText:
     """A text and its supervised spans.
 
     Attributes:
-        text: What is tokenised, in one piece.
-        spans: Half-open ranges of characters, ascending and disjoint, whose tokens are supervised.
-        rules: For each span how it was found.
-        add_special_tokens: Whether the tokenizer adds its own; a chat template writes them itself.
+        text: The text to tokenise in one piece.
+        spans: Half-open character ranges whose tokens are supervised, ascending and disjoint.
+        rules: How each span was found.
+        add_special_tokens: Whether the tokenizer adds special tokens; a chat template writes them itself.
     """
 
     text: str
@@ -52,9 +52,8 @@ class Replies:
     """The replies of one chat.
 
     Attributes:
-        texts: One for each row: a single one, unless the template renders earlier turns in another way than it did when
-            they were the last.
-        is_whole: Whether all of the chat was rendered, not only as much as was asked for.
+        texts: One text per row: a single one unless the template rewrites earlier turns.
+        is_whole: Whether the whole chat was rendered, not only the requested part.
     """
 
     texts: list[SupervisedText]
@@ -66,12 +65,12 @@ class _ReplySpan:
     """One reply.
 
     Attributes:
-        index: Of its message.
-        start: Of the reply in the text.
-        end: Of the reply in the text.
-        text: The chat through the reply as the template renders it, or as the next message shows its end.
-        rendered: Characters of the former.
-        common: Characters in which both are alike.
+        index: Index of its message.
+        start: Start of the reply in the text.
+        end: End of the reply in the text.
+        text: The rendered chat up to the end of the reply; the end token may come from the next message's header.
+        rendered: Characters of the chat rendered up to this message.
+        common: Leading characters that ``text`` shares with that rendering.
         rule: How the reply was found.
     """
 
@@ -85,32 +84,32 @@ class _ReplySpan:
 
 
 class ReplyFinder:
-    """Renders chats and finds the replies in them.
+    """Renders chats and locates their replies.
 
     Args:
-        template: The verifier's.
+        template: The verifier's chat template.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
         added = {token.content: token for token in template.tokenizer.added_tokens_decoder.values()}
         special = {*template.tokenizer.all_special_tokens, *(text for text, token in added.items() if token.special)}
-        # A token that strips blanks to its right reaches over them, and counts where all of it is inside.
+        # A token that strips spaces to its right covers them; it counts if all of it is inside the span.
         stripping = {text for text, token in added.items() if token.rstrip}
         self._end_tokens = _any_of(template.end_tokens, stripping)
         self._special_tokens = _any_of(special, stripping)
-        self._cures: dict[str, str] = {}  # by reason: looked for once, not for each row
+        self._remedies: dict[str, str] = {}  # by reason; searched for once, not for each row
 
     def find(self, chat: Chat, location: str, characters: int | None = None) -> Replies:
-        """Render a chat, and find the replies to train on.
+        """Render a chat and locate the replies to train on.
 
         Args:
             chat: The chat.
-            location: Of its row, for errors.
-            characters: How much of the contents is enough; None for all.
+            location: Location of its row, for errors.
+            characters: Render at least this many characters of content; None for all.
 
         Raises:
-            BadRow: The template refuses the chat, a reply's text is not in its span, or the span cannot be told.
+            BadRow: The template refuses the chat, a reply's text is not in its span, or the span cannot be located.
         """
         if not self.template.exists:
             raise BadRow(
@@ -119,7 +118,7 @@ class ReplyFinder:
                 "the verifier's tokenizer has no chat template; give rows with 'text', with 'prompt' and 'response', "
                 "or with 'input_ids' and 'loss_mask'",
             )
-        cut = _enough(chat, characters)
+        cut = _truncated(chat, characters)
         try:
             with time_limit():
                 texts = _Rendering(self, cut).texts()
@@ -130,12 +129,12 @@ class ReplyFinder:
         return Replies(texts, is_whole=len(cut.messages) == len(chat.messages))
 
     def end_after(self, text: str, start: int) -> int | None:
-        """Return the end of the first of the verifier's end tokens after a position; None if there is none."""
+        """Return the end of the verifier's first end token after a position; None if there is none."""
         match = self._end_tokens.search(text, start) if self._end_tokens else None
         return match and match.end()
 
     def leading_end(self, text: str) -> str:
-        """Return the end token that a text begins with, and blanks before it; an empty string if there is none."""
+        """Return the end token at the start of a text with the spaces before it; empty if there is none."""
         match = self._end_tokens.match(text, len(text) - len(text.lstrip())) if self._end_tokens else None
         return text[: match.end()] if match else ""
 
@@ -145,14 +144,14 @@ class ReplyFinder:
         return match and match.end()
 
     def _explained(self, error: TemplateRefusal, chat: Chat) -> tuple[str, str]:
-        """Return the reason to count a refusal by, and what to tell a person."""
-        if not isinstance(error, _Unclear):
+        """Return the reason by which a refusal is counted, and its explanation."""
+        if not isinstance(error, _ReplyNotLocated):
             return f"chat template: {error}"[:80], f"the chat template refuses this chat: {error}"
-        if error.reason not in self._cures:
-            arguments = next((one for one in _CURES if self._works(chat, one)), None)
-            self._cures[error.reason] = "" if arguments is None else f"--template_arguments.{arguments}, "
+        if error.reason not in self._remedies:
+            arguments = next((one for one in _REMEDIES if self._works(chat, one)), None)
+            self._remedies[error.reason] = "" if arguments is None else f"--template_arguments.{arguments}, "
         return error.reason, (
-            f"{error}. What works instead: {self._cures[error.reason]}specforge prepare responses, or rows with "
+            f"{error}. Alternatives: {self._remedies[error.reason]}specforge prepare responses, or rows with "
             "'input_ids' and 'loss_mask'"
         )
 
@@ -169,11 +168,16 @@ class ReplyFinder:
         return True
 
 
-_CURES = ("enable_thinking false", "enable_thinking true", "thinking false", "thinking true")  # arguments in use
+_REMEDIES = (
+    "enable_thinking false",
+    "enable_thinking true",
+    "thinking false",
+    "thinking true",
+)  # arguments in common use
 
 
-class _Unclear(TemplateRefusal):
-    """A chat is rendered, but its replies cannot be told in the text."""
+class _ReplyNotLocated(TemplateRefusal):
+    """The chat was rendered, but a reply cannot be located in the text."""
 
     def __init__(self, reason: str, explanation: str) -> None:
         super().__init__(explanation)
@@ -188,7 +192,7 @@ class _Rendering:
     chat: Chat
 
     def texts(self) -> list[SupervisedText]:
-        """Return the rows of the chat; templates that want a call's arguments as a JSON string get them so."""
+        """Return the rows of the chat; if rendering fails, retry with call arguments as JSON strings."""
         try:
             return self._texts()
         except TemplateRefusal:
@@ -216,7 +220,7 @@ class _Rendering:
         return [self._row(group) for group in groups]
 
     def _row(self, group: list[_ReplySpan]) -> SupervisedText:
-        """Return the row of some replies: the text through the last of them."""
+        """Return the row of some replies: the text up to the end of the last one."""
         last = group[-1]
         spans = tuple((reply.start, reply.end) for reply in group)
         rules = [reply.rule for reply in group]
@@ -226,24 +230,24 @@ class _Rendering:
         return SupervisedText(last.text, spans, tuple(rules))
 
     def _compare_tags(self, reply: _ReplySpan, tags: list[Span], text: str) -> str:
-        """Check the template's own tags against a span that was found by the rule."""
+        """Compare the template's own tags with a span that was found by the rule."""
         if (reply.start, reply.end) in tags:
             return TAGGED
         inside = "".join(text[max(a, reply.start) : min(b, reply.end)] for a, b in tags)
         if missing := _missing(self.chat.messages[reply.index], inside):
-            raise _Unclear(
-                "generation tags leave text out",
-                f"message {reply.index}: the {{% generation %}} tags of the chat template leave out its {missing}",
+            raise _ReplyNotLocated(
+                "generation tags omit text",
+                f"message {reply.index}: the {{% generation %}} tags of the chat template omit its {missing}",
             )
         return CORRECTED
 
     def _find(self, messages: Sequence[Message], index: int) -> _ReplySpan:
-        """Find one reply by the rule at the head of this file."""
+        """Locate one reply by the rule in the module docstring."""
         template, tools = self.finder.template, self.chat.tools
         prompt = template.render(messages[:index], tools, add_generation_prompt=True)
         text = template.render(messages[: index + 1], tools)
         if not text.startswith(prompt):
-            raise _Unclear("the prompt is not a prefix", _describe_parting(prompt, text, index))
+            raise _ReplyNotLocated("the prompt is not a prefix", _describe_difference(prompt, text, index))
         start, rendered = len(prompt), len(text)
         common, end, rule = rendered, self.finder.end_after(text, start), BETWEEN
         if end is None:
@@ -251,19 +255,19 @@ class _Rendering:
             text = text[:common] + shown
             end, rule = len(text), NEXT_HEADER
             if not shown:
-                end, rule = self._unended(messages[index], text, start), UNENDED
+                end, rule = self._end_without_token(messages[index], text, start), UNENDED
         if missing := _missing(messages[index], text[start:end]):
-            raise _Unclear(
-                f"its {missing.partition(' ')[0]} vanishes",
-                f"message {index}: its {missing} is not in the text that the chat template renders of the reply, "
+            raise _ReplyNotLocated(
+                f"its {missing.partition(' ')[0]} is lost",
+                f"message {index}: its {missing} is not in the text that the chat template renders for the reply, "
                 f"{text[start:end][:_EXCERPT]!r}",
             )
         return _ReplySpan(index, start, end, text, rendered, common, rule)
 
     def _shown_end(self, messages: Sequence[Message], index: int, text: str, start: int) -> tuple[int, str]:
-        """Return the end token that only the next message shows, as its header, and after how much of the text it is.
+        """Return the length of text before an end token that only the next message shows, and that end token.
 
-        The end token is an empty string if the next message shows none.
+        The end token comes from the header of the next message; it is an empty string if there is none.
         """
         following = ""
         if index + 1 < len(messages):
@@ -273,7 +277,7 @@ class _Rendering:
                 return len(text), ""
         if following.startswith(text):
             return len(text), self.finder.leading_end(following[len(text) :])
-        # The template renders the reply in another way now that it is not the last: only its end is of interest.
+        # The template rewrites the reply once it is not the last message: look only for its end.
         tail = messages[index]["content"].strip()[-_EXCERPT:]
         here = text.rfind(tail, start)
         if not tail or not following or here < 0:
@@ -283,18 +287,18 @@ class _Rendering:
         shown = next(filter(None, (self.finder.leading_end(before_next[end:]) for end in ends)), "")
         return (here + len(tail) if shown else len(text)), shown
 
-    def _unended(self, message: Message, text: str, start: int) -> int:
-        """Return the end of a reply without an end token: after the first special token that follows its text."""
+    def _end_without_token(self, message: Message, text: str, start: int) -> int:
+        """Return the end of a reply without end token: after the first special token that follows its text."""
         tail = message["content"].strip()
         position = text.rfind(tail, start) if tail else -1
         end = self.finder.special_after(text, position + len(tail)) if position >= 0 else None
         return len(text) if end is None else end
 
     def _from_blocks(self, replies: list[int]) -> SupervisedText | None:
-        """Find the replies of a long chat in time linear in its turns; None if that does not work with this template.
+        """Locate the replies of a long chat in linear time; None if this does not work with the template.
 
-        Each block of turns is rendered as a chat of its own, with the system message. The blocks overlap in the
-        messages between them; together they have to be exactly the text of the whole chat.
+        Each block of turns is rendered as a separate chat with the system message. Neighbouring blocks overlap by the
+        messages between their replies; joined, they must equal the text of the whole chat.
         """
         messages = self.chat.messages
         lead = next(n for n, message in enumerate(messages) if message["role"] not in ("system", "developer"))
@@ -341,7 +345,7 @@ def _any_of(tokens: Sequence[str] | set[str], stripping: set[str]) -> re.Pattern
 
 
 def _blocks(replies: list[int], messages: Sequence[Message]) -> list[list[int]]:
-    """Cut replies into blocks; the next one begins with a user's message, as a chat does."""
+    """Split replies into blocks; like a chat, each block begins with a user message."""
     blocks: list[list[int]] = [[]]
     for index in replies:
         if len(blocks[-1]) >= _BLOCK and messages[blocks[-1][-1] + 1]["role"] == "user":
@@ -350,8 +354,8 @@ def _blocks(replies: list[int], messages: Sequence[Message]) -> list[list[int]]:
     return blocks
 
 
-def _enough(chat: Chat, characters: int | None) -> Chat:
-    """Return a chat up to the first reply that ends after a number of characters."""
+def _truncated(chat: Chat, characters: int | None) -> Chat:
+    """Return a chat up to the first supervised reply that ends after this many characters."""
     if characters is None:
         return chat
     total = 0
@@ -364,48 +368,48 @@ def _enough(chat: Chat, characters: int | None) -> Chat:
 
 
 def _missing(message: Message, reply: str) -> str | None:
-    """Return what of a message's own text is not in its reply, blanks aside; None if all is."""
-    found = _squeezed(reply)
+    """Return which part of a message is missing in its reply, ignoring spaces; None if nothing is."""
+    found = _without_spaces(reply)
     content = message["content"]
-    pieces = [content] if _squeezed(content) in found else _THINKING.split(content)
+    pieces = [content] if _without_spaces(content) in found else _THINKING.split(content)
     position = 0
-    # One after the other: a short thought may be in the answer, too.
+    # In order: a short thought may also occur in the answer.
     for piece in (message.get("reasoning_content", ""), *pieces):
-        start = found.find(_squeezed(piece), position)
+        start = found.find(_without_spaces(piece), position)
         if start < 0:
-            return "content" if _squeezed(pieces[-1]) not in found else "thinking"
-        position = start + len(_squeezed(piece))
+            return "content" if _without_spaces(pieces[-1]) not in found else "thinking"
+        position = start + len(_without_spaces(piece))
     functions = [call["function"] for call in message.get("tool_calls", ())]
     names = Counter(function["name"] for function in functions)
     for function in functions:
         if reply.count(function["name"]) < names[function["name"]]:
             return f"call of {function['name']}"
-        if not _holds_arguments(function["arguments"], reply, found):
+        if not _contains_arguments(function["arguments"], reply, found):
             return f"call of {function['name']} with its arguments"
     return None
 
 
-def _holds_arguments(arguments: Any, reply: str, found: str) -> bool:
-    if isinstance(arguments, str):  # given as JSON already: encoded twice, it would not be there word for word
-        return _squeezed(arguments) in found
+def _contains_arguments(arguments: Any, reply: str, found: str) -> bool:
+    if isinstance(arguments, str):  # already JSON: if encoded twice, it does not occur verbatim
+        return _without_spaces(arguments) in found
     if arguments and repr(arguments) in reply and json.dumps(arguments) not in reply:
-        return False  # a Python dictionary in the text: the template wants the arguments as JSON
-    return _holds(arguments, found)
+        return False  # a Python repr in the text: the template expects JSON strings
+    return _contains(arguments, found)
 
 
-def _holds(value: Any, found: str) -> bool:
-    """Tell whether a value of a call is in a text without blanks, however it is written: JSON, XML, Python."""
+def _contains(value: Any, found: str) -> bool:
+    """Return whether a call's value occurs in a text without spaces, in any notation: JSON, XML, Python."""
     match value:
         case dict():
-            return all(_holds(key, found) and _holds(one, found) for key, one in value.items())
+            return all(_contains(key, found) and _contains(one, found) for key, one in value.items())
         case list():
-            return all(_holds(one, found) for one in value)
+            return all(_contains(one, found) for one in value)
         case str():
             escaped = (json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
-            return any(_squeezed(one) in found for one in (value, *escaped))
+            return any(_without_spaces(one) in found for one in (value, *escaped))
         case None | bool():
             return json.dumps(value) in found or repr(value) in found
-    return _squeezed(json.dumps(value)) in found
+    return _without_spaces(json.dumps(value)) in found
 
 
 def _with_encoded_arguments(message: Message) -> Message:
@@ -419,20 +423,20 @@ def _with_encoded_arguments(message: Message) -> Message:
     return {**message, "tool_calls": calls}
 
 
-def _squeezed(text: str) -> str:
+def _without_spaces(text: str) -> str:
     return "".join(text.split())
 
 
 def _shared_length(left: str, right: str) -> int:
-    """Return how many characters two texts begin with alike."""
+    """Return the length of the common prefix of two texts."""
     lengths = range(1, min(len(left), len(right)) + 1)
     return bisect_left(lengths, True, key=lambda length: not left.startswith(right[:length]))
 
 
-def _describe_parting(prompt: str, text: str, index: int) -> str:
+def _describe_difference(prompt: str, text: str, index: int) -> str:
     shared = _shared_length(prompt, text)
     before, expected, found = prompt[:shared][-_EXCERPT:], prompt[shared:][:_EXCERPT], text[shared:][:_EXCERPT]
     return (
-        f"message {index}: the reply cannot be told, since the chat template renders the chat through it in another "
-        f"way than the prompt of serving: after {before!r} the prompt has {expected!r}, the chat {found!r}"
+        f"message {index}: the reply cannot be located because the chat template renders the chat differently from "
+        f"the prompt in serving: after {before!r} the prompt has {expected!r}, the chat {found!r}"
     )

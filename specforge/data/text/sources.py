@@ -1,4 +1,4 @@
-"""Where rows come from: files, a folder of token rows, of files or of `datasets`, or a data set on the hub."""
+"""Sources of rows: files, a folder of token rows, of files or of ``datasets``, or a data set on the hub."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from specforge.data.rows.stored import ROWS_FILE, StoredRows
 from specforge.data.text.files import JSON, LINES, PARQUET, count_rows, kind_of, read_file
 from specforge.data.text.records import RawRecord, Record
 from specforge.errors import UsageError
+from specforge.private.datasets import fingerprint_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 ALLOWED_SOURCES = (
-    "allowed: a .jsonl file with one JSON object a line, a .json file of the same or of one array, a .parquet file, "
-    "each also as .gz; a folder of .jsonl or .parquet files, or a pattern of files with *; a folder written by "
+    "allowed: a .jsonl file with one JSON object per line, a .json file of the same or of one array, a .parquet file, "
+    "each also as .gz; a folder of .jsonl or .parquet files, or a file pattern with *; a folder written by "
     "specforge prepare rows or by datasets.save_to_disk; a hub data set as owner/name or owner/name:split"
 )
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w\[\]%:+.-]+)?")
-_SHARD_NAME = re.compile(r"(.+?)-\d{5}-of-\d{5}\b.*")  # as the hub names the files of a split
+_SHARD_NAME = re.compile(r"(.+?)-\d{5}-of-\d{5}\b.*")  # the hub's naming of a split's files
 
 
 def check_source(source: str, key: str) -> None:
-    """Refuse a source that cannot be read, before anything is loaded.
+    """Refuse an unreadable source before anything is loaded.
 
     Args:
-        source: path or hub name, as the user wrote it.
-        key: configuration key to name in the message, such as `data.train`.
+        source: Path or hub name, as given by the user.
+        key: Configuration key to name in the message, such as ``data.train``.
 
     Raises:
-        UsageError: a file is missing or empty, or a folder holds no rows, or those of several splits.
+        UsageError: A file is missing or empty, or a folder holds no rows or several splits.
     """
     path = Path(source)
     if (path / ROWS_FILE).is_file():
@@ -50,7 +51,7 @@ def check_source(source: str, key: str) -> None:
         return
     files = source_files(source)
     if path.is_file() and kind_of(path) is None:
-        raise UsageError(f"{key}: {source} is no file of rows by its name; {ALLOWED_SOURCES}")
+        raise UsageError(f"{key}: {source} has no suffix of a row file; {ALLOWED_SOURCES}")
     if empty := next((file for file in files if file.stat().st_size == 0), None):
         raise UsageError(f"{key}: {empty} is empty; it needs at least one row")
     if path.is_dir() and not files:
@@ -66,33 +67,33 @@ def check_source(source: str, key: str) -> None:
 
 
 def source_files(source: str) -> list[Path]:
-    """Return the files of a source in order; none for token rows, `datasets` and the hub."""
+    """Return the files of a source in order; empty for token rows, ``datasets`` and the hub."""
     path = Path(source)
     if path.is_file():
         return [path]
     pattern = f"{glob.escape(source)}/*" if path.is_dir() else source if "*" in source else ""
-    # Files of .json in a folder of rows tell about them, such as `dataset_infos.json`.
+    # In a folder of rows, .json files hold metadata, such as `dataset_infos.json`.
     kinds = {LINES, PARQUET} if path.is_dir() else {LINES, PARQUET, JSON}
     return sorted(file for file in map(Path, glob.glob(pattern)) if kind_of(file) in kinds and file.is_file())
 
 
 def read_records(source: str) -> Iterator[Record]:
-    """Yield the rows of a source, in order.
+    """Yield the rows of a source in order.
 
     Args:
-        source: path or hub name, see `ALLOWED_SOURCES`.
+        source: Path or hub name, see ``ALLOWED_SOURCES``.
 
     Raises:
-        UsageError: the source cannot be opened, or a line is no JSON object; the message names file and line.
+        UsageError: The source cannot be opened, or a line is not a JSON object; the message names file and line.
     """
     return (record.parse() for record in read_raw_records(source))
 
 
 def read_raw_records(source: str) -> Iterator[RawRecord]:
-    """Yield the rows of a source, in order, and leave parsing to whoever takes them.
+    """Yield the unparsed rows of a source in order.
 
     Raises:
-        UsageError: the source cannot be opened.
+        UsageError: The source cannot be opened.
     """
     check_source(source, "data")
     if files := source_files(source):
@@ -104,24 +105,24 @@ def read_raw_records(source: str) -> Iterator[RawRecord]:
 
 
 def count_records(source: str) -> int:
-    """Return how many rows a source has, for progress bars: blank lines of a file count too."""
+    """Return the number of rows of a source for progress bars, blank lines included."""
     files = source_files(source)
     return sum(map(count_rows, files)) if files else len(_open_rows(source))
 
 
 def source_fingerprint(source: str) -> str:
-    """Return a digest of the source's content: of its files' bytes, or the fingerprint that `datasets` keeps."""
+    """Return a digest of the source's content: a hash of its files, or the fingerprint that ``datasets`` keeps."""
     files = source_files(source)
     if not files:
         rows = _open_rows(source)
-        return rows.fingerprint if isinstance(rows, StoredRows) else str(rows._fingerprint)
+        return rows.fingerprint if isinstance(rows, StoredRows) else fingerprint_of(rows)
     digests = [_file_digest(file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=16)
 def _file_digest(path: Path, size: int, modified: int) -> str:
-    """Hash a file once a process; size and time of change only tell when to hash it again."""
+    """Hash a file once per process; a changed size or modification time causes a new hash."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -138,13 +139,13 @@ def _open_rows(source: str) -> StoredRows | Dataset:
         try:
             return datasets.Dataset.load_from_disk(source)
         except Exception as error:  # datasets raises OSError, KeyError, ArrowInvalid ... for a damaged folder
-            raise UsageError(f"{source}: cannot be read as a folder of rows: {_first_line(error)}") from error
+            raise UsageError(f"{source}: cannot be read as a datasets folder: {_first_line(error)}") from error
     name, _, split = source.partition(":")
     try:
         return datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # network, authorisation, unknown name or split: each its own class
+    except Exception as error:  # network, authorisation, unknown name or split each raise their own class
         raise UsageError(
-            f"{source}: no such file or folder here, and the hub data set cannot be loaded: {_first_line(error)}; "
+            f"{source}: no such file or folder, and the hub data set cannot be loaded: {_first_line(error)}; "
             f"{ALLOWED_SOURCES}"
         ) from error
 

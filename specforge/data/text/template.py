@@ -1,4 +1,4 @@
-"""A verifier's chat template: from messages to text, exactly as serving renders them."""
+"""A verifier's chat template: renders messages to text exactly as in serving."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ from datetime import datetime
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from specforge.data.text.turns import Message
+from specforge.private.transformers import compiled_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
-TIME_LIMIT = 10.0  # seconds that rendering one row may take
+TIME_LIMIT = 10.0  # seconds for rendering one row
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class TemplateRefusal(Exception):
-    """The template cannot render a chat; the message says why."""
+    """The template cannot render a chat; the message gives the reason."""
 
 
 class TooSlow(Exception):
-    """Rendering took longer than its time limit; no refusal, after which something else would be tried."""
+    """Rendering exceeded its time limit; unlike after a refusal, no alternative is tried."""
 
 
 class ChatTemplate:
     """Renders chats with a tokenizer's chat template.
 
     Args:
-        tokenizer: The verifier's.
-        arguments: What the template is given besides the chat, such as ``{"enable_thinking": False}``.
-        date: Day that a template prints as today's, as ``2026-11-29``. Default: the day on which this object is made.
+        tokenizer: The verifier's tokenizer.
+        arguments: Extra arguments of the template, such as ``{"enable_thinking": False}``.
+        date: Date that a template prints as today, such as ``2026-11-29``. Default: the day of construction.
         end_tokens: Texts of the tokens that end a reply. Default: the tokenizer's end-of-sequence token.
     """
 
@@ -60,34 +61,34 @@ class ChatTemplate:
 
     @property
     def exists(self) -> bool:
-        """Whether the tokenizer has a chat template at all."""
+        """Whether the tokenizer has a chat template."""
         return bool(self.tokenizer.chat_template)
 
     @property
     def prints_date(self) -> bool:
-        """Whether what it renders depends on the day."""
+        """Whether the rendered text depends on the date."""
         return "strftime_now" in json.dumps(self.tokenizer.chat_template)
 
     @property
     def identity(self) -> list[Any]:
-        """What rendered rows depend on besides the chat; of the day only if it was given, else it stays as built."""
+        """Everything that rendered rows depend on except the chat; the date counts only if it was given."""
         names = [self.tokenizer.chat_template, self.tokenizer.special_tokens_map]
         return [*names, self.end_tokens, self.arguments, self._given_date]
 
-    def on(self, date: str) -> ChatTemplate:
-        """Return the same template on another day, with the same identity."""
+    def with_date(self, date: str) -> ChatTemplate:
+        """Return the same template with another date and the same identity."""
         other = copy.copy(self)
         other.date = date
         return other
 
     def with_arguments(self, **arguments: Any) -> ChatTemplate:
-        """Return the same template with further arguments."""
+        """Return the same template with additional arguments."""
         other = copy.copy(self)
         other.arguments = {**self.arguments, **arguments}
         return other
 
     def has_tags(self, tools: list[Any] | None) -> bool:
-        """Tell whether the template for these tools marks replies by ``{% generation %}``."""
+        """Return whether the template for these tools marks replies with ``{% generation %}``."""
         return bool(_GENERATION_TAG.search(self._source(tools)))
 
     def render(self, messages: Sequence[Message], tools: list[Any] | None, add_generation_prompt: bool = False) -> str:
@@ -95,30 +96,30 @@ class ChatTemplate:
 
         Args:
             messages: The chat.
-            tools: Descriptions of tools, if the chat has any.
-            add_generation_prompt: Whether to end with what opens a reply, as serving does.
+            tools: Tool descriptions, if the chat has any.
+            add_generation_prompt: Whether to append the opening of a reply, as in serving.
 
         Raises:
-            TemplateRefusal: The template refuses the chat, or fails.
+            TemplateRefusal: The template refuses the chat or fails.
         """
         texts, _ = self._render(messages, tools, add_generation_prompt=add_generation_prompt)
         return str(texts[0])
 
     def prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
-        """Return the tokens that a reply to a chat follows.
+        """Return the prompt tokens for a reply to a chat.
 
         Raises:
-            TemplateRefusal: As ``render``.
+            TemplateRefusal: See ``render``.
         """
         text = self.render(messages, tools, add_generation_prompt=True)
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokens
 
     def tagged_spans(self, messages: Sequence[Message], tools: list[Any] | None) -> list[Span]:
-        """Return what ``{% generation %}`` tags mark, as half-open ranges of characters of the rendered chat.
+        """Return the half-open character ranges of the rendered chat that ``{% generation %}`` tags mark.
 
         Raises:
-            TemplateRefusal: As ``render``.
+            TemplateRefusal: See ``render``.
         """
         _, spans = self._render(messages, tools, return_assistant_tokens_mask=True)
         return [(int(start), int(end)) for start, end in spans[0]]
@@ -129,8 +130,8 @@ class ChatTemplate:
         source = self._source(tools)
         names = {**self.tokenizer.special_tokens_map, **self.arguments}
         try:
-            # One day for all rows of a build. The compiled template is shared, so that it is told before each use.
-            _compile_jinja_template(source).globals["strftime_now"] = datetime.fromisoformat(self.date).strftime
+            # One date for all rows of a build; set before each use because the compiled template is shared.
+            compiled_template(source).globals["strftime_now"] = datetime.fromisoformat(self.date).strftime
             rendered: tuple[list[str], list[list[Span]]] = render_jinja_template(
                 [list(messages)], tools=tools, chat_template=source, **options, **names
             )
@@ -138,7 +139,7 @@ class ChatTemplate:
             raise
         except RecursionError:
             raise TemplateRefusal("it is nested too deeply") from None
-        except Exception as error:  # templates are programs, and fail in their own ways
+        except Exception as error:  # templates are programs and may raise anything
             raise TemplateRefusal(_described(error)) from error
         return rendered
 
@@ -148,10 +149,10 @@ class ChatTemplate:
 
 @contextmanager
 def time_limit(seconds: float = TIME_LIMIT) -> Iterator[None]:
-    """Stop what runs inside after some seconds; only in the main thread, since no other takes signals.
+    """Interrupt the body after some seconds; only in the main thread, the only one that receives signals.
 
     Raises:
-        TooSlow: The time is over.
+        TooSlow: The time limit is exceeded.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
         yield
@@ -170,9 +171,9 @@ def time_limit(seconds: float = TIME_LIMIT) -> Iterator[None]:
 
 
 def arguments_advice(arguments: Mapping[str, Any]) -> str:
-    """Return what to do to render with some template arguments."""
+    """Return which flags to give to render with these template arguments."""
     flags = " ".join(f"--template_arguments.{key} {json.dumps(value)}" for key, value in arguments.items())
-    return f"give {flags}" if flags else "leave --template_arguments out"
+    return f"give {flags}" if flags else "omit --template_arguments"
 
 
 def _described(error: Exception) -> str:

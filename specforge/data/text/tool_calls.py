@@ -1,4 +1,4 @@
-"""Tools and the calls of them, in the form of OpenAI's API, from each of the forms in which data sets hold them."""
+"""Tools and tool calls, normalised from the forms found in data sets to that of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from typing import Any
 
 from specforge.data.text.bad_rows import BadRow
 
-_CALL_KEYS = ("name", "arguments", "parameters")  # of a bare call; others, such as its id, are beside the function
+_CALL_KEYS = (
+    "name",
+    "arguments",
+    "parameters",
+)  # keys of a bare call's function; others, such as its id, belong to the call
 
 
 def without_nulls(value: Any) -> Any:
     """Return a value without the null fields of its objects, at every depth.
 
-    Arrow gives each object the fields of all others in its column, and fills them with null. Elements of lists stay.
+    Arrow gives each object the fields of all objects in its column and fills missing ones with null. List elements
+    are kept.
     """
     if isinstance(value, dict):
         return {key: one if type(one) is str else without_nulls(one) for key, one in value.items() if one is not None}
@@ -23,26 +28,26 @@ def without_nulls(value: Any) -> Any:
 
 
 def parsed(value: Any) -> Any:
-    """Return what a string holds as JSON, or the value as it is: no string, or no JSON."""
+    """Return a string parsed as JSON; a value that is not a string or not JSON is returned unchanged."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
-    except (ValueError, RecursionError):  # also a number of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError):  # also a number with thousands of digits, thousands of brackets
         return value
 
 
 def read_tools(value: Any, location: str) -> list[dict[str, Any]] | None:
-    """Return descriptions of tools as ``{"type": "function", "function": {...}}``; None if there are none.
+    """Return tool descriptions as ``{"type": "function", "function": {...}}``; None if there are none.
 
     Args:
-        value: A list or a JSON string of one. A tool may itself be a JSON string, and may be a bare function.
-        location: Of the row.
+        value: A list or a JSON string of one. Each tool may be a JSON string or a bare function.
+        location: Location of the row.
 
     Raises:
-        BadRow: The value is no list of tools that have a name.
+        BadRow: The value is not a list of tools with names.
     """
-    tools = parsed(without_nulls(value))  # in this order: nulls in a JSON string are there on purpose
+    tools = parsed(without_nulls(value))  # in this order: nulls inside a JSON string are intended
     if tools is None or tools == "" or tools == {}:
         return None
     if isinstance(tools, dict):
@@ -55,19 +60,18 @@ def read_tools(value: Any, location: str) -> list[dict[str, Any]] | None:
 
 
 def read_tool_calls(value: Any, location: str, where: str) -> list[dict[str, Any]]:
-    """Return the calls of an assistant's turn as ``{"type": "function", "function": {"name": ..., "arguments": ...}}``.
+    """Return the calls of an assistant turn as ``{"type": "function", "function": {"name": ..., "arguments": ...}}``.
 
-    The arguments are an object wherever they can be read as one: a JSON string of an object is parsed, and missing or
-    empty arguments are an empty object. A string that holds anything else stays as it is. Other keys, such as ``id``,
-    are kept.
+    Arguments become an object if possible: a JSON string of an object is parsed, and missing or empty arguments become
+    an empty object. Any other string is kept unchanged. Other keys, such as ``id``, are kept.
 
     Args:
         value: A call, a list of calls, or a JSON string of either. A call may be a bare function.
-        location: Of the row.
-        where: The turn, such as ``message 3``.
+        location: Location of the row.
+        where: Name of the turn, such as ``message 3``.
 
     Raises:
-        BadRow: The value is something else, or a call has no name.
+        BadRow: The value has another form, or a call has no name.
     """
     calls = parsed(value)
     if isinstance(calls, dict):
@@ -86,7 +90,7 @@ def _read_tool(tool: Any, location: str) -> dict[str, Any]:
             f"'tools' holds {tool!r:.80}; a tool is an object {{'type': 'function', 'function': {{'name': ...}}}}",
         )
     function = wrapped["function"]
-    # A column of schemas that differ is often stored as JSON strings.
+    # Columns of differing schemas are often stored as JSON strings.
     parameters = parsed(function.get("parameters"))
     return {**wrapped, "function": {**function, "parameters": parameters}} if isinstance(parameters, dict) else wrapped
 
@@ -110,16 +114,16 @@ def _read_call(call: Any, location: str, where: str) -> dict[str, Any]:
 
 
 def _wrapped(value: Any, function_keys: tuple[str, ...] | None = None) -> dict[str, Any] | None:
-    """Return a function as the API wraps it; None if it is none.
+    """Return a function in the wrapped form of the API; None if the value is not a named function.
 
     Args:
-        value: What a row holds.
-        function_keys: Keys of a bare function that are the function's own; None for all.
+        value: The row's value.
+        function_keys: Keys of a bare function that belong into ``function``; None for all.
     """
     if not isinstance(value, dict):
         return None
     if isinstance(value.get("function"), dict):
-        # In the order of the row: a template may print a call as it is.
+        # Keep the key order of the row: a template may print a call verbatim.
         wrapped = value if "type" in value else {"type": "function", **value}
     else:
         bare = {key: one for key, one in value.items() if key != "type"}
@@ -130,4 +134,4 @@ def _wrapped(value: Any, function_keys: tuple[str, ...] | None = None) -> dict[s
 
 
 def _kind(value: Any) -> str:
-    return "a text that is no JSON" if isinstance(value, str) else type(value).__name__
+    return "a text that is not JSON" if isinstance(value, str) else type(value).__name__

@@ -1,4 +1,4 @@
-"""One turn of a conversation in its normal form: a message as chat templates read it."""
+"""One turn of a conversation, normalised to the message form that chat templates read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SPEAKERS = {
     "ipython": "tool",
 }
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-# Keys that say whether a turn is trained on, and the value that each has if it is not.
+# Keys that state whether a turn is trained on, with the value that means it is not.
 _TRAINING_KEYS = {"weight": False, "loss": False, "train": False, "training": False, "masked": True}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -39,17 +39,17 @@ def read_turn(turn: Any, location: str, number: int) -> tuple[Message, bool]:
     """Read one turn.
 
     Args:
-        turn: What a row holds: ``role`` and ``content``, or ShareGPT's ``from`` and ``value``.
-        location: Of the row.
-        number: Of the turn in it, from 0.
+        turn: The row's value: ``role`` and ``content``, or ShareGPT's ``from`` and ``value``.
+        location: Location of the row.
+        number: Index of the turn, from 0.
 
     Returns:
-        The message, and whether it is a reply that may be trained on: one of the assistant that holds text, thinking or
-        calls, and does not say that it shall not be trained on.
+        The message, and whether it is a reply to train on: an assistant message with text, thinking or tool calls that
+        is not marked as excluded from training.
 
-        The message has ``role``, one of ``ROLES``, and ``content``, a string: empty beside tool calls if there is none.
-        ``tool_calls`` is as ``read_tool_calls`` returns it, thinking that is apart from the content is in
-        ``reasoning_content``; neither is there if empty. Other keys are kept, null ones dropped.
+        The message has ``role``, one of ``ROLES``, and ``content``, a string (empty if there are only tool calls).
+        ``tool_calls`` has the form of ``read_tool_calls``; thinking outside the content is in ``reasoning_content``.
+        Both keys are absent if empty. Other keys are kept, null values dropped.
 
     Raises:
         BadRow: The turn is malformed.
@@ -62,15 +62,15 @@ def read_turn(turn: Any, location: str, number: int) -> tuple[Message, bool]:
             f"{where}: a message is an object such as {{'role': 'user', 'content': 'Hi'}}, found {type(turn).__name__}",
         )
     message = without_nulls(turn)
-    role = _read_role(message, location, where)
+    role = _pop_role(message, location, where)
     content = message.pop("content") if "content" in message else message.pop("value", None)
     function_call = message.pop("function_call", None)  # the API's form before tool_calls
     called = message.pop("tool_calls", None) or function_call
     if role == _FUNCTION_CALL:
         role, called, content = "assistant", called or content or {}, ""
     calls = read_tool_calls(called, location, where) if called not in (None, "", []) else []
-    wanted = _says_trained_on(message, location, where)
-    reasoning = _read_reasoning(message, location, where)
+    is_trained = _pop_trained_on(message, location, where)
+    reasoning = _pop_reasoning(message, location, where)
     if content is None and (calls or role == "tool" or reasoning):
         content = ""
     normal: Message = {"role": role, "content": _read_content(content, location, where)}
@@ -78,17 +78,17 @@ def read_turn(turn: Any, location: str, number: int) -> tuple[Message, bool]:
         normal["reasoning_content"] = reasoning
     if calls:
         normal["tool_calls"] = calls
-    return {**normal, **message}, wanted and is_reply(normal)
+    return {**normal, **message}, is_trained and is_reply(normal)
 
 
 def is_reply(message: Message) -> bool:
-    """Tell whether a message is one of the assistant that holds text, thinking or calls."""
-    says_something = message["content"].strip() or "reasoning_content" in message or "tool_calls" in message
-    return bool(message["role"] == "assistant" and says_something)
+    """Return whether a message is an assistant message with text, thinking or tool calls."""
+    has_output = message["content"].strip() or "reasoning_content" in message or "tool_calls" in message
+    return bool(message["role"] == "assistant" and has_output)
 
 
-def _read_role(message: Message, location: str, where: str) -> str:
-    """Take the role out of a message."""
+def _pop_role(message: Message, location: str, where: str) -> str:
+    """Remove and return the role of a message."""
     key = "role" if "role" in message else "from"
     speaker = message.pop(key, None)
     role = _SPEAKERS.get(speaker.strip().lower()) if isinstance(speaker, str) else None
@@ -102,8 +102,8 @@ def _read_role(message: Message, location: str, where: str) -> str:
     return role
 
 
-def _says_trained_on(message: Message, location: str, where: str) -> bool:
-    """Take the keys out of a message that say whether it is trained on."""
+def _pop_trained_on(message: Message, location: str, where: str) -> bool:
+    """Remove the keys that state whether a message is trained on, and return whether it is."""
     trained_on = True
     for key in sorted(_TRAINING_KEYS.keys() & message):
         value = message.pop(key)
@@ -115,8 +115,8 @@ def _says_trained_on(message: Message, location: str, where: str) -> bool:
     return trained_on
 
 
-def _read_reasoning(message: Message, location: str, where: str) -> str:
-    """Take the thinking out of a message, whatever its key."""
+def _pop_reasoning(message: Message, location: str, where: str) -> str:
+    """Remove and return the thinking of a message, under any of its keys."""
     reasoning = ""
     for key in _REASONING_KEYS:
         value = message.pop(key, "")

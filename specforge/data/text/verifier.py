@@ -1,4 +1,4 @@
-"""What rows need of a verifier: its tokenizer and the number of its ids. Neither needs its weights."""
+"""What rows need of a verifier: its tokenizer and vocabulary size. Neither needs its weights."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class VerifierText:
-    """A verifier's text side, loaded when first needed.
+class VerifierTokenizer:
+    """A verifier's tokenizer, chat template and vocabulary size, loaded on first use.
 
     Attributes:
-        name: hub name or folder.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: whether to run code that comes with it.
-        template_arguments: what its chat template is given besides the chat.
-        template_date: day that the template prints as today's, as `2026-11-29`; None for today.
+        name: Hub name or folder.
+        revision: Branch, tag or commit on the hub; None for the default branch.
+        trust_remote_code: Whether to run code shipped with it.
+        template_arguments: Extra arguments of its chat template.
+        template_date: Date that the template prints as today, such as ``2026-11-29``; None for today.
     """
 
     name: str
@@ -37,10 +37,10 @@ class VerifierText:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template, with the tokenizer.
+        """The chat template with the tokenizer.
 
         Raises:
-            UsageError: it cannot be loaded, the date is none, or it does not read an argument.
+            UsageError: The tokenizer cannot be loaded, the date is malformed, or the template ignores an argument.
         """
         from specforge.data.text.template import ChatTemplate
 
@@ -57,10 +57,10 @@ class VerifierText:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer; rows of tokens do without.
+        """The tokenizer; token rows do not need it.
 
         Raises:
-            UsageError: it cannot be loaded.
+            UsageError: The tokenizer cannot be loaded.
         """
         from transformers import AutoTokenizer
 
@@ -73,10 +73,10 @@ class VerifierText:
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of ids, V.
+        """Vocabulary size V.
 
         Raises:
-            UsageError: config.json cannot be loaded.
+            UsageError: ``config.json`` cannot be loaded.
         """
         return int(self._config.get_text_config().vocab_size)
 
@@ -92,12 +92,12 @@ class VerifierText:
             raise self._not_loaded("config.json", error) from error
 
     def _end_tokens(self) -> list[str]:
-        """Return the texts of the tokens that end a reply: those of its generation config, and the tokenizer's."""
+        """Return the texts of the end tokens: those of the generation config and of the tokenizer."""
         from transformers import GenerationConfig
 
         try:
             settings: Any = GenerationConfig.from_pretrained(self.name, revision=self.revision)
-        except Exception:  # without such a file, the model's own configuration holds, as in transformers
+        except Exception:  # without a generation config, use the model's configuration, as transformers does
             settings = self._config.get_text_config()
         ends = getattr(settings, "eos_token_id", None)
         numbers = [*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id]

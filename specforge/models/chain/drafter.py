@@ -1,4 +1,4 @@
-"""A drafter for networks that predict features: committed rows read the verifier's, drafted rows the network's own.
+"""EAGLE's way of drafting: committed rows read the verifier's features, drafted rows the network's own.
 
 Row t of the cache reads token x_{t+1} beside the feature of token t, as step 0 of training does (see
 ``specforge.models.chain.alignment``). A drafted node reads its own token beside its parent's state, one position

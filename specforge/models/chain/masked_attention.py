@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What scaled_dot_product_attention runs on a CPU, and its gradients.
-_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+from specforge.private.torch import ATTENTION, ATTENTION_BACKWARD
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Callable[[], Tensor], scale: float) -> Tensor:
@@ -41,7 +39,7 @@ class _OnCPU(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, visible: Callable[[], Tensor], scale: float
     ) -> Tensor:
-        output, logsumexp = _FORWARD(query, key, value, attn_mask=_summand(visible(), query.dtype), scale=scale)
+        output, logsumexp = ATTENTION(query, key, value, attn_mask=_summand(visible(), query.dtype), scale=scale)
         ctx.save_for_backward(query, key, value, output, logsumexp)
         ctx.visible, ctx.scale = visible, scale
         return cast(Tensor, output)
@@ -50,7 +48,7 @@ class _OnCPU(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, *kept = ctx.saved_tensors
         mask = _summand(ctx.visible(), query.dtype)
-        return *_BACKWARD(gradient, query, *kept, 0.0, False, attn_mask=mask, scale=ctx.scale), None, None
+        return *ATTENTION_BACKWARD(gradient, query, *kept, 0.0, False, attn_mask=mask, scale=ctx.scale), None, None
 
 
 def _summand(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,48 +7,55 @@ one-hot in that feature, and its value is one-hot too, so that the output report
 The weight times the row's own value is then added. Selectors stand before the step-0 keys, so plain causal attention
 lets every row see all of them; that of step 1 stands last, so that what step k attends to is a view.
 
-A step runs the rows that are needed of it alone (``specforge.models.draft_rows``); the others are attended to. On a CPU
-a few hundred queries at a time go by a mask of their own; accelerators are faster at all positions without one.
+A step runs only the rows that are needed of it (``specforge.models.draft_rows``); the others are attended to. There are
+two kernels, because their costs differ by device:
 
-Letters in shapes: N rows (a flattened batch), n rows that a step runs, D width of a head.
+* On a CPU, a few hundred queries at a time attend by a mask, to the keys up to the last of them: time follows the
+  number of queries.
+* Accelerators have fast kernels for causal attention without a mask. Queries are put where their keys are, and slots
+  without a query are computed in vain. A sliding window needs a mask there, too.
+
+Letters in shapes: N rows (a flattened batch), n rows that a step runs, D width of a head; G documents of a group, with
+Q slots for queries and L for keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from specforge.documents import DocumentLayout, attend_at
+from specforge.documents import Groups
 from specforge.models.chain.masked_attention import masked_attention
+from specforge.models.chain.queries import Queries
 from specforge.models.draft_attention import DraftAttention
 from specforge.models.draft_rows import DraftRows
+from specforge.moving import moved
 
 # On a CPU: small enough that few keys are looked at in vain, large enough that each product is a large one.
 QUERIES_PER_MASK = 256
 
 KeysAndValues = tuple[Tensor, Tensor]
-T = TypeVar("T")
 
 
 class TrainingTimeTest:
     """Keys and values of the steps so far, by layer.
 
     Args:
-        document_ids: Which document a token belongs to, -1 for padding, [B, T].
         rows: The rows that are run, in one row [1, n] each step.
     """
 
-    def __init__(self, document_ids: Tensor, rows: DraftRows) -> None:
-        self.layout = DocumentLayout.of(document_ids).reordered(rows.order)
+    def __init__(self, rows: DraftRows) -> None:
+        documents, device = rows.documents, rows.order.device
+        find = Queries.packed if _attends_by_masks(device) else Queries.at_their_keys
         # At step 0, all layers but the last one run all rows.
-        self.queries = {count: self.layout.queries_of_first(count) for count in {len(rows.order), *rows.counts}}
+        queries = {count: find(documents, count) for count in {len(rows.order), *rows.counts}}
+        self.keys, self.queries = moved((Groups.of(documents.groups), queries), device)
         self.later_steps = len(rows.counts) - 1
         self._first: dict[int, list[KeysAndValues]] = {}
         self._later: dict[int, list[KeysAndValues]] = {}
@@ -58,8 +65,8 @@ class TrainingTimeTest:
         """Return the attention of a step, 0 for the first one; all earlier ones have run before it is used."""
         return TrainingTimeStep(self, step)
 
-    def leave(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Remember keys and values of the rows behind those that step 0 runs in a layer."""
+    def record_others(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Remember keys and values of the rows after those that step 0 runs in a layer."""
         self._others[layer] = key, value
 
     def until(
@@ -93,8 +100,9 @@ class TrainingTimeTest:
         extra = _extra_features(number, key.dtype)
         selector = torch.arange(number, device=key.device)
         found = []
-        for keys, values in zip(self.layout.gather(key), self.layout.gather(value), strict=True):
-            keys, values = (F.pad(one, (0, extra, number, 0)) for one in (keys, values))
+        gathered = (self.keys.gather(one[0].transpose(0, 1)) for one in (key, value))
+        for of_group in zip(*gathered, strict=True):
+            keys, values = (F.pad(one.transpose(1, 2), (0, extra, number, 0)) for one in of_group)
             keys[:, :, number - 1 - selector, width + selector] = 1
             values[:, :, number - 1 - selector, width + selector] = 1
             if _is_short(key.dtype):
@@ -126,36 +134,24 @@ class TrainingTimeStep:
         first, later = self.test.until(self.step, layer, key, value)
         width, groups = query.shape[3], key.shape[1]
         carrying = _carry(_own_logits(query, [own_key for own_key, _ in later]), query, self.test.later_steps)
+        queries = self.test.queries[query.shape[2]]
         attention = partial(_selector_attention, steps=self.step, scale=scale, window=window)
-        output = attend_at(self.test.queries[query.shape[2]], attention, carrying, first).unflatten(1, (groups, -1))
+        gathered = queries.groups.gather(carrying[0].transpose(0, 1))
+        outputs = [
+            attention(own.transpose(1, 2), *keys, positions, reach).transpose(1, 2)
+            for own, keys, positions, reach in zip(gathered, first, queries.positions, queries.reach, strict=True)
+        ]
+        flat = queries.groups.scatter(outputs, query.shape[2])
+        output = flat.transpose(0, 1)[None].unflatten(1, (groups, -1))
         attended = output[..., :width]
         for number, (_, own_value) in enumerate(later):
             attended = attended + output[..., width + number, None] * own_value[:, :, None]
         return attended.flatten(1, 2)
 
 
-def run_first(run: Callable[[slice, DraftAttention], T], attention: DraftAttention, rows: int, wanted: int | None) -> T:
-    """Run a layer for its first rows alone, where the others are only attended to.
-
-    Args:
-        run: Runs the layer on some of its rows, by the attention that is given.
-        attention: What the rows see: at step 0 of training, where fewer than all rows are wanted.
-        rows: How many rows there are.
-        wanted: How many of them are wanted; None for all.
-
-    Returns:
-        What ``run`` returns for the first ones.
-    """
-    if wanted is not None and wanted < rows:
-        assert isinstance(attention, TrainingTimeStep) and attention.step == 0
-        with suppress(_KeysTaken):
-            run(slice(wanted, rows), _KeysAlone(attention.test))
-    return run(slice(wanted), attention)
-
-
 @dataclass(frozen=True)
-class _KeysAlone:
-    """Takes the keys and values of rows in a layer, and leaves the layer before anything else is computed."""
+class _KeysOnly:
+    """Remembers keys and values in the place of attending."""
 
     test: TrainingTimeTest
 
@@ -163,12 +159,23 @@ class _KeysAlone:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
-        self.test.leave(layer, key, value)
-        raise _KeysTaken
+        self.test.record_others(layer, key, value)
+        return torch.zeros_like(query)
 
 
-class _KeysTaken(Exception):
-    """What is wanted of a layer has been computed."""
+def record_keys(module: nn.Module, states: Tensor, attention: DraftAttention, **options: Any) -> None:
+    """Give a layer the keys and values of rows that it does not run, before it runs the rows in front of them.
+
+    The attention module is the family's own, so its output projection runs as well, on zeros and without a gradient.
+
+    Args:
+        module: The layer's attention module.
+        states: What it reads of these rows, [1, N - n, H].
+        attention: What the rows in front see: step 0 of training.
+        **options: What the layer passes to the module besides, of these rows.
+    """
+    assert isinstance(attention, TrainingTimeStep) and attention.step == 0
+    module(states, attention_mask=None, draft_attention=_KeysOnly(attention.test), **options)
 
 
 def _own_logits(query: Tensor, keys: list[Tensor]) -> list[Tensor]:
@@ -205,11 +212,16 @@ def _carry(logits: list[Tensor], query: Tensor, number: int) -> Tensor:
     return F.pad(together, (0, width - together.shape[-1]))
 
 
+def _attends_by_masks(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
 def _selector_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
+    reach: Sequence[int],
     *,
     steps: int,
     scale: float,
@@ -221,7 +233,8 @@ def _selector_attention(
         query: With extra features where there are selectors, [G, heads, Q, D or D + extra].
         key: [G, key-value heads, n + L, D + extra].
         value: [G, key-value heads, n + L, D + extra].
-        positions: Where the queries stand among the L keys, int64 [G, Q].
+        positions: See ``Queries``.
+        reach: See ``Queries``.
         steps: Number n of selectors.
         scale: Factor of the logits.
         window: Sliding window over positions, or None.
@@ -231,36 +244,41 @@ def _selector_attention(
     """
     key, value = key[..., : query.shape[3]], value[..., : query.shape[3]]
     slides = window is not None and window < key.shape[2]
-    kernel = _in_blocks if query.device.type == "cpu" or slides else _at_all_positions
-    return kernel(query, key, value, positions, steps, scale, window)
+    if positions is None and not slides:
+        return _at_all_keys(query, key, value, steps, scale)
+    if positions is None:
+        positions = torch.arange(query.shape[2], device=query.device).expand(len(query), -1)
+    return _in_blocks(query, key, value, positions, reach, steps, scale, window)
 
 
 def _in_blocks(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, steps: int, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    reach: Sequence[int],
+    steps: int,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
     """Attend some queries at a time, by masks over the keys up to the last of them: nothing is square."""
     if not positions.numel():
         return query
     outputs = []
-    for some, own in zip(query.split(QUERIES_PER_MASK, 2), positions.split(QUERIES_PER_MASK, 1), strict=True):
-        length = int(own.max()) + 1
+    for begin in range(0, query.shape[2], QUERIES_PER_MASK):
+        block = slice(begin, begin + QUERIES_PER_MASK)
+        length = reach[block][-1]
         seen = slice(steps + length)
-        visible = partial(_visible, own, length, steps, window)
-        outputs.append(masked_attention(some, key[:, :, seen], value[:, :, seen], visible, scale))
+        visible = partial(_visible, positions[:, block], length, steps, window)
+        outputs.append(masked_attention(query[:, :, block], key[:, :, seen], value[:, :, seen], visible, scale))
     return torch.cat(outputs, dim=2)
 
 
-def _at_all_positions(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, steps: int, scale: float, window: int | None
-) -> Tensor:
-    """Attend at every key's position without a mask, as the fastest kernels of accelerators do, and keep the queries'.
-
-    Rows in front of the first position stand where the selectors do, and rows without a query are zero.
-    """
-    index = (steps + positions)[:, None, :, None].expand_as(query)
-    every = query.new_zeros(*query.shape[:2], *key.shape[2:]).scatter(2, index, query)
+def _at_all_keys(query: Tensor, key: Tensor, value: Tensor, steps: int, scale: float) -> Tensor:
+    """Attend without a mask, with a query at each key; those at the selectors are zero and left out again."""
+    every = F.pad(query, (0, 0, steps, 0))
     attended = F.scaled_dot_product_attention(every, key, value, is_causal=True, scale=scale, enable_gqa=True)
-    return attended.gather(2, index)
+    return attended[:, :, steps:]
 
 
 def _visible(positions: Tensor, length: int, steps: int, window: int | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The steps of a chain in training, for networks that predict features: each reads what the one before predicted."""
+"""Training-time test (EAGLE-3) and HASS: each step of a chain reads the features that the one before predicted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ def run_chain(
     input_ids: Tensor,
     feature: Tensor,
     position_ids: Tensor,
-    document_ids: Tensor,
     rows: DraftRows,
     first_position: int,
     detached: bool = False,
@@ -31,7 +30,6 @@ def run_chain(
         input_ids: The verifier's tokens x, [B, T].
         feature: What the first step reads of the verifier, [B, T, H].
         position_ids: Positions that restart at 0 with each document, [B, T].
-        document_ids: Which document a token belongs to, -1 for padding, [B, T].
         rows: The rows that each step runs.
         first_position: Position of row 0 at step 0, as in drafting.
         detached: No gradient flows through what is fed back.
@@ -39,7 +37,7 @@ def run_chain(
     Returns:
         The network's states, one step behind the other, [P, H] for P pairs of row and step (see ``DraftRows.places``).
     """
-    attention = TrainingTimeTest(document_ids, rows)
+    attention = TrainingTimeTest(rows)
     tokens = step_tokens(input_ids, len(rows.counts)).flatten(1)[:, None, rows.order]
     positions = position_ids.flatten()[None, rows.order] + first_position
     read = feature.flatten(0, 1)[None, rows.order]

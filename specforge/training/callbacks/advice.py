@@ -12,8 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from specforge.data.module import DraftDataModule
+from specforge.data.module import DraftDataModule, data_of
 from specforge.data.rows.coverage import coverage_by_size
+from specforge.training.attached import FIT, is_fitting
 from specforge.training.callbacks.board.acceptance import accept_rates
 from specforge.training.module import DraftModule
 from specforge.training.saying import say
@@ -165,7 +166,7 @@ class Advice(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the validations so far."""
         module, metrics = cast(DraftModule, pl_module), trainer.callback_metrics
-        if trainer.sanity_checking or module.monitor not in metrics:
+        if not is_fitting(trainer) or module.monitor not in metrics:
             return
         figures = float(metrics[module.monitor]), float(metrics["val/loss"])
         self._validations.append(Validation(trainer.global_step, *figures, *mean_and_error(self._losses)))
@@ -173,12 +174,14 @@ class Advice(Callback):
         self._say_once("overfitting", overfitting(self._validations, trainer.current_epoch == 0))
         draft_ids, rates = module.draft.draft_ids, accept_rates(trainer, module, "pos")
         if draft_ids is not None:
-            self._say_once("vocabulary", _of_vocabulary(draft_ids.cpu(), rates, trainer.datamodule))
+            self._say_once("vocabulary", _of_vocabulary(draft_ids.cpu(), rates, data_of(trainer)))
 
     @rank_zero_only
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look at where the learning rate has come to."""
         # Not on_train_end: the progress bar would be drawn once more below the line.
+        if stage != FIT:
+            return
         module = cast(DraftModule, pl_module)
         share = trainer.optimizers[0].param_groups[0]["lr"] / module.optimizer_settings.lr
         if line := high_rate(share, trainer.global_step, module.length.steps, module.schedule_settings):

@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.plugins import TorchCheckpointIO
+from torch import Tensor
 
+from specforge.private.lightning import cluster_environment, is_accumulating, may_stop_early, validation_follows
+from specforge.training.attached import callbacks_of, is_fitting
 from specforge.training.callbacks.board.hyperparameters import log_results
+from specforge.training.callbacks.configuration import next_call
 from specforge.training.callbacks.stopping import StopRequest
 from specforge.training.module import DraftModule
 from specforge.training.runs import BEST, LAST
+from specforge.training.saving import WholeCheckpointIO
 from specforge.training.saying import say
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Saves the state of the best validation, by acceptance length, as ``checkpoints/best.ckpt``.
+    """Saves the state of the best validation as ``checkpoints/best.ckpt``.
+
+    The folder of the checkpoints is ``dirpath``; unless it is set, it is below the folder of the trainer's logger.
 
     Args:
-        folder: Folder of the checkpoints.
+        monitor: What to choose by; null for the acceptance length, exact or as a proxy as the data allow.
+        mode: Whether more of it is better (max), or less (min).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, monitor: str | None = None, mode: Literal["max", "min"] = "max") -> None:
         super().__init__(
-            dirpath=folder,
             filename=Path(BEST).stem,
-            mode="max",
+            monitor=monitor,
+            mode=mode,
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         )
-        self.dirpath = str(folder)  # as the person gave it, which Lightning makes absolute
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learn what to choose by: the data decide whether the acceptance length is exact or a proxy."""
-        self.monitor = cast(DraftModule, pl_module).monitor
+        """Find what to choose by: the data decide whether the acceptance length is exact or a proxy."""
+        self.monitor = self.monitor or cast(DraftModule, pl_module).monitor
         super().setup(trainer, pl_module, stage)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,17 +61,20 @@ class LastCheckpoint(Checkpoint):
     Lightning calls a ``Checkpoint`` after other callbacks and in the order given, here after the best has been chosen.
 
     Args:
-        arguments: The words after ``specforge fit``.
         every_n_steps: Optimizer steps between two savings.
     """
 
-    def __init__(self, arguments: list[str], every_n_steps: int) -> None:
-        self.arguments = arguments
+    def __init__(self, every_n_steps: int = 500) -> None:
         self.every_n_steps = every_n_steps
         self._stop = StopRequest()
         self._saved_step = 0
         self._leaving = 0
         self._epoch_is_over = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have checkpoints written whole or not at all, unless the trainer was given a writer of its own."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals that ask to stop: the step under way is finished and saved first."""
@@ -71,7 +82,7 @@ class LastCheckpoint(Checkpoint):
         if epochs.completed == epochs.ready:
             # Going on from the end of an epoch, there is no epoch to take up in its middle.
             trainer.fit_loop.epoch_loop.restarting = False
-        self._saved_step = trainer.global_step
+        self._saved_step, self._leaving = trainer.global_step, 0
         self._stop.listen(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -79,19 +90,22 @@ class LastCheckpoint(Checkpoint):
         if self._leaving:
             self._leave(trainer, self._leaving)
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Ask all processes for signals; they have answered when the step ends."""
+        self._stop.ask()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when it is time, or when a signal asks to stop; where a validation follows the step, after that."""
         # What is saved before a validation goes on behind it, and the best draft would be chosen without it.
-        loop = trainer.fit_loop
-        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
-            self._save_if_it_is_time(trainer)
+        if not validation_follows(trainer):
+            self._save_if_it_is_time(trainer, self._stop.answer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after a validation in the middle of an epoch, for the step before it."""
-        if not trainer.sanity_checking:
-            self._save_if_it_is_time(trainer)
+        if is_fitting(trainer):
+            self._save_if_it_is_time(trainer, self._stop.agreed)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after each epoch; where the run ends inside one, its last step has been saved already."""
@@ -99,7 +113,7 @@ class LastCheckpoint(Checkpoint):
             self._epoch_is_over = True
             self._save(trainer)
             self._epoch_is_over = False
-        if number := self._stop.agreed(trainer):
+        if number := self._stop.agreed():
             self._leave(trainer, number)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -109,12 +123,12 @@ class LastCheckpoint(Checkpoint):
             for scope in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
                 scope["completed"] = scope["processed"]
 
-    def _save_if_it_is_time(self, trainer: Trainer) -> None:
+    def _save_if_it_is_time(self, trainer: Trainer, signal_received: Callable[[], int]) -> None:
         # Between optimizer steps there are gradients that a checkpoint does not hold.
-        between_steps = trainer.global_step == self._saved_step or trainer.fit_loop._should_accumulate()
+        between_steps = trainer.global_step == self._saved_step or is_accumulating(trainer)
         if between_steps or _epoch_is_complete(trainer):  # the whole epoch is saved when it has ended
             return
-        self._leaving = self._stop.agreed(trainer)
+        self._leaving = signal_received()
         is_last_step = trainer.global_step == trainer.max_steps or _stops_early(trainer)
         if self._leaving or is_last_step or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
@@ -125,12 +139,12 @@ class LastCheckpoint(Checkpoint):
 
     def _leave(self, trainer: Trainer, number: int) -> None:
         why = "Interrupted" if number == signal.SIGINT else f"Stopped by {signal.Signals(number).name}"
-        environment = trainer._accelerator_connector.cluster_environment
-        launched = trainer.world_size > 1 and environment.creates_processes_externally
+        launched = trainer.world_size > 1 and cluster_environment(trainer).creates_processes_externally
         how = ", under the same launcher" if launched else ""
+        last = checkpoint_folder(trainer) / LAST
         say(
-            f"\n{why} at step {trainer.global_step}; everything up to it is saved in "
-            f"{checkpoint_folder(trainer) / LAST}.\nTo go on{how}:  {command('fit', self.arguments, 'last')}"
+            f"\n{why} at step {trainer.global_step}; everything up to it is saved in {last}.\n"
+            f"To go on{how}:  {next_call(trainer, 'fit', last)}"
         )
         raise SystemExit(128 + number)
 
@@ -142,23 +156,14 @@ def checkpoint_folder(trainer: Trainer) -> Path:
 
 def best_checkpoint(trainer: Trainer) -> BestCheckpoint:
     """Return the callback that saves the best state of a run."""
-    return next(one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint))
+    return callbacks_of(trainer, BestCheckpoint)[0]
 
 
 def _stops_early(trainer: Trainer) -> bool:
     """Tell whether ``max_time`` is over, or a callback has asked to stop, and the trainer will do so."""
-    return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
+    return bool(trainer.should_stop and may_stop_early(trainer))
 
 
 def _epoch_is_complete(trainer: Trainer) -> bool:
     batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     return bool(trainer.is_last_batch or batches >= trainer.num_training_batches)
-
-
-def command(subcommand: str, arguments: list[str], checkpoint: str) -> str:
-    """Return the command line that goes on from a checkpoint, or measures it."""
-    words = [word for word in arguments if not word.startswith("--ckpt_path=")]
-    if "--ckpt_path" in words:
-        place = words.index("--ckpt_path")
-        del words[place : place + 2]
-    return shlex.join(["specforge", subcommand, *words, "--ckpt_path", checkpoint])

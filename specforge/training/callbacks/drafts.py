@@ -10,37 +10,34 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from specforge.models.scaled_linear import folded
 from specforge.models.speculator import SpeculatorModel
+from specforge.training.attached import FIT
 from specforge.training.callbacks.board.writers import writers
-from specforge.training.callbacks.checkpoints import best_checkpoint, checkpoint_folder, command
+from specforge.training.callbacks.checkpoints import best_checkpoint, checkpoint_folder
+from specforge.training.callbacks.configuration import next_call
+from specforge.training.identity import draft_weights
 from specforge.training.module import DraftModule
 from specforge.training.runs import check_checkpoint
 from specforge.training.saying import say
 
 
 class DraftWriter(Callback):
-    """Writes the best draft to ``draft/`` when training ends, and says where it is and what to type next.
-
-    Args:
-        arguments: The words after ``specforge fit``.
-    """
-
-    def __init__(self, arguments: list[str]) -> None:
-        self.arguments = arguments
+    """Writes the best draft to ``draft/`` when training ends, and prints where it is and what to type next."""
 
     @rank_zero_only
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the draft of the best validation; the last one where there was no validation."""
         # Not on_fit_end: the progress bar would be drawn once more below the closing lines.
+        if stage != FIT:
+            return
         module = cast(DraftModule, pl_module)
         best = best_checkpoint(trainer)
         run = checkpoint_folder(trainer).parent
         next_steps = [f"look at it   tensorboard --logdir {run.parent}"] if writers(trainer) else []
         if best.best_model_path and best.best_model_score is not None:
-            draft = draft_of_checkpoint(Path(best.best_model_path), module.draft)
+            draft = _best_draft(Path(best.best_model_path), module.draft)
             which = f"the best draft ({best.monitor} {float(best.best_model_score):.3f})"
-            next_steps.append(f"measure it   {command('validate', self.arguments, 'best')}")
+            next_steps.append(f"measure it   {next_call(trainer, 'validate', Path(best.best_model_path))}")
         else:
             draft = module.draft
             which = f"the last draft (step {trainer.global_step}; no validation chose a better one)"
@@ -57,15 +54,11 @@ class DraftWriter(Callback):
         say("\n  ".join([f"\nDone: {run / 'draft'} holds {which}.", *next_steps]))
 
 
-def draft_of_checkpoint(path: Path, like: SpeculatorModel) -> SpeculatorModel:
-    """Build the draft that a training checkpoint holds.
-
-    Args:
-        path: A ``.ckpt`` file of a run.
-        like: A draft of the same configuration.
-    """
+def _best_draft(path: Path, last: SpeculatorModel) -> SpeculatorModel:
     check_checkpoint(path)
-    saved = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    prefix = "draft."
-    state = {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
-    return type(like).from_state(like.config, folded(state), where=str(path))
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    # How candidates are chosen may have been found in validation.
+    stored = checkpoint.get("draft_config", {})
+    chosen = {name: stored[name] for name in last.config.proposal_fields if name in stored}
+    config = last.config.model_copy(update=chosen)
+    return type(last).from_state(config, draft_weights(checkpoint), where=str(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,7 +9,10 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.utilities import rank_zero_only
 
+from specforge.data.module import data_of
+from specforge.training.attached import FIT, callbacks_of, is_fitting
 from specforge.training.callbacks.board.acceptance import accept_rates
+from specforge.training.callbacks.checkpoints import BestCheckpoint, checkpoint_folder
 from specforge.training.module import DraftModule
 from specforge.training.saying import say
 
@@ -28,34 +30,29 @@ class ProgressBar(RichProgressBar):
 
 
 class Summary(Callback):
-    """Says at the start what is trained on what and for how long, and after each validation how far it has come.
-
-    Args:
-        run: Folder of the run; None if nothing is stored.
-    """
-
-    def __init__(self, run: Path | None) -> None:
-        self.run = run
+    """Prints at the start what is trained on what and for how long, and after each validation how far it has come."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the length of the run, which may be refused, before a verifier is loaded."""
-        _ = cast(DraftModule, pl_module).length
+        if stage == FIT:
+            _ = cast(DraftModule, pl_module).length
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the summaries of data, draft and run."""
         module = cast(DraftModule, pl_module)
-        say(trainer.datamodule.summary_text())
+        say(data_of(trainer).summary_text())
         say(module.summary_text())
         say(str(module.length))
-        say(f"run: {self.run or 'nothing of it is stored'}")
+        stored = callbacks_of(trainer, BestCheckpoint)
+        say(f"run: {checkpoint_folder(trainer).parent if stored else 'nothing of it is stored'}")
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print one line a validation, so that a log file shows how the draft learns."""
         metrics = trainer.callback_metrics
         module = cast(DraftModule, pl_module)
-        if trainer.sanity_checking or module.monitor not in metrics:
+        if not is_fitting(trainer) or module.monitor not in metrics:
             return
         rates = " ".join(f"{rate:.3f}" for rate in accept_rates(trainer, module, "pos"))
         say(

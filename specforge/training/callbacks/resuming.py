@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -12,9 +11,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from specforge.config import flatten
+from specforge.data.module import data_of
+from specforge.training.callbacks.configuration import settings_of_run
 from specforge.training.saying import say
 
-_UNSAID = ("output_dir", "run_name", "ckpt_path")  # where things are
+_UNSAID = ("output_dir", "run_name", "ckpt_path", "callbacks.")  # where things are, and how they are shown
 
 
 class RandomState(Callback):
@@ -62,7 +63,7 @@ class BatchNumbers(Callback):
             UsageError: The checkpoint stands where no batch begins.
         """
         loops = checkpoint["loops"]["fit_loop"]
-        loader = trainer.datamodule.train_dataloader()
+        loader = data_of(trainer).train_dataloader()
         for state in filter(None, loops["state_dict"]["combined_loader"]):
             progress = loops["epoch_loop.batch_progress"]
             current, total = progress["current"], progress["total"]
@@ -76,13 +77,11 @@ class ResumedSettings(Callback):
 
     Lightning restores the numbers of optimizer and schedule along with their states, so that a changed learning rate
     would have no effect.
-
-    Args:
-        settings: The resolved configuration.
     """
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._settings = dict(flatten(settings))
+    def __init__(self) -> None:
+        self._settings: dict[str, Any] = {}
+        self._is_resumed = False
         self._stored: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -90,21 +89,18 @@ class ResumedSettings(Callback):
         checkpoint["settings"] = self._settings
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Find those of the run until now; an earlier version stored none."""
-        self._stored = checkpoint.get("settings", self._settings)
+        """Find those of the run until now; an earlier version, or a run without this callback, stored none."""
+        self._is_resumed = True
+        self._stored = checkpoint.get("settings")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what differs, and give optimizer and schedule their settings of now."""
-        self._settings["tokenizer"] = trainer.datamodule.tokenizer_digest  # and chat template
-        if self._stored is None:
+        self._settings = dict(flatten(settings_of_run(trainer, pl_module)))
+        self._settings["tokenizer"] = data_of(trainer).tokenizer_digest  # and chat template
+        if not self._is_resumed:
             return
-        stored, self._stored = self._stored, None
-        changed = [
-            f"{name} {stored.get(name)} -> {self._settings.get(name)}"
-            for name in sorted(self._settings.keys() | stored.keys())
-            if name not in _UNSAID and stored.get(name) != self._settings.get(name)
-        ]
-        if changed:
+        self._is_resumed = False
+        if changed := self._changed():
             say(f"resumed with other settings: {', '.join(changed)}")
         before = trainer.optimizers[0].param_groups[0]["lr"]
         _follow_settings(trainer, pl_module)
@@ -115,6 +111,14 @@ class ResumedSettings(Callback):
                 f"at step {trainer.global_step:,}; to keep a rate, set it as model.optimizer.lr, with "
                 "model.schedule.name constant"
             )
+
+    def _changed(self) -> list[str]:
+        before, now = self._stored or self._settings, self._settings
+        return [
+            f"{name} {before.get(name)} -> {now.get(name)}"
+            for name in sorted(now.keys() | before.keys())
+            if not name.startswith(_UNSAID) and before.get(name) != now.get(name)
+        ]
 
 
 def _follow_settings(trainer: Trainer, module: LightningModule) -> None:

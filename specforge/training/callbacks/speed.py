@@ -6,12 +6,14 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from specforge.data.loader import ResumableLoader
+from specforge.training.attached import is_fitting
 from specforge.training.totals import total
 
 
@@ -34,7 +36,7 @@ class Throughput(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the time of validation out."""
-        if not trainer.sanity_checking:
+        if is_fitting(trainer):
             self._restart(trainer)
 
     def on_train_batch_end(
@@ -42,12 +44,12 @@ class Throughput(Callback):
     ) -> None:
         """Count, and log at the trainer's interval."""
         self._tokens = self._tokens + (batch["document_ids"] >= 0).sum()
-        every = trainer.log_every_n_steps
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (batch_idx + 1) % every == 0:
             tokens = float(total(torch.as_tensor(self._tokens)))
             seconds = time.perf_counter() - self._since
             device = trainer.strategy.root_device
-            waited = trainer.train_dataloader.seconds_waited - self._waited_before
+            waited = _loader(trainer).seconds_waited - self._waited_before
             own = torch.tensor([waited / seconds, peak_memory(device) / 1e9], device=device)
             idle_share, memory = trainer.strategy.reduce(own, reduce_op="max")
             pl_module.log_dict(
@@ -62,7 +64,11 @@ class Throughput(Callback):
     def _restart(self, trainer: Trainer) -> None:
         self._tokens = 0
         self._since = time.perf_counter()
-        self._waited_before = trainer.train_dataloader.seconds_waited
+        self._waited_before = _loader(trainer).seconds_waited
+
+
+def _loader(trainer: Trainer) -> ResumableLoader:
+    return cast(ResumableLoader, trainer.train_dataloader)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -9,9 +9,12 @@ from contextlib import suppress
 from types import FrameType
 
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from specforge.private.lightning import cluster_environment
 
 
 class StopRequest:
@@ -20,6 +23,8 @@ class StopRequest:
     def __init__(self) -> None:
         self._received = 0
         self._process = 0
+        self._group: torch.distributed.ProcessGroup | None = None
+        self._asked: tuple[Tensor, torch.distributed.Work] | None = None
 
     def listen(self, trainer: Trainer) -> None:
         """Take over the signals; Lightning gives them back when the run ends, however it ends.
@@ -29,19 +34,35 @@ class StopRequest:
         Outside the main thread, where Python has no signals, whoever runs the main thread decides.
         """
         self._received, self._process = 0, os.getpid()
+        if trainer.world_size > 1:
+            # Over this one, processes agree without their devices.
+            self._group = torch.distributed.new_group(backend="gloo")
         if threading.current_thread() is not threading.main_thread():
             return
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_environment(trainer)
         asked = environment.requeue_signal if isinstance(environment, SLURMEnvironment) else None
         for number in {signal.SIGINT, signal.SIGTERM, asked or signal.SIGUSR1}:
             signal.signal(number, self._on_signal)
 
-    def agreed(self, trainer: Trainer) -> int:
-        """Return the signal that any process has received, 0 for none; every process has to ask at the same moment."""
-        if trainer.world_size == 1:
+    def ask(self) -> None:
+        """Begin to ask all processes, each of which has to do so at the same moment; none waits for the others here."""
+        if self._group is not None:
+            own = torch.tensor(self._received)
+            work = torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
+            self._asked = own, work
+
+    def answer(self) -> int:
+        """Return the signal that any process had received when all were asked last, 0 for none."""
+        if self._asked is None:
             return self._received
-        own = torch.tensor(self._received, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(own, reduce_op="max"))
+        found, work = self._asked
+        work.wait()
+        return int(found)
+
+    def agreed(self) -> int:
+        """Ask, and wait for the answer."""
+        self.ask()
+        return self.answer()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:

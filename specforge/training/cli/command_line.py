@@ -7,33 +7,28 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.utilities import rank_zero_only
 from pydantic import ValidationError
 
 from specforge.bounds import Interval
 from specforge.errors import SpecforgeError, UsageError, describe_os_error
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
-from specforge.training.callbacks.board.hyperparameters import Hyperparameters
-from specforge.training.callbacks.board.writers import writers
-from specforge.training.callbacks.fit import fit_callbacks
-from specforge.training.callbacks.progress import ProgressBar, Summary
-from specforge.training.callbacks.resuming import ResumedSettings
+from specforge.training.callbacks.checkpoints import BestCheckpoint
+from specforge.training.callbacks.configuration import RunConfig
+from specforge.training.callbacks.fit import RunCallbacks
 from specforge.training.callbacks.stopping import explain_lost
 from specforge.training.claims import claim
 from specforge.training.cli.config_errors import check_files, check_values, explain, explain_class, explain_settings
 from specforge.training.cli.precision import check_precision
 from specforge.training.cli.trainer_values import explain_trainer
 from specforge.training.length import settle_length
-from specforge.training.runs import CHECKPOINTS, CONFIG, check_name, resolve_checkpoint
-from specforge.training.saving import WholeCheckpointIO
+from specforge.training.runs import CHECKPOINTS, check_name, resolve_checkpoint
 from specforge.training.strategies import FSDP2, FSDP2Strategy
 from specforge.verifier.loading import VerifierType
 
@@ -68,7 +63,7 @@ class TrainingCLI(LightningCLI):
         super().__init__(
             model_class=installed().load(algorithm, "module"),
             datamodule_class=installed().load(algorithm, "data"),
-            save_config_callback=None,
+            save_config_callback=RunConfig,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=42,
             parser_kwargs={
@@ -126,12 +121,15 @@ class TrainingCLI(LightningCLI):
         super().add_core_arguments_to_parser(parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Hand on to module and data what both need to know of the verifier."""
+        """Hand on to module and data what both need to know of the verifier, and add the run's own callbacks."""
         for name in ("verifier", "verifier_revision", "trust_remote_code"):
             parser.link_arguments(name, f"model.{name}")
             parser.link_arguments(name, f"data.{name}")
         for name in ("verifier_dtype", "verifier_sharding"):
             parser.link_arguments(name, f"model.{name}")
+        parser.add_class_arguments(RunCallbacks, "callbacks")
+        parser.set_defaults({f"callbacks.{name}": one for name, one in RunCallbacks.defaults().items()})
+        parser.link_arguments("save_every_n_steps", "callbacks.last_checkpoint.init_args.every_n_steps", int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with every check of the configuration that needs no data."""
@@ -163,45 +161,38 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Create the trainer with a TensorBoard logger in the run's folder, unless the configuration says otherwise."""
-        settings = self.config_init["trainer"]
+        settings, own = self.config_init["trainer"], self.config_init["callbacks"]
         # A trial run of a few batches, or one to be timed, stores nothing.
         stores = self.subcommand_name == "fit" and not settings["fast_dev_run"] and not settings["barebones"]
-        callbacks = _as_list(settings["callbacks"])
-        if settings["enable_progress_bar"] is not False and not settings["barebones"]:
-            callbacks.append(ProgressBar())
+        if settings["enable_progress_bar"] is False or settings["barebones"]:
+            own.progress_bar = None
         if settings["default_root_dir"] is None:
             kwargs["default_root_dir"] = self.config.output_dir
         with ExitStack() as refused:
             refused.callback(self._claims.close)
             try:
                 if stores:
-                    callbacks += self._store_run(settings, kwargs)
+                    callbacks = own.present()
+                    self._store_run(settings, kwargs, own.best_checkpoint)
                 else:
-                    kwargs["logger"] = False
-                    callbacks += [Summary(None)] if self.subcommand_name == "fit" else []
-                trainer = self.trainer_class(**{**settings, **kwargs, "callbacks": callbacks})
+                    callbacks = own.present("progress_bar", *["summary"] * (self.subcommand_name == "fit"))
+                    kwargs["logger"], self.save_config_callback = False, None
+                kwargs["callbacks"] = [*_as_list(settings["callbacks"]), *callbacks]
+                trainer = super().instantiate_trainer(**kwargs)
             except (ValueError, TypeError, RuntimeError, KeyError, OverflowError, MisconfigurationException) as error:
                 raise UsageError(f"trainer: {explain_trainer(error)}") from error
             check_precision(trainer.precision)  # one of trainer.plugins may have set another than trainer.precision
             refused.pop_all()
         return trainer
 
-    def _store_run(self, settings: Any, kwargs: dict[str, Any]) -> list[Callback]:
-        """Claim the run's folder, have logs and checkpoints written there, and return the callbacks for it."""
+    def _store_run(self, settings: Any, kwargs: dict[str, Any], best: BestCheckpoint) -> None:
+        """Claim the run's folder, and have logs, checkpoints and the configuration written there."""
         config = self.config
         run = claim(self._claims, Path(config.output_dir), config.run_name, config.ckpt_path, self.checkpoint)
         if settings["logger"] in (None, True):
             kwargs["logger"] = TensorBoardLogger(run.parent, name="", version=run.name)
-        kwargs["plugins"] = [*_as_list(settings["plugins"]), WholeCheckpointIO()]
-        resolved = self._resolved_config()
-        values = yaml.safe_load(resolved)
-        callbacks = fit_callbacks(self.arguments, config.save_every_n_steps, run / CHECKPOINTS)
-        return [*callbacks, RunRecord(resolved, run), Hyperparameters(values), ResumedSettings(values)]
-
-    def _resolved_config(self) -> str:
-        config = self.config.clone()
-        config.ckpt_path = None
-        return str(self.parser.dump(config, skip_none=False))
+        best.dirpath = str(run / CHECKPOINTS)
+        self.save_config_kwargs = {"arguments": self.arguments, "folder": run}
 
     def run(self) -> None:
         """Fit, validate or test; the run's folder is free afterwards."""
@@ -258,26 +249,3 @@ def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     check_values(config, parser, arguments)
     settle_length(config.trainer)
     return config
-
-
-class RunRecord(Callback):
-    """Stores the resolved configuration with the run, as a file that reproduces it, and as text for TensorBoard.
-
-    Args:
-        config: The configuration, as YAML.
-        folder: Folder of the run.
-    """
-
-    def __init__(self, config: str, folder: Path) -> None:
-        self.config = config
-        self.folder = folder
-
-    @rank_zero_only
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it, before anything else of the run."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        beside = self.folder / f".{CONFIG}"
-        beside.write_text(self.config, encoding="utf-8")
-        beside.replace(self.folder / CONFIG)
-        for writer in writers(trainer):
-            writer.add_text("configuration", f"```yaml\n{self.config}\n```")

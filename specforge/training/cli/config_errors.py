@@ -11,12 +11,16 @@ from jsonargparse import ArgumentParser, Namespace
 from pydantic import ValidationError
 
 from specforge.errors import UsageError, nearest_name
+from specforge.private.argparse import actions, type_of
 from specforge.training.cli.config_files import config_files, read_yaml
 from specforge.training.cli.precision import check_precision
 from specforge.training.cli.trainer_values import check_trainer
 
 # Keys of the whole run that module and data both get from the top level.
 SHARED = ("verifier", "verifier_dtype", "verifier_revision", "trust_remote_code", "verifier_sharding")
+# What a callback gets from the top level, as files and flags would set it.
+EVERY = "callbacks.last_checkpoint.init_args.every_n_steps"
+EVERY_FLAGS = (f"--{EVERY}", f"--{EVERY.replace('.init_args', '')}")
 MISSING = object()
 
 # What pydantic adds around the sentence that matters.
@@ -76,6 +80,10 @@ def explain_class(message: str) -> str | None:
     Args:
         message: What the parser said.
     """
+    if argument := re.search(
+        r"Problem with given class_path '(?:[\w.]*\.)?(\w+)':\s*Parser key \"(\w+)\":\s*([^\n]+)", message
+    ):
+        return f"{argument[1]}: {argument[2]}: {_reason(argument[3])}"
     if problem := re.search(r"Problem with given class_path '([^']+)':\s*([^\n]+)", message):
         reason = problem[2].strip()
         if reason.startswith("No module named"):
@@ -95,12 +103,15 @@ def explain_class(message: str) -> str | None:
 
 
 def check_files(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Refuse what the parser would let through in a configuration file.
+    """Refuse what the parser would let through.
 
     Raises:
         UsageError: A plain value stands where a group of keys belongs, or a key where a top-level key decides.
     """
-    groups = ["trainer", "model", "data", *(one.dest for one in _groups(parser))]
+    for word in arguments:
+        if word.split("=")[0] in EVERY_FLAGS:
+            raise UsageError(f"{word.split('=')[0]}: set --save_every_n_steps")
+    groups = ["trainer", "model", "data", "callbacks", *(one.dest for one in _groups(parser))]
     decided = [f"{group}.{name}" for group in ("model", "data") for name in SHARED]
     for path in config_files(arguments):
         values = read_yaml(path)
@@ -114,6 +125,8 @@ def check_files(parser: ArgumentParser, arguments: list[str]) -> None:
                     unknown = f"{key}.{name}"
                     where = _place(unknown, arguments)
                     raise UsageError(f"unknown key {unknown!r}{where}.{_nearest(unknown, known_keys(parser))}")
+        if _value(values, EVERY) is not MISSING:
+            raise UsageError(f"{EVERY}{_place(EVERY, arguments)}: set save_every_n_steps, at the top level")
         for key in decided:
             if _value(values, key) is not MISSING:
                 name = key.rpartition(".")[2]
@@ -134,7 +147,7 @@ def check_values(config: Namespace, parser: ArgumentParser, arguments: list[str]
         UsageError: With the key, the value and what is allowed.
     """
     # The parser takes null for any key of a file, whatever its type.
-    for action in parser._actions:
+    for action in actions(parser):
         key, default = action.dest, action.default
         if default not in (None, SUPPRESS) and config.get(key, default) is None and not _may_be_null(action):
             raise UsageError(f"{key}: {_no_null(default)}{_place(key, arguments)}")
@@ -149,11 +162,12 @@ def check_values(config: Namespace, parser: ArgumentParser, arguments: list[str]
 
 def known_keys(parser: ArgumentParser) -> list[str]:
     """Return the paths of all keys that a configuration may hold."""
-    return [one.dest for one in parser._actions if one.dest not in ("help", "config", "print_config", "print_shtab")]
+    others = ("config", "print_config", "print_shtab")
+    return [one.dest for one in actions(parser) if one.dest not in others and one.dest.split(".")[-1] != "help"]
 
 
 def _groups(parser: ArgumentParser) -> list[Action]:
-    return [action for action in parser._actions if hasattr(action, "basetype")]
+    return [action for action in actions(parser) if hasattr(action, "basetype")]
 
 
 def _value(values: Any, key: str) -> Any:
@@ -166,22 +180,23 @@ def _value(values: Any, key: str) -> Any:
 
 def _as_typed(name: str, parser: ArgumentParser) -> str:
     """Name an option as it is typed, and what has a place of its own as the usage names it."""
-    action = next((one for one in parser._actions if one.dest == name), None)
+    action = next((one for one in actions(parser) if one.dest == name), None)
     if action is None:
         return name
     return action.option_strings[0] if action.option_strings else str(action.metavar or name)
 
 
 def _may_be_null(action: Action) -> bool:
-    return type(None) in get_args(getattr(action, "_typehint", None))
+    return type(None) in get_args(type_of(action))
 
 
 def _default_of(key: str, parser: ArgumentParser) -> Any:
-    return next((action.default for action in parser._actions if action.dest == key), None)
+    return next((action.default for action in actions(parser) if action.dest == key), None)
 
 
 def _no_null(default: Any) -> str:
-    return f"null is none of its values; leave the key out for its default, {default!r}"
+    shown = default.class_path if hasattr(default, "class_path") else repr(default)
+    return f"null is none of its values; leave the key out for its default, {shown}"
 
 
 def _see(parser: ArgumentParser) -> str:
@@ -197,6 +212,8 @@ def _unknown_key(message: str) -> str | None:
         match = re.search(pattern, message)
         if match:
             group = match.groupdict().get("group")
+            if in_class := re.match(r'Parser key "([^"]+)":.*Problem with given class_path', message, re.DOTALL):
+                group = in_class[1]
             return f"{group}.{match['key']}" if group else match["key"]
     return None
 
@@ -221,6 +238,7 @@ def _reason(text: str) -> str:
     """Condense pydantic's and jsonargparse's explanations to one line."""
     if of_class := explain_class(text):
         return of_class
+    text = text.partition("\n  Subclass types expect")[0]
     # One given value after one or several types that it could have had.
     got = re.search(r"(?:Got value|got|Given value): (.*)", text, re.DOTALL)
     value = f", got {got[1].strip()!r}" if got else ""

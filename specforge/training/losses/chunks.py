@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
+
+from specforge.moving import moved
 
 # Logits of one chunk, draft and verifier together: 16 MiB in float32; but so many targets that heads are not read anew
 # for a handful of rows. Accelerators read a head in the time of some 200 rows of its product, and hold 16 times more.
@@ -40,6 +42,7 @@ class Chunk:
         target_of: Index of each pair's target within ``targets``, [M].
         row_of: Index of each pair's row within the chunk, [M].
         size: Number R of rows.
+        by_step: Number of pairs of each step.
     """
 
     targets: Tensor
@@ -50,6 +53,7 @@ class Chunk:
     target_of: Tensor
     row_of: Tensor
     size: int
+    by_step: tuple[int, ...]
 
     def part(self, pairs: slice) -> Chunk:
         """Return some of the pairs, with all targets."""
@@ -60,12 +64,13 @@ class Chunk:
         """Return the pairs of each head: all pairs for a single head, those of its step for one of several."""
         if heads == 1:
             return [slice(len(self.steps))]
-        ends = self.steps.bincount(minlength=heads).cumsum(0).tolist()
-        return [slice(*ends_of) for ends_of in pairwise([0, *ends])]
+        return [slice(*ends) for ends in pairwise(accumulate(self.by_step, initial=0))]
 
 
-def chunks(supervised: Tensor, targets: Tensor, places: Tensor, verifier_size: int, draft_size: int) -> Iterator[Chunk]:
-    """Yield all pairs that count, in chunks of rows.
+def chunks(
+    supervised: Tensor, targets: Tensor, places: Tensor, verifier_size: int, draft_size: int, device: torch.device
+) -> list[Chunk]:
+    """Split all pairs that count into chunks of rows. All tensors given are on the CPU, those of the chunks are not.
 
     Args:
         supervised: Which rows count, bool [S, N].
@@ -73,34 +78,38 @@ def chunks(supervised: Tensor, targets: Tensor, places: Tensor, verifier_size: i
         places: Index of each row's and step's state in what the draft's head reads, int64 [S, N].
         verifier_size: Number of the verifier's tokens.
         draft_size: Number of draft tokens.
+        device: Where the states are.
     """
     rows, steps = supervised.T.nonzero(as_tuple=True)
     distinct, row_of = rows.unique_consecutive(return_inverse=True)
-    every, target_of = targets[steps, rows].unique(return_inverse=True)
     if not len(distinct):
-        return
-    size = _rows_per_chunk(len(distinct), len(every), verifier_size, len(supervised) * draft_size, _is_for_cpu(rows))
+        return []
+    every, target_of = targets[steps, rows].unique(return_inverse=True)
+    count = len(supervised)
+    size = _rows_per_chunk(len(distinct), len(every), verifier_size, count * draft_size, _is_for_cpu(device))
     number, chunk_of = -(-len(distinct) // size), row_of // size
     # A chunk has all targets between its first and its last one, though a neighbour may be the only one to need some.
     first = target_of.new_full((number,), len(every)).scatter_reduce(0, chunk_of, target_of, "amin")
     last = target_of.new_zeros(number).scatter_reduce(0, chunk_of, target_of, "amax")
-    ends = chunk_of.bincount(minlength=number).cumsum(0)
     # Within a chunk, pairs are in the order of their steps, so that each head reads one slice.
-    order = (chunk_of * len(supervised) + steps).argsort(stable=True)
-    places = places[steps, rows]
-    pairs = Chunk(every, 0, steps[order], rows[order], places[order], target_of[order], row_of[order], len(distinct))
+    group = chunk_of * count + steps
+    order = group.argsort(stable=True)
+    by_pair = [steps, rows, places[steps, rows], target_of - first[chunk_of], row_of % size]
+    every, by_pair = moved((every, [one[order] for one in by_pair]), device)
+    by_step = group.bincount(minlength=number * count).view(number, count)
+    sizes = by_step.sum(1).tolist()
+    bounds = zip(first.tolist(), (last + 1).tolist(), by_step.tolist(), strict=True)
+    found = []
     begin = before = known = 0
-    for index, (end, low, high) in enumerate(torch.stack([ends, first, last + 1], dim=1).tolist()):
-        own = pairs.part(slice(begin, end))
-        yield replace(
-            own,
-            targets=every[low:high],
-            shared=known - low if before <= low <= known <= high else 0,
-            target_of=own.target_of - low,
-            row_of=own.row_of - index * size,
-            size=min(size, len(distinct) - index * size),
+    for index, (low, high, own) in enumerate(bounds):
+        steps, rows, places, target_of, row_of = (one[begin : begin + sizes[index]] for one in by_pair)
+        shared = known - low if before <= low <= known <= high else 0
+        left = len(distinct) - index * size
+        found.append(
+            Chunk(every[low:high], shared, steps, rows, places, target_of, row_of, min(size, left), tuple(own))
         )
-        begin, before, known = end, low, high
+        begin, before, known = begin + sizes[index], low, high
+    return found
 
 
 def blocks(logits: Tensor) -> Iterator[slice]:
@@ -108,7 +117,7 @@ def blocks(logits: Tensor) -> Iterator[slice]:
 
     There is at least one block, which may be empty.
     """
-    size = max(1, LOGITS_PER_BLOCK // logits.shape[1]) if _is_for_cpu(logits) else len(logits)
+    size = max(1, LOGITS_PER_BLOCK // logits.shape[1]) if _is_for_cpu(logits.device) else len(logits)
     return (slice(begin, begin + size) for begin in range(0, max(1, len(logits)), max(1, size)))
 
 
@@ -127,5 +136,5 @@ def _rows_per_chunk(rows: int, targets: int, verifier_size: int, draft_logits: i
     return max(1, int(LEAST_TARGETS / targets_per_row), int(most / (verifier_size * targets_per_row + draft_logits)))
 
 
-def _is_for_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not for_accelerator.get()
+def _is_for_cpu(device: torch.device) -> bool:
+    return device.type == "cpu" and not for_accelerator.get()

@@ -75,7 +75,7 @@ def test_only_the_probes_requests_are_counted(export: Path) -> None:
     ("engine", "message"),
     [
         (Engine("neither", []), "neither vLLM's /metrics nor SGLang's /get_server_info"),
-        (Engine("sglang", []), "is it served with a draft"),
+        (Engine("sglang", []), "does it run with a draft"),
     ],
 )
 def test_a_server_without_counters(
@@ -98,7 +98,7 @@ def test_a_server_that_never_drafts_is_reported(export: Path) -> None:
         engine.asked.clear()
         return done
 
-    with serving(never) as address, pytest.raises(SpecforgeError, match="without drafting once"):
+    with serving(never) as address, pytest.raises(SpecforgeError, match="answered without any draft"):
         measure(address, Probe.load(export).served.prompts)
 
 
@@ -119,9 +119,9 @@ def test_an_export_without_expected_acceptance_is_rejected(
 @pytest.mark.parametrize(
     ("path", "reply", "message"),
     [
-        ("/metrics", "vllm:spec_decode_num_drafts_total 1e999", "drafts is 1e999, which counts nothing"),
-        ("/get_server_info", "<html>", "is not what SGLang tells"),
-        ("/get_server_info", '{"internal_states": [{"avg_spec_accept_length": "much"}]}', "is not what SGLang tells"),
+        ("/metrics", "vllm:spec_decode_num_drafts_total 1e999", "drafts is 1e999, which is not a count"),
+        ("/get_server_info", "<html>", "is not SGLang's"),
+        ("/get_server_info", '{"internal_states": [{"avg_spec_accept_length": "much"}]}', "is not SGLang's"),
         ("/v1/models", "null", "does not answer the probe's prompts"),
         ("/v1/models", '{"data": []}', "it lists no model"),
         ("/v1/completions", "<html>", "does not answer the probe's prompts"),
@@ -150,4 +150,4 @@ def test_a_server_that_does_not_answer_in_time_is_reported(
     with serving(late) as address:
         assert main(["verify", str(export), "--endpoint", address]) == 1
         gone.set()
-    assert "no whole answer in 0.2 s" in capsys.readouterr().err
+    assert "no complete response in 0.2 s" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Stores of a verifier's states: what is read back, and that they are whole or refused, whatever ends a run."""
+"""Feature stores: what is read back, and that a store is complete or refused however a run ended."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from specforge.data.features import preparing
-from specforge.data.features.capturing import Capturing
+from specforge.data.features.capturing import LiveStates
 from specforge.data.features.dtypes import decode, encode
-from specforge.data.features.importing import Importing
+from specforge.data.features.importing import VllmStates
 from specforge.data.features.manifest import FeatureNeeds, Manifest
 from specforge.data.features.plan import ShardPlan
 from specforge.data.features.preparing import prepare_features
@@ -52,10 +52,10 @@ NEEDS = FeatureNeeds("tiny", "0123456789abcdef", (2, 4), 8, WIDTH, whole_rows=Fa
 
 
 def row(number: int, trailing: int = 0) -> dict[str, Any]:
-    """Return a row of its own tokens and length; nothing of its last tokens is supervised."""
-    chance = random.Random(number)
-    length = chance.randint(5, 24)
-    ids = [chance.randrange(3, VOCABULARY) for _ in range(length + trailing)]
+    """Return a row with random tokens and length; its ``trailing`` last tokens are not supervised."""
+    generator = random.Random(number)
+    length = generator.randint(5, 24)
+    ids = [generator.randrange(3, VOCABULARY) for _ in range(length + trailing)]
     return {"input_ids": ids, "loss_mask": [0, 0] + [1] * (length - 2) + [0] * trailing}
 
 
@@ -69,7 +69,7 @@ def manifest_of(plan: ShardPlan, **options: Any) -> Manifest:
 
 @pytest.fixture(scope="module")
 def run(tiny_verifiers: Mapping[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A real verifier at work."""
+    """States of a real verifier."""
     model = tiny_verifiers["llama"].model
 
     def states(input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def run(tiny_verifiers: Mapping[str, Any]) -> Callable[[Tensor, Tensor], Tensor]
 def make_rows(write_lines, tmp_path) -> Callable[..., TokenRows]:
     def make(values: list[dict[str, Any]], name: str = "rows.jsonl") -> TokenRows:
         def no_tokenizer() -> Any:
-            raise AssertionError("rows of tokens need none")
+            raise AssertionError("token rows need no tokenizer")
 
         return build_rows(write_lines(values, name), no_tokenizer, VOCABULARY, SETTINGS, tmp_path / "cache")
 
@@ -100,7 +100,7 @@ def plan(make_rows) -> ShardPlan:
 def prepare(plan, run, tmp_path) -> Callable[..., FeatureStore]:
     def make(name: str = "store", **options: Any) -> FeatureStore:
         chosen = options.pop("plan", plan)
-        prepare_features(chosen, manifest_of(chosen, **options), tmp_path / name, Capturing(run, 128))
+        prepare_features(chosen, manifest_of(chosen, **options), tmp_path / name, LiveStates(run, 128))
         return FeatureStore(tmp_path / name)
 
     return make
@@ -115,7 +115,7 @@ class TestDtypes:
     states = st.lists(st.floats(-3e4, 3e4, width=32), min_size=1, max_size=40).map(lambda one: torch.tensor([one]))
 
     @given(states)
-    def test_float8_keeps_three_bits_or_a_share_of_the_largest(self, x):
+    def test_float8_error_is_bounded_by_three_bits_or_a_share_of_the_largest_value(self, x):
         values, scales = encode(x, torch.float8_e4m3fn)
         error = (decode(values, scales, torch.float32) - x).abs()
         assert (error <= torch.maximum(x.abs() / 16, scales[:, None] / 1024) * 1.001 + 1e-38).all()
@@ -143,15 +143,15 @@ class TestDtypes:
 
 class TestReading:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8"])
-    def test_every_row_has_the_states_that_the_verifier_has(self, plan, prepare, run, dtype):
+    def test_every_row_has_the_states_of_the_verifier(self, plan, prepare, run, dtype):
         store = prepare(dtype=dtype)
         rows = plan.sources[0]
-        places = store.locate(rows.digests)
+        indices = store.locate(rows.digests)
         assert len(store.manifest.shards) > 10
         for number in range(len(rows)):
             expected = expected_states(run, rows, number)
             for column, layer in enumerate((2, 4, 8)):
-                values, scales = store.read(places[number], layer)
+                values, scales = store.read(indices[number], layer)
                 found = decode(values, scales, torch.float32)
                 assert values.dtype == getattr(torch, dtype)
                 bound = expected[:, column].abs().amax(-1, keepdim=True) * {"float32": 1e-5, "bfloat16": 1 / 200}.get(
@@ -176,38 +176,38 @@ class TestReading:
                 assert not found[~inside].any()
             assert seen == rows.lengths.sum()
 
-    def test_files_are_opened_once_a_process(self, plan, prepare, monkeypatch):
+    def test_files_are_opened_once_per_process(self, plan, prepare, monkeypatch):
         from specforge.data.features import store as module
 
         store = prepare()
         assert len(store._shards) == len(store.manifest.shards)
         monkeypatch.setattr(module, "StoredShard", lambda path: pytest.fail("opened again"))
-        for place in range(90):
-            store.read(place, 8)
+        for index in range(90):
+            store.read(index, 8)
         monkeypatch.undo()
         other = pickle.loads(pickle.dumps(store))
         assert torch.equal(other.read(3, 8)[0], store.read(3, 8)[0])
 
-    def test_a_row_that_is_not_there_is_said_to_be(self, prepare, make_rows, plan):
+    def test_missing_rows_are_reported(self, prepare, make_rows, plan):
         store = prepare()
         other = make_rows([row(5), row(1000), row(6)], "other.jsonl")
         assert (store.locate(other.digests) < 0).tolist() == [False, True, False]
         items = PackedRows(other, [[0, 2], [1]])
         assert read_from(store, NEEDS, items).tolist() == [False, True, False]
         assert "aux" in items[0] and "aux" not in items[1]
-        assert "aux" not in collate([items[0], items[1]]), "a batch is read or captured, not half of each"
+        assert "aux" not in collate([items[0], items[1]]), "a batch is either read or captured as a whole"
 
     @given(numbers=st.lists(st.integers(0, 119), min_size=1, max_size=8))
     def test_rows_are_found_by_their_tokens(self, numbers, prepare, make_rows, tmp_path):
         store = FeatureStore(tmp_path / "store") if (tmp_path / "store").exists() else prepare()
         rows = make_rows([row(number) for number in numbers], f"{'-'.join(map(str, numbers))}.jsonl")
         found = store.locate(rows.digests)
-        assert [place >= 0 for place in found] == [number < 90 for number in numbers]
-        assert all(store.kept[place] == rows.lengths[n] for n, place in enumerate(found) if place >= 0)
+        assert [index >= 0 for index in found] == [number < 90 for number in numbers]
+        assert all(store.kept[index] == rows.lengths[n] for n, index in enumerate(found) if index >= 0)
 
 
 class TestPlan:
-    def test_nothing_behind_the_last_supervised_token_but_one_is_kept(self, make_rows):
+    def test_states_are_kept_up_to_one_token_after_the_last_supervised_one(self, make_rows):
         rows = make_rows([row(1, trailing=5), row(2, trailing=1), row(3)])
         plan = ShardPlan([rows], NEEDS, 192)
         assert plan.kept.tolist() == [rows.lengths[0] - 4, rows.lengths[1], rows.lengths[2]]
@@ -224,9 +224,9 @@ class TestPlan:
         kept = int(NEEDS.kept(np.array(len(mask)), np.array(len(mask) - 1 - mask[::-1].index(True))))
         rows = alignment.supervised.any(0).nonzero()[:, 1]
         targets = alignment.targets[alignment.supervised]
-        assert all(place < kept for place in [*rows.tolist(), *targets.tolist()])
+        assert all(index < kept for index in [*rows.tolist(), *targets.tolist()])
 
-    def test_equal_rows_are_kept_once_as_far_as_one_of_them_is_read(self, make_rows):
+    def test_equal_rows_are_kept_once_with_the_longest_length_read(self, make_rows):
         long, short = row(1), row(1)
         short["loss_mask"] = [0, 1, 1] + [0] * (len(short["input_ids"]) - 3)
         plan = ShardPlan(
@@ -235,7 +235,7 @@ class TestPlan:
         assert plan.rows.tolist() == [[0, 0], [0, 1], [1, 2]]
         assert plan.kept[1] == len(long["input_ids"])
 
-    def test_rows_lie_in_one_shard_each(self, plan):
+    def test_each_row_is_in_one_shard(self, plan):
         assert [number for shard in plan.shards for number in shard] == list(range(90))
         sizes = [int(plan.kept[shard].sum()) * 192 for shard in plan.shards]
         assert max(sizes) <= 8192 + 24 * 192 and len(sizes) > 10
@@ -243,10 +243,10 @@ class TestPlan:
     def test_states_of_the_kept_tokens_do_not_depend_on_the_rest(self, make_rows, run, tmp_path):
         rows = make_rows([row(number, trailing=6) for number in range(12)])
         plan = ShardPlan([rows], NEEDS, 192)
-        prepare_features(plan, manifest_of(plan), tmp_path / "store", Capturing(run, 64))
+        prepare_features(plan, manifest_of(plan), tmp_path / "store", LiveStates(run, 64))
         store = FeatureStore(tmp_path / "store")
-        for number, place in enumerate(store.locate(rows.digests)):
-            found = store.read(place, 8)[0]
+        for number, index in enumerate(store.locate(rows.digests)):
+            found = store.read(index, 8)[0]
             assert len(found) == rows.lengths[number] - 5
             torch.testing.assert_close(found, expected_states(run, rows, number)[: len(found), 2], rtol=1e-4, atol=1e-4)
 
@@ -256,23 +256,23 @@ class TestRefusals:
         ("needs", "message"),
         [
             ({"fingerprint": "f" * 16, "verifier": "other"}, r"another verifier: tiny \(0123.*\), not other \(ffff"),
-            ({"aux_layers": (2, 5)}, r"holds the layers \[2, 4, 8\], but \[2, 5, 8\] are read"),
+            ({"aux_layers": (2, 5)}, r"lacks layers \[5\] \(it has \[2, 4, 8\]\)"),
             ({"whole_rows": True}, "trains on whole rows"),
         ],
     )
-    def test_a_store_of_something_else_is_named(self, plan, needs, message):
+    def test_a_mismatched_store_is_refused(self, plan, needs, message):
         with pytest.raises(UsageError, match=f"^data.features: folder .*{message}"):
             manifest_of(plan).require(replace(NEEDS, **needs), None, "data.features: folder")
 
-    def test_a_store_of_another_tokenizer_is_named(self, plan):
+    def test_a_store_of_another_tokenizer_is_refused(self, plan):
         with pytest.raises(UsageError, match=r"another tokenizer or chat template \(aa\) than that of tiny \(bb\)"):
             manifest_of(plan, tokenizer="aa").require(NEEDS, "bb", "data.features: folder")
         manifest_of(plan, tokenizer="aa").require(NEEDS, None, "data.features: folder")
 
-    def test_fewer_layers_than_stored_will_do(self, plan):
+    def test_a_subset_of_the_stored_layers_is_accepted(self, plan):
         manifest_of(plan).require(replace(NEEDS, aux_layers=()), None, "data.features: folder")
 
-    def test_a_missing_or_truncated_shard_is_named_and_made_anew(self, prepare, tmp_path, plan):
+    def test_a_missing_or_truncated_shard_is_named_and_written_again(self, prepare, tmp_path, plan):
         prepare("undisturbed")
         prepare()
         shard = tmp_path / "store" / "shard-00003.safetensors"
@@ -292,18 +292,20 @@ class TestRefusals:
         content = bytearray(path.read_bytes())
         content[-100] ^= 1
         path.write_bytes(content)
-        with pytest.raises(SpecforgeError, match=r"shard-00002.safetensors is damaged: the states of its row"):
+        with pytest.raises(
+            SpecforgeError, match=r"shard-00002.safetensors is damaged: the checksum of the states of row"
+        ):
             FeatureStore(tmp_path / "store").check()
 
     @pytest.mark.parametrize("harm", ["{", "{}", '{"format": 2, "convention": "", "shards": [{}]}', "[]"])
-    def test_a_wrong_manifest_is_named(self, prepare, tmp_path, harm):
+    def test_a_damaged_manifest_is_named(self, prepare, tmp_path, harm):
         prepare()
         (tmp_path / "store" / "manifest.json").write_text(harm)
         with pytest.raises(UsageError, match=r"manifest.json is damaged"):
             FeatureStore(tmp_path / "store")
         assert len(prepare().manifest.shards) > 10, "the same command writes it again"
 
-    def test_another_format_an_unfinished_store_and_no_store_are_told_apart(self, prepare, tmp_path):
+    def test_another_format_an_unfinished_store_and_no_store_are_distinguished(self, prepare, tmp_path):
         prepare()
         manifest = tmp_path / "store" / "manifest.json"
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 7}))
@@ -312,10 +314,10 @@ class TestRefusals:
         manifest.unlink()
         with pytest.raises(UsageError, match="is not finished; run its command again"):
             FeatureStore(tmp_path / "store")
-        with pytest.raises(UsageError, match="is no store of features"):
+        with pytest.raises(UsageError, match="is not a feature store"):
             FeatureStore(tmp_path)
 
-    def test_a_folder_of_something_else_is_left_alone(self, prepare, tmp_path, plan, make_rows):
+    def test_a_folder_with_other_content_is_not_touched(self, prepare, tmp_path, plan, make_rows):
         prepare()
         before = files(tmp_path / "store")
         other = ShardPlan([make_rows([row(1)], "other.jsonl")], NEEDS, 192)
@@ -329,39 +331,39 @@ class TestRefusals:
             prepare("home")
         assert files(tmp_path / "home") == {"thesis.txt": b"years of work"}
 
-    def test_states_that_are_no_numbers_are_not_stored(self, plan, tmp_path):
+    def test_non_finite_states_are_not_stored(self, plan, tmp_path):
         def broken(input_ids: Tensor, position_ids: Tensor) -> Tensor:
             return torch.full((*input_ids.shape, 3, WIDTH), torch.inf)
 
         with pytest.raises(SpecforgeError, match="not all finite"):
-            prepare_features(plan, manifest_of(plan), tmp_path / "store", Capturing(broken, 64))
+            prepare_features(plan, manifest_of(plan), tmp_path / "store", LiveStates(broken, 64))
         assert not files(tmp_path / "store")
 
 
-class TestEnds:
+class TestInterruptedRuns:
     @pytest.mark.parametrize("seed", range(3))
-    def test_killed_at_random_moments_the_store_is_that_of_an_undisturbed_run(self, prepare, tmp_path, seed):
-        chance = random.Random(seed)
+    def test_a_run_killed_at_random_moments_gives_the_store_of_an_undisturbed_run(self, prepare, tmp_path, seed):
+        generator = random.Random(seed)
         begin = time.monotonic()
         prepare("undisturbed")
         duration = time.monotonic() - begin
         kills = 0
         while kills < 7:
             child = in_child(prepare)
-            time.sleep(chance.uniform(0, 0.5 * duration))
+            time.sleep(generator.uniform(0, 0.5 * duration))
             os.kill(child, signal.SIGKILL)
             if status_of(child) == -signal.SIGKILL:
                 kills += 1
-            else:  # it was faster, and the next begins anew
+            else:  # it finished first; start over
                 shutil.rmtree(tmp_path / "store")
         prepare()
         assert files(tmp_path / "store") == files(tmp_path / "undisturbed")
 
     @pytest.mark.parametrize("function", ["fsync", "replace"])
     @pytest.mark.parametrize("call", [0, 4, -1])
-    def test_killed_around_any_write_too(self, prepare, plan, tmp_path, monkeypatch, function, call):
+    def test_a_run_killed_around_a_write_does_too(self, prepare, plan, tmp_path, monkeypatch, function, call):
         real, calls = getattr(os, function), []
-        last = len(plan.shards) * (2 if function == "fsync" else 1)  # the first one of the manifest
+        last = len(plan.shards) * (2 if function == "fsync" else 1)  # the first call for the manifest
 
         def end(*arguments: Any) -> None:
             if len(calls) == (last if call < 0 else call):
@@ -377,7 +379,7 @@ class TestEnds:
         prepare("undisturbed")
         assert files(tmp_path / "store") == files(tmp_path / "undisturbed")
 
-    def test_what_safetensors_left_behind_is_removed(self, prepare, tmp_path):
+    def test_partial_files_of_safetensors_are_removed(self, prepare, tmp_path):
         (tmp_path / "store").mkdir()
         (tmp_path / "store" / ".tmpA1b2C3").write_bytes(b"half")
         prepare()
@@ -388,7 +390,7 @@ class TestEnds:
         def interrupted(chosen: ShardPlan, shard: range) -> Iterator[tuple[int, Tensor]]:
             if shard.start > 40:
                 raise KeyboardInterrupt
-            return Capturing(run, 128)(chosen, shard)
+            return LiveStates(run, 128)(chosen, shard)
 
         with pytest.raises(KeyboardInterrupt):
             prepare_features(plan, manifest_of(plan), tmp_path / "store", interrupted)
@@ -396,9 +398,9 @@ class TestEnds:
         assert 5 < len(before) < len(plan.shards)
         prepare()
         assert all(path.stat().st_mtime_ns == at for path, at in before.items())
-        assert "going on after" in caplog.text
+        assert "resuming after" in caplog.text
 
-    def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(self, prepare, plan, tmp_path, capfd):
+    def test_a_full_disk_is_reported_and_the_run_resumes_when_there_is_room(self, prepare, plan, tmp_path, capfd):
         largest = max(int(plan.kept[shard].sum()) for shard in plan.shards) * 192
 
         def with_little_room() -> None:
@@ -414,7 +416,7 @@ class TestEnds:
 
 
 class TestSeveralProcesses:
-    def test_each_takes_what_the_others_leave(self, plan, run, prepare, tmp_path, monkeypatch):
+    def test_each_process_writes_shards_that_the_others_do_not(self, plan, run, prepare, tmp_path, monkeypatch):
         def one() -> None:
             # Appended in one call, so that lines of several processes do not mix.
             def note(path: Path, *arguments: Any) -> None:
@@ -424,7 +426,7 @@ class TestSeveralProcesses:
 
             real = preparing.write_shard
             monkeypatch.setattr(preparing, "write_shard", note)
-            prepare_features(plan, manifest_of(plan), tmp_path / "store", Capturing(run, 128))
+            prepare_features(plan, manifest_of(plan), tmp_path / "store", LiveStates(run, 128))
 
         assert [status_of(child) for child in [in_child(one) for _ in range(3)]] == [0, 0, 0]
         written = [line.split() for line in (tmp_path / "written.txt").read_text().splitlines()]
@@ -433,20 +435,20 @@ class TestSeveralProcesses:
         prepare("undisturbed")
         assert files(tmp_path / "store") == files(tmp_path / "undisturbed")
 
-    def test_one_that_is_held_by_another_is_left_to_it(self, plan, run, prepare, tmp_path):
+    def test_a_shard_locked_by_another_process_is_left_to_it(self, plan, run, prepare, tmp_path):
         (tmp_path / "store").mkdir()
         with locked(tmp_path / "store" / "shard-00004.safetensors"):
-            states = Capturing(run, 128)
+            states = LiveStates(run, 128)
             assert prepare_features(plan, manifest_of(plan), tmp_path / "store", states) is None
             there = {path.name for path in (tmp_path / "store").glob("shard-*")}
             assert len(there) == len(plan.shards) - 1 and "shard-00004.safetensors" not in there
         assert len(prepare().manifest.shards) == len(plan.shards)
 
 
-class TestImporting:
+class TestVllmStates:
     @pytest.fixture
     def served(self, plan, run, tmp_path) -> Path:
-        """What a server would have written of the rows, in any order and under any name."""
+        """Files that a server would write for the rows, in arbitrary order and with arbitrary names."""
         (tmp_path / "served").mkdir()
         for number in random.Random(0).sample(range(90), 90):
             tokens = plan.sources[0][number]["input_ids"]
@@ -456,15 +458,15 @@ class TestImporting:
             file.with_suffix(".lock").touch()
         return tmp_path / "served"
 
-    def test_gives_the_store_that_the_verifier_gives(self, plan, served, prepare, tmp_path):
+    def test_gives_the_same_store_as_the_verifier(self, plan, served, prepare, tmp_path):
         manifest = manifest_of(plan, dtype="bfloat16")
-        states = Importing(served, plan, manifest.layers, WIDTH)
+        states = VllmStates(served, plan, manifest.layers, WIDTH)
         prepare_features(plan, manifest, tmp_path / "imported", states)
         imported, own = FeatureStore(tmp_path / "imported"), prepare()
-        for place in range(90):
+        for index in range(90):
             for layer in (2, 4, 8):
                 torch.testing.assert_close(
-                    imported.read(place, layer)[0].float(), own.read(place, layer)[0], rtol=1e-2, atol=1e-3
+                    imported.read(index, layer)[0].float(), own.read(index, layer)[0], rtol=1e-2, atol=1e-3
                 )
 
     def test_scaled_values_are_multiplied(self, make_rows, tmp_path):
@@ -474,30 +476,30 @@ class TestImporting:
         scales = torch.arange(1.0, len(tokens) + 1)[:, None, None]
         content = {"hidden_states": values, "hidden_states_scales": scales, "token_ids": tokens}
         save_file(content, tmp_path / "hs_0.safetensors")
-        [(number, found)] = Importing(tmp_path, plan, [2, 4, 8], WIDTH)(plan, range(1))
+        [(number, found)] = VllmStates(tmp_path, plan, [2, 4, 8], WIDTH)(plan, range(1))
         assert number == 0 and torch.equal(found, scales.expand(-1, 3, WIDTH))
 
     def test_rows_that_were_not_requested_are_counted(self, plan, served):
         for path in sorted(served.glob("*.safetensors"))[:2]:
             path.unlink()
-        with pytest.raises(UsageError, match="no file with the tokens of 2 of the 90 rows, the first of them row"):
-            Importing(served, plan, [2, 4, 8], WIDTH)
+        with pytest.raises(UsageError, match=r"no file with the tokens of 2 of the 90 rows \(first: row"):
+            VllmStates(served, plan, [2, 4, 8], WIDTH)
 
     def test_other_layers_are_refused(self, plan, served):
         with pytest.raises(UsageError, match=r"start the server with eagle_aux_hidden_state_layer_ids \[1, 2, 4, 8\]"):
-            list(Importing(served, plan, [1, 2, 4, 8], WIDTH)(plan, range(1)))
+            list(VllmStates(served, plan, [1, 2, 4, 8], WIDTH)(plan, range(1)))
 
     def test_damaged_and_unfinished_files_and_empty_folders_are_refused(self, plan, served, tmp_path):
         path = sorted(served.glob("*.safetensors"))[0]
         with path.with_suffix(".lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with pytest.raises(SpecforgeError, match="is still being written"):
-                Importing(served, plan, [2, 4, 8], WIDTH)
+                VllmStates(served, plan, [2, 4, 8], WIDTH)
         os.truncate(path, 50)
         with pytest.raises(SpecforgeError, match=f"{path.name} is damaged"):
-            Importing(served, plan, [2, 4, 8], WIDTH)
+            VllmStates(served, plan, [2, 4, 8], WIDTH)
         with pytest.raises(UsageError, match=r"holds no .safetensors files"):
-            Importing(tmp_path / "cache", plan, [2, 4, 8], WIDTH)
+            VllmStates(tmp_path / "cache", plan, [2, 4, 8], WIDTH)
 
 
 class TestRecording:
@@ -514,7 +516,7 @@ class TestRecording:
         states = run(batch["input_ids"], batch["position_ids"])
         recorder.add(batch, states[:, :, :2], states[:, :, 2])
 
-    def test_what_was_seen_is_read_from_then_on(self, plan, items, run, tmp_path):
+    def test_recorded_rows_are_read_afterwards(self, plan, items, run, tmp_path):
         recorder = self.recorder(plan, items, tmp_path / "recorded")
         assert not recorder.reopen()
         assert "last" not in items[0]
@@ -524,7 +526,7 @@ class TestRecording:
         recorder.flush()
         assert not recorder.reopen()
         assert [("last" in items[number]) for number in range(12)] == [True] * 10 + [False] * 2
-        # Another process goes on, and sees rows twice.
+        # Another process continues and sees rows twice.
         other = self.recorder(plan, items, tmp_path / "recorded")
         other.reopen()
         for batch in batches:
@@ -539,7 +541,7 @@ class TestRecording:
         store = FeatureStore(tmp_path / "recorded", other._open().manifest)
         assert len(store.kept) == sum(len(items.bins[number]) for number in range(len(items) // 2 * 2))
 
-    def test_text_that_is_none_of_the_rows_is_not_recorded(self, plan, items, run, tmp_path):
+    def test_tokens_that_match_no_row_are_not_recorded(self, plan, items, run, tmp_path):
         recorder = self.recorder(plan, items, tmp_path / "recorded")
         recorder.reopen()
         batch = collate([items[0]])

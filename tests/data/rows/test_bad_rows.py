@@ -1,4 +1,4 @@
-"""Rows that cannot be trained on are left out and counted, and what rows were rendered with belongs to them."""
+"""Bad rows are left out and counted; template date and arguments are part of a row's identity."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specforge.data.rows.building import build_rows, make_encoder
 from specforge.data.rows.maker import RowMaker
 from specforge.data.rows.prepared import prepare_rows
 from specforge.data.rows.summary import BadRows, RowSettings
-from specforge.data.text.verifier import VerifierText
+from specforge.data.text.verifier import VerifierTokenizer
 from specforge.errors import UsageError
 
 Write = Callable[..., str]
@@ -27,10 +27,10 @@ DATED += "{% if add_generation_prompt %}<|im_start|>{% endif %}{% if enable_thin
 def build(verifier: Path, tmp_path: Path) -> Callable[..., Any]:
     """Build the rows of a source through the cache."""
 
-    def build(source: str, folder: Path = verifier, text: dict[str, Any] | None = None, **policy: Any):
-        made = VerifierText(str(folder), **(text or {}))
+    def build(source: str, folder: Path = verifier, options: dict[str, Any] | None = None, **policy: Any):
+        text = VerifierTokenizer(str(folder), **(options or {}))
         settings = RowSettings(64, "truncate", **policy)
-        return build_rows(source, lambda: made.template, made.vocabulary_size, settings, tmp_path / "cache")
+        return build_rows(source, lambda: text.template, text.vocabulary_size, settings, tmp_path / "cache")
 
     return build
 
@@ -45,9 +45,7 @@ def test_bad_rows_are_counted_by_reason_with_the_first_of_each(build, write_line
     assert [one.first.split(":")[1] for one in summary.bad.values()] == ["41", "99", "100"]
 
 
-def test_more_than_a_share_of_bad_rows_ends_the_run_and_none_are_allowed_where_they_are_refused(
-    build, write_lines: Write, chat
-) -> None:
+def test_too_many_bad_rows_end_the_run_and_refuse_allows_none(build, write_lines: Write, chat) -> None:
     source = write_lines([*(chat("one", "two") for _ in range(10)), {"messages": []}])
     with pytest.raises(UsageError, match=r"1 of 11 rows are bad, and max_bad_share allows 5%: 1 \(no messages\), the"):
         build(source)
@@ -55,20 +53,22 @@ def test_more_than_a_share_of_bad_rows_ends_the_run_and_none_are_allowed_where_t
     with pytest.raises(UsageError, match=r"train.jsonl:11: .*no messages"):
         build(source, bad_rows="refuse")
     with pytest.raises(UsageError, match="max_bad_share allows 5%"):
-        build(source)  # the cache of the run that allowed more is held to this run's share
+        build(source)  # a cache from a run that allowed more is checked against this run's share
 
 
-def test_one_bad_source_does_not_hide_behind_workers(verifier: Path, write_lines: Write, chat, tmp_path: Path) -> None:
+def test_a_bad_source_is_refused_while_rows_are_prepared(
+    verifier: Path, write_lines: Write, chat, tmp_path: Path
+) -> None:
     rows = [chat("one", f"two {number}") if number % 10 else {"text": 5} for number in range(1000)]
-    text = VerifierText(str(verifier))
+    text = VerifierTokenizer(str(verifier))
     source = write_lines(rows)
-    cook = RowMaker(make_encoder([source], lambda: text.template, text.vocabulary_size), RowSettings(64, "truncate"))
-    with pytest.raises(UsageError, match=r"rows are bad, .* \(malformed text\), the first .*train.jsonl:1: "):
-        prepare_rows([source], cook, tmp_path / "out", 1)
+    maker = RowMaker(make_encoder([source], lambda: text.template, text.vocabulary_size), RowSettings(64, "truncate"))
+    with pytest.raises(UsageError, match=r"rows are bad, .* \(malformed text\), the first: .*train.jsonl:1: "):
+        prepare_rows([source], maker, tmp_path / "out", 1)
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
 
 
-def test_rows_of_one_chat_are_never_parted(make_verifier, templates, write_lines: Write, tmp_path: Path) -> None:
+def test_rows_of_one_chat_share_a_split(make_verifier, templates, write_lines: Write, tmp_path: Path) -> None:
     folder = make_verifier(templates["strips_thinking"])
     turns = [
         [
@@ -88,9 +88,9 @@ def test_rows_of_one_chat_are_never_parted(make_verifier, templates, write_lines
     assert held is not None and len(train) + len(held) == 120
     assert not np.isin(train.chats, held.chats).any() and len(held) == 36
     assert data.train_rows.summary.split_chats == 40
-    alone = DraftDataModule(str(folder), write_lines(chats[:1]), max_length=128, cache_dir=str(tmp_path))
+    single = DraftDataModule(str(folder), write_lines(chats[:1]), max_length=128, cache_dir=str(tmp_path))
     with pytest.raises(UsageError, match="the rows of one chat, cannot be split"):
-        alone.setup()
+        single.setup()
 
 
 def test_a_build_has_one_date_and_keeps_it(build, make_verifier, write_lines: Write, chat, monkeypatch) -> None:
@@ -98,22 +98,22 @@ def test_a_build_has_one_date_and_keeps_it(build, make_verifier, write_lines: Wr
     monkeypatch.setattr("specforge.data.text.template.Date", FixedDay("2024-02-29"))
     first = build(source, folder)[0]["input_ids"].tolist()
     monkeypatch.setattr("specforge.data.text.template.Date", FixedDay("2025-01-01"))
-    assert build(source, folder)[0]["input_ids"].tolist() == first, "the rows are those of the day of the build"
+    assert build(source, folder)[0]["input_ids"].tolist() == first, "a cached row keeps the date of its build"
     other = build(source, folder, {"template_date": "2025-01-01"})[0]["input_ids"].tolist()
     assert other != first
     with pytest.raises(UsageError, match=r"template_date: .*; give a day such as 2026-11-29"):
         build(source, folder, {"template_date": "yesterday"})
 
 
-def test_a_run_that_is_taken_up_keeps_its_date(make_verifier, write_lines: Write, chat, tmp_path, monkeypatch) -> None:
+def test_a_resumed_run_keeps_its_date(make_verifier, write_lines: Write, chat, tmp_path, monkeypatch) -> None:
     folder, source = make_verifier(DATED), write_lines([chat("one", f"two {n}") for n in range(600)])
 
     def prepare(name: str) -> bytes:
-        text = VerifierText(str(folder))
-        cook = RowMaker(
+        text = VerifierTokenizer(str(folder))
+        maker = RowMaker(
             make_encoder([source], lambda: text.template, text.vocabulary_size), RowSettings(64, "truncate")
         )
-        prepare_rows([source], cook, tmp_path / name, 1)
+        prepare_rows([source], maker, tmp_path / name, 1)
         return (tmp_path / name / "train" / "rows.arrow").read_bytes()
 
     monkeypatch.setattr("specforge.data.text.template.Date", FixedDay("2024-02-29"))
@@ -131,9 +131,9 @@ def test_prepared_rows_of_other_template_arguments_are_refused(
     make_verifier, write_lines: Write, chat, tmp_path
 ) -> None:
     folder, source = make_verifier(DATED), write_lines([chat("one", "two")])
-    text = VerifierText(str(folder), template_arguments={"enable_thinking": False})
-    cook = RowMaker(make_encoder([source], lambda: text.template, text.vocabulary_size), RowSettings(64, "truncate"))
-    prepare_rows([source], cook, tmp_path / "out", 1)
+    text = VerifierTokenizer(str(folder), template_arguments={"enable_thinking": False})
+    maker = RowMaker(make_encoder([source], lambda: text.template, text.vocabulary_size), RowSettings(64, "truncate"))
+    prepare_rows([source], maker, tmp_path / "out", 1)
     train = str(tmp_path / "out" / "train")
     with pytest.raises(UsageError, match=r"give --data.template_arguments.enable_thinking false"):
         DraftDataModule(str(folder), train, validation_share=0).prepare_data()
@@ -145,7 +145,7 @@ def test_prepared_rows_of_other_template_arguments_are_refused(
 
 
 class FixedDay:
-    """Stands for `datetime.date`, whose today is another day."""
+    """Replaces ``datetime.date`` with a fixed today."""
 
     def __init__(self, day: str) -> None:
         self.day = day
@@ -161,11 +161,11 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def test_the_share_of_bad_rows_counts_rows_and_not_lines(build, tmp_path: Path, chat) -> None:
+def test_the_share_of_bad_rows_counts_rows_not_lines(build, tmp_path: Path, chat) -> None:
     good, bad = json.dumps(chat("one", "two")), json.dumps({"messages": []})
-    unended = tmp_path / "unended.jsonl"
-    unended.write_text("\n".join([*[good] * 19, bad]))
-    assert build(str(unended)).summary.source_rows == 20
+    unterminated = tmp_path / "unterminated.jsonl"
+    unterminated.write_text("\n".join([*[good] * 19, bad]))
+    assert build(str(unterminated)).summary.source_rows == 20
     blank = tmp_path / "blank.jsonl"
     blank.write_text("\n".join([*[good] * 18, bad, *[""] * 40]))
     with pytest.raises(UsageError, match="1 of 19 rows are bad"):

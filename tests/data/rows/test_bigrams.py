@@ -1,4 +1,4 @@
-"""The bigram table, against counting by hand."""
+"""The bigram table, checked against a slow count."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def built(folder, rows):
     return build_rows(str(source), lambda: None, VOCABULARY, RowSettings(99, "truncate"), folder / "cache")
 
 
-def by_hand(rows) -> list[int]:
+def slow_count(rows) -> list[int]:
     pairs: Counter[tuple[int, int]] = Counter()
     for ids, mask in rows:
         pairs.update((ids[n - 1], ids[n]) for n in range(1, len(ids)) if mask[n])
@@ -37,10 +37,10 @@ ROW = st.lists(st.tuples(st.integers(0, VOCABULARY - 1), st.booleans()), min_siz
 
 
 @given(st.lists(ROW, min_size=1, max_size=4))
-def test_counts_are_those_by_hand(tmp_path_factory, drawn):
+def test_counts_equal_the_slow_count(tmp_path_factory, drawn):
     rows = [([one for one, _ in row], [int(seen) for _, seen in row]) for row in drawn]
-    rows.append(([1, 2], [0, 1]))  # something is supervised
-    assert count_successors(built(tmp_path_factory.mktemp("rows"), rows)).tolist() == by_hand(rows)
+    rows.append(([1, 2], [0, 1]))  # at least one supervised token
+    assert count_successors(built(tmp_path_factory.mktemp("rows"), rows)).tolist() == slow_count(rows)
 
 
 def test_the_table_is_counted_once(tmp_path):

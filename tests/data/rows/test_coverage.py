@@ -1,4 +1,4 @@
-"""What draft vocabularies cover."""
+"""Coverage of draft vocabularies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COUNTS = st.integers(2, 40).flatmap(
 
 
 @given(COUNTS)
-def test_the_figures_are_those_of_the_draft_vocabularies(counts):
+def test_coverage_equals_that_of_the_draft_vocabularies(counts):
     train, validation = map(torch.tensor, counts)
     found = coverage_by_size(train, validation)
     sizes = [one.draft_vocab_size for one in found]
@@ -27,7 +27,7 @@ def test_the_figures_are_those_of_the_draft_vocabularies(counts):
         assert abs(one.validation - vocabulary.coverage(validation)) < 1e-6
 
 
-def test_without_validation_rows_there_is_one_figure():
+def test_without_validation_rows_only_training_coverage_is_reported():
     assert coverage_by_size(torch.tensor([3, 0, 1]), None) == [Coverage(1, 0.75, None), Coverage(2, 1.0, None)]
 
 

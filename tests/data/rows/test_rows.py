@@ -58,7 +58,7 @@ def folders(tmp_path: Path) -> Callable[[], list[Path]]:
     return lambda: sorted((tmp_path / "cache" / "rows").iterdir())
 
 
-def test_rows_come_back_as_they_were_written(write_lines: Write, build: Build) -> None:
+def test_rows_are_read_back_as_written(write_lines: Write, build: Build) -> None:
     built = build(write_lines(token_rows(600)))
     assert len(built) == 600
     assert built[321]["input_ids"].tolist() == [8, 7, 21, 9]
@@ -103,11 +103,11 @@ def test_long_rows_are_cut_or_left_out_and_counted(write_lines: Write, build: Bu
     assert left_out.summary.dropped == {"longer than max_length": 2, "no supervised token": 1}
 
 
-def test_nothing_supervised_is_an_error_that_leaves_no_cache(
+def test_no_supervised_token_is_an_error_that_leaves_no_cache(
     write_lines: Write, build: Build, folders: Callable[[], list[Path]]
 ) -> None:
     source = write_lines([{"input_ids": [1, 2], "loss_mask": [0, 0]}])
-    with pytest.raises(UsageError, match=r"no supervised token in the whole set.*dropped: 1 \(no supervised token\)"):
+    with pytest.raises(UsageError, match=r"no token is supervised; rows dropped: 1 \(no supervised token\)"):
         build(source)
     assert folders() == []
 
@@ -118,7 +118,7 @@ def test_a_file_of_blank_lines_is_an_error(tmp_path: Path, build: Build) -> None
         build(str(tmp_path / "blank.jsonl"))
 
 
-def test_everything_supervised_is_a_warning_also_from_the_cache(write_lines: Write, build: Build) -> None:
+def test_full_supervision_warns_also_from_the_cache(write_lines: Write, build: Build) -> None:
     source = write_lines([{"input_ids": [1, 2, 3], "loss_mask": [1, 1, 1]}])
     for _ in range(2):
         with pytest.warns(UserWarning, match="every token is supervised"):
@@ -132,7 +132,7 @@ def test_a_second_run_reads_the_cache(write_lines: Write, build: Build, monkeypa
     assert build(source)[3]["input_ids"].tolist() == first[3]["input_ids"].tolist()
 
 
-def test_the_cache_depends_on_all_that_rows_depend_on(
+def test_the_cache_depends_on_everything_rows_depend_on(
     write_lines: Write,
     build: Build,
     folders: Callable[[], list[Path]],
@@ -155,7 +155,7 @@ def test_the_cache_depends_on_all_that_rows_depend_on(
 
 
 def stop_after(chunks: int, stop: Callable[[], None]) -> Callable[..., Any]:
-    """Return an `encode` that stops the build after some chunks were written."""
+    """Return an ``encode`` that stops the build after some chunks were written."""
     encode, done = RowEncoder.encode, []
 
     def encode_and_stop(self: RowEncoder, records: Any, max_length: int) -> Any:
@@ -194,7 +194,7 @@ def test_an_interrupted_build_leaves_nothing(
     assert len(build(source)) == 600
 
 
-def test_a_killed_build_leaves_nothing_that_a_later_one_would_take(
+def test_a_killed_build_leaves_nothing_that_a_later_build_would_use(
     write_lines: Write, build: Build, folders: Callable[[], list[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_lines(token_rows(600))
@@ -238,11 +238,11 @@ def test_a_damaged_cache_is_built_again(
             flip(content, -100)
     with caplog.at_level(logging.WARNING):
         assert len(build(source)) == 600
-    assert "is damaged and is built again" in caplog.text
+    assert "is damaged and will be built again" in caplog.text
     assert folders() == [folder]
 
 
-def test_of_two_builds_at_once_the_first_wins(
+def test_the_first_of_two_concurrent_builds_wins(
     write_lines: Write, build: Build, folders: Callable[[], list[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_lines(token_rows(600))
@@ -258,14 +258,14 @@ def test_of_two_builds_at_once_the_first_wins(
     assert len(folders()) == 1
 
 
-def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path, write_lines: Write, build: Build) -> None:
+def test_a_cache_folder_that_cannot_be_created_is_named(tmp_path: Path, write_lines: Write, build: Build) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(SpecforgeError, match=r"cannot write .*data.cache_dir"):
         build(write_lines(token_rows(1)))
 
 
 class TestStoredRows:
-    """A folder of rows as a source: what is read is what was written."""
+    """A folder of rows as a source: reading gives what was written, or an error."""
 
     @pytest.fixture
     def folder(self, write_lines: Write, tmp_path: Path) -> Path:
@@ -273,17 +273,17 @@ class TestStoredRows:
         prepare_rows([write_lines(token_rows(600))], maker, tmp_path / "out", workers=1)
         return tmp_path / "out" / "train"
 
-    def test_any_order_of_rows_over_batches_and_in_another_process(self, folder: Path) -> None:
+    def test_rows_are_read_in_any_order_across_batches_and_processes(self, folder: Path) -> None:
         rows = open_rows(folder, VOCABULARY_SIZE)
-        wanted = [599, 0, 255, 256, 0, 511]
+        indices = [599, 0, 255, 256, 0, 511]
         for read in (rows, pickle.loads(pickle.dumps(rows)), rows.select(np.arange(600))):
-            joined, lengths = read.join(wanted)
-            assert joined["input_ids"].view(-1, 4)[:, 2].tolist() == [index % 100 for index in wanted]
+            joined, lengths = read.join(indices)
+            assert joined["input_ids"].view(-1, 4)[:, 2].tolist() == [index % 100 for index in indices]
             assert lengths.tolist() == [4] * 6
         chosen = rows.select(np.arange(1, 600, 2)).select(np.array([0, 299]))
         assert chosen.join([1, 0])[0]["input_ids"].view(-1, 4)[:, 2].tolist() == [99, 1]
 
-    def test_a_value_that_changed_is_found_when_its_batch_is_read(self, folder: Path) -> None:
+    def test_a_changed_value_is_found_when_its_batch_is_read(self, folder: Path) -> None:
         flip(folder / "rows.arrow", -100)  # in the last batch
         rows = open_rows(folder, VOCABULARY_SIZE)
         assert len(rows) == len(rows.lengths) == 600
@@ -294,7 +294,7 @@ class TestStoredRows:
             ):
                 read()
 
-    def test_a_length_or_header_that_changed_is_found_at_once(self, folder: Path, build: Build) -> None:
+    def test_a_changed_length_or_header_is_found_on_opening(self, folder: Path, build: Build) -> None:
         part = StoredRows(folder)._parts[1]
         begin = StoredRows(folder)._begins[1]
         for position in (0, 5, begin + 4, begin + 20, begin + part.head - 3, begin + part.head - 4 * 200):
@@ -306,7 +306,7 @@ class TestStoredRows:
             flip(folder / "rows.arrow", position)
         assert len(build(str(folder))) == 600
 
-    def test_a_summary_that_changed_is_refused(self, folder: Path, build: Build) -> None:
+    def test_a_changed_summary_is_refused(self, folder: Path, build: Build) -> None:
         summary = folder / "summary.json"
         text = summary.read_text()
         for changed in (text.replace("2400", "2401"), text[:-9], "{}", "[]", text.replace('"checksum"', '"checks"')):
@@ -317,7 +317,7 @@ class TestStoredRows:
             ):
                 build(str(folder))
 
-    def test_rows_as_a_source_of_other_rows_are_checked_too(self, folder: Path) -> None:
+    def test_rows_used_as_a_source_are_checked_too(self, folder: Path) -> None:
         records = list(read_records(str(folder)))
         assert records[599].value["input_ids"] == [8, 7, 99, 9]
         assert count_records(str(folder)) == 600

@@ -16,33 +16,33 @@ from specforge.data.text.encoding import RowEncoder
 from specforge.data.text.sources import read_raw_records
 from specforge.errors import SpecforgeError, UsageError
 
-RECIPE = RowMaker(RowEncoder(None, 10), RowSettings(8, "truncate"))
-STRICT = RowMaker(RowEncoder(None, 10), RowSettings(8, "truncate", "refuse"))
+MAKER = RowMaker(RowEncoder(None, 10), RowSettings(8, "truncate"))
+STRICT_MAKER = RowMaker(RowEncoder(None, 10), RowSettings(8, "truncate", "refuse"))
 ROW = {"input_ids": [1, 2], "loss_mask": [0, 1]}
 
 
-def test_of_several_faults_the_first_is_told(write_lines):
+def test_the_first_of_several_errors_is_reported(write_lines):
     rows = [ROW] * 2000
     rows[1900] = {"input_ids": [77], "loss_mask": [1]}
     rows[700] = {"input_ids": [55], "loss_mask": [1]}
     with pytest.raises(UsageError, match=r"train.jsonl:701: id 55"):
-        list(make_batches(read_raw_records(write_lines(rows)), STRICT, 2))
+        list(make_batches(read_raw_records(write_lines(rows)), STRICT_MAKER, 2))
     assert not multiprocessing.active_children()
 
 
 def test_the_source_is_read_only_a_little_ahead(write_lines):
     read = []
     records = (read.append(0) or record for record in read_raw_records(write_lines([ROW] * 5000)))
-    made = make_batches(records, RECIPE, 2)
+    made = make_batches(records, MAKER, 2)
     assert [number for number, _ in islice(made, 2)] == [CHUNK, CHUNK]
     assert len(read) <= 8 * CHUNK
     made.close()
 
 
-def test_a_worker_that_is_ended_from_outside_is_told(write_lines):
-    made = make_batches(read_raw_records(write_lines([ROW] * 5000)), RECIPE, 2)
+def test_a_killed_worker_is_reported(write_lines):
+    made = make_batches(read_raw_records(write_lines([ROW] * 5000)), MAKER, 2)
     next(made)
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(SpecforgeError, match="ended from outside, perhaps for lack of memory"):
+    with pytest.raises(SpecforgeError, match="was killed, perhaps for lack of memory"):
         list(made)

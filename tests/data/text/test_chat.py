@@ -37,13 +37,13 @@ def refused(**value: Any) -> BadRow:
     return error.value
 
 
-def test_messages_are_read_as_they_are() -> None:
+def test_messages_are_read_unchanged() -> None:
     chat = read(messages=[{**QUESTION, "name": "Ann"}, ANSWER], text="x")
     assert chat == Chat([{**QUESTION, "name": "Ann"}, ANSWER], None, (False, True))
 
 
 @pytest.mark.parametrize("key", ["messages", "conversations", "conversation"])
-def test_the_speakers_of_sharegpt_are_roles(key: str) -> None:
+def test_sharegpt_speakers_become_roles(key: str) -> None:
     roles = {
         "system": "system",
         "human": "user",
@@ -63,7 +63,7 @@ def test_the_speakers_of_sharegpt_are_roles(key: str) -> None:
     assert chat.supervised == tuple(role == "assistant" for role in expected)
 
 
-def test_sharegpt_calls_and_the_columns_beside_the_turns() -> None:
+def test_sharegpt_calls_and_extra_columns() -> None:
     turns = [
         {"from": "human", "value": "Weather in Rome?"},
         {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome", "unit": null}}'},
@@ -97,7 +97,7 @@ def test_sharegpt_calls_and_the_columns_beside_the_turns() -> None:
         json.dumps([CALL]),
     ],
 )
-def test_calls_have_one_form_and_nulls_in_json_strings_stay(calls: Any) -> None:
+def test_calls_are_normalised_and_nulls_in_json_strings_are_kept(calls: Any) -> None:
     asked = {"role": "assistant", "content": None, "tool_calls": calls}
     chat = read(messages=[QUESTION, asked])
     assert chat.messages[1] == CALLING
@@ -109,13 +109,13 @@ def test_calls_have_one_form_and_nulls_in_json_strings_stay(calls: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"), [("", {}), (None, {}), ({}, {}), ("[1]", "[1]"), ("{cut", "{cut"), ([1], [1])]
 )
-def test_arguments_that_are_no_object_stay_as_they_are(arguments: Any, expected: Any) -> None:
+def test_arguments_that_are_not_objects_are_kept(arguments: Any, expected: Any) -> None:
     call = {"function": {"name": "weather", "arguments": arguments}}
     (read_call,) = read(messages=[QUESTION, {**ANSWER, "tool_calls": [call]}]).messages[1]["tool_calls"]
     assert read_call["function"]["arguments"] == expected
 
 
-def test_the_form_of_calls_before_tool_calls() -> None:
+def test_the_function_call_form_before_tool_calls() -> None:
     call = {"name": "weather", "arguments": '{"city": "Rome"}'}
     turns = [QUESTION, {"role": "assistant", "content": None, "function_call": call}]
     turns += [{"role": "function", "name": "weather", "content": "sunny"}, ANSWER]
@@ -136,22 +136,22 @@ def test_the_form_of_calls_before_tool_calls() -> None:
         [{**TOOL, "function": {**TOOL["function"], "strict": None, "parameters": {**SCHEMA, "required": None}}}],
     ],
 )
-def test_tools_have_one_form(tools: Any) -> None:
+def test_tools_are_normalised(tools: Any) -> None:
     assert read(messages=[QUESTION, ANSWER], tools=tools).tools == [TOOL]
 
 
-def test_a_bare_function_keeps_all_of_its_keys() -> None:
+def test_a_bare_function_keeps_all_its_keys() -> None:
     function = {"name": "weather", "return": {"type": "string"}}
     tools = read(messages=[QUESTION, ANSWER], tools=[{"type": "function", **function}]).tools
     assert tools == [{"type": "function", "function": function}]
 
 
 @pytest.mark.parametrize("tools", [None, [], "", "[]", "null"])
-def test_no_tools_are_none(tools: Any) -> None:
+def test_missing_tools_are_none(tools: Any) -> None:
     assert read(messages=[QUESTION, ANSWER], tools=tools).tools is None
 
 
-def test_what_arrow_fills_in_is_dropped_at_every_depth() -> None:
+def test_nulls_filled_in_by_arrow_are_dropped_at_every_depth() -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     rows: list[dict[str, Any]] = [
         {"messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}], "tools": [TOOL]},
@@ -165,7 +165,7 @@ def test_what_arrow_fills_in_is_dropped_at_every_depth() -> None:
     assert second.tools == rows[1]["tools"]
 
 
-def test_parts_of_text_are_joined_and_others_refused_by_their_type() -> None:
+def test_text_parts_are_joined_and_other_types_refused() -> None:
     parts = [{"type": "text", "text": "Hel", "image_url": None}, {"type": "text", "text": "lo"}]
     assert read(messages=[QUESTION, {"role": "assistant", "content": parts}]).messages == [QUESTION, ANSWER]
     seen = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}, parts[0]]}
@@ -175,13 +175,13 @@ def test_parts_of_text_are_joined_and_others_refused_by_their_type() -> None:
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_thinking_has_one_key(key: str) -> None:
+def test_thinking_is_normalised_to_one_key(key: str) -> None:
     chat = read(messages=[{**QUESTION, key: None}, {**ANSWER, key: "Hm."}, QUESTION, {**ANSWER, key: ""}])
     assert chat.messages == [QUESTION, {**ANSWER, "reasoning_content": "Hm."}, QUESTION, ANSWER]
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"train": False}, {"masked": True}])
-def test_a_turn_that_says_so_is_not_trained_on(mark: dict[str, Any]) -> None:
+def test_a_turn_marked_as_excluded_is_not_trained_on(mark: dict[str, Any]) -> None:
     (key, value), *_ = mark.items()
     chat = read(messages=[QUESTION, {**ANSWER, **mark}, {**QUESTION, **mark}, {**ANSWER, key: not value}])
     assert chat.messages == [QUESTION, ANSWER, QUESTION, ANSWER]
@@ -189,7 +189,7 @@ def test_a_turn_that_says_so_is_not_trained_on(mark: dict[str, Any]) -> None:
     assert refused(messages=[QUESTION, {**ANSWER, **mark}]).reason == "no reply to train on"
 
 
-def test_a_greeting_and_an_empty_reply_teach_nothing() -> None:
+def test_a_greeting_and_an_empty_reply_are_not_supervised() -> None:
     empty = {"role": "assistant", "content": " "}
     assert read(messages=[ANSWER, QUESTION, empty, QUESTION, ANSWER]).supervised == (False, False, False, False, True)
 
@@ -220,7 +220,7 @@ def test_instructions_with_input_and_history() -> None:
     assert earlier.supervised == (False, False, True, False, True)
 
 
-def test_text_comes_back_as_it_is() -> None:
+def test_text_is_returned_unchanged() -> None:
     assert read_chat(record(text="a", prompt="b", messages=None)) == "a"
 
 
@@ -244,7 +244,7 @@ def test_text_comes_back_as_it_is() -> None:
         ([QUESTION, {**ANSWER, "tool_calls": 3}], "malformed tool call", "found int"),
         ([QUESTION, {**ANSWER, "tool_calls": [{"arguments": {}}]}], "malformed tool call", "message 1"),
         ([QUESTION, {"from": "function_call", "value": "{}"}], "malformed tool call", "message 1"),
-        ([QUESTION, {"from": "function_call", "value": "no JSON"}], "malformed tool call", "no JSON"),
+        ([QUESTION, {"from": "function_call", "value": "no JSON"}], "malformed tool call", "not JSON"),
         ("Hi", "malformed messages", "must be a list"),
         (["Hi"], "malformed message", "message 0"),
     ],
@@ -288,7 +288,7 @@ def test_values_nested_too_deeply_are_one_reason() -> None:
     assert refused(messages=[QUESTION, {**ANSWER, "tool_calls": calls}]).reason == "nested too deeply"
 
 
-def test_an_unknown_form_names_keys_and_the_nearest() -> None:
+def test_an_unknown_form_names_its_keys_and_the_nearest_known_one() -> None:
     error = refused(source="x", mesages=[])
     assert "it has ['mesages', 'source']" in str(error)
     assert "Did you mean 'messages'" in str(error)

@@ -31,9 +31,9 @@ def messages_of(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def reference(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
-    """Write ChatML by hand with a flag for each character; a token is supervised if all its characters are.
+    """Write ChatML by hand with a flag per character; a token is supervised if all its characters are.
 
-    Where one token would cover the end of a prompt and the start of its reply, the text is tokenised in two pieces.
+    If a token would straddle the boundary of prompt and reply, the text is tokenised in two pieces.
     """
     text, flags, starts = "", [], []
     for message in messages:
@@ -53,7 +53,7 @@ def reference(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 
 @pytest.fixture(scope="module")
 def encoders(load_tokenizer: Callable[..., PreTrainedTokenizerBase], templates: dict[str, str]) -> list[RowEncoder]:
-    """Boundaries, generation tags, and a tokenizer whose offsets leave out blanks: all must agree."""
+    """Boundaries, generation tags, and a tokenizer whose offsets exclude spaces: all must agree."""
     tokenizers = [
         load_tokenizer(templates["chatml"]),
         load_tokenizer(templates["generation"]),
@@ -88,7 +88,7 @@ def test_tokens_inside_equals_a_loop(lengths: list[int], boundaries: list[int]) 
     assert tokens_inside(offsets.astype(np.int64), spans).tolist() == expected
 
 
-def test_layouts_mixed_in_one_source_keep_their_order(
+def test_mixed_layouts_in_one_source_keep_their_order(
     tokenizer: PreTrainedTokenizerBase, chat: Callable[..., dict[str, Any]]
 ) -> None:
     values = [
@@ -139,27 +139,27 @@ def test_the_tokenizers_own_truncation_is_not_used(load_tokenizer: Callable[...,
         ({"input_ids": [1, 320], "loss_mask": [1, 1]}, "id 320 at position 1 is outside .* 320 ids"),
         ({"input_ids": [-1], "loss_mask": [1]}, "id -1 at position 0"),
         ({"input_ids": [2**32 + 1], "loss_mask": [1]}, "id 4294967297 at position 0"),
-        ({"input_ids": [1.5], "loss_mask": [1]}, "'input_ids' must be a list of integers"),
-        ({"input_ids": [[1], [2, 3]], "loss_mask": [1, 1]}, "'input_ids' must be a list of integers"),
-        ({"input_ids": ["a"], "loss_mask": [1]}, "'input_ids' must be a list of integers"),
-        ({"input_ids": [], "loss_mask": []}, "'input_ids' must be a list of integers that is not empty"),
+        ({"input_ids": [1.5], "loss_mask": [1]}, "'input_ids' must be a non-empty list of integers"),
+        ({"input_ids": [[1], [2, 3]], "loss_mask": [1, 1]}, "'input_ids' must be a non-empty list of integers"),
+        ({"input_ids": ["a"], "loss_mask": [1]}, "'input_ids' must be a non-empty list of integers"),
+        ({"input_ids": [], "loss_mask": []}, "'input_ids' must be a non-empty list of integers"),
         ({"input_ids": [1], "loss_mask": [2]}, "'loss_mask' holds values other than 0 and 1"),
-        ({"input_ids": [1], "loss_mask": [None]}, "'loss_mask' must be a list of integers"),
-        ({"input_ids": [1]}, r"it has \['input_ids'\], and needs"),
-        ({"text": "half \ud83d"}, "half a character"),
+        ({"input_ids": [1], "loss_mask": [None]}, "'loss_mask' must be a non-empty list of integers"),
+        ({"input_ids": [1]}, r"it has \['input_ids'\], but needs"),
+        ({"text": "half \ud83d"}, "unpaired surrogate"),
     ],
 )
-def test_bad_rows_are_refused_with_their_place(
+def test_bad_rows_are_refused_with_their_location(
     tokenizer: PreTrainedTokenizerBase, value: dict[str, Any], reason: str
 ) -> None:
     good = Record({"text": "one two"}, "train.jsonl:8")
     bad, (row,) = RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE).encode([Record(value, "train.jsonl:7"), good])
     assert isinstance(bad, BadRow) and re.search(reason, str(bad)) and str(bad).startswith("train.jsonl:7: ")
-    assert len(row.input_ids) > 1, "the rows around it are encoded"
+    assert len(row.input_ids) > 1, "other rows are still encoded"
 
 
-def test_no_token_covers_the_prompt_and_the_reply(load_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> None:
-    """The tokens are those of serving's prompt, and then those of the reply."""
+def test_no_token_straddles_prompt_and_reply(load_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> None:
+    """The row is the tokens of the serving prompt followed by those of the reply."""
     template = "{{ messages[0].content + '\n' }}{% if messages[1:] %}{{ '\n' + messages[1].content }}{% endif %}"
     tokenizer = load_tokenizer(template)
     assert len(tokenizer.tokenize("\n\n")) == 1
@@ -170,7 +170,7 @@ def test_no_token_covers_the_prompt_and_the_reply(load_tokenizer: Callable[..., 
     assert row.loss_mask.tolist() == [False] * len(prompt) + [True] * len(reply)
 
 
-def test_what_is_after_max_length_is_not_rendered(
+def test_text_after_max_length_is_not_rendered(
     tokenizer: PreTrainedTokenizerBase, chat: Callable[..., dict[str, Any]]
 ) -> None:
     encoder = RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE)
@@ -184,7 +184,7 @@ def test_what_is_after_max_length_is_not_rendered(
     assert len(encoder.encode([record], 10)[0][0].input_ids) < 200
 
 
-def test_rows_of_other_template_arguments_are_refused(
+def test_rows_with_other_template_arguments_are_refused(
     tokenizer: PreTrainedTokenizerBase, chat: Callable[..., dict[str, Any]]
 ) -> None:
     origin = {"model": "m", "fingerprint": "f", "temperature": 0, "template_arguments": {"enable_thinking": False}}
@@ -195,7 +195,7 @@ def test_rows_of_other_template_arguments_are_refused(
     assert row.loss_mask.any()
 
 
-def test_a_template_without_end_is_told_by_its_third_row(
+def test_an_endless_template_is_reported_at_its_third_row(
     load_tokenizer: Callable[..., PreTrainedTokenizerBase],
     chat: Callable[..., dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
@@ -207,6 +207,6 @@ def test_a_template_without_end_is_told_by_its_third_row(
         encoder.encode([Record(chat("one", "two"), f"here:{number}") for number in range(1, 9)])
 
 
-def test_text_among_rows_of_tokens_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"train.jsonl:2: a row of text in a source whose first row"):
+def test_text_among_token_rows_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"train.jsonl:2: a text row in a source whose first row"):
         RowEncoder(None, VOCABULARY_SIZE).encode([Record({"text": "one"}, "train.jsonl:2")])

@@ -1,4 +1,4 @@
-"""Who wrote a row: read with it, kept in the cache, and what makes an acceptance length a proxy."""
+"""Origins of rows: reading, caching, and when they make an acceptance length a proxy."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ GREEDY = Origin(model="a verifier", fingerprint="abc", temperature=0.0)
 SAMPLED = Origin(**VALUES)
 
 
-def test_says_how_tokens_were_chosen():
+def test_an_origin_holds_the_sampling_settings():
     origin = read_origin(Record({"origin": {**VALUES, "seed": 3}}, "rows:1"))
     assert origin == SAMPLED
     assert (origin.sampling.temperature, origin.sampling.top_k, origin.sampling.top_p) == (0.7, 40, 0.9)
 
 
-def test_a_row_may_say_nothing():
+def test_a_row_may_have_no_origin():
     assert read_origin(Record({"text": "x"}, "rows:1")) is None
     assert read_origin(Record({"text": "x", "origin": None}, "rows:1")) is None
 
@@ -32,7 +32,7 @@ def test_a_row_may_say_nothing():
     ("origin", "named"),
     [("somebody", "origin"), ({**VALUES, "temperature": "warm"}, "temperature"), ({"model": "x"}, "fingerprint")],
 )
-def test_a_wrong_one_is_refused_with_its_place(origin, named):
+def test_a_malformed_origin_is_refused_with_its_location(origin, named):
     with pytest.raises(UsageError, match=r"rows\.jsonl:4: origin") as error:
         read_origin(Record({"origin": origin}, "rows.jsonl:4"))
     assert named in str(error.value)
@@ -43,14 +43,14 @@ def test_a_wrong_one_is_refused_with_its_place(origin, named):
     [
         ([GREEDY], None),
         ([SAMPLED], None),
-        ([None], "do not say"),
-        ([GREEDY, None], "do not say"),
-        ([GREEDY, SAMPLED], "different ways"),
+        ([None], "do not state"),
+        ([GREEDY, None], "do not state"),
+        ([GREEDY, SAMPLED], "different settings"),
         ([GREEDY.model_copy(update={"fingerprint": "other"})], "a verifier (other), which is not this verifier (abc)"),
         ([GREEDY.model_copy(update={"fingerprint": "84cc7e1198794151"})], "of an earlier version of specforge"),
     ],
 )
-def test_only_one_origin_of_this_verifier_is_exact(origins, reason):
+def test_acceptance_is_exact_only_for_a_single_origin_of_this_verifier(origins, reason):
     found = why_proxy(origins, "abc")
     assert (found is None) if reason is None else (reason in found)
 

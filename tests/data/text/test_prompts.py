@@ -1,4 +1,4 @@
-"""Prompt sets: every layout, several turns, and faults with their line."""
+"""Prompt sets: every layout, several turns, and errors with their line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rendered(tokenizer, *messages):
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
 
-def test_turns_are_asked_one_after_the_other(read, tokenizer):
+def test_turns_are_asked_in_order(read, tokenizer):
     [conversation] = read({"turns": ["Hi", "And?"]})
     assert len(conversation.turns) == 2
     assert conversation.prompt(0, [], ChatTemplate(tokenizer)) == rendered(tokenizer, "Hi")
@@ -51,7 +51,7 @@ def test_replies_of_a_chat_are_left_to_the_verifier(read, tokenizer):
     assert sharegpt.turns == ([{"role": "user", "content": "Hi"}],)
 
 
-def test_a_tokenised_row_asks_what_comes_before_its_response(read, tokenizer):
+def test_the_prompt_of_a_tokenised_row_ends_before_its_response(read, tokenizer):
     [conversation] = read({"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1], "messages": "not read"})
     assert conversation.prompt(0, [], ChatTemplate(tokenizer)) == [5, 6]
 
@@ -71,12 +71,12 @@ def test_a_prompt_is_one_turn(read, tokenizer):
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}], "weight": 1}], "turns": None},
     ],
 )
-def test_other_published_forms_are_asked_too(read, row):
+def test_other_published_forms_are_read(read, row):
     [conversation] = read(row)
     assert conversation.turns == ([{"role": "user", "content": "Hi"}],)
 
 
-def test_only_so_many_are_read(read):
+def test_at_most_limit_conversations_are_read(read):
     assert len(read(*[{"prompt": "Hi"}] * 5, limit=2)) == 2
 
 
@@ -91,19 +91,19 @@ def test_a_template_that_refuses_a_chat_is_named_with_its_line(read, tokenizer):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"turns": []}, "'turns' must be a list of texts"),
-        ({"turns": ["Hi", ""]}, "'turns' must be a list of texts"),
-        ({"turns": "Hi"}, "'turns' must be a list of texts"),
+        ({"turns": []}, "'turns' must be a list of non-empty texts"),
+        ({"turns": ["Hi", ""]}, "'turns' must be a list of non-empty texts"),
+        ({"turns": "Hi"}, "'turns' must be a list of non-empty texts"),
         ({"question": "Hi"}, "a row without a prompt"),
         ({"prompt": "  "}, "a row without a prompt"),
         ({"input_ids": [1, "2"], "loss_mask": [0, 1]}, "must be lists of integers"),
         ({"input_ids": 5, "loss_mask": 1}, "must be lists of integers"),
         ({"input_ids": [1, 2], "loss_mask": [1, 1]}, "no prompt before the first supervised token"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "nobody asks"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "no user or tool message"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "role 'wizard'"),
     ],
 )
-def test_faults_name_the_line(read, row, reason):
+def test_errors_name_the_line(read, row, reason):
     with pytest.raises(UsageError, match=r"prompts\.jsonl:2: ") as error:
         read({"turns": ["Hi"]}, row)
     assert reason in str(error.value)
@@ -112,5 +112,5 @@ def test_faults_name_the_line(read, row, reason):
 @pytest.mark.parametrize(
     ("source", "name"), [("a/mt-bench.jsonl", "mt-bench"), ("a/b.json.gz", "b"), ("owner/data", "owner/data")]
 )
-def test_a_prompt_set_is_called_by_its_file(source, name):
+def test_a_prompt_set_is_named_after_its_file(source, name):
     assert prompt_set_name(source) == name

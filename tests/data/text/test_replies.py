@@ -1,4 +1,4 @@
-"""Which text of a chat is supervised: small templates of our own, one for each kind, and random ones."""
+"""Which text of a chat is supervised, with one small template of each kind and with random ones."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def plain(load_tokenizer: Load) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def finder(plain: PreTrainedTokenizerBase) -> Callable[..., ReplyFinder]:
-    """Return what finds replies by a template; the tokenizer is shared, and made anew for each template by copying."""
+    """Return a factory of reply finders; each template gets its own copy of a shared tokenizer."""
 
     def make(template: str, ends: tuple[str, ...] = (EOS,), **arguments: Any) -> ReplyFinder:
         tokenizer = type(plain)(tokenizer_object=plain.backend_tokenizer, eos_token=EOS, bos_token=HEAD)
@@ -65,7 +65,7 @@ def test_each_reply_with_its_end_token_is_supervised(finder, templates) -> None:
     assert text.rules == (BETWEEN, BETWEEN) and not text.add_special_tokens
 
 
-def test_text_after_the_end_token_is_not(finder, templates) -> None:
+def test_text_after_the_end_token_is_not_supervised(finder, templates) -> None:
     template = templates["chatml"] + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}"
     texts = finder(template).find(dialogue(*TALK), "here").texts
     assert [supervised(text) for text in texts] == [["two<|im_end|>", "four<|im_end|>"]]
@@ -84,14 +84,14 @@ def test_without_a_known_end_token_the_first_special_one_ends_a_reply(finder, te
     assert (supervised(text), text.rules) == (["two<|im_end|>"], (UNENDED,))
 
 
-def test_an_end_token_that_only_the_next_header_shows(finder) -> None:
+def test_an_end_token_that_only_the_next_header_shows_is_supervised(finder) -> None:
     template = "{% for m in messages %}{% if m.role == 'user' %}<|im_end|>{% else %}A: {% endif %}{{ m.content }}\n"
     template += "{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
     (text,) = finder(template).find(dialogue(*TALK), "here").texts
     assert (supervised(text), text.rules) == (["two\n<|im_end|>", "four\n"], (NEXT_HEADER, UNENDED))
 
 
-def test_the_same_where_earlier_thinking_is_dropped(finder) -> None:
+def test_it_is_supervised_if_earlier_thinking_is_dropped(finder) -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}<|im_end|>{{ m.content }}{% else %}A: {% if loop.last %}"
         "<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}{% endif %}{% endfor %}"
@@ -104,7 +104,7 @@ def test_the_same_where_earlier_thinking_is_dropped(finder) -> None:
     assert "A: two<|im_end|>three" in texts[1].text
 
 
-def test_an_end_token_that_strips_blanks_is_supervised(finder, templates, plain) -> None:
+def test_an_end_token_that_strips_spaces_is_supervised(finder, templates, plain) -> None:
     from tokenizers import AddedToken
 
     made = finder(templates["chatml"], ("<|stop|>",))
@@ -122,7 +122,7 @@ def test_an_end_token_that_strips_blanks_is_supervised(finder, templates, plain)
         ("{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n", CORRECTED),
     ],
 )
-def test_generation_tags_are_held_against_the_rule(finder, body: str, expected: str) -> None:
+def test_generation_tags_are_checked_against_the_rule(finder, body: str, expected: str) -> None:
     (text,) = finder(tagged("<|im_start|>assistant\n" + body)).find(dialogue(*TALK), "here").texts
     assert supervised(text) == ["two<|im_end|>", "four<|im_end|>"]
     assert text.rules == (expected, expected)
@@ -134,9 +134,9 @@ def test_generation_tags_that_cover_the_header_are_corrected(finder) -> None:
     assert (supervised(text)[0], text.rules[0]) == ("two<|im_end|>", CORRECTED)
 
 
-def test_generation_tags_that_leave_text_out_are_refused(finder) -> None:
+def test_generation_tags_that_omit_text_are_refused(finder) -> None:
     body = "<|im_start|>assistant\n{{ m.content }}{% generation %}<|im_end|>{% endgeneration %}\n"
-    with pytest.raises(BadRow, match="leave out its content"):
+    with pytest.raises(BadRow, match="omit its content"):
         finder(tagged(body)).find(dialogue(*TALK), "here")
 
 
@@ -149,7 +149,7 @@ def tagged(reply: str) -> str:
     )
 
 
-def test_a_template_that_rewrites_earlier_turns_makes_one_row_a_turn(finder, templates) -> None:
+def test_a_template_that_rewrites_earlier_turns_gives_one_row_per_turn(finder, templates) -> None:
     chat = dialogue("one", "<think>so</think>two", "three", "<think>then</think>four")
     first, second = finder(templates["strips_thinking"]).find(chat, "here").texts
     assert supervised(first) == ["<think>so</think>two<|im_end|>"]
@@ -157,7 +157,7 @@ def test_a_template_that_rewrites_earlier_turns_makes_one_row_a_turn(finder, tem
     assert "assistant\ntwo<|im_end|>" in second.text, "as serving sends it"
 
 
-def test_turns_that_stay_as_they_were_share_a_row(finder, templates) -> None:
+def test_unchanged_turns_share_a_row(finder, templates) -> None:
     chat = dialogue("one", "two", "three", "<think>then</think>four", "five", "six")
     texts = finder(templates["strips_thinking"]).find(chat, "here").texts
     assert [len(text.spans) for text in texts] == [2, 1]
@@ -166,17 +166,17 @@ def test_turns_that_stay_as_they_were_share_a_row(finder, templates) -> None:
 @pytest.mark.parametrize(
     ("extra", "reason"),
     [
-        ({"tool_calls": [CALL]}, "its call vanishes"),
-        ({"reasoning_content": "because"}, "its thinking vanishes"),
+        ({"tool_calls": [CALL]}, "its call is lost"),
+        ({"reasoning_content": "because"}, "its thinking is lost"),
     ],
 )
-def test_what_a_template_leaves_out_is_refused(finder, templates, extra: dict[str, Any], reason: str) -> None:
+def test_parts_that_a_template_omits_are_refused(finder, templates, extra: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRow) as refused:
         finder(templates["chatml"]).find(dialogue("one", "two", **extra), "train.jsonl:3")
     assert (refused.value.reason, refused.value.location) == (reason, "train.jsonl:3")
 
 
-def test_content_that_vanishes_is_refused(finder) -> None:
+def test_lost_content_is_refused(finder) -> None:
     parts = "{% for m in messages %}<|im_start|>{% for p in m.content if p.text %}{{ p.text }}{% endfor %}<|im_end|>"
     with pytest.raises(BadRow, match="its content is not in the text"):
         finder(parts + "{% endfor %}").find(dialogue("one", "two"), "here")
@@ -188,7 +188,7 @@ def test_a_reply_that_holds_an_end_token_is_refused(finder, templates) -> None:
 
 
 @pytest.mark.parametrize("arguments", ["{{ c.function.arguments | tojson }}", "{{ c.function.arguments }}"])
-def test_arguments_are_given_as_the_template_wants_them(finder, arguments: str) -> None:
+def test_arguments_are_given_in_the_form_the_template_expects(finder, arguments: str) -> None:
     chat = dialogue("one", "", tool_calls=[CALL])
     (text,) = finder(CALLS.replace("ARGUMENTS", arguments)).find(chat, "here").texts
     assert supervised(text) == ['<call>weather {"city": "Ro\\"me", "days": 2, "hot": true}</call><|im_end|>']
@@ -202,20 +202,20 @@ def test_arguments_in_another_notation_are_found(finder) -> None:
         finder(CALLS.replace("ARGUMENTS", "")).find(dialogue("one", "", tool_calls=[CALL]), "here")
 
 
-def test_a_call_that_is_left_out_is_refused(finder) -> None:
+def test_an_omitted_call_is_refused(finder) -> None:
     first = CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
     notation = "{{ c.function.arguments | tojson }}"
     with pytest.raises(BadRow, match="call of weather"):
         finder(first.replace("ARGUMENTS", notation)).find(dialogue("one", "", tool_calls=[CALL, CALL]), "here")
 
 
-def test_arguments_that_are_encoded_twice_are_refused(finder) -> None:
+def test_doubly_encoded_arguments_are_refused(finder) -> None:
     twice = "{{ c.function.arguments | tojson | tojson }}"
     with pytest.raises(BadRow, match="with its arguments"):
         finder(CALLS.replace("ARGUMENTS", twice)).find(dialogue("one", "", tool_calls=[CALL]), "here")
 
 
-def test_a_prompt_that_the_reply_lacks_is_refused_with_what_works(finder, templates) -> None:
+def test_a_prompt_that_is_not_a_prefix_is_refused_with_alternatives(finder, templates) -> None:
     opening = "<|im_start|>assistant\n{% if enable_thinking is not defined %}<think>\n{% endif %}' }}"
     template = templates["chatml"].replace("{{ '<|im_start|>assistant\n' }}", opening.removesuffix("' }}"))
     with pytest.raises(BadRow, match=r"the prompt has '<think>\\n'.*--template_arguments.enable_thinking false") as why:
@@ -225,7 +225,7 @@ def test_a_prompt_that_the_reply_lacks_is_refused_with_what_works(finder, templa
     assert supervised(text) == ["two<|im_end|>"]
 
 
-def test_only_wanted_turns_are_supervised(finder, templates) -> None:
+def test_only_turns_to_train_on_are_supervised(finder, templates) -> None:
     chat = read_chat(Record({"messages": [
         {"role": "assistant", "content": "Welcome"}, {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "bad", "weight": 0}, {"role": "user", "content": "So"},
@@ -235,7 +235,7 @@ def test_only_wanted_turns_are_supervised(finder, templates) -> None:
     assert supervised(text) == ["good<|im_end|>"] and "Welcome" in text.text
 
 
-def test_rendering_is_linear_in_turns_and_equal(finder, templates, monkeypatch) -> None:
+def test_rendering_a_long_chat_is_linear_in_its_turns(finder, templates, monkeypatch) -> None:
     chat = dialogue(*(f"text {number}" for number in range(120)))
     rendered: list[int] = []
     render = ChatTemplate.render
@@ -247,7 +247,7 @@ def test_rendering_is_linear_in_turns_and_equal(finder, templates, monkeypatch) 
 
 
 @pytest.mark.parametrize("system", [True, False])
-def test_long_chats_keep_what_short_ones_do(finder, system: bool) -> None:
+def test_long_chats_supervise_the_same_text_as_short_ones(finder, system: bool) -> None:
     template = (  # closes the chat, shows the end token with the next header, and counts its turns
         "{% if messages[0].role == 'system' %}S{{ messages[0].content }}{% endif %}{% for m in messages %}"
         "{% if m.role == 'user' %}<|im_end|>{{ m.content }}{% elif m.role == 'assistant' %}A {{ m.content }}{% endif %}"
@@ -257,39 +257,39 @@ def test_long_chats_keep_what_short_ones_do(finder, system: bool) -> None:
     if system:
         chat = Chat([{"role": "system", "content": "be"}, *chat.messages], None, (False, *chat.supervised))
     (text,) = finder(template).find(chat, "here").texts
-    wanted = [f"t{number}<|im_end|>" for number in range(1, 78, 2)]
-    assert supervised(text) == [*wanted, "t79<|endoftext|>"]
+    expected = [f"t{number}<|im_end|>" for number in range(1, 78, 2)]
+    assert supervised(text) == [*expected, "t79<|endoftext|>"]
 
 
-def test_a_long_chat_whose_turns_are_rewritten_is_one_row_a_turn(finder, templates) -> None:
+def test_a_long_chat_with_rewritten_turns_gives_one_row_per_turn(finder, templates) -> None:
     chat = dialogue(*("ask" if number % 2 == 0 else f"<think>{number}</think>text" for number in range(40)))
     assert len(finder(templates["strips_thinking"]).find(chat, "here").texts) == 20
 
 
-def test_no_more_is_rendered_than_is_asked_for(finder, templates) -> None:
+def test_only_the_requested_part_is_rendered(finder, templates) -> None:
     chat = dialogue(*("word " * 20 for _ in range(50)))
     replies = finder(templates["chatml"]).find(chat, "here", characters=500)
     assert not replies.is_whole and len(replies.texts[0].spans) == 3
     assert finder(templates["chatml"]).find(chat, "here", characters=50_000).is_whole
 
 
-def test_a_long_chat_that_takes_too_long_is_not_tried_in_another_way(finder, templates, monkeypatch) -> None:
+def test_a_long_chat_that_takes_too_long_is_not_retried(finder, templates, monkeypatch) -> None:
     monkeypatch.setattr("specforge.data.text.replies.time_limit", lambda: time_limit(0.05))
     slow = "{% for a in range(900) %}{% for b in range(50) %}{% endfor %}{% endfor %}" + templates["chatml"]
     began = time.monotonic()
     with pytest.raises(BadRow, match=r"longer than 0\.05 s"):
         finder(slow).find(dialogue(*("text" for _ in range(2000))), "here")
-    assert time.monotonic() - began < 60, "the blocks are given up, and not followed by 2,000 prefixes"
+    assert time.monotonic() - began < 60, "after the blocks, 2,000 prefixes are not tried"
 
 
-def test_no_template_is_named(finder) -> None:
+def test_a_missing_template_is_named(finder) -> None:
     with pytest.raises(BadRow, match=r"train.jsonl:3: .* no chat template"):
         finder("").find(dialogue("one", "two"), "train.jsonl:3")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a random template, and what they supervise by a reference loop over turns."""
+    """The parts of a random template, and a slow reference for the supervised text."""
 
     header: str
     opening: str  # of the generation prompt, empty thinking
@@ -319,13 +319,13 @@ class Parts:
         )
 
     def supervised(self, chat: Chat) -> list[str]:
-        told = []
+        expected = []
         for message, is_reply in zip(chat.messages, chat.supervised, strict=True):
             if is_reply:
-                said = message.get("reasoning_content")
-                thinking = f"<think>{said}</think>" if said and self.thinking else ""
-                told.append(thinking + message["content"] + self.end)
-        return told
+                reasoning = message.get("reasoning_content")
+                thinking = f"<think>{reasoning}</think>" if reasoning and self.thinking else ""
+                expected.append(thinking + message["content"] + self.end)
+        return expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -344,7 +344,7 @@ class Parts:
         st.tuples(st.text("abc é", min_size=1), st.text("ab ", max_size=4), st.booleans()), min_size=1, max_size=20
     ),
 )
-def test_random_templates_supervise_what_a_loop_over_turns_says(plain, parts: Parts, turns) -> None:
+def test_random_templates_supervise_the_same_text_as_a_loop_over_turns(plain, parts: Parts, turns) -> None:
     messages: list[dict[str, Any]] = []
     for content, thinking, is_trained in turns:
         messages.append({"role": "user", "content": content})
@@ -355,7 +355,7 @@ def test_random_templates_supervise_what_a_loop_over_turns_says(plain, parts: Pa
     tokenizer = type(plain)(tokenizer_object=plain.backend_tokenizer, eos_token=EOS)
     tokenizer.chat_template = parts.template()
     finder = ReplyFinder(ChatTemplate(tokenizer, end_tokens=(EOS, "<|endoftext|>")))
-    thinks = any(m.get("reasoning_content") for m, wanted in zip(chat.messages, chat.supervised, strict=True) if wanted)
+    thinks = any(m.get("reasoning_content") for m, kept in zip(chat.messages, chat.supervised, strict=True) if kept)
     if thinks and not parts.thinking:
         with pytest.raises(BadRow, match="thinking is not in the text"):
             finder.find(chat, "here")

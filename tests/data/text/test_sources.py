@@ -18,7 +18,7 @@ from specforge.data.text.sources import check_source, count_records, read_record
 from specforge.errors import UsageError
 
 
-def test_lines_are_read_with_their_numbers(tmp_path: Path) -> None:
+def test_lines_are_read_with_line_numbers(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"text": "é"}\n\n{"text": "b"}', encoding="utf-8")
     records = list(read_records(str(path)))
@@ -45,14 +45,14 @@ def test_a_bad_last_line_is_named(tmp_path: Path, line: bytes, reason: str) -> N
     assert str(refused.value).startswith(f"{path}:2: ")
 
 
-def test_sources_that_cannot_be_read_are_refused_by_key(tmp_path: Path, write_lines: Callable[..., str]) -> None:
+def test_unreadable_sources_are_refused_by_key(tmp_path: Path, write_lines: Callable[..., str]) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "rows.csv").write_text("a,b")
     for name, reason in {
         "missing.jsonl": "does not exist",
         "empty.jsonl": "is empty",
-        "rows.csv": "no file of rows by its name",
+        "rows.csv": "no suffix of a row file",
         "folder": "save_to_disk",
     }.items():
         with pytest.raises(UsageError, match=reason) as refused:
@@ -62,7 +62,7 @@ def test_sources_that_cannot_be_read_are_refused_by_key(tmp_path: Path, write_li
     check_source(write_lines([{"text": "a"}]), "data.train")
 
 
-def test_names_that_look_like_a_hub_data_set_wait_until_they_are_read() -> None:
+def test_hub_names_are_checked_only_when_read() -> None:
     check_source("owner/name", "data.train")
     check_source("owner/name:train[:10%]", "data.train")
     for path in ("rows/train.jsonl", "./rows", "rows", "/owner/name"):
@@ -92,11 +92,11 @@ def test_a_damaged_datasets_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     Dataset.from_list([{"text": "a"}]).save_to_disk(str(folder))
     next(folder.glob("*.arrow")).write_bytes(b"nothing")
-    with pytest.raises(UsageError, match="cannot be read as a folder of rows"):
+    with pytest.raises(UsageError, match="cannot be read as a datasets folder"):
         list(read_records(str(folder)))
 
 
-def test_the_fingerprint_follows_the_content(tmp_path: Path, write_lines: Callable[..., str]) -> None:
+def test_the_fingerprint_depends_on_the_content(tmp_path: Path, write_lines: Callable[..., str]) -> None:
     first = source_fingerprint(write_lines([{"text": "a"}], "a.jsonl"))
     assert source_fingerprint(write_lines([{"text": "a"}], "b.jsonl")) == first
     assert source_fingerprint(write_lines([{"text": "c"}], "b.jsonl")) != first
@@ -108,7 +108,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def write_file(path: Path, rows: list[dict[str, Any]] = ROWS) -> None:
-    """Write rows as the name of the file says."""
+    """Write rows in the format of the file's name."""
     name = path.name.removesuffix(".gz")
     plain = path.with_name("plain")
     if name.endswith(".parquet"):
@@ -123,7 +123,7 @@ def write_file(path: Path, rows: list[dict[str, Any]] = ROWS) -> None:
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("name", ["a.jsonl", "bom.jsonl", "array.json", "pretty.json", "bom_pretty.json", "a.parquet"])
-def test_files_are_read_whatever_their_kind(tmp_path: Path, name: str, suffix: str) -> None:
+def test_files_of_every_kind_are_read(tmp_path: Path, name: str, suffix: str) -> None:
     path = tmp_path / (name + suffix)
     write_file(path)
     check_source(str(path), "data.train")
@@ -141,7 +141,7 @@ def test_lines_in_a_json_file_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 64])
-def test_an_array_is_read_whatever_the_blocks_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_an_array_is_read_with_any_block_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(json_array, "_BLOCK", block)
     write_file(tmp_path / "pretty.json")
     assert [record.value for record in read_records(str(tmp_path / "pretty.json"))] == ROWS
@@ -151,14 +151,14 @@ def test_an_array_is_read_whatever_the_blocks_hold(tmp_path: Path, monkeypatch: 
             list(read_records(str(tmp_path / "bad.json")))
 
 
-def test_an_element_that_is_no_object_is_a_bad_row(tmp_path: Path) -> None:
+def test_an_element_that_is_not_an_object_is_a_bad_row(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"text": "a"}, null]')
     with pytest.raises(BadRow, match=r"a.json row 1: a row must be a JSON object, found null") as refused:
         list(read_records(str(tmp_path / "a.json")))
-    assert refused.value.reason == "no JSON object"
+    assert refused.value.reason == "not a JSON object"
 
 
-def test_a_fault_early_in_an_array_does_not_read_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_early_error_in_an_array_does_not_read_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     class Counted(io.BytesIO):
         taken = 0
 
@@ -174,14 +174,14 @@ def test_a_fault_early_in_an_array_does_not_read_the_rest(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.parquet", "a.parquet.gz"])
-def test_a_cut_or_changed_file_is_one_message(tmp_path: Path, name: str) -> None:
+def test_a_truncated_or_changed_file_gives_one_message(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     write_file(path)
     content = path.read_bytes()
     # The last bytes of a compressed file are a checksum and its length; of a Parquet file, the length of its footer.
     for damaged in (content[: len(content) // 2], content[:-6] + bytes([content[-6] ^ 4]) + content[-5:]):
         path.write_bytes(damaged)
-        with pytest.raises(UsageError, match=f"{path}: the .* file is cut or damaged"):
+        with pytest.raises(UsageError, match=f"{path}: the .* file is truncated or damaged"):
             list(read_records(str(path)))
 
 

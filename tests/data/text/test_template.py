@@ -1,4 +1,4 @@
-"""The chat template as serving renders it: arguments, one date, and what a template does wrong as one message."""
+"""Chat templates render as in serving: arguments, one date, and template errors as one message."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from specforge.data.text.template import ChatTemplate, TemplateRefusal, TooSlow, arguments_advice, time_limit
 
@@ -32,15 +31,9 @@ def test_a_template_prints_one_date(load_tokenizer: Load) -> None:
     tokenizer = load_tokenizer("{{ strftime_now('%d %b %Y') }}")
     old, new = ChatTemplate(tokenizer, date="2024-02-29"), ChatTemplate(tokenizer)
     assert (old.render(HELLO, None), new.prints_date) == ("29 Feb 2024", True)
-    assert new.on("2020-01-05").render(HELLO, None) == "05 Jan 2020"
-    assert old.render(HELLO, None) == "29 Feb 2024", "the compiled template is shared, its date is not"
-    assert new.on("2020-01-05").identity == new.identity != old.identity
-
-
-def test_the_private_name_of_transformers_takes_a_date() -> None:
-    compiled = _compile_jinja_template("{{ strftime_now('%Y') }} of the day")
-    compiled.globals["strftime_now"] = lambda form: f"now {form}"
-    assert _compile_jinja_template("{{ strftime_now('%Y') }} of the day").render() == "now %Y of the day"
+    assert new.with_date("2020-01-05").render(HELLO, None) == "05 Jan 2020"
+    assert old.render(HELLO, None) == "29 Feb 2024", "the compiled template is shared, but not its date"
+    assert new.with_date("2020-01-05").identity == new.identity != old.identity
 
 
 @pytest.mark.parametrize(
@@ -53,7 +46,7 @@ def test_the_private_name_of_transformers_takes_a_date() -> None:
         ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "nested too deeply"),
     ],
 )
-def test_what_a_template_does_wrong_is_one_message(load_tokenizer: Load, source: str, message: str) -> None:
+def test_a_template_error_is_one_message(load_tokenizer: Load, source: str, message: str) -> None:
     with pytest.raises(TemplateRefusal, match=message):
         ChatTemplate(load_tokenizer(source)).render(HELLO, None)
 
@@ -63,10 +56,10 @@ def test_an_endless_loop_is_stopped(load_tokenizer: Load) -> None:
     with pytest.raises(TooSlow, match=r"longer than 0\.2 s"), time_limit(0.2):
         ChatTemplate(load_tokenizer(loops)).render(HELLO, None)
     with time_limit(5.0):
-        time.sleep(0)  # the clock of the first has stopped
+        time.sleep(0)  # the first timer has stopped
     time.sleep(0.3)
 
 
-def test_what_to_do_is_said_as_flags() -> None:
+def test_the_advice_gives_flags() -> None:
     assert arguments_advice({"enable_thinking": False}) == "give --template_arguments.enable_thinking false"
-    assert arguments_advice({}) == "leave --template_arguments out"
+    assert arguments_advice({}) == "omit --template_arguments"

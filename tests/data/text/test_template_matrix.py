@@ -1,4 +1,4 @@
-"""The judge of benchmarks/templates.py: it has to see every fault, or its page proves nothing."""
+"""The judge of benchmarks/templates.py: it must detect every fault, or its page proves nothing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Pieces = list[tuple[str, bool]]
 
 
 def judged(text: str, value: dict[str, Any], encoded: Encoded | None = None, **arguments: Any) -> Any:
-    """Judge a row with a template: of what specforge makes of it, or of something else."""
+    """Judge the encoding of a row with a template: specforge's own by default."""
     tokenizer, ends = make_tokenizer(text), end_tokens(text)
     turns = Reference(tokenizer, ends, arguments).turns(value)
     return judge(value, turns, encode(tokenizer, ends, arguments)(value) if encoded is None else encoded)
@@ -67,14 +67,14 @@ def judged(text: str, value: dict[str, Any], encoded: Encoded | None = None, **a
         (STRADDLES, "two turns"),
     ],
 )
-def test_right_rows_are_exact(text: str, name: str) -> None:
+def test_correct_rows_are_exact(text: str, name: str) -> None:
     verdict = judged(text, row(name))
     assert verdict.status == EXACT, verdict
     assert verdict.rows == (2 if text == DROPS_THINKING else 1)
 
 
 def supervise(*texts: str) -> Callable[[str], Pieces]:
-    """Return what supervises texts of a row, one after another."""
+    """Return a function that splits a row into pieces, the given texts supervised in order."""
 
     def pieces(whole: str) -> Pieces:
         found: Pieces = []
@@ -104,7 +104,7 @@ FIRST, SECOND = "The product is 56.<|im_end|>", "That makes 81.<|im_end|>"
         ([supervise(FIRST, SECOND), supervise(FIRST, SECOND)], ("reply supervised twice",)),
     ],
 )
-def test_each_fault_is_seen_by_its_kind(rows: Sequence[Callable[[str], Pieces]], kinds: tuple[str, ...]) -> None:
+def test_each_kind_of_fault_is_detected(rows: Sequence[Callable[[str], Pieces]], kinds: tuple[str, ...]) -> None:
     chat = row("two turns")
     whole = make_tokenizer(CHATML).apply_chat_template(chat["messages"], tokenize=False)
     made = [one(whole) for one in rows]
@@ -115,7 +115,7 @@ def test_each_fault_is_seen_by_its_kind(rows: Sequence[Callable[[str], Pieces]],
     assert verdict.status == (WRONG if kinds else EXACT)
 
 
-def test_a_call_that_vanishes_or_is_encoded_twice_is_seen() -> None:
+def test_a_lost_or_doubly_encoded_call_is_detected() -> None:
     chat = {"messages": [user("How is the sky over Zürich?"), call(ARGUMENTS, "", number=2)]}
     tokenizer = make_tokenizer(CHATML)
     right = tokenizer.apply_chat_template(chat["messages"], tokenize=False)
@@ -125,30 +125,30 @@ def test_a_call_that_vanishes_or_is_encoded_twice_is_seen() -> None:
     twice = tokenizer.apply_chat_template(string, tokenize=False)
     for whole, stop, kinds in (
         (right, len(right) - 1, ()),
-        (right[:second] + "<|im_end|>", second + 10, ("call vanishes",)),
+        (right[:second] + "<|im_end|>", second + 10, ("call lost",)),
         (twice, len(twice) - 1, ("arguments encoded twice",)),
     ):
         pieces = [(whole[:start], False), (whole[start:stop], True), (whole[stop:], False)]
         assert judged(CHATML, chat, Encoded([pieces])).kinds == kinds
 
 
-def test_thinking_that_vanishes_cannot_be_told() -> None:
+def test_lost_thinking_is_refused() -> None:
     chat = row("thinking by key")
     verdict = judged(CHATML, chat)
-    assert (verdict.status, verdict.untold) == (REFUSED, ("thinking vanishes",))
+    assert (verdict.status, verdict.unlocated) == (REFUSED, ("thinking lost",))
     whole = make_tokenizer(CHATML).apply_chat_template(chat["messages"], tokenize=False)
-    assert judged(CHATML, chat, Encoded([supervise(FIRST)(whole)])).kinds == ("thinking vanishes",)
+    assert judged(CHATML, chat, Encoded([supervise(FIRST)(whole)])).kinds == ("thinking lost",)
 
 
-def test_a_prompt_that_the_chat_lacks_cannot_be_told_without_an_argument() -> None:
+def test_a_prompt_that_is_not_a_prefix_is_refused_without_an_argument() -> None:
     chat = row("two turns")
     assert judged(CLOSED_THINKING, chat).status == REFUSED
     assert judged(CLOSED_THINKING, chat, enable_thinking=False).status == EXACT
     whole = make_tokenizer(CLOSED_THINKING).apply_chat_template(chat["messages"], tokenize=False)
-    assert judged(CLOSED_THINKING, chat, Encoded([supervise(FIRST, SECOND)(whole)])).kinds == ("cannot be told",)
+    assert judged(CLOSED_THINKING, chat, Encoded([supervise(FIRST, SECOND)(whole)])).kinds == ("cannot be located",)
 
 
-def test_a_needless_refusal_is_told_from_a_right_one() -> None:
+def test_a_needless_refusal_is_distinguished_from_a_correct_one() -> None:
     assert judged(CHATML, row("one turn"), Encoded(refusal="no")).status == NEEDLESS
     assert judged(CHATML, {"messages": [user(), reply("")]}, Encoded(refusal="no")).status == REFUSED
     assert judged("{{ raise_exception('no') }}", row("one turn"), Encoded(refusal="no")).status == REFUSED
@@ -179,13 +179,13 @@ def test_the_page_counts_and_lists_what_is_wrong(monkeypatch: pytest.MonkeyPatch
         {"enable_thinking": False},
     ]
     page = Matrix(results).page(1.0)
-    assert "- 2 of 3 templates are exact on one and two turns. 0 templates take one row a turn" in page
-    assert "- 1 more let a plain reply be told" in page
-    assert "- Wrong in silence: none." in page
+    assert "- 2 of 3 templates are exact on one and two turns. 0 templates give one row per turn" in page
+    assert "- In 1 more, a plain reply can be located" in page
+    assert "- Silently wrong: none." in page
     assert "| two turns | 2 | 1 | 0 | 0 |" in page
     assert "| `enable_thinking: false` | 1 | trl: closed |" in page
-    assert page.rstrip().endswith("so that the last reply of a chat has none:\ntrl: glm.")
+    assert page.rstrip().endswith("so the last reply of a chat has none:\ntrl: glm.")
     verdict = replace(results[0].verdict, status=WRONG, kinds=("end token not supervised",))
     page = Matrix([replace(results[0], verdict=verdict), *results[1:]]).page(1.0)
-    assert "- Wrong in silence: 1 rows." in page
+    assert "- Silently wrong: 1 rows." in page
     assert "| end token not supervised | trl: plain | one turn |" in page

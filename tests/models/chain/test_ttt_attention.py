@@ -43,17 +43,21 @@ def random_steps(documents: Tensor, steps: int, heads: int, kv_heads: int, seed:
     return [[leaf(heads), leaf(kv_heads), leaf(kv_heads)] for _ in range(steps)]
 
 
+def all_rows(documents: Tensor, steps: int) -> DraftRows:
+    return DraftRows.all(steps, documents.numel(), DocumentLayout.of(documents))
+
+
 def ours(
     documents: Tensor, steps: list[Any], window: int | None, scale: float = SCALE, rows: DraftRows | None = None
 ) -> Tensor:
     """Attend at the rows that are run; zero at the others."""
-    rows = rows or DraftRows.all(len(steps), documents.numel(), documents.device)
-    attention = TrainingTimeTest(documents, rows)
+    rows = rows or all_rows(documents, len(steps))
+    attention = TrainingTimeTest(rows)
     outputs = []
     for step, (tensors, count) in enumerate(zip(steps, rows.counts, strict=True)):
         ordered = [one.transpose(1, 2).flatten(0, 1)[rows.order].transpose(0, 1)[None] for one in tensors]
         if step == 0:
-            attention.leave(0, *(one[:, :, count:] for one in ordered[1:]))
+            attention.record_others(0, *(one[:, :, count:] for one in ordered[1:]))
         output = attention.at(step).attend(0, *(one[:, :, :count] for one in ordered), scale, window)
         flat = output.new_zeros(documents.numel(), *output[0, :, 0].shape)
         flat = flat.index_copy(0, rows.order[:count], output[0].transpose(0, 1))
@@ -88,20 +92,13 @@ def dense(documents: Tensor, steps: list[Any], window: int | None, scale: float 
     return torch.stack(outputs)
 
 
-@pytest.fixture(params=["short blocks", "at all positions"], scope="module")
+@pytest.fixture(params=["short blocks", "at all keys"], scope="module")
 def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Blocks shorter than the documents of a test; and what accelerators do, where no window is set."""
+    """Blocks shorter than the documents of a test; and what accelerators do."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "short blocks":
-            patch.setattr(ttt_attention, "QUERIES_PER_MASK", 2)
-        else:
-            patch.setattr(ttt_attention, "_in_blocks", in_blocks_for_windows)
+        patch.setattr(ttt_attention, "QUERIES_PER_MASK", 2)
+        patch.setattr(ttt_attention, "_attends_by_masks", lambda _: request.param == "short blocks")
         yield
-
-
-def in_blocks_for_windows(*arguments: Any, blocks: Any = ttt_attention._in_blocks) -> Tensor:
-    window = arguments[-1]
-    return (ttt_attention._at_all_positions if window is None else blocks)(*arguments)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -120,7 +117,7 @@ def test_outputs_and_gradients_are_those_of_a_dense_mask(
     leaves = random_steps(documents, steps, *heads, seed)
     flat = [leaf for step in leaves for leaf in step]
     supervised = torch.rand(steps, documents.numel(), generator=torch.Generator().manual_seed(seed)) < share
-    rows = DraftRows.needed(supervised)
+    rows = DraftRows.needed(supervised, DocumentLayout.of(documents))
     run = (rows.places() >= 0).unflatten(1, documents.shape)
     real = ((documents >= 0) & run)[:, :, None, :, None]
     mine, reference = ours(documents, leaves, window, rows=rows), dense(documents, leaves, window)
@@ -182,7 +179,7 @@ def test_bfloat16_stays_close(common: float) -> None:
 def test_layers_keep_their_keys_apart() -> None:
     documents = torch.zeros(1, 5, dtype=torch.int64)
     first, second = random_steps(documents, 2, 2, 1, 1), random_steps(documents, 2, 2, 1, 2)
-    attention = TrainingTimeTest(documents, DraftRows.all(2, 5, documents.device))
+    attention = TrainingTimeTest(all_rows(documents, 2))
     outputs: list[list[Tensor]] = [[], []]
     for step in range(2):
         for layer, leaves in enumerate((first, second)):

@@ -8,6 +8,7 @@ from random_verifiers import fill
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specforge.documents import DocumentLayout
 from specforge.models.draft_rows import DraftRows
 from specforge_eagle.model import EagleSpeculator
 
@@ -27,7 +28,15 @@ def random_draft(verifier: PreTrainedModel, seed: int = 1, **options: Any) -> Ea
     return draft.double()
 
 
-def chain_of_all(draft: EagleSpeculator, tokens: Tensor, *others: Tensor, steps: int, detached: bool = False) -> Tensor:
+def chain_of_all(
+    draft: EagleSpeculator,
+    tokens: Tensor,
+    feature: Tensor,
+    positions: Tensor,
+    documents: Tensor,
+    steps: int,
+    detached: bool = False,
+) -> Tensor:
     """Run a chain at every row; what it predicts, [K, B, T, H]."""
-    rows = DraftRows.all(steps, tokens.numel(), tokens.device)
-    return draft.chain(tokens, *others, rows, detached=detached).view(steps, *tokens.shape, -1)
+    rows = DraftRows.all(steps, tokens.numel(), DocumentLayout.of(documents))
+    return draft.chain(tokens, feature, positions, rows, detached=detached).view(steps, *tokens.shape, -1)

@@ -76,7 +76,7 @@ def whole(shared: Workshop) -> Iterator[Callable[[str], tuple[Path, Batches]]]:
             seen[variant] = []
 
             def step(self: DraftModule, batch: Any, batch_idx: int) -> Any:
-                seen[variant].append({name: one.clone() for name, one in batch.items()})
+                seen[variant].append({n: one.clone() for n, one in batch.items() if isinstance(one, Tensor)})
                 return original(self, batch, batch_idx)
 
             with pytest.MonkeyPatch.context() as monkeypatch:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from specforge.drawing import plot_style
+from specforge.training.attached import is_fitting
 from specforge.training.callbacks.board.writers import writers
 from specforge.training.module import DraftModule
 
@@ -32,7 +33,7 @@ class AcceptanceFigure(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a curve, and draw."""
         joint, conditional = (accept_rates(trainer, pl_module, kind) for kind in ("pos", "cond"))
-        if trainer.sanity_checking or not joint:
+        if not is_fitting(trainer) or not joint:
             return
         self._curves.append((trainer.global_step, joint, conditional))
         for writer in writers(trainer):
@@ -59,7 +60,7 @@ def accept_rates(trainer: Trainer, pl_module: LightningModule, kind: Literal["po
     """
     suffix = cast(DraftModule, pl_module).means["val"].suffix
     rates = (trainer.callback_metrics.get(f"val/accept_rate_{kind}_{position}{suffix}") for position in count(1))
-    return [float(one) for one in takewhile(lambda one: one is not None, rates)]
+    return [float(one) for one in takewhile(lambda one: one is not None, rates) if one is not None]
 
 
 def draw_acceptance(curves: list[Curve]) -> npt.NDArray[np.uint8]:

@@ -12,7 +12,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
 from specforge.config import flatten
+from specforge.private.torch import add_summary
 from specforge.training.callbacks.board.writers import writers
+from specforge.training.callbacks.configuration import settings_of_run
 from specforge.training.module import DraftModule
 
 # Of the trainer's settings, those that change what a run learns or takes.
@@ -28,6 +30,8 @@ TRAINER = (
 )
 # What says where things are, not what they are.
 PLACES = ("output_dir", "run_name", "ckpt_path", "save_every_n_steps", "data.cache_dir")
+# What shows and stores a run, and changes nothing of what it learns.
+SHOWING = "callbacks"
 
 
 class Hyperparameters(Callback):
@@ -35,31 +39,26 @@ class Hyperparameters(Callback):
 
     TensorBoard makes its table of all runs in a folder, settings that differ first. It takes every scalar's last value
     for a result and shows the first five by name: ``best/...``, ``epoch`` and ``final/...``.
-
-    Args:
-        config: The resolved configuration.
     """
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self._settings = settings_of(config)
-        # The first would fix the columns of the table to those of this run.
-        _, self._start, self._end = hparams(self._settings, {})
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the settings."""
+        settings = compared_settings(settings_of_run(trainer, pl_module))
+        # The first would fix the columns of the table to those of this run.
+        _, start, self._end = hparams(settings, {})
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):  # which would add a result that nobody measured
-                logger.log_hyperparams(self._settings)
+                logger.log_hyperparams(settings)
         for writer in writers(trainer):
-            writer._get_file_writer().add_summary(self._start)
+            add_summary(writer, start)
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last results, and that the run is over."""
         log_results("final", trainer, pl_module)
         for writer in writers(trainer):
-            writer._get_file_writer().add_summary(self._end)
+            add_summary(writer, self._end)
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -86,7 +85,7 @@ def log_results(group: str, trainer: Trainer, pl_module: LightningModule) -> Non
         logger.log_metrics(results, trainer.global_step)
 
 
-def settings_of(config: Mapping[str, Any]) -> dict[str, str | int | float]:
+def compared_settings(config: Mapping[str, Any]) -> dict[str, str | int | float]:
     """Return the settings that runs are compared by, by the path of their keys.
 
     Numbers and texts are what they are, all others what JSON writes for them.
@@ -97,7 +96,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, str | int | float]:
     settings = {}
     for key, value in flatten(config):
         group, _, name = key.partition(".")
-        if name in TRAINER if group == "trainer" else key not in PLACES:
+        if name in TRAINER if group == "trainer" else group != SHOWING and key not in PLACES:
             is_plain = isinstance(value, str | int | float) and not isinstance(value, bool)
             settings[key] = value if is_plain else json.dumps(value)
     return settings

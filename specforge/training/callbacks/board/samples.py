@@ -15,16 +15,18 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from specforge.data.text.showing import stretches
+from specforge.data.module import data_of
+from specforge.data.text.showing import spans
 from specforge.decoding.replay import find_turns
 from specforge.errors import UsageError
+from specforge.training.attached import is_fitting
 from specforge.training.callbacks.board.writers import writers
 from specforge.training.losses.distillation import DraftSteps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLES = 2  # of each validation, always the same
+SAMPLES = 2
 PROMPT_TOKENS, RESPONSE_TOKENS = 40, 120  # most that are shown of each
 
 
@@ -60,9 +62,14 @@ class Sample:
 
 
 class SampleTexts(Callback):
-    """Shows a few texts at each validation, accepted tokens marked."""
+    """Shows a few texts at each validation, accepted tokens marked.
 
-    def __init__(self) -> None:
+    Args:
+        texts: How many; always the same ones.
+    """
+
+    def __init__(self, texts: int = SAMPLES) -> None:
+        self.texts = texts
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._shown = 0
 
@@ -70,7 +77,7 @@ class SampleTexts(Callback):
         """Find the tokenizer; where rows hold tokens there need not be one, and nothing is shown."""
         if writers(trainer):
             try:
-                self._tokenizer = trainer.datamodule.tokenizer
+                self._tokenizer = data_of(trainer).tokenizer
             except UsageError:
                 self._tokenizer = None
 
@@ -82,15 +89,15 @@ class SampleTexts(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: DraftSteps | None,
+        outputs: Any,
         batch: Mapping[str, Tensor],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Show the texts of the batch, as long as some are missing."""
-        if self._tokenizer is None or outputs is None or trainer.sanity_checking or self._shown == SAMPLES:
+        if self._tokenizer is None or outputs is None or not is_fitting(trainer) or self._shown >= self.texts:
             return
-        for sample in samples_of(batch, outputs, SAMPLES - self._shown):
+        for sample in samples_of(batch, outputs["draft_steps"], self.texts - self._shown):
             text = to_markdown(sample, self._tokenizer)
             for writer in writers(trainer):
                 writer.add_text(f"val/sample_{self._shown}", text, trainer.global_step)
@@ -168,7 +175,7 @@ def _marked(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]
     shown = sample.response[:RESPONSE_TOKENS]
     sources: list[Any] = [Source.PROMPT] * len(sample.prompt) + sample.sources[: len(shown)]
     tags = {Source.PROMPT: ("<em>", "</em><br>"), Source.DRAFT: ("<strong>", "</strong>"), Source.VERIFIER: ("", "")}
-    for text, source in stretches(sample.prompt + shown, sources, tokenizer):
+    for text, source in spans(sample.prompt + shown, sources, tokenizer):
         opening, closing = tags[source]
         yield f"{opening}{_escaped(text)}{closing}"
     if len(shown) < len(sample.response):

@@ -1,4 +1,4 @@
-"""The check of whether a verifier wrote a text: its own passes, at any temperature; a stranger's does not."""
+"""The on-policy test: a verifier's own text passes at any temperature, another model's does not."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specforge.verifier import policy
-from specforge.verifier.policy import check_policy
+from specforge.verifier import on_policy
+from specforge.verifier.on_policy import check_policy
 
 PROMPT = 4
 LENGTH = 48
@@ -15,7 +15,7 @@ LENGTH = 48
 
 @pytest.fixture
 def written(tiny_verifiers):
-    """Return rows that a verifier wrote: token by token, from its own logits."""
+    """Return a function that samples rows from a verifier token by token."""
 
     def write(name: str, temperature: float, number: int = 12, keep: int = 0) -> list[tuple[Tensor, Tensor, float]]:
         model = tiny_verifiers[name].model
@@ -46,13 +46,13 @@ def test_its_own_text_passes(tiny_verifiers, written, name, temperature):
     assert (check.rows, check.tokens) == (12, 12 * (LENGTH - PROMPT))
 
 
-def test_what_is_left_out_as_improbable_only_raises_the_mean(tiny_verifiers, written):
+def test_top_k_only_raises_the_mean(tiny_verifiers, written):
     check = check_policy(tiny_verifiers["llama"].model, written("llama", 1.0, keep=5))
     assert check.is_own and check.log_prob > check.expected
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_strangers_text_does_not_pass(tiny_verifiers, written, temperature):
+def test_the_text_of_another_model_does_not_pass(tiny_verifiers, written, temperature):
     check = check_policy(tiny_verifiers["llama"].model, written("qwen3", temperature))
     assert not check.is_own and check.log_prob < check.limit
 
@@ -62,15 +62,15 @@ def test_a_mask_that_is_one_off_does_not_pass(tiny_verifiers, written):
     assert not check_policy(tiny_verifiers["llama"].model, rows).is_own
 
 
-def test_figures_are_those_of_the_definition(tiny_verifiers, written):
+def test_the_statistics_match_their_definition(tiny_verifiers, written):
     model, rows = tiny_verifiers["llama"].model, [(*row[:2], 0.8) for row in written("qwen3", 1.0, number=3)]
     check = check_policy(model, rows)
     own, expected, variance = [], [], []
     for ids, *_ in rows:
         log_p = (model(ids[None]).logits[0] / 0.8).double().log_softmax(-1)
-        for place in range(PROMPT, LENGTH):
-            p, here = log_p[place - 1].exp(), log_p[place - 1]
-            own.append(here[ids[place]])
+        for index in range(PROMPT, LENGTH):
+            p, here = log_p[index - 1].exp(), log_p[index - 1]
+            own.append(here[ids[index]])
             expected.append((p * here).sum())
             variance.append((p * here**2).sum() - (p * here).sum() ** 2)
     assert check.log_prob == pytest.approx(float(torch.stack(own).mean()), abs=1e-4)
@@ -78,7 +78,7 @@ def test_figures_are_those_of_the_definition(tiny_verifiers, written):
     assert check.standard_error == pytest.approx(float(torch.stack(variance).sum().sqrt()) / len(own), abs=1e-4)
 
 
-def test_the_standard_error_is_what_it_says(tiny_verifiers, written):
+def test_the_standard_error_is_calibrated(tiny_verifiers, written):
     checks = [check_policy(tiny_verifiers["llama"].model, [row]) for row in written("llama", 1.0, number=200)]
     scores = torch.tensor([(one.log_prob - one.expected) / one.standard_error for one in checks])
     assert abs(scores.mean()) < 4 / 200**0.5
@@ -88,10 +88,10 @@ def test_the_standard_error_is_what_it_says(tiny_verifiers, written):
 def test_chunks_make_no_difference(tiny_verifiers, written, monkeypatch):
     model, rows = tiny_verifiers["llama"].model, written("llama", 1.0)
     whole = check_policy(model, rows)
-    monkeypatch.setattr(policy, "_CHUNK", 5)
+    monkeypatch.setattr(on_policy, "_CHUNK", 5)
     assert check_policy(model, rows).log_prob == pytest.approx(whole.log_prob, abs=1e-5)
 
 
-def test_a_first_token_is_nobodys(tiny_verifiers):
+def test_a_first_token_is_not_checked(tiny_verifiers):
     only = torch.tensor([True, False, False])
     assert check_policy(tiny_verifiers["llama"].model, [(torch.tensor([5, 6, 7]), only, 0.0)]) is None

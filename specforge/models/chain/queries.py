@@ -1,0 +1,52 @@
+"""Which rows a step of training-time test runs, as queries in their documents; indices, computed on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from specforge.documents import DocumentLayout, Groups
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The first so many rows, as queries in their documents.
+
+    Attributes:
+        groups: Their slots.
+        positions: For each group, which key each slot is at, int64 [G, Q]; None if there is a slot for each key.
+        reach: For each group, how many keys lie up to the last query of the first so many slots.
+    """
+
+    groups: Groups
+    positions: tuple[Tensor | None, ...]
+    reach: tuple[Sequence[int], ...]
+
+    @classmethod
+    def packed(cls, documents: DocumentLayout, count: int) -> Self:
+        """Find the first ``count`` rows, without slots in between."""
+        found = [_packed(group, count) for group in documents.groups]
+        reach = tuple((one.cummax(1).values.amax(0) + 1).tolist() if len(one) else [] for _, one in found)
+        return cls(Groups.of([indices for indices, _ in found]), tuple(positions for _, positions in found), reach)
+
+    @classmethod
+    def at_their_keys(cls, documents: DocumentLayout, count: int) -> Self:
+        """Find the first ``count`` rows, in as many slots as there are keys."""
+        groups = Groups.of([torch.where(group < count, group, -1) for group in documents.groups])
+        reach = tuple(range(1, group.shape[1] + 1) for group in documents.groups)
+        return cls(groups, (None,) * len(reach), reach)
+
+
+def _packed(group: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return which of the first ``count`` rows are in each document of a group, and where, [G, Q] each."""
+    document, position = ((group >= 0) & (group < count)).nonzero(as_tuple=True)
+    counts = document.bincount(minlength=len(group))
+    slot = torch.arange(len(document)) - (counts.cumsum(0) - counts)[document]
+    shape = len(group), int(counts.max()) if len(document) else 0
+    indices, positions = torch.full(shape, -1), torch.zeros(shape, dtype=torch.int64)
+    indices[document, slot], positions[document, slot] = group[document, position], position
+    return indices, positions

@@ -1,0 +1,10 @@
+"""Private names of datasets."""
+
+from __future__ import annotations
+
+from datasets import Dataset
+
+
+def fingerprint_of(rows: Dataset) -> str:
+    """Return the digest of a data set's content and of how it was made."""
+    return str(rows._fingerprint)

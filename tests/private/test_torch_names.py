@@ -1,0 +1,134 @@
+"""The private names of torch and torchmetrics mean what is taken for granted of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.plugins.precision.amp import MixedPrecision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import scalar
+
+from specforge.private import torch as private
+from specforge.private.torchmetrics import UncastMetric
+
+
+class Calls(private.TorchDispatchMode):
+    """Keeps the operations that are run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_operations_are_those_that_public_calls_run():
+    query = torch.randn(1, 2, 4, 8, requires_grad=True)
+    rows, chosen = torch.arange(3.0), torch.tensor([True, False, True])
+    with Calls() as calls:
+        F.scaled_dot_product_attention(query, query, query).sum().backward()
+        rows[0].item()
+        rows[chosen]
+        rows[chosen] = 0
+    packets = [private.packet(one) for one in calls.found]
+    assert private.ATTENTION in packets and private.ATTENTION_BACKWARD in packets
+    assert private.READS_VALUE in calls.found
+    assert len(private.CHOOSING.intersection(calls.found)) >= 2
+
+
+def test_attention_and_its_gradient_take_a_mask():
+    query, key, value = (torch.randn(1, 1, 3, 8, requires_grad=True) for _ in range(3))
+    mask = torch.zeros(1, 1, 3, 3).masked_fill(~torch.ones(3, 3, dtype=torch.bool).tril(), float("-inf"))
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
+    expected.sum().backward()
+    given = [one.detach() for one in (query, key, value)]
+    output, logsumexp = private.ATTENTION(*given, attn_mask=mask, scale=0.3)
+    found = private.ATTENTION_BACKWARD(
+        torch.ones_like(output), *given, output, logsumexp, 0.0, False, attn_mask=mask, scale=0.3
+    )
+    torch.testing.assert_close(output, expected.detach())
+    for one, parameter in zip(found, (query, key, value), strict=True):
+        torch.testing.assert_close(one, parameter.grad)
+
+
+def test_the_product_of_experts_has_that_name():
+    assert private.packet(private.GROUPED_PRODUCT.default) is private.GROUPED_PRODUCT
+
+
+class Wrapped(Tensor):
+    __torch_function__ = private.NO_TORCH_FUNCTION
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any) -> Any:
+        raise LookupError("dispatched")
+
+
+def test_a_wrapper_has_the_look_of_its_content_and_none_of_its_values():
+    content = torch.empty(4, 6, dtype=torch.bfloat16, device="meta").T[1:]
+    found = private.wrapper(Wrapped, content)
+    assert type(found) is Wrapped and found.device.type == "cpu"
+    assert (found.shape, found.dtype) == (content.shape, content.dtype)
+    assert (found.stride(), found.storage_offset()) == (content.stride(), content.storage_offset())
+    with pytest.raises(LookupError, match="dispatched"):
+        torch.add(found, 1)
+
+
+def test_nested_values():
+    nested = {"a": [torch.ones(1), 2], "b": (torch.zeros(1),)}
+    assert [one for one in private.tree_leaves(nested) if not isinstance(one, Tensor)] == [2]
+    assert private.tree_map_only(Tensor, float, nested) == {"a": [1.0, 2], "b": (0.0,)}
+    assert private.tree_map(float, nested) == {"a": [1.0, 2.0], "b": (0.0,)}
+
+
+def test_only_the_tensors_of_the_module_itself_are_changed():
+    outer = nn.Sequential(nn.Linear(2, 2))
+    outer.bias = nn.Parameter(torch.zeros(2))
+    outer.scale = nn.Buffer(torch.ones(2))
+    private.map_own(outer, lambda one: one + 5)
+    assert outer.bias.tolist() == [5, 5] and outer.scale.tolist() == [6, 6]
+    assert outer[0].bias.abs().max() < 1
+
+
+def test_gradients_of_fused_optimizers_can_be_clipped():
+    weight = nn.Parameter(torch.ones(1))
+    weight.grad = torch.full((1,), 100.0)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    precision = MixedPrecision("bf16-mixed", "cpu")
+    with pytest.raises(RuntimeError, match="clip"):
+        precision.clip_gradients(optimizer, clip_val=1.0)
+    private.let_clip(optimizer)
+    precision.clip_gradients(optimizer, clip_val=1.0)
+    assert float(weight.grad) == pytest.approx(1.0)
+
+
+def test_a_summary_goes_to_the_writers_own_file(tmp_path: Path):
+    writer = SummaryWriter(str(tmp_path))
+    private.add_summary(writer, scalar("tag", 3.0))
+    writer.close()
+    assert len(list(tmp_path.iterdir())) == 1
+    assert EventAccumulator(str(tmp_path)).Reload().Scalars("tag")[0].value == 3.0
+
+
+class Total(UncastMetric):
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self) -> None: ...
+
+    def compute(self) -> None: ...
+
+
+def test_states_are_moved_and_not_cast():
+    module = nn.Sequential(Total(), nn.Linear(1, 1))
+    module.half()
+    assert module[0].total.dtype == torch.float64 and module[1].weight.dtype == torch.float16
+    assert module.to("meta")[0].total.device.type == "meta"
