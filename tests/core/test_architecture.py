@@ -58,6 +58,8 @@ MAY_IMPORT = {
 # Rooms that a room may import only inside functions: a draft's ``generate`` uses decoding, and a module configures the
 # callbacks of its trainer; both are higher rooms.
 MAY_IMPORT_LAZILY = {"models": {"decoding"}, "training": {"training/callbacks"}}
+# Words that may start an entry of a docstring in lower case.
+LOWER_CASE = ("int64", "int32", "bool", "float", "vLLM")
 
 
 def relative(path: Path) -> str:
@@ -229,3 +231,25 @@ def _faults(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
             yield f"has no annotation of {argument.arg}"
     if function.returns is None:
         yield "has no annotation of its result"
+
+
+@pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=relative)
+def test_docstrings_have_one_dialect(path):
+    """Double backticks for code; entries of Args, Attributes and Raises start with a capital and end with a stop."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
+    texts = [text for node in nodes if (text := ast.get_docstring(node))]
+    assert not [text for text in texts if re.search(r"(?<!`)`[^`\n]+`(?!`)", text)], "single backticks"
+    wrong = [entry for text in texts for entry in _entries(text) if not _is_sentence(entry)]
+    assert not wrong, "\n".join(wrong)
+
+
+def _entries(text: str) -> Iterator[str]:
+    """Yield the texts of all entries under Args, Attributes and Raises."""
+    for section in re.findall(r"^(?:Args|Attributes|Raises):\n((?:    .*\n?|\n)+)", text, re.MULTILINE):
+        for entry in re.split(r"^    (?=\S)", section, flags=re.MULTILINE)[1:]:
+            yield " ".join(entry.partition(": ")[2].split())
+
+
+def _is_sentence(entry: str) -> bool:
+    return (not entry[:1].islower() or entry.startswith(LOWER_CASE)) and entry.endswith((".", "?", ":"))
