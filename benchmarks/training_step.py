@@ -237,9 +237,9 @@ def plot(found: dict[str, list[tuple[str, Shape, Cost]]], file: Path) -> None:
     """Draw milliseconds a token and memory against what varies."""
     from matplotlib.figure import Figure
 
-    from specforge.drawing import COLORS, house_style
+    from specforge.drawing import COLORS, plot_style
 
-    with house_style():
+    with plot_style():
         figure = Figure(figsize=(11, 6), layout="constrained")
         axes = figure.subplots(2, len(found), squeeze=False)
         for column, (what, costs) in enumerate(found.items()):

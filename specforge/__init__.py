@@ -15,7 +15,7 @@ __all__ = ["SpeculatorModel", "SpeculatorModelConfig", "SpeculatorsConfig", "Tok
 
 
 def __getattr__(name: str) -> object:
-    # Imported on first use, so that the command line answers without loading torch.
+    # Imported on first use, so that the command line starts without loading torch.
     if name in _CONFIG:
         from specforge import config
 

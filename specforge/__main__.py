@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Args:
-        arguments: The words after ``specforge``; those of the process by default.
+        arguments: The words after ``specforge``; by default those of the process.
 
     Returns:
         The exit status: 0 for success, 1 for a failure at run time, 2 for wrong usage or configuration.
@@ -40,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if name.startswith("-"):
             raise UsageError(f"unknown option {name!r}.{nearest_name(name, OPTIONS)} See: {PROGRAM} --help")
-        with interrupts.heard():
+        with interrupts.raising_keyboard_interrupt():
             command = installed().find(Command, name)
             program = f"{PROGRAM} {name}"
-            quiet.begin(verbose)
-            # Threads that spin while they wait make everything many times slower on a processor that others use too.
+            quiet.configure_verbosity(verbose)
+            # Spinning threads make everything many times slower on a CPU that other processes use too.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             return int(installed().load(command, "run")(words[1:]))
     except SpecforgeError as error:
@@ -56,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) has gone; leave quietly instead of failing once more at the flush on exit.
+        # The reader (`| head`) has closed the pipe; without this, the flush at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        # A path that may not be read, a full disk: nothing that a traceback would explain.
+        # An unreadable path, a full disk: a traceback would not help.
         if verbose:
             traceback.print_exc()
         print(f"{program}: error: {describe_os_error(error)}", file=sys.stderr)
@@ -81,8 +81,8 @@ def help_text(registry: Registry) -> str:
         *(f"  {name:<{width}}  {commands[name].summary}" for name in sorted(commands)),
         "",
         "options of every command:",
-        "  --help     what it does, and all that can be set",
-        f"  {quiet.FLAG}  say all that libraries have to say, and where an error arose",
+        "  --help     what it does, and all its options",
+        f"  {quiet.FLAG}  show all messages of libraries, and tracebacks of errors",
         "",
         "start here:",
         "  specforge fit --config configs/quickstart.yaml  a small draft, in two minutes",

@@ -1,4 +1,4 @@
-"""Numbers within bounds, which jsonargparse and pydantic check while they parse a configuration."""
+"""Bounded number types, which jsonargparse and pydantic check while they parse a configuration."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from jsonargparse.typing import restricted_number_type
 from pydantic import BeforeValidator, Field
 
 LARGEST = 2**53
-"""No number of steps, rows or tokens is larger: up to here, floats hold every integer."""
+"""Upper bound for numbers of steps, rows or tokens: floats represent every integer up to here exactly."""
 
-# Not beside their use: jsonargparse reads the TYPE_CHECKING blocks of the module whose hints it resolves.
+# Defined in their own module: jsonargparse reads the TYPE_CHECKING blocks of the module whose hints it resolves.
 if TYPE_CHECKING:
     RowLength = int
     Steps = int
@@ -40,7 +40,7 @@ def _is_number(value: Any) -> Any:
 
 
 Number = BeforeValidator(_is_number)
-"""Refuses true and false, which pydantic takes for 1 and 0."""
+"""Rejects true and false, which pydantic would accept as 1 and 0."""
 
 Layers = Annotated[int, Field(ge=1, le=100), Number]
 Width = Annotated[int, Field(ge=0, le=2**20), Number]

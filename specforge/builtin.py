@@ -1,4 +1,4 @@
-"""What the core itself contributes, by the same hooks as any plugin."""
+"""The core's own contributions, through the same hooks as any plugin."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ _WEIGHTINGS = "specforge.training.losses.weightings"
 def specforge_commands() -> Iterable[Command]:
     """The subcommands of the core."""
     return [
-        _command("prepare", "make ready what a draft is trained on"),
-        _command("estimate", "say what a run will take, before it begins", "estimate.command:run"),
+        _command("prepare", "prepare the data that a draft is trained on"),
+        _command("estimate", "estimate the memory, time and disk of a run before it starts", "estimate.command:run"),
         _command("fit", "train a draft", "trainer:fit"),
         _command("validate", "measure a trained draft on the validation data", "trainer:validate"),
         _command("test", "measure a trained draft on the test data", "trainer:test"),
-        _command("generate", "answer prompts with a draft's help"),
-        _command("evaluate", "measure drafts on prompt sets, with a report", "evaluate.command:run"),
-        _command("export", "write a draft in the form that a server loads"),
-        _command("convert", "read a published draft, to measure it or train on"),
-        _command("verify", "check an export: alone, beside its verifier, or served"),
-        _command("doctor", "look for what is wrong here: versions, devices, hub"),
-        _command("plugins", "list the installed plugins and their faults; begin one"),
-        _command("completion", "print a script that completes words in your shell"),
+        _command("generate", "answer prompts by speculative decoding with a draft"),
+        _command("evaluate", "measure drafts on prompt sets and write a report", "evaluate.command:run"),
+        _command("export", "write a draft in the format that a server loads"),
+        _command("convert", "import a published draft, to measure or train it"),
+        _command("verify", "check an export: its files, with its verifier, or served"),
+        _command("doctor", "check this installation: versions, devices, hub"),
+        _command("plugins", "list the installed plugins and their faults; create one"),
+        _command("completion", "print a completion script for your shell"),
     ]
 
 
 @hookimpl
 def specforge_proposals() -> Iterable[ProposalMethod]:
-    """The proposal methods that serve every algorithm."""
+    """The proposal methods that work with every algorithm."""
     return [
         _proposal("greedy", "Greedy", "a chain of the draft's most probable tokens"),
-        _proposal("sampling", "Sampling", "a chain of tokens drawn from the draft's distribution"),
+        _proposal("sampling", "Sampling", "a chain of tokens sampled from the draft's distribution"),
         _proposal("static_tree", "StaticTree", "a tree of a fixed shape"),
         _proposal("dynamic_tree", "DynamicTree", "a tree that grows where the draft is confident"),
-        _proposal("prompt_lookup", "PromptLookup", "what followed the last tokens earlier on; no draft"),
-        _proposal("bigram", "Bigram", "what mostly followed the last token in training; no draft"),
+        _proposal("prompt_lookup", "PromptLookup", "what followed an earlier occurrence of the last tokens; no draft"),
+        _proposal("bigram", "Bigram", "what most often followed the last token in training; no draft"),
     ]
 
 
@@ -70,18 +70,18 @@ def specforge_objectives() -> Iterable[Objective]:
 
 @hookimpl
 def specforge_weightings() -> Iterable[Weighting]:
-    """The weights along a chain of the core."""
+    """The core's weightings along a chain."""
     return [
         Weighting(
             "dpace",
-            "expected number of tokens that hang on a step (D-PACE)",
+            "expected number of accepted tokens that depend on a step (D-PACE)",
             function=f"{_WEIGHTINGS}:dpace",
             statistic=f"{_WEIGHTINGS}:confidence",
             uses_text=True,
         ),
         Weighting(
             "vat",
-            "1 up to the first rejected step, then less and less (VAT)",
+            "1 up to the first rejected step, then decaying (VAT)",
             function=f"{_WEIGHTINGS}:vat",
             statistic=f"{_WEIGHTINGS}:agreement",
         ),
@@ -90,11 +90,11 @@ def specforge_weightings() -> Iterable[Weighting]:
 
 @hookimpl
 def specforge_layer_families() -> Iterable[LayerFamily]:
-    """The families whose draft layers engines run."""
+    """The families of draft layers that engines can run."""
     blocks = "specforge.models.base_components"
     return [
-        LayerFamily("llama", "Llama's layers, which every engine's drafts have", f"{blocks}:LLAMA"),
-        LayerFamily("qwen3", "Qwen3's layers, which norm queries and keys", f"{blocks}:QWEN3"),
+        LayerFamily("llama", "Llama's layers, which every engine supports for drafts", f"{blocks}:LLAMA"),
+        LayerFamily("qwen3", "Qwen3's layers, with norms on queries and keys", f"{blocks}:QWEN3"),
     ]
 
 

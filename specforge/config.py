@@ -1,8 +1,8 @@
-"""What is stored in a checkpoint's ``config.json``, in the field's ``speculators`` layout.
+"""The contents of a checkpoint's ``config.json``, in the ``speculators`` layout.
 
 A speculator's configuration holds the algorithm's own fields, the ``transformer_layer_config`` of its decoder layers
-and a ``speculators_config``: which algorithm, which proposal methods, which verifier. Fields that specforge does not
-know are kept and written back; fields with a wrong type or value are refused by name.
+and a ``speculators_config``: algorithm, proposal methods and verifier. Unknown fields are kept and written back; fields
+with a wrong type or value are rejected by name.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ NOT_COMPUTED = frozenset(
         *("initializer_range", "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
     }
 )
-"""Fields of a model's configuration that do not change what it computes, once trained, over given tokens."""
+"""Fields of a model's configuration that do not affect what a trained model computes for given tokens."""
 
 
 class StoredConfig(BaseModel):
-    """Base of everything stored in ``config.json``: keeps unknown fields, checks known ones."""
+    """Base class of everything stored in ``config.json``: keeps unknown fields, checks known ones."""
 
     model_config = ConfigDict(extra="allow", validate_assignment=True, arbitrary_types_allowed=True)
 
@@ -58,9 +58,9 @@ class VerifierConfig(StoredConfig):
     """Which verifier a speculator belongs to.
 
     Attributes:
-        name_or_path: Hub id or folder of the verifier; None when it is not known.
-        architectures: Class names of the verifier, as its own ``config.json`` gives them.
-        fingerprint: What tells it from others, see ``specforge.verifier.fingerprint``; not stored if not known.
+        name_or_path: Hub id or folder of the verifier; None if unknown.
+        architectures: Class names of the verifier, from its own ``config.json``.
+        fingerprint: Identifies the verifier, see ``specforge.verifier.fingerprint``; not stored if unknown.
     """
 
     name_or_path: str | None = None
@@ -78,7 +78,7 @@ class VerifierConfig(StoredConfig):
 
         Args:
             config: The verifier's configuration.
-            name_or_path: Hub id or folder; by default what the configuration was loaded from.
+            name_or_path: Hub id or folder; by default the one that the configuration was loaded from.
         """
         name = name_or_path or getattr(config, "name_or_path", None) or None
         return cls(name_or_path=name, architectures=list(config.architectures or []))
@@ -97,20 +97,20 @@ class VerifierConfig(StoredConfig):
 
 
 def verifier_difference(stored: str, own: str) -> str:
-    """Say in a few words what tells two verifiers apart.
+    """Describe in a few words how two verifiers differ.
 
     Args:
-        stored: A fingerprint that is stored somewhere, see ``specforge.verifier.fingerprint``.
-        own: That of the verifier at hand, which differs.
+        stored: A stored fingerprint, see ``specforge.verifier.fingerprint``.
+        own: The fingerprint of the current verifier, which differs.
     """
     if re.fullmatch(r"[0-9a-f]{16}", stored):
-        return "the first is a fingerprint of an earlier version of specforge, which read less of a verifier"
+        return "the first is a fingerprint of an earlier version of specforge, which covered less of a verifier"
     weights, computation = stored.partition("-")[0] != own.partition("-")[0], stored[16:] != own[16:]
-    return " and ".join(["other weights"] * weights + ["another computation in config.json"] * computation)
+    return " and ".join(["different weights"] * weights + ["a different computation in config.json"] * computation)
 
 
 class TokenProposalConfig(StoredConfig):
-    """How a draft turns into candidate tokens; each proposal method has a subclass.
+    """How a draft proposes candidate tokens; each proposal method has a subclass.
 
     Attributes:
         proposal_type: Name of the proposal method.
@@ -120,12 +120,12 @@ class TokenProposalConfig(StoredConfig):
 
 
 class SpeculatorsConfig(StoredConfig):
-    """The part of a speculator's configuration that says how and for whom it speculates.
+    """The part of a speculator's configuration about its algorithm, proposal methods and verifier.
 
     Attributes:
         algorithm: Name of the algorithm that the draft was trained with.
         proposal_methods: The proposal methods that the draft is meant for, each with its settings.
-        default_proposal_method: ``proposal_type`` of the one to use when nothing else is asked for.
+        default_proposal_method: ``proposal_type`` of the one to use by default.
         verifier: The verifier that the draft belongs to.
     """
 
@@ -150,20 +150,20 @@ class SpeculatorsConfig(StoredConfig):
 
 
 class SpeculatorModelConfig(StoredConfig):
-    """Base of every speculator's configuration; an algorithm's subclass adds its own fields.
+    """Base class of every speculator's configuration; an algorithm's subclass adds its own fields.
 
     Attributes:
-        speculators_model_type: Which subclass this is; the name of the algorithm whose plugin provides it.
+        speculators_model_type: Identifies the subclass; the name of the algorithm whose plugin provides it.
         architectures: Class names of the draft network.
-        speculators_version: Version of the layout's writer.
+        speculators_version: Version of the library that wrote the layout.
         dtype: Data type of the stored weights, such as ``"bfloat16"``.
         tie_word_embeddings: Always false: a draft never ties its head to its embeddings.
-        speculators_config: How and for whom the draft speculates; None when it is not known.
+        speculators_config: Algorithm, proposal methods and verifier; None if unknown.
     """
 
     model_type_name: ClassVar[str] = ""
     proposal_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields that say how candidates are chosen, and nothing of what the network computes."""
+    """Fields that affect only how candidates are chosen, not what the network computes."""
 
     speculators_model_type: str = ""
     architectures: list[str] = Field(default_factory=list)
@@ -186,11 +186,11 @@ class SpeculatorModelConfig(StoredConfig):
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> Self:
         """Build the configuration from a parsed ``config.json``.
 
-        Called on the base class, it finds the subclass by ``speculators_model_type`` among the installed plugins.
+        On the base class, it finds the subclass by ``speculators_model_type`` among the installed plugins.
 
         Args:
             values: The parsed file.
-            where: What to name in error messages.
+            where: Source to name in error messages.
 
         Raises:
             UsageError: A field is missing or wrong, or no installed plugin provides the type.
@@ -216,37 +216,37 @@ class SpeculatorModelConfig(StoredConfig):
         return cls.from_dict(read_json(path), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``save_pretrained`` writes, as plain JSON values."""
+        """Return the contents of the file that ``save_pretrained`` writes, as plain JSON values."""
         return self.model_dump(mode="json")
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` into a folder, which is created if need be; the file is never half written."""
+        """Write ``config.json`` into a folder, which is created if needed; the write is atomic."""
         with whole_file(Path(folder) / CONFIG_NAME) as file:
             file.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def meaning(config: SpeculatorModelConfig) -> dict[str, Any]:
-    """Return what a draft's configuration says of its network, field by field: ``{"layers.rope": ...}``.
+def network_settings(config: SpeculatorModelConfig) -> dict[str, Any]:
+    """Return the fields of a draft's configuration that describe its network: ``{"layers.rope": ...}``.
 
-    Whom it speculates for, and who wrote it, is left out.
+    Those about its verifier, its proposal methods and the writer are left out.
     """
     values = config.to_dict()
     for name in ("speculators_config", "speculators_version", "dtype", "architectures", "transformers_version"):
         values.pop(name, None)
-    return dict(flat(values))
+    return dict(flatten(values))
 
 
-def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested dicts, each with the path of its keys, such as ``"model.draft.num_layers"``."""
+def flatten(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested dicts with their paths, such as ``"model.draft.num_layers"``."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{before}{name}.")
+            yield from flatten(value, f"{before}{name}.")
         else:
             yield f"{before}{name}", value
 
 
 def find_file(name_or_path: str | os.PathLike[str], file_name: str, **options: Any) -> Path:
-    """Return the local path of a file of a folder or of a hub repository, downloading it in the latter case.
+    """Return the local path of a file in a folder or hub repository; the latter is downloaded.
 
     Raises:
         UsageError: Neither the folder nor the hub has it.
@@ -256,7 +256,7 @@ def find_file(name_or_path: str | os.PathLike[str], file_name: str, **options: A
         if folder.is_dir():
             if not (folder / file_name).is_file():
                 raise UsageError(f"{folder} holds no {file_name}")
-            # Libraries that read it say all kinds of things of a file that may not be read.
+            # Libraries give misleading errors for files without read permission, so check it here.
             (folder / file_name).open("rb").close()
             return folder / file_name
     except PermissionError as error:
@@ -272,19 +272,19 @@ def find_file(name_or_path: str | os.PathLike[str], file_name: str, **options: A
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"{name_or_path} is no folder here, and {file_name} cannot be had from the hub: {reason}"
+            f"{name_or_path} is not a local folder, and {file_name} cannot be downloaded from the hub: {reason}"
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+    """Read a file with one JSON object.
 
     Raises:
-        UsageError: It cannot be read, holds something else, or is no JSON at all.
+        UsageError: It cannot be read, is not valid JSON, or is not an object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        # Half a surrogate is read, and could never be written.
+        # A lone surrogate can be read, but not written.
         json.dumps(values, ensure_ascii=False).encode()
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -304,8 +304,8 @@ def _subclass_for(values: dict[str, Any], where: str) -> type[Any]:
     model_type = values.get("speculators_model_type")
     if not isinstance(model_type, str):
         raise UsageError(
-            f"{where}: speculators_model_type is missing; this is not a checkpoint in the speculators layout; "
-            "specforge convert reads others"
+            f"{where}: speculators_model_type is missing, so this is not a checkpoint in the speculators layout; "
+            "specforge convert reads other formats"
         )
     try:
         return config_class(model_type)
@@ -333,7 +333,7 @@ def _typed_proposal(values: dict[str, Any]) -> TokenProposalConfig:
     methods = installed().all(ProposalMethod)
     name = values.get("proposal_type")
     if name not in methods:
-        # A method that only another tool knows is kept as it is.
+        # A method of another tool is kept unchanged.
         return TokenProposalConfig.model_validate(values)
     proposal: TokenProposalConfig = installed().load(methods[name], "config").model_validate(values)
     return proposal

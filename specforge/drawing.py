@@ -1,4 +1,4 @@
-"""How plots look: the colors and settings that all of them share. matplotlib is imported on use: it takes a while."""
+"""Colors and settings that all plots share. matplotlib is slow to import, so it is imported on use."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# The palette of Okabe and Ito, which people with any color vision tell apart, without its yellow (too pale on white)
-# and with a gray for its black (none on a dark page). Colors and marks repeat after different numbers of contenders.
+# The palette of Okabe and Ito, which people with any color vision can tell apart, without its yellow (too pale on
+# white) and with a gray for its black (invisible on a dark page). Colors and markers repeat with different periods.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")
-# Stands for the color of a page's text, which is another one in dark mode.
+# Replaced by the page's text color, which differs in dark mode.
 INK = "#1f2329"
 LINES = "#8a9099"
 
 
 @contextmanager
-def house_style() -> Iterator[None]:
-    """Draw with the settings below, whatever the person's own are; the process's are put back."""
+def plot_style() -> Iterator[None]:
+    """Draw with the settings below, independent of the user's; the process's settings are restored."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
-        # Texts stay texts, which the reader's browser draws in its own font.
+        # Text stays text, which the reader's browser draws in its own font.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(

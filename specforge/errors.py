@@ -1,4 +1,4 @@
-"""The errors that a person can cause or mend: one message, no traceback."""
+"""Errors that a user can cause or fix: one message, no traceback."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class SpecforgeError(Exception):
     """Something failed at run time; ``specforge`` prints the message and exits with status 1.
 
     Attributes:
-        exit_status: Of the process.
-        subcommand: Word that stands between the command and the message, for a command that has several.
+        exit_status: Exit status of the process.
+        subcommand: Word printed between the command and the message, for a command with subcommands.
     """
 
     exit_status = 1
@@ -32,19 +32,19 @@ class UsageError(SpecforgeError):
 
 
 def nearest_name(name: str, allowed: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the closest allowed name, or an empty string when none is close."""
+    """Return ``" Did you mean 'x'?"`` for the closest allowed name, or an empty string if none is close."""
     matches = difflib.get_close_matches(name, list(allowed), n=1)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def describe_os_error(error: OSError) -> str:
-    """Return which file or folder could not be used, and why, in one line."""
+    """Return in one line which file or folder could not be used, and why."""
     reason = error.strerror or str(error)
     return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def describe_invalid(error: ValidationError) -> str:
-    """Return one line for each fault of a pydantic validation: the key's path, the value and what is allowed."""
+    """Describe the faults of a pydantic validation: for each, the key's path, what is allowed and the value."""
     lines = []
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"]) or "(whole)"

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and locks that say who writes them."""
+"""Atomic writes of files and folders, and locks on outputs."""
 
 from __future__ import annotations
 
@@ -19,68 +19,68 @@ _RANDOM_BYTES = 4
 
 @contextmanager
 def whole_file(path: Path, durable: bool = True) -> Iterator[Path]:
-    """Give an empty file to write, which takes a file's place when it has gone well and the disk has it.
+    """Yield an empty temporary file; on success it replaces ``path``.
 
-    It lies beside its place, under a name that nobody else uses: of several processes that write one file, the last to
-    finish wins. Whatever writes it, it gets the mode that the umask asks for.
+    It is in the same folder, under a unique name: if several processes write one file, the last to finish wins. The
+    file gets the mode of the umask, whatever library writes it.
 
     Args:
-        path: Where it belongs; the folder is created if need be.
-        durable: Wait for the disk; what is written often, and checked when it is read, does without.
+        path: The file to write; its folder is created if needed.
+        durable: Wait until the file is on disk; False for files that are written often and checked when read.
 
     Raises:
-        OSError: It cannot be written; what was there is as it was.
+        OSError: It cannot be written; an existing file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(path)
-    beside.touch(exist_ok=False)
-    mode = beside.stat().st_mode
+    temporary = _temporary_path(path)
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
     try:
-        yield beside
-        beside.chmod(mode)  # safetensors makes its files private
+        yield temporary
+        temporary.chmod(mode)  # safetensors makes its files private
         if durable:
-            sync(beside)
-        os.replace(beside, path)
+            sync(temporary)
+        os.replace(temporary, path)
         if durable:
             sync(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to fill, which takes its place when that has gone well.
+    """Yield an empty temporary folder; on success it is renamed to ``folder``.
 
     Args:
-        folder: Where it belongs: nothing, or an empty folder.
+        folder: The folder to write; it must not exist or be empty.
 
     Raises:
-        OSError: It cannot be written, or something is there by now.
+        OSError: It cannot be written, or something has appeared there.
     """
-    beside = _beside(folder)
-    beside.mkdir(parents=True)
+    temporary = _temporary_path(folder)
+    temporary.mkdir(parents=True)
     try:
-        yield beside
-        beside.rename(folder)
+        yield temporary
+        temporary.rename(folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def leftovers(path: Path) -> Iterator[Path]:
-    """Yield what processes left beside a file that were killed while they wrote it."""
+    """Yield the temporary files left by processes that were killed while they wrote a file."""
     return path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 2 * _RANDOM_BYTES}")
 
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Hold an output for this process alone; the lock of a process that was killed is free at once.
+    """Lock an output for this process; the lock of a killed process is released at once.
 
     Args:
-        output: A file or folder, which need not exist; the lock is a hidden file beside it.
+        output: A file or folder, which need not exist; the lock is a hidden file next to it.
 
     Raises:
-        SpecforgeError: Another process holds it.
-        OSError: The lock cannot be made.
+        SpecforgeError: Another process holds the lock.
+        OSError: The lock cannot be created.
     """
     path = output.with_name(f".{output.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,17 +92,17 @@ def locked(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: who has opened it meanwhile sees that it is gone
+        path.unlink(missing_ok=True)  # while it is held: a process that has opened it sees that it is gone
         lock.release()
 
 
-def _beside(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
     path = path.absolute()
     return path.with_name(f".{path.name}.{secrets.token_hex(_RANDOM_BYTES)}")
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a folder."""
+    """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

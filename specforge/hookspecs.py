@@ -1,9 +1,9 @@
 """The plugin contract: what a package may add to specforge, as pluggy hooks that return plain descriptors.
 
 A descriptor names classes and functions as ``"package.module:Name"``, so that a plugin module imports nothing heavy
-and ``specforge --help`` answers without loading torch. Every hook is called once, when the registry is built; an
-empty answer means that the plugin adds nothing of that kind. A wrapper (``hookimpl(wrapper=True)``) is called around
-the hook of every plugin, and gets and returns a list with the answer of that plugin.
+and ``specforge --help`` runs without loading torch. Every hook is called once, when the registry is built; an empty
+result means that the plugin adds nothing of that kind. A wrapper (``hookimpl(wrapper=True)``) is called around the
+hook of every plugin; it gets and returns a list with that plugin's result.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Algorithm:
     """A way to train a draft.
 
     Attributes:
-        name: What ``algorithm:`` in a configuration says, and ``speculators_config.algorithm`` in a checkpoint.
+        name: Value of ``algorithm:`` in a configuration, and of ``speculators_config.algorithm`` in a checkpoint.
         summary: One line for ``specforge plugins`` and ``--help``.
         config: The ``SpeculatorModelConfig`` subclass that is stored in a checkpoint.
         model: The ``SpeculatorModel`` subclass: the network.
-        module: The ``DraftModule`` subclass (LightningModule) that trains it; None where it can only be loaded.
-        data: The ``DraftDataModule`` subclass (LightningDataModule) that feeds it; None where it can only be loaded.
-        proposals: Names of the proposal methods that its drafts can serve; empty where they cannot draft at all.
+        module: The ``DraftModule`` subclass (LightningModule) that trains it; None if it can only be loaded.
+        data: The ``DraftDataModule`` subclass (LightningDataModule) that feeds it; None if it can only be loaded.
+        proposals: Names of the proposal methods that its drafts support; empty if they cannot draft at all.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Algorithm:
 
 @dataclass(frozen=True)
 class ProposalMethod:
-    """A way to turn a draft into candidate tokens.
+    """A way to propose candidate tokens.
 
     Attributes:
-        name: ``proposal_type`` in a checkpoint.
+        name: Value of ``proposal_type`` in a checkpoint.
         summary: One line for ``specforge plugins``.
-        config: The ``TokenProposalConfig`` subclass: its settings, as they are stored.
-        proposer: The ``specforge.proposals.proposal.Proposer`` subclass: the method at work.
+        config: The ``TokenProposalConfig`` subclass with its settings.
+        proposer: The ``specforge.proposals.proposal.Proposer`` subclass that implements it.
     """
 
     name: str
@@ -63,10 +63,10 @@ class Objective:
     """A training loss over draft and verifier distributions.
 
     Attributes:
-        name: What ``model.objective`` in a configuration says.
+        name: Value of ``model.objective`` in a configuration.
         summary: One line for ``specforge plugins``.
         function: Maps ``specforge.training.losses.objectives.Distributions`` of n rows to n loss values.
-        uses_mean_acceptance: Whether the function reads ``Distributions.mean_acceptance``, which costs one more pass.
+        uses_mean_acceptance: Whether the function reads ``Distributions.mean_acceptance``, which costs an extra pass.
         uses_text: Whether the function reads ``Distributions.text``.
     """
 
@@ -79,12 +79,13 @@ class Objective:
 
 @dataclass(frozen=True)
 class Weighting:
-    """Weights along a chain: how much a step's loss counts, given what the steps of the same row achieved.
+    """Loss weights along a chain: a factor for each step, from the statistics of all steps of the same row.
 
     Attributes:
-        name: What ``model.weighting`` in a configuration says.
+        name: Value of ``model.weighting`` in a configuration.
         summary: One line for ``specforge plugins``.
-        function: Maps the statistic of each row and step, [S, R], and which of them count, bool [S, R], to factors.
+        function: Maps the statistic of each step and row, [S, R], and a mask of those that count, bool [S, R], to
+            factors.
         statistic: Maps ``specforge.training.losses.objectives.Distributions`` of n rows to n numbers.
         uses_text: Whether the statistic reads ``Distributions.text``.
     """
@@ -98,12 +99,12 @@ class Weighting:
 
 @dataclass(frozen=True)
 class LayerFamily:
-    """A model family that draft layers can be of.
+    """A model family for draft layers.
 
     Attributes:
-        name: What ``model.draft.layer_type`` in a configuration says; the model type of the family's configuration.
+        name: Value of ``model.draft.layer_type`` in a configuration; the model type of the family's configuration.
         summary: One line for ``specforge plugins``.
-        family: A ``specforge.models.base_components.Family``: its building blocks.
+        family: A ``specforge.models.base_components.Family`` with its building blocks.
     """
 
     name: str
@@ -113,10 +114,10 @@ class LayerFamily:
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """A form in which a reader wants the drafts of one algorithm.
+    """A checkpoint format for the drafts of one algorithm, as an engine reads it.
 
     Attributes:
-        name: What ``specforge export --format`` says; other algorithms may have a format of the same name.
+        name: Value of ``specforge export --format``; other algorithms may have a format of the same name.
         summary: One line for ``specforge plugins``.
         algorithm: Name of the algorithm whose drafts it holds.
         layout: The ``specforge.checkpoints.layout.Layout`` subclass that reads, writes and checks it.
@@ -136,7 +137,7 @@ class Command:
         name: The word after ``specforge``.
         summary: One line for ``specforge --help``.
         run: ``function(arguments: list[str]) -> int``; the result is the exit status.
-        parser: ``function() -> argparse.ArgumentParser``, by which shells complete its words; None: its name alone.
+        parser: ``function() -> argparse.ArgumentParser``, used for shell completion; None completes only its name.
     """
 
     name: str
@@ -150,41 +151,41 @@ Descriptor = Algorithm | ProposalMethod | Objective | Weighting | LayerFamily | 
 
 @hookspec
 def specforge_algorithms() -> Iterable[Algorithm]:
-    """Describe the algorithms that this plugin contributes."""
+    """Return the algorithms that this plugin adds."""
     raise NotImplementedError
 
 
 @hookspec
 def specforge_proposals() -> Iterable[ProposalMethod]:
-    """Describe proposal methods that serve several algorithms."""
+    """Return proposal methods that work with several algorithms."""
     raise NotImplementedError
 
 
 @hookspec
 def specforge_objectives() -> Iterable[Objective]:
-    """Describe training losses."""
+    """Return training losses."""
     raise NotImplementedError
 
 
 @hookspec
 def specforge_weightings() -> Iterable[Weighting]:
-    """Describe weights along a chain."""
+    """Return loss weightings along a chain."""
     raise NotImplementedError
 
 
 @hookspec
 def specforge_layer_families() -> Iterable[LayerFamily]:
-    """Describe model families that draft layers can be of."""
+    """Return model families for draft layers."""
     raise NotImplementedError
 
 
 @hookspec
 def specforge_checkpoint_formats() -> Iterable[CheckpointFormat]:
-    """Describe checkpoint formats to export to or convert from."""
+    """Return checkpoint formats to export to or convert from."""
     raise NotImplementedError
 
 
 @hookspec
 def specforge_commands() -> Iterable[Command]:
-    """Describe subcommands of ``specforge``."""
+    """Return subcommands of ``specforge``."""
     raise NotImplementedError

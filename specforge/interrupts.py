@@ -1,4 +1,4 @@
-"""Ctrl-C, which a library that is being imported can turn into an error of its own."""
+"""Ctrl-C, which a library can turn into a different error while it is being imported."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from types import FrameType
 
 
 @contextmanager
-def heard() -> Iterator[None]:
-    """Raise ``KeyboardInterrupt`` in the place of any error that comes after a Ctrl-C.
+def raising_keyboard_interrupt() -> Iterator[None]:
+    """Raise ``KeyboardInterrupt`` instead of any error that follows a Ctrl-C.
 
-    Does nothing outside the main thread, which alone is told of signals, and where Ctrl-C is ignored or taken over.
+    Does nothing outside the main thread, since only that one receives signals, or if Ctrl-C is ignored or handled by
+    other code.
     """
     if (
         threading.current_thread() is not threading.main_thread()
@@ -21,18 +22,18 @@ def heard() -> Iterator[None]:
     ):
         yield
         return
-    came = False
+    interrupted = False
 
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, handle)
     try:
         yield
     except (Exception, SystemExit) as error:
-        if came:
+        if interrupted:
             raise KeyboardInterrupt from error
         raise
     finally:

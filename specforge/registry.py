@@ -1,10 +1,10 @@
-"""Finds the installed plugins and what they contribute, without importing anything heavy.
+"""Finds the installed plugins and their contributions, without importing anything heavy.
 
 A plugin is an entry point of the group ``specforge.plugins``. One that fails to import, or clashes with another, is
-kept with its fault: commands that do not need it go on working, and the one that needs it says what is wrong.
+kept with its fault: commands that do not need it still work, and a command that needs it reports the fault.
 
-The hooks of each plugin are called by pluggy in a call of its own, so that every descriptor has one owner, and what one
-plugin raises leaves the others as they are. Wrappers take part in every call.
+pluggy calls the hooks of each plugin separately, so that every descriptor has one owner, and an exception in one plugin
+does not affect the others. Wrappers take part in every call.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ KindOfDescriptor = TypeVar(
 
 @dataclass
 class Plugin:
-    """One entry point: who ships it, what it contributes, and what is wrong with it."""
+    """One entry point: its package, its contributions and its faults."""
 
     name: str
     package: str
@@ -96,7 +96,7 @@ class Registry:
                 _record_clash(kind, name, first, second)
 
     def all(self, kind: type[KindOfDescriptor]) -> dict[str, KindOfDescriptor]:
-        """Return every descriptor of a kind by ``key_of``; those that two plugins claim are included once."""
+        """Return every descriptor of a kind, keyed by ``key_of``; one that two plugins claim is included once."""
         return {key_of(one): one for plugin in self.plugins for one in plugin.descriptors if isinstance(one, kind)}
 
     def find(self, kind: type[KindOfDescriptor], name: str) -> KindOfDescriptor:
@@ -104,11 +104,11 @@ class Registry:
 
         Args:
             kind: Class of the descriptor.
-            name: Its name, as ``key_of`` gives it.
+            name: Its name, as returned by ``key_of``.
 
         Raises:
-            UsageError: No working plugin provides it, or two plugins claim it. The message lists what is installed
-                and the faults of the plugins that could not be used.
+            UsageError: No working plugin provides it, or two plugins claim it. The message lists the installed names
+                and the faults of unusable plugins.
         """
         word = _kind(kind)
         owners = [
@@ -130,7 +130,7 @@ class Registry:
         """Import the class or function that a descriptor names in one of its attributes.
 
         Raises:
-            UsageError: The descriptor names nothing there, or what it names cannot be imported.
+            UsageError: The attribute is None, or its target cannot be imported.
         """
         reference = getattr(descriptor, attribute)
         owner = next(plugin for plugin in self.plugins if descriptor in plugin.descriptors)
@@ -148,7 +148,7 @@ class Registry:
 
 
 def key_of(descriptor: Descriptor) -> str:
-    """Return what a descriptor is found by: its name, for a checkpoint format after its algorithm's, ``"A/NAME"``."""
+    """Return the lookup key of a descriptor: its name, or ``"ALGORITHM/NAME"`` for a checkpoint format."""
     if isinstance(descriptor, CheckpointFormat):
         return f"{descriptor.algorithm}/{descriptor.name}"
     return descriptor.name
@@ -161,7 +161,7 @@ def installed() -> Registry:
 
 
 def _register(manager: pluggy.PluginManager, entry_point: EntryPoint) -> tuple[Plugin, ModuleType | None]:
-    """Import a plugin and register its hooks; a plugin that cannot be is returned with its fault."""
+    """Import a plugin and register its hooks; on failure, return it with its fault and no module."""
     package, version = ("?", "?")
     if entry_point.dist is not None:
         package, version = entry_point.dist.name, entry_point.dist.version
@@ -181,7 +181,7 @@ def _register(manager: pluggy.PluginManager, entry_point: EntryPoint) -> tuple[P
 
 
 def _collect(manager: pluggy.PluginManager, plugin: Plugin, module: ModuleType) -> None:
-    """Call the hooks of one plugin, inside the wrappers of all, and keep what it contributes."""
+    """Call the hooks of one plugin, inside the wrappers of all plugins, and store its descriptors."""
     try:
         for hook in manager.get_hookcallers(module) or []:
             others = [one.plugin for one in hook.get_hookimpls() if one.plugin is not module and not _wraps(one)]
@@ -197,7 +197,7 @@ def _wraps(implementation: pluggy.HookImpl) -> bool:
 
 
 def _contributions(hook: pluggy.HookCaller) -> Iterable[Descriptor]:
-    # pluggy leaves out an answer of None, which is a forgotten return.
+    # pluggy drops a result of None, which is a forgotten return.
     for contributed in hook() or [None]:
         if not isinstance(contributed, Iterable):
             raise TypeError(f"{hook.name} must return descriptors of specforge.hookspecs, got {contributed!r}")
@@ -208,7 +208,7 @@ def _contributions(hook: pluggy.HookCaller) -> Iterable[Descriptor]:
 
 
 def _missing_targets(descriptor: Descriptor) -> Iterable[str]:
-    """Find references to names that do not exist by reading the source, so that nothing heavy is imported."""
+    """Find references to names that do not exist; reads the source, so that nothing heavy is imported."""
     for attribute in fields(descriptor):
         reference = getattr(descriptor, attribute.name)
         if attribute.name in ("name", "summary", "algorithm") or not isinstance(reference, str):
@@ -223,7 +223,7 @@ def _fault_of(module_name: str, name: str) -> str | None:
         spec = importlib.util.find_spec(module_name)
     except (ImportError, ValueError):
         spec = None
-    except Exception as error:  # the package around the module is imported, and may fail in any way
+    except Exception as error:  # find_spec imports the parent package, which may fail in any way
         return f"whose package fails to import: {_last_line(error)}"
     if spec is None or not name:
         return "which does not exist"

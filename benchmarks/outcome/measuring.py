@@ -14,7 +14,7 @@ from specforge import SpeculatorModel
 from specforge.__main__ import main as specforge
 from specforge.data.rows.reading import TokenRows
 from specforge.decoding.recorded import chain_acceptance
-from specforge.decoding.replay import AcceptanceLength, turns_of
+from specforge.decoding.replay import AcceptanceLength, find_turns
 from specforge.evaluation.results import Results
 from specforge.sampling import Sampling
 from specforge.verifier.features import Features, capture
@@ -46,7 +46,7 @@ def replayed(drafts: Sequence[Path], verifier: PreTrainedModel, rows: TokenRows,
         positions = torch.arange(len(row["input_ids"]))[None]
         # All drafts of a comparison read the same layers.
         features = capture(verifier, row["input_ids"][None], positions, models[0].aux_layers)
-        for begin, length in zip(*(one.tolist() for one in turns_of(row["loss_mask"][None])), strict=True):
+        for begin, length in zip(*(one.tolist() for one in find_turns(row["loss_mask"][None])), strict=True):
             end = begin + length
             text, seen = row["input_ids"][:end], Features(features.aux[:, :end], features.last[:, :end])
             for model, metric in zip(models, metrics, strict=True):

@@ -1,1 +1,1 @@
-"""Drafts in the forms that other programs read: written, read, and checked against what those programs demand."""
+"""Checkpoint formats of drafts: writing, reading, and checking them against the rules of their readers."""

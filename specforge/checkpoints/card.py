@@ -1,4 +1,4 @@
-"""The model card of an export: what was trained on what, how good it is, and how to serve it."""
+"""The model card of an export: training data and settings, the metric, and how to serve it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def card(draft: str, stored: StoredDraft, layout: Layout, probe: Probe, record: 
 
     Args:
         draft: Folder or hub id that the export is served from.
-        stored: What its files hold.
+        stored: The contents of its files.
         layout: Its format.
-        probe: What travels with it.
-        record: What is known of the run.
-        tokens: Tokens to draft in a round.
+        probe: The probe stored with it.
+        record: The record of its run.
+        tokens: Number of tokens to draft in a round.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -58,14 +58,14 @@ def _training(record: RunRecord) -> list[tuple[str, str]]:
     settings = record.settings
     data, model = settings.get("data") or {}, settings.get("model") or {}
     optimizer = model.get("optimizer") or {}
-    told = {
+    fields = {
         "trained on": data.get("train"),
         "rows of at most": data.get("max_length") and f"{data['max_length']} tokens",
         "objective": " + ".join(f"{weight} {name}" for name, weight in (model.get("objective") or {}).items()),
         "optimizer": optimizer.get("name") and f"{optimizer['name']}, learning rate {optimizer.get('lr')}",
         "steps": record.step,
     }
-    return [(name, str(value)) for name, value in told.items() if value]
+    return [(name, str(value)) for name, value in fields.items() if value]
 
 
 def _metric(record: RunRecord) -> str | None:

@@ -1,4 +1,4 @@
-"""Reading a published draft into the layout that specforge trains on, measures and exports."""
+"""Conversion of a published draft into specforge's own layout, for training, measuring and exporting."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specforge.checkpoints.formats import read_draft
-from specforge.checkpoints.writing import written_whole
+from specforge.checkpoints.writing import replacing_folder
 from specforge.config import VerifierConfig
 from specforge.decoding.checks import check_fit
 from specforge.models.speculator import SpeculatorModel
@@ -15,11 +15,11 @@ from specforge.verifier.loading import load_config
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted.
+    """Result of a conversion.
 
     Attributes:
-        folder: Where the draft is now.
-        format: The format that it was in, such as ``"A/NAME"`` of an algorithm A.
+        folder: Folder of the converted draft.
+        format: The source format, such as ``"A/NAME"`` for an algorithm A.
         model: The draft, detached.
     """
 
@@ -33,20 +33,20 @@ def convert(source: str, verifier: str, output: Path | None = None, format: str 
 
     Args:
         source: Folder or hub id.
-        verifier: Folder or hub id of its verifier, noted in the configuration.
-        output: Folder to write; ``<name>-specforge`` in the working directory when None.
-        format: Name of the format that it is in; None to find out.
+        verifier: Folder or hub id of its verifier, stored in the configuration.
+        output: Folder to write; None for ``<name>-specforge`` in the working directory.
+        format: Name of the source format; None to detect it.
 
     Raises:
-        UsageError: It is in no known format; tensors are missing, unknown, or of the wrong shape; the verifier is
-            another one. Nothing is made up, and nothing left out.
-        SpecforgeError: It cannot be written.
+        UsageError: The format is unknown; tensors are missing, unknown, or of the wrong shape; the draft does not fit
+            the verifier. Nothing is filled in or dropped.
+        SpecforgeError: The result cannot be written.
     """
     name = str(Path(verifier).absolute()) if Path(verifier).is_dir() else verifier
     config = load_config(name)
     layout, model = read_draft(source, VerifierConfig.from_config(config, name), format)
     check_fit(model, config)
     target = output or Path(f"{Path(source).name}-specforge")
-    with written_whole(target) as beside:
-        model.save_pretrained(beside)
+    with replacing_folder(target) as temporary:
+        model.save_pretrained(temporary)
     return Conversion(target, f"{layout.format.algorithm}/{layout.format.name}", model)

@@ -1,4 +1,4 @@
-"""Finding the format that is asked for, or the one that a draft is in."""
+"""Lookup of checkpoint formats by name, and detection of a draft's format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def layout_of(algorithm: str, name: str) -> Layout:
     """Return a format of an algorithm's drafts.
 
     Raises:
-        UsageError: The algorithm has no such format; those that it has are listed.
+        UsageError: The algorithm has no such format; the message lists the existing ones.
     """
     own = [one for one in installed().all(CheckpointFormat).values() if one.algorithm == algorithm]
     for one in own:
@@ -28,19 +28,19 @@ def layout_of(algorithm: str, name: str) -> Layout:
 
 
 def layout_in(stored: StoredDraft, name: str | None = None) -> Layout:
-    """Return the format that a draft is in.
+    """Return the format of a draft.
 
     Args:
-        stored: What its files hold.
-        name: Which it is to be read as; it must be that of one algorithm alone. None to find out.
+        stored: The contents of its files.
+        name: Name of the format to read it as, which must be unambiguous; None to detect it.
 
     Raises:
-        UsageError: No installed format recognises it, or there is none of that name.
+        UsageError: No installed format recognises it, or there is no format of that name.
     """
     layouts = [_load(one) for one in installed().all(CheckpointFormat).values()]
     found = [one for one in layouts if one.recognises(stored)]
     if name is not None:
-        # The same name may stand for several algorithms: the draft itself tells which.
+        # Several algorithms may have a format of this name; the draft itself decides.
         algorithms = {one.format.algorithm for one in found}
         named = [one for one in layouts if one.format.name == name and one.format.algorithm in algorithms]
         found = named or [one for one in layouts if one.format.name == name]
@@ -48,13 +48,13 @@ def layout_in(stored: StoredDraft, name: str | None = None) -> Layout:
         return found[0]
     if found:
         several = ", ".join(f"{one.format.algorithm}/{one.format.name}" for one in found)
-        raise UsageError(f"{stored.where} may be in any of several formats: {several}; give one as --format")
+        raise UsageError(f"{stored.where} matches several formats: {several}; give one as --format")
     names = sorted({one.format.name for one in layouts})
     known = ", ".join(names)
     if name is not None:
         raise UsageError(f"--format: there is no format {name!r}; installed: {known}.{nearest_name(name, names)}")
     raise UsageError(
-        f"{stored.where} is in no known format: config.json says {_says(stored)}, and the tensors begin with "
+        f"the format of {stored.where} is unknown: config.json has {_type_fields(stored)}, and the first tensors are "
         f"{', '.join(sorted(stored.tensors)[:4]) or 'none'}. Known formats: {known}"
     )
 
@@ -66,14 +66,14 @@ def read_draft(
 
     Args:
         name_or_path: Folder or hub id.
-        verifier: Its verifier; None for what the files say.
-        format: Name of the format that it is in; None to find out.
+        verifier: Its verifier; None for the one named in the files.
+        format: Name of its format; None to detect it.
 
     Returns:
         The format, and the draft, detached.
 
     Raises:
-        UsageError: It is in no known format, or does not fit the one that it is in.
+        UsageError: The format is unknown, or the files violate it.
     """
     stored = StoredDraft.read(name_or_path)
     layout = layout_in(stored, format)
@@ -85,6 +85,6 @@ def _load(format: CheckpointFormat) -> Layout:
     return layout
 
 
-def _says(stored: StoredDraft) -> str:
-    told = {name: stored.config.get(name) for name in ("speculators_model_type", "model_type", "architectures")}
-    return ", ".join(f"{name} {value!r}" for name, value in told.items() if value is not None) or "nothing of its kind"
+def _type_fields(stored: StoredDraft) -> str:
+    fields = {name: stored.config.get(name) for name in ("speculators_model_type", "model_type", "architectures")}
+    return ", ".join(f"{name} {value!r}" for name, value in fields.items() if value is not None) or "no model type"

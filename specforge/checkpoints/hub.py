@@ -1,4 +1,4 @@
-"""Uploading an export to the hub."""
+"""Upload of an export to the hub."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from specforge.errors import SpecforgeError
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a folder as a model; the repository is created if need be.
+    """Upload a folder as a model; the repository is created if needed.
 
     Args:
-        folder: The export; it stays where it is.
+        folder: The export, which is kept.
         repository: ``owner/name``.
 
     Returns:
-        Address of what was uploaded.
+        URL of the repository.
 
     Raises:
-        SpecforgeError: The hub does not take it; the export is whole all the same.
+        SpecforgeError: The upload failed; the local export is complete.
     """
     api = HfApi()
     try:
         api.create_repo(repository, repo_type="model", exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Draft for speculative decoding")
-    except Exception as error:  # the hub, the network and the login each fail in their own ways
+    except Exception as error:  # the hub, the network and the login fail in different ways
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise SpecforgeError(
             f"{folder} is written, but cannot be uploaded to {repository}: {reason}. Log in with: hf auth login; then "

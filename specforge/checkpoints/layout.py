@@ -1,6 +1,6 @@
-"""What a checkpoint format does: map a draft to tensors and a configuration and back, and know its reader's rules.
+"""Base class of checkpoint formats: they map a draft to tensors and a configuration and back, and check reader's rules.
 
-Formats work on what lies in the files; finding, reading and writing the files is the same for all of them.
+Formats work on the contents of the files; finding, reading and writing files is the same for all of them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from specforge.verifier.loading import VerifierLoading
 
 @dataclass(frozen=True)
 class StoredDraft:
-    """A draft as it lies in files.
+    """The contents of a draft's files.
 
     Attributes:
         config: The parsed ``config.json``.
         tensors: All tensors by name.
-        where: What to name in error messages.
+        where: Name for error messages.
     """
 
     config: dict[str, Any]
@@ -38,7 +38,7 @@ class StoredDraft:
 
     @property
     def config_where(self) -> str:
-        """What to name in error messages about the configuration."""
+        """Name of the configuration for error messages."""
         return f"{self.where}/{CONFIG_NAME}"
 
     @classmethod
@@ -68,22 +68,23 @@ class Layout(ABC):
 
     @abstractmethod
     def recognises(self, stored: StoredDraft) -> bool:
-        """Tell whether a draft that nobody says anything about is to be read as this format."""
+        """Return whether a draft of unknown format has this format."""
 
     @abstractmethod
     def read(self, stored: StoredDraft, verifier: VerifierConfig) -> SpeculatorModel:
         """Build the draft, detached.
 
         Args:
-            stored: What the files hold.
-            verifier: The verifier, noted in the draft's configuration where the format does not name one.
+            stored: The contents of the files.
+            verifier: The verifier, stored in the draft's configuration if the format does not name one.
 
         Raises:
-            UsageError: The configuration is wrong, or a tensor is missing, unknown or of the wrong shape; all named.
+            UsageError: The configuration is wrong, or tensors are missing, unknown or of the wrong shape; all are
+                named.
         """
 
-    def prepare(self, model: SpeculatorModel) -> None:  # noqa: B027  (most readers want nothing)
-        """Make a draft what the reader wants it to be, where the network itself has to change; mostly nothing.
+    def prepare(self, model: SpeculatorModel) -> None:  # noqa: B027  (most readers need nothing)
+        """Change the network as the reader requires; by default nothing.
 
         Args:
             model: The draft, attached to its verifier's parts; changed in place.
@@ -91,13 +92,13 @@ class Layout(ABC):
 
     @abstractmethod
     def write(self, model: SpeculatorModel) -> StoredDraft:
-        """Return what the files have to hold.
+        """Return the contents of the files to write.
 
         Args:
             model: The draft, attached to its verifier's parts.
 
         Raises:
-            UsageError: The reader would refuse the draft, or run it wrong; the reason is given.
+            UsageError: The reader would reject the draft, or run it incorrectly; the message gives the reason.
         """
 
     def write_others(self, folder: Path, verifier: str, loading: VerifierLoading) -> None:  # noqa: B027  (as above)
@@ -110,20 +111,20 @@ class Layout(ABC):
         """
 
     def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
-        """Yield every rule of the reader that is broken, with what the reader would do.
+        """Yield every violated rule of the reader, with the consequence.
 
         Args:
-            stored: What the files hold.
-            verifier: What is known of the verifier; None where nothing is.
+            stored: The contents of the files.
+            verifier: Facts about the verifier; None if unknown.
         """
         yield from ()
 
     @abstractmethod
     def serving(self, draft: str, verifier: str, tokens: int) -> str:
-        """Return the command that serves the draft, or says what can be done with it.
+        """Return the command that serves the draft, or another use of it.
 
         Args:
             draft: Folder or hub id of the draft.
             verifier: Folder or hub id of the verifier.
-            tokens: Tokens to draft in a round.
+            tokens: Number of tokens to draft in a round.
         """

@@ -1,4 +1,4 @@
-"""What formats with a plain decoder's configuration have in common: old names of fields, and rules of their readers."""
+"""Common parts of formats with a plain decoder's configuration: legacy field names, and rules of their readers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from specforge.checkpoints.verifier_facts import VerifierFacts
 
-# What a causal language model's configuration says beside its layers.
-NOT_OF_THE_LAYERS = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map")
+# Fields of a causal language model's configuration that do not describe its layers.
+NON_LAYER_FIELDS = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map")
 
 
-def with_old_rope(layers: dict[str, Any]) -> dict[str, Any]:
-    """Say the rotary positions under the old names as well.
+def with_legacy_rope(layers: dict[str, Any]) -> dict[str, Any]:
+    """Add the rotary embedding parameters under their legacy names.
 
-    A reader with transformers before version 5 looks for ``rope_theta`` and ``rope_scaling``, and computes with
-    other positions, silently, where they are missing.
+    A reader with transformers before version 5 reads ``rope_theta`` and ``rope_scaling``; if they are missing, it
+    silently uses other rotary embeddings.
 
     Args:
         layers: Configuration of decoder layers, with ``rope_parameters``.
@@ -29,22 +29,22 @@ def with_old_rope(layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def position_faults(layers: dict[str, Any], verifier: VerifierFacts | None) -> Iterator[str]:
-    """Yield what a draft's decoder layers say of lengths and positions otherwise than they should.
+    """Yield faults in the lengths and rotary embeddings of a draft's decoder layers.
 
     Args:
         layers: Configuration of the decoder layers.
-        verifier: The verifier; None where it is not known.
+        verifier: Facts about the verifier; None if unknown.
     """
     rope = layers.get("rope_parameters")
     if rope and "rope_theta" in layers and "rope_theta" in rope and layers["rope_theta"] != rope["rope_theta"]:
         yield (
-            f"rope_theta is {layers['rope_theta']} and rope_parameters.rope_theta {rope['rope_theta']}: readers "
-            "take one or the other, by the version of transformers"
+            f"rope_theta is {layers['rope_theta']}, but rope_parameters.rope_theta is {rope['rope_theta']}: readers "
+            "use one or the other, depending on the version of transformers"
         )
     if not rope and "rope_theta" not in layers:
-        yield "the rotary positions are not said: readers take their own defaults, a base of 10000 and no scaling"
+        yield "the rotary embeddings are not set: readers use their defaults, a base of 10000 and no scaling"
     if layers.get("tie_word_embeddings"):
-        yield "tie_word_embeddings is true: a reader would take the draft's embeddings for its head"
+        yield "tie_word_embeddings is true: a reader would use the draft's embeddings as its head"
     if verifier is None:
         return
     if layers.get("vocab_size") != verifier.vocab_size:
@@ -53,11 +53,11 @@ def position_faults(layers: dict[str, Any], verifier: VerifierFacts | None) -> I
     if longest is not None and layers.get("max_position_embeddings") != longest:
         yield (
             f"max_position_embeddings is {layers.get('max_position_embeddings')}, but the verifier's is "
-            f"{longest}: behind the shorter one, engines that do not raise it stop accepting"
+            f"{longest}: beyond the shorter one, engines that do not raise it stop accepting"
         )
 
 
 def width_faults(width: int | None, verifier: VerifierFacts | None) -> Iterator[str]:
-    """Yield the fault of a draft that is made for states of another width than the verifier's."""
+    """Yield a fault if the draft reads states of a different width than the verifier's."""
     if verifier is not None and width != verifier.hidden_size:
-        yield f"the draft reads states of width {width}, but the verifier's have {verifier.hidden_size}"
+        yield f"the draft reads states of width {width}, but the verifier's width is {verifier.hidden_size}"

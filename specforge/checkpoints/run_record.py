@@ -1,4 +1,4 @@
-"""What a run folder tells of the draft in it: what it was trained on, and how good it was found to be."""
+"""The record of a draft's run from its folder: the training settings and the validation metric."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run, as far as it is known.
+    """Settings and result of a run, as far as known.
 
     Attributes:
-        settings: The resolved configuration; empty where there is none.
-        metric: Name of the validation metric that the draft was chosen by.
-        value: Its value; None where no validation chose it.
-        step: Optimizer steps until then.
+        settings: The resolved configuration; empty if there is none.
+        metric: Name of the validation metric that selected the draft.
+        value: Its value; None if no validation selected the draft.
+        step: Number of optimizer steps until then.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -41,18 +41,18 @@ class RunRecord:
 
     @property
     def prompts(self) -> list[Conversation] | None:
-        """The first prompts that the run was validated on; None where they are not at hand."""
+        """The first validation prompts of the run; None if they are not available."""
         source = (self.settings.get("data") or {}).get("validation")
         if not isinstance(source, str) or not Path(source).is_file():
             return None
         try:
             return read_prompts(source, "data.validation", limit=PROMPTS)
-        except UsageError:  # rows of another kind, which hold no prompts
+        except UsageError:  # rows of a kind without prompts
             return None
 
     @classmethod
     def read(cls, run: Path) -> RunRecord:
-        """Read the files of a run folder; one that is missing or damaged is no obstacle, and told of."""
+        """Read the files of a run folder; a missing file is skipped, a damaged one too, with a warning."""
         no_settings: dict[str, Any] = {}
         settings = _readable(run / CONFIG, _settings, no_settings)
         no_choice: Choice = ()
@@ -60,7 +60,7 @@ class RunRecord:
 
 
 def find_draft(source: str) -> tuple[str, RunRecord]:
-    """Return the draft that is meant, and what is known of its run.
+    """Return the folder or hub id of the draft, and the record of its run.
 
     Args:
         source: A run folder, a draft folder, or a hub id.
@@ -73,7 +73,7 @@ def find_draft(source: str) -> tuple[str, RunRecord]:
         return str(folder / DRAFT), RunRecord.read(folder)
     if (folder / CONFIG).is_file() and (folder / "checkpoints").is_dir():
         raise UsageError(
-            f"{folder} is a run without a {DRAFT}/, which training writes at its end; go on with: "
+            f"{folder} is a run without a {DRAFT}/, which training writes at its end; resume it with: "
             f"specforge fit --config {folder / CONFIG} --ckpt_path last"
         )
     if folder.name == DRAFT and (folder.parent / CONFIG).is_file():
@@ -82,12 +82,12 @@ def find_draft(source: str) -> tuple[str, RunRecord]:
 
 
 def _readable(path: Path, read: Callable[[Path], Read], otherwise: Read) -> Read:
-    """Return what is read of a file, or something else if it is missing or damaged; the draft is whole without it."""
+    """Return the contents of a file, or a default if it is missing or damaged; the draft does not need it."""
     try:
         return read(path) if path.is_file() else otherwise
     except Exception as error:  # damaged files fail in many ways
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-        _log.warning("%s cannot be read, and nothing of it is noted: %s", path, reason)
+        _log.warning("%s cannot be read and is ignored: %s", path, reason)
         return otherwise
 
 
@@ -101,7 +101,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _chosen_by(path: Path) -> Choice:
-    """Return the metric that chose the draft, its value and the step; nothing if none did."""
+    """Return the metric that selected the draft, its value and the step; empty if none did."""
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     for state in saved.get("callbacks", {}).values():
         if isinstance(state, dict) and state.get("best_model_score") is not None:

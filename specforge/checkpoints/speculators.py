@@ -1,4 +1,4 @@
-"""The ``speculators`` layout, in which specforge itself stores drafts of every algorithm."""
+"""The ``speculators`` layout, specforge's own format for drafts of every algorithm."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from specforge.checkpoints.layout import Layout, StoredDraft
-from specforge.checkpoints.plain import position_faults, with_old_rope
+from specforge.checkpoints.plain import position_faults, with_legacy_rope
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.config import SpeculatorModelConfig, VerifierConfig
 from specforge.models.speculator import SpeculatorModel, network_of
@@ -16,14 +16,14 @@ TYPE = "speculators_model_type"
 
 
 class SpeculatorsLayout(Layout):
-    """Everything of a draft under its own names; what a reader of the layout takes for granted is said."""
+    """Stores all tensors under their own names, and all fields that readers of the layout assume."""
 
     def recognises(self, stored: StoredDraft) -> bool:
-        """Tell by the type that the layout requires."""
+        """Return whether the type field names the algorithm."""
         return bool(stored.config.get(TYPE) == self.format.algorithm)
 
     def read(self, stored: StoredDraft, verifier: VerifierConfig) -> SpeculatorModel:
-        """Build the draft; the verifier that is given goes before the one that the files name."""
+        """Build the draft; the given verifier takes precedence over the one named in the files."""
         config = SpeculatorModelConfig.from_dict(stored.config, stored.config_where)
         if verifier.name_or_path and config.speculators_config is not None:
             config.speculators_config.verifier = verifier
@@ -32,18 +32,18 @@ class SpeculatorsLayout(Layout):
     def write(self, model: SpeculatorModel) -> StoredDraft:
         """Return tensors and configuration."""
         config = model.stored_config()
-        # Names of Python files that only the first writer had.
+        # It names Python files that only the original writer had.
         config.pop("auto_map", None)
         if LAYERS in config:
-            config[LAYERS] = with_old_rope(config[LAYERS])
+            config[LAYERS] = with_legacy_rope(config[LAYERS])
         return StoredDraft(config, model.state_dict())
 
     def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
-        """Yield what is missing, or in the way."""
+        """Yield missing and harmful fields."""
         if "model_type" in stored.config:
             yield (
                 f"config.json has a top-level model_type, {stored.config['model_type']!r}: vLLM reads the layout "
-                "only where there is none"
+                "only without one"
             )
         if stored.config.get(TYPE) != self.format.algorithm:
             yield f"{TYPE} is {stored.config.get(TYPE)!r}, not {self.format.algorithm!r}"
@@ -54,5 +54,5 @@ class SpeculatorsLayout(Layout):
             yield from position_faults(stored.config[LAYERS], verifier)
 
     def serving(self, draft: str, verifier: str, tokens: int) -> str:
-        """Return how to use the draft here: no engine loads the layout for every algorithm."""
+        """Return the command to use the draft with specforge: no engine loads the layout for every algorithm."""
         return f"specforge generate {draft} --verifier {verifier}"

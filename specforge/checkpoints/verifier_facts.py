@@ -1,4 +1,4 @@
-"""What formats have to know of a verifier, small enough to travel with a draft."""
+"""Facts about a verifier that formats need, small enough to be stored with a draft."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from specforge.verifier.loading import VerifierLoading, load_config
 
 
 class VerifierFacts(BaseModel):
-    """The verifier as a draft's configuration has to agree with it.
+    """Properties of a verifier that a draft's configuration has to match.
 
     Attributes:
         name_or_path: Folder or hub id.
-        fingerprint: What it is told apart by; None if it has no weights that can be read.
+        fingerprint: Identifies the verifier; None if its weights cannot be read.
         hidden_size: Width H.
         vocab_size: Number V of tokens.
         num_hidden_layers: Number N of decoder layers.
-        max_position_embeddings: Longest text; None where it does not say.
-        rope: Parameters of its rotary positions, those of full attention, as far as drafts can have them.
+        max_position_embeddings: Maximum length of a text; None if not set.
+        rope: Parameters of its rotary embeddings in full attention, as far as drafts support them.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -1,4 +1,4 @@
-"""Writing a folder beside its place and renaming it, so that there is a whole one or none."""
+"""Atomic replacement of an output folder: it is written under a temporary name and renamed."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from specforge.files import whole_folder
 
 
 @contextmanager
-def written_whole(folder: Path, mark: str | None = None) -> Iterator[Path]:
-    """Give a new folder to write into, which takes its place when everything has gone well.
+def replacing_folder(folder: Path, mark: str | None = None) -> Iterator[Path]:
+    """Yield a temporary folder to write into; on success it is renamed to ``folder``.
 
     Args:
-        folder: Where it belongs. One that is there and not empty is replaced only if it holds ``mark``.
-        mark: Name of a file that tells such a folder from other ones; None where nothing is ever replaced.
+        folder: The folder to write. An existing folder that is not empty is replaced only if it holds ``mark``.
+        mark: Name of a file that identifies a replaceable folder; None never replaces one.
 
     Yields:
-        The folder beside it.
+        The temporary folder.
 
     Raises:
-        UsageError: Something else is there.
+        UsageError: Something else exists there.
         SpecforgeError: It cannot be written.
     """
     if folder.exists() and not (folder.is_dir() and (_holds(folder, mark) or not any(folder.iterdir()))):
-        but = f", and holds no {mark}" if mark else ""
-        raise UsageError(f"{folder} is there already{but}; give another folder as --output")
+        but = f" and holds no {mark}" if mark else ""
+        raise UsageError(f"{folder} already exists{but}; give another folder as --output")
     earlier = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.earlier")
     try:
-        with whole_folder(folder) as beside:
-            yield beside
+        with whole_folder(folder) as temporary:
+            yield temporary
             if folder.exists():
                 os.replace(folder, earlier)
     except OSError as error:

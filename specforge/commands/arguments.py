@@ -1,4 +1,4 @@
-"""What commands have in common: parsing, the flags of those that decode, and loading what these name."""
+"""Common parts of commands: parsing, the flags of commands that decode, and loading of the named models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from pydantic import BaseModel, ValidationError
 from transformers import PreTrainedModel
 
-from specforge.commands.wrapping import HelpFormatter, hanging
+from specforge.commands.wrapping import HelpFormatter, wrap_hanging
 from specforge.config import SpeculatorModelConfig
 from specforge.data.text.template import ChatTemplate
 from specforge.data.text.verifier import VerifierTokenizer
@@ -28,23 +28,23 @@ PROPOSAL = "NAME or NAME:KEY=VALUE,...; names: specforge plugins."
 
 
 def command_parser(command: str, usage: str, description: str) -> ArgumentParser:
-    """Return a parser that also takes its flags from a file; a command adds them.
+    """Return a parser that can also read its flags from a file; the command adds the flags.
 
     Args:
-        command: The subcommand's name.
-        usage: What has to be said behind it.
-        description: What it does, for ``--help``.
+        command: Name of the subcommand.
+        usage: Its required arguments, for the usage line.
+        description: Description for ``--help``.
     """
     parser = ArgumentParser(
         prog=f"specforge {command}",
-        usage=hanging(f"specforge {command} ", f"{usage} [options]", label="usage: "),
+        usage=wrap_hanging(f"specforge {command} ", f"{usage} [options]", label="usage: "),
         description=description,
         exit_on_error=False,
         allow_abbrev=False,
         formatter_class=HelpFormatter,
     )
     parser.add_argument(
-        "--config", action="config", metavar="FILE", help="A YAML file with flags as keys; flags go over it."
+        "--config", action="config", metavar="FILE", help="A YAML file with flags as keys; flags override it."
     )
     printing = action_of(parser, "--print_config")
     assert printing is not None
@@ -53,53 +53,53 @@ def command_parser(command: str, usage: str, description: str) -> ArgumentParser
 
 
 def add_verifier_flags(parser: ArgumentParser, verifier: str) -> None:
-    """Add the flags that say which verifier, and how it is loaded.
+    """Add the flags for the verifier and how it is loaded.
 
     Args:
-        parser: The command's.
-        verifier: What ``--help`` says of ``--verifier``.
+        parser: The command's parser.
+        verifier: Help text of ``--verifier``.
     """
     parser.add_argument("--verifier", type=str | None, default=None, metavar="MODEL", help=verifier)
     parser.add_argument(
         "--verifier_dtype",
         type=VerifierType,
         default="auto",
-        help="Type of its weights; auto: as stored, but float32 without an accelerator.",
+        help="Dtype of its weights; auto: as stored, but float32 without an accelerator.",
     )
     parser.add_argument(
         "--verifier_revision", type=str | None, default=None, metavar="NAME", help="Its branch, tag or commit."
     )
-    parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with it.")
+    parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code from its repository.")
     add_template_flags(parser)
 
 
 def add_template_flags(parser: ArgumentParser) -> None:
-    """Add the flags of what the verifier's chat template is given besides the chat."""
+    """Add the flags for further inputs of the verifier's chat template."""
     parser.add_argument(
         "--template_arguments",
         type=dict[str, Any] | None,
         default=None,
         metavar="OBJECT",
-        help="Of the chat template, as --template_arguments.enable_thinking false.",
+        help="Arguments of the chat template, such as --template_arguments.enable_thinking false.",
     )
     parser.add_argument(
         "--template_date",
         type=str | None,
         default=None,
         metavar="DAY",
-        help="What a chat template prints as today, as 2026-11-29.",
+        help="Date that a chat template prints as today, such as 2026-11-29.",
     )
 
 
 def verifier_text(found: Namespace, name: str) -> VerifierTokenizer:
-    """Return the text side of a verifier, with the chat template as the flags want it."""
+    """Return a verifier's tokenizer, with the chat template as set by the flags."""
     return VerifierTokenizer(
         name, found.verifier_revision, found.trust_remote_code, found.template_arguments, found.template_date
     )
 
 
 def template_words(found: Namespace, prefix: str = "") -> list[str]:
-    """Return the flags that render chats in the same way in another command."""
+    """Return the flags with which another command renders chats in the same way."""
     words = []
     for key, value in (found.template_arguments or {}).items():
         words += [f"--{prefix}template_arguments.{key}", json.dumps(value)]
@@ -107,14 +107,14 @@ def template_words(found: Namespace, prefix: str = "") -> list[str]:
 
 
 def answering_parser(command: str, usage: str, description: str, max_new_tokens: int, verifier: str) -> ArgumentParser:
-    """Return a parser with the flags of a verifier that answers; a command adds its own.
+    """Return a parser with the flags of a verifier that answers; the command adds its own.
 
     Args:
-        command: The subcommand's name.
-        usage: What has to be said behind it.
-        description: What it does, for ``--help``.
-        max_new_tokens: Its default.
-        verifier: What ``--help`` says of ``--verifier``.
+        command: Name of the subcommand.
+        usage: Its required arguments, for the usage line.
+        description: Description for ``--help``.
+        max_new_tokens: Default of ``--max_new_tokens``.
+        verifier: Help text of ``--verifier``.
     """
     parser = command_parser(command, usage, description)
     add_verifier_flags(parser, verifier)
@@ -122,20 +122,20 @@ def answering_parser(command: str, usage: str, description: str, max_new_tokens:
     parser.add_argument("--top_k", type=int, default=0, metavar="K", help=_described(Sampling, "top_k"))
     parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help=_described(Sampling, "top_p"))
     parser.add_argument(
-        "--max_new_tokens", type=PositiveInt, default=max_new_tokens, metavar="N", help="Longest response."
+        "--max_new_tokens", type=PositiveInt, default=max_new_tokens, metavar="N", help="Maximum length of a response."
     )
-    parser.add_argument("--seed", type=NonNegativeInt, default=0, metavar="N", help="Seed of everything random.")
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, metavar="N", help="Seed of all randomness.")
     return parser
 
 
 def decoding_parser(command: str, usage: str, description: str, max_new_tokens: int) -> ArgumentParser:
-    """Return a parser with the flags of decoding; a command adds its own.
+    """Return a parser with the flags of decoding; the command adds its own.
 
     Args:
-        command: The subcommand's name.
-        usage: What has to be said behind it.
-        description: What it does, for ``--help``.
-        max_new_tokens: Its default.
+        command: Name of the subcommand.
+        usage: Its required arguments, for the usage line.
+        description: Description for ``--help``.
+        max_new_tokens: Default of ``--max_new_tokens``.
     """
     verifier = "Folder or hub id; by default the draft's own."
     parser = answering_parser(command, usage, description, max_new_tokens, verifier)
@@ -152,10 +152,10 @@ def loading_of(found: Namespace) -> VerifierLoading:
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
-    """Parse the words of a command; flags may be written with hyphens or underscores.
+    """Parse a command's arguments; flags may be written with hyphens or underscores.
 
     Raises:
-        UsageError: They are wrong.
+        UsageError: They are invalid.
     """
     words = [re.sub(r"^--[\w-]+", _underscored, word) for word in arguments]
     try:
@@ -165,7 +165,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
 
 
 def sampling_of(found: Namespace) -> Sampling:
-    """Return how tokens are chosen.
+    """Return the sampling settings.
 
     Raises:
         UsageError: A value is out of bounds.
@@ -177,7 +177,7 @@ def sampling_of(found: Namespace) -> Sampling:
 
 
 def find_verifier(found: Namespace, drafts: list[SpeculatorModelConfig]) -> str:
-    """Return the verifier that is asked for, or else the one that the drafts name.
+    """Return the verifier given by the flag, or else the one that the drafts name.
 
     Raises:
         UsageError: There is none, or the drafts name several.
@@ -187,8 +187,8 @@ def find_verifier(found: Namespace, drafts: list[SpeculatorModelConfig]) -> str:
     named = {one.speculators_config.verifier.name_or_path for one in drafts if one.speculators_config is not None}
     named.discard(None)
     if len(named) != 1:
-        reason = f"the drafts name several: {', '.join(sorted(map(str, named)))}" if named else "nothing names one"
-        raise UsageError(f"which verifier? {reason}; give --verifier FOLDER_OR_HUB_ID")
+        several = f"the drafts name several verifiers: {', '.join(sorted(map(str, named)))}"
+        raise UsageError(f"{several if named else 'no verifier is named'}; give --verifier FOLDER_OR_HUB_ID")
     return str(named.pop())
 
 
@@ -203,7 +203,7 @@ def load(found: Namespace, name: str) -> tuple[PreTrainedModel, ChatTemplate]:
 
 
 def load_draft(name: str, verifier: PreTrainedModel) -> SpeculatorModel:
-    """Load a draft beside its verifier, in float32 unless the verifier computes in a shorter type.
+    """Load a draft onto its verifier's device, in the verifier's dtype.
 
     Raises:
         UsageError: It cannot be loaded.

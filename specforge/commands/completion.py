@@ -1,4 +1,4 @@
-"""``specforge completion``: a script by which a shell completes commands, options, their values and files."""
+"""``specforge completion``: a script for shell completion of commands, options, their values and files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from specforge.quiet import FLAG
 from specforge.registry import Registry, installed
 
 DESCRIPTION = """\
-Print a script that completes commands, options and files. It knows the plugins that are installed now: print it again
-after that has changed.
+Print a script that completes commands, options and files. It covers the currently installed plugins: print it again
+when they change.
 
   specforge completion bash \\
     > ~/.local/share/bash-completion/completions/specforge
   specforge completion zsh > ~/.zsh/completions/_specforge  # a folder of $fpath"""
-# What stands for a value in help: where it is a file, and where a folder.
+# Metavars of files and of folders.
 FILES = {"FILE", "SOURCE", "ROWS", "PROMPTS", "CONFIG"}
 FOLDERS = {"FOLDER", "MODEL", "DRAFT", "EXPORT"}
 
@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """Return the parser of what is typed behind the command."""
+    """Return the parser of the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="specforge completion", description=DESCRIPTION, formatter_class=HelpFormatter
     )
@@ -41,7 +41,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def whole_parser(registry: Registry) -> argparse.ArgumentParser:
-    """Return one parser with all commands in it, to complete by."""
+    """Return one parser with all commands, for completion."""
     whole = argparse.ArgumentParser("specforge")
     whole.add_argument("--version", action="store_true")
     commands = whole.add_subparsers()
@@ -54,20 +54,20 @@ def whole_parser(registry: Registry) -> argparse.ArgumentParser:
 
 
 def add_options(parser: argparse.ArgumentParser, target: argparse.ArgumentParser) -> None:
-    """Copy to a parser what another one knows and it does not know yet, as far as words can be completed by it.
+    """Copy the missing options and subcommands of a parser to another, as far as completion needs them.
 
-    Types, defaults and whatever else a library has added to argparse are left behind.
+    Types, defaults and other extensions of argparse are not copied.
 
     Args:
-        parser: Is left as it is.
-        target: Is added to.
+        parser: The source; not changed.
+        target: The parser to extend.
     """
     for action in actions(parser):
         inner = subcommands(action)
         if inner is not None:
             own = target.add_subparsers()
             for name, (one, summary) in inner.items():
-                # Those without a summary are taken for hidden.
+                # Subcommands without a summary would count as hidden.
                 add_options(one, own.add_parser(name, help=summary or name))
             continue
         words = [word for word in action.option_strings if action_of(target, word) is None]

@@ -1,4 +1,4 @@
-"""``specforge convert``: a published draft, to measure it, to train on from it, or to export it otherwise."""
+"""``specforge convert``: import a published draft, to measure it, train it further or export it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from specforge.checkpoints.convert import convert
 from specforge.commands.arguments import command_parser, parse
 
 DESCRIPTION = """\
-Read a published draft, in safetensors or .bin files, whole or in shards, and store it as specforge does. Which format
-it is in is found out. A tensor that is missing, unknown or of the wrong shape is named and refused: nothing is left at
-random. Of .bin files, nothing but tensors is ever unpickled.
+Read a published draft, in safetensors or .bin files, whole or in shards, and store it in specforge's layout. The format
+is detected. A tensor that is missing, unknown or of the wrong shape is an error that names it: nothing is initialised
+at random. From .bin files, only tensors are unpickled.
 
   specforge convert owner/published-head --verifier MODEL
   specforge convert heads/mine --verifier MODEL --output mine
 
-Then measure it (specforge evaluate), train on from it (specforge fit --model.init_from) or export it."""
+Then measure it (specforge evaluate), train it further (specforge fit --model.init_from) or export it."""
 
 
 def run(arguments: list[str]) -> int:
-    """Convert, and say what can be done with the draft."""
+    """Convert, and print what can be done with the draft."""
     found = parse(command_line(), arguments)
     done = convert(found.source, found.verifier, None if found.output is None else Path(found.output), found.format)
     parameters = sum(one.numel() for one in done.model.parameters())
@@ -33,13 +33,13 @@ def run(arguments: list[str]) -> int:
     print(
         f"Done: {done.folder} holds the draft, {parameters:,} parameters, read as {done.format}.\n"
         f"  measure it   {measure}\n"
-        f"  train on     {train}"
+        f"  train it     {train}"
     )
     return 0
 
 
 def command_line() -> ArgumentParser:
-    """Return the parser of what is typed behind the command."""
+    """Return the parser of the command's arguments."""
     parser = command_parser("convert", "DRAFT --verifier MODEL", DESCRIPTION)
     parser.add_argument("source", type=str, metavar="DRAFT", help="Folder or hub id of the draft.")
     parser.add_argument(
@@ -57,6 +57,6 @@ def command_line() -> ArgumentParser:
         type=str | None,
         default=None,
         metavar="NAME",
-        help="Format that it is in, where files alone do not tell.",
+        help="Format of the draft, if the files are ambiguous.",
     )
     return parser

@@ -1,4 +1,4 @@
-"""``specforge doctor``: whether this machine and environment can do what the other commands need."""
+"""``specforge doctor``: check that this machine and environment can run the other commands."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from packaging.requirements import Requirement
 
 from specforge.commands.units import in_units
-from specforge.commands.wrapping import HelpFormatter, hanging
+from specforge.commands.wrapping import HelpFormatter, wrap_hanging
 from specforge.data.module import default_cache
 from specforge.registry import installed
 
 DESCRIPTION = """\
-Look at versions, devices, memory, disk, the hub and plugins, and name what is wrong. Nothing is loaded or written; the
-hub is waited for no longer than a few seconds. Exit status 1 says that something has to be mended.
+Check versions, devices, memory, disk, the hub and plugins, and print what is wrong. Nothing is loaded or written; the
+hub gets a few seconds to answer. The exit status is 1 if there is a fault.
 
   specforge doctor"""
 DISTRIBUTION = "specforge-lightning"
@@ -32,21 +32,21 @@ HUB_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
-        what: Its name.
-        state: What was found.
-        mend: What to do about it, where something has to be done.
+        what: Name of the checked thing.
+        state: Its state.
+        fix: How to fix a fault; None if there is none.
     """
 
     what: str
     state: str
-    mend: str | None = None
+    fix: str | None = None
 
 
 def run(arguments: list[str]) -> int:
-    """Print what was found, section by section."""
+    """Print the findings, section by section."""
     command_line().parse_args(arguments)
     machine = f"{platform.system()} {platform.machine()}"
     print(f"specforge {version(DISTRIBUTION)}, Python {platform.python_version()}, {machine}")
@@ -54,26 +54,26 @@ def run(arguments: list[str]) -> int:
     for look in SECTIONS:
         print(f"\n{look.__name__}")
         for finding in look():
-            print(hanging(f"  {finding.what:<18} ", finding.state))
-            if finding.mend is not None:
-                print(hanging("  FAULT: ", finding.mend))
+            print(wrap_hanging(f"  {finding.what:<18} ", finding.state))
+            if finding.fix is not None:
+                print(wrap_hanging("  FAULT: ", finding.fix))
                 faults += 1
     if faults:
-        print(f"\n{faults} fault(s). Mend them, then: specforge doctor")
+        print(f"\n{faults} fault(s). Fix them, then run again: specforge doctor")
         return 1
-    print("\nNothing is wrong. To see a draft trained:\n  specforge fit --config configs/quickstart.yaml")
+    print("\nNothing is wrong. To train a first draft:\n  specforge fit --config configs/quickstart.yaml")
     return 0
 
 
 def command_line() -> argparse.ArgumentParser:
-    """Return the parser of what is typed behind the command."""
+    """Return the parser of the command's arguments."""
     return argparse.ArgumentParser(prog="specforge doctor", description=DESCRIPTION, formatter_class=HelpFormatter)
 
 
 def packages() -> Iterator[Finding]:
-    """Compare what is installed with what specforge asks for."""
-    asked = map(Requirement, requires(DISTRIBUTION) or [])
-    for one in sorted((one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})), key=str):
+    """Compare the installed packages with specforge's requirements."""
+    required = map(Requirement, requires(DISTRIBUTION) or [])
+    for one in sorted((one for one in required if one.marker is None or one.marker.evaluate({"extra": ""})), key=str):
         try:
             found = version(one.name)
         except PackageNotFoundError:
@@ -84,14 +84,14 @@ def packages() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    """Name the processor and every accelerator, with memory."""
+    """List the CPU and every accelerator, with memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding("cpu", f"{os.cpu_count()} cores, {in_units(memory, 'B')} of memory")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
-        yield Finding("accelerator", f"none that torch {torch.__version__} can use; training runs on the processor")
+        yield Finding("accelerator", f"none that torch {torch.__version__} can use; training runs on the CPU")
     elif accelerator.type == "mps":
-        yield Finding("mps", "shares the processor's memory")
+        yield Finding("mps", "shares the CPU's memory")
     else:
         for number in range(torch.accelerator.device_count()):
             name = torch.get_device_module(accelerator).get_device_name(number)
@@ -101,35 +101,31 @@ def devices() -> Iterator[Finding]:
 
 
 def disk() -> Iterator[Finding]:
-    """Measure the room where runs and caches lie."""
+    """Measure the free disk space for runs and caches."""
     for what, folder in (("working directory", Path.cwd()), ("caches", default_cache())):
         there = next(one for one in (folder, *folder.parents) if one.exists())
         free = in_units(shutil.disk_usage(there).free, "B")
-        mend = (
-            None if os.access(there, os.W_OK) else f"{there} cannot be written to; work elsewhere, or change its rights"
-        )
-        yield Finding(what, f"{folder}: {free} free", mend)
+        fix = f"{there} is not writable; use another folder, or change its permissions"
+        yield Finding(what, f"{folder}: {free} free", None if os.access(there, os.W_OK) else fix)
 
 
 def hub() -> Iterator[Finding]:
-    """Ask the hub for an answer; runs on local folders do without, so that none is no fault."""
+    """Try to reach the hub; failure is not a fault, since runs on local folders do not need it."""
     endpoint = HfApi().endpoint
     try:
         get_session().head(endpoint, timeout=HUB_SECONDS)
         state = "reachable"
     except OfflineModeIsEnabled:
-        state = "not asked, since HF_HUB_OFFLINE is set; verifiers and data must lie in folders or in the hub's cache"
-    except Exception as error:  # names, proxies, certificates and networks each fail in their own ways
+        state = "not tried, since HF_HUB_OFFLINE is set; verifiers and data must be local or in the hub's cache"
+    except Exception as error:  # names, proxies, certificates and networks fail in different ways
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        state = f"not reachable ({reason}); verifiers and data must lie in folders or in the hub's cache"
+        state = f"not reachable ({reason}); verifiers and data must be local or in the hub's cache"
     yield Finding(endpoint, state)
-    yield Finding(
-        "login", "a token is stored" if get_token() else "none; models with a licence to accept need: hf auth login"
-    )
+    yield Finding("login", "a token is stored" if get_token() else "none; gated models need: hf auth login")
 
 
 def plugins() -> Iterator[Finding]:
-    """Name every plugin, with its faults."""
+    """List every plugin with its faults."""
     for plugin in installed().plugins:
         yield Finding(
             plugin.name,

@@ -1,4 +1,4 @@
-"""``specforge export``: a draft in the form that a server loads, with a card and a probe."""
+"""``specforge export``: write a draft in the format that a server loads, with a card and a probe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from jsonargparse import ArgumentParser
 
-from specforge.checkpoints.export import Export, Order, export
+from specforge.checkpoints.export import Export, ExportRequest, export
 from specforge.checkpoints.hub import push
 from specforge.commands.arguments import add_verifier_flags, command_parser, loading_of, parse
 from specforge.data.text.prompts import read_prompts
@@ -18,8 +18,9 @@ from specforge.hookspecs import CheckpointFormat
 from specforge.registry import installed
 
 DESCRIPTION = """\
-Write a trained draft in the form that a server loads. Every rule of the reader is checked: what it would refuse, leave
-out or run wrong is refused here, with the reason. The export is read again and has to compute what the draft does.
+Write a trained draft in the format that a server loads. Every rule of the reader is checked: a draft that it would
+reject, drop parts of or run incorrectly is refused here, with the reason. The export is read back and must compute
+what the draft computes.
 
   specforge export runs/quickstart/version_0 --format vllm
   specforge export RUN --format sglang --dtype bf16 --output drafts/mine \\
@@ -28,16 +29,16 @@ out or run wrong is refused here, with the reason. The export is read again and 
 Each algorithm has its own formats:
 {formats}
 
-Writes config.json, model.safetensors, README.md (what it was trained on, how good it is, how to serve it) and
-specforge_probe.json, by which specforge verify checks it anywhere."""
+Writes config.json, model.safetensors, README.md (training data, metric, how to serve it) and specforge_probe.json,
+which lets specforge verify check it anywhere."""
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def run(arguments: list[str]) -> int:
-    """Export, push where that is asked for, and say how to serve."""
+    """Export, upload if asked, and print how to serve the draft."""
     found = parse(command_line(), arguments)
     done = export(
-        Order(
+        ExportRequest(
             source=found.source,
             format=found.format,
             output=None if found.output is None else Path(found.output),
@@ -55,44 +56,44 @@ def run(arguments: list[str]) -> int:
         verifier = done.probe.verifier.name_or_path
         if Path(verifier).is_absolute():
             print(
-                f"Note: config.json names the verifier by a folder of this machine, {verifier}; for others, give its "
-                "hub id as --verifier."
+                f"Note: config.json names the verifier by a folder of this machine, {verifier}; for other users, give "
+                "its hub id as --verifier."
             )
     print(_closing(done, where))
     return 0
 
 
 def command_line() -> ArgumentParser:
-    """Return the parser of what is typed behind the command."""
+    """Return the parser of the command's arguments."""
     parser = command_parser("export", "DRAFT --format NAME", DESCRIPTION.format(formats="\n".join(_formats())))
     parser.add_argument("source", type=str, metavar="DRAFT", help="A run folder, a draft folder or a hub id.")
-    parser.add_argument("--format", type=str, required=True, metavar="NAME", help="What is to read it.")
+    parser.add_argument("--format", type=str, required=True, metavar="NAME", help="Format to write.")
     parser.add_argument(
         "--output",
         type=str | None,
         default=None,
         metavar="FOLDER",
-        help="Folder to write; by default beside the draft.",
+        help="Folder to write; by default next to the draft.",
     )
     parser.add_argument(
         "--dtype",
         type=Literal["bf16", "fp16", "fp32"] | None,
         default=None,
         metavar="{bf16,fp16,fp32}",
-        help="Type of the weights; by default as stored.",
+        help="Dtype of the weights; by default as stored.",
     )
-    add_verifier_flags(parser, "Folder or hub id that readers find it by; by default the draft's own.")
+    add_verifier_flags(parser, "Folder or hub id where readers find it; by default the draft's own.")
     parser.add_argument(
         "--prompts",
         type=str | None,
         default=None,
         metavar="FILE",
-        help="The probe's prompts, JSON lines; by default four of the run's validation, or plain questions.",
+        help="The probe's prompts, JSON lines; by default four validation prompts of the run, or plain questions.",
     )
     parser.add_argument(
         "--skip_verifier",
         action="store_true",
-        help="Do not run the verifier; no acceptance is expected of a server then.",
+        help="Do not run the verifier; verify --endpoint then has no expected acceptance.",
     )
     parser.add_argument(
         "--push_to_hub", type=str | None, default=None, metavar="OWNER/NAME", help="Repository to upload to."
@@ -112,9 +113,9 @@ def _closing(done: Export, where: str) -> str:
     lines = [f"Done: {where} holds the draft in the format {done.probe.format}."]
     if done.probe.served is not None:
         expected = done.probe.served.expected(done.tokens)
-        lines.append(f"  expected     {expected:.3f} tokens a pass of the verifier, by greedy chains of {done.tokens}")
+        lines.append(f"  expected     {expected:.3f} tokens per verifier pass, with greedy chains of {done.tokens}")
     if done.agreement.differing:
-        lines.append(f"  WARNING: {done.agreement}. The export holds what was trained.")
+        lines.append(f"  WARNING: {done.agreement}. The export holds the trained draft.")
     serving = done.serving.replace("\n", "\n               ")
     check = shlex.join(["specforge", "verify", str(done.folder)])
     return "\n".join(

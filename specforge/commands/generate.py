@@ -1,4 +1,4 @@
-"""``specforge generate``: answer prompts with a draft's help, as the verifier alone would."""
+"""``specforge generate``: answer prompts by speculative decoding."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from specforge.errors import UsageError
 from specforge.proposals.choice import choose_proposal
 
 DESCRIPTION = """\
-Answer prompts with a draft's help. The text is the verifier's own: token for token at temperature 0, in distribution
-above. Without --prompt and --file, prompts are read from the terminal, and the chat goes on until an empty line.
+Answer prompts by speculative decoding with a draft. The text is the verifier's own: token for token at temperature 0,
+in distribution above. Without --prompt and --file, prompts are read from the terminal; an empty line ends the chat.
 
   specforge generate runs/quickstart/version_0/draft --show-drafts \\
     --prompt "How many days are 3 weeks?"
@@ -42,28 +42,28 @@ def run(arguments: list[str]) -> int:
         raise UsageError("--prompt is empty; give a text to answer")
     if found.draft is None and found.proposal is None:
         raise UsageError(
-            "draft: none is given; name a folder or hub id, or a method that needs none: --verifier MODEL --proposal "
-            "prompt_lookup"
+            "draft: none is given; name a folder or hub id, or use a method without a draft: --verifier MODEL "
+            "--proposal prompt_lookup"
         )
     if found.draft is not None:
         found.draft, _ = find_draft(found.draft)
     conversations = read_prompts(found.file, "--file") if found.file is not None else None
     decoder, template = _prepare(found)
-    _Talk(found, decoder, template).hold(conversations)
+    _Chat(found, decoder, template).run(conversations)
     return 0
 
 
 def command_line() -> ArgumentParser:
-    """Return the parser of what is typed behind the command."""
+    """Return the parser of the command's arguments."""
     parser = decoding_parser("generate", "DRAFT", DESCRIPTION, max_new_tokens=256)
     parser.add_argument("draft", type=str, nargs="?", metavar="DRAFT", help="Folder of a run or a draft, or hub id.")
-    parser.add_argument("--prompt", type=str | None, default=None, metavar="TEXT", help="What to answer.")
+    parser.add_argument("--prompt", type=str | None, default=None, metavar="TEXT", help="Text to answer.")
     parser.add_argument("--file", type=str | None, default=None, metavar="FILE", help="A prompt set, JSON lines.")
     parser.add_argument("--proposal", type=str | None, default=None, metavar="METHOD", help=PROPOSAL)
     parser.add_argument(
         "--show_drafts",
         action="store_true",
-        help="Set off the accepted tokens of the draft, in color or between ⟦ and ⟧.",
+        help="Highlight the draft's accepted tokens, in color or between ⟦ and ⟧.",
     )
     return parser
 
@@ -79,12 +79,12 @@ def _prepare(found: Namespace) -> tuple[Decoder, ChatTemplate]:
     return Decoder(verifier, draft, proposal, sampling, verification), template
 
 
-class _Talk:
+class _Chat:
     """Prompts and replies on the terminal.
 
     Args:
         found: The command's settings.
-        decoder: Answers.
+        decoder: The decoder that answers.
         template: The verifier's chat template, with the tokenizer.
     """
 
@@ -95,16 +95,16 @@ class _Talk:
         self.console = Console(highlight=False, soft_wrap=True)
         self.notes = Console(stderr=True, highlight=False)
 
-    def hold(self, conversations: list[Conversation] | None) -> None:
-        """Answer one prompt, a file of them, or what is typed."""
+    def run(self, conversations: list[Conversation] | None) -> None:
+        """Answer one prompt, a file of prompts, or prompts from the terminal."""
         if self.settings.prompt is not None:
-            said: list[Message] = [{"role": "user", "content": self.settings.prompt}]
-            self._answer(Conversation((said,), "--prompt"), [])
+            turn: list[Message] = [{"role": "user", "content": self.settings.prompt}]
+            self._answer(Conversation((turn,), "--prompt"), [])
         elif conversations is not None:
             for conversation in conversations:
                 self._answer_all(conversation)
         else:
-            self._chat()
+            self._answer_typed()
 
     def _answer_all(self, conversation: Conversation) -> None:
         replies: list[str] = []
@@ -113,15 +113,15 @@ class _Talk:
             self.console.print(Text(f"> {' '.join(asked) or conversation.location}", style="bold"))
             self._answer(conversation, replies)
 
-    def _chat(self) -> None:
+    def _answer_typed(self) -> None:
         turns: list[list[Message]] = []
         replies: list[str] = []
         for typed in _typed(sys.stdin):
             turns.append([{"role": "user", "content": typed}])
-            self._answer(Conversation(tuple(turns), "what was typed"), replies)
+            self._answer(Conversation(tuple(turns), "the terminal"), replies)
 
     def _answer(self, conversation: Conversation, replies: list[str]) -> None:
-        """Stream the reply to the next turn, and add it to the replies."""
+        """Stream the reply to the next turn, and append it to the replies."""
         prompt = torch.tensor(conversation.prompt(len(replies), replies, self.template))
         emissions = []
         text = ""
@@ -134,12 +134,12 @@ class _Talk:
         replies.append(reply_text(tokens, self.template.tokenizer))
 
     def _show(self, tokens: list[int], shown: str, emission: Emission) -> str:
-        """Print what a round adds to the text, and return the text as far as it is shown."""
+        """Print the text added by a round, and return all text printed so far."""
         drafted = emission.path if self.settings.show_drafts else 0
         for part, is_drafted in ((emission.tokens[:drafted], True), (emission.tokens[drafted:], False)):
             tokens.extend(part)
             text = str(self.template.tokenizer.decode(tokens, skip_special_tokens=True))
-            # Bytes of a character that is not whole yet decode to a mark that later tokens replace.
+            # Incomplete bytes of a character decode to a replacement character; wait for later tokens.
             if text == shown or text.endswith("\ufffd"):
                 continue
             added = text[len(shown) :]
@@ -155,7 +155,7 @@ class _Talk:
             return
         tokens = sum(len(one.tokens) for one in rounds)
         self.notes.print(
-            f"[{tokens + 1} tokens; {tokens / len(rounds):.2f} tokens a pass of the verifier; "
+            f"[{tokens + 1} tokens; {tokens / len(rounds):.2f} tokens per verifier pass; "
             f"{tokens / times.total:.1f} tokens/s]",
             style="dim",
             markup=False,
@@ -163,7 +163,7 @@ class _Talk:
 
 
 def _typed(lines: Iterable[str]) -> Iterator[str]:
-    """Yield lines until an empty one or the end; a prompt sign is shown to a person."""
+    """Yield lines until an empty one or the end; on a terminal, print a prompt sign."""
     interactive = isinstance(lines, TextIOBase) and lines.isatty()
     source = iter(lines)
     while True:

@@ -1,4 +1,4 @@
-"""``specforge plugins check``: an algorithm tried on a tiny random verifier, from one step of training to decoding.
+"""``specforge plugins check``: run an algorithm on a tiny random verifier, from two training steps to decoding.
 
 Letters in shapes: T tokens, S draft steps, D draft vocabulary.
 """
@@ -26,10 +26,10 @@ from specforge.proposals.choice import choose_proposal
 from specforge.registry import installed
 from specforge.verifier.features import Features, capture
 
-# As many tokens and layers as the defaults of the algorithms here ask for.
+# Enough tokens and layers for the defaults of the algorithms in this repository.
 VOCABULARY, LAYERS, WIDTH = 32768, 8, 32
 LENGTH, NEW_TOKENS, STEPS = 24, 16, 4
-# In float64; an index that is one off is wrong by far more.
+# In float64; an off-by-one index causes far larger differences.
 TOLERANCE = 1e-5
 
 
@@ -51,34 +51,34 @@ class Trial:
 
     @property
     def steps(self) -> int:
-        """Number of draft steps that are looked at."""
+        """Number of draft steps to check."""
         return min(STEPS, self.draft.drafter(1).max_depth or STEPS)
 
     @torch.no_grad()
     def logits(self) -> list[Tensor]:
-        """Return what ``unroll`` and ``logits`` say over the text, [T, D] for each step."""
+        """Return the logits of ``unroll`` over the text, [T, D] for each step."""
         positions = torch.arange(len(self.tokens))[None]
         features = capture(self.verifier, self.tokens[None], positions, self.draft.aux_layers)
         hidden = self.draft.unroll(self.tokens[None], features, positions, torch.zeros_like(positions), self.steps)
         if hidden.shape[:3] != (self.steps, 1, len(self.tokens)):
             expected = f"[{self.steps}, 1, {len(self.tokens)}, H]"
-            raise SpecforgeError(f"unroll returns {list(hidden.shape)}, and has to return {expected}")
+            raise SpecforgeError(f"unroll returns {list(hidden.shape)}, but must return {expected}")
         return [self.draft.logits(hidden[step, 0], step) for step in range(self.steps)]
 
 
-def try_algorithm(name: str, settings: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Try an algorithm, and yield each thing that was tried with what is wrong with it, or None.
+def check_algorithm(name: str, settings: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Check an algorithm; yield the name of each check with its fault, or None.
 
     Args:
         name: The algorithm.
-        settings: Further words for ``specforge fit``.
+        settings: Further arguments for ``specforge fit``.
 
     Raises:
-        UsageError: There is no such algorithm, or it does not train.
+        UsageError: The algorithm does not exist, or its plugin does not train it.
     """
     algorithm = installed().find(Algorithm, name)
     if algorithm.module is None or algorithm.data is None:
-        raise UsageError(f"the algorithm {name!r} can be loaded, but its plugin does not train it; nothing to try")
+        raise UsageError(f"the algorithm {name!r} can be loaded, but its plugin does not train it: nothing to check")
     with tempfile.TemporaryDirectory(prefix="specforge-check-") as temporary:
         folder = Path(temporary)
         verifier = write_verifier(folder / "verifier")
@@ -90,21 +90,21 @@ def try_algorithm(name: str, settings: Sequence[str]) -> Iterator[tuple[str, str
             draft = SpeculatorModel.from_pretrained(folder / "run" / "draft").cast(torch.float64)
             draft.attach_verifier(verifier)
         except Exception as error:  # of the plugin's own code, which may fail in any way
-            yield "the checkpoint is read", _told(error)
+            yield "the checkpoint is read", _described(error)
             return
         trial = Trial(name, draft.eval(), verifier, torch.arange(LENGTH) * 37 % 1000 + 3)
-        tried: dict[str, Callable[[Trial], str | None]] = {
-            "the checkpoint is read as what was written": partial(reading, folder=folder),
+        checks: dict[str, Callable[[Trial], str | None]] = {
+            "the checkpoint is read back unchanged": partial(reading, folder=folder),
             "shapes of states and logits": shapes,
-            "the drafter says what unroll says": drafting,
-            "rows do not read what comes later": causality,
+            "the drafter agrees with unroll": drafting,
+            "rows do not read later tokens": causality,
             **{f"{one}: the text is the verifier's own": partial(decoding, method=one) for one in algorithm.proposals},
         }
-        for what, check in tried.items():
+        for what, check in checks.items():
             try:
                 yield what, check(trial)
             except Exception as error:  # of the plugin's own code, which may fail in any way
-                yield what, _told(error)
+                yield what, _described(error)
 
 
 def write_verifier(folder: Path) -> LlamaForCausalLM:
@@ -129,7 +129,7 @@ def write_verifier(folder: Path) -> LlamaForCausalLM:
 
 
 def train(name: str, folder: Path, settings: Sequence[str]) -> str | None:
-    """Run two optimizer steps and a validation, as a user would; return the reason where that fails."""
+    """Run two optimizer steps and a validation, as a user would; return the end of the error output if that fails."""
     numbers = torch.arange(8 * 32).view(8, 32) * 31 % 1000 + 3
     rows = [json.dumps({"input_ids": one.tolist(), "loss_mask": [0] * 8 + [1] * 24}) for one in numbers]
     (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
@@ -146,28 +146,28 @@ def train(name: str, folder: Path, settings: Sequence[str]) -> str | None:
 
 
 def reading(trial: Trial, folder: Path) -> str | None:
-    """Say whether a draft that is written again differs, or is of another algorithm."""
+    """Return a fault if a draft changes when it is written and read, or is stored under another algorithm."""
     first = SpeculatorModel.from_pretrained(folder / "run" / "draft")
     first.save_pretrained(folder / "again")
     again = SpeculatorModel.from_pretrained(folder / "again").state_dict()
     for name, tensor in first.state_dict().items():
         if not torch.equal(tensor, again[name]):
-            return f"{name} is read as other numbers than were written"
+            return f"{name} differs after it is written and read back"
     stored = first.config.speculators_config
     if stored is None:
         return "the configuration has no speculators_config, which names the verifier and the proposal methods"
     if stored.algorithm != trial.name:
-        return f"speculators_config.algorithm is {stored.algorithm!r}, and has to be {trial.name!r}"
+        return f"speculators_config.algorithm is {stored.algorithm!r}, but must be {trial.name!r}"
     return None
 
 
 def shapes(trial: Trial) -> str | None:
-    """Say whether logits have another width than the draft's vocabulary."""
+    """Return a fault if logits are not finite, or not as wide as the draft's vocabulary."""
     ids = trial.draft.draft_ids
     width = VOCABULARY if ids is None else len(ids)
     for step, logits in enumerate(trial.logits()):
         if logits.shape != (LENGTH, width):
-            return f"logits of step {step} are {list(logits.shape)}, and have to be [{LENGTH}, {width}]"
+            return f"logits of step {step} are {list(logits.shape)}, but must be [{LENGTH}, {width}]"
         if not bool(torch.isfinite(logits).all()):
             return f"logits of step {step} are not finite"
     return None
@@ -175,7 +175,7 @@ def shapes(trial: Trial) -> str | None:
 
 @torch.no_grad()
 def drafting(trial: Trial) -> str | None:
-    """Say whether chains along the text get other logits than ``unroll`` gives, after one commit or several."""
+    """Return a fault if chains along the text have other logits than ``unroll``, after one or several commits."""
     expected, tokens = trial.logits(), trial.tokens
     positions = torch.arange(LENGTH)[None]
     features = capture(trial.verifier, tokens[None], positions, trial.draft.aux_layers)
@@ -198,7 +198,7 @@ def drafting(trial: Trial) -> str | None:
 
 
 def causality(trial: Trial) -> str | None:
-    """Say whether a row at a step depends on tokens after the last one that it may read, x_{t+1+k}."""
+    """Return a fault if row t at step k depends on tokens after x_{t+1+k}, the last one that it may read."""
     before = trial.logits()
     middle = LENGTH // 2
     tokens = torch.cat([trial.tokens[:middle], trial.tokens[middle:] + 1])
@@ -207,12 +207,12 @@ def causality(trial: Trial) -> str | None:
         # Row t reads the tokens up to x_{t+1+k}: all of them before the middle.
         rows = slice(0, middle - 1 - step)
         if fault := _difference(after[step][rows], before[step][rows]):
-            return f"step {step}, on a text that differs from token {middle} on: {fault}"
+            return f"step {step}, on a text that differs from token {middle}: {fault}"
     return None
 
 
 def decoding(trial: Trial, method: str) -> str | None:
-    """Say whether text at temperature 0 is other than the verifier's own."""
+    """Return a fault if text at temperature 0 differs from the verifier's own."""
     prompts = torch.stack([trial.tokens[:5], trial.tokens[9:14]])
     own = trial.verifier.generate(prompts, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
     proposal = _shallow(choose_proposal(method, trial.draft.config), trial.draft.drafter(1).max_depth)
@@ -220,12 +220,12 @@ def decoding(trial: Trial, method: str) -> str | None:
     assert isinstance(text, Tensor)
     if torch.equal(text, own):
         return None
-    return f"it wrote {text[0, 5:].tolist()}, and the verifier alone {own[0, 5:].tolist()}"
+    return f"the text is {text[0, 5:].tolist()}, but the verifier's own is {own[0, 5:].tolist()}"
 
 
 def _shallow(proposal: TokenProposalConfig, depth: int | None) -> TokenProposalConfig:
-    """Return a proposal method's settings for chains or trees that a draft can fill."""
-    # Of a tree, the number of tokens is that of its nodes.
+    """Return a proposal method's settings with chains or trees no deeper than the draft's."""
+    # A tree has ``depth``; its ``speculative_tokens`` count nodes.
     name = next((one for one in ("depth", "speculative_tokens") if one in type(proposal).model_fields), None)
     if depth is None or name is None:
         return proposal
@@ -234,11 +234,11 @@ def _shallow(proposal: TokenProposalConfig, depth: int | None) -> TokenProposalC
 
 def _difference(found: Tensor, expected: Tensor) -> str | None:
     if found.shape != expected.shape:
-        return f"logits are {list(found.shape)}, and have to be {list(expected.shape)}"
+        return f"logits are {list(found.shape)}, but must be {list(expected.shape)}"
     furthest = float((found - expected).abs().max())
     allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
-    return None if furthest <= allowed else f"logits are {furthest:.3g} apart, and {allowed:.1g} is allowed"
+    return None if furthest <= allowed else f"logits are up to {furthest:.3g} off, {allowed:.1g} is allowed"
 
 
-def _told(error: Exception) -> str:
+def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"

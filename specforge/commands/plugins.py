@@ -1,4 +1,4 @@
-"""``specforge plugins``: what is installed, what it contributes, and what is wrong with it; a new one, and a trial."""
+"""``specforge plugins``: list installed plugins with their faults; create a new one; check an algorithm."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import argparse
 import textwrap
 from pathlib import Path
 
-from specforge.commands.plugin_start import PREFIX, write_start
-from specforge.commands.wrapping import hanging
+from specforge.commands.plugin_start import PREFIX, write_package
+from specforge.commands.wrapping import wrap_hanging
 from specforge.errors import SpecforgeError
 from specforge.hookspecs import Algorithm
 from specforge.registry import KINDS, Plugin, installed, key_of
 
 
 def run(arguments: list[str]) -> int:
-    """Print every plugin with its package, version, contributions and faults; write a new one; or try an algorithm."""
+    """Print every plugin with its package, version, contributions and faults; create one; or check an algorithm."""
     found = command_line().parse_args(arguments)
     if found.subcommand == "check":
         return _check(found.name, found.settings)
     if found.subcommand == "new":
-        _begin(found.name, found.output or Path(f"{PREFIX}{found.name}"), found.minimal)
+        _create(found.name, found.output or Path(f"{PREFIX}{found.name}"), found.minimal)
         return 0
     for plugin in installed().plugins:
         print(describe(plugin))
@@ -27,57 +27,57 @@ def run(arguments: list[str]) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """Return the parser of what is typed behind the command."""
+    """Return the parser of the command's arguments."""
     parser = argparse.ArgumentParser(prog="specforge plugins", description=run.__doc__)
     subcommands = parser.add_subparsers(dest="subcommand", metavar="{new,check}")
-    summary = "write a package to begin a plugin with, which trains, drafts and passes its own tests"
+    summary = "create a plugin package that trains, drafts and passes its own tests"
     new = subcommands.add_parser("new", help=summary, description=summary)
-    new.add_argument("name", help="what the algorithm is called: lower-case letters, digits and _")
+    new.add_argument("name", help="name of the algorithm: lower-case letters, digits and _")
     new.add_argument("--output", type=Path, help=f"folder of the package (default: {PREFIX}NAME)")
     new.add_argument(
-        "--minimal", action="store_true", help="an algorithm only: no data, proposal method, loss and subcommand"
+        "--minimal", action="store_true", help="an algorithm only, without data, proposal method, loss and subcommand"
     )
-    summary = "try an algorithm on a tiny verifier: training, its checkpoint, its drafter, each proposal method"
+    summary = "check an algorithm on a tiny verifier: training, its checkpoint, its drafter, each proposal method"
     check = subcommands.add_parser("check", help=summary, description=summary)
     check.add_argument("name", help="an installed algorithm")
-    check.add_argument("settings", nargs="*", metavar="-- SETTINGS", help="words for specforge fit: --model.heads 2")
+    check.add_argument("settings", nargs="*", metavar="-- SETTINGS", help="flags of specforge fit: --model.heads 2")
     return parser
 
 
 def _check(name: str, settings: list[str]) -> int:
-    from specforge.commands.plugin_check import try_algorithm
+    from specforge.commands.plugin_check import check_algorithm
 
     failed = 0
-    for what, fault in try_algorithm(name, settings):
+    for what, fault in check_algorithm(name, settings):
         print(f"{'ok    ' if fault is None else 'FAULT '} {what}", flush=True)
         if fault is not None:
             failed += 1
             print(textwrap.indent(fault, " " * 7))
     if failed:
-        raise SpecforgeError(f"{name}: {failed} of the checks above found a fault; docs/plugins.md says what is asked")
+        raise SpecforgeError(f"{name}: {failed} of the checks above found a fault; see docs/plugins.md")
     return 0
 
 
-def _begin(name: str, folder: Path, minimal: bool) -> None:
-    write_start(name, folder, minimal)
-    print(f"Done: {folder} holds a plugin with the algorithm {name}; docs/plugins.md tells what each file is for.")
+def _create(name: str, folder: Path, minimal: bool) -> None:
+    write_package(name, folder, minimal)
+    print(f"Done: {folder} holds a plugin with the algorithm {name}; docs/plugins.md explains each file.")
     print(f"  install it   pip install -e '{folder}[test]'")
-    print(f"  try it       specforge plugins check {name}")
+    print(f"  check it     specforge plugins check {name}")
     print(f"  test it      pytest {folder / 'tests'}")
     print(f"  its settings specforge fit --algorithm {name} --help")
 
 
 def describe(plugin: Plugin) -> str:
-    """Return a plugin's lines: a head line, one line a contribution, one line a fault."""
+    """Return a plugin's lines: a heading, and one line for each contribution and fault."""
     lines = [f"{plugin.name}  ({plugin.package} {plugin.version})"]
     for word, kind in KINDS.items():
         for descriptor in plugin.descriptors:
             if isinstance(descriptor, kind):
                 note = " [loads; training is not provided]" if _loads_only(descriptor) else ""
-                lines.append(hanging(f"  {word:<17}  {key_of(descriptor):<18}  ", f"{descriptor.summary}{note}"))
+                lines.append(wrap_hanging(f"  {word:<17}  {key_of(descriptor):<18}  ", f"{descriptor.summary}{note}"))
     if not plugin.descriptors and not plugin.faults:
         lines.append("  contributes nothing yet")
-    lines += [hanging("  FAULT: ", fault) for fault in plugin.faults]
+    lines += [wrap_hanging("  FAULT: ", fault) for fault in plugin.faults]
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ import logging
 import warnings
 from pathlib import Path
 
-from specforge.commands.wrapping import hanging, reflowed
+from specforge.commands.wrapping import wrap_hanging, wrap_paragraphs
 from specforge.errors import UsageError, describe_os_error
 from specforge.hookspecs import Algorithm
 from specforge.quiet import is_verbose
@@ -102,12 +102,12 @@ def settings_parser(algorithm: Algorithm) -> argparse.ArgumentParser:
 
 
 def _help(subcommand: str, algorithms: dict[str, Algorithm]) -> str:
-    rows = [hanging(f"  {name:<12} ", one.summary) for name, one in sorted(algorithms.items())]
+    rows = [wrap_hanging(f"  {name:<12} ", one.summary) for name, one in sorted(algorithms.items())]
     return "\n".join(
         [
             f"usage: specforge {subcommand} --config FILE [--config FILE ...] [--KEY VALUE ...]",
             "",
-            reflowed(
+            wrap_paragraphs(
                 "A configuration names an algorithm, a verifier, and the settings of trainer, model and data. Later "
                 "files go over earlier ones, flags over files: --model.ttt_steps 5, --trainer.max_epochs 2."
             ),

@@ -1,10 +1,10 @@
-"""Numbers with units, and times, as a person reads them."""
+"""Human-readable numbers with units, and times."""
 
 from __future__ import annotations
 
 
 def in_units(number: float, unit: str) -> str:
-    """Return a number with a prefix of its unit; kB are 1,000 bytes, as disks are sold."""
+    """Return a number with an SI prefix of its unit; 1 kB is 1,000 bytes."""
     for prefix in ("", "k", "M", "G", "T"):
         if number < 1000:
             return f"{number:,.2f} {prefix}{unit}" if prefix else f"{number:,.0f} {unit}"
@@ -13,7 +13,7 @@ def in_units(number: float, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the two units that say most of it."""
+    """Return a time in at most two units."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes = round(seconds / 60)

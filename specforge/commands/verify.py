@@ -1,4 +1,4 @@
-"""``specforge verify``: is an export still the draft that was trained, and does it do what it should?"""
+"""``specforge verify``: check that an export is the trained draft and computes what it should."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from specforge.commands.arguments import add_verifier_flags, command_parser, loa
 from specforge.errors import UsageError
 
 DESCRIPTION = """\
-Check an export. It is read again, held to the rules of the program that is to load it, and compared with the trained
-draft: settings, tensors, and the logits of a probe that travels inside it. With --verifier the draft runs beside its
-verifier as well, and with --endpoint a running vLLM or SGLang answers the probe's prompts, and tells how it accepted.
+Check an export. It is read back, checked against the rules of the program that will load it, and compared with the
+trained draft: settings, tensors, and the logits of a probe stored in it. With --verifier, the draft also runs with its
+verifier; with --endpoint, a running vLLM or SGLang answers the probe's prompts and reports its acceptance.
 
   specforge verify runs/quickstart/version_0/draft-vllm
   specforge verify EXPORT --verifier MODEL
   specforge verify EXPORT --endpoint http://localhost:8000
 
-Every fault is told with its likeliest cause; the exit status is 1 if there is one."""
+Every fault is printed with its likeliest cause; the exit status is 1 if there are any."""
 
 
 def run(arguments: list[str]) -> int:
-    """Check, print what is wrong, and return 1 if anything is."""
+    """Check, print the faults, and return 1 if there are any."""
     found = parse(command_line(), arguments)
     probe = Probe.load(found.export)
     print(f"{found.export}: {probe.format} format, {probe.algorithm}, for {probe.verifier.name_or_path}")
     faults = export_faults(found.export, found.verifier, loading_of(found))
     checked = ["rules", "settings", "tensors", "logits"]
     if found.verifier is not None:
-        checked.append("the draft beside its verifier")
+        checked.append("the draft with its verifier")
     if found.endpoint is not None:
         from specforge.checkpoints.verification.endpoint import endpoint_faults
         from specforge.engines.counters import measure  # the client takes a second to import
 
         if probe.served is None:
             raise UsageError(
-                "--endpoint: nothing is expected of a server, since the export was made with --skip_verifier; export "
-                "again without it"
+                "--endpoint: the export was made with --skip_verifier, so it has no expected acceptance to compare; "
+                "export again without it"
             )
         measured = measure(found.endpoint, probe.served.prompts)
-        print(f"  {measured.engine}: {measured.acceptance_length:.3f} tokens a pass of the verifier")
+        print(f"  {measured.engine}: {measured.acceptance_length:.3f} tokens per verifier pass")
         faults += endpoint_faults(measured, probe.served)
         checked.append("the server")
     for fault in faults:
@@ -53,10 +53,10 @@ def run(arguments: list[str]) -> int:
 
 
 def command_line() -> ArgumentParser:
-    """Return the parser of what is typed behind the command."""
+    """Return the parser of the command's arguments."""
     parser = command_parser("verify", "EXPORT", DESCRIPTION)
-    parser.add_argument("export", type=str, metavar="EXPORT", help="What specforge export wrote: a folder or a hub id.")
-    add_verifier_flags(parser, "Folder or hub id; also run the draft beside it.")
+    parser.add_argument("export", type=str, metavar="EXPORT", help="An export of specforge: a folder or a hub id.")
+    add_verifier_flags(parser, "Folder or hub id; also run the draft with it.")
     parser.add_argument(
         "--endpoint", type=str | None, default=None, metavar="URL", help="Address of a server that serves the export."
     )

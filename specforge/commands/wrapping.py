@@ -1,4 +1,4 @@
-"""Text for a person's terminal, as wide as that is: 80 columns where nobody says."""
+"""Text wrapped to the width of the terminal, by default 80 columns."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import shutil
 import textwrap
 
 
-def reflowed(text: str) -> str:
-    """Wrap paragraphs; lines that are set in, examples mostly, stay as they are."""
+def wrap_paragraphs(text: str) -> str:
+    """Wrap paragraphs; those with indented lines, mostly examples, are kept."""
     paragraphs = (_filled(one) for one in text.split("\n\n"))
     return "\n\n".join(paragraphs)
 
 
-def hanging(head: str, text: str, label: str = "") -> str:
-    """Wrap a text behind a head, further lines below where the first one begins.
+def wrap_hanging(head: str, text: str, label: str = "") -> str:
+    """Wrap a text with a hanging indent after its head.
 
     Args:
-        head: Beginning of the first line.
-        text: Words.
-        label: What somebody else will write before the head.
+        head: Start of the first line.
+        text: Text to wrap.
+        label: Text that the caller will print before the head.
     """
     wrapped = textwrap.fill(
         text,
@@ -33,7 +33,7 @@ def hanging(head: str, text: str, label: str = "") -> str:
 
 
 def columns() -> int:
-    """Return the width of the terminal, or what ``COLUMNS`` says."""
+    """Return the width of the terminal, or the value of ``COLUMNS``."""
     return shutil.get_terminal_size().columns
 
 
@@ -44,13 +44,13 @@ def _filled(paragraph: str) -> str:
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help that wraps descriptions by paragraph, and says the default of everything that has one."""
+    """Help that wraps descriptions by paragraph, and adds default values."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return reflowed(text)
+        return wrap_paragraphs(text)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # Not by equality: a default of 0 is said.
+        # By identity, since a default of 0 is shown.
         nothing = any(action.default is one for one in (None, False, argparse.SUPPRESS)) or action.default == []
         if action.help is None or nothing or action.required or "default" in action.help:
             return action.help

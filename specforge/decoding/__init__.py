@@ -1,1 +1,1 @@
-"""Decoding with a draft: one verifier pass a round, lossless verification, and replay, which needs no verifier."""
+"""Decoding with a draft: one verifier forward pass per round, lossless verification, and replay without a verifier."""

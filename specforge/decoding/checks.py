@@ -1,4 +1,4 @@
-"""What decoding asks of verifier, draft and prompts before it begins."""
+"""Checks of verifier, draft and prompts before decoding starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from specforge.verifier.features import check_aux_layers
 
 
 def default_stop_tokens(verifier: PreTrainedModel) -> list[int]:
-    """Return the ids that end a verifier's answers, as its ``generation_config`` gives them."""
+    """Return the ids that end a verifier's answers, from its ``generation_config``."""
     stop = getattr(verifier.generation_config, "eos_token_id", None)
     if stop is None:
         return []
@@ -24,12 +24,12 @@ def default_stop_tokens(verifier: PreTrainedModel) -> list[int]:
 
 
 def context_length(verifier: PreTrainedModel) -> int:
-    """Return how many tokens a verifier's context takes."""
+    """Return the length of a verifier's context in tokens."""
     return getattr(verifier.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def check_fit(draft: SpeculatorModel, verifier: PreTrainedConfig) -> None:
-    """Refuse a draft that was made for another vocabulary or width, or reads layers that the verifier does not have.
+    """Reject a draft that was made for another vocabulary or width, or reads layers that the verifier does not have.
 
     Args:
         draft: The draft.
@@ -48,32 +48,32 @@ def check_fit(draft: SpeculatorModel, verifier: PreTrainedConfig) -> None:
     ):
         if expected is not None and expected != found:
             name = verifier.name_or_path or verifier.model_type
-            raise UsageError(
-                f"the draft was made for a verifier with a {what} of {expected:,}; that of {name} is {found:,}"
-            )
+            raise UsageError(f"the draft was made for a verifier with a {what} of {expected:,}; {name} has {found:,}")
     if draft.chosen_aux_layers is not None:
         check_aux_layers(draft.chosen_aux_layers, own.num_hidden_layers)
 
 
 def check_served(draft: SpeculatorModel, method: str) -> None:
-    """Refuse a proposal method that the draft's algorithm does not serve.
+    """Reject a proposal method that the draft's algorithm does not support.
 
     Raises:
-        UsageError: With those that it serves.
+        UsageError: The message lists the supported methods.
     """
     algorithm = installed().all(Algorithm).get(draft.config.speculators_model_type)
-    # A network that no plugin brought along speaks for itself.
+    # A network without a plugin is not restricted.
     if algorithm is not None and method not in algorithm.proposals:
-        served = ", ".join(algorithm.proposals) or "none"
-        raise UsageError(f"drafts of {algorithm.name} do not serve the proposal method {method!r}, but: {served}")
+        supported = ", ".join(algorithm.proposals) or "none"
+        raise UsageError(
+            f"{algorithm.name} drafts do not support the proposal method {method!r}; supported: {supported}"
+        )
 
 
 def check_prompts(prompts: Sequence[Tensor], context: int) -> None:
-    """Refuse prompts that nothing can be said to.
+    """Reject prompts that cannot be continued.
 
     Args:
-        prompts: Tokens of each, int64 [T].
-        context: How many tokens the verifier's context takes.
+        prompts: Tokens of each prompt, int64 [T].
+        context: Length of the verifier's context in tokens.
 
     Raises:
         UsageError: A prompt is empty, or leaves no room in the context.
@@ -84,5 +84,5 @@ def check_prompts(prompts: Sequence[Tensor], context: int) -> None:
             raise UsageError(f"{which} is empty; it needs at least one token")
         if len(prompt) >= context:
             raise UsageError(
-                f"{which} has {len(prompt):,} tokens, and the verifier's context takes {context:,}; shorten the prompt"
+                f"{which} has {len(prompt):,} tokens, and the verifier's context is {context:,}; shorten the prompt"
             )

@@ -1,4 +1,4 @@
-"""What people pass to ``generate`` by the names of transformers' ``generate``: taken, or refused by name."""
+"""Arguments of transformers' ``generate`` passed to our ``generate``: used, or rejected with advice."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ TOKENIZE = (
     'tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)'
 )
 OTHER_DISTRIBUTION = (
-    "the text is the verifier's own, and this would make it another's; temperature, top_k and top_p are possible"
+    "it would change the verifier's distribution, which decoding preserves; temperature, top_k and top_p are possible"
 )
 ONE_TEXT = "each prompt gets one text; for several, repeat the prompt and set do_sample=True"
-WHEN_TO_END = "max_new_tokens and eos_token_id (an id, or several) tell where a text ends"
-OWN_CACHE = "decoding keeps keys and values itself"
+WHEN_TO_END = "max_new_tokens and eos_token_id (one id or several) set where a text ends"
+OWN_CACHE = "decoding manages its own key-value cache"
 OTHER_OUTPUT = "return_dict_in_generate=True gives sequences, rounds, accepted_by_position and seconds"
-OTHER_INPUT = "give token ids as input_ids, int64 [B, T], and attention_mask where prompts are padded"
-# Arguments of transformers' generate that are not possible, by what is possible instead.
+OTHER_INPUT = "give token ids as input_ids, int64 [B, T], and attention_mask if prompts are padded"
+# Unsupported arguments of transformers' generate, keyed by what is possible instead.
 REFUSED = {
     ONE_TEXT: ("num_beams", "num_beam_groups", "num_return_sequences"),
     OTHER_DISTRIBUTION: (
@@ -41,12 +41,12 @@ REFUSED = {
     OWN_CACHE: ("use_cache", "past_key_values", "cache_implementation", "cache_config"),
     OTHER_OUTPUT: ("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
     OTHER_INPUT: ("inputs", "inputs_embeds", "position_ids", "token_type_ids"),
-    "this draft is the assistant; proposal chooses how it proposes": ("assistant_model",),
+    "this draft is the assistant; the argument proposal sets how it proposes": ("assistant_model",),
     'proposal="prompt_lookup:speculative_tokens=N" is possible': ("prompt_lookup_num_tokens",),
     "pass its values, such as do_sample, temperature, top_k, top_p and max_new_tokens": ("generation_config",),
 }
 ADVICE = {name: advice for advice, names in REFUSED.items() for name in names}
-# Values that ask for nothing, as None does.
+# Values that have no effect, as None.
 NEUTRAL = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
     **dict.fromkeys(("repetition_penalty", "length_penalty", "encoder_repetition_penalty", "typical_p"), 1),
@@ -57,69 +57,69 @@ NEUTRAL = {
 }
 
 
-def check_others(others: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Refuse arguments that ``generate`` does not have, but for those that ask for nothing.
+def check_unsupported(others: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Reject arguments that ``generate`` does not have, unless their value has no effect.
 
     Args:
         others: Name and value of each.
-        known: What it has, by name.
+        known: The arguments it has, by name.
 
     Raises:
-        ValueError: One is an argument of transformers' ``generate``; with what is possible instead.
-        TypeError: One is not.
+        ValueError: It is an argument of transformers' ``generate``; the message says what is possible instead.
+        TypeError: It is not.
     """
     for name, value in others.items():
         if name not in ADVICE:
             raise TypeError(f"generate has no argument {name!r}.{nearest_name(name, [*known, *ADVICE])}")
-        asks_for_nothing = isinstance(value, int | float) and name in NEUTRAL and value == NEUTRAL[name]
-        if value is not None and value != [] and not asks_for_nothing:
+        has_no_effect = isinstance(value, int | float) and name in NEUTRAL and value == NEUTRAL[name]
+        if value is not None and value != [] and not has_no_effect:
             raise ValueError(f"{name} is not possible with a draft: {ADVICE[name]}")
 
 
 def check_prompt_ids(input_ids: Any, attention_mask: Any, vocabulary: int) -> None:
-    """Refuse prompts that are not token ids of a verifier.
+    """Reject prompts that are not token ids of a verifier.
 
     Args:
-        input_ids: What was passed as ``input_ids``.
-        attention_mask: What was passed as ``attention_mask``.
-        vocabulary: Number of the verifier's tokens.
+        input_ids: The value of ``input_ids``.
+        attention_mask: The value of ``attention_mask``.
+        vocabulary: Size of the verifier's vocabulary.
 
     Raises:
-        TypeError: They are no tensor of integers; with what to pass.
-        ValueError: Their shape is not [B, T], that of the mask is another, or an id is out of bounds.
+        TypeError: They are not a tensor of integers; the message says what to pass.
+        ValueError: Their shape is not [B, T], the mask's shape differs, or an id is out of bounds.
     """
     if isinstance(input_ids, str) or (isinstance(input_ids, list | tuple) and str in map(type, input_ids)):
-        raise TypeError(f"generate takes token ids, and got text; {TOKENIZE}")
+        raise TypeError(f"generate takes token ids, but got text; {TOKENIZE}")
     if isinstance(input_ids, Mapping):
-        raise TypeError("generate takes token ids, and got what a tokenizer returns; pass it as generate(**inputs)")
+        raise TypeError("generate takes token ids, but got a tokenizer's output; pass it as generate(**inputs)")
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids is {_kind(input_ids)}; give a tensor, int64 [B, T]: torch.tensor([[...]])")
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-        raise TypeError(f"input_ids has the type {input_ids.dtype}; token ids are integers, such as torch.int64")
+        raise TypeError(f"input_ids has dtype {input_ids.dtype}; token ids are integers, such as torch.int64")
     if input_ids.ndim != 2:
         advice = "add a dimension, input_ids[None]" if input_ids.ndim == 1 else "give prompts as rows"
-        raise ValueError(f"input_ids has the shape {list(input_ids.shape)}, not [B, T]; {advice}")
+        raise ValueError(f"input_ids has shape {list(input_ids.shape)}, not [B, T]; {advice}")
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
-        raise TypeError(f"attention_mask is {_kind(attention_mask)}; give a tensor of the shape of input_ids")
+        raise TypeError(f"attention_mask is {_kind(attention_mask)}; give a tensor with the shape of input_ids")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask has the shape {list(attention_mask.shape)}, and input_ids {list(input_ids.shape)}; they "
-            "belong together token by token"
+            f"attention_mask has shape {list(attention_mask.shape)}, but input_ids {list(input_ids.shape)}; both need "
+            "the same shape"
         )
     seen = input_ids if attention_mask is None else input_ids[attention_mask.bool()]
     if seen.numel() and not 0 <= int(seen.min()) <= int(seen.max()) < vocabulary:
         raise ValueError(
-            f"input_ids holds ids from {int(seen.min())} to {int(seen.max())}, but the verifier knows 0 to "
+            f"input_ids holds ids from {int(seen.min())} to {int(seen.max())}, but the verifier's vocabulary is 0 to "
             f"{vocabulary - 1}; tokenize with the verifier's own tokenizer"
         )
 
 
 def check_integers(**values: Any) -> None:
-    """Refuse values that are neither None nor an integer from 0.
+    """Reject values that are neither None nor an integer of at least 0.
 
     Raises:
-        TypeError: One is no integer; a token in words is told how to become an id.
-        ValueError: One is negative.
+        TypeError: A value is not an integer; for a token as text, the message says how to get its id.
+        ValueError: A value is negative.
     """
     for name, value in values.items():
         if value is None:
@@ -127,17 +127,17 @@ def check_integers(**values: Any) -> None:
         if not isinstance(value, int) or isinstance(value, bool):
             is_token = isinstance(value, str) and name.endswith("token_id")
             advice = "; for a token, give tokenizer.convert_tokens_to_ids(token)" if is_token else ""
-            raise TypeError(f"{name} is {value!r}, and must be an integer{advice}")
+            raise TypeError(f"{name} is {value!r}, but must be an integer{advice}")
         if value < 0:
             raise ValueError(f"{name} is {value}; give 0 or more")
 
 
 def stop_ids(eos_token_id: Any) -> list[int]:
-    """Return the ids that end a text from an id, or several; none for None.
+    """Return one id or several as a list; empty for None.
 
     Raises:
-        TypeError: One is no integer.
-        ValueError: One is negative.
+        TypeError: An id is not an integer.
+        ValueError: An id is negative.
     """
     found = eos_token_id.tolist() if isinstance(eos_token_id, Tensor) else eos_token_id
     several = list(found) if isinstance(found, list | tuple | set) else [found]
@@ -146,7 +146,7 @@ def stop_ids(eos_token_id: Any) -> list[int]:
     return [one for one in several if one is not None]
 
 
-def chosen_verification(method: Any) -> Verification:
+def make_verification(method: Any) -> Verification:
     """Return the settings of a verification method.
 
     Raises:
@@ -158,14 +158,14 @@ def chosen_verification(method: Any) -> Verification:
         raise ValueError(f"verification: {error.errors()[0]['msg']}, got {method!r}") from None
 
 
-def chosen_sampling(
+def make_sampling(
     do_sample: bool | None, temperature: float | None, top_k: int | None, top_p: float | None
 ) -> Sampling:
-    """Return how tokens are chosen; what is None is left to the others.
+    """Return the sampling settings for arguments of ``generate``.
 
     Args:
-        do_sample: False takes the most probable token whatever the others say, as transformers does.
-        temperature: 1 when None and ``do_sample`` is True, otherwise 0.
+        do_sample: False always takes the most probable token, as transformers does; None follows the other arguments.
+        temperature: None means 1 if ``do_sample`` is True, otherwise 0.
         top_k: Sample from the k most probable tokens; None and 0 for all.
         top_p: Sample from the fewest tokens that hold this much probability; None for all.
 

@@ -1,4 +1,4 @@
-"""Generation with a draft, as transformers' ``generate`` looks from outside."""
+"""Generation with a draft, with the interface of transformers' ``generate``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from specforge.config import TokenProposalConfig
 from specforge.decoding.checks import default_stop_tokens
 from specforge.decoding.generate_arguments import (
     check_integers,
-    check_others,
     check_prompt_ids,
-    chosen_sampling,
-    chosen_verification,
+    check_unsupported,
+    make_sampling,
+    make_verification,
     stop_ids,
 )
 from specforge.decoding.loop import Decoder, Emission
@@ -47,21 +47,21 @@ def generate(
     others: Mapping[str, Any],
 ) -> Generated:
     """Generate with a draft and its attached verifier; see ``SpeculatorModel.generate``."""
-    check_others(others, inspect.signature(SpeculatorModel.generate).parameters)
+    check_unsupported(others, inspect.signature(SpeculatorModel.generate).parameters)
     verifier = draft.verifier
     if verifier is None:
-        raise ValueError("generate needs the whole verifier; call attach_verifier(verifier, mode='full') before")
+        raise ValueError("generate needs the whole verifier; call attach_verifier(verifier, mode='full') first")
     check_prompt_ids(input_ids, attention_mask, verifier.config.get_text_config().vocab_size)
     check_integers(max_new_tokens=max_new_tokens, pad_token_id=pad_token_id, seed=seed)
     most = 256 if max_new_tokens is None else max_new_tokens
     if streamer is not None and len(input_ids) != 1:
-        raise ValueError(f"a streamer takes one sequence, and there are {len(input_ids)}")
-    sampling = chosen_sampling(do_sample, temperature, top_k, top_p)
+        raise ValueError(f"a streamer takes one sequence, but there are {len(input_ids)}")
+    sampling = make_sampling(do_sample, temperature, top_k, top_p)
     if not isinstance(proposal, str | TokenProposalConfig | None):
         raise TypeError(f'proposal is {proposal!r}; give a name, "NAME:KEY=VALUE,...", or the settings of a method')
     chosen = proposal if isinstance(proposal, TokenProposalConfig) else choose_proposal(proposal, draft.config)
     stop = stop_ids(eos_token_id) or default_stop_tokens(verifier)
-    decoder = Decoder(verifier, draft, chosen, sampling, chosen_verification(verification), stop)
+    decoder = Decoder(verifier, draft, chosen, sampling, make_verification(verification), stop)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     prompts = [row[seen.bool()] for row, seen in zip(input_ids, mask, strict=True)]
     if streamer is not None:
@@ -79,13 +79,13 @@ def generate(
     padded = input_ids.new_tensor([tokens + [padding] * (width - len(tokens)) for tokens in new]).view(len(new), width)
     return Generated(
         torch.cat([input_ids, padded], dim=1),
-        *_counted([[one.accepted for one in of_one if one.drafted is not None] for of_one in emissions]),
+        *_count_rounds([[one.accepted for one in of_one if one.drafted is not None] for of_one in emissions]),
         seconds=decoder.times.prompt + decoder.times.total,
     )
 
 
-def _counted(accepted: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Count rounds [B], and those that accepted at least k = 1 .. K tokens [B, K], from the tokens of each round."""
+def _count_rounds(accepted: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Count rounds [B], and rounds that accepted at least k = 1 .. K tokens [B, K]."""
     most = max((one for of_one in accepted for one in of_one), default=0)
     reached = [[sum(one >= position for one in of_one) for position in range(1, most + 1)] for of_one in accepted]
     rounds = torch.tensor([len(of_one) for of_one in accepted])

@@ -1,4 +1,4 @@
-"""Acceptance on a recorded text: what a draft would have proposed at each of its tokens; the verifier is not run."""
+"""Acceptance on a recorded text: what a draft would have proposed at each token, without running the verifier."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specforge.sampling import Sampling
 from specforge.verifier.features import Features
 from specforge.verifier.parts import VerifierParts
 
-# Logits that are held at once: 64 MiB in float32.
+# Maximum number of logits in memory at once: 64 MiB in float32.
 LOGITS_PER_CHUNK = 2**24
 
 
@@ -23,8 +23,8 @@ def label_log_probs(logits: Tensor, labels: Tensor, sampling: Sampling) -> Tenso
 
     Args:
         logits: [n, W].
-        labels: Index of each label, int64 [n]; -1 for one that cannot be said: minus infinity.
-        sampling: Above temperature 0.
+        labels: Index of each label, int64 [n]; -1 for a token outside the vocabulary, which gets minus infinity.
+        sampling: Settings above temperature 0.
     """
     found = sampling.log_probs(logits).gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
     return torch.where(labels >= 0, found, -torch.inf)
@@ -32,16 +32,16 @@ def label_log_probs(logits: Tensor, labels: Tensor, sampling: Sampling) -> Tenso
 
 def acceptance_of_drawn(log_q: Tensor, log_p: Tensor) -> Tensor:
     """Return min(1, q(y) / p(y)) for tokens y that the verifier sampled (Leviathan et al., arXiv 2211.17192)."""
-    # Zero over zero, where the text cannot have been sampled so, counts as a token that is never drawn.
+    # 0 / 0 (the text cannot have been sampled with these settings) counts as a token that is never drawn.
     return torch.where(log_q.isneginf(), 0, (log_q - log_p).clamp(max=0).exp())
 
 
-def draft_places(tokens: Tensor, draft_ids: Tensor | None) -> Tensor:
-    """Translate the verifier's ids [...] to places in the draft vocabulary; -1 where a token is not in it."""
+def draft_indices(tokens: Tensor, draft_ids: Tensor | None) -> Tensor:
+    """Map the verifier's ids [...] to indices in the draft vocabulary; -1 for tokens that are not in it."""
     if draft_ids is None:
         return tokens
-    place = torch.searchsorted(draft_ids, tokens).clamp(max=draft_ids.numel() - 1)
-    return torch.where(draft_ids[place] == tokens, place, -1)
+    index = torch.searchsorted(draft_ids, tokens).clamp(max=draft_ids.numel() - 1)
+    return torch.where(draft_ids[index] == tokens, index, -1)
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def chain_acceptance(
     steps: int,
     sampling: Sampling,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the acceptance probabilities of a draft's chains on one text of the verifier's.
+    """Compute the acceptance probabilities of a draft's chains on a text that the verifier wrote.
 
     Args:
         draft: The draft.
@@ -66,8 +66,8 @@ def chain_acceptance(
         sampling: How the verifier chose its tokens.
 
     Returns:
-        Of greedy chains and of drawn ones, [S, N] each for the N anchors of the response; both the same at temperature
-        0. What lies behind the end is 0.
+        Those of greedy and of sampled chains, [S, N] each for the N anchors of the response; equal at temperature 0.
+        Steps beyond the end of the text are 0.
     """
     positions = torch.arange(len(tokens), device=tokens.device)[None]
     hidden = draft.unroll(tokens[None], features, positions, torch.zeros_like(positions), steps)[:, 0]
@@ -79,13 +79,13 @@ def chain_acceptance(
             # Anchor j is row t = s - 1 + j, whose step i drafts x_{t+2+i}.
             rows = begin - 1 + row
             labels = tokens[rows + 2 + step]
-            places = draft_places(labels, draft.draft_ids)
+            draft_labels = draft_indices(labels, draft.draft_ids)
             q = draft.logits(hidden[step, rows], step)
-            greedy[step, row] = (q.argmax(-1) == places).to(greedy.dtype)
+            greedy[step, row] = (q.argmax(-1) == draft_labels).to(greedy.dtype)
             if not sampling.is_greedy:
                 p = parts.logits(features.last[0, rows + 1 + step])
                 accepted = acceptance_of_drawn(
-                    label_log_probs(q, places, sampling), label_log_probs(p, labels, sampling)
+                    label_log_probs(q, draft_labels, sampling), label_log_probs(p, labels, sampling)
                 )
                 drawn[step, row] = accepted.to(drawn.dtype)
     return greedy, greedy if sampling.is_greedy else drawn
@@ -94,19 +94,19 @@ def chain_acceptance(
 def replay_text(
     proposer: Proposer, drafter: Drafter | None, tokens: Tensor, features: Features, begin: int
 ) -> list[tuple[int, int]]:
-    """Decode a text of the verifier's again with a proposal method that is a fixed function of the text.
+    """Replay the decoding of a verifier's text with a deterministic proposal method, trees included.
 
-    Trees included: a round accepts the longest proposed path that the text goes on with. The verifier is not run.
+    A round accepts the longest proposed path that the text continues with. The verifier is not run.
 
     Args:
-        proposer: The method; it must not draw at random.
+        proposer: The method; it must not sample.
         drafter: A draft for one sequence; None for methods that need none.
         tokens: Prompt and response, int64 [T].
         features: The verifier's states over them, [1, T, ...].
         begin: Index s of the first response token.
 
     Returns:
-        For each round, proposed and accepted tokens; a round yields one more than it accepts.
+        For each round, the number of proposed and accepted tokens; a round yields one more than it accepts.
     """
     rounds = []
     root = begin
@@ -133,5 +133,5 @@ def replay_text(
 
 
 def chunks(rows: int, vocabulary: int) -> Iterator[Tensor]:
-    """Split rows of logits so that few are held at once; yield the indices of each part."""
+    """Split rows of logits to bound memory; yield the indices of each chunk."""
     return iter(torch.arange(max(rows, 0)).split(max(1, LOGITS_PER_CHUNK // vocabulary)))

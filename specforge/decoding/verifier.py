@@ -1,4 +1,4 @@
-"""Language models at work: passes over trees of tokens, with a cache."""
+"""Language models in decoding: forward passes over trees of tokens, with a cache."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from specforge.verifier.finite import check_finite
 from specforge.verifier.packed_attention import IMPLEMENTATION
 from specforge.verifier.parts import decoder
 
-# Attention implementations of transformers that take any mask.
+# Attention implementations of transformers that accept any mask.
 MASKED = ("sdpa", "eager")
-# Rotary embeddings that change within the context as a text grows: keys from before would have to be computed anew.
+# Rotary embeddings that change as a text grows: earlier keys would have to be recomputed.
 GROWING_ROTARY = ("longrope",)
 States = TypeVar("States")
 
 
-class Passes(ABC, Generic[States]):
+class CachedModel(ABC, Generic[States]):
     """Runs a causal language model over sequences that grow by trees: a verifier, or a draft that is one.
 
     Args:
-        model: Any transformers causal language model whose state is keys and values alone.
+        model: Any transformers causal language model whose only state is keys and values.
         batch_size: Number B of sequences.
 
     Raises:
-        UsageError: The model keeps a state that cannot be rolled back, or cannot attend to a tree.
+        UsageError: The model has a state that cannot be rolled back, or cannot attend to a tree.
     """
 
     def __init__(self, model: PreTrainedModel, batch_size: int) -> None:
@@ -51,7 +51,7 @@ class Passes(ABC, Generic[States]):
         return self._run(tokens, self.cache.extend(tokens.shape[1]))
 
     def run(self, tokens: Tensor, parents: Tensor) -> States:
-        """Process a tree of tokens, int64 [B, Q], each behind a parent; -1 is the last committed token."""
+        """Process a tree of tokens, int64 [B, Q], each after its parent; -1 is the last committed token."""
         return self._run(tokens, self.cache.append(parents))
 
     @abstractmethod
@@ -66,11 +66,11 @@ class Passes(ABC, Generic[States]):
 
     def _run(self, tokens: Tensor, index: Tensor) -> States:
         options: dict[str, Any] = {self._cache_argument: self.cache, "use_cache": True}
-        # Padding may stand behind the last position that a model has learnt.
+        # Padding may be beyond the last learned position.
         positions = index.clamp(max=self._context - 1)
         if not self.cache.is_plain:
             masks = {kind: self._mask(kind) for kind in self._kinds}
-            # Models with layers of one kind take a mask, those with several a mask for each.
+            # Models with one kind of layer take one mask, others a mask for each kind.
             options["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
         return self.states(tokens, positions, **options)
 
@@ -79,17 +79,17 @@ class Passes(ABC, Generic[States]):
         chunk = self._config.attention_chunk_size if kind == "chunked_attention" else None
         visible = self.cache.visible(window, chunk)
         assert visible is not None
-        # Added to the logits, which every implementation understands; padding sees only itself, hence no infinity.
+        # Additive masks work with every implementation. A finite minimum, since -inf makes a fully masked row NaN.
         hidden = torch.finfo(self.model.dtype).min
         return torch.zeros_like(visible, dtype=self.model.dtype).masked_fill(~visible, hidden)[:, None]
 
 
-class VerifierPasses(Passes[Features]):
+class CachedVerifier(CachedModel[Features]):
     """Runs a verifier.
 
     Args:
         verifier: The verifier.
-        aux_layers: Layers whose states a draft reads, ascending.
+        aux_layers: Layers whose states the draft reads, ascending.
         batch_size: Number B of sequences.
     """
 
@@ -105,23 +105,23 @@ class VerifierPasses(Passes[Features]):
 
 
 def why_no_trees(verifier: PreTrainedModel) -> str | None:
-    """Return why a verifier cannot verify trees of drafted tokens; None where it can."""
+    """Return why a verifier cannot verify trees of drafted tokens; None if it can."""
     config = verifier.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or [])
     unknown = sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"})
     rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if unknown or is_recurrent(verifier):
         what = f"layers of {', '.join(unknown)}" if unknown else "a recurrent state"
-        return f"it has {what}, and rejected tokens could not be taken back"
+        return f"it has {what}, so rejected tokens cannot be rolled back"
     if rotary in GROWING_ROTARY:
         return f"its {rotary} rotary embeddings change as a text grows"
     if not verifier.is_backend_compatible():
-        return "it does not attend through transformers' common interface, which takes the mask of a tree"
+        return "it does not use transformers' attention interface, which takes a tree mask"
     return None
 
 
 def _attention_kinds(verifier: PreTrainedModel) -> list[str]:
-    """Return the kinds of attention of a verifier's layers; refuse those that decoding could run wrong."""
+    """Return the kinds of attention in a verifier's layers; reject kinds that decoding cannot run correctly."""
     config = verifier.config.get_text_config()
     name = type(verifier).__name__
     kinds = sorted(set(getattr(config, "layer_types", None) or []))

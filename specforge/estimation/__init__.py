@@ -1,1 +1,1 @@
-"""What a run will take, before it begins: tokens, disk, memory, floating point operations, time."""
+"""Estimates of a run's cost before it starts: tokens, disk, memory, floating point operations, time."""

@@ -1,4 +1,4 @@
-"""How fast a device multiplies matrices, measured on the spot."""
+"""Measured rate of matrix multiplication on this device."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ SECONDS = 1.0
 
 
 def measured_flops(dtype: torch.dtype) -> float:
-    """Return floating point operations a second of the best of several matrix products.
+    """Return the floating point operations per second of the fastest of several matrix products.
 
     Args:
-        dtype: Type of the matrices.
+        dtype: Dtype of the matrices.
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    # Large enough to keep the device busy, small enough that others do not interrupt every one of them.
+    # Large enough to fill the device, small enough that other processes do not interrupt every product.
     width = 512 if device.type == "cpu" else 8192
     left, right = torch.ones(2, width, width, device=device, dtype=dtype)
     torch.mm(left, right)

@@ -1,4 +1,4 @@
-"""From the cost of a step to that of a run: disk, memory, operations and time, with what is assumed."""
+"""From the cost of a step to the cost of a run: disk, memory, operations and time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from specforge.data.loader import Batch
 from specforge.estimation.step import OPTIMIZER, VERIFIER, StepCost, StepMemory
 from specforge.estimation.text import RunText
 
-# Of a device's rate on large matrix products, what training reaches on the whole. Accelerators: published trainers
-# (SpecForge 43 to 44 %, and less without tuning); processors: measured, see docs/estimate.md.
+# Share of a device's rate on large matrix products that training reaches overall. Accelerators: published trainers
+# (SpecForge 43 to 44 %, and less without tuning); CPUs: measured, see docs/estimate.md.
 ACCELERATOR_UTILISATION = (0.25, 0.5)
 CPU_UTILISATION = (0.15, 0.8)
 STORED_TYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.int8)
@@ -22,14 +22,14 @@ STORED_TYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.int8)
 
 @dataclass(frozen=True)
 class RunPlan:
-    """How a run goes through its text.
+    """Batches and length of a run.
 
     Attributes:
-        batch_size: Packed rows a batch, on each device.
-        devices: Number of devices that take different data.
-        accumulated: Batches whose gradients are added up for one step.
-        max_epochs: Epochs; None where steps alone end the run.
-        max_steps: Optimizer steps; None where epochs alone end the run.
+        batch_size: Packed rows per batch, on each device.
+        devices: Number of data-parallel devices.
+        accumulated: Number of batches whose gradients are accumulated for one step.
+        max_epochs: Number of epochs; None if only steps end the run.
+        max_steps: Number of optimizer steps; None if only epochs end the run.
         limit: Batches of an epoch that are trained on, a number or a share.
     """
 
@@ -41,7 +41,7 @@ class RunPlan:
     limit: int | float
 
     def steps(self, packed_rows: int) -> int:
-        """Return the optimizer steps of the run, for so many packed rows an epoch."""
+        """Return the number of optimizer steps of the run, for the number of packed rows per epoch."""
         batches = math.ceil(packed_rows / (self.batch_size * self.devices))
         batches = min(batches, self.limit) if isinstance(self.limit, int) else int(batches * self.limit)
         by_epochs = None if self.max_epochs is None else self.max_epochs * math.ceil(batches / self.accumulated)
@@ -50,18 +50,18 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take.
+    """The estimated cost of a run.
 
     Attributes:
-        text: What it is trained on.
-        plan: How it goes through that.
-        flops: Floating point operations a token, by part.
+        text: The training text.
+        plan: Batches and length of the run.
+        flops: Floating point operations per token, by part.
         memory: Bytes on each device.
         trained: Number of trained weights.
-        slots: States of the verifier that a draft reads of each token.
-        width: Values of a state.
-        device_flops: Operations a second of one device, at its best.
-        utilisation: The lowest and the highest share of that which training reaches.
+        slots: Number of verifier states per token that the draft reads.
+        width: Number of values of a state.
+        device_flops: Peak operations per second of one device.
+        utilisation: The lowest and the highest share of the peak that training reaches.
     """
 
     text: RunText
@@ -76,25 +76,25 @@ class Estimate:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run."""
+        """Number of optimizer steps of the run."""
         return self.plan.steps(self.text.packed_rows)
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens of all devices in one optimizer step, padding left out."""
+        """Tokens of all devices in one optimizer step, without padding."""
         rows = self.plan.batch_size * self.plan.devices * self.plan.accumulated
         return self.text.tokens * min(1, rows / self.text.packed_rows)
 
     @property
     def total_flops(self) -> float:
-        """Operations a token."""
+        """Operations per token."""
         return sum(self.flops.values())
 
     def seconds_per_step(self, stored: bool = False) -> tuple[float, float]:
-        """Return the shortest and the longest time of one optimizer step.
+        """Return the shortest and the longest time of one optimizer step, in seconds.
 
         Args:
-            stored: The verifier's states are read from disk; reading is taken to cost no time.
+            stored: The verifier's states are read from disk; reading is assumed to take no time.
         """
         flops = self.total_flops - (self.flops[VERIFIER] if stored else 0)
         at_best = self.tokens_per_step * flops / (self.device_flops * self.plan.devices)
@@ -102,17 +102,17 @@ class Estimate:
         return at_best / highest, at_best / lowest
 
     def stored_bytes(self, dtype: torch.dtype) -> int:
-        """Return the bytes of a token's states on disk, with their scales."""
+        """Return the bytes of a token's states on disk, scales included."""
         return self.slots * state_bytes(self.width, dtype)
 
 
 def flops_per_token(costs: list[StepCost], batches: list[Batch], accumulated: int) -> dict[str, float]:
-    """Divide the operations of some batches by their tokens, padding left out.
+    """Divide the operations of some batches by their number of tokens, without padding.
 
     Args:
-        costs: Of each batch.
+        costs: Cost of each batch.
         batches: The batches.
-        accumulated: Batches that share one step of the optimizer.
+        accumulated: Number of batches per optimizer step.
     """
     tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in batches)
     total: Counter[str] = Counter()

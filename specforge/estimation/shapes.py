@@ -1,8 +1,8 @@
-"""Tensors that have a shape and a type but no values, and what computing with them would have taken.
+"""Tensors with shape and dtype but no values, to count the operations and memory of real code.
 
-Inside ``Shapes``, what creates numbers creates ``Shape`` tensors, and what reads one gives one. Ids, masks and places
-stay real, so that code which asks for values of those (which rows are supervised, where a document ends) runs as it
-is. Each matrix product is counted by torch's own formulas, and storages as they come and go.
+Inside ``ShapeMode``, floating point tensors are created as ``ShapeTensor``, and operations on one return one. Ids,
+masks and indices stay real, so that code which reads their values (which rows are supervised, where a document ends)
+runs unchanged. Matrix products are counted by torch's own formulas, and storages as they are created and freed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from specforge.private.torch import (
 )
 
 
-class Shape(Tensor):
-    """A tensor without values; for the rest of torch it lies on the CPU.
+class ShapeTensor(Tensor):
+    """A tensor without values that appears to be on the CPU.
 
     Args:
-        content: The same on the meta device.
+        content: The same tensor on the meta device.
     """
 
     content: Tensor
@@ -51,17 +51,17 @@ class Shape(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:
-        """Refuse to compute where nothing is counted."""
-        raise RuntimeError(f"{function} was called on a tensor without values, outside Shapes()")
+        """Refuse to compute outside ``ShapeMode``."""
+        raise RuntimeError(f"{function} was called on a tensor without values, outside ShapeMode()")
 
 
-class Shapes(TorchDispatchMode):
-    """Computes with shapes alone, and counts.
+class ShapeMode(TorchDispatchMode):
+    """Computes only shapes, and counts operations and memory.
 
     Attributes:
-        flops: Floating point operations by part (see ``part``); a multiplication and an addition are two.
+        flops: Floating point operations by part (see ``part``); a multiply-add counts as two.
         live: Bytes of the storages that exist.
-        peak: The most bytes that existed at once since ``restart``.
+        peak: Peak of ``live`` since ``restart``.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Shapes(TorchDispatchMode):
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count what is computed inside under a name."""
+        """Count the operations inside under a name."""
         outer, self._part = self._part, name
         try:
             yield
@@ -82,19 +82,19 @@ class Shapes(TorchDispatchMode):
             self._part = outer
 
     def restart(self) -> None:
-        """Forget operations and the peak, not what exists."""
+        """Reset operations and peak, but not the live storages."""
         self.flops.clear()
         self.peak = self.live
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation: on shapes if it reads one or creates numbers, really otherwise."""
+        """Run one operation: on shapes if it reads a ``ShapeTensor`` or creates floats, with values otherwise."""
         kwargs = kwargs or {}
         given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        known = {id(one.content): one for one in given if isinstance(one, Shape)}
+        known = {id(one.content): one for one in given if isinstance(one, ShapeTensor)}
         if given and not known:
             return function(*args, **kwargs)
         if function is READS_VALUE:
-            raise RuntimeError("the value of a tensor is asked for that has none")
+            raise RuntimeError("the value of a tensor without values was read")
         inner_args, inner_kwargs = tree_map_only(Tensor, lambda one: _content(function, one), (args, kwargs))
         result = function(*inner_args, **_on_meta(inner_kwargs))
         if not given and not _is_number(result):
@@ -102,10 +102,10 @@ class Shapes(TorchDispatchMode):
         formula = _FORMULAS.get(packet(function))
         if formula is not None:
             self.flops[self._part] += formula(*inner_args, **inner_kwargs, out_val=result)
-        # What changes a tensor in place gives that same tensor back.
+        # In-place operations return the same tensor.
         return tree_map_only(Tensor, lambda one: known[id(one)] if id(one) in known else self._wrap(one), result)
 
-    def _wrap(self, content: Tensor) -> Shape:
+    def _wrap(self, content: Tensor) -> ShapeTensor:
         storage = content.untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key not in self._storages:
@@ -117,18 +117,18 @@ class Shapes(TorchDispatchMode):
             self._storages[key] = weakref.ref(storage, end)
             self.live += size
             self.peak = max(self.peak, self.live)
-        return Shape(content)
+        return ShapeTensor(content)
 
 
 def _content(function: Any, tensor: Tensor) -> Tensor:
-    if isinstance(tensor, Shape):
+    if isinstance(tensor, ShapeTensor):
         return tensor.content
-    # The number of the entries that a mask chooses is in its values.
+    # With a boolean mask, the shape of the result depends on the mask's values.
     return tensor if function in CHOOSING and tensor.dtype == torch.bool else tensor.to("meta")
 
 
 def _on_meta(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Create on the meta device, which needs no generator."""
+    """Replace the device by the meta device, which needs no generator."""
     replaced = {"device": "meta", "generator": None}
     return {name: replaced.get(name, value) for name, value in kwargs.items()}
 
@@ -145,7 +145,7 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: 
 def _attention_backward_flops(
     _: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *__: Any, **___: Any
 ) -> int:
-    """Scores once more, and the gradients of scores, query, key and value: 5 products."""
+    """Recomputed scores, and the gradients of scores, query, key and value: 5 products."""
     return _pairs(query, key) * 2 * (3 * query[-1] + 2 * value[-1])
 
 
@@ -163,7 +163,7 @@ MORE_FORMULAS: dict[Any, Callable[..., int]] = {
     ATTENTION_BACKWARD: _attention_backward_flops,
     GROUPED_PRODUCT: _grouped_flops,
 }
-"""From the shapes of arguments to operations, where torch has no formula: attention on the CPU, products of experts."""
+"""Formulas that torch lacks, from argument shapes to operations: attention on the CPU, grouped products of experts."""
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     **{function: shape_wrapper(formula) for function, formula in MORE_FORMULAS.items()},

@@ -1,8 +1,8 @@
-"""What one training step takes: the real one, run without values.
+"""The cost of one training step: the real step, run on tensors without values.
 
-Nothing here knows the arithmetic of a network. The algorithm's own module builds its draft and runs its steps on
-tensors that have shapes alone (``specforge.estimation.shapes``), under the trainer's own precision, and so do the
-verifier and the optimizer; the verifier's configuration is enough.
+Nothing here depends on the arithmetic of a network. The algorithm's own module builds its draft and runs its steps on
+tensors without values (``specforge.estimation.shapes``), with the trainer's precision, and so do the verifier and the
+optimizer. The verifier's configuration is enough.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specforge.data.module import DraftDataModule
 from specforge.errors import SpecforgeError
-from specforge.estimation.shapes import Shapes
+from specforge.estimation.shapes import ShapeMode
 from specforge.training.losses.chunks import for_accelerator
 from specforge.training.module import Batch, DraftModule
 from specforge.verifier.features import assume_packs
@@ -32,18 +32,18 @@ VERIFIER, LAYERS, HEAD, OPTIMIZER = "verifier", "draft layers", "heads and loss"
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes on a device; the first four exist all the time.
+    """Bytes on a device; the first four are allocated all the time.
 
     Attributes:
         verifier: Weights of the verifier.
-        draft: Weights of the draft, those that it borrows from the verifier left out.
+        draft: Weights of the draft, without those shared with the verifier.
         gradients: Gradients of its trained weights.
-        optimizer: What the optimizer remembers.
-        features: States captured of the verifier.
-        kept: What the draft's steps keep for the backward pass.
-        verifier_work: What the verifier's forward pass needs besides, at most.
-        draft_work: What the draft's steps and the chunks of the loss need besides, at most.
-        peak: The most that exists at once.
+        optimizer: The optimizer's states.
+        features: Captured states of the verifier.
+        kept: Activations kept by the draft's steps for the backward pass.
+        verifier_work: Peak of further memory in the verifier's forward pass.
+        draft_work: Peak of further memory in the draft's steps and the chunks of the loss.
+        peak: Peak of all memory.
     """
 
     verifier: int
@@ -58,17 +58,17 @@ class StepMemory:
 
     @classmethod
     def largest(cls, several: Sequence[Self]) -> Self:
-        """Return the most of each that any batch needs."""
+        """Return the maximum of each field over several batches."""
         return cls(**{one.name: max(getattr(memory, one.name) for memory in several) for one in fields(cls)})
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one batch takes.
+    """The cost of one batch.
 
     Attributes:
         flops: Floating point operations by part of the step.
-        memory: Bytes.
+        memory: Memory in bytes.
         trained: Number of trained weights.
     """
 
@@ -77,14 +77,14 @@ class StepCost:
     trained: int
 
 
-class Rehearsal:
-    """A module with verifier, draft and optimizer without values, ready to run steps.
+class DryRun:
+    """A training module with verifier, draft and optimizer without values, which can run steps.
 
     Args:
-        module: The algorithm's module, as the configuration makes it; it is used up.
-        trainer: Answers what a step asks its trainer, and has the run's precision; it runs nothing.
-        verifier_dtype: Type of the verifier's weights.
-        on_accelerator: Whether the run is meant for one, which holds more logits at a time than a CPU.
+        module: The algorithm's module from the configuration; it cannot be used afterwards.
+        trainer: A trainer with the run's precision for the step to query; it runs nothing.
+        verifier_dtype: Dtype of the verifier's weights.
+        on_accelerator: Whether the run is for an accelerator, which computes more logits at a time than a CPU.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class Rehearsal:
         self._on_accelerator = on_accelerator
         module.trainer = trainer
         self._precision: Any = trainer.strategy.precision_plugin
-        self._shapes = Shapes()
+        self._shapes = ShapeMode()
         with self._shapes, self._precision.module_init_context():
             self._verifier = _verifier(module, verifier_dtype)
             parts = VerifierParts.of(self._verifier)
-            module.compile_steps = False  # what is counted stays the same
+            module.compile_steps = False  # compilation does not change the counts
             module.teacher.hold(self._verifier, parts)
             module.create_draft(cast(DraftDataModule, _Uncounted(parts)))
             self._optimizer: Optimizer = module.configure_optimizers()["optimizer"]
@@ -106,31 +106,31 @@ class Rehearsal:
         self._hook_layers()
 
     def run(self, batch: Batch) -> StepCost:
-        """Run a step on a batch, with values in ids and masks alone.
+        """Run a step on a batch, with values only in ids and masks.
 
         Args:
-            batch: As training gets it.
+            batch: A training batch.
 
         Raises:
-            SpecforgeError: The verifier or the draft asks for values.
+            SpecforgeError: The verifier or the draft reads values.
         """
-        meant_for = for_accelerator.set(self._on_accelerator)
+        token = for_accelerator.set(self._on_accelerator)
         try:
             with self._shapes:
                 self._step(batch)
-                # Gradients and the optimizer's memory are there from the first step on.
+                # Gradients and optimizer states exist after the first step, so measure the second one.
                 return self._step(batch)
         except RuntimeError as error:
             raise SpecforgeError(
                 f"a step of {self.module.teacher.name} and its draft cannot be run without values: {error} Estimate "
-                "with a config.json of another family with as many layers and as wide, or with --verifier_dtype "
-                "bfloat16 where experts are the reason"
+                "with a config.json of another family with the same depth and width, or with --verifier_dtype "
+                "bfloat16 if experts are the reason"
             ) from error
         finally:
-            for_accelerator.reset(meant_for)
+            for_accelerator.reset(token)
 
     def _step(self, batch: Batch) -> StepCost:
-        """Run one step, in the order of Lightning: gradients of the step before live until the backward pass."""
+        """Run one step in Lightning's order: gradients of the previous step exist until the backward pass."""
         shapes, module = self._shapes, self.module
         shapes.restart()
         before, peaks = shapes.live, []
@@ -156,7 +156,7 @@ class Rehearsal:
             verifier=_bytes(_weights(self._verifier)),
             draft=_bytes(_weights(module.draft)),
             gradients=_bytes(one.grad for one in trained if one.grad is not None),
-            optimizer=_bytes(_remembered(self._optimizer)),
+            optimizer=_bytes(_states(self._optimizer)),
             features=captured,
             kept=kept,
             verifier_work=peaks[0] - before - captured,
@@ -166,7 +166,7 @@ class Rehearsal:
         return StepCost(dict(shapes.flops), memory, sum(one.numel() for one in trained))
 
     def _hook_layers(self) -> None:
-        """Count what the draft's own modules compute as its layers; the rest of its steps is heads and loss."""
+        """Count operations in the draft's modules as its layers; the rest of its steps is heads and loss."""
         open_parts: list[Any] = []
 
         def enter(*_: Any) -> None:
@@ -182,13 +182,13 @@ class Rehearsal:
 
 
 class _Uncounted:
-    """Data of which nothing is counted yet."""
+    """Data whose tokens have not been counted."""
 
     def __init__(self, parts: VerifierParts) -> None:
         self._size = parts.config.vocab_size
 
     def vocabulary_counts(self) -> Tensor:
-        """Any draft vocabulary costs the same."""
+        """Return zeros: the counts do not affect the cost."""
         return torch.zeros(self._size, dtype=torch.int64)
 
 
@@ -206,7 +206,7 @@ def _weights(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _remembered(optimizer: Optimizer) -> list[Tensor]:
+def _states(optimizer: Optimizer) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 

@@ -1,4 +1,4 @@
-"""The text of a run: how much there is, and batches that stand for all of it."""
+"""The training text of a run: its size, and representative batches."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from specforge.data.module import DraftDataModule
 from specforge.data.packing import collate
 from specforge.errors import UsageError
 
-# Of a file of text up to so many bytes the rows are made at once, in seconds; a run makes them anyway.
+# Rows of a file up to this size in bytes are built here, within seconds; a run builds them anyway.
 SMALL_FILE = 2**24
 SAMPLED_BATCHES = 3
 
 
 @dataclass(frozen=True)
 class RunText:
-    """What a run is trained on.
+    """The training text of a run.
 
     Attributes:
-        tokens: Tokens of an epoch.
-        supervised_share: Share of them that is supervised.
-        packed_rows: Rows of an epoch as they enter batches.
+        tokens: Number of tokens per epoch.
+        supervised_share: Share of supervised tokens.
+        packed_rows: Number of packed rows per epoch.
         batches: Batches to run a step on.
-        origin: Where all of this is known from.
+        origin: Source of these figures.
     """
 
     tokens: int
@@ -39,11 +39,11 @@ class RunText:
 
 
 def given_text(tokens: int, supervised_share: float, data: Namespace) -> RunText:
-    """Make the text that flags speak of: each row one document, full, and supervised at its end.
+    """Build the text described by flags: each row is one full document, supervised at its end.
 
     Args:
-        tokens: Tokens of an epoch.
-        supervised_share: Share of them that is supervised.
+        tokens: Number of tokens per epoch.
+        supervised_share: Share of supervised tokens.
         data: The settings of ``data``.
     """
     length = data.max_length
@@ -60,20 +60,20 @@ def given_text(tokens: int, supervised_share: float, data: Namespace) -> RunText
 
 
 def counted_text(data: DraftDataModule, source: str) -> RunText:
-    """Count the training rows, and take batches from the beginning, the middle and the end of the packed ones.
+    """Count the training rows, and take batches from the start, the middle and the end of the packed rows.
 
     Args:
         data: The data, not yet set up.
         source: Source of the training rows.
 
     Raises:
-        UsageError: They are not prepared, and too many to be made on the way.
+        UsageError: They are not prepared, and too many to build here.
     """
     small = Path(source).is_file() and Path(source).stat().st_size <= SMALL_FILE
     if not small and not data.is_built:
         raise UsageError(
-            f"data.train: {source} is not counted yet; make its rows once (specforge prepare rows), or give --tokens "
-            "and --supervised_share"
+            f"data.train: {source} is not counted yet; prepare its rows (specforge prepare rows), or give --tokens and "
+            "--supervised_share"
         )
     data.setup()
     items = data.train_dataloader().dataset

@@ -1,1 +1,1 @@
-"""Measuring drafts on prompt sets: conversations -> decoding with and without speculation -> results."""
+"""Evaluation of drafts on prompt sets: conversations -> decoding with and without speculation -> results."""

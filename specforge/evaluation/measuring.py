@@ -1,4 +1,4 @@
-"""Decoding prompt sets in turn: the verifier alone, then each contender on the same prompts."""
+"""Decoding of prompt sets without speculation and with each contender, alternating on the same prompts."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from specforge.models.speculator import SpeculatorModel
 from specforge.proposals import GreedyTokenProposalConfig, SamplingTokenProposalConfig
 from specforge.proposals.proposal import Proposer
 from specforge.registry import installed
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 from specforge.verifier.features import Features, capture
 
-# Longest chain that is replayed.
+# Maximum length of replayed chains.
 CHAIN = 8
 # Methods that propose the draft's most probable chain at temperature 0.
 CHAINS = (GreedyTokenProposalConfig, SamplingTokenProposalConfig)
@@ -36,14 +36,14 @@ CHAINS = (GreedyTokenProposalConfig, SamplingTokenProposalConfig)
 
 @dataclass
 class Contender:
-    """A draft with a proposal method, or a method that needs none.
+    """A draft with a proposal method, or a method without a draft.
 
     Attributes:
-        name: For people.
+        name: Display name.
         proposal: Settings of the proposal method.
         draft: The draft; None for a method that needs none.
         draft_name: Folder or hub id of the draft.
-        tallies: What was counted, by prompt set.
+        tallies: Counts by prompt set.
     """
 
     name: str
@@ -54,13 +54,13 @@ class Contender:
 
     @property
     def proposer(self) -> type[Proposer]:
-        """The proposal method."""
+        """Class of the proposal method."""
         method = installed().find(ProposalMethod, self.proposal.proposal_type)
         proposer: type[Proposer] = installed().load(method, "proposer")
         return proposer
 
     def result(self, verification: Verification) -> ContenderResult:
-        """Return what it came to."""
+        """Return its results."""
         pooled = sum(self.tallies.values(), RoundTally())
         return ContenderResult(
             name=self.name,
@@ -85,16 +85,16 @@ class Settings:
 
 
 class Measuring:
-    """Decodes conversations with the verifier alone and with each contender.
+    """Decodes conversations without speculation and with each contender.
 
     Args:
         verifier: The verifier.
         template: Its chat template, with the tokenizer.
-        contenders: Who is measured; their tallies are filled.
+        contenders: The contenders to measure; their tallies are filled.
         settings: How responses are decoded.
 
     Raises:
-        UsageError: A contender does not go with the verifier.
+        UsageError: A contender does not fit the verifier.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Measuring:
         Args:
             name: Its name.
             conversations: Its prompts.
-            report: Is told how many responses have been added.
+            report: Called with the number of new responses.
 
         Raises:
             UsageError: A prompt is empty, or leaves no room in the verifier's context.
@@ -133,23 +133,25 @@ class Measuring:
             self._converse(name, first, conversations[first : first + size], report)
 
     def _converse(self, name: str, first: int, batch: Sequence[Conversation], report: Callable[[int], object]) -> None:
-        """Answer the conversations of a batch turn by turn; what the verifier alone replies goes on in all of them."""
+        """Answer the conversations of a batch turn by turn; all continue with the replies without speculation."""
         replies: list[list[str]] = [[] for _ in batch]
         for turn in range(max(len(one.turns) for one in batch)):
-            going = [number for number, one in enumerate(batch) if turn < len(one.turns)]
-            prompts = [torch.tensor(batch[number].prompt(turn, replies[number], self.template)) for number in going]
-            keys = [(name, first + number) for number in going]
-            for number, response in zip(going, self._answer(keys, prompts), strict=True):
+            active = [number for number, one in enumerate(batch) if turn < len(one.turns)]
+            prompts = [torch.tensor(batch[number].prompt(turn, replies[number], self.template)) for number in active]
+            keys = [(name, first + number) for number in active]
+            for number, response in zip(active, self._answer(keys, prompts), strict=True):
                 replies[number].append(reply_text(response, self.template.tokenizer))
-            report(len(going))
+            report(len(active))
 
     def _answer(self, keys: list[tuple[str, int]], prompts: list[Tensor]) -> list[list[int]]:
-        """Answer prompts with the verifier alone and with every contender; return what the verifier alone said."""
+        """Answer prompts without speculation and with every contender; return the responses without speculation."""
         self._warm_up(prompts)
         alone = _gather(self.alone, prompts, self.settings)
-        said = [[token for emission in emissions for token in emission.tokens] for emissions in alone]
-        comparable = said if self.settings.sampling.is_greedy else None
-        recorded = [torch.cat([prompt, torch.tensor(response)]) for prompt, response in zip(prompts, said, strict=True)]
+        responses = [[token for emission in emissions for token in emission.tokens] for emissions in alone]
+        comparable = responses if self.settings.sampling.is_greedy else None
+        recorded = [
+            torch.cat([prompt, torch.tensor(response)]) for prompt, response in zip(prompts, responses, strict=True)
+        ]
         for contender, decoder in zip(self.contenders, self.decoders, strict=True):
             emissions = _gather(decoder, prompts, self.settings)
             tally = RoundTally(
@@ -158,7 +160,7 @@ class Measuring:
                     for row, (key, one) in enumerate(zip(keys, emissions, strict=True))
                 ],
                 times=decoder.times,
-                alone_tokens=sum(len(tokens) - 1 for tokens in said),
+                alone_tokens=sum(len(tokens) - 1 for tokens in responses),
                 alone_seconds=self.alone.times.total,
                 chains=[
                     self._replay_chains(contender, text.to(self.verifier.device), len(prompt))
@@ -167,10 +169,10 @@ class Measuring:
                 agreement=sum(map(partial(self._compare, contender), prompts, emissions), Agreement()),
             )
             contender.tallies[keys[0][0]] += tally
-        return said
+        return responses
 
     def _warm_up(self, prompts: list[Tensor]) -> None:
-        """Let every decoder run once before anything is timed."""
+        """Run every decoder once before timing."""
         if self._is_warm:
             return
         self._is_warm = True
@@ -180,7 +182,7 @@ class Measuring:
 
     @torch.no_grad()
     def _replay_chains(self, contender: Contender, text: Tensor, begin: int) -> Rounds:
-        """Replay chains of 1 .. ``CHAIN`` tokens on what the verifier alone said."""
+        """Replay chains of 1 .. ``CHAIN`` tokens on the response without speculation."""
         lengths = torch.tensor([max(len(text) - 1 - begin, 0)], device=text.device)
         draft = contender.draft
         if draft is None:
@@ -193,25 +195,25 @@ class Measuring:
         return replay(chosen.T[None], lengths)
 
     def _compare(self, contender: Contender, prompt: Tensor, emissions: Sequence[Emission]) -> Agreement:
-        """Compare the rounds of a response with a replay of its own text, where the text determines them."""
+        """Compare the rounds of a response with a replay of its own text, if the text determines them."""
         draft, proposal = contender.draft, contender.proposal
         is_determined = self.settings.sampling.is_greedy and not is_lossy(self.settings.verification, proposal)
         if draft is None or not isinstance(proposal, CHAINS) or not is_determined:
             return Agreement()
-        said = [token for one in emissions for token in one.tokens]
-        text = torch.cat([prompt, torch.tensor(said)]).to(self.verifier.device)
+        response = [token for one in emissions for token in one.tokens]
+        text = torch.cat([prompt, torch.tensor(response)]).to(self.verifier.device)
         accepted = [one.accepted for one in emissions if one.drafted is not None]
         features = self._features(draft.aux_layers, text)
         return compare_rounds(draft, text, features, len(prompt), accepted, proposal.speculative_tokens)
 
     def _replay_method(self, contender: Contender, text: Tensor, begin: int) -> Rounds:
-        """Replay a method that needs no draft, for each length anew."""
+        """Replay a method without a draft, separately for each length."""
         tokens = torch.tensor(float(len(text) - 1 - begin))
         no_features = Features(torch.empty(1, 0, 0), torch.empty(1, 0, 0))
         counts = []
         for length in range(1, CHAIN + 1):
             proposal = contender.proposal.model_copy(update={"speculative_tokens": length})
-            proposer = contender.proposer(proposal, self.settings.sampling, Chance())
+            proposer = contender.proposer(proposal, self.settings.sampling, RandomSource())
             counts.append(len(replay_text(proposer, None, text, no_features, begin)))
         return Rounds(tokens, torch.tensor(counts, dtype=torch.float64), torch.empty(0))
 
@@ -223,7 +225,7 @@ class Measuring:
 
 
 def _gather(decoder: Decoder, prompts: list[Tensor], settings: Settings) -> list[list[Emission]]:
-    """Decode prompts side by side and return the emissions of each."""
+    """Decode a batch of prompts and return the emissions of each."""
     gathered: list[list[Emission]] = [[] for _ in prompts]
     decoder.times = Times()
     for emission in decoder.decode(prompts, settings.max_new_tokens, settings.seed):

@@ -1,8 +1,8 @@
-"""What an evaluation finds out, as plain data: stored as JSON, shown as a table and as a page.
+"""The results of an evaluation as plain data: stored as JSON, printed as a table and shown as a page.
 
-Words are vLLM's where it has one: *drafts* are rounds in which tokens were proposed and verified, *draft tokens* the
-proposed tokens, *accepted tokens* those that the verifier accepted. Acceptance length is tokens a round, the verifier's
-own included: 1 + accepted tokens / drafts.
+Terms are vLLM's if it has one: *drafts* are rounds in which tokens were proposed and verified, *draft tokens* the
+proposed tokens, *accepted tokens* those that the verifier accepted. Acceptance length is tokens per round, the
+verifier's own included: 1 + accepted tokens / drafts.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from specforge.sampling import Sampling
 
 
 class Result(BaseModel):
-    """Base of all parts of the results."""
+    """Base class of all parts of the results."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class Stretch(Result):
-    """Rounds that began within a stretch of the response.
+class Span(Result):
+    """Rounds that began within a span of the response.
 
     Attributes:
-        begin: First token of the stretch, counted from the response's begin.
-        end: The token behind its last one.
-        drafts: Rounds that began there.
-        acceptance_length: Tokens a round.
+        begin: Index of the span's first token within the response.
+        end: Index after its last token.
+        drafts: Number of rounds that began there.
+        acceptance_length: Tokens per round.
     """
 
     begin: int
@@ -42,30 +42,32 @@ class Measurement(Result):
 
     Attributes:
         prompt_set: Name of the prompt set; ``"all"`` for all of them.
-        responses: Responses, one a turn.
-        tokens: Tokens of the responses.
-        acceptance_length: Tokens a round.
-        confidence_interval: Of the acceptance length, 95 %, by resampling prompts; None for fewer than two prompts.
+        responses: Number of responses, one per turn.
+        tokens: Number of tokens of the responses.
+        acceptance_length: Tokens per round.
+        confidence_interval: 95 % interval of the acceptance length, by resampling prompts; None for fewer than two
+            prompts.
         accept_rate_pos: Share of the drafts that accepted at least k = 1, 2, ... tokens.
-        accept_rate_cond: Of those that accepted at least k - 1.
-        histogram: Drafts by number of accepted tokens, 0, 1, ...
-        num_drafts: Rounds.
-        num_draft_tokens: Proposed tokens.
-        num_accepted_tokens: Accepted tokens.
-        draft_acceptance_rate: Accepted tokens of the proposed ones.
-        draft_milliseconds: The draft's time, a round.
-        verifier_milliseconds: The verifier's time, a round.
-        other_milliseconds: What the loop itself took, a round.
-        tokens_per_second: With speculation, prompts' passes left out.
-        tokens_per_second_alone: The verifier alone on the same prompts, measured in turn in the same run.
-        speedup: The one over the other.
-        identical_responses: Responses that are token for token the verifier's alone; None above temperature 0.
-        by_stretch: Acceptance length by where in the response a round begins.
-        by_chain_length: What the acceptance length would be with chains of K = 1, 2, ... tokens, by replay on the
-            verifier's own responses; empty where that is not known.
-        compared_rounds: Rounds that were compared with a replay of the same text; 0 where it does not determine them.
-        differing_rounds: How many of them accept other tokens than the replay: the draft's drafter is wrong.
-        difference: That in words, with an example; empty if none differs.
+        accept_rate_cond: The same share among the drafts that accepted at least k - 1.
+        histogram: Number of drafts by number of accepted tokens, 0, 1, ...
+        num_drafts: Number of rounds.
+        num_draft_tokens: Number of proposed tokens.
+        num_accepted_tokens: Number of accepted tokens.
+        draft_acceptance_rate: Share of the proposed tokens that were accepted.
+        draft_milliseconds: The draft's time per round.
+        verifier_milliseconds: The verifier's time per round.
+        other_milliseconds: The time of the loop itself per round.
+        tokens_per_second: With speculation, without the prefill.
+        tokens_per_second_alone: Without speculation on the same prompts, measured alternately in the same run.
+        speedup: ``tokens_per_second / tokens_per_second_alone``.
+        identical_responses: Number of responses identical to those without speculation; None above temperature 0.
+        by_stretch: Acceptance length by the position in the response at which a round begins.
+        by_chain_length: Acceptance length with chains of K = 1, 2, ... tokens, by replay on the verifier's own
+            responses; empty if unknown.
+        compared_rounds: Number of rounds compared with a replay of the same text; 0 if the text does not determine
+            them.
+        differing_rounds: Number of rounds that accept different tokens than the replay: the drafter is wrong.
+        difference: Description of the difference, with an example; empty if none differs.
     """
 
     prompt_set: str
@@ -87,7 +89,7 @@ class Measurement(Result):
     tokens_per_second_alone: float
     speedup: float
     identical_responses: int | None
-    by_stretch: list[Stretch]
+    by_stretch: list[Span]
     by_chain_length: list[float]
     compared_rounds: int = 0
     differing_rounds: int = 0
@@ -95,10 +97,10 @@ class Measurement(Result):
 
 
 class ContenderResult(Result):
-    """What one contender came to.
+    """Results of one contender.
 
     Attributes:
-        name: For people, unique within the results.
+        name: Display name, unique within the results.
         draft: Folder or hub id of the draft; None for a method that needs none.
         proposal: Settings of the proposal method.
         is_baseline: Whether it is a method without a draft, which a draft has to beat.
@@ -117,21 +119,21 @@ class ContenderResult(Result):
 
 
 class Results(Result):
-    """A whole evaluation.
+    """Results of a whole evaluation.
 
     Attributes:
         verifier: Folder or hub id.
         verifier_parameters: Number of its weights.
         sampling: How tokens were chosen.
         verification: Name of the verification method.
-        max_new_tokens: Most tokens of a response.
-        batch_size: Responses decoded side by side.
-        seed: Seed of everything random.
-        template_arguments: What the chat template was given besides the chats.
-        machine: Device, threads and types, for people.
-        versions: Version of each package that matters.
+        max_new_tokens: Maximum number of tokens of a response.
+        batch_size: Number of responses decoded in a batch.
+        seed: Seed of all randomness.
+        template_arguments: Further arguments of the chat template.
+        machine: Description of device, threads and dtypes.
+        versions: Version of each relevant package.
         prompt_sets: Names of the prompt sets.
-        contenders: In the order in which they were given.
+        contenders: Results of the contenders, in the given order.
     """
 
     verifier: str

@@ -1,4 +1,4 @@
-"""Counting rounds, and what follows from them."""
+"""Counts of rounds, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from specforge.decoding.agreement import Agreement
 from specforge.decoding.loop import Emission, Times
 from specforge.decoding.replay import Rounds, figures
-from specforge.evaluation.results import Measurement, Stretch
+from specforge.evaluation.results import Measurement, Span
 
-# Tokens of a stretch of the response, for acceptance by position in the text.
-STRETCH = 32
+# Length of a span of the response in tokens, for acceptance by position in the text.
+SPAN = 32
 RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Round:
-    """One round: where in the response it began, and its proposed and accepted tokens."""
+    """One round: its start within the response, and its numbers of proposed and accepted tokens."""
 
     begin: int
     drafted: int
@@ -34,10 +34,10 @@ class Response:
     """One response of a contender.
 
     Attributes:
-        conversation: Which conversation it belongs to; the unit of resampling.
+        conversation: Key of its conversation, the unit of resampling.
         tokens: Its tokens.
-        rounds: Its rounds; the first token comes with the prompt's pass.
-        identical: Whether it is the verifier's alone, token for token; None where that is not asked.
+        rounds: Its rounds; the first token comes from the prefill.
+        identical: Whether it equals the response without speculation; None if not compared.
     """
 
     conversation: tuple[str, int]
@@ -47,7 +47,7 @@ class Response:
 
     @classmethod
     def of(cls, conversation: tuple[str, int], emissions: Sequence[Emission], alone: Sequence[int] | None) -> Self:
-        """Gather a response from its emissions, and compare it with the verifier's alone."""
+        """Build a response from its emissions, and compare it with the one without speculation."""
         tokens: list[int] = []
         rounds = []
         for emission in emissions:
@@ -59,15 +59,15 @@ class Response:
 
 @dataclass
 class RoundTally:
-    """All that was counted of one contender on one prompt set.
+    """All counts of one contender on one prompt set.
 
     Attributes:
         responses: Its responses.
         times: Its times.
-        alone_tokens: Tokens that rounds of the verifier alone yielded on the same prompts.
-        alone_seconds: Seconds that they took.
+        alone_tokens: Number of tokens that decoding without speculation yielded on the same prompts.
+        alone_seconds: Seconds that it took.
         chains: Replayed rounds of chains of K = 1, 2, ... tokens.
-        agreement: Its own rounds beside a replay of its own text; none where the text does not determine them.
+        agreement: Comparison of its rounds with a replay of its text; empty if the text does not determine them.
     """
 
     responses: list[Response] = field(default_factory=list)
@@ -129,7 +129,7 @@ class RoundTally:
         )
 
     def _confidence_interval(self) -> tuple[float, float] | None:
-        """95 % of the acceptance length by resampling conversations: responses to one are not independent."""
+        """95 % interval of the acceptance length by resampling conversations, whose responses are not independent."""
         tokens: Counter[tuple[str, int]] = Counter()
         rounds: Counter[tuple[str, int]] = Counter()
         for response in self.responses:
@@ -151,16 +151,16 @@ class RoundTally:
         return [float(one) for one in tokens / rounds] if tokens else []
 
 
-def _by_stretch(rounds: Sequence[Round]) -> list[Stretch]:
+def _by_stretch(rounds: Sequence[Round]) -> list[Span]:
     drafts: Counter[int] = Counter()
     tokens: Counter[int] = Counter()
     for one in rounds:
-        drafts[one.begin // STRETCH] += 1
-        tokens[one.begin // STRETCH] += one.accepted + 1
+        drafts[one.begin // SPAN] += 1
+        tokens[one.begin // SPAN] += one.accepted + 1
     return [
-        Stretch(
-            begin=number * STRETCH,
-            end=(number + 1) * STRETCH,
+        Span(
+            begin=number * SPAN,
+            end=(number + 1) * SPAN,
             drafts=drafts[number],
             acceptance_length=tokens[number] / drafts[number],
         )

@@ -1,4 +1,4 @@
-"""Proposal methods: how a draft turns into candidate tokens, and the configurations that are stored with it."""
+"""Proposal methods: how a draft proposes candidate tokens, and the settings stored with it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # Imported on first use: the registry looks into this package, and must not load torch.
+    # Imported on first use: the registry reads this package and must not load torch.
     if name in _MODULES:
         return getattr(importlib.import_module(f"specforge.proposals.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'specforge.proposals' has no attribute {name!r}")

@@ -1,6 +1,6 @@
-"""A table of bigrams: after each token, the one that most often followed it in training; no draft.
+"""A bigram table without a draft: for each token, the one that most often followed it in the training data.
 
-The second baseline: what a draft without any context knows.
+The second baseline: a draft that sees only one token of context.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class BigramTokenProposalConfig(TokenProposalConfig):
 
     Attributes:
         proposal_type: Always ``"bigram"``.
-        speculative_tokens: Tokens that are proposed.
+        speculative_tokens: Number of proposed tokens.
         table: A safetensors file with ``successors``, int64 [V]: the token that follows each; -1 for none.
     """
 
@@ -48,16 +48,16 @@ class BigramProposer(Proposer[BigramTokenProposalConfig]):
         return self.config.speculative_tokens
 
     def check(self, vocabulary_size: int) -> None:
-        """Refuse a table that was counted for another vocabulary.
+        """Reject a table that was counted for another vocabulary.
 
         Raises:
-            UsageError: It has another size, names other tokens, or cannot be read.
+            UsageError: It has another size, contains unknown tokens, or cannot be read.
         """
         size, largest = len(self._successors), max(self._successors, default=-1)
         if size != vocabulary_size or largest >= vocabulary_size:
             raise UsageError(
                 f"bigram: {self.config.table} was counted for another vocabulary: it has {size:,} tokens, the verifier "
-                f"{vocabulary_size:,}; count it anew from rows of this verifier"
+                f"{vocabulary_size:,}; count it again from rows of this verifier"
             )
 
     @property
@@ -65,10 +65,10 @@ class BigramProposer(Proposer[BigramTokenProposalConfig]):
         return read_table(self.config.table)
 
     def propose(self, sequences: Sequence[Tensor], drafter: Drafter | None) -> Proposal:
-        """Follow the table from the last token, as long as it knows what follows."""
-        return follow(sequences, self._followed)
+        """Follow the table from the last token, as long as it has a successor."""
+        return follow(sequences, self._chain)
 
-    def _followed(self, tokens: Tensor) -> Tensor:
+    def _chain(self, tokens: Tensor) -> Tensor:
         chain: list[int] = []
         token = self._successors[int(tokens[-1])]
         while token >= 0 and len(chain) < self.config.speculative_tokens:
@@ -79,10 +79,10 @@ class BigramProposer(Proposer[BigramTokenProposalConfig]):
 
 @lru_cache(maxsize=4)
 def read_table(path: str) -> list[int]:
-    """Read the successor of each token, -1 for none; once a process.
+    """Read the successor of each token, -1 for none; cached per process.
 
     Raises:
-        UsageError: The file is missing, damaged or something else.
+        UsageError: The file is missing, damaged or not such a table.
     """
     try:
         return [int(token) for token in load_file(path)[SUCCESSORS].tolist()]

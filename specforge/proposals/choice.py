@@ -1,4 +1,4 @@
-"""Choosing a proposal method by a short text: ``NAME``, or ``NAME:KEY=VALUE,KEY=VALUE``."""
+"""Parsing of a proposal method from text: ``NAME``, or ``NAME:KEY=VALUE,KEY=VALUE``."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def choose_proposal(text: str | None, draft: SpeculatorModelConfig | None, **giv
     """Return the settings of a proposal method.
 
     Args:
-        text: ``greedy``, ``dynamic_tree:depth=5,speculative_tokens=32``, ...; None for the draft's default one.
-        draft: A draft's configuration: what it says of the method goes before the method's own defaults.
-        **given: Settings that the text need not repeat; those that the method does not have are left out.
+        text: ``greedy``, ``dynamic_tree:depth=5,speculative_tokens=32``, ...; None takes the draft's default method.
+        draft: A draft's configuration; its stored settings take precedence over the method's defaults.
+        **given: Further settings, overridden by the text; those that the method does not have are ignored.
 
     Raises:
-        UsageError: No such method or setting, a wrong value, or nothing to choose by.
+        UsageError: There is no such method or setting, a value is wrong, or no method is given.
     """
     stored = draft.speculators_config if draft is not None else None
     if text is None:
         if stored is None:
-            raise UsageError("no proposal method is chosen, and no draft says which one it is for")
+            raise UsageError("no proposal method is set, and there is no draft that stores a default one")
         text = stored.default_proposal_method
     name, _, rest = text.partition(":")
     method = installed().find(ProposalMethod, name)
@@ -41,7 +41,7 @@ def choose_proposal(text: str | None, draft: SpeculatorModelConfig | None, **giv
         key, equals, value = part.partition("=")
         if not equals or key not in allowed:
             raise UsageError(
-                f"proposal {text!r}: {key!r} is no setting of {name}; allowed, as KEY=VALUE: "
+                f"proposal {text!r}: {key!r} is not a setting of {name}; allowed, as KEY=VALUE: "
                 f"{', '.join(allowed)}.{nearest_name(key, allowed)}"
             )
         values[key] = _value(value)
@@ -52,7 +52,7 @@ def choose_proposal(text: str | None, draft: SpeculatorModelConfig | None, **giv
 
 
 def describe(proposal: TokenProposalConfig) -> str:
-    """Return a proposal method as the text that chooses it: its name, and what differs from the defaults."""
+    """Return a proposal method as text: its name, and the settings that differ from the defaults."""
     fields = type(proposal).model_fields
     changed = [
         f"{key}={getattr(proposal, key)}"

@@ -1,8 +1,8 @@
-"""The dynamic tree (arXiv 2406.16858, section 4): it grows where the draft is confident.
+"""The dynamic tree (arXiv 2406.16858, section 4), which grows where the draft is confident.
 
 A node's score is the draft's log-probability of its path. Each level steps the ``expansion_factor`` best new nodes and
-records as many children of each; in the end the best of *all* recorded nodes are proposed. A node never scores above
-its parent, so what is chosen is a tree.
+records ``expansion_factor`` children of each; in the end the best of *all* recorded nodes are proposed. A node never
+scores above its parent, so the chosen nodes form a tree.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class DynamicTreeTokenProposalConfig(TokenProposalConfig):
 
     Attributes:
         proposal_type: Always ``"dynamic_tree"``.
-        speculative_tokens: Nodes that are proposed.
-        expansion_factor: Nodes that are stepped in a level, and children that are recorded of each.
-        depth: Tokens from the root to the deepest leaf.
+        speculative_tokens: Number of proposed nodes.
+        expansion_factor: Number of nodes stepped in each level, and of children recorded for each.
+        depth: Number of tokens from the root to the deepest leaf.
     """
 
     proposal_type: Literal["dynamic_tree"] = "dynamic_tree"
@@ -40,15 +40,15 @@ class DynamicTreeProposer(Proposer[DynamicTreeTokenProposalConfig]):
 
     @property
     def depth(self) -> int:
-        """Tokens from the root to the deepest leaf."""
+        """Number of tokens from the root to the deepest leaf."""
         return self.config.depth
 
     def propose(self, sequences: Sequence[Tensor], drafter: Drafter | None) -> Proposal:
-        """Grow the tree where it is probable, then choose among all of it."""
+        """Expand the most probable nodes, then choose the best of all."""
         assert drafter is not None
         batch, device = len(drafter.root), drafter.root.device
         rows = torch.arange(batch, device=device)[:, None]
-        # A frontier node has a place among the recorded nodes and, once stepped, one among the draft's.
+        # A frontier node has an index among the recorded nodes and, once stepped, one among the draft's.
         recorded = stepped = torch.full((batch, 1), -1, device=device)
         score = torch.zeros(batch, 1, device=device)
         logits = drafter.root[:, None]
@@ -65,19 +65,19 @@ class DynamicTreeProposer(Proposer[DynamicTreeTokenProposalConfig]):
             if level + 1 == self.depth:
                 break
             score, chosen = scores[-1].topk(width, dim=1)
-            behind = stepped[rows, chosen // width]
-            logits = drafter.step(tokens[-1][rows, chosen], behind)
+            parent = stepped[rows, chosen // width]
+            logits = drafter.step(tokens[-1][rows, chosen], parent)
             stepped = torch.arange(width, device=device).expand(batch, -1) + level * width
             recorded = first + chosen
         return self._best(torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1))
 
     def _best(self, tokens: Tensor, parents: Tensor, scores: Tensor) -> Proposal:
         size = min(self.config.speculative_tokens, tokens.shape[1])
-        # Stable: a child that is certain scores as its parent does, and must stand behind it.
+        # Stable: a child of probability 1 has its parent's score, and must come after it.
         chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :size].sort(dim=1).values
-        place = torch.full_like(tokens, -1).scatter(
+        index = torch.full_like(tokens, -1).scatter(
             1, chosen, torch.arange(size, device=tokens.device).expand_as(chosen)
         )
-        behind = parents.gather(1, chosen)
-        parents = torch.where(behind >= 0, place.gather(1, behind.clamp(min=0)), -1)
+        recorded = parents.gather(1, chosen)
+        parents = torch.where(recorded >= 0, index.gather(1, recorded.clamp(min=0)), -1)
         return Proposal(tokens.gather(1, chosen), parents, torch.full((len(tokens),), size, device=tokens.device))

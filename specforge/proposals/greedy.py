@@ -19,11 +19,11 @@ class GreedyTokenProposalConfig(TokenProposalConfig):
 
     Attributes:
         proposal_type: Always ``"greedy"``.
-        speculative_tokens: Tokens that the draft proposes in a round.
-        verifier_accept_k: A proposed token is accepted when it is among the verifier's k most probable ones; lossy
-            when above 1.
-        accept_tolerance: A proposed token is accepted when its log-probability is at most so far below that of the
-            verifier's best; lossy when above 0.
+        speculative_tokens: Number of tokens that the draft proposes in a round.
+        verifier_accept_k: A proposed token is accepted if it is among the verifier's k most probable ones; lossy
+            above 1.
+        accept_tolerance: A proposed token is accepted if its log-probability is at most this far below that of the
+            verifier's best token; lossy above 0.
     """
 
     proposal_type: Literal["greedy"] = "greedy"
@@ -41,7 +41,7 @@ class GreedyProposer(Proposer[GreedyTokenProposalConfig]):
         return self.config.speculative_tokens
 
     def propose(self, sequences: Sequence[Tensor], drafter: Drafter | None) -> Proposal:
-        """Take the draft's most probable token, as often as the chain is long."""
+        """Take the draft's most probable token at each step of the chain."""
         assert drafter is not None
-        chain = grow(drafter, [1] * self.depth, sampling=None, chance=self.chance)
+        chain = grow(drafter, [1] * self.depth, sampling=None, rng=self.rng)
         return replace(chain, accept_k=self.config.verifier_accept_k, accept_tolerance=self.config.accept_tolerance)

@@ -1,6 +1,6 @@
-"""Prompt lookup: copy what followed the last few tokens when they stood in the text before; no draft.
+"""Prompt lookup without a draft: copy what followed an earlier occurrence of the last few tokens.
 
-A baseline that costs nothing: a trained draft has to beat it (github.com/apoorvumang/prompt-lookup-decoding).
+A baseline without training cost, which a trained draft has to beat (github.com/apoorvumang/prompt-lookup-decoding).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class PromptLookupTokenProposalConfig(TokenProposalConfig):
 
     Attributes:
         proposal_type: Always ``"prompt_lookup"``.
-        speculative_tokens: Tokens that are copied.
-        max_ngram: Length of the run of last tokens that is looked for first.
-        min_ngram: Length of the shortest one.
+        speculative_tokens: Number of copied tokens.
+        max_ngram: Length of the longest n-gram at the end of the text to look for; it is tried first.
+        min_ngram: Length of the shortest n-gram to look for.
     """
 
     proposal_type: Literal["prompt_lookup"] = "prompt_lookup"
@@ -49,12 +49,12 @@ class PromptLookupProposer(Proposer[PromptLookupTokenProposalConfig]):
         return self.config.speculative_tokens
 
     def propose(self, sequences: Sequence[Tensor], drafter: Drafter | None) -> Proposal:
-        """Copy what followed the latest earlier occurrence of the longest run of last tokens that has one."""
+        """Copy what followed the latest earlier occurrence of the longest n-gram at the end of the text."""
         return follow(sequences, self._copied)
 
     def _copied(self, tokens: Tensor) -> Tensor:
         for length in range(min(self.config.max_ngram, len(tokens) - 1), self.config.min_ngram - 1, -1):
-            # The last window is the run itself.
+            # The last window is the n-gram itself.
             earlier = (tokens.unfold(0, length, 1)[:-1] == tokens[-length:]).all(1).nonzero()
             if len(earlier):
                 begin = int(earlier[-1]) + length

@@ -1,4 +1,4 @@
-"""What a proposal method hands to the verifier: a tree of tokens; and what every method is made from.
+"""The tree of tokens that a proposal method passes to the verifier, and the base class of methods.
 
 Letters in shapes: B sequences, N proposed nodes, I nodes that have children (the root included), D draft vocabulary.
 """
@@ -16,27 +16,27 @@ from torch import Tensor
 from specforge.config import TokenProposalConfig
 from specforge.models.drafter import Drafter
 from specforge.models.tree_cache import ancestors_of
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 
 Settings = TypeVar("Settings", bound=TokenProposalConfig)
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Trees of candidate tokens behind the last committed token of each sequence, the root.
+    """Trees of candidate tokens after the last committed token of each sequence, the root.
 
-    Nodes stand in the order of their depth, siblings in the order in which they were drawn.
+    Nodes are ordered by depth, siblings in the order in which they were drawn.
 
     Attributes:
         tokens: The verifier's ids, int64 [B, N].
-        parents: The node that each stands behind, int64 [B, N]; -1 is the root.
-        counts: How many nodes of each row are real, int64 [B]; padding stands behind them.
-        log_q: Where tokens were drawn at random, the log-probabilities that they were drawn with, [B, I, D]: of the
-            root's children, then those of the nodes in their order; siblings are drawn without replacement. None where
-            tokens are a fixed function of what is committed.
-        draft_ids: The verifier's ids of the draft tokens, int64 [D]; None where the vocabularies are the same.
-        accept_k: Accept a token that is among the verifier's k most probable ones: lossy when above 1.
-        accept_tolerance: Accept a token whose log-probability is at most so far below the best: lossy when above 0.
+        parents: The parent of each node, int64 [B, N]; -1 is the root.
+        counts: Number of real nodes of each row, int64 [B]; padding comes after them.
+        log_q: The log-probabilities from which sampled tokens were drawn, [B, I, D]: those of the root's children, then
+            those of the other nodes' children in order; siblings are drawn without replacement. None if tokens are a
+            deterministic function of the committed ones.
+        draft_ids: The verifier's ids of the draft tokens, int64 [D]; None if the vocabularies are the same.
+        accept_k: Accept a token that is among the verifier's k most probable ones: lossy above 1.
+        accept_tolerance: Accept a token whose log-probability is at most this far below the best: lossy above 0.
     """
 
     tokens: Tensor
@@ -49,7 +49,7 @@ class Proposal:
 
     @property
     def ancestors(self) -> Tensor:
-        """Which nodes lie on the path to each node, itself included, bool [B, N, N]."""
+        """Which nodes are on the path to each node, itself included, bool [B, N, N]."""
         return ancestors_of(self.parents)
 
     @property
@@ -58,58 +58,58 @@ class Proposal:
         return self.ancestors.sum(-1)
 
     def within(self, limits: Tensor) -> Proposal:
-        """Leave out nodes deeper than a limit of each sequence, int64 [B]."""
+        """Drop nodes deeper than each sequence's limit, int64 [B]."""
         counts = torch.minimum(self.counts, (self.depths <= limits[:, None]).sum(1))
         longest = int(counts.max())
         return replace(self, tokens=self.tokens[:, :longest], parents=self.parents[:, :longest], counts=counts)
 
 
 class Proposer(ABC, Generic[Settings]):
-    """A proposal method at work.
+    """Base class of proposal methods.
 
     Args:
-        config: Its settings.
-        sampling: How the verifier chooses its tokens, for methods that draw theirs alike.
-        chance: Source of randomness.
+        config: Settings of the method.
+        sampling: How the verifier chooses its tokens, for methods that sample in the same way.
+        rng: Source of randomness.
     """
 
     needs_draft: ClassVar[bool] = True
 
-    def __init__(self, config: Settings, sampling: Sampling, chance: Chance) -> None:
+    def __init__(self, config: Settings, sampling: Sampling, rng: RandomSource) -> None:
         self.config = config
         self.sampling = sampling
-        self.chance = chance
+        self.rng = rng
 
     @property
     @abstractmethod
     def depth(self) -> int:
-        """Most tokens that it proposes one behind the other."""
+        """Maximum number of tokens on a proposed path."""
 
     def check(self, vocabulary_size: int) -> None:
-        """Refuse what does not go with a verifier of so many tokens; overridden where something may not.
+        """Reject settings that do not fit the verifier's vocabulary; override if the method has such settings.
 
         Raises:
-            UsageError: Something does not.
+            UsageError: They do not fit.
         """
 
     @abstractmethod
     def propose(self, sequences: Sequence[Tensor], drafter: Drafter | None) -> Proposal:
-        """Propose what may follow.
+        """Propose the next tokens.
 
         Args:
             sequences: The committed tokens of each sequence, prompt included, int64 [T] each.
-            drafter: The draft, which has taken them in; None for methods that need none.
+            drafter: The drafter, which has read them; None for methods that need none.
         """
 
 
-def grow(drafter: Drafter, widths: Sequence[int], sampling: Sampling | None, chance: Chance) -> Proposal:
+def grow(drafter: Drafter, widths: Sequence[int], sampling: Sampling | None, rng: RandomSource) -> Proposal:
     """Grow a tree of a fixed shape, level by level.
 
     Args:
         drafter: The draft.
-        widths: Children of the root, of each of those, and so on.
+        widths: Number of children of the root, of each of these children, and so on.
         sampling: Draw the children of a node from its distribution, without replacement; None takes the most probable.
-        chance: Source of randomness for drawing.
+        rng: Source of randomness.
     """
     logits = drafter.root[:, None]
     batch, device = len(logits), logits.device
@@ -117,13 +117,13 @@ def grow(drafter: Drafter, widths: Sequence[int], sampling: Sampling | None, cha
     stepped = 0
     tokens, parents, distributions = [], [], []
     for level, width in enumerate(widths):
-        # A vocabulary smaller than the tree is broad gives what it has.
+        # The vocabulary may be smaller than the tree's width.
         width = min(width, logits.shape[-1])
         if sampling is None:
             chosen = logits.topk(width, dim=-1).indices
         else:
             distributions.append(sampling.log_probs(logits))
-            chosen = chance.draw_several(distributions[-1], width)
+            chosen = rng.draw_without_replacement(distributions[-1], width)
         tokens.append(drafter.to_verifier(chosen).flatten(1))
         parents.append(frontier.repeat_interleave(width).expand(batch, -1))
         if level + 1 < len(widths):
@@ -143,12 +143,12 @@ def grow(drafter: Drafter, widths: Sequence[int], sampling: Sampling | None, cha
 def follow(
     sequences: Sequence[Tensor], speculate: Callable[[Tensor], Tensor], device: torch.device | None = None
 ) -> Proposal:
-    """Propose one chain a sequence, by a rule that needs no draft.
+    """Propose one chain per sequence, by a rule that needs no draft.
 
     Args:
         sequences: The committed tokens of each sequence, int64 [T] each.
-        speculate: Maps committed tokens [T] to those that may follow, [n]; n may be 0.
-        device: Where the proposal is wanted; that of the sequences when None.
+        speculate: Maps committed tokens [T] to proposed ones, [n]; n may be 0.
+        device: Device of the proposal; None takes that of the sequences.
     """
     chains = [speculate(sequence) for sequence in sequences]
     counts = torch.tensor([len(chain) for chain in chains], device=device or sequences[0].device)

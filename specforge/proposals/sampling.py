@@ -1,4 +1,4 @@
-"""The sampled chain: the draft draws its tokens as the verifier does, at the same temperature, top-k and top-p."""
+"""The sampled chain: the draft samples its tokens with the verifier's temperature, top-k and top-p."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SamplingTokenProposalConfig(TokenProposalConfig):
 
     Attributes:
         proposal_type: Always ``"sampling"``.
-        speculative_tokens: Tokens that the draft proposes in a round.
+        speculative_tokens: Number of tokens that the draft proposes in a round.
     """
 
     proposal_type: Literal["sampling"] = "sampling"
@@ -34,7 +34,7 @@ class SamplingProposer(Proposer[SamplingTokenProposalConfig]):
         return self.config.speculative_tokens
 
     def propose(self, sequences: Sequence[Tensor], drafter: Drafter | None) -> Proposal:
-        """Draw one token a step."""
+        """Sample one token per step."""
         assert drafter is not None
         sampling = None if self.sampling.is_greedy else self.sampling
-        return grow(drafter, [1] * self.depth, sampling, self.chance)
+        return grow(drafter, [1] * self.depth, sampling, self.rng)

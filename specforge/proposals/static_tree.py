@@ -1,4 +1,4 @@
-"""A tree of a fixed shape: every node has as many children as every other of its level."""
+"""A tree of a fixed shape: all nodes of a level have the same number of children."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class StaticTreeTokenProposalConfig(TokenProposalConfig):
 
     Attributes:
         proposal_type: Always ``"static_tree"``.
-        initial_branching_factor: Candidates for the first token.
-        branching_factor: Candidates behind each other one.
-        depth: Tokens from the root to a leaf.
-        sampled: Above temperature 0, draw candidates from the draft's distribution, without replacement, instead of
+        initial_branching_factor: Number of candidates for the first token.
+        branching_factor: Number of candidates after each later token.
+        depth: Number of tokens from the root to a leaf.
+        sampled: Above temperature 0, sample candidates from the draft's distribution, without replacement, instead of
             taking the most probable ones.
     """
 
@@ -37,12 +37,12 @@ class StaticTreeProposer(Proposer[StaticTreeTokenProposalConfig]):
 
     @property
     def depth(self) -> int:
-        """Tokens from the root to a leaf."""
+        """Number of tokens from the root to a leaf."""
         return self.config.depth
 
     def propose(self, sequences: Sequence[Tensor], drafter: Drafter | None) -> Proposal:
         """Grow the tree level by level."""
         assert drafter is not None
         widths = [self.config.initial_branching_factor] + [self.config.branching_factor] * (self.config.depth - 1)
-        draws = self.config.sampled and not self.sampling.is_greedy
-        return grow(drafter, widths, self.sampling if draws else None, self.chance)
+        samples = self.config.sampled and not self.sampling.is_greedy
+        return grow(drafter, widths, self.sampling if samples else None, self.rng)

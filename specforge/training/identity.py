@@ -17,7 +17,7 @@ from specforge.config import (
     NOT_COMPUTED,
     SpeculatorModelConfig,
     VerifierConfig,
-    meaning,
+    network_settings,
     verifier_difference,
 )
 from specforge.errors import UsageError
@@ -148,7 +148,7 @@ def _network(draft: SpeculatorModel) -> dict[str, Any]:
     left_out = NOT_COMPUTED | draft.config.proposal_fields | {"max_position_embeddings"}  # engines set that themselves
     return {"aux_layers": layers} | {
         name: value
-        for name, value in meaning(draft.config).items()
+        for name, value in network_settings(draft.config).items()
         if name.rpartition(".")[2] not in left_out and not (layers and value == layers)
     }
 

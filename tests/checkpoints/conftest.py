@@ -1,4 +1,4 @@
-"""Stored drafts and their exports, made once."""
+"""Stored drafts and their exports, created once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specforge.__main__ import main
 
 @pytest.fixture(scope="session")
 def draft_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Store a draft of an algorithm and return its folder; equal ones are stored once."""
+    """Store a draft of an algorithm and return its folder; identical ones are stored once."""
     made: dict[str, Path] = {}
 
     def store(algorithm: str, **options: Any) -> Path:
@@ -29,10 +29,10 @@ def draft_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def exported(draft_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Export a draft in a format, the verifier run; equal ones are exported once."""
+    """Export a draft in a format, running the verifier; identical ones are exported once."""
     made: dict[str, Path] = {}
 
-    def order(key: str, *words: str, **options: Any) -> Path:
+    def export(key: str, *words: str, **options: Any) -> Path:
         name = f"{key} {words} {options}"
         if name not in made:
             algorithm, format = key.split("/")
@@ -42,4 +42,4 @@ def exported(draft_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
             made[name] = folder
         return made[name]
 
-    return order
+    return export

@@ -1,4 +1,4 @@
-"""Servers on this machine that answer as others do: a serving engine, and the hub."""
+"""Local servers that imitate a serving engine and the hub."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def serving(answer: Answer) -> Iterator[str]:
         do_GET = do_POST = do_HEAD = _reply
 
         def log_message(self, format: str, *arguments: Any) -> None:
-            """Keep quiet."""
+            """Print nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Thread(target=server.serve_forever, daemon=True).start()
@@ -50,11 +50,11 @@ def serving(answer: Answer) -> Iterator[str]:
 
 
 class Engine:
-    """A server of completions that counts as vLLM or SGLang does.
+    """A completions server with the counters of vLLM or SGLang.
 
     Args:
         kind: ``"vllm"``, ``"sglang"``, or something else for a server without speculation.
-        accepted: How many of its rounds accept at least k = 1, 2, ... tokens, of ten a request.
+        accepted: Number of rounds that accept at least k = 1, 2, ... tokens, out of ten per request.
     """
 
     def __init__(self, kind: str, accepted: list[int]) -> None:
@@ -83,7 +83,7 @@ class Engine:
         return 404, "{}"
 
     def _metrics(self) -> str:
-        """Return two engines' counters; one served others before."""
+        """Return two engines' counters; one has served other requests before."""
         rounds = 10 * len(self.asked)
         lines = ["# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.", "vllm:other_total 5.0"]
         for name, count in (
@@ -94,8 +94,8 @@ class Engine:
             lines.append(f'vllm:spec_decode_num_{name}_total{{engine="0",model_name="served"}} {1000.0}')
             lines.append(f'vllm:spec_decode_num_{name}_total{{engine="1",model_name="served"}} {float(count)}')
             lines.append(f'vllm:spec_decode_num_{name}_created{{engine="1",model_name="served"}} 1.7e+09')
-        for place, count in enumerate(self.accepted):
-            labels = f'engine="1",model_name="served",position="{place}"'
+        for position, count in enumerate(self.accepted):
+            labels = f'engine="1",model_name="served",position="{position}"'
             lines.append(
                 f"vllm:spec_decode_num_accepted_tokens_per_pos_total{{{labels}}} {float(count * len(self.asked))}"
             )
@@ -103,7 +103,7 @@ class Engine:
 
 
 class Hub:
-    """The hub's interface for uploads of small files."""
+    """The hub's API for uploads of small files."""
 
     def __init__(self) -> None:
         self.created: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Published drafts in all their files and names, and everything that may be wrong with them."""
+"""Published drafts in all their layouts and file types, and everything that may be wrong with them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ READ_AS = {"eagle3/sglang": "eagle3/midlayer"}
 
 @pytest.fixture
 def published(exported: Callable[..., Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A head as others publish it: configuration and weights, nothing of specforge."""
+    """A head as others publish it: configuration and weights, without specforge's own files."""
 
     def publish(key: str) -> Path:
         folder = tmp_path / "published"
@@ -50,7 +50,7 @@ def in_bin(folder: Path, shards: int = 1) -> None:
     if shards == 1:
         torch.save(tensors, folder / "pytorch_model.bin")
         return
-    weight_map = {name: f"pytorch_model-{place % shards}.bin" for place, name in enumerate(tensors)}
+    weight_map = {name: f"pytorch_model-{index % shards}.bin" for index, name in enumerate(tensors)}
     for file in set(weight_map.values()):
         torch.save({name: one for name, one in tensors.items() if weight_map[name] == file}, folder / file)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -59,7 +59,7 @@ def in_bin(folder: Path, shards: int = 1) -> None:
 def in_shards(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
-    weight_map = {name: f"model-{place % 2}.safetensors" for place, name in enumerate(tensors)}
+    weight_map = {name: f"model-{index % 2}.safetensors" for index, name in enumerate(tensors)}
     for file in set(weight_map.values()):
         save_file({name: one for name, one in tensors.items() if weight_map[name] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -116,7 +116,7 @@ def test_a_missing_shard_is_named(index: str, published: Callable[[str], Path], 
 
 @pytest.mark.parametrize("key", PUBLISHED)
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
-def test_nothing_is_made_up_or_left_out(
+def test_no_tensor_is_filled_in_or_dropped(
     change: str, key: str, published: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = published(key)
@@ -139,7 +139,7 @@ def test_nothing_is_made_up_or_left_out(
 
 
 @pytest.mark.parametrize("key", PUBLISHED)
-def test_a_head_of_another_verifier_is_refused(
+def test_a_head_of_another_verifier_is_rejected(
     key: str, published: Callable[[str], Path], tiny_verifiers: Any, tmp_path: Path
 ) -> None:
     folder = published(key)
@@ -148,7 +148,7 @@ def test_a_head_of_another_verifier_is_refused(
     assert not (tmp_path / "ours").exists()
 
 
-def test_a_verifier_that_there_is_not_is_named(published: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_missing_verifier_is_named(published: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nowhere/at/all"):
         convert(str(published("eagle/eagle")), "nowhere/at/all", tmp_path / "ours")
 
@@ -156,23 +156,23 @@ def test_a_verifier_that_there_is_not_is_named(published: Callable[[str], Path],
 def test_no_folder_is_ever_replaced(published: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         convert(str(published("eagle/eagle")), str(VERIFIER), tmp_path / "ours")
     assert (tmp_path / "ours" / "config.json").read_text() == "{}"
 
 
-def test_what_is_no_draft_is_told_what_is_known(tmp_path: Path) -> None:
+def test_an_unknown_format_lists_the_known_ones(tmp_path: Path) -> None:
     # A causal language model would be a draft model.
     shutil.copytree(VERIFIER, tmp_path / "classifier")
     path = tmp_path / "classifier" / "config.json"
     path.write_text(path.read_text().replace("LlamaForCausalLM", "LlamaForSequenceClassification"))
     with pytest.raises(
-        UsageError, match=r"in no known format: config.json says model_type 'llama'.*Known formats: .*vllm"
+        UsageError, match=r"the format of .* is unknown: config.json has model_type 'llama'.*Known formats: .*vllm"
     ):
         convert(str(path.parent), str(VERIFIER), tmp_path / "ours")
 
 
-def test_layer_ids_that_mean_two_things_ask_for_the_format(published: Callable[[str], Path], tmp_path: Path) -> None:
+def test_ambiguous_layer_ids_require_a_format(published: Callable[[str], Path], tmp_path: Path) -> None:
     folder = published("eagle3/sglang")
     values = json.loads((folder / "config.json").read_text())
     values["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}
@@ -197,7 +197,7 @@ def change_tensors(folder: Path, **tensors: Any) -> None:
 
 
 @pytest.mark.parametrize("theta", [..., None])
-def test_a_head_published_without_its_rotary_base_is_exported_as_it_is(
+def test_a_head_published_without_its_rotary_base_gets_the_default(
     theta: Any, published: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = published("eagle3/midlayer")
@@ -228,7 +228,7 @@ def test_a_rotary_base_inside_the_scaling_is_read(published: Callable[[str], Pat
         ({"model_type": "deepseek_v3"}, "no installed plugin provides the layer family 'deepseek_v3'"),
     ],
 )
-def test_settings_that_describe_no_draft_are_named(
+def test_invalid_settings_are_named(
     config: dict[str, Any], message: str, published: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = published("eagle3/midlayer")
@@ -266,7 +266,7 @@ def test_heads_of_another_network_are_named(
         convert(str(folder), str(VERIFIER), tmp_path / "ours")
 
 
-def test_float8_is_named_and_so_is_every_other_short_type(published: Callable[[str], Path], tmp_path: Path) -> None:
+def test_quantised_weights_are_rejected(published: Callable[[str], Path], tmp_path: Path) -> None:
     folder = published("eagle3/midlayer")
     fc = load_file(folder / WEIGHTS)["fc.weight"]
     change_tensors(folder, **{"fc.weight": fc.to(torch.float8_e4m3fn)})
@@ -290,7 +290,7 @@ def test_a_wrong_index_is_named(weight_map: Any, published: Callable[[str], Path
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """Act without the rights of the superuser, who may read anything."""
+    """Run without the permissions of the superuser, who can read every file."""
     own = os.geteuid()
     if own == 0:
         os.seteuid(65534)
@@ -301,14 +301,14 @@ def unprivileged() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", ["config.json", WEIGHTS, "."])
-def test_what_may_not_be_read_is_one_message(
+def test_an_unreadable_file_is_one_message(
     name: str, published: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with tempfile.TemporaryDirectory() as shared:  # pytest's own folders are private
         Path(shared).chmod(0o755)
         folder = published("eagle/speculators").rename(Path(shared) / "head")
         (folder / name).chmod(0)
-        main(["generate", str(folder / "absent"), "--prompt", "hi"])  # imports what may be private, as a clone may be
+        main(["generate", str(folder / "absent"), "--prompt", "hi"])  # modules may be unreadable later
         capsys.readouterr()
         with unprivileged():
             with pytest.raises(UsageError, match="cannot be read: Permission denied") as error:
@@ -321,7 +321,7 @@ def test_what_may_not_be_read_is_one_message(
         folder.chmod(0o755)
 
 
-def test_fit_goes_on_from_a_converted_draft(
+def test_fit_starts_from_a_converted_draft(
     published: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = published("eagle/eagle")

@@ -1,4 +1,4 @@
-"""Exports: what lies in the folder, what is refused, and that nothing half written is left."""
+"""Exports: contents of the folder, rejected drafts, and atomic writes."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("key", FORMATS)
-def test_weights_are_bit_equal_when_they_are_read_back(
+def test_weights_are_bit_equal_when_read_back(
     key: str, exported: Callable[..., Path], draft_of: Callable[..., Path]
 ) -> None:
     folder = exported(key, "--skip_verifier")
     assert {path.name for path in folder.iterdir()} == EXPORTS
     again = layout(key).read(StoredDraft.read(folder), VerifierConfig()).state_dict()
     trained = SpeculatorModel.from_pretrained(draft_of(key.split("/")[0])).state_dict()
-    # Readers that always have a bias get one of zeros, and those that do not borrow embeddings get the verifier's.
+    # Readers that always have a bias get one of zeros; readers that need embeddings get the verifier's.
     added = again.keys() - trained.keys()
     assert added == {"eagle/sglang": {"fusion_fc.bias"}, "eagle/hass": {"fusion_fc.bias"}}.get(
         key, {"embed_tokens.weight"} if key == "eagle3/speculators" else set()
@@ -56,7 +56,7 @@ def test_weights_are_bit_equal_when_they_are_read_back(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_weights_are_cast_and_the_config_says_so(
+def test_weights_are_cast_and_the_config_has_the_dtype(
     dtype: str, exported: Callable[..., Path], draft_of: Callable[..., Path]
 ) -> None:
     folder = exported("eagle3/vllm", "--dtype", dtype, "--skip_verifier")
@@ -67,7 +67,7 @@ def test_weights_are_cast_and_the_config_says_so(
     assert getattr(torch, config_of(folder)["dtype"]) == wanted
 
 
-def test_what_a_type_cannot_hold_is_refused(
+def test_values_beyond_a_dtypes_range_are_rejected(
     draft_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draft = SpeculatorModel.from_pretrained(draft_of("mlp"))
@@ -80,7 +80,7 @@ def test_what_a_type_cannot_hold_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["draft"]
 
 
-def test_no_file_of_an_export_is_taken_for_weights(exported: Callable[..., Path]) -> None:
+def test_no_other_file_of_an_export_is_loaded_as_weights(exported: Callable[..., Path]) -> None:
     """Engines load every safetensors, bin and pt file of a folder."""
     names = {path.name for path in exported("eagle3/vllm").iterdir()}
     assert [one for one in names if Path(one).suffix in (".safetensors", ".bin", ".pt")] == ["model.safetensors"]
@@ -94,7 +94,7 @@ def test_the_verifiers_length_is_written(draft_of: Callable[..., Path], tmp_path
     assert config_of(tmp_path / "draft-vllm")["max_position_embeddings"] == 512
 
 
-def test_positions_other_than_the_verifiers_are_written_as_they_are_and_told(
+def test_rotary_embeddings_other_than_the_verifiers_are_kept_with_a_warning(
     draft_of: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     draft = SpeculatorModel.from_pretrained(draft_of("eagle"))
@@ -103,10 +103,10 @@ def test_positions_other_than_the_verifiers_are_written_as_they_are_and_told(
     assert main(["export", str(tmp_path / "draft"), "--format", "vllm", "--skip_verifier"]) == 0
     stored = config_of(tmp_path / "draft-vllm")
     assert stored["rope_theta"] == stored["rope_parameters"]["rope_theta"] == 5.0
-    assert "they are written as the draft has them" in caplog.text
+    assert "the draft's are written" in caplog.text
 
 
-def test_a_format_of_another_algorithm_is_refused_with_the_own_ones(
+def test_a_format_of_another_algorithm_is_rejected_with_the_own_ones(
     draft_of: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", str(draft_of("mlp")), "--format", "vllm"]) == 2
@@ -116,7 +116,7 @@ def test_a_format_of_another_algorithm_is_refused_with_the_own_ones(
     )
 
 
-def test_a_run_tells_what_the_draft_was_trained_on(draft_of: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_card_describes_the_run(draft_of: Callable[..., Path], tmp_path: Path) -> None:
     run = tmp_path / "version_0"
     SpeculatorModel.from_pretrained(draft_of("eagle3")).save_pretrained(run / "draft")
     validation = VERIFIER.parent / "validation.jsonl"
@@ -130,22 +130,22 @@ def test_a_run_tells_what_the_draft_was_trained_on(draft_of: Callable[..., Path]
     torch.save({"callbacks": {"Best": state}, "global_step": 77}, run / "checkpoints" / "best.ckpt")
     assert main(["export", str(run), "--format", "vllm"]) == 0
     card = (run / "draft-vllm" / "README.md").read_text()
-    for told in (
+    for part in (
         "chats.jsonl",
         "1.0 kl",
         "adamw, learning rate 0.001",
         "| steps | 77 |",
         "val/acceptance_length 2.346",
     ):
-        assert told in card, told
+        assert part in card, part
     assert f"vllm serve {VERIFIER} --speculative-config" in card and '"method": "eagle3"' in card
-    # The prompts of its validation are those of the probe.
+    # The probe uses the run's validation prompts.
     texts = Probe.load(run / "draft-vllm").served.texts
     assert len(texts) == 4 and len({tuple(one.tokens[: one.begin]) for one in texts}) == 4
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", None], ids=["empty", "cut", "something else"])
-def test_a_damaged_best_checkpoint_is_no_obstacle(
+def test_a_damaged_best_checkpoint_is_ignored(
     content: bytes | None, draft_of: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "version_0"
@@ -158,23 +158,21 @@ def test_a_damaged_best_checkpoint_is_no_obstacle(
     assert str(path) in caplog.text and str(run / "config.yaml") in caplog.text
 
 
-def test_an_own_export_with_embeddings_is_exported_again_with_them(
-    exported: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_an_export_with_embeddings_is_exported_again_with_them(exported: Callable[..., Path], tmp_path: Path) -> None:
     source = exported("eagle3/speculators", "--skip_verifier")
     tensors = load_file(source / "model.safetensors")
     for format in ("speculators", "vllm", "midlayer", "sglang"):
         words = ["--format", format, "--output", str(tmp_path / format), "--skip_verifier"]
         assert main(["export", str(source), *words]) == 0
         again = load_file(tmp_path / format / "model.safetensors")
-        if format == "sglang":  # it drafts with the verifier's own
+        if format == "sglang":  # it drafts with the verifier's embeddings
             assert "embed_tokens.weight" not in again
         else:
             assert torch.equal(again["embed_tokens.weight"], tensors["embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_files_have_the_mode_that_the_umask_asks_for(mask: int, draft_of: Callable[..., Path], tmp_path: Path) -> None:
+def test_files_have_the_mode_of_the_umask(mask: int, draft_of: Callable[..., Path], tmp_path: Path) -> None:
     before = os.umask(mask)
     try:
         words = ["export", str(draft_of("eagle")), *AS_EAGLE, "--output", str(tmp_path / "out")]
@@ -185,7 +183,7 @@ def test_files_have_the_mode_that_the_umask_asks_for(mask: int, draft_of: Callab
     assert modes == dict.fromkeys(EXPORTS, 0o666 & ~mask)
 
 
-def test_a_run_without_a_draft_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_a_draft_says_how_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.yaml").write_text("{}")
     assert main(["export", str(tmp_path), "--format", "vllm"]) == 2
@@ -203,13 +201,13 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     assert main([*words[:-1], str(tmp_path / "mine")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
 
 @pytest.mark.parametrize("fails_at", range(3))
-def test_a_failure_leaves_the_earlier_export_as_it_was(
+def test_a_failure_keeps_the_earlier_export(
     fails_at: int, draft_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["export", str(draft_of("eagle")), *AS_EAGLE, "--output", str(tmp_path / "out")]
@@ -231,7 +229,7 @@ def test_a_failure_leaves_the_earlier_export_as_it_was(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_draft_that_names_no_verifier_asks_for_one(
+def test_a_draft_without_a_verifier_requires_one(
     tmp_path: Path, draft_of: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     draft = SpeculatorModel.from_pretrained(draft_of("eagle"))
@@ -253,8 +251,8 @@ def test_a_verifier_by_a_relative_path_is_found_from_anywhere(
     assert stored == {"name_or_path": str(VERIFIER), "architectures": ["LlamaForCausalLM"]}
 
 
-def test_the_expected_acceptance_is_that_of_decoding(exported: Callable[..., Path]) -> None:
-    """The draft knows the verifier's head and little else, so that some tokens are accepted and most are not."""
+def test_the_expected_acceptance_equals_that_of_decoding(exported: Callable[..., Path]) -> None:
+    """The draft is random except for the verifier's head, so some tokens are accepted and most are not."""
     probe = Probe.load(exported("eagle/vllm"))
     assert probe.served is not None and sorted(probe.served.acceptance_length) == list(range(1, 9))
     draft = SpeculatorModel.from_pretrained(exported("eagle/speculators"), verifier=str(VERIFIER))
@@ -265,13 +263,13 @@ def test_the_expected_acceptance_is_that_of_decoding(exported: Callable[..., Pat
     assert measured == pytest.approx(probe.served.acceptance_length[3], abs=1e-6)
 
 
-def test_a_drafter_that_computes_something_else_than_training_is_told(
+def test_a_drafter_that_differs_from_training_is_reported(
     draft_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The export holds what was trained, whatever decoding here makes of it."""
+    """The export holds the trained draft, even if decoding here is wrong."""
     words = ["export", str(draft_of("eagle")), "--format", "vllm", "--output", str(tmp_path / "export")]
     assert main(words) == 0
     assert "WARNING" not in capsys.readouterr().out
     break_drafter(SpeculatorModel.from_pretrained(draft_of("eagle")), monkeypatch)
     assert main(words) == 0
-    assert "WARNING: real decoding accepts other tokens than replay" in capsys.readouterr().out
+    assert "WARNING: real decoding accepts different tokens than replay" in capsys.readouterr().out

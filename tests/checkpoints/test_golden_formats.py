@@ -1,4 +1,4 @@
-"""Every recorded draft in every format of its algorithm: bit-equal when read back, or refused for a reason."""
+"""Every recorded draft in every format of its algorithm: bit-equal when read back, or rejected for the right reason."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PAIRS = [
 
 
 def reason_to_refuse(draft: Any, reader: str) -> str | None:
-    """Say why a format cannot hold a draft, from the rules of its readers alone."""
+    """Return why a format cannot represent a draft, from its readers' rules only."""
     config = draft.config
     if reader in ("sglang", "midlayer") and config.speculators_model_type == "eagle3":
         if len(draft.layers) > 1:

@@ -15,7 +15,7 @@ from specforge.__main__ import main
 
 
 def push(address: str, draft: Path, output: Path) -> subprocess.CompletedProcess[str]:
-    """Export and upload in a process of its own, which has never heard that there is no network."""
+    """Export and upload in a separate process without the tests' offline settings."""
     words = ["export", str(draft), "--format", "vllm", "--output", str(output), "--skip_verifier"]
     command = [sys.executable, "-m", "specforge", *words, "--push_to_hub", "owner/name"]
     environment = {
@@ -36,11 +36,11 @@ def test_all_files_arrive(draft_of: Callable[..., Path], tmp_path: Path) -> None
     assert f"{address}/owner/name" in done.stdout
     assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert len(hub.created) == 1 and hub.created[0]["name"] == "name" and hub.created[0]["organization"] == "owner"
-    # People serve it from there.
+    # The card serves it from the hub.
     assert '"model": "owner/name"' in hub.files["README.md"].decode()
 
 
-def test_a_failure_leaves_the_export(
+def test_a_failed_upload_keeps_the_export(
     draft_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Tests run without a network."""

@@ -1,4 +1,4 @@
-"""Where the quickstart is, and what its verifier is asked."""
+"""Paths of the quickstart, and prompts for its verifier."""
 
 from __future__ import annotations
 

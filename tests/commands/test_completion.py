@@ -1,4 +1,4 @@
-"""The script that completes words: a shell takes it, and it offers what the commands know."""
+"""The completion script: bash accepts it, and it offers the commands' options and values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from specforge.__main__ import main
 from specforge.hookspecs import Command
 from specforge.registry import installed
 
-# Asks bash for what it would offer at the end of a line.
+# Prints what bash would offer at the end of a line.
 ASK = """
 source "$1"; shift
 COMP_WORDS=("$@"); COMP_CWORD=$(( $# - 1 ))
@@ -30,7 +30,7 @@ def script(tmp_path_factory) -> Path:
     return path
 
 
-def test_bash_takes_it(script):
+def test_bash_accepts_it(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 

@@ -1,4 +1,4 @@
-"""What ``specforge doctor`` finds, in this environment and in broken ones."""
+"""Findings of ``specforge doctor``, in this environment and in broken ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from specforge.registry import Plugin, installed
 
 @pytest.fixture
 def deaf_hub() -> Iterator[str]:
-    """An address that takes connections and never answers."""
+    """An address that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
@@ -26,12 +26,12 @@ def states(look, what: str) -> list[str]:
     return [finding.state for finding in look() if finding.what == what]
 
 
-def mends(look) -> list[str]:
-    return [finding.mend for finding in look() if finding.mend is not None]
+def fixes(look) -> list[str]:
+    return [finding.fix for finding in look() if finding.fix is not None]
 
 
-def test_shows_every_section_and_what_to_type_next(capsys, monkeypatch):
-    # What is installed here beside the tests is not what they are about.
+def test_shows_every_section_and_the_next_command(capsys, monkeypatch):
+    # The packages installed here are not the subject of this test.
     monkeypatch.setattr(doctor, "requires", lambda name: ["torch>=2.0", "pluggy>=1.6"])
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
@@ -44,13 +44,13 @@ def test_shows_every_section_and_what_to_type_next(capsys, monkeypatch):
 class TestPackages:
     def test_missing_and_old_ones_are_faults(self, monkeypatch, capsys):
         monkeypatch.setattr(doctor, "requires", lambda name: ["no-such-package>=1", "pluggy>=99,<100", "torch>=2.0"])
-        assert mends(doctor.packages) == ["pip install 'no-such-package>=1'", "pip install 'pluggy<100,>=99'"]
+        assert fixes(doctor.packages) == ["pip install 'no-such-package>=1'", "pip install 'pluggy<100,>=99'"]
         assert main(["doctor"]) == 1
         out = capsys.readouterr().out
         assert "FAULT: pip install 'no-such-package>=1'" in out
-        assert out.splitlines()[-1] == "2 fault(s). Mend them, then: specforge doctor"
+        assert out.splitlines()[-1] == "2 fault(s). Fix them, then run again: specforge doctor"
 
-    def test_extras_are_not_asked_for(self, monkeypatch):
+    def test_extras_are_not_required(self, monkeypatch):
         monkeypatch.setattr(doctor, "requires", lambda name: ["no-such-package>=1; extra == 'docs'"])
         assert list(doctor.packages()) == []
 
@@ -59,10 +59,10 @@ class TestPackages:
 
 
 class TestHub:
-    def test_offline_is_no_fault(self):
+    def test_offline_is_not_a_fault(self):
         (state,) = states(doctor.hub, doctor.HfApi().endpoint)
         assert "HF_HUB_OFFLINE" in state
-        assert not mends(doctor.hub)
+        assert not fixes(doctor.hub)
 
     def test_a_hub_that_never_answers_is_not_waited_for(self, deaf_hub: str, monkeypatch):
         monkeypatch.setattr(doctor, "HUB_SECONDS", 0.2)
@@ -70,15 +70,15 @@ class TestHub:
         monkeypatch.setattr(constants, "ENDPOINT", deaf_hub)
         (state,) = states(doctor.hub, deaf_hub)
         assert state.startswith("not reachable (timed out)")
-        assert not mends(doctor.hub)
+        assert not fixes(doctor.hub)
 
 
-def test_memory_is_that_of_the_machine():
+def test_cpu_and_memory_of_the_machine():
     (state,) = states(doctor.devices, "cpu")
     assert state.startswith(f"{os.cpu_count()} cores, ")
 
 
-def test_a_folder_of_caches_need_not_be_there(monkeypatch, tmp_path: Path):
+def test_the_cache_folder_need_not_exist(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("SPECFORGE_CACHE", str(tmp_path / "not" / "yet"))
     (state,) = states(doctor.disk, "caches")
     assert state.startswith(f"{tmp_path / 'not' / 'yet'}: ")
@@ -88,11 +88,11 @@ def test_a_folder_of_caches_need_not_be_there(monkeypatch, tmp_path: Path):
 def test_a_broken_plugin_is_a_fault(monkeypatch):
     broken = Plugin("toy", "toy-package", "0.1", faults=["ImportError: no toys", "it has 2 of the objective 'loss'"])
     monkeypatch.setattr(installed(), "plugins", [*installed().plugins, broken])
-    assert mends(doctor.plugins) == ["ImportError: no toys; it has 2 of the objective 'loss'"]
+    assert fixes(doctor.plugins) == ["ImportError: no toys; it has 2 of the objective 'loss'"]
 
 
 def test_help(capsys):
     with pytest.raises(SystemExit) as left:
         main(["doctor", "--help"])
     assert left.value.code == 0
-    assert "Exit status 1" in capsys.readouterr().out
+    assert "exit status is 1" in capsys.readouterr().out

@@ -17,7 +17,7 @@ GIVEN = ["--tokens", "1000000", "--supervised_share", "0.5", "--device_flops", "
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A configuration whose verifier is a config.json alone, and whose rows are yet to be made."""
+    """A configuration whose verifier is only a config.json, and whose rows do not exist yet."""
     verifier = tmp_path / "verifier"
     verifier.mkdir()
     shutil.copy(QUICKSTART / "verifier" / "config.json", verifier)
@@ -44,15 +44,15 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str, command: str = "est
 
 
 class TestOutput:
-    def test_a_config_alone_is_enough(self, config, capsys):
+    def test_a_config_is_enough(self, config, capsys):
         out = estimated(capsys, "--config", str(config), *GIVEN)
-        assert re.search(r"tokens an epoch\s+1,000,000 ", out)
+        assert re.search(r"tokens per epoch\s+1,000,000 ", out)
         assert re.search(r"supervised\s+50\.0%", out)
         # 15,625 rows of 64 tokens, twice.
-        assert re.search(r"optimizer steps \(1 row a batch\)\s+31,250", out)
+        assert re.search(r"optimizer steps \(1 row per batch\)\s+31,250", out)
         assert re.search(r"bfloat16\s+512 B\s+512\.00 MB", out)
         assert re.search(r"int8 and scales\s+272 B\s+272\.00 MB", out)
-        assert re.search(r"used to 15% to 80%\s+1\.00 TFLOP/s", out)
+        assert re.search(r"15% to 80% utilised\s+1\.00 TFLOP/s", out)
 
     @pytest.mark.parametrize("algorithm", ["eagle", "mlp"])
     def test_every_algorithm(self, algorithm, config, capsys):
@@ -61,7 +61,7 @@ class TestOutput:
         config.write_text(yaml.safe_dump(values))
         out = estimated(capsys, "--config", str(config), *GIVEN)
         assert out.startswith(f"{algorithm}: ")
-        assert re.search(r"bfloat16\s+128 B", out), "the last state alone"
+        assert re.search(r"bfloat16\s+128 B", out), "only the last state"
 
     def test_fits_80_columns(self, config, capsys):
         out = estimated(capsys, "--config", str(config), *GIVEN)
@@ -75,11 +75,11 @@ class TestOutput:
         flags = ["--trainer.accelerator", "gpu", "--trainer.devices", "8", "--trainer.precision", "bf16-mixed"]
         out = estimated(capsys, "--config", str(config), *GIVEN, *flags)
         assert "8 devices" in out
-        assert "used to 25% to 50%" in out
+        assert "25% to 50% utilised" in out
         stored = json.loads((QUICKSTART / "verifier" / "config.json").read_text())["dtype"]
         assert f"verifier in {stored}, precision bf16-mixed" in " ".join(out.split())
 
-    def test_what_a_plugin_adds(self, config, capsys):
+    def test_costs_named_by_a_plugin(self, config, capsys):
         values = yaml.safe_load(config.read_text()) | {"algorithm": "mlp", "model": {"stage_two": {"begin": 0.5}}}
         config.write_text(yaml.safe_dump(values))
         out = estimated(capsys, "--config", str(config), *GIVEN)
@@ -99,11 +99,11 @@ class TestRows:
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
         flags = ["--data.validation_share", "0.2", "--data.cache_dir", str(tmp_path / "cache")]
         out = estimated(capsys, "--config", str(config), *flags)
-        assert re.search(r"tokens an epoch\s+256 ", out), "8 rows of 32 tokens; two are held out"
+        assert re.search(r"tokens per epoch\s+256 ", out), "8 rows of 32 tokens; two are held out"
         assert re.search(r"supervised\s+75\.0%", out)
         assert re.search(r"rows of up to 64 tokens\s+4 ", out)
 
-    def test_a_large_one_is_not_unless_it_is_built(self, tmp_path, config, capsys, monkeypatch):
+    def test_a_large_file_is_counted_only_if_it_is_built(self, tmp_path, config, capsys, monkeypatch):
         mask = [0] * 8 + [1] * 24
         rows = [{"input_ids": [number, *range(2, 33)], "loss_mask": mask} for number in range(10)]
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -134,14 +134,14 @@ class TestErrors:
         words = ["--config", str(config), *flags]
         assert refused(capsys, *words) == refused(capsys, *words, command="fit")
 
-    def test_a_wrong_key_in_the_file_is_named_with_its_place(self, config, capsys):
+    def test_a_wrong_key_in_the_file_is_named_with_its_line(self, config, capsys):
         config.write_text(config.read_text().replace("ttt_steps", "ttt_step"))
         message = refused(capsys, "--config", str(config), *GIVEN)
         line = next(n for n, text in enumerate(config.read_text().splitlines(), 1) if "ttt_step" in text)
         assert f"unknown key 'model.ttt_step' ({config}:{line})" in message
         assert "'model.ttt_steps'" in message
 
-    def test_rows_that_are_not_there(self, config, capsys):
+    def test_missing_rows(self, config, capsys):
         assert "rows.jsonl does not exist" in refused(capsys, "--config", str(config))
 
     def test_no_end(self, config, capsys):

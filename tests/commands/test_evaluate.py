@@ -1,4 +1,4 @@
-"""``specforge evaluate``: figures that real decoding confirms, baselines, the report, and faults."""
+"""``specforge evaluate``: figures checked against real decoding, baselines, the report, and errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(draft_folder, prompts, tmp_path_factory):
-    """One evaluation at temperature 0: what it printed, and its results."""
+    """One evaluation at temperature 0: its output and its results."""
     output = tmp_path_factory.mktemp("evaluation") / "out"
     words = [draft_folder, "--prompts", *prompts, "--proposal", "greedy", "greedy:speculative_tokens=2", "dynamic_tree"]
     words += ["--baselines", "prompt_lookup", "bigram", "--bigram_rows", QUICKSTART / "train.jsonl"]
@@ -82,7 +82,7 @@ def test_figures_agree_with_each_other(measured):
             assert each.differing_rounds == 0 and not each.difference
 
 
-def test_other_chain_lengths_are_what_decoding_with_them_yields(measured):
+def test_figures_by_chain_length_equal_those_of_decoding(measured):
     results = measured[1]
     three, two = by_name(results, "tokens=3").all_sets, by_name(results, "tokens=2").all_sets
     assert three.by_chain_length == two.by_chain_length
@@ -92,14 +92,14 @@ def test_other_chain_lengths_are_what_decoding_with_them_yields(measured):
     assert lookup.by_chain_length[4] == pytest.approx(lookup.acceptance_length)
 
 
-def test_a_draft_that_a_baseline_beats_shows_it_everywhere(measured, capsys):
+def test_a_draft_that_a_baseline_beats_is_reported_everywhere(measured, capsys):
     output, results = measured
     assert set(results.beaten_by_baselines()) >= {"poor greedy:speculative_tokens=3"}
     page = (output / "report.html").read_text()
     assert "does not beat" in page
 
 
-def test_prints_a_table_and_says_where_the_report_is(draft_folder, prompts, tmp_path, capsys):
+def test_prints_a_table_and_the_path_of_the_report(draft_folder, prompts, tmp_path, capsys):
     words = [
         "--prompts",
         prompts[0],
@@ -118,7 +118,7 @@ def test_prints_a_table_and_says_where_the_report_is(draft_folder, prompts, tmp_
     assert "does not beat" in " ".join(shown.split()) and f"{tmp_path / 'out'} holds" in shown
 
 
-def test_above_temperature_zero_the_draft_draws_and_nothing_is_compared(draft_folder, prompts, tmp_path):
+def test_above_temperature_zero_the_draft_samples_and_nothing_is_compared(draft_folder, prompts, tmp_path):
     words = ["--prompts", *prompts, "--proposal", "sampling", "--verification", "block", "--baselines"]
     words += ["--temperature", 1, "--max_new_tokens", 12, "--output", tmp_path / "out"]
     assert evaluate(draft_folder, *words) == 0
@@ -129,7 +129,7 @@ def test_above_temperature_zero_the_draft_draws_and_nothing_is_compared(draft_fo
     assert len(measurement.by_chain_length) == 8 and not results.contenders[0].is_lossy
 
 
-def test_a_drafter_that_computes_something_else_than_training_is_told(prompts, tmp_path, monkeypatch, capsys):
+def test_a_drafter_that_differs_from_training_is_reported(prompts, tmp_path, monkeypatch, capsys):
     draft = make("eagle")
     draft.save_pretrained(tmp_path / "draft")
     break_drafter(draft, monkeypatch)
@@ -138,9 +138,9 @@ def test_a_drafter_that_computes_something_else_than_training_is_told(prompts, t
     shown = " ".join(capsys.readouterr().out.split())
     found = Results.read(tmp_path / "out" / "results.json").contenders[0].all_sets
     assert 0 < found.differing_rounds <= found.compared_rounds == found.num_drafts
-    # The text is the verifier's whatever is drafted.
+    # The text is the verifier's own with any draft.
     assert found.identical_responses == found.responses
-    assert "WARNING" in shown and "real decoding accepts other tokens than replay" in shown
+    assert "WARNING" in shown and "real decoding accepts different tokens than replay" in shown
 
 
 @pytest.mark.parametrize(
@@ -151,18 +151,18 @@ def test_a_drafter_that_computes_something_else_than_training_is_told(prompts, t
         (["--prompts", "blank.jsonl"], ["blank.jsonl holds no prompts"]),
         (["--prompts", "broken.jsonl"], ["broken.jsonl:2", "invalid JSON"]),
         (["--prompts", "other.jsonl"], ["other.jsonl:1", "a row without a prompt", "'turns'"]),
-        (["--prompts", "good.jsonl", "good.jsonl"], ["two prompt sets have one name"]),
+        (["--prompts", "good.jsonl", "good.jsonl"], ["two prompt sets have the same name"]),
         (["--prompts", "good.jsonl", "--baselines", "greedy"], ["--baselines: greedy needs a draft"]),
         (["--prompts", "good.jsonl", "--baselines", "bigram"], ["--bigram_rows"]),
         (
             ["--prompts", "good.jsonl", "--baselines", "bigram", "--bigram_rows", "none.jsonl"],
             ["--bigram_rows: none.jsonl"],
         ),
-        (["--prompts", "good.jsonl", "--proposal", "greedy", "greedy"], ["two contenders have one name"]),
+        (["--prompts", "good.jsonl", "--proposal", "greedy", "greedy"], ["two contenders have the same name"]),
         (["--prompts", "good.jsonl", "--limit", "0"], ["limit"]),
     ],
 )
-def test_faults_are_told_in_one_line(draft_folder, write_rows, tmp_path, monkeypatch, capsys, words, expected):
+def test_errors_are_one_line(draft_folder, write_rows, tmp_path, monkeypatch, capsys, words, expected):
     monkeypatch.chdir(tmp_path)
     write_rows("good.jsonl", [{"turns": ["Hi"]}])
     write_rows("other.jsonl", [{"question": "Hi"}])
@@ -175,7 +175,7 @@ def test_faults_are_told_in_one_line(draft_folder, write_rows, tmp_path, monkeyp
     assert all(part in message for part in expected), message
 
 
-def test_nothing_to_measure_is_refused(capsys):
+def test_nothing_to_measure_is_rejected(capsys):
     assert evaluate("--verifier", VERIFIER, "--prompts", "x.jsonl", "--baselines") == 2
     assert "nothing to measure" in capsys.readouterr().err
 
@@ -187,7 +187,7 @@ def test_an_output_that_cannot_be_written_fails_with_status_one(draft_folder, pr
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
-def test_flags_may_stand_in_a_file(draft_folder, prompts, tmp_path):
+def test_flags_may_be_in_a_file(draft_folder, prompts, tmp_path):
     config = QUICKSTART.parent / "eagle-evaluation.yaml"
     words = ["--config", config, "--prompts", prompts[0], "--limit", 1, "--max_new_tokens", 4]
     assert evaluate(draft_folder, *words, "--output", tmp_path / "out") == 0

@@ -1,4 +1,4 @@
-"""``specforge generate``: what is said is the verifier's own, however it is asked; faults are told in one line."""
+"""``specforge generate``: the text is the verifier's own for all kinds of input; errors are one line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def generate(*words) -> int:
 
 
 @pytest.mark.parametrize("proposal", ["greedy", "static_tree:depth=2", "dynamic_tree:depth=3,expansion_factor=4"])
-def test_a_prompt_is_answered_as_by_the_verifier_alone(draft_folder, reply, capsys, proposal):
+def test_a_prompt_gets_the_verifiers_own_answer(draft_folder, reply, capsys, proposal):
     assert generate(draft_folder, "--prompt", QUESTIONS[0], "--proposal", proposal, "--max-new-tokens", 30) == 0
     shown = capsys.readouterr()
     assert shown.out.strip() == reply(QUESTIONS[0], max_new_tokens=30)
-    assert "tokens a pass of the verifier" in shown.err and "LOSSY" not in shown.err
+    assert "tokens per verifier pass" in shown.err and "LOSSY" not in shown.err
 
 
 def test_a_method_without_a_draft_needs_only_a_verifier(reply, capsys):
@@ -37,7 +37,7 @@ def test_a_file_is_answered_conversation_by_conversation(draft_folder, reply, wr
     assert capsys.readouterr().out.strip().splitlines() == expected
 
 
-def test_what_is_typed_is_a_chat_until_an_empty_line(draft_folder, reply, monkeypatch, capsys):
+def test_typed_prompts_are_a_chat_until_an_empty_line(draft_folder, reply, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*QUESTIONS, "", "not read"])))
     assert generate(draft_folder, "--max_new_tokens", 20) == 0
     expected = [reply(QUESTIONS[0], max_new_tokens=20), reply(*QUESTIONS, max_new_tokens=20)]
@@ -47,7 +47,7 @@ def test_what_is_typed_is_a_chat_until_an_empty_line(draft_folder, reply, monkey
 def test_accepted_tokens_are_coloured(draft_folder, reply, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
-    # So broad a tree holds the right token even where the draft knows nothing.
+    # A tree this broad holds the right token even for a random draft.
     broad = "static_tree:initial_branching_factor=300,depth=1"
     words = ["--prompt", QUESTIONS[0], "--proposal", broad, "--max_new_tokens", 30]
     generate(draft_folder, *words)
@@ -58,7 +58,7 @@ def test_accepted_tokens_are_coloured(draft_folder, reply, monkeypatch, capsys):
     assert coloured.replace("\x1b[30;102m", "").replace("\x1b[0m", "") == plain
 
 
-def test_lossy_settings_say_so(draft_folder, capsys):
+def test_lossy_settings_print_a_warning(draft_folder, capsys):
     words = ["--prompt", QUESTIONS[0], "--max_new_tokens", 5]
     generate(draft_folder, *words, "--verification", "typical", "--temperature", "1")
     assert "LOSSY" in capsys.readouterr().err
@@ -81,7 +81,7 @@ def test_lossy_settings_say_so(draft_folder, capsys):
         (["--prompt", "x", "--verification", "blok"], ["verification", "token or block or typical"]),
         (["--prompt", "x", "--max_new_tokens", "0"], ["max_new_tokens"]),
         (["--promt", "x"], ["'promt'", "Did you mean 'prompt'"]),
-        (["--prompt", "word " * 600], ["the verifier's context takes 512", "shorten the prompt"]),
+        (["--prompt", "word " * 600], ["the verifier's context is 512", "shorten the prompt"]),
         (
             [
                 "--prompt",
@@ -97,7 +97,7 @@ def test_lossy_settings_say_so(draft_folder, capsys):
         ),
     ],
 )
-def test_faults_are_told_in_one_line(draft_folder, capsys, words, expected):
+def test_errors_are_one_line(draft_folder, capsys, words, expected):
     assert generate(draft_folder, *words) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("specforge generate: error: ")
@@ -113,7 +113,7 @@ def test_a_missing_draft_and_a_missing_verifier_are_named(draft_folder, tmp_path
     assert "--verifier" in capsys.readouterr().err
 
 
-def test_a_draft_of_another_verifier_is_refused(draft_folder, tiny_verifiers, capsys):
+def test_a_draft_of_another_verifier_is_rejected(draft_folder, tiny_verifiers, capsys):
     tokenizer_free = tiny_verifiers["llama"].folder
     assert generate(draft_folder, "--verifier", tokenizer_free, "--prompt", "x") == 2
     message = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a person who has never seen the commands gets wrong, and what they are told."""
+"""Typical mistakes of new users, and their error messages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SEE = "see: specforge {} --help"
 )
 def test_one_line_says_what_to_do(words, command, expected, capsys):
     assert main(words) == 2
-    said = capsys.readouterr()
-    [line] = said.err.splitlines()
-    assert line.startswith(f"specforge {command}: error: ") and not said.out
+    shown = capsys.readouterr()
+    [line] = shown.err.splitlines()
+    assert line.startswith(f"specforge {command}: error: ") and not shown.out
     assert all(part in line for part in expected), line

@@ -1,4 +1,4 @@
-"""What ``specforge plugins`` prints of a plugin."""
+"""Output of ``specforge plugins``, and its template."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from specforge.hookspecs import Algorithm, Command, Objective
 from specforge.registry import Plugin, installed
 
 
-def test_head_and_one_line_a_contribution():
+def test_heading_and_one_line_per_contribution():
     plugin = Plugin(
         "toy", "toy-package", "0.1", [Objective("loss", "a loss", "toy:loss"), Command("go", "goes", "t:g")]
     )
@@ -36,7 +36,7 @@ def test_algorithm_that_only_loads_is_marked():
     assert "training is not provided" not in describe(Plugin("toy", "toy-package", "0.1", [trains]))
 
 
-def test_faults_stand_below_what_works():
+def test_faults_come_after_contributions():
     plugin = Plugin("toy", "toy-package", "0.1", [Objective("loss", "a loss", "toy:loss")], ["first", "second"])
     assert [line.strip() for line in describe(plugin).splitlines()[2:]] == ["FAULT: first", "FAULT: second"]
 
@@ -72,7 +72,7 @@ def test_stray_word(capsys):
 
 
 def register(package: Path) -> None:
-    """Give a folder that stands on the path the metadata that an installation would."""
+    """Add the metadata of an installation to a package on the path."""
     settings = tomllib.loads((package / "pyproject.toml").read_text())["project"]
     folder = package / f"{settings['name'].replace('-', '_')}-{settings['version']}.dist-info"
     folder.mkdir()
@@ -108,8 +108,8 @@ def test_a_drafter_that_is_one_off_is_found_by_check(tmp_path):
     assert ran.returncode == 1
     shown = ran.stdout.splitlines()
     [fault] = [number for number, line in enumerate(shown) if line.startswith("FAULT")]
-    assert "the drafter says what unroll says" in shown[fault] and "draft step 0: logits are" in shown[fault + 1]
-    # The text is the verifier's own whatever a draft says.
+    assert "the drafter agrees with unroll" in shown[fault] and "draft step 0: logits are" in shown[fault + 1]
+    # The text is the verifier's own whatever a draft proposes.
     found = [line.split(":")[0] for line in shown if "the text is the verifier's own" in line]
     assert {"ok     greedy", "ok     dynamic_tree", "ok     my_heads_tree"} <= set(found)
     assert "1 of the checks above" in ran.stderr and "Traceback" not in ran.stderr
@@ -133,7 +133,7 @@ def test_a_new_plugin_has_its_name_everywhere(tmp_path, template, options):
 
 
 @pytest.mark.parametrize("name", ["My", "1st", "with-dash", "eagle3", "core", "lightning"])
-def test_a_name_that_cannot_be_used(name, tmp_path, capsys):
+def test_an_invalid_name(name, tmp_path, capsys):
     assert main(["plugins", "new", name, "--output", str(tmp_path / "mine")]) == 2
     assert repr(name) in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -142,5 +142,5 @@ def test_a_name_that_cannot_be_used(name, tmp_path, capsys):
 def test_a_new_plugin_replaces_nothing(tmp_path, capsys):
     (tmp_path / "notes").write_text("mine")
     assert main(["plugins", "new", "my_heads", "--output", str(tmp_path)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]

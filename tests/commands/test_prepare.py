@@ -1,4 +1,4 @@
-"""``specforge prepare rows``: what it prints and leaves behind, and its faults."""
+"""``specforge prepare rows``: its output and files, and its errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_rows_are_shown_prepared_and_told_of(words, tmp_path, capsys, monkeypatch):
+def test_rows_are_shown_prepared_and_summarised(words, tmp_path, capsys, monkeypatch):
     assert rows(*words, "--show", 1, "--workers", 1, "--long_rows", "drop") == 0
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines()]
@@ -54,11 +54,11 @@ def test_rows_are_shown_prepared_and_told_of(words, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(RowEncoder, "encode", lambda *_: pytest.fail("tokenised again"))
     assert rows(*words, "--long_rows", "drop") == 0
     again = capsys.readouterr().out
-    assert printed.endswith(again.replace("Nothing was left to do", "Done"))
+    assert printed.endswith(again.replace("Nothing to do", "Done"))
     assert contents(tmp_path / "rows") == before
 
 
-def test_fit_takes_what_the_last_line_says(words, capsys, tmp_path):
+def test_fit_accepts_the_command_of_the_last_line(words, capsys, tmp_path):
     assert rows(*words, "--max_length", 64, "--workers", 1) == 0
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert last[:2] == ["specforge", "fit"]
@@ -76,7 +76,7 @@ def test_every_flag_reaches_the_workers(words, tmp_path):
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
-def test_a_killed_command_leaves_no_workers_behind(words):
+def test_a_killed_command_leaves_no_workers(words):
     command = [sys.executable, "-m", "specforge", "prepare", "rows", *words, "--workers", "2"]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children")
@@ -99,14 +99,14 @@ def is_running(worker: str) -> bool:
 
 @pytest.fixture
 def heeds_ctrl_c():
-    """Shells start what they run in the background with Ctrl-C ignored; a test of it must not depend on that."""
+    """Restore Ctrl-C, which shells ignore in background jobs."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("heeds_ctrl_c")
-def test_ctrl_c_says_so_and_the_next_run_goes_on(words, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_is_reported_and_the_next_run_resumes(words, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
             "specforge.data.rows.prepared.require_supervision", lambda *_: os.kill(os.getpid(), signal.SIGINT)
@@ -130,7 +130,7 @@ def test_ctrl_c_says_so_and_the_next_run_goes_on(words, tmp_path, capsys, monkey
         (["--config", "missing.yaml"], "missing.yaml"),
     ],
 )
-def test_wrong_flags_are_refused_by_name(words, tmp_path, capsys, changed, message):
+def test_wrong_flags_are_named(words, tmp_path, capsys, changed, message):
     assert rows(*words, *changed) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*rows*"))
@@ -150,7 +150,7 @@ def test_wrong_flags_are_refused_by_name(words, tmp_path, capsys, changed, messa
     ],
 )
 @pytest.mark.parametrize("show", ["0", "3"])
-def test_wrong_sources_are_refused_by_place(words, tmp_path, capsys, content, message, show):
+def test_wrong_sources_are_named_with_their_line(words, tmp_path, capsys, content, message, show):
     broken = tmp_path / "broken.jsonl"
     if content is not None:
         broken.write_text(content)
@@ -168,7 +168,7 @@ def test_subcommands(capsys):
     assert "sources: none are given" in capsys.readouterr().err
 
 
-def test_what_is_required_and_what_is_in_the_way(source, words, tmp_path, capsys):
+def test_missing_flags_and_an_occupied_output(source, words, tmp_path, capsys):
     assert rows(source) == 2
     assert "verifier: is required; give it as --verifier" in capsys.readouterr().err
     (tmp_path / "rows").mkdir()

@@ -44,14 +44,14 @@ def read(output: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def chats(write_rows) -> Path:
-    """Questions of one to three turns; an answer that somebody else gave is among them."""
+    """Questions of one to three turns, one of them with an answer from another source."""
     rows = [{"turns": [QUESTIONS[(number + turn) % 2] for turn in range(1 + number % 3)]} for number in range(6)]
-    said = ({"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": "42"})
-    return write_rows("chats.jsonl", [*rows, {"messages": list(said)}])
+    messages = ({"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": "42"})
+    return write_rows("chats.jsonl", [*rows, {"messages": list(messages)}])
 
 
 class TestInProcess:
-    def test_every_turn_is_what_the_verifier_says(self, chats, reply, tokenizer, tmp_path, capsys):
+    def test_every_turn_is_the_verifiers_own(self, chats, reply, tokenizer, tmp_path, capsys):
         assert in_process(chats, tmp_path / "out") == 0
         rows = read(tmp_path / "out")
         assert len(rows) >= 7
@@ -62,15 +62,15 @@ class TestInProcess:
             supervised = [token for token, own in zip(row["input_ids"], row["loss_mask"], strict=True) if own]
             written = tokenizer.decode(supervised, skip_special_tokens=True)
             assert written.endswith(replies[asked]) and row["input_ids"][-len(supervised) :][-1] == supervised[-1]
-        for asked, said in replies.items():
-            assert said == reply(*asked, max_new_tokens=20)
+        for asked, answer in replies.items():
+            assert answer == reply(*asked, max_new_tokens=20)
         shown = capsys.readouterr().out
         assert "they can be the verifier's own" in shown
         assert shown.strip().endswith(
             f"specforge prepare rows {tmp_path}/out/responses.jsonl --verifier {VERIFIER} --output rows"
         )
 
-    def test_rows_that_the_quickstart_came_with_come_out_again(self, tmp_path):
+    def test_the_quickstarts_rows_are_reproduced(self, tmp_path):
         responses(
             VALIDATION, "--verifier", VERIFIER, "--output", tmp_path / "out", "--max-new-tokens", 96, "--limit", 40
         )
@@ -80,7 +80,7 @@ class TestInProcess:
                 key: expected[key] for key in ("messages", "input_ids", "loss_mask")
             }
 
-    def test_fit_takes_the_rows_as_exact(self, chats, tokenizer, tmp_path):
+    def test_fit_treats_the_rows_as_exact(self, chats, tokenizer, tmp_path):
         in_process(chats, tmp_path / "out", "--temperature", 0.8, "--top_k", 50)
         source = str(tmp_path / "out" / "responses.jsonl")
         rows = build_rows(source, lambda: ChatTemplate(tokenizer), 1280, RowSettings(512, "drop"), tmp_path / "cache")
@@ -89,14 +89,14 @@ class TestInProcess:
         assert (rows.summary.origins[0].temperature, rows.summary.origins[0].top_k) == (0.8, 50)
         assert main(["prepare", "rows", source, "--verifier", str(VERIFIER), "--output", str(tmp_path / "rows")]) == 0
 
-    def test_drawn_replies_hang_on_the_seed_alone(self, chats, tmp_path):
+    def test_sampled_replies_depend_only_on_the_seed(self, chats, tmp_path):
         words = ["--temperature", 1, "--check", 0]
         for name, more in {"a": ["--batch_size", 2], "b": ["--batch_size", 7], "c": ["--seed", 1]}.items():
             in_process(chats, tmp_path / name, *words, *more)
         first, second, other = ([row["messages"] for row in read(tmp_path / name)] for name in "abc")
         assert first == second != other
 
-    def test_the_same_command_again_asks_nothing(self, chats, tmp_path, capsys, monkeypatch):
+    def test_the_same_command_again_generates_nothing(self, chats, tmp_path, capsys, monkeypatch):
         in_process(chats, tmp_path / "out")
         first = capsys.readouterr().out
         monkeypatch.setattr("specforge.commands.prepare.responses.load", lambda *_: pytest.fail("loaded"))
@@ -105,14 +105,14 @@ class TestInProcess:
         assert in_process(chats, tmp_path / "out", "--temperature", 0.5) == 2
         assert "temperature (0.0 stored, 0.5 now)" in capsys.readouterr().err
 
-    def test_a_prompt_that_is_too_long_is_left_out(self, write_rows, tmp_path, capsys):
+    def test_a_prompt_that_is_too_long_is_rejected(self, write_rows, tmp_path, capsys):
         source = write_rows("chats.jsonl", [{"prompt": "What now? " * 300}, {"prompt": QUESTIONS[0]}])
         assert in_process(source, tmp_path / "out") == 0
         assert len(read(tmp_path / "out")) == 1
-        assert "refused: " in (told := capsys.readouterr().out) and "the verifier's context takes 512" in told
+        assert "rejected: " in (shown := capsys.readouterr().out) and "the verifier's context is 512" in shown
 
-    def test_replies_of_another_model_are_found_out(self, chats, tmp_path, capsys, monkeypatch):
-        stranger = "specforge.commands.prepare.in_process.VerifierAnswerer._reply"
+    def test_replies_of_another_model_are_detected(self, chats, tmp_path, capsys, monkeypatch):
+        stranger = "specforge.commands.prepare.in_process.InProcessAnswerer._reply"
 
         def noise(self: Any, asked: Any, turn: int) -> Any:
             from specforge.engines.generation import Reply
@@ -132,7 +132,7 @@ class TestInProcess:
         [
             (["--output", "out"], "sources: none are given"),
             ([VALIDATION], "output: is required"),
-            ([VALIDATION, "--output", "out"], "who answers? give --verifier MODEL, or --endpoint URL"),
+            ([VALIDATION, "--output", "out"], "no verifier is given; give --verifier MODEL, or --endpoint URL"),
             (
                 [VALIDATION, "--output", "out", "--verifier", VERIFIER, "--template_arguments.enable_thinking", "true"],
                 "template_arguments.enable_thinking: the chat template of",
@@ -143,7 +143,7 @@ class TestInProcess:
             ([VALIDATION, "--output", "out", "--verifier", "no/where"], "no/where"),
         ],
     )
-    def test_wrong_usage_is_told_in_one_message(self, words, expected, tmp_path, monkeypatch, capsys):
+    def test_wrong_usage_is_one_message(self, words, expected, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         assert responses(*words) == 2
         assert expected in capsys.readouterr().err
@@ -153,7 +153,7 @@ class TestInProcess:
 class TestThinking:
     @pytest.fixture
     def thinker(self, tmp_path) -> Path:
-        """The quickstart's verifier with a template that opens replies with an empty thought, if told not to think."""
+        """The quickstart's verifier with a template that opens replies with an empty thought if thinking is off."""
         folder = tmp_path / "thinker"
         shutil.copytree(VERIFIER, folder)
         template = (folder / "chat_template.jinja").read_text()
@@ -163,7 +163,7 @@ class TestThinking:
         (folder / "chat_template.jinja").write_text(template.replace(opening, switched))
         return folder
 
-    def test_the_template_is_switched_and_turns_that_read_other_tokens_are_rows_of_their_own(
+    def test_template_arguments_are_used_and_turns_with_another_context_become_separate_rows(
         self, thinker, tokenizer, write_rows, tmp_path
     ):
         source = write_rows("chats.jsonl", [{"turns": QUESTIONS}])
@@ -192,20 +192,21 @@ class TestThinking:
 
 
 class TestCheck:
-    def test_own_rows_pass_as_they_were_written_and_as_they_are_prepared(self, tmp_path, capsys):
+    def test_own_rows_pass_before_and_after_preparation(self, tmp_path, capsys):
         assert main(["prepare", "check", str(VALIDATION), "--verifier", str(VERIFIER), "--number", "8"]) == 0
         assert "Check of 8 rows" in (shown := capsys.readouterr().out) and "they can be the verifier's own" in shown
         words = [str(VALIDATION), "--verifier", str(VERIFIER), "--output", str(tmp_path / "rows")]
         assert main(["prepare", "rows", *words]) == 0
         assert main(["prepare", "check", str(tmp_path / "rows" / "train"), "--verifier", str(VERIFIER)]) == 0
 
-    def test_text_of_another_hand_does_not(self, write_rows, capsys):
-        said = ({"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": "Shall I compare thee?"})
-        source = write_rows("foreign.jsonl", [{"messages": list(said)}] * 4)
+    def test_text_of_another_source_fails(self, write_rows, capsys):
+        asked = {"role": "user", "content": QUESTIONS[0]}
+        messages = [asked, {"role": "assistant", "content": "Shall I compare thee?"}]
+        source = write_rows("foreign.jsonl", [{"messages": messages}] * 4)
         assert main(["prepare", "check", str(source), "--verifier", str(VERIFIER)]) == 1
         assert "THEY ARE NOT THE VERIFIER'S OWN" in capsys.readouterr().out
 
-    def test_a_bad_row_is_named_and_left_out(self, tmp_path, capsys, caplog):
+    def test_a_bad_row_is_named_and_skipped(self, tmp_path, capsys, caplog):
         lines = VALIDATION.read_text().splitlines()[:4]
         source = tmp_path / "odd.jsonl"
         source.write_text("\n".join([*lines, '{"messages": []}', "{"]))
@@ -214,7 +215,7 @@ class TestCheck:
         assert f"{source}:5: 'messages' holds no messages" in caplog.text and f"{source}:6: invalid JSON" in caplog.text
 
     @pytest.mark.parametrize("words", [[], [str(VALIDATION)], ["nowhere.jsonl", "--verifier", str(VERIFIER)]])
-    def test_wrong_usage_is_told(self, words, capsys):
+    def test_wrong_usage_is_reported(self, words, capsys):
         assert main(["prepare", "check", *words]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -226,14 +227,16 @@ class TestKilled:
 
     @pytest.fixture
     def processes(self, monkeypatch) -> Any:
-        """Processes that begin with all modules there, but are no forks of one in which torch has computed."""
+        """Processes that start with all modules imported, but not forked from one in which torch has computed."""
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["specforge.commands.prepare.responses", "transformers.models.llama"])
         return context
 
     @pytest.mark.parametrize("temperature", [0, 1])
-    def test_again_and_again_the_rows_are_those_of_an_undisturbed_run(self, many, processes, tmp_path, temperature):
+    def test_a_repeatedly_killed_run_gives_the_rows_of_an_uninterrupted_one(
+        self, many, processes, tmp_path, temperature
+    ):
         words = ["--temperature", temperature, "--batch-size", 5, "--max_new_tokens", 5, "--check", 2]
         journal = tmp_path / ".out.partial" / "journal.jsonl"
         chance = random.Random(temperature)
@@ -266,7 +269,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 class TestThroughTransformersServe:
-    def test_it_says_what_the_verifier_says_in_process(self, engine, tokenizer, tmp_path, capsys):
+    def test_its_replies_equal_those_in_process(self, engine, tokenizer, tmp_path, capsys):
         words = ["--limit", 12, "--max-new-tokens", 96]
         assert responses(VALIDATION, "--verifier", VERIFIER, "--output", tmp_path / "here", *words) == 0
         capsys.readouterr()
@@ -276,7 +279,7 @@ class TestThroughTransformersServe:
         here, there = read(tmp_path / "here"), read(tmp_path / "there")
         assert [row["messages"] for row in there] == [row["messages"] for row in here]
         assert "they can be the verifier's own" in shown
-        # It returns no token ids; what is made of the text is the same here, but it need not be.
+        # It returns no token ids; tokenising the text gives the same tokens here, but that is not guaranteed.
         assert "the engine returns no token ids" in shown and {row["origin"]["fingerprint"] for row in there} == {""}
         encoder = RowEncoder(ChatTemplate(tokenizer), 1280)
         encoded = encoder.encode(list(read_records(str(tmp_path / "there" / "responses.jsonl"))))
@@ -285,14 +288,14 @@ class TestThroughTransformersServe:
             assert row.input_ids[:length].tolist() == expected["input_ids"]
             assert row.loss_mask.tolist()[:length] == [bool(own) for own in expected["loss_mask"]]
 
-    def test_without_a_verifier_nothing_is_claimed(self, engine, write_rows, tmp_path, capsys):
+    def test_without_a_verifier_the_rows_are_a_proxy(self, engine, write_rows, tmp_path, capsys):
         source = write_rows("chats.jsonl", [{"turns": [QUESTIONS[1], QUESTIONS[1]]}])
         assert responses(source, "--endpoint", engine, "--output", tmp_path / "out", "--max_new_tokens", 96) == 0
         (row,) = read(tmp_path / "out")
         assert len(row["messages"]) == 4 and row["origin"]["fingerprint"] == ""
         assert "no verifier is given to check against" in capsys.readouterr().out
 
-    def test_a_wrong_model_is_told(self, engine, tmp_path, capsys):
+    def test_a_wrong_model_is_reported(self, engine, tmp_path, capsys):
         assert responses(VALIDATION, "--endpoint", engine, "--model", "nope", "--output", tmp_path / "out") == 1
         assert "requested 'nope'" in capsys.readouterr().err
         assert not list(tmp_path.iterdir())

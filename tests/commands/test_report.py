@@ -1,4 +1,4 @@
-"""What an evaluation prints and writes: every figure, the warnings that belong there, and nothing from elsewhere."""
+"""Output and files of an evaluation: every figure, the right warnings, and a self-contained page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from specforge.commands.evaluate.plots import plots
 from specforge.commands.evaluate.report import page, write_report
 from specforge.commands.evaluate.table import print_table
 from specforge.errors import SpecforgeError
-from specforge.evaluation.results import ContenderResult, Measurement, Results, Stretch
+from specforge.evaluation.results import ContenderResult, Measurement, Results, Span
 from specforge.sampling import Sampling
 
 VOID = {"meta", "br", "link", "img"}
@@ -30,9 +30,9 @@ LONG_NAME = "runs/a-long-name-without-any-space/version_3/checkpoints/epoch=2-st
 
 
 def measurement(prompt_set: str, rate: float, depth: int = 5, drafts: int = 1234) -> Measurement:
-    """Made-up figures in which hardly two numbers are alike; ``rate`` of the tokens are accepted at each position."""
-    chance = random.Random(f"{prompt_set} {rate} {depth}")
-    conditional = [rate * chance.uniform(0.9, 1.0) for _ in range(depth)]
+    """Made-up figures that are almost all different; ``rate`` of the tokens are accepted at each position."""
+    rng = random.Random(f"{prompt_set} {rate} {depth}")
+    conditional = [rate * rng.uniform(0.9, 1.0) for _ in range(depth)]
     joint = [1.0]
     for one in conditional:
         joint.append(joint[-1] * one)
@@ -51,17 +51,15 @@ def measurement(prompt_set: str, rate: float, depth: int = 5, drafts: int = 1234
         num_draft_tokens=drafts * depth,
         num_accepted_tokens=accepted,
         draft_acceptance_rate=accepted / (drafts * depth),
-        draft_milliseconds=chance.uniform(2, 4),
-        verifier_milliseconds=chance.uniform(11, 13),
-        other_milliseconds=chance.uniform(0.1, 0.9),
-        tokens_per_second=chance.uniform(100, 200),
-        tokens_per_second_alone=chance.uniform(50, 100),
-        speedup=chance.uniform(1, 3),
+        draft_milliseconds=rng.uniform(2, 4),
+        verifier_milliseconds=rng.uniform(11, 13),
+        other_milliseconds=rng.uniform(0.1, 0.9),
+        tokens_per_second=rng.uniform(100, 200),
+        tokens_per_second_alone=rng.uniform(50, 100),
+        speedup=rng.uniform(1, 3),
         identical_responses=37,
         by_stretch=[
-            Stretch(
-                begin=begin, end=begin + 32, drafts=chance.randrange(100, 900), acceptance_length=length - begin / 999
-            )
+            Span(begin=begin, end=begin + 32, drafts=rng.randrange(100, 900), acceptance_length=length - begin / 999)
             for begin in range(0, 160, 32)
         ],
         by_chain_length=[sum(joint[: k + 2]) for k in range(depth)],
@@ -108,7 +106,7 @@ def usual() -> Results:
 
 
 def bare() -> Results:
-    """One contender on one prompt set, with nothing that may be missing."""
+    """One contender on one prompt set, without optional figures."""
     one = contender("only", 0.5, ("chat",), depth=1)
     for each in (one.all_sets, *one.sets):
         each.confidence_interval = None
@@ -119,7 +117,7 @@ def bare() -> Results:
 
 
 def without_drafts() -> Results:
-    """A method that never proposed anything, beside one that did."""
+    """A method that never proposed anything, and one that did."""
     idle = contender("idle", 0.5, ("chat", "code"))
     for each in (idle.all_sets, *idle.sets):
         each.acceptance_length = each.draft_acceptance_rate = 0.0
@@ -132,7 +130,7 @@ def without_drafts() -> Results:
 
 
 def many() -> Results:
-    """More contenders than colors, more prompt sets than fit side by side, long chains."""
+    """More contenders than colors, more prompt sets than fit the width, long chains."""
     sets = tuple(f"prompt set {number}" for number in range(6))
     return results(*(contender(f"contender {number}", 0.3 + 0.05 * number, sets, depth=16) for number in range(9)))
 
@@ -147,12 +145,12 @@ def made_up_page(kind: str) -> str:
 
 @pytest.fixture
 def without_plots(monkeypatch):
-    """Pages are quick without them."""
+    """Pages are quick to render without plots."""
     monkeypatch.setattr("specforge.commands.evaluate.report.plots", lambda results: [])
 
 
 class Page(HTMLParser):
-    """A page that has been read: every tag that was opened is closed in turn, or reading fails."""
+    """A parsed page; parsing fails if tags are not closed in order."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -219,7 +217,7 @@ class TestPage:
             ElementTree.fromstring(svg)
 
     @pytest.mark.parametrize("kind", MADE_UP)
-    def test_needs_nothing_from_elsewhere(self, kind):
+    def test_is_self_contained(self, kind):
         html = made_up_page(kind)
         namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
         read = Page(html)
@@ -231,16 +229,16 @@ class TestPage:
     @pytest.mark.parametrize("kind", ["usual", "bare", "many"])
     def test_every_figure_is_there(self, kind):
         what = MADE_UP[kind]()
-        rows = {(row[0], place): row[1:] for place, row in enumerate(Page(made_up_page(kind)).rows)}
-        tables = [place for name, place in rows if name == "Figure"]
+        rows = {(row[0], index): row[1:] for index, row in enumerate(Page(made_up_page(kind)).rows)}
+        tables = [index for name, index in rows if name == "Figure"]
         assert len(tables) == len(what.contenders)
         for one, begin in zip(what.contenders, tables, strict=True):
             measured = one.sets if len(one.sets) == 1 else [*one.sets, one.all_sets]
             assert rows["Figure", begin] == [each.prompt_set for each in measured]
-            # Tables follow each other, so the next row of a name is this contender's.
-            own = {name: cells for (name, place), cells in reversed(rows.items()) if place > begin}
-            for place, each in enumerate(measured):
-                self.compare({name: cells[place] for name, cells in own.items() if len(cells) == len(measured)}, each)
+            # Tables come one after the other, so the next row of a name is this contender's.
+            own = {name: cells for (name, index), cells in reversed(rows.items()) if index > begin}
+            for index, each in enumerate(measured):
+                self.compare({name: cells[index] for name, cells in own.items() if len(cells) == len(measured)}, each)
 
     def compare(self, shown: dict[str, str], each: Measurement) -> None:
         interval = each.confidence_interval
@@ -257,15 +255,15 @@ class TestPage:
             "Accepted tokens": f"{each.num_accepted_tokens:,}",
             "Avg Draft acceptance rate": f"{100 * each.draft_acceptance_rate:.1f} %",
             "Drafts by accepted tokens, 0, 1, …": ", ".join(f"{count:,}" for count in each.histogram),
-            "Draft, ms a round": f"{each.draft_milliseconds:.3f}",
-            "Verifier, ms a round": f"{each.verifier_milliseconds:.3f}",
-            "Other, ms a round": f"{each.other_milliseconds:.3f}",
-            "Other, of the verifier's time": f"{100 * each.other_milliseconds / each.verifier_milliseconds:.1f} %",
-            "Tokens a second": f"{each.tokens_per_second:.1f}",
-            "Tokens a second, verifier alone": f"{each.tokens_per_second_alone:.1f}",
+            "Draft, ms per round": f"{each.draft_milliseconds:.3f}",
+            "Verifier, ms per round": f"{each.verifier_milliseconds:.3f}",
+            "Other, ms per round": f"{each.other_milliseconds:.3f}",
+            "Other / verifier time": f"{100 * each.other_milliseconds / each.verifier_milliseconds:.1f} %",
+            "Tokens per second": f"{each.tokens_per_second:.1f}",
+            "Tokens per second, verifier alone": f"{each.tokens_per_second_alone:.1f}",
             "Speedup": f"{each.speedup:.3f}×",
             "Identical responses": "–" if same is None else f"{same} of {each.responses}",
-            "Acceptance length by stretch of the response (drafts)": "\n".join(
+            "Acceptance length by position in the response (drafts)": "\n".join(
                 f"{one.begin}–{one.end - 1}: {one.acceptance_length:.2f} ({one.drafts})" for one in each.by_stretch
             )
             or "–",
@@ -275,7 +273,7 @@ class TestPage:
 
     def test_settings_are_there(self):
         text = Page(made_up_page("usual")).text
-        for said in (
+        for expected in (
             "some/verifier (134.5 M weights)",
             "temperature 0.75, top-k 40, top-p 0.875",
             "token verification",
@@ -286,17 +284,16 @@ class TestPage:
             "torch 2.11.0, transformers 5.16.1",
             "drafts/fair; chain, speculative_tokens 5",
         ):
-            assert said in text
+            assert expected in text
 
     @pytest.mark.usefixtures("without_plots")
     def test_the_best_are_named(self):
         what = usual()
         what.contenders[1].all_sets.speedup = 9.87
         length = what.contenders[0].all_sets.acceptance_length
-        said = (
-            f"Accepted most: good, {length:.2f} tokens a verifier pass. Fastest: fair, 9.87 times the verifier alone."
-        )
-        assert said in Page(page(what)).text
+        best = f"Highest acceptance: good, {length:.2f} tokens per verifier pass"
+        expected = f"{best}. Fastest: fair, 9.87 times the verifier alone."
+        assert expected in Page(page(what)).text
 
     def test_names_are_text(self):
         name, prompt_set = "<b>&\"'$x_1$</b>", "</text><script>alert(1)</script>"
@@ -324,7 +321,7 @@ class TestPage:
         for name in ("results.json", "report.html"):
             assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
 
-    def test_a_persons_own_matplotlib_settings_are_neither_used_nor_changed(self):
+    def test_the_users_matplotlib_settings_are_neither_used_nor_changed(self):
         expected = made_up_page("bare")
         with matplotlib.rc_context({"font.size": 31, "axes.facecolor": "red", "svg.fonttype": "path"}):
             before = dict(matplotlib.rcParams)
@@ -340,26 +337,26 @@ class TestPlots:
             "Acceptance length by prompt set",
             "Acceptance length by position in the text",
             "Acceptance length by chain length",
-            "Accepted tokens a draft",
-            "Time a round",
+            "Accepted tokens per draft",
+            "Time per round",
         ]
         assert made_up_page("usual").count("<svg") == len(drawn)
         names = [one.name for one in usual().contenders]
         assert all([mark.name for mark in plot.legend] == names for plot in drawn[:-1])
         assert [mark.name for mark in drawn[-1].legend] == ["draft", "verifier", "other"]
 
-    def test_what_is_not_known_is_not_drawn(self):
+    def test_unknown_figures_are_not_drawn(self):
         titles = {plot.title for plot in plots(bare())}
         assert not titles & {"Acceptance length by position in the text", "Acceptance length by chain length"}
         assert len(titles) == 4
 
-    def test_who_has_no_chain_length_is_not_in_that_legend(self):
+    def test_a_contender_without_chain_lengths_is_not_in_that_legend(self):
         what = results(contender("one", 0.5, ("chat",)), contender("other", 0.4, ("chat",)))
         what.contenders[0].all_sets.by_chain_length = []
         by_chain_length = plots(what)[3]
         assert [mark.name for mark in by_chain_length.legend] == ["other"]
 
-    def test_who_never_drafted_is_not_drawn(self):
+    def test_a_contender_without_drafts_is_not_drawn(self):
         for plot in plots(without_drafts())[:-1]:
             assert [mark.name for mark in plot.legend] == ["busy"]
 
@@ -367,7 +364,7 @@ class TestPlots:
         legend = plots(results(*(contender(f"contender {number}", 0.5, ("chat",)) for number in range(9))))[0].legend
         assert len({(mark.color, mark.sign) for mark in legend}) == len(legend) == 9
 
-    def test_lengths_and_names_are_written_at_the_bars(self):
+    def test_bars_have_lengths_and_names(self):
         what = usual()
         svg = made_up_page("usual")
         for one in what.contenders:
@@ -375,22 +372,22 @@ class TestPlots:
                 assert f">{each.acceptance_length:.2f}<" in svg
         assert all(f">{name}<" in svg for name in (*what.prompt_sets, "all"))
 
-    def test_an_interval_beside_the_estimate(self):
-        """Resampling few prompts can leave the estimate out of the interval."""
+    def test_an_interval_without_the_estimate(self):
+        """With few prompts, the resampled interval may not contain the estimate."""
         what = bare()
         what.contenders[0].sets[0].confidence_interval = (1.6, 1.7)
         assert len(plots(what)) == 4
 
-    def test_letters_that_matplotlib_has_no_shapes_for(self, recwarn):
+    def test_characters_without_glyphs_in_matplotlib(self, recwarn):
         svg = plots(results(contender("草稿", 0.5, ("问答",))))[1].svg
         assert ">问答<" in svg and not recwarn.list
 
 
 @pytest.mark.usefixtures("without_plots")
 class TestWarnings:
-    """The terminal and the page say the same."""
+    """The terminal and the page show the same warnings."""
 
-    def said(self, what: Results) -> tuple[list[str], str]:
+    def shown_warnings(self, what: Results) -> tuple[list[str], str]:
         text = unwrapped(printed(what, width=1000))
         html = page(what)
         shown = re.search(r'<ul class="warnings">(.*?)</ul>', html, re.DOTALL)
@@ -401,38 +398,38 @@ class TestWarnings:
         return listed, html
 
     @pytest.mark.parametrize("kind", MADE_UP)
-    def test_none_where_all_is_well(self, kind):
-        assert self.said(MADE_UP[kind]())[0] == []
+    def test_none_without_problems(self, kind):
+        assert self.shown_warnings(MADE_UP[kind]())[0] == []
 
     def test_a_draft_that_a_baseline_beats(self):
         what = usual()
         best, beaten = what.contenders[3].all_sets, what.contenders[1].all_sets
         best.acceptance_length, beaten.acceptance_length = 2.5, 2.25
         what.contenders[2].all_sets.acceptance_length = 2.6
-        listed, html = self.said(what)
+        listed, html = self.shown_warnings(what)
         assert listed == [
             "fair does not beat the baseline prompt lookup, which needs no draft: "
-            "2.250 tokens a verifier pass against 2.500."
+            "2.250 tokens per verifier pass against 2.500."
         ]
         assert html.index(listed[0]) < html.index("Decoding:") < html.index("<table")
 
     def test_a_draft_that_a_baseline_equals(self):
         what = usual()
         what.contenders[3].all_sets.acceptance_length = what.contenders[2].all_sets.acceptance_length
-        listed, _ = self.said(what)
+        listed, _ = self.shown_warnings(what)
         assert len(listed) == 1 and listed[0].startswith(f"{LONG_NAME} does not beat")
 
     def test_lossy(self):
         what = usual()
         what.contenders[1].is_lossy = True
         what.contenders[1].all_sets.identical_responses = 30
-        assert self.said(what)[0] == ["fair is LOSSY: output may differ from the verifier&#39;s own."]
+        assert self.shown_warnings(what)[0] == ["fair is LOSSY: output may differ from the verifier&#39;s own."]
 
-    def test_lossless_and_yet_different(self):
+    def test_lossless_but_different(self):
         what = usual()
         what.contenders[0].all_sets.identical_responses = 35
-        listed, _ = self.said(what)
-        assert len(listed) == 1 and listed[0].startswith("good is lossless, and yet 2 of 37 responses differ")
+        listed, _ = self.shown_warnings(what)
+        assert len(listed) == 1 and listed[0].startswith("good is lossless, but 2 of 37 responses differ")
 
 
 class TestTable:
@@ -440,7 +437,7 @@ class TestTable:
     def test_fits_80_columns(self, kind):
         assert all(cell_len(line) <= 80 for line in printed(MADE_UP[kind]()).splitlines())
 
-    def test_long_names_that_differ_in_the_middle_are_told_apart(self):
+    def test_long_names_that_differ_in_the_middle_are_distinguishable(self):
         what = usual()
         names = ["runs-of-one-model/version_0 greedy", "runs-of-a-second/version_0 greedy"]
         for contender, name in zip(what.contenders, names, strict=False):
@@ -462,43 +459,43 @@ class TestTable:
                 assert row.startswith(f"  {each.prompt_set[:6]}")
                 speeds = f"{each.tokens_per_second:.1f} {each.tokens_per_second_alone:.1f} {each.speedup:.2f}×"
                 assert unwrapped(row).endswith(speeds)
-                # Long chains go on in the lines below.
+                # Long chains continue in the lines below.
                 begin = unwrapped(row).split(length)[1].removesuffix(speeds).strip()
                 assert rates.startswith(begin)
                 while begin != rates:
                     begin += " " + next(lines).strip()
                     assert rates.startswith(begin)
 
-    def test_pooled_figures_in_the_words_of_vllm(self):
+    def test_pooled_figures_in_vllms_terms(self):
         what = usual()
         pooled = what.contenders[0].all_sets
         text = unwrapped(printed(what))
         block = text[text.index("good (draft: chain, speculative_tokens 5)") : text.index("fair (draft")]
         share = 100 * pooled.other_milliseconds / pooled.verifier_milliseconds
-        for said in (
+        for expected in (
             f"Mean acceptance length {pooled.acceptance_length:.2f}",
             f"Drafts {pooled.num_drafts:,}",
             f"Draft tokens {pooled.num_draft_tokens:,}",
             f"Accepted tokens {pooled.num_accepted_tokens:,}",
             f"Per-position acceptance rate {series(pooled.accept_rate_pos, 3)}",
             f"Avg Draft acceptance rate {100 * pooled.draft_acceptance_rate:.1f} %",
-            f"Milliseconds a round {pooled.draft_milliseconds:.2f} draft + {pooled.verifier_milliseconds:.2f} verifier "
-            f"+ {pooled.other_milliseconds:.2f} other",
-            f"Other, of the verifier's time {share:.1f} %",
+            f"Milliseconds per round {pooled.draft_milliseconds:.2f} draft "
+            f"+ {pooled.verifier_milliseconds:.2f} verifier + {pooled.other_milliseconds:.2f} other",
+            f"Other / verifier time {share:.1f} %",
             f"Acceptance length, K = 1, 2, … {series(pooled.by_chain_length, 2)}",
             "Identical responses 37 of 37",
         ):
-            assert said in block
+            assert expected in block
 
     def test_without_drafts_there_is_no_length(self):
         text = unwrapped(printed(without_drafts()))
         assert "Mean acceptance length –" in text and not re.search(r"\bnan\b", text)
 
-    def test_names_are_no_markup(self):
+    def test_names_are_not_markup(self):
         text = printed(results(contender("[red]a[/red] :smile:", 0.5, ("[bold]b",))))
         assert "[red]a[/red] :smile: (draft" in text and "  [bold]b" in text
 
-    def test_no_colors_where_it_is_no_terminal(self, capsys):
+    def test_no_colors_without_a_terminal(self, capsys):
         print_table(usual())
         assert "\x1b" not in capsys.readouterr().out
 
@@ -515,7 +512,7 @@ class TestTable:
 @pytest.mark.usefixtures("without_plots")
 class TestWriting:
     @pytest.mark.parametrize("kind", MADE_UP)
-    def test_json_is_read_back(self, tmp_path, kind):
+    def test_json_can_be_read_back(self, tmp_path, kind):
         what = MADE_UP[kind]()
         write_report(what, tmp_path / "new" / "folder")
         assert Results.read(tmp_path / "new" / "folder" / "results.json") == what
@@ -529,7 +526,7 @@ class TestWriting:
         assert (tmp_path / "report").read_text() == "mine"
 
     @pytest.mark.parametrize("failing", ["results.json", "report.html"])
-    def test_a_full_disk_leaves_an_earlier_report_whole(self, tmp_path, monkeypatch, failing):
+    def test_a_full_disk_leaves_an_earlier_report_intact(self, tmp_path, monkeypatch, failing):
         write_report(bare(), tmp_path)
         (tmp_path / "notes.txt").write_text("mine")
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -546,7 +543,7 @@ class TestWriting:
             write_report(usual(), tmp_path)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
-    def test_a_second_report_takes_the_firsts_place(self, tmp_path):
+    def test_a_second_report_replaces_the_first(self, tmp_path):
         write_report(bare(), tmp_path)
         write_report(usual(), tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json"]

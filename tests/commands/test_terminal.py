@@ -1,4 +1,4 @@
-"""What a person sees: as wide as the terminal, without color where none is wanted, and nothing of other libraries."""
+"""Terminal output: as wide as the terminal, without unwanted colors, and without messages of other libraries."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def _narrow(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
 
 
-def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def output_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     try:
         assert main(words) == 0
-    except SystemExit as left:  # argparse, behind its help
+    except SystemExit as left:  # argparse, after its help
         assert left.code == 0
     return capsys.readouterr().out
 
@@ -48,7 +48,7 @@ def too_wide(text: str) -> list[str]:
 
 @pytest.mark.parametrize("words", HELP, ids=lambda words: " ".join(words) or "specforge")
 def test_help_fits(words, capsys):
-    text = said([*words, "--help"], capsys)
+    text = output_of([*words, "--help"], capsys)
     assert text.startswith("usage: specforge") and not too_wide(text)
 
 
@@ -56,7 +56,7 @@ def test_help_fits(words, capsys):
 def test_lists_fit(words, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     main(words)
-    # A path is not broken.
+    # Paths are not wrapped.
     assert not [line for line in too_wide(capsys.readouterr().out) if len(line.split()[-1]) < 40]
 
 
@@ -85,8 +85,8 @@ def test_tables_fit(words, draft_folder, tmp_path, capsys, monkeypatch):
     words = [str(draft_folder) if word == "DRAFT" else word for word in words]
     if "estimate" in words:
         words += ["--verifier", str(VERIFIER)]
-    text = said(words, capsys)
-    # Sentences are wrapped by the terminal, and commands are to be copied.
+    text = output_of(words, capsys)
+    # Sentences are wrapped by the terminal; commands are kept whole for copying.
     tables = [line for line in text.splitlines() if ": " not in line and "specforge " not in line]
     assert len(tables) > 3 and not too_wide("\n".join(tables))
     assert "\x1b[" not in text
@@ -94,15 +94,15 @@ def test_tables_fit(words, draft_folder, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_settings_fit(algorithm, capsys):
-    # Of Lightning's, some words are longer than the column.
-    own = said(["fit", "--algorithm", algorithm, "--help"], capsys).split("Customize every aspect")[0]
+    # Lightning's help has words longer than the column.
+    own = output_of(["fit", "--algorithm", algorithm, "--help"], capsys).split("Customize every aspect")[0]
     assert "--verifier" in own and not too_wide(own)
 
 
-def test_nothing_of_other_libraries_is_seen(tmp_path):
+def test_other_libraries_print_nothing(tmp_path):
     words = ["fit", "--config", CONFIG, "--verifier", str(VERIFIER), "--trainer.fast_dev_run", "1"]
     words += ["--output_dir", str(tmp_path), "--data.train", PROMPTS, "--data.validation", PROMPTS]
-    # As a person starts it: this process has chosen for itself already.
+    # In a new process, since this one is already configured.
     chosen = ("SPECFORGE_", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE", "HF_DATASETS_DISABLE", "PYTHONWARNINGS")
     variables = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
     done = subprocess.run(
@@ -111,8 +111,8 @@ def test_nothing_of_other_libraries_is_seen(tmp_path):
     assert done.returncode == 0 and done.stderr == ""
 
 
-def test_verbose_lets_them_speak_and_tells_where_an_error_arose(capsys, monkeypatch):
-    monkeypatch.setenv("SPECFORGE_VERBOSE", "0")  # put back in the end
+def test_verbose_shows_their_messages_and_tracebacks(capsys, monkeypatch):
+    monkeypatch.setenv("SPECFORGE_VERBOSE", "0")  # restored at the end
     assert main(["prepare", "rows"]) == 2
     quiet = capsys.readouterr().err
     assert quiet.startswith("specforge prepare rows: error: ") and len(quiet.splitlines()) == 1
@@ -123,13 +123,13 @@ def test_verbose_lets_them_speak_and_tells_where_an_error_arose(capsys, monkeypa
     assert is_verbose()
 
 
-def test_without_color_accepted_tokens_are_set_off_by_signs(draft_folder, capsys, monkeypatch):
+def test_without_color_accepted_tokens_are_marked_by_brackets(draft_folder, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     broad = "static_tree:initial_branching_factor=300,depth=1"
     words = ["generate", str(draft_folder), "--prompt", "How many days are 3 weeks?", "--proposal", broad]
-    plain = said(words, capsys)
+    plain = output_of(words, capsys)
     monkeypatch.setenv("NO_COLOR", "1")
-    signs = said([*words, "--show-drafts"], capsys)
+    signs = output_of([*words, "--show-drafts"], capsys)
     assert "⟦" in signs and "\x1b[" not in signs
     assert signs.replace("⟦", "").replace("⟧", "") == plain

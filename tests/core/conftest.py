@@ -1,4 +1,4 @@
-"""Throw-away plugins: real distributions in a temporary folder, seen by the real command."""
+"""Throw-away plugins: real distributions in a temporary folder, used by the real command."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Toys:
         (information / "entry_points.txt").write_text(f"[specforge.plugins]\n{plugin} = {module}\n")
 
     def write(self, name: str, source: str) -> None:
-        """Write one more file below the folder."""
+        """Write another file in the folder."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(textwrap.dedent(source))

@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source: who may import whom, no question for an algorithm, all described."""
+"""Architecture rules checked on the source: allowed imports, no algorithm names in the core, docstrings everywhere."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ ROWS = {"data/text", "data/rows"}
 DATA = ROWS | {"data", "data/features"}
 TRAINING = {"training", "training/losses", "training/callbacks", "training/cli"}
 CHECKPOINTS = {"checkpoints", "checkpoints/verification"}
-# Each room, and the other rooms that it may know. A folder in a room is a room where it is named here, or else a part.
-MAY_KNOW = {
+# Each room, and the other rooms that it may import. A subfolder is its own room only if it is listed here.
+MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     "builtin": {"hookspecs"},
     "__main__": GROUND,
@@ -52,12 +52,14 @@ MAY_KNOW = {
     "checkpoints/verification": DRAFTS | ROWS | CHECKPOINTS | {"engines"},
     "estimation": DRAFTS | DATA | {"training", "training/losses"},
     "commands": DRAFTS | DATA | TRAINING | CHECKPOINTS | {"engines", "evaluation", "estimation"},
-    # The package's front door hands out names of two rooms on first use.
+    # The package's ``__init__`` imports names of two rooms on first use.
     "__init__": {"config", "models"},
 }
-# What a room may import in a function only: a draft generates by decoding, a module tells its trainer which callbacks
-# watch it, and both stand above.
-MAY_CALL = {"models": {"decoding"}, "training": {"training/callbacks"}}
+# Rooms that a room may import only inside functions: a draft's ``generate`` uses decoding, and a module configures the
+# callbacks of its trainer; both are higher rooms.
+MAY_IMPORT_LAZILY = {"models": {"decoding"}, "training": {"training/callbacks"}}
+# Words that may start an entry of a docstring in lower case.
+LOWER_CASE = ("int64", "int32", "bool", "float", "vLLM")
 
 
 def relative(path: Path) -> str:
@@ -66,9 +68,9 @@ def relative(path: Path) -> str:
 
 
 def room_at(parts: Sequence[str]) -> str:
-    """Return the room of a place in the core: the deepest that is named above, or else the outermost folder."""
+    """Return the room of a path in the core: the deepest folder listed above, or else the outermost folder."""
     rooms = ("/".join(parts[:depth]) for depth in range(len(parts), 0, -1))
-    return next((room for room in rooms if room in MAY_KNOW), parts[0])
+    return next((room for room in rooms if room in MAY_IMPORT), parts[0])
 
 
 def room_of(path: Path) -> str:
@@ -77,16 +79,16 @@ def room_of(path: Path) -> str:
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yield line and dotted name of everything that a module imports, wherever in it; ``from a import b`` is a.b."""
+    """Yield line and dotted name of every import in a module, nested ones too; ``from a import b`` is a.b."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide which room is meant"
+            assert node.level == 0, "relative imports hide the imported room"
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def known_rooms(tree: ast.AST) -> Iterator[tuple[int, str]]:
+def imported_rooms(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Yield line and room of each import of the core in a module; ``__init__`` for the package itself."""
     for line, name in imported(tree):
         parts = name.split(".")
@@ -96,23 +98,28 @@ def known_rooms(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield line, room_at(parts[1:]) if is_room else "__init__"
 
 
-def test_there_is_something_to_read():
+def test_the_source_is_found():
     assert {"config.py", "registry.py", "__main__.py"} <= {path.name for path in CORE}
     assert any(path.name == "model.py" for path in PLUGINS)
 
 
 @pytest.mark.parametrize("path", CORE, ids=relative)
-def test_rooms_know_only_what_stands_below_them(path):
+def test_rooms_import_only_lower_rooms(path):
     room = room_of(path)
-    assert room in MAY_KNOW, f"{relative(path)}: a new room; say here what it may know"
-    allowed = MAY_KNOW[room] | {room}
+    assert room in MAY_IMPORT, f"{relative(path)}: a new room; list here what it may import"
+    allowed = MAY_IMPORT[room] | {room}
     if room == "__main__":
         allowed = allowed | {"__init__"}  # the version
     tree = ast.parse(path.read_text())
     functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
-    called = {found for function in functions for found in known_rooms(function) if found[1] in MAY_CALL.get(room, ())}
-    known = (found for found in known_rooms(tree) if found not in called)
-    wrong = [f"{relative(path)}:{line} knows {other}" for line, other in known if other not in allowed]
+    called = {
+        found
+        for function in functions
+        for found in imported_rooms(function)
+        if found[1] in MAY_IMPORT_LAZILY.get(room, ())
+    }
+    known = (found for found in imported_rooms(tree) if found not in called)
+    wrong = [f"{relative(path)}:{line} imports {other}" for line, other in known if other not in allowed]
     assert not wrong
 
 
@@ -130,7 +137,7 @@ def test_the_core_imports_no_plugin():
 BUILT_ON = {"specforge_peagle": "specforge_eagle3"}
 
 
-def test_plugins_know_neither_commands_nor_each_other():
+def test_plugins_import_neither_commands_nor_each_other():
     wrong = []
     for path in PLUGINS:
         own = path.relative_to(ROOT / "plugins").parts[1]
@@ -171,7 +178,7 @@ def test_private_names_of_other_packages_are_touched_in_one_room():
     assert not wrong, "each stands in specforge/private, with a test of its own"
 
 
-def test_a_plugin_front_door_imports_only_the_contract():
+def test_a_plugin_init_imports_only_the_contract():
     for path in PLUGINS:
         if path.name == "__init__.py":
             names = {name for _, name in imported(ast.parse(path.read_text()))}
@@ -204,7 +211,7 @@ def test_a_question_for_a_name_would_be_found():
 
 
 @pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=relative)
-def test_public_functions_and_classes_are_described_and_annotated(path):
+def test_public_functions_and_classes_have_docstrings_and_annotations(path):
     wrong = []
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
@@ -228,3 +235,25 @@ def _faults(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
             yield f"has no annotation of {argument.arg}"
     if function.returns is None:
         yield "has no annotation of its result"
+
+
+@pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=relative)
+def test_docstrings_have_one_dialect(path):
+    """Double backticks for code; entries of Args, Attributes and Raises start with a capital and end with a stop."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
+    texts = [text for node in nodes if (text := ast.get_docstring(node))]
+    assert not [text for text in texts if re.search(r"(?<!`)`[^`\n]+`(?!`)", text)], "single backticks"
+    wrong = [entry for text in texts for entry in _entries(text) if not _is_sentence(entry)]
+    assert not wrong, "\n".join(wrong)
+
+
+def _entries(text: str) -> Iterator[str]:
+    """Yield the texts of all entries under Args, Attributes and Raises."""
+    for section in re.findall(r"^(?:Args|Attributes|Raises):\n((?:    .*\n?|\n)+)", text, re.MULTILINE):
+        for entry in re.split(r"^    (?=\S)", section, flags=re.MULTILINE)[1:]:
+            yield " ".join(entry.partition(": ")[2].split())
+
+
+def _is_sentence(entry: str) -> bool:
+    return (not entry[:1].islower() or entry.startswith(LOWER_CASE)) and entry.endswith((".", "?", ":"))

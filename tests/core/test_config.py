@@ -1,4 +1,4 @@
-"""What a checkpoint's ``config.json`` may hold, what is kept, and how a wrong one is refused."""
+"""A checkpoint's ``config.json``: allowed values, unknown fields, and error messages."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ WHOLE: dict[str, Any] = {
     "speculators_config": SPECULATORS,
 }
 
-# NaN and integers beyond 64 bits are not what a JSON file of a checkpoint holds.
+# A checkpoint's JSON file holds no NaN and no integers beyond 64 bits.
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"])),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc_", min_size=1), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
-# A prefix, so that no name is one that the classes know or that starts with pydantic's own "model_".
+# A prefix, so that no name equals a known field or starts with pydantic's own "model_".
 EXTRAS = st.dictionaries(st.text("abcdefgh_", min_size=1).map("x_".__add__), JSON, max_size=4)
 
 
@@ -60,7 +60,7 @@ def changed(**values: Any) -> dict[str, Any]:
 
 
 class TestImports:
-    def test_names_of_the_front_door(self):
+    def test_names_of_the_package(self):
         import specforge
         from specforge import models, proposals
 
@@ -180,17 +180,17 @@ class TestSpeculatorsConfig:
             SpeculatorsConfig(**{**SPECULATORS, "proposal_methods": []})
 
     @pytest.mark.parametrize("missing", sorted(SPECULATORS))
-    def test_every_field_is_needed(self, missing):
+    def test_every_field_is_required(self, missing):
         with pytest.raises(ValidationError, match=missing):
             SpeculatorsConfig(**{name: value for name, value in SPECULATORS.items() if name != missing})
 
     @pytest.mark.parametrize("methods", [3, "greedy", ["greedy"], [{}], [{"proposal_type": 3}], None, {"a": 1}])
-    def test_proposal_methods_of_a_wrong_form(self, methods):
+    def test_malformed_proposal_methods(self, methods):
         with pytest.raises(ValidationError, match="proposal_methods"):
             SpeculatorsConfig(**{**SPECULATORS, "proposal_methods": methods})
 
     @given(extras=EXTRAS)
-    def test_methods_of_other_tools_are_kept_whole(self, extras):
+    def test_methods_of_other_tools_are_kept(self, extras):
         method = {"proposal_type": "sampled_tree", **extras}
         values = {**SPECULATORS, "proposal_methods": [method], "default_proposal_method": "sampled_tree"}
         config = SpeculatorsConfig(**values)
@@ -221,7 +221,7 @@ class TestRoundTrip:
         first, second = ((tmp_path / name / "config.json").read_bytes() for name in ("one", "two"))
         assert first == second and first.endswith(b"}\n")
 
-    def test_saving_leaves_nothing_else_behind(self, tmp_path):
+    def test_saving_leaves_no_other_files(self, tmp_path):
         Eagle3SpeculatorConfig.from_dict(WHOLE).save_pretrained(tmp_path / "a" / "b")
         assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["config.json"]
 
@@ -238,7 +238,7 @@ class TestRoundTrip:
         assert "speculators_model_type" not in values
 
 
-class TestRefusals:
+class TestErrors:
     @pytest.mark.parametrize(
         ("text", "parts"),
         [
@@ -254,14 +254,14 @@ class TestRefusals:
             ('{"speculators_model_type": "eagl3"}', ["'eagl3'", "Did you mean 'eagle3'?"]),
         ],
     )
-    def test_a_file_that_is_no_configuration(self, file, text, parts):
+    def test_a_file_that_is_not_a_configuration(self, file, text, parts):
         folder = file(text)
         with pytest.raises(UsageError) as caught:
             SpeculatorModelConfig.from_pretrained(folder)
         for part in [str(folder / "config.json"), *parts]:
             assert part in str(caught.value)
 
-    def test_a_file_that_is_no_text(self, tmp_path):
+    def test_a_binary_file(self, tmp_path):
         (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
         with pytest.raises(UsageError, match=r"config\.json"):
             SpeculatorModelConfig.from_pretrained(tmp_path)
@@ -271,7 +271,7 @@ class TestRefusals:
             SpeculatorModelConfig.from_pretrained(tmp_path)
 
     @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "a/b/c", "../x"])
-    def test_no_folder_and_no_hub_id(self, name):
+    def test_neither_folder_nor_hub_id(self, name):
         with pytest.raises(UsageError, match="is not a folder"):
             SpeculatorModelConfig.from_pretrained(name)
 
@@ -352,7 +352,7 @@ class TestEagle3:
             draft_vocab_size=32, transformer_layer_config=LAYERS, norm_before_residual=value
         ).save_pretrained(tmp_path)
         stored = json.loads((tmp_path / "config.json").read_text())
-        assert "model_type" not in stored  # transformers would take the folder for a model of its own
+        assert "model_type" not in stored  # transformers would treat the folder as one of its models
         assert stored["speculators_model_type"] == "eagle3"
         assert stored["architectures"] == ["Eagle3DraftModel"]
         assert stored["norm_before_residual"] is value
@@ -360,7 +360,7 @@ class TestEagle3:
         assert stored["tie_word_embeddings"] is False
         assert "_name_or_path" not in stored["transformer_layer_config"]
 
-    def test_defaults_are_those_of_the_field(self):
+    def test_defaults_of_the_speculators_library(self):
         config = Eagle3SpeculatorConfig()
         assert config.draft_vocab_size == 32000
         assert config.norm_before_residual is False
@@ -405,7 +405,7 @@ class TestHub:
         assert "owner/draft" in message and "the hub cannot be reached" in message
         assert "\n" not in message
 
-    def test_a_folder_goes_before_the_hub(self, tmp_path, monkeypatch):
+    def test_a_local_folder_takes_precedence(self, tmp_path, monkeypatch):
         (tmp_path / "owner" / "draft").mkdir(parents=True)
         (tmp_path / "owner" / "draft" / "config.json").write_text(json.dumps(WHOLE))
         monkeypatch.chdir(tmp_path)

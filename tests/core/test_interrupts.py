@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command as Ctrl-C, also where a library makes another error of it."""
+"""Ctrl-C ends a command as an interrupt, even if a library turns it into another error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specforge.hookspecs import Command, hookimpl
 
 @hookimpl
 def specforge_commands():
-    return [Command("toy", "play", "behind:run")]
+    return [Command("toy", "play", "late:run")]
 """
 MANGLED = """
 import signal
@@ -45,36 +45,36 @@ def _usual_handler() -> Iterator[None]:
 
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("where", ["swallow()\ndef run(words): ...", "def run(words): swallow()"])
-def test_an_error_that_a_library_makes_of_it(toys, error, where):
+def test_an_error_that_a_library_raises_instead(toys, error, where):
     toys.install("toy-plugin", PLUGIN)
-    toys.write("behind.py", MANGLED.format(error=error) + where)
+    toys.write("late.py", MANGLED.format(error=error) + where)
     done = toys.python("-c", START)
     assert (done.returncode, done.stderr) == (130, "specforge toy: interrupted\n")
 
 
-def test_errors_without_it_stay_what_they_are():
-    with pytest.raises(ValueError, match="own"), interrupts.heard():
+def test_other_errors_are_unchanged():
+    with pytest.raises(ValueError, match="own"), interrupts.raising_keyboard_interrupt():
         raise ValueError("own")
 
 
-def test_the_signal_is_given_back():
-    with pytest.raises(KeyboardInterrupt), interrupts.heard():
+def test_the_default_handler_is_restored():
+    with pytest.raises(KeyboardInterrupt), interrupts.raising_keyboard_interrupt():
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_handler_of_somebody_else_is_left_alone():
+def test_a_custom_handler_is_kept():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with interrupts.heard():
+    with interrupts.raising_keyboard_interrupt():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_other_threads_are_not_told_of_signals():
+def test_other_threads_run_without_a_handler():
     ran = []
 
     def work() -> None:
-        with interrupts.heard():
+        with interrupts.raising_keyboard_interrupt():
             ran.append(True)
 
     thread = threading.Thread(target=work)

@@ -32,7 +32,7 @@ DESCRIPTORS = get_args(hookspecs.Descriptor)
 
 
 def signature(named: type | object) -> str:
-    """Return name, arguments, defaults and result of a hook or a descriptor, without the modules of types."""
+    """Return name, arguments, defaults and result of a hook or descriptor, with types without their modules."""
     found = str(inspect.signature(named, eval_str=True))
     for module in ("collections.abc.", "specforge.hookspecs."):
         found = found.replace(module, "")
@@ -40,17 +40,17 @@ def signature(named: type | object) -> str:
 
 
 def hooks() -> list[object]:
-    """Every function that pluggy takes for a hook, and no other."""
+    """Every function that pluggy recognises as a hook."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     return [one for name, one in vars(hookspecs).items() if manager.parse_hookspec_opts(hookspecs, name) is not None]
 
 
 def test_signatures():
     found = sorted(map(signature, [*DESCRIPTORS, *hooks()]))
-    assert found == SIGNATURES.splitlines(), "the plugin API has changed: docs/versioning.md says what that asks for"
+    assert found == SIGNATURES.splitlines(), "the plugin API has changed: docs/versioning.md says what to do"
 
 
-def test_every_dataclass_of_the_contract_is_held():
+def test_every_dataclass_of_the_contract_is_covered():
     declared = [one for one in vars(hookspecs).values() if inspect.isclass(one) and is_dataclass(one)]
     assert set(declared) == set(DESCRIPTORS) == set(registry.KINDS.values())
 
@@ -62,5 +62,5 @@ def test_descriptors_are_frozen(kind):
         descriptor.name = "y"
 
 
-def test_where_plugins_are_found():
+def test_names_of_project_and_entry_point_group():
     assert (hookspecs.PROJECT, registry.GROUP) == ("specforge", "specforge.plugins")

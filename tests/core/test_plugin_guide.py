@@ -1,4 +1,4 @@
-"""The guide for plugins shows the example's own code, and the example knows of the core what a stranger may."""
+"""The plugin guide shows the example's own code, and the example uses only what any plugin may use of the core."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LISTING = re.compile(r"<!-- from (\S+) -->\n```\w+\n(.*?)```", re.DOTALL)
 LISTINGS = LISTING.findall((ROOT / "docs" / "plugins.md").read_text(encoding="utf-8"))
 
 
-def test_there_are_listings_of_every_kind_of_contribution() -> None:
+def test_the_guide_lists_every_kind_of_contribution() -> None:
     assert {name for name, _ in LISTINGS} == {
         "pyproject.toml",
         *(
@@ -26,13 +26,13 @@ def test_there_are_listings_of_every_kind_of_contribution() -> None:
 
 
 @pytest.mark.parametrize(("name", "listing"), LISTINGS, ids=[text.strip().splitlines()[-1] for _, text in LISTINGS])
-def test_a_listing_is_a_piece_of_the_example(name: str, listing: str) -> None:
+def test_a_listing_is_part_of_the_example(name: str, listing: str) -> None:
     source = (EXAMPLE / name).read_text(encoding="utf-8")
-    # A method is shown without the indentation that it has in its class.
+    # A method is shown without its indentation in the class.
     assert listing in source or textwrap.indent(listing, "    ") in source
 
 
-def test_the_example_builds_on_no_other_plugin_and_no_command() -> None:
+def test_the_example_imports_no_other_plugin_and_no_command() -> None:
     for path in (EXAMPLE / "specforge_medusa").rglob("*.py"):
         known = set(re.findall(r"^\s*(?:from|import) (specforge\w*(?:\.\w+)?)", path.read_text(encoding="utf-8"), re.M))
         others = {name for name in known if name.startswith("specforge_") and not name.startswith("specforge_medusa")}

@@ -1,4 +1,4 @@
-"""Plugins as a stranger ships them: found, listed, run, and their faults told without taking anything else down."""
+"""Third-party plugins: found, listed, run, and their faults reported without affecting anything else."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def two(arguments): return 0
 
 
 def section(listing: str, head: str) -> list[str]:
-    """Return the lines that ``specforge plugins`` prints of one plugin, without the head."""
+    """Return the lines that ``specforge plugins`` prints for one plugin, without the heading."""
     lines = listing.splitlines()
     return [line.strip() for line in takewhile(lambda one: one.startswith("  "), lines[lines.index(head) + 1 :])]
 
@@ -105,7 +105,7 @@ class TestGoodPlugin:
         assert "toyalgo" in done.stdout
         assert "have faults" not in done.stdout
 
-    def test_its_command_gets_the_words_and_gives_the_status(self, toys):
+    def test_its_command_gets_the_arguments_and_returns_the_status(self, toys):
         done = toys.run("hello", "a", "--b")
         assert (done.returncode, done.stdout, done.stderr) == (3, "hello ['a', '--b']\n", "")
 
@@ -180,7 +180,7 @@ class ToyDraft: ...
         faults = [line for line in section(done.stdout, "toy  (toy-package 0.1)") if line.startswith("FAULT")]
         assert faults == [f"FAULT: algorithm 'toyalgo' names {target}, which does not exist"]
 
-    def test_missing_class_is_told_with_the_nearest_name(self, toys):
+    def test_missing_class_is_reported_with_the_nearest_name(self, toys):
         toys.install("toy-package", HOOKS + self.ALGORITHM.format(target="toy:ToyConfg"))
         code = (
             "from specforge.config import SpeculatorModelConfig as C\n"
@@ -207,12 +207,12 @@ class ToyDraft: ...
         assert "Traceback" not in done.stderr
 
     @pytest.mark.parametrize("fault", ["syntax error here", "raise RuntimeError('no GPU library')"])
-    def test_a_broken_module_behind_a_descriptor_harms_only_its_user(self, toys, fault):
+    def test_a_broken_module_of_a_descriptor_affects_only_its_user(self, toys, fault):
         toys.install("toy-package", HOOKS + HELLO.format(name="hello", module="toy").replace("toy:run", "broken:run"))
         toys.write("broken.py", fault)
         self._check_only_hello_fails(toys)
 
-    def test_a_package_that_fails_to_import_above_a_descriptor_harms_only_its_user(self, toys):
+    def test_a_broken_parent_package_of_a_descriptor_affects_only_its_user(self, toys):
         source = HELLO.format(name="hello", module="toy").replace("toy:run", "broken.inner:run")
         toys.install("toy-package", HOOKS + source)
         toys.write("broken/__init__.py", "raise RuntimeError('no GPU library')")
@@ -282,7 +282,7 @@ class TestFaultyPlugin:
         ]
 
     @pytest.mark.parametrize("name", ["aa_first", "zz_last"])  # plugins are loaded by name
-    def test_a_wrapper_changes_what_others_contribute(self, toys, name):
+    def test_a_wrapper_changes_the_contributions_of_others(self, toys, name):
         wrapper = """
 from dataclasses import replace
 
@@ -383,7 +383,7 @@ MISTRAL = Family(
         ["fit", "--algorithm", "nosuch"],
     ],
 )
-def test_light_words_import_nothing_heavy(toys, words):
+def test_light_commands_import_nothing_heavy(toys, words):
     toys.install("toy-package", GOOD)
     toys.write("toy_heavy.py", HEAVY)
     code = (
@@ -403,7 +403,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"specforge {__version__}\n"
 
 
-def test_no_words_print_help(capsys):
+def test_no_arguments_print_help(capsys):
     assert main([]) == 0
     assert "usage: specforge COMMAND" in capsys.readouterr().out
 
@@ -431,7 +431,7 @@ def test_unknown_command_far_from_all_lists_them(capsys):
     assert all(name in message for name in ("fit", "plugins", "test", "validate"))
 
 
-def test_a_reader_that_goes_away_is_no_failure(toys):
+def test_a_closed_pipe_is_not_a_failure(toys):
     code = (
         "import subprocess, sys\n"
         "one = subprocess.Popen([sys.executable, '-m', 'specforge', 'plugins'], stdout=subprocess.PIPE,"

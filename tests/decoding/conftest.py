@@ -1,4 +1,4 @@
-"""Small verifiers, and what each says to a set of prompts."""
+"""Small verifiers, and the output of each for a set of prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 @pytest.fixture(scope="session")
 def verifier_named() -> Callable[[str], PreTrainedModel]:
-    """Small random verifiers by name, each made once; a name may end in the attention implementation to use."""
+    """Small random verifiers by name, each created once; a name may end in the attention implementation to use."""
 
     @cache
     def named(name: str) -> PreTrainedModel:
@@ -37,19 +37,19 @@ def prompts() -> list[tuple[int, ...]]:
 
 
 @pytest.fixture(scope="session")
-def to_the_end(verifier_named: Callable[[str], PreTrainedModel]) -> Callable[[str, tuple[int, ...]], list[int]]:
-    """What a verifier alone says to a prompt, up to the end of its context."""
+def full_answer(verifier_named: Callable[[str], PreTrainedModel]) -> Callable[[str, tuple[int, ...]], list[int]]:
+    """The verifier's own greedy output for a prompt, up to the end of its context."""
 
     @cache
-    def said(name: str, prompt: tuple[int, ...]) -> list[int]:
+    def answer(name: str, prompt: tuple[int, ...]) -> list[int]:
         return generated(verifier_named(name), prompt, CONTEXT - len(prompt))
 
-    return said
+    return answer
 
 
 @pytest.fixture(scope="session")
 def bigram_table(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A table of bigrams for the small verifiers' vocabulary."""
+    """A bigram table for the small verifiers' vocabulary."""
     from safetensors.torch import save_file
 
     path: Path = tmp_path_factory.mktemp("bigram") / "table.safetensors"

@@ -1,4 +1,4 @@
-"""Everything that a random procedure can do, with its probability: ``Chance`` replaced by a list of decisions."""
+"""All outcomes of a random procedure with their probabilities: ``RandomSource`` replaced by a list of decisions."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge.sampling import Chance
+from specforge.sampling import RandomSource
 
 
-class Decided(Chance):
-    """One run along given decisions; behind them the first possible outcome is taken and the others are noted.
+class DecidedSource(RandomSource):
+    """One run with given decisions; after them the first possible outcome is taken and the others are recorded.
 
     Attributes:
-        probability: Of all that has happened in this run.
-        forks: Decisions that lead to what else could have happened behind the given ones.
+        probability: Probability of this run.
+        forks: Decisions that lead to the other outcomes possible after the given ones.
     """
 
     def __init__(self, decisions: list[int]) -> None:
@@ -28,10 +28,10 @@ class Decided(Chance):
 
     def _decide(self, probabilities: list[float]) -> int:
         possible = [outcome for outcome, probability in enumerate(probabilities) if probability > 0]
-        assert possible, "something is drawn from nothing"
-        place = len(self.taken)
-        if place < len(self.decisions):
-            outcome = self.decisions[place]
+        assert possible, "all probabilities are 0"
+        index = len(self.taken)
+        if index < len(self.decisions):
+            outcome = self.decisions[index]
         else:
             outcome, *others = possible
             self.forks += [[*self.taken, other] for other in others]
@@ -39,19 +39,19 @@ class Decided(Chance):
         self.probability *= probabilities[outcome]
         return outcome
 
-    def happens(self, probability: Tensor) -> Tensor:
+    def bernoulli(self, probability: Tensor) -> Tensor:
         chances = probability.double().nan_to_num(0.0).clamp(0, 1).flatten().tolist()
-        # What is certain either way is no decision.
+        # Certain outcomes are not decisions.
         return torch.tensor(
             [self._decide([1 - one, one]) == 1 if 0 < one < 1 else one == 1 for one in chances]
         ).view_as(probability)
 
-    def draw(self, probabilities: Tensor) -> Tensor:
+    def categorical(self, probabilities: Tensor) -> Tensor:
         rows = probabilities.double().flatten(0, -2)
         rows = rows / rows.sum(-1, keepdim=True)
         return torch.tensor([self._decide(row) for row in rows.tolist()]).view(probabilities.shape[:-1])
 
-    def draw_several(self, log_probs: Tensor, number: int) -> Tensor:
+    def draw_without_replacement(self, log_probs: Tensor, number: int) -> Tensor:
         rows = [self._draw_in_turn(row, number) for row in log_probs.double().exp().flatten(0, -2).tolist()]
         return torch.tensor(rows).view(*log_probs.shape[:-1], number)
 
@@ -60,7 +60,7 @@ class Decided(Chance):
         for _ in range(number):
             left = [0.0 if token in drawn else weight for token, weight in enumerate(weights)]
             if not any(left):
-                # What has no probability comes last, in whatever order.
+                # Indices of probability 0 come last, in any order.
                 left = [0.0 if token in drawn else 1.0 for token in range(len(weights))]
                 drawn.append(left.index(1.0))
                 continue
@@ -68,13 +68,13 @@ class Decided(Chance):
         return drawn
 
 
-def all_runs(procedure: Callable[[Chance], Any]) -> Iterator[tuple[Any, float]]:
-    """Yield the result and the probability of everything that a procedure can do."""
-    open_, total = [[]], 0.0
-    while open_:
-        chance = Decided(open_.pop())
-        result = procedure(chance)
-        open_ += chance.forks
-        total += chance.probability
-        yield result, chance.probability
+def all_runs(procedure: Callable[[RandomSource], Any]) -> Iterator[tuple[Any, float]]:
+    """Yield every possible result of a procedure with its probability."""
+    pending, total = [[]], 0.0
+    while pending:
+        rng = DecidedSource(pending.pop())
+        result = procedure(rng)
+        pending += rng.forks
+        total += rng.probability
+        yield result, rng.probability
     assert abs(total - 1) < 1e-9

@@ -1,4 +1,4 @@
-"""Random verifiers of three layers in float64, drafts for them, and what they say."""
+"""Random verifiers of three layers in float64, drafts for them, and their output."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def random_model(config: PreTrainedConfig, seed: int = 0, scale: float = 0.3, **options: Any) -> PreTrainedModel:
-    """Make a verifier whose layers matter and whose norm weights are far from one."""
+    """Create a verifier whose layers matter and whose norm weights are far from one."""
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, **options)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def random_model(config: PreTrainedConfig, seed: int = 0, scale: float = 0.3, **
 
 
 def random_draft(verifier: PreTrainedModel, seed: int = 0, size: int | None = None, **options: Any) -> Eagle3DraftModel:
-    """Make an EAGLE-3 draft that knows nothing; with a draft vocabulary of some tokens where a size is given."""
+    """Create an untrained EAGLE-3 draft; with a pruned draft vocabulary if a size is given."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = verifier.config.vocab_size
     if size is not None:
@@ -70,7 +70,7 @@ def random_draft(verifier: PreTrainedModel, seed: int = 0, size: int | None = No
 
 
 def learn(draft: Eagle3DraftModel, verifier: PreTrainedModel, texts: Sequence[Tensor], updates: int = 60) -> None:
-    """Let a draft learn some texts by heart, in its training-time test."""
+    """Overfit a draft on some texts, with training-time test."""
     steps = 4
     tokens = pad_sequence(texts, batch_first=True)
     position = torch.arange(tokens.shape[1]).expand_as(tokens)
@@ -91,13 +91,13 @@ def learn(draft: Eagle3DraftModel, verifier: PreTrainedModel, texts: Sequence[Te
 
 
 class Oracle(SpeculatorModel):
-    """Knows what the verifier will say, and drafts it most of the time; otherwise it ranks it lower.
+    """Knows the verifier's output and ranks its next token first most of the time, otherwise lower.
 
     Args:
-        texts: Prompts with what the verifier says to them.
-        vocabulary: Number of the verifier's tokens.
-        share: How often the right token comes first.
-        max_depth: Most tokens that it drafts one behind the other.
+        texts: Prompts with the verifier's output.
+        vocabulary: Size of the verifier's vocabulary.
+        share: Probability that the right token comes first.
+        max_depth: Maximum number of tokens on a drafted path.
     """
 
     def __init__(
@@ -113,12 +113,12 @@ class Oracle(SpeculatorModel):
     def drafter(self, batch_size: int) -> OracleDrafter:
         return OracleDrafter(self, batch_size)
 
-    def logits_behind(self, path: tuple[int, ...]) -> Tensor:
+    def logits_after(self, path: tuple[int, ...]) -> Tensor:
         generator = torch.Generator().manual_seed(hash(path) % 2**31)
         logits = torch.randn(self.vocabulary, generator=generator, dtype=torch.float64)
         right = next((one[len(path)] for one in self.known if one[: len(path)] == path and len(one) > len(path)), None)
         if right is not None:
-            # Second or third where it is not first: a tree may still hold it.
+            # Second or third if it is not first: a tree may still hold it.
             logits[right] = 9.0 if torch.rand((), generator=generator) < self.share else logits.max() - 0.5
         return logits
 
@@ -136,9 +136,9 @@ class OracleDrafter(Drafter):
 
     def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
         logits = []
-        for paths, own, behind in zip(self.paths, tokens.tolist(), parents.tolist(), strict=True):
-            # The root's path stands before those of the nodes.
-            new = [(*paths[parent + 1], token) for token, parent in zip(own, behind, strict=True)]
+        for paths, own, own_parents in zip(self.paths, tokens.tolist(), parents.tolist(), strict=True):
+            # The root's path comes before those of the nodes.
+            new = [(*paths[parent + 1], token) for token, parent in zip(own, own_parents, strict=True)]
             paths += new
             logits.append(self._read(new))
         return torch.stack(logits)
@@ -147,24 +147,24 @@ class OracleDrafter(Drafter):
         self.paths = [self.paths[row] for row in rows.tolist()]
 
     def _read(self, paths: Sequence[tuple[int, ...]]) -> Tensor:
-        return torch.stack([self.oracle.logits_behind(path) for path in paths])
+        return torch.stack([self.oracle.logits_after(path) for path in paths])
 
 
 def generated(verifier: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int, **options: Any) -> list[int]:
-    """What transformers says, greedily and to this prompt alone."""
+    """The greedy output of transformers for this prompt, without a batch."""
     tokens = torch.tensor([list(prompt)])
-    said = verifier.generate(
+    output = verifier.generate(
         tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=max_new_tokens, **options
     )
-    return said[0, len(prompt) :].tolist()
+    return output[0, len(prompt) :].tolist()
 
 
 def decoded(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
-    """What a decoder says to each prompt of a batch."""
-    said: list[list[int]] = [[] for _ in prompts]
+    """A decoder's output for each prompt of a batch."""
+    output: list[list[int]] = [[] for _ in prompts]
     for emission in emissions(decoder, prompts, max_new_tokens, **options):
-        said[emission.sequence] += emission.tokens
-    return said
+        output[emission.sequence] += emission.tokens
+    return output
 
 
 def emissions(
@@ -173,6 +173,6 @@ def emissions(
     return list(decoder.decode([torch.tensor(list(one)) for one in prompts], max_new_tokens, **options))
 
 
-def logits_alone(verifier: PreTrainedModel, text: Sequence[int]) -> Tensor:
-    """The verifier's logits behind each token of a text, [T, V], in one pass without a cache."""
+def uncached_logits(verifier: PreTrainedModel, text: Sequence[int]) -> Tensor:
+    """The verifier's logits after each token of a text, [T, V], in one forward pass without a cache."""
     return verifier(torch.tensor([list(text)]), use_cache=False).logits[0]

@@ -1,4 +1,4 @@
-"""Real decoding beside a replay of its own text: the same rounds, or a drafter that computes something else."""
+"""Real decoding against a replay of its own text: the same rounds, or the drafter is wrong."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def prompts():
 
 
 def decode(verifier, draft, prompts) -> list[tuple[Tensor, list[int]]]:
-    """Text and accepted tokens of each round, by greedy chains; by the verifier alone without a draft."""
+    """Text and accepted tokens of each round with greedy chains; plain decoding without a draft."""
     proposal = None if draft is None else GreedyTokenProposalConfig(speculative_tokens=CHAIN)
     found = [(prompt.tolist(), []) for prompt in prompts]
     for one in Decoder(verifier, draft, proposal, stop_tokens=[7]).decode(prompts, NEW):
@@ -53,7 +53,7 @@ def agreement(verifier, draft, prompts) -> Agreement:
 
 @pytest.fixture(scope="module")
 def learned(verifier, prompts):
-    """A draft that knows the texts, so that most of its tokens are accepted."""
+    """A draft overfitted on the texts, so that most of its tokens are accepted."""
     made = random_draft(verifier, seed=2)
     learn(made, verifier, [text for text, _ in decode(verifier, None, prompts)], updates=25)
     return made
@@ -65,7 +65,7 @@ def draft(request, verifier, learned):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_right_drafter_agrees_in_every_round(verifier, draft, prompts, dtype):
+def test_a_correct_drafter_agrees_in_every_round(verifier, draft, prompts, dtype):
     wide = verifier.dtype
     try:
         verifier.to(dtype)
@@ -78,12 +78,12 @@ def test_a_right_drafter_agrees_in_every_round(verifier, draft, prompts, dtype):
 
 
 def wrong_token(commit: Callable[..., None]) -> Callable[..., None]:
-    """One commits the token before the last decided one, an index that is one off."""
+    """Commit the wrong token: the one before the last decided one, an off-by-one index."""
     return lambda tokens, features, counts: commit(tokens.roll(1, dims=1), features, counts)
 
 
 def wrong_feature(commit: Callable[..., None]) -> Callable[..., None]:
-    """One commits the features of the token after."""
+    """Commit the wrong features: those of the next token."""
 
     def wrong(tokens: Tensor, features: Features, counts: Tensor) -> None:
         commit(tokens, replace(features, aux=features.aux.roll(-1, dims=1)), counts)
@@ -103,15 +103,16 @@ def test_a_wrong_drafter_is_found(verifier, learned, prompts, fault, monkeypatch
     monkeypatch.setattr(type(learned), "drafter", broken)
     found = agreement(verifier, learned, prompts)
     assert found.differing > 0
-    assert "is rejected where replay has it accepted" in str(found) and f"of {found.rounds:,} rounds" in str(found)
+    assert "is rejected in decoding and accepted in replay" in str(found)
+    assert f"of {found.rounds:,} rounds" in str(found)
 
 
-def test_acceptance_that_replay_lacks_is_found(verifier, draft, prompts):
+def test_accepted_tokens_that_replay_rejects_are_found(verifier, draft, prompts):
     text, accepted = decode(verifier, draft, prompts)[0]
     features = capture(verifier, text[None], torch.arange(len(text))[None], draft.aux_layers)
     rounds = len(accepted)
     boasted = [CHAIN] * ((len(text) - len(prompts[0]) - 1) // (CHAIN + 1))
     found = compare_rounds(draft, text, features, len(prompts[0]), boasted, CHAIN)
-    assert 0 < found.differing <= len(boasted) and "is accepted where replay has it rejected" in found.example
+    assert 0 < found.differing <= len(boasted) and "is accepted in decoding and rejected in replay" in found.example
     assert compare_rounds(draft, text, features, len(prompts[0]), [], CHAIN) == Agreement()
     assert found + Agreement(rounds) == Agreement(rounds + found.rounds, found.differing, found.example)

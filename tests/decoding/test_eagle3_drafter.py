@@ -1,4 +1,4 @@
-"""The EAGLE-3 draft at work says what the same network says in training, at the same row and step."""
+"""The EAGLE-3 drafter computes the same logits as the network in training, at the same row and step."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NamedVerifiers = Callable[[str], PreTrainedModel]
 class Bench:
     """A draft, sequences with features, and a drafter that has committed some of them.
 
-    ``done`` says how many tokens of each sequence the verifier has processed.
+    ``done`` is the number of tokens of each sequence that the verifier has processed.
     """
 
     draft: Eagle3DraftModel
@@ -69,26 +69,26 @@ class Bench:
         return cls(draft, list(range(number)), draft.drafter(number))
 
     def commit(self, counts: Sequence[int]) -> None:
-        """Commit so many tokens of each sequence; behind the shorter ones stands what happens to stand there."""
+        """Commit ``counts`` tokens of each sequence; the shorter ones are padded with arbitrary values."""
         longest = max(counts)
         tokens = torch.full((len(counts), longest), VOCABULARY - 1)
         aux = torch.full((len(counts), longest, *self.aux.shape[2:]), 7.0, dtype=torch.float64)
-        for place, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
+        for index, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
             begin = self.done[row]
-            tokens[place, :count] = self.tokens[row, begin + 1 : begin + 1 + count]
-            aux[place, :count] = self.aux[row, begin : begin + count]
+            tokens[index, :count] = self.tokens[row, begin + 1 : begin + 1 + count]
+            aux[index, :count] = self.aux[row, begin : begin + count]
             self.done[row] += count
         self.drafter.commit(tokens, Features(aux, aux[:, :, 0]), torch.tensor(counts))
 
-    def select(self, places: Sequence[int]) -> None:
-        self.drafter.select(torch.tensor(places))
-        self.rows = [self.rows[place] for place in places]
+    def select(self, indices: Sequence[int]) -> None:
+        self.drafter.select(torch.tensor(indices))
+        self.rows = [self.rows[index] for index in indices]
 
     def expected(self, row: int, path: Sequence[int]) -> Tensor:
-        """Training-time test of the sequence so far and a path behind it: logits behind the path, [D]."""
+        """Training-time test of the sequence so far and a path after it: logits after the path, [D]."""
         done = self.done[row]
         text = torch.cat([self.tokens[row, : done + 1], torch.tensor(path, dtype=torch.int64)])[None]
-        # Features behind the processed tokens are not looked at.
+        # Features after the processed tokens are not read.
         aux = torch.full((1, text.shape[1], *self.aux.shape[2:]), 3.0, dtype=torch.float64)
         aux[0, :done] = self.aux[row, :done]
         positions = torch.arange(text.shape[1])[None]
@@ -97,23 +97,23 @@ class Bench:
         return self.draft.logits(hidden[len(path), 0, done - 1])
 
     def check_tree(self, waves: Sequence[Sequence[int]]) -> None:
-        """Step through a tree, given the parents of the nodes of each wave; every row has tokens of its own."""
-        for place, row in enumerate(self.rows):
-            torch.testing.assert_close(self.drafter.root[place], self.expected(row, []))
+        """Step through a tree, given the parents of the nodes of each wave; every row has different tokens."""
+        for index, row in enumerate(self.rows):
+            torch.testing.assert_close(self.drafter.root[index], self.expected(row, []))
         paths: list[list[list[int]]] = [[[]] for _ in self.rows]
         for wave in waves:
             parents = torch.tensor(wave).expand(len(self.rows), -1)
             first = len(paths[0]) - 1
             tokens = (7 * torch.tensor(self.rows)[:, None] + 5 * torch.arange(first, first + len(wave))) % VOCABULARY
             logits = self.drafter.step(tokens, parents)
-            for place, row in enumerate(self.rows):
+            for index, row in enumerate(self.rows):
                 new = [
-                    [*paths[place][parent + 1], token]
-                    for parent, token in zip(wave, tokens[place].tolist(), strict=True)
+                    [*paths[index][parent + 1], token]
+                    for parent, token in zip(wave, tokens[index].tolist(), strict=True)
                 ]
-                paths[place] += new
+                paths[index] += new
                 for node, path in enumerate(new):
-                    torch.testing.assert_close(logits[place, node], self.expected(row, path))
+                    torch.testing.assert_close(logits[index, node], self.expected(row, path))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -165,13 +165,13 @@ def test_any_trees_after_any_commits(data: st.DataObject, verifier_named: NamedV
             nodes += width
         bench.check_tree(waves)
         if data.draw(st.booleans(), label="some have ended"):
-            places = st.integers(0, len(bench.rows) - 1)
-            bench.select(data.draw(st.lists(places, min_size=1, max_size=len(bench.rows), unique=True)))
+            indices = st.integers(0, len(bench.rows) - 1)
+            bench.select(data.draw(st.lists(indices, min_size=1, max_size=len(bench.rows), unique=True)))
 
 
 @torch.no_grad()
 def test_sequences_may_end_before_anything_is_committed(verifier_named: NamedVerifiers) -> None:
-    """The first token of a sequence, which comes with the prompt's pass, may be its last."""
+    """The first token of a sequence, which comes from the prefill, may be its last."""
     bench = Bench.of(random_draft(verifier_named("untied llama")))
     bench.select([2, 0])
     bench.commit([3, 1])
@@ -181,7 +181,7 @@ def test_sequences_may_end_before_anything_is_committed(verifier_named: NamedVer
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 99])
 @torch.no_grad()
 def test_a_sliding_window_is_that_of_training(window: int, verifier_named: NamedVerifiers) -> None:
-    """What a draft with a sliding window learns, and is measured on, is what it does when it drafts."""
+    """A draft with a sliding window drafts as it was trained and measured."""
     draft = random_draft(verifier_named("untied llama"))
     layers = draft.config.transformer_layer_config
     layers.layer_types, layers.sliding_window = ["sliding_attention"], window

@@ -1,4 +1,4 @@
-"""``SpeculatorModel.generate``, as transformers' ``generate`` looks from outside."""
+"""``SpeculatorModel.generate``, with the interface of transformers' ``generate``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def batch():
 
 
 @pytest.mark.parametrize("proposal", [None, "dynamic_tree:depth=3", StaticTreeTokenProposalConfig(depth=2)])
-def test_gives_what_the_verifier_gives(verifier, draft, batch, proposal):
+def test_output_equals_the_verifiers(verifier, draft, batch, proposal):
     ids, mask = batch
     ours = draft.generate(ids, mask, max_new_tokens=12, proposal=proposal)
     theirs = verifier.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
@@ -50,7 +50,7 @@ def test_ends_at_stop_tokens_and_pads(verifier, draft, batch):
     assert torch.equal(ours, theirs)
 
 
-def test_right_padding_and_no_mask_are_understood(verifier, draft):
+def test_right_padding_and_no_mask_are_supported(verifier, draft):
     ids = torch.tensor([[4, 9, 2], [7, 3, 0]])
     both = draft.generate(ids, torch.tensor([[1, 1, 1], [1, 1, 0]]), max_new_tokens=6)
     assert torch.equal(both[0], draft.generate(ids[:1], max_new_tokens=6)[0])
@@ -64,7 +64,7 @@ def test_the_same_seed_gives_the_same_text(draft, batch):
     assert not torch.equal(first, draft.generate(*batch, seed=5, **options))
 
 
-def test_a_streamer_gets_the_prompt_then_what_is_added(draft):
+def test_a_streamer_gets_the_prompt_then_the_new_tokens(draft):
     class Streamer:
         def __init__(self):
             self.tokens, self.ended = [], False
@@ -93,7 +93,7 @@ def test_needs_the_whole_verifier(verifier):
         draft.generate(torch.tensor([[4, 9]]))
 
 
-def test_an_unknown_method_is_named(draft):
+def test_an_unknown_method_is_rejected(draft):
     with pytest.raises(UsageError, match=r"'gready'.*Did you mean 'greedy'"):
         draft.generate(torch.tensor([[4, 9]]), proposal="gready")
 
@@ -114,7 +114,7 @@ def test_other_temperatures_neither_overflow_nor_give_nan(temperature):
         assert float(chances.sum()) == pytest.approx(1) and not chances.isnan().any()
 
 
-def test_what_people_pass_to_transformers_is_taken(verifier, draft, batch):
+def test_common_arguments_of_transformers_are_accepted(verifier, draft, batch):
     ids, mask = batch
     greedy = draft.generate(ids, mask, max_new_tokens=8)
     neutral = {
@@ -139,7 +139,7 @@ def test_a_dictionary_holds_rounds_acceptance_and_time(verifier, draft, batch):
     found = draft.generate(*batch, return_dict_in_generate=True, **options)
     assert torch.equal(found.sequences, draft.generate(*batch, **options))
     accepted, rounds = found.accepted_by_position, found.rounds
-    # The first token comes with the prompt; each round gives one more than it accepts.
+    # The first token comes from the prefill; each round gives one more than it accepts.
     assert (1 + rounds + accepted.sum(1)).tolist() == [9, 9, 9] and int(accepted.sum()) > 0
     assert (accepted.diff(dim=1) <= 0).all() and found.seconds > 0
     assert found.acceptance_length == pytest.approx(float(24 / rounds.sum()))
@@ -171,13 +171,13 @@ def test_a_dictionary_holds_rounds_acceptance_and_time(verifier, draft, batch):
         ({"input_ids": ["a", "b"]}, TypeError, "got text; tokenize it first"),
         ({"input_ids": {"input_ids": torch.tensor([[4]])}}, TypeError, r"generate\(\*\*inputs\)"),
         ({"input_ids": [[4, 9]]}, TypeError, "input_ids is a list"),
-        ({"input_ids": torch.tensor([4, 9])}, ValueError, r"the shape \[2\].*input_ids\[None\]"),
+        ({"input_ids": torch.tensor([4, 9])}, ValueError, r"has shape \[2\].*input_ids\[None\]"),
         ({"input_ids": torch.tensor([[4.0]])}, TypeError, "torch.float32"),
         ({"input_ids": torch.tensor([[4, VOCABULARY]])}, ValueError, f"ids from 4 to {VOCABULARY}"),
-        ({"attention_mask": torch.ones(1, 5)}, ValueError, r"attention_mask has the shape \[1, 5\]"),
+        ({"attention_mask": torch.ones(1, 5)}, ValueError, r"attention_mask has shape \[1, 5\]"),
     ],
     ids=lambda one: next(iter(one)) if isinstance(one, dict) else None,
 )
-def test_the_rest_is_refused_by_name(draft, options, error, message):
+def test_other_arguments_are_rejected_with_advice(draft, options, error, message):
     with pytest.raises(error, match=message):
         draft.generate(**{"input_ids": torch.tensor([[4, 9]]), **options})

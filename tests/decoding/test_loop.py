@@ -48,8 +48,8 @@ def verifier(verifier_named: NamedVerifiers) -> PreTrainedModel:
 
 
 @pytest.fixture
-def oracle(prompts: Any, to_the_end: Any) -> Oracle:
-    return Oracle([[*prompt, *to_the_end("llama", prompt)] for prompt in prompts], VOCABULARY)
+def oracle(prompts: Any, full_answer: Any) -> Oracle:
+    return Oracle([[*prompt, *full_answer("llama", prompt)] for prompt in prompts], VOCABULARY)
 
 
 def by_sequence(all_emissions: list[Emission]) -> dict[int, list[Emission]]:
@@ -71,7 +71,7 @@ def by_sequence(all_emissions: list[Emission]) -> dict[int, list[Emission]]:
     ids=["none", "greedy", "static_tree", "dynamic_tree", "prompt_lookup"],
 )
 def test_a_round_yields_one_token_more_than_it_accepts(
-    config: Any, most: int, verifier: PreTrainedModel, oracle: Oracle, prompts: Any, to_the_end: Any
+    config: Any, most: int, verifier: PreTrainedModel, oracle: Oracle, prompts: Any, full_answer: Any
 ) -> None:
     batch = prompts[:6]
     decoder = Decoder(verifier, oracle, config)
@@ -79,10 +79,10 @@ def test_a_round_yields_one_token_more_than_it_accepts(
     assert every.keys() == set(range(6))
     lengths = []
     for number, own in every.items():
-        said = [token for one in own for token in one.tokens]
-        assert said == to_the_end("llama", batch[number])[:15]
+        output = [token for one in own for token in one.tokens]
+        assert output == full_answer("llama", batch[number])[:15]
         first, *rounds = own
-        # The first token comes with the prompt's pass.
+        # The first token comes from the prefill.
         assert (first.drafted, first.path, first.accepted) == (None, 0, 0)
         for one in rounds:
             assert one.accepted == len(one.tokens) - 1 >= 0
@@ -94,41 +94,41 @@ def test_a_round_yields_one_token_more_than_it_accepts(
     assert (sum(lengths) < 6 * 14) == (config is not None)
 
 
-def test_every_round_speaks_of_each_sequence_that_is_going_once(
+def test_every_round_emits_once_for_each_unfinished_sequence(
     verifier: PreTrainedModel, oracle: Oracle, prompts: Any
 ) -> None:
     every = emissions(Decoder(verifier, oracle, GREEDY_CHAIN), prompts, 12)
-    left, place = list(range(len(prompts))), 0
-    said = defaultdict(int)
+    left, index = list(range(len(prompts))), 0
+    output = defaultdict(int)
     while left:
-        now = every[place : place + len(left)]
+        now = every[index : index + len(left)]
         assert [one.sequence for one in now] == left
         for one in now:
-            said[one.sequence] += len(one.tokens)
-        place += len(left)
-        left = [number for number in left if said[number] < min(12, CONTEXT - len(prompts[number]))]
-    assert place == len(every)
+            output[one.sequence] += len(one.tokens)
+        index += len(left)
+        left = [number for number in left if output[number] < min(12, CONTEXT - len(prompts[number]))]
+    assert index == len(every)
 
 
 def test_a_proposed_stop_token_counts_as_the_verifiers_own(
-    verifier: PreTrainedModel, prompts: Any, to_the_end: Any
+    verifier: PreTrainedModel, prompts: Any, full_answer: Any
 ) -> None:
-    said = to_the_end("llama", prompts[3])
-    stop = next(token for place, token in enumerate(said) if place >= 3 and token not in said[:place])
-    place = said.index(stop)
-    sure = Oracle([[*prompts[3], *said]], VOCABULARY, share=1.0)
+    output = full_answer("llama", prompts[3])
+    stop = next(token for index, token in enumerate(output) if index >= 3 and token not in output[:index])
+    index = output.index(stop)
+    sure = Oracle([[*prompts[3], *output]], VOCABULARY, share=1.0)
     every = emissions(
         Decoder(verifier, sure, GreedyTokenProposalConfig(speculative_tokens=20), stop_tokens=[stop]), [prompts[3]], 30
     )
     first, only = every
-    assert first.tokens == said[:1] and only.tokens == said[1 : place + 1]
+    assert first.tokens == output[:1] and only.tokens == output[1 : index + 1]
     assert only.drafted == 20
     # All of its tokens were proposed, the stop token included.
-    assert only.path == place
-    assert only.accepted == place - 1
+    assert only.path == index
+    assert only.accepted == index - 1
 
 
-def test_nothing_is_proposed_that_there_is_no_room_for(verifier: PreTrainedModel, oracle: Oracle, prompts: Any) -> None:
+def test_nothing_is_proposed_beyond_the_room(verifier: PreTrainedModel, oracle: Oracle, prompts: Any) -> None:
     for config in (
         GreedyTokenProposalConfig(speculative_tokens=20),
         PromptLookupTokenProposalConfig(speculative_tokens=20),
@@ -141,23 +141,23 @@ def test_nothing_is_proposed_that_there_is_no_room_for(verifier: PreTrainedModel
             assert left == 0
 
 
-class Witness(Oracle):
-    """An oracle that notes what it is told of each sequence, and reads features of two layers."""
+class RecordingOracle(Oracle):
+    """An oracle that records what is committed for each sequence, and reads features of two layers."""
 
     @property
     def aux_layers(self) -> list[int]:
         return [1, 2]
 
     def drafter(self, batch_size: int) -> OracleDrafter:
-        self.last_drafter = WitnessDrafter(self, batch_size)
+        self.last_drafter = RecordingDrafter(self, batch_size)
         return self.last_drafter
 
 
-class WitnessDrafter(OracleDrafter):
+class RecordingDrafter(OracleDrafter):
     def __init__(self, oracle: Oracle, batch_size: int) -> None:
         super().__init__(oracle, batch_size)
         self.numbers = list(range(batch_size))
-        self.told: dict[int, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
+        self.received: dict[int, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
 
     def begin(self, tokens: Tensor) -> None:
         self.first = tokens.tolist()
@@ -165,9 +165,9 @@ class WitnessDrafter(OracleDrafter):
     def commit(self, tokens: Tensor, features: Features, counts: Tensor) -> None:
         super().commit(tokens, features, counts)
         for row, (number, count) in enumerate(zip(self.numbers, counts.tolist(), strict=True)):
-            for place in range(count):
-                one = (int(tokens[row, place]), features.aux[row, place], features.last[row, place])
-                self.told[number].append(one)
+            for index in range(count):
+                one = (int(tokens[row, index]), features.aux[row, index], features.last[row, index])
+                self.received[number].append(one)
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
@@ -184,19 +184,19 @@ class WitnessDrafter(OracleDrafter):
     ids=["greedy", "static_tree", "dynamic_tree"],
 )
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_the_draft_is_told_all_that_is_decided_and_what_the_verifier_made_of_it(
-    family: str, config: TokenProposalConfig, verifier_named: NamedVerifiers, prompts: Any, to_the_end: Any
+def test_all_decided_tokens_and_their_features_are_committed_to_the_draft(
+    family: str, config: TokenProposalConfig, verifier_named: NamedVerifiers, prompts: Any, full_answer: Any
 ) -> None:
-    """Sequences end at different times, and each token comes beside the states of the one before it."""
+    """Sequences end at different times, and each token is paired with the states of the one before it."""
     verifier, batch = verifier_named(family), prompts[:6]
-    whole = [[*prompt, *to_the_end(family, prompt)] for prompt in batch]
-    witness = Witness(whole, VOCABULARY)
-    decoded(Decoder(verifier, witness, config), batch, 1000)
-    assert witness.last_drafter.first == [prompt[0] for prompt in batch]
-    assert witness.last_drafter.told.keys() == set(range(len(batch)))
-    for number, told in witness.last_drafter.told.items():
-        tokens, aux, last = zip(*told, strict=True)
-        # The end of a sequence is not told any more.
+    whole = [[*prompt, *full_answer(family, prompt)] for prompt in batch]
+    oracle = RecordingOracle(whole, VOCABULARY)
+    decoded(Decoder(verifier, oracle, config), batch, 1000)
+    assert oracle.last_drafter.first == [prompt[0] for prompt in batch]
+    assert oracle.last_drafter.received.keys() == set(range(len(batch)))
+    for number, received in oracle.last_drafter.received.items():
+        tokens, aux, last = zip(*received, strict=True)
+        # The end of a sequence is not committed.
         assert len(batch[number]) <= len(tokens) < len(whole[number])
         assert list(tokens) == whole[number][1 : 1 + len(tokens)]
         read = torch.tensor([whole[number][: len(tokens)]])
@@ -216,24 +216,24 @@ def test_the_draft_is_told_all_that_is_decided_and_what_the_verifier_made_of_it(
     ],
     ids=["none", "greedy", "sampling", "static_tree", "dynamic_tree"],
 )
-def test_a_seed_decides_everything(config: Any, sampling: Sampling, verifier: PreTrainedModel, prompts: Any) -> None:
+def test_a_seed_determines_the_output(config: Any, sampling: Sampling, verifier: PreTrainedModel, prompts: Any) -> None:
     decoder = Decoder(verifier, random_draft(verifier, size=9), config, sampling)
 
-    def said(seed: int) -> list[Emission]:
+    def output(seed: int) -> list[Emission]:
         return emissions(decoder, prompts[:5], 16, seed=seed)
 
-    assert said(1) == said(1)
-    assert said(1) != said(2)
+    assert output(1) == output(1)
+    assert output(1) != output(2)
 
 
-def test_without_a_seed_the_devices_own_state_decides(verifier: PreTrainedModel, prompts: Any) -> None:
+def test_without_a_seed_the_default_generator_is_used(verifier: PreTrainedModel, prompts: Any) -> None:
     decoder = Decoder(verifier, sampling=WARM)
     torch.manual_seed(5)
     one = decoded(decoder, prompts[:3], 12)
     other = decoded(decoder, prompts[:3], 12)
     torch.manual_seed(5)
     assert one == decoded(decoder, prompts[:3], 12) != other
-    # A seed leaves it alone.
+    # A seed does not change the default generator.
     state = torch.get_rng_state()
     decoded(decoder, prompts[:3], 3, seed=0)
     assert torch.equal(state, torch.get_rng_state())
@@ -247,7 +247,7 @@ def test_times_are_accounted(verifier: PreTrainedModel, oracle: Oracle, prompts:
     assert times.rounds == rounds
     assert min(times.draft, times.verifier, times.prompt) > 0
     assert times.verifier <= times.total
-    # Each decoding starts anew.
+    # Each decoding starts from zero.
     assert emissions(decoder, prompts[2:3], 1) and decoder.times.rounds == 0
     assert decoder.times.verifier == decoder.times.total == 0
     alone = Decoder(verifier)
@@ -267,7 +267,7 @@ def test_the_device_is_waited_for_only_if_times_are_wanted(
     assert bool(waits) == timed
 
 
-def test_a_consumers_time_is_nobodys(
+def test_the_consumers_time_is_not_counted(
     verifier: PreTrainedModel, oracle: Oracle, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = 0
@@ -284,10 +284,10 @@ def test_a_consumers_time_is_nobodys(
     assert decoder.times.total < 1000 and decoder.times.prompt < 1000
 
 
-def test_the_parts_of_the_time_make_no_more_than_the_whole(
-    verifier: PreTrainedModel, prompts: Any, to_the_end: Any, monkeypatch: pytest.MonkeyPatch
+def test_the_times_of_the_parts_add_up_to_at_most_the_total(
+    verifier: PreTrainedModel, prompts: Any, full_answer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Taking in the prompt is as long as the prompt, and belongs to it as the verifier's first pass does."""
+    """The draft's time over the prompt counts as prefill, as the verifier's does."""
     clock = 0.0
 
     def now() -> float:
@@ -306,19 +306,19 @@ def test_the_parts_of_the_time_make_no_more_than_the_whole(
             return SlowDrafter(self, batch_size)
 
     monkeypatch.setattr(loop.time, "perf_counter", now)
-    slow = Slow([[*prompts[5], *to_the_end("llama", prompts[5])]], VOCABULARY)
+    slow = Slow([[*prompts[5], *full_answer("llama", prompts[5])]], VOCABULARY)
     decoder = Decoder(verifier, slow, GREEDY_CHAIN)
     emissions(decoder, prompts[5:6], 6)
     assert decoder.times.draft + decoder.times.verifier <= decoder.times.total
 
 
-def test_prompts_that_nothing_can_be_said_to_are_refused(verifier: PreTrainedModel) -> None:
+def test_prompts_that_cannot_be_continued_are_rejected(verifier: PreTrainedModel) -> None:
     decoder = Decoder(verifier)
     full = [1] * CONTEXT
     for batch, message in [
         ([[]], "the prompt is empty"),
         ([[1], [], [2]], "prompt 2 of 3 is empty"),
-        ([full], f"the prompt has {CONTEXT} tokens, and the verifier's context takes {CONTEXT}"),
+        ([full], f"the prompt has {CONTEXT} tokens, and the verifier's context is {CONTEXT}"),
         ([[1], [*full, 1]], f"prompt 2 of 2 has {CONTEXT + 1} tokens"),
     ]:
         with pytest.raises(UsageError, match=message):
@@ -326,7 +326,7 @@ def test_prompts_that_nothing_can_be_said_to_are_refused(verifier: PreTrainedMod
     assert len(decoded(decoder, [full[:-1]], 5)[0]) == 1
 
 
-def test_no_prompts_and_no_room_are_nothing(verifier: PreTrainedModel, oracle: Oracle) -> None:
+def test_no_prompts_or_no_room_give_no_emissions(verifier: PreTrainedModel, oracle: Oracle) -> None:
     decoder = Decoder(verifier, oracle, GREEDY_CHAIN)
     assert emissions(decoder, [], 5) == []
     assert decoded(decoder, [[1, 2]], 0) == [[]]
@@ -335,8 +335,8 @@ def test_no_prompts_and_no_room_are_nothing(verifier: PreTrainedModel, oracle: O
 
 def test_a_draft_of_another_verifier_is_refused(verifier: PreTrainedModel) -> None:
     for change, message in [
-        ({"vocab_size": 40}, "vocabulary of 40; that of llama is 31"),
-        ({"hidden_size": 32, "head_dim": 8}, "width of 32; that of llama is 16"),
+        ({"vocab_size": 40}, "vocabulary of 40; llama has 31"),
+        ({"hidden_size": 32, "head_dim": 8}, "width of 32; llama has 16"),
     ]:
         other = random_model(LlamaConfig(**{**SHAPE, **change}))
         with pytest.raises(UsageError, match=f"the draft was made for a verifier with a {message}"):
@@ -346,7 +346,7 @@ def test_a_draft_of_another_verifier_is_refused(verifier: PreTrainedModel) -> No
 
 
 @pytest.mark.parametrize("kind", ["greedy", "sampling", "static_tree", "dynamic_tree"])
-def test_methods_that_need_a_draft_say_so(kind: str, verifier: PreTrainedModel) -> None:
+def test_methods_that_need_a_draft_are_rejected_without_one(kind: str, verifier: PreTrainedModel) -> None:
     config = {
         "greedy": GREEDY_CHAIN,
         "sampling": SamplingTokenProposalConfig(),
@@ -357,13 +357,13 @@ def test_methods_that_need_a_draft_say_so(kind: str, verifier: PreTrainedModel) 
         Decoder(verifier, proposal=config)
 
 
-def test_a_draft_is_not_asked_for_more_than_it_can(verifier: PreTrainedModel) -> None:
+def test_a_proposal_deeper_than_the_draft_supports_is_rejected(verifier: PreTrainedModel) -> None:
     short = Oracle([], VOCABULARY, max_depth=3)
     Decoder(verifier, short, GreedyTokenProposalConfig(speculative_tokens=3))
     Decoder(verifier, short, StaticTreeTokenProposalConfig(depth=3))
     Decoder(verifier, short, PromptLookupTokenProposalConfig(speculative_tokens=9))
     for config in (GREEDY_CHAIN, DynamicTreeTokenProposalConfig(depth=4), StaticTreeTokenProposalConfig(depth=4)):
-        with pytest.raises(UsageError, match=f"{config.proposal_type} proposes 4 tokens ahead, .* 3 at most"):
+        with pytest.raises(UsageError, match=f"{config.proposal_type} proposes 4 tokens ahead, .* at most 3"):
             Decoder(verifier, short, config)
 
 
@@ -424,7 +424,7 @@ def test_a_state_that_cannot_be_rolled_back_is_refused(prompts: Any) -> None:
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     }
     verifier = random_model(Qwen3_5TextConfig(**{**SHAPE, **recurrent}))
-    with pytest.raises(UsageError, match=r"cannot verify drafts: it has layers of linear_attention.* taken back"):
+    with pytest.raises(UsageError, match=r"cannot verify drafts: it has layers of linear_attention.* rolled back"):
         decoded(Decoder(verifier), prompts[:1], 3)
     mamba = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4)
     with pytest.raises(UsageError, match="MambaForCausalLM"):

@@ -8,7 +8,7 @@ from random_verifiers import VOCABULARY
 from small_models import CONFIGS, learn, random_draft, random_model
 
 from specforge.decoding.loop import Decoder
-from specforge.decoding.recorded import chain_acceptance, draft_places, replay_text
+from specforge.decoding.recorded import chain_acceptance, draft_indices, replay_text
 from specforge.decoding.replay import replay
 from specforge.models.speculator import SpeculatorModel
 from specforge.proposals import (
@@ -18,7 +18,7 @@ from specforge.proposals import (
     SamplingTokenProposalConfig,
     StaticTreeTokenProposalConfig,
 )
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 from specforge.verifier.features import capture
 
 STEPS = 4
@@ -36,8 +36,8 @@ def prompts():
     return [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in (2, 5, 9, 3)]
 
 
-def said(verifier, prompts, sampling, seed=0):
-    """What the verifier alone says, behind each prompt."""
+def verifier_texts(verifier, prompts, sampling, seed=0):
+    """Each prompt with the verifier's own output."""
     texts = [prompt.tolist() for prompt in prompts]
     for one in Decoder(verifier, sampling=sampling).decode(prompts, NEW, seed):
         texts[one.sequence] += one.tokens
@@ -48,7 +48,7 @@ def said(verifier, prompts, sampling, seed=0):
 def draft(request, verifier, prompts):
     made = random_draft(verifier, seed=2, size=request.param)
     if request.param is None:
-        learn(made, verifier, said(verifier, prompts, Sampling()), updates=25)
+        learn(made, verifier, verifier_texts(verifier, prompts, Sampling()), updates=25)
     return made
 
 
@@ -69,7 +69,7 @@ def rounds_of(decoder, prompts):
 def test_greedy_chains_take_the_rounds_of_real_decoding(verifier, draft, prompts, chain):
     decoder = Decoder(verifier, draft, GreedyTokenProposalConfig(speculative_tokens=chain))
     real = rounds_of(decoder, prompts)
-    for prompt, text, rounds in zip(prompts, said(verifier, prompts, Sampling()), real, strict=True):
+    for prompt, text, rounds in zip(prompts, verifier_texts(verifier, prompts, Sampling()), real, strict=True):
         greedy, drawn = chain_acceptance(
             draft, decoder.parts, text, features_of(verifier, draft, text), len(prompt), STEPS, Sampling()
         )
@@ -94,17 +94,17 @@ def test_greedy_chains_take_the_rounds_of_real_decoding(verifier, draft, prompts
 def test_every_fixed_method_takes_the_rounds_of_real_decoding(verifier, draft, prompts, proposal):
     decoder = Decoder(verifier, draft, proposal)
     real = rounds_of(decoder, prompts)
-    proposer = decoder._proposer(proposal, Sampling(), Chance())
-    for prompt, text, rounds in zip(prompts, said(verifier, prompts, Sampling()), real, strict=True):
+    proposer = decoder._proposer(proposal, Sampling(), RandomSource())
+    for prompt, text, rounds in zip(prompts, verifier_texts(verifier, prompts, Sampling()), real, strict=True):
         drafter = draft.drafter(1) if proposer.needs_draft else None
         assert replay_text(proposer, drafter, text, features_of(verifier, draft, text), len(prompt)) == rounds
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=1.0), Sampling(temperature=0.6, top_k=9, top_p=0.9)])
-def test_acceptance_is_the_ratio_of_what_both_say_of_the_text(verifier, draft, prompts, sampling):
-    """Each probability by itself: a whole pass of the verifier, and the draft stepped along the text."""
+def test_acceptance_is_the_ratio_of_both_probabilities(verifier, draft, prompts, sampling):
+    """Each probability separately: one full verifier forward pass, and the draft stepped along the text."""
     prompt = prompts[1]
-    text = said(verifier, [prompt], sampling, seed=5)[0]
+    text = verifier_texts(verifier, [prompt], sampling, seed=5)[0]
     features = features_of(verifier, draft, text)
     decoder = Decoder(verifier, sampling=sampling)
     greedy, drawn = chain_acceptance(draft, decoder.parts, text, features, len(prompt), STEPS, sampling)
@@ -118,27 +118,27 @@ def test_acceptance_is_the_ratio_of_what_both_say_of_the_text(verifier, draft, p
             drafter.commit(text[None, 1 : root + 1], committed, torch.tensor([root]))
             logits = drafter.root
             for step in range(STEPS):
-                place = root + 1 + step
-                if place >= len(text):
+                index = root + 1 + step
+                if index >= len(text):
                     break
-                token = int(text[place])
+                token = int(text[index])
                 q = sampling.log_probs(logits)[0].exp()
                 of_draft = float(q[ids.index(token)]) if token in ids else 0.0
                 assert float(drawn[step, anchor]) == pytest.approx(
-                    min(1.0, of_draft / float(p[place - 1, token])), abs=1e-5
+                    min(1.0, of_draft / float(p[index - 1, token])), abs=1e-5
                 )
                 assert float(greedy[step, anchor]) == float(ids[int(logits.argmax())] == token)
                 logits = drafter.step(torch.tensor([[token]]), torch.tensor([[step - 1]]))[:, 0]
 
 
 def test_replay_of_sampled_text_equals_sampled_decoding(verifier, draft):
-    """The mean over many texts of the verifier's is the mean over many real decodings, within the errors of both."""
+    """The mean over many sampled texts equals the mean over many real decodings, within the errors of both."""
     sampling = Sampling(temperature=0.9)
     decoder = Decoder(verifier, draft, SamplingTokenProposalConfig(speculative_tokens=3), sampling)
     copies = [torch.tensor([7, 3, 11])] * 200
     real = torch.tensor([len(one) for one in rounds_of(decoder, copies)], dtype=torch.float64)
     replayed = []
-    for text in said(verifier, copies, sampling, seed=9):
+    for text in verifier_texts(verifier, copies, sampling, seed=9):
         _, drawn = chain_acceptance(draft, decoder.parts, text, features_of(verifier, draft, text), 3, 3, sampling)
         replayed.append(float(replay(drawn.T[None], torch.tensor([drawn.shape[1]])).rounds[2]))
     expected = torch.tensor(replayed, dtype=torch.float64)
@@ -146,13 +146,13 @@ def test_replay_of_sampled_text_equals_sampled_decoding(verifier, draft):
     assert abs(float(real.mean() - expected.mean())) < 3.5 * float(error)
 
 
-def test_places_in_the_draft_vocabulary():
+def test_indices_in_the_draft_vocabulary():
     ids = torch.tensor([2, 5, 6])
-    assert draft_places(torch.tensor([5, 0, 6, 9, 2]), ids).tolist() == [1, -1, 2, -1, 0]
-    assert draft_places(torch.tensor([5, 0]), None).tolist() == [5, 0]
+    assert draft_indices(torch.tensor([5, 0, 6, 9, 2]), ids).tolist() == [1, -1, 2, -1, 0]
+    assert draft_indices(torch.tensor([5, 0]), None).tolist() == [5, 0]
 
 
-def test_a_draft_that_cannot_step_says_so():
+def test_a_draft_that_cannot_step_is_rejected():
     from specforge.config import SpeculatorModelConfig
     from specforge.errors import UsageError
 

@@ -1,4 +1,4 @@
-"""Replay: against a slow reference, real decoding on toys, and what other tools estimate."""
+"""Replay: against a slow reference, real decoding of toys, and the estimates of other tools."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specforge.decoding.replay import AcceptanceLength, figures, replay, turns_of
+from specforge.decoding.replay import AcceptanceLength, figures, find_turns, replay
 
 
 def slow_rounds(acceptance: list[list[float]], chain: int) -> float:
-    """The renewal equation of one turn, from its end to its begin: expected rounds from each anchor."""
+    """The renewal equation of one turn, from end to start: expected rounds from each anchor."""
     anchors = len(acceptance)
     rounds = [0.0] * (anchors + chain + 2)
     for anchor in reversed(range(anchors)):
@@ -27,23 +27,23 @@ def slow_rounds(acceptance: list[list[float]], chain: int) -> float:
 
 
 def simulated(acceptance: torch.Tensor, chain: int, runs: int) -> tuple[float, list[float]]:
-    """Rounds and, by position, rounds that accepted so many, of decoding one turn again and again."""
+    """Simulate decoding of one turn many times: rounds and, by position, rounds that accepted at least that many."""
     generator = torch.Generator().manual_seed(0)
     rounds, reached = 0, [0] * chain
     for _ in range(runs):
-        place = 0
-        while place < len(acceptance):
+        index = 0
+        while index < len(acceptance):
             accepted = 0
-            while accepted < chain and place + accepted < len(acceptance):
-                if torch.rand((), generator=generator) >= acceptance[place, accepted]:
+            while accepted < chain and index + accepted < len(acceptance):
+                if torch.rand((), generator=generator) >= acceptance[index, accepted]:
                     break
                 accepted += 1
             # The turn's last token counts as the verifier's own.
-            accepted = min(accepted, len(acceptance) - place - 1)
+            accepted = min(accepted, len(acceptance) - index - 1)
             rounds += 1
             for position in range(accepted):
                 reached[position] += 1
-            place += accepted + 1
+            index += accepted + 1
     return rounds / runs, [one / runs for one in reached]
 
 
@@ -84,7 +84,7 @@ def test_a_certain_draft_needs_a_round_for_every_k_plus_one_tokens():
     assert useless.rounds.tolist() == [10, 10, 10, 10] and not useless.accepted.any()
 
 
-def test_what_lies_behind_a_turn_is_not_read():
+def test_values_beyond_a_turn_are_not_read():
     acceptance = torch.rand(2, 6, 3)
     first = replay(acceptance, torch.tensor([4, 6]))
     acceptance[0, 4:] = torch.nan
@@ -92,8 +92,8 @@ def test_what_lies_behind_a_turn_is_not_read():
     assert torch.equal(first.rounds, replay(acceptance, torch.tensor([4, 6])).rounds)
 
 
-def test_the_mean_over_all_anchors_is_another_figure():
-    # Text that is hard or easy in stretches: rounds begin more often where it is hard.
+def test_the_mean_over_all_anchors_differs():
+    # Text with hard and easy spans: more rounds begin in the hard ones.
     acceptance = torch.full((1, 200, 4), 0.95, dtype=torch.float64)
     acceptance[:, 50:150] = 0.1
     found = replay(acceptance, torch.tensor([200]))
@@ -104,11 +104,11 @@ def test_the_mean_over_all_anchors_is_another_figure():
 
 def test_turns_are_unbroken_runs_within_a_row():
     reachable = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 0, 1, 1]], dtype=torch.bool)
-    starts, lengths = turns_of(reachable)
+    starts, lengths = find_turns(reachable)
     assert (starts.tolist(), lengths.tolist()) == ([1, 4, 5, 8], [2, 1, 1, 2])
 
 
-def test_batches_add_up_to_the_whole():
+def test_batches_add_up():
     generator = torch.Generator().manual_seed(5)
     acceptance = torch.rand(3, 4, 12, generator=generator)
     reachable = torch.rand(4, 12, generator=generator) < 0.7
@@ -116,7 +116,7 @@ def test_batches_add_up_to_the_whole():
     whole.update(acceptance, reachable)
     parts[0].update(acceptance[:, :1], reachable[:1])
     parts[1].update(acceptance[:, 1:], reachable[1:])
-    # What torchmetrics does across ranks with states that are summed.
+    # As torchmetrics does across ranks with summed states.
     for name in ("tokens", "rounds", "accepted"):
         setattr(parts[0], name, getattr(parts[0], name) + getattr(parts[1], name))
     for chain, expected in whole.compute().items():
@@ -142,7 +142,7 @@ def test_figures_by_hand():
 
 
 def _rank(rank: int, folder: str) -> None:
-    """One of two processes: the second holds no turn at all."""
+    """One of two processes; the second has no turns."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     acceptance, reachable = _example()
     metric = AcceptanceLength(3)

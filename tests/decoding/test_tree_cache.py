@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from specforge.decoding.verifier import VerifierPasses
+from specforge.decoding.verifier import CachedVerifier
 from specforge.models.tree_cache import TreeCache, ancestors_of
 from specforge.verifier.features import Features, capture
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @st.composite
 def trees(draw: st.DrawFn, rows: int, max_nodes: int = 7, before: int = 0) -> list[list[int]]:
-    """Parents of new nodes behind so many that are there already; every node stands behind its parent."""
+    """Parents of new nodes after ``before`` existing ones; every node comes after its parent."""
     number = draw(st.integers(1, max_nodes))
     return [[draw(st.integers(-1, before + node - 1)) for node in range(number)] for _ in range(rows)]
 
@@ -53,7 +53,7 @@ def test_a_chain_of_any_length_is_followed_to_its_top(length: int) -> None:
 
 @dataclass
 class Mirror:
-    """Verifier passes beside plain lists of the tokens that they should have seen."""
+    """A cached verifier, with plain lists of the tokens that it should have seen."""
 
     verifier: PreTrainedModel
     committed: list[list[int]]
@@ -61,7 +61,7 @@ class Mirror:
     parents: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.passes = VerifierPasses(self.verifier, AUX, len(self.committed))
+        self.passes = CachedVerifier(self.verifier, AUX, len(self.committed))
         padded = pad_sequence([torch.tensor(row) for row in self.committed], batch_first=True)
         features = self.passes.begin(padded)
         for row, own in enumerate(self.committed):
@@ -71,19 +71,19 @@ class Mirror:
 
     def run(self, tokens: list[list[int]], parents: list[list[int]]) -> None:
         features = self.passes.run(torch.tensor(tokens), torch.tensor(parents))
-        for row, (own, behind) in enumerate(zip(tokens, parents, strict=True)):
+        for row, (own, own_parents) in enumerate(zip(tokens, parents, strict=True)):
             first = len(self.tokens[row])
             self.tokens[row] += own
-            self.parents[row] += behind
-            for place in range(len(own)):
-                text = self.committed[row] + self.path(row, first + place)
-                self._compare(features, row, slice(place, place + 1), text, slice(-1, None))
+            self.parents[row] += own_parents
+            for index in range(len(own)):
+                text = self.committed[row] + self.path(row, first + index)
+                self._compare(features, row, slice(index, index + 1), text, slice(-1, None))
 
     def path(self, row: int, node: int) -> list[int]:
         return [self.tokens[row][one] for one in path_of(self.parents[row], node)]
 
     def keep(self, nodes: list[int]) -> None:
-        """Keep the path to a node of each row, -1 for nothing; what stands behind a path in the batch is arbitrary."""
+        """Keep the path to a node of each row, -1 for nothing; values after a path in the batch are arbitrary."""
         paths = [path_of(parents, node) for parents, node in zip(self.parents, nodes, strict=True)]
         longest = max(map(len, paths))
         self.passes.cache.keep(
@@ -143,7 +143,7 @@ def test_a_node_sees_what_its_path_alone_would(
 
 
 def test_gaps_behind_short_sequences_stay_unseen(verifier_named: Callable[[str], PreTrainedModel]) -> None:
-    """The short row's slots between its own tokens and the longest row's hold leftovers of every round."""
+    """The short row's slots between its own tokens and the longest row's end hold leftovers of every round."""
     mirror = Mirror(verifier_named("gemma3"), [[5, 6, 7, 8, 9, 10], [11]])
     for token in range(4):
         mirror.run([[token, 3, 4], [3, token, 5]], [[-1, 0, 1], [-1, -1, -1]])
@@ -189,10 +189,10 @@ def test_attention_is_that_of_a_path(data: st.DataObject | None, window: int | N
         output = cache.attend(0, query, key, value, scale, window)
         for row in range(2):
             new = list(zip(key[row].unbind(1), value[row].unbind(1), strict=True))
-            for place in range(counts[row]):
-                keys, values = zip(*(committed[row] + new[: place + 1]), strict=True)
-                expected = reference(list(keys), list(values), query[row, :, place], scale, window)
-                torch.testing.assert_close(output[row, :, place], expected)
+            for index in range(counts[row]):
+                keys, values = zip(*(committed[row] + new[: index + 1]), strict=True)
+                expected = reference(list(keys), list(values), query[row, :, index], scale, window)
+                torch.testing.assert_close(output[row, :, index], expected)
             committed[row] += new[: counts[row]]
         cache.keep_first(torch.tensor(counts))
     parents = [[-1, 0, 0, 1, -1]] * 2 if data is None else data.draw(trees(2))

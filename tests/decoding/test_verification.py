@@ -23,7 +23,7 @@ from specforge.proposals import (
     StaticTreeTokenProposalConfig,
 )
 from specforge.proposals.proposal import Proposal
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 
 EXACT = 1e-9
 CONTEXT = (0, 1)
@@ -78,32 +78,34 @@ PROPOSALS: dict[str, tuple[TokenProposalConfig, Verification, tuple[int, ...]]] 
 @pytest.mark.parametrize("name", PROPOSALS)
 @settings(max_examples=6)
 @given(data=st.data(), sampling=st.sampled_from(SAMPLINGS), missing=st.integers(0, 2))
-def test_a_round_has_the_verifiers_own_law(name: str, data: st.DataObject, sampling: Sampling, missing: int) -> None:
+def test_a_round_has_the_verifiers_own_distribution(
+    name: str, data: st.DataObject, sampling: Sampling, missing: int
+) -> None:
     config, verification, sizes = PROPOSALS[name]
     toy = data.draw(toys(sizes))
-    depth = Rounds(toy, config, sampling, verification).proposer(config, sampling, Chance()).depth
-    # Where a sequence is nearly full, deeper nodes are left out.
+    depth = Rounds(toy, config, sampling, verification).proposer(config, sampling, RandomSource()).depth
+    # If a sequence is nearly full, deeper nodes are dropped.
     rounds = Rounds(toy, config, sampling, verification, limit=max(1, depth - missing))
-    law, own = rounds.law(CONTEXT, depth + 1), toy.law(CONTEXT, depth + 1, sampling)
-    assert largest_difference(law, own) < EXACT
+    distribution, own = rounds.distribution(CONTEXT, depth + 1), toy.distribution(CONTEXT, depth + 1, sampling)
+    assert largest_difference(distribution, own) < EXACT
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_broad_drawn_trees_have_the_verifiers_own_law(kind: str) -> None:
+def test_broad_drawn_trees_have_the_verifiers_own_distribution(kind: str) -> None:
     toy = make_toy(5, 3, kind, draft_size=None if kind == "close" else 2)
     rounds = Rounds(toy, tree(2, 2, 2, sampled=True), Sampling(temperature=0.8), TOKEN)
-    assert largest_difference(rounds.law(CONTEXT, 3), toy.law(CONTEXT, 3, rounds.sampling)) < EXACT
+    assert largest_difference(rounds.distribution(CONTEXT, 3), toy.distribution(CONTEXT, 3, rounds.sampling)) < EXACT
 
 
 @pytest.mark.parametrize("verification", [TOKEN, BLOCK], ids=["token", "block"])
-def test_several_rounds_have_the_verifiers_own_law(verification: Verification) -> None:
+def test_several_rounds_have_the_verifiers_own_distribution(verification: Verification) -> None:
     toy = make_toy(3, 3, "close", draft_size=2)
     rounds = Rounds(toy, SamplingTokenProposalConfig(speculative_tokens=2), WARM, verification)
-    assert largest_difference(rounds.law(CONTEXT, 5, rounds=3), toy.law(CONTEXT, 5, WARM)) < EXACT
+    assert largest_difference(rounds.distribution(CONTEXT, 5, rounds=3), toy.distribution(CONTEXT, 5, WARM)) < EXACT
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS[:3], ids=["warm", "cold", "top-k"])
-def test_methods_without_a_draft_have_the_verifiers_own_law(sampling: Sampling, tmp_path: Any) -> None:
+def test_methods_without_a_draft_have_the_verifiers_own_distribution(sampling: Sampling, tmp_path: Any) -> None:
     from safetensors.torch import save_file
 
     toy = make_toy(8, 4, "random")
@@ -114,7 +116,7 @@ def test_methods_without_a_draft_have_the_verifiers_own_law(sampling: Sampling, 
     ):
         rounds = Rounds(toy, config, sampling, TOKEN, prompt=(0, 1, 3, 2, 2))
         for context in [(0, 1), (3, 2), (1, 0)]:
-            assert largest_difference(rounds.law(context, 4), toy.law(context, 4, sampling)) < EXACT
+            assert largest_difference(rounds.distribution(context, 4), toy.distribution(context, 4, sampling)) < EXACT
 
 
 @settings(max_examples=10)
@@ -126,8 +128,8 @@ def test_at_temperature_0_a_round_follows_the_verifier(toy: Toy, name: str) -> N
         assert probability == 1
         expected: tuple[int, ...] = ()
         for _ in one.tokens:
-            place = after(context, expected)
-            expected += (int(toy.verifier[place].argmax()),)
+            index = after(context, expected)
+            expected += (int(toy.verifier[index].argmax()),)
         assert one.tokens == expected
 
 
@@ -164,14 +166,14 @@ def test_a_perfect_draft_is_always_accepted(config: TokenProposalConfig, verific
 def test_expected_lengths_of_chains_are_those_of_the_formulas(toy: Toy, sampling: Sampling) -> None:
     length = 3
     token_length, block_length = 0.0, 0.0
-    for place in range(1, length + 1):
-        for path in product(range(toy.size), repeat=place):
+    for index in range(1, length + 1):
+        for path in product(range(toy.size), repeat=index):
             both = [
                 (toy.p(after(CONTEXT, path[:at]), sampling)[one], toy.q(after(CONTEXT, path[:at]), sampling)[one])
                 for at, one in enumerate(path)
             ]
             token_length += math.prod(min(p, q) for p, q in both)
-            # Block verification: q of the path times the p_i of the paper, which is the chance to get here.
+            # Block verification: q of the path times the paper's p_i, the probability of getting here.
             drawn, survival = 1.0, 1.0
             for p, q in both:
                 drawn *= q
@@ -213,7 +215,7 @@ def test_fixed_trees_are_accepted_as_far_as_the_verifier_goes(toy: Toy, sampling
 
 @settings(max_examples=6)
 @given(toy=toys((3, 4)), sampling=st.sampled_from(SAMPLINGS))
-def test_siblings_drawn_without_replacement_are_accepted_as_recursive_rejection_says(
+def test_siblings_drawn_without_replacement_are_accepted_as_in_recursive_rejection(
     toy: Toy, sampling: Sampling
 ) -> None:
     width = 2
@@ -232,7 +234,7 @@ def test_siblings_drawn_without_replacement_are_accepted_as_recursive_rejection_
             rejected = max(0.0, drawn - r[token])
             if rejected <= 0:
                 continue
-            others = [0.0 if place == token else one for place, one in enumerate(q)]
+            others = [0.0 if index == token else one for index, one in enumerate(q)]
             others = [one / sum(others) for one in others] if any(others) else others
             total += rejected * accepted(left, others, tries - 1)
         return total
@@ -250,13 +252,13 @@ def path_to(proposal: Proposal, node: int) -> list[int]:
 
 
 def accepted_paths(toy: Toy, proposal: Proposal, fits: Any) -> list[tuple[int, ...]]:
-    """The longest paths whose nodes all fit, from the root down; that of no nodes where none does."""
+    """The longest paths whose nodes all fit, from the root down; the empty path if there is none."""
     paths: list[tuple[int, ...]] = [()]
     by_node: dict[int, tuple[int, ...]] = {-1: ()}
     for node, (token, parent) in enumerate(zip(proposal.tokens[0].tolist(), proposal.parents[0].tolist(), strict=True)):
-        behind = by_node.get(parent)
-        if behind is not None and fits(after(CONTEXT, path_to(proposal, parent)), token):
-            by_node[node] = (*behind, node)
+        path_above = by_node.get(parent)
+        if path_above is not None and fits(after(CONTEXT, path_to(proposal, parent)), token):
+            by_node[node] = (*path_above, node)
             paths.append(by_node[node])
     longest = max(map(len, paths))
     return [path for path in paths if len(path) == longest]
@@ -328,7 +330,7 @@ def test_tolerance_is_as_defined(toy: Toy, accept_k: int, tolerance: float) -> N
     assert one.tokens[-1] == int(toy.verifier[after(CONTEXT, one.tokens[:-1])].argmax())
 
 
-def test_tolerance_says_more_tokens_of_a_bad_draft() -> None:
+def test_tolerance_accepts_more_tokens_of_a_bad_draft() -> None:
     toy = make_toy(7, 5, "random")
 
     def accepted(**tolerance: Any) -> int:
@@ -351,29 +353,29 @@ def test_tolerance_says_more_tokens_of_a_bad_draft() -> None:
         (Verification(method="typical"), DynamicTreeTokenProposalConfig(), True),
     ],
 )
-def test_what_is_lossy_says_so(verification: Verification, proposal: Any, lossy: bool) -> None:
+def test_lossy_settings_are_recognised(verification: Verification, proposal: Any, lossy: bool) -> None:
     assert is_lossy(verification, proposal) == lossy
 
 
-def test_a_drawn_tree_is_no_block() -> None:
+def test_block_verification_rejects_sampled_trees() -> None:
     toy = make_toy(0, 3, "random")
     with pytest.raises(UsageError, match="block verification takes a chain"):
         Rounds(toy, tree(2, 1, 2, sampled=True), WARM, BLOCK).everything(CONTEXT)
     chain = Rounds(toy, tree(1, 1, 2, sampled=True), WARM, BLOCK)
-    assert largest_difference(chain.law(CONTEXT, 3), toy.law(CONTEXT, 3, WARM)) < EXACT
+    assert largest_difference(chain.distribution(CONTEXT, 3), toy.distribution(CONTEXT, 3, WARM)) < EXACT
 
 
-class Steady(Chance):
-    """Chance without any: what is likely enough happens, and the most probable is drawn; the same in every batch."""
+class Steady(RandomSource):
+    """A deterministic source: likely events happen and the most probable index is drawn, in every batch."""
 
     def __init__(self, bar: float) -> None:
         super().__init__()
         self.bar = bar
 
-    def happens(self, probability: torch.Tensor) -> torch.Tensor:
+    def bernoulli(self, probability: torch.Tensor) -> torch.Tensor:
         return probability > self.bar
 
-    def draw(self, probabilities: torch.Tensor) -> torch.Tensor:
+    def categorical(self, probabilities: torch.Tensor) -> torch.Tensor:
         return probabilities.argmax(-1)
 
 
@@ -394,12 +396,12 @@ def test_rows_of_a_batch_do_not_disturb_each_other(
     # How full each sequence is.
     limits = torch.tensor([9, 1, 2, 0, 9])
     proposer = Rounds(toy, config, sampling, verification).proposer
-    chance = Chance(torch.Generator().manual_seed(seed))
-    whole = proposer(config, sampling, chance).propose([], toy.drafter(*contexts)).within(limits)
+    rng = RandomSource(torch.Generator().manual_seed(seed))
+    whole = proposer(config, sampling, rng).propose([], toy.drafter(*contexts)).within(limits)
     logits = toy.logits(whole, *contexts)
     verdict = verify(whole, logits, sampling, verification, Steady(bar))
     for row in range(len(contexts)):
-        # Whatever stands behind a row's own nodes is left out.
+        # Padding after a row's own nodes is left out.
         count = max(1, int(whole.counts[row]))
         alone = Proposal(
             whole.tokens[[row], :count],
@@ -417,7 +419,7 @@ def accepted_nodes(verdict: Verdict, row: int) -> list[int]:
     return verdict.nodes[row, : int(verdict.counts[row])].tolist()
 
 
-def test_nothing_proposed_is_a_plain_draw() -> None:
+def test_without_proposed_tokens_verification_just_samples() -> None:
     logits = make_toy(0, 4, "random").verifier[:1, :1]
     empty = torch.empty(1, 0, dtype=torch.int64)
     proposal = Proposal(empty, empty, torch.zeros(1, dtype=torch.int64))
@@ -425,19 +427,19 @@ def test_nothing_proposed_is_a_plain_draw() -> None:
     for verification in (TOKEN, BLOCK, Verification(method="typical")):
         for log_q in (None, torch.empty(1, 1, 4).log_softmax(-1)):
             given_ = Proposal(proposal.tokens, proposal.parents, proposal.counts, log_q)
-            law = [0.0] * 4
+            distribution = [0.0] * 4
 
-            def once(chance: Chance, given_: Any = given_, verification: Any = verification) -> Verdict:
-                return verify(given_, logits, WARM, verification, chance)
+            def once(rng: RandomSource, given_: Any = given_, verification: Any = verification) -> Verdict:
+                return verify(given_, logits, WARM, verification, rng)
 
             for verdict, probability in all_runs(once):
                 assert verdict.counts.tolist() == [0]
-                law[int(verdict.next_tokens)] += probability
-            assert law == pytest.approx(expected, abs=EXACT)
+                distribution[int(verdict.next_tokens)] += probability
+            assert distribution == pytest.approx(expected, abs=EXACT)
 
 
-def test_the_toys_know_what_sampling_is() -> None:
-    """Their own account of temperature, top-k and top-p is the one of ``Sampling``."""
+def test_the_toys_sampling_agrees_with_ours() -> None:
+    """Their own implementation of temperature, top-k and top-p agrees with ``Sampling``."""
     logits = make_toy(11, 5, "random").verifier
     for sampling in SAMPLINGS:
         probabilities = sampling.log_probs(logits).exp()

@@ -1,4 +1,4 @@
-"""Markov chains as verifiers and tables as drafts: small enough to know the law of everything."""
+"""Markov chains as verifiers and tables as drafts: small enough to compute exact distributions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from specforge.hookspecs import ProposalMethod
 from specforge.models.drafter import Drafter
 from specforge.proposals.proposal import Proposal, Proposer
 from specforge.registry import installed
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 from specforge.verifier.features import Features
 
-Law = dict[tuple[int, ...], float]
+Distribution = dict[tuple[int, ...], float]
 
 
 class TableDrafter(Drafter):
@@ -43,9 +43,9 @@ class TableDrafter(Drafter):
 
     def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
         logits = []
-        for row, (own, behind) in enumerate(zip(tokens.tolist(), parents.tolist(), strict=True)):
-            # The root's context stands before those of the nodes.
-            new = [(self.contexts[row][parent + 1][1], token) for token, parent in zip(own, behind, strict=True)]
+        for row, (own, own_parents) in enumerate(zip(tokens.tolist(), parents.tolist(), strict=True)):
+            # The root's context comes before those of the nodes.
+            new = [(self.contexts[row][parent + 1][1], token) for token, parent in zip(own, own_parents, strict=True)]
             self.contexts[row] += new
             logits.append(self._read(new))
         return torch.stack(logits)
@@ -78,17 +78,17 @@ class Toy:
         return TableDrafter(self.draft, contexts, self.draft_ids)
 
     def logits(self, proposal: Proposal, *contexts: tuple[int, int]) -> Tensor:
-        """The verifier's logits at the root and behind each node of a proposal, [B, 1 + N, V]."""
+        """The verifier's logits at the root and after each node of a proposal, [B, 1 + N, V]."""
         rows = []
         for context, tokens, parents in zip(contexts, proposal.tokens.tolist(), proposal.parents.tolist(), strict=True):
-            places = [context]
+            indices = [context]
             for token, parent in zip(tokens, parents, strict=True):
-                places.append((places[parent + 1][1], token))
-            rows.append(torch.stack([self.verifier[place] for place in places]))
+                indices.append((indices[parent + 1][1], token))
+            rows.append(torch.stack([self.verifier[index] for index in indices]))
         return torch.stack(rows)
 
     def p(self, context: tuple[int, int], sampling: Sampling) -> list[float]:
-        """Probabilities of the verifier's next token, by an own account of what sampling is."""
+        """Probabilities of the verifier's next token, by an independent implementation of sampling."""
         return filtered(self.verifier[context].tolist(), sampling)
 
     def q(self, context: tuple[int, int], sampling: Sampling) -> list[float]:
@@ -99,27 +99,27 @@ class Toy:
             wide[token if self.draft_ids is None else int(self.draft_ids[token])] = probability
         return wide
 
-    def law(self, context: tuple[int, int], length: int, sampling: Sampling) -> Law:
-        """The verifier's own law of the next tokens."""
-        law: Law = {(): 1.0}
+    def distribution(self, context: tuple[int, int], length: int, sampling: Sampling) -> Distribution:
+        """The verifier's own distribution of the next tokens."""
+        distribution: Distribution = {(): 1.0}
         for _ in range(length):
-            law = {
+            distribution = {
                 (*tokens, token): probability * more
-                for tokens, probability in law.items()
+                for tokens, probability in distribution.items()
                 for token, more in enumerate(self.p(after(context, tokens), sampling))
                 if more > 0
             }
-        return law
+        return distribution
 
     def path_probability(self, context: tuple[int, int], path: Sequence[int], sampling: Sampling) -> float:
         probability = 1.0
-        for place, token in enumerate(path):
-            probability *= self.p(after(context, path[:place]), sampling)[token]
+        for index, token in enumerate(path):
+            probability *= self.p(after(context, path[:index]), sampling)[token]
         return probability
 
 
 def after(context: tuple[int, int], tokens: Sequence[int]) -> tuple[int, int]:
-    """The last two tokens, once some more are there."""
+    """The last two tokens after appending some."""
     both = (*context, *tokens)
     return both[-2], both[-1]
 
@@ -134,7 +134,7 @@ def filtered(logits: Sequence[float], sampling: Sampling) -> list[float]:
     if sampling.top_p < 1:
         whole, held, nucleus = sum(weights[token] for token in kept), 0.0, []
         for token in kept:
-            # The fewest tokens that hold this much.
+            # The fewest tokens with this much probability.
             if held >= sampling.top_p:
                 break
             nucleus.append(token)
@@ -146,7 +146,7 @@ def filtered(logits: Sequence[float], sampling: Sampling) -> list[float]:
 
 @dataclass(frozen=True)
 class Round:
-    """What one round came to: the proposal, the path of accepted nodes, and the tokens that it emits."""
+    """Outcome of one round: the proposal, the path of accepted nodes, and the emitted tokens."""
 
     proposal: Proposal
     nodes: tuple[int, ...]
@@ -155,7 +155,7 @@ class Round:
 
 @dataclass
 class Rounds:
-    """Rounds of a proposal method and a verification on a toy, all that they can come to."""
+    """All outcomes of a proposal method and a verification on a toy."""
 
     toy: Toy
     config: TokenProposalConfig
@@ -169,18 +169,18 @@ class Rounds:
     def proposer(self) -> type[Proposer[Any]]:
         return installed().load(installed().find(ProposalMethod, self.config.proposal_type), "proposer")
 
-    def propose(self, context: tuple[int, int], chance: Chance) -> Proposal:
-        proposer = self.proposer(self.config, self.sampling, chance)
+    def propose(self, context: tuple[int, int], rng: RandomSource) -> Proposal:
+        proposer = self.proposer(self.config, self.sampling, rng)
         drafter = self.toy.drafter(context) if proposer.needs_draft else None
         proposal = proposer.propose([torch.tensor([*self.prompt, *context])], drafter)
         return proposal.within(torch.tensor([self.limit]))
 
-    def verify(self, proposal: Proposal, logits: Tensor, chance: Chance) -> Round:
-        verdict = verify(proposal, logits, self.sampling, self.verification, chance)
+    def verify(self, proposal: Proposal, logits: Tensor, rng: RandomSource) -> Round:
+        verdict = verify(proposal, logits, self.sampling, self.verification, rng)
         nodes = verdict.nodes[0, : int(verdict.counts)].tolist()
         parent = -1
         for node in nodes:
-            assert proposal.parents[0, node] == parent, "what is accepted is no path"
+            assert proposal.parents[0, node] == parent, "the accepted nodes are not a path"
             parent = node
         return Round(proposal, tuple(nodes), (*proposal.tokens[0, nodes].tolist(), int(verdict.next_tokens)))
 
@@ -198,27 +198,27 @@ class Rounds:
     def expected_accepted(self, context: tuple[int, int]) -> float:
         return sum(len(one.nodes) * probability for one, probability in self.everything(context))
 
-    def law(self, context: tuple[int, int], length: int, rounds: int = 1) -> Law:
-        """The law of the next tokens after so many rounds, completed by the verifier alone."""
+    def distribution(self, context: tuple[int, int], length: int, rounds: int = 1) -> Distribution:
+        """The distribution of the next tokens after ``rounds`` rounds, completed by the verifier without a draft."""
         if rounds == 0:
-            return self.toy.law(context, length, self.sampling)
-        emitted: Law = defaultdict(float)
+            return self.toy.distribution(context, length, self.sampling)
+        emitted: Distribution = defaultdict(float)
         for one, probability in self.everything(context):
             emitted[one.tokens[:length]] += probability
-        law: Law = defaultdict(float)
+        distribution: Distribution = defaultdict(float)
         for tokens, probability in emitted.items():
-            rest = self.law(after(context, tokens), length - len(tokens), rounds - 1)
+            rest = self.distribution(after(context, tokens), length - len(tokens), rounds - 1)
             for more, further in rest.items():
-                law[tokens + more] += probability * further
-        return law
+                distribution[tokens + more] += probability * further
+        return distribution
 
 
-def largest_difference(one: Law, other: Law) -> float:
+def largest_difference(one: Distribution, other: Distribution) -> float:
     return max(abs(one.get(tokens, 0.0) - other.get(tokens, 0.0)) for tokens in {*one, *other})
 
 
 def make_toy(seed: int, size: int, kind: str, sharpness: float = 1.5, draft_size: int | None = None) -> Toy:
-    """Make a toy; its draft knows nothing (random), everything (perfect), a little (close), or the opposite (bad)."""
+    """Create a toy; its draft is unrelated to the verifier (random), equal (perfect), similar (close) or opposite."""
     generator = torch.Generator().manual_seed(seed)
     shape = (size, size, size)
     verifier = sharpness * torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -23,7 +23,7 @@ from specforge.__main__ import main
 from specforge.decoding.recorded import replay_text
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.proposals.greedy import GreedyProposer
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 from specforge.training.callbacks.board.acceptance import MOST_CURVES, draw_acceptance
 from specforge.training.callbacks.board.samples import PROMPT_TOKENS, SAMPLES, Sample, to_markdown
 from specforge.verifier.features import capture
@@ -119,7 +119,7 @@ class TestSamples:
         run = fit("runs", "--trainer.max_steps=12", "--callbacks.samples.texts=3", *ONE_VALIDATION)
         draft = SpeculatorModel.from_pretrained(run / "draft", verifier=str(VERIFIER))
         steps = sum(tag.startswith("val/accept_rate_pos_") for tag in events_of(run).Tags()["scalars"])
-        proposer = GreedyProposer(GreedyTokenProposalConfig(speculative_tokens=steps), Sampling(), Chance())
+        proposer = GreedyProposer(GreedyTokenProposalConfig(speculative_tokens=steps), Sampling(), RandomSource())
         tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
         expected = []
         for row in rows("validation.jsonl", 8):

@@ -25,10 +25,10 @@ OTHERS = {
     "norm": ("eagle3", ["--model.draft.norm_output=true"], "norm_output is False there and True here"),
     "layers": ("eagle3", ["--model.draft.num_layers=2"], "num_hidden_layers is 1 there and 2 here"),
     "vocabulary": ("eagle3", ["--model.draft.draft_vocab_size=200"], "draft_vocab_size is 256 there and 200 here"),
-    "verifier": ("eagle3", ["--verifier=TUNED"], "here: other weights"),
-    "computation": ("eagle3", ["--verifier=OTHER_ROPE"], "here: another computation in config.json"),
+    "verifier": ("eagle3", ["--verifier=TUNED"], "here: different weights"),
+    "computation": ("eagle3", ["--verifier=OTHER_ROPE"], "here: a different computation in config.json"),
     "eagle's norms": ("eagle", ["--model.draft.layernorms=true"], "layernorms is False there and True here"),
-    "eagle's verifier": ("eagle", ["--verifier=TUNED"], "here: other weights"),
+    "eagle's verifier": ("eagle", ["--verifier=TUNED"], "here: different weights"),
 }
 
 
@@ -100,11 +100,11 @@ def test_another_verifier_is_not_measured_or_exported_for(runs, words, verifiers
     last = runs["eagle3"] / "checkpoints" / "last.ckpt"
     other = f"--verifier={verifiers['TUNED']}"
     assert main(["validate", *words("eagle3", "refused", other, f"--ckpt_path={last}")]) == 2
-    assert "here: other weights" in capfd.readouterr().err
+    assert "here: different weights" in capfd.readouterr().err
     command = ["export", str(runs["eagle3"]), "--format", "speculators", "--output", str(tmp_path / "out"), other]
     assert main([*command, "--skip_verifier"]) == 2
     shown = capfd.readouterr().err
-    assert "was trained for the verifier" in shown and "other weights" in shown and not (tmp_path / "out").exists()
+    assert "was trained for the verifier" in shown and "different weights" in shown and not (tmp_path / "out").exists()
 
 
 def test_a_draft_can_be_adapted_to_another_verifier_on_purpose(runs, words, verifiers, tmp_path):

@@ -199,7 +199,7 @@ class TestCommand:
         words = ["prepare", "features", "--config", str(workshop.config), "--output", str(workshop.folder / "out")]
         assert main([*words, "--dtype", "int8"]) == 0
         shown = capfd.readouterr().out
-        assert "48 rows, 4,272 tokens" in shown and "272 bytes a token (int8)" in shown
+        assert "48 rows, 4,272 tokens" in shown and "272 bytes per token (int8)" in shown
         assert "aux layers [2, 4, 5] and the last state (8) of 9 states: saves 55.6%" in shown
         assert "int8 instead of bfloat16: saves 46.9%" in shown
         assert shown.splitlines()[-1].endswith(f"--data.features {workshop.folder / 'out'}")

@@ -42,7 +42,7 @@ class TestSteps:
         assert make_estimate(plan).steps == steps
 
     @given(batch=st.integers(1, 4), devices=st.integers(1, 4), accumulated=st.integers(1, 4))
-    def test_an_epoch_of_them_takes_as_long_as_its_tokens(self, batch, devices, accumulated):
+    def test_the_time_of_an_epoch_follows_from_its_tokens(self, batch, devices, accumulated):
         rows = 24 * batch * devices * accumulated
         found = make_estimate(RunPlan(batch, devices, accumulated, 1, None, 1.0), tokens=1000, rows=rows)
         shortest, longest = (seconds * found.steps for seconds in found.seconds_per_step())
@@ -52,18 +52,18 @@ class TestSteps:
         assert stored == pytest.approx(shortest * 4.0 / 6.0)
 
 
-def test_operations_a_token_leave_padding_out_and_share_the_optimizer():
+def test_operations_per_token_exclude_padding_and_share_the_optimizer():
     batches = [{"document_ids": torch.tensor([[0, 0, 1, -1]])}, {"document_ids": torch.tensor([[0, -1, -1, -1]])}]
     costs = [StepCost({LAYERS: 10, OPTIMIZER: 4}, MEMORY, 7), StepCost({LAYERS: 6, OPTIMIZER: 4}, MEMORY, 7)]
     assert flops_per_token(costs, batches, 2) == {LAYERS: 4.0, OPTIMIZER: 1.0}
 
 
-def test_the_largest_of_each():
+def test_the_maximum_of_each_field():
     other = StepMemory(9, 0, 0, 0, 0, 0, 0, 0, 0)
     assert StepMemory.largest([MEMORY, other]) == StepMemory(9, *range(1, 9))
 
 
-def test_numbers_for_people():
+def test_readable_numbers():
     assert [in_units(one, "B") for one in (0, 999, 32768, 1.5e12, 2e15, 3e18)] == [
         "0 B",
         "999 B",

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from specforge.estimation.shapes import MORE_FORMULAS, Shape, Shapes
+from specforge.estimation.shapes import MORE_FORMULAS, ShapeMode, ShapeTensor
 
 
 def network_step(rows: int, width: int, choose: Tensor) -> Tensor:
@@ -23,13 +23,13 @@ def network_step(rows: int, width: int, choose: Tensor) -> Tensor:
 
 class TestOperations:
     @given(rows=st.integers(1, 9), width=st.integers(1, 9), data=st.data())
-    def test_are_those_of_real_tensors(self, rows, width, data):
+    def test_equal_those_of_real_tensors(self, rows, width, data):
         choose = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
         with FlopCounterMode(display=False) as real:
             expected = network_step(rows, width, choose)
-        with Shapes() as shapes:
+        with ShapeMode() as shapes:
             result = network_step(rows, width, choose)
-        assert isinstance(result, Shape)
+        assert isinstance(result, ShapeTensor)
         assert result.shape == expected.shape
         assert shapes.flops[""] == real.get_total_flops()
 
@@ -41,13 +41,13 @@ class TestOperations:
 
         with FlopCounterMode(display=False, custom_mapping=MORE_FORMULAS) as real:
             attend()
-        with Shapes() as shapes:
+        with ShapeMode() as shapes:
             attend()
         product = 2 * 2 * 4 * 8 * 8 * 16
         assert shapes.flops[""] == real.get_total_flops() == (2 + 5) * product
 
     def test_are_counted_by_part(self):
-        with Shapes() as shapes, shapes.part("outer"):
+        with ShapeMode() as shapes, shapes.part("outer"):
             torch.randn(2, 3) @ torch.randn(3, 5)
             with shapes.part("inner"):
                 torch.randn(1, 3) @ torch.randn(3, 1)
@@ -56,8 +56,8 @@ class TestOperations:
 
 
 class TestBytes:
-    def test_come_and_go_with_storages(self):
-        with Shapes() as shapes:
+    def test_follow_storages(self):
+        with ShapeMode() as shapes:
             one = torch.zeros(10, 10)
             view = one[2:5].t()
             assert shapes.live == 400
@@ -67,32 +67,32 @@ class TestBytes:
             assert (shapes.live, shapes.peak) == (800, 1200)
             shapes.restart()
             one.add_(1)
-            assert (shapes.live, shapes.peak) == (800, 800), "in place, nothing is made"
+            assert (shapes.live, shapes.peak) == (800, 800), "in place, nothing is allocated"
 
-    def test_no_numbers_are_stored(self):
-        with Shapes():
+    def test_no_values_are_stored(self):
+        with ShapeMode():
             huge = torch.zeros(2**40)
             assert (huge + 1).shape == (2**40,)
 
 
 class TestValues:
-    def test_ids_and_masks_keep_theirs(self):
-        with Shapes():
+    def test_ids_and_masks_have_values(self):
+        with ShapeMode():
             ids = torch.tensor([3, 1, 2])
             assert ids.argsort().tolist() == [1, 2, 0]
             assert torch.randn(4)[torch.tensor([True, False, True, True])].shape == (3,)
             assert torch.nn.functional.embedding(ids, torch.randn(4, 5)).shape == (3, 5)
 
-    def test_numbers_have_none(self):
-        with Shapes(), pytest.raises(RuntimeError, match="has none"):
+    def test_floats_have_none(self):
+        with ShapeMode(), pytest.raises(RuntimeError, match="without values"):
             torch.zeros(3).sum().item()
 
-    def test_outside_nothing_is_computed(self):
-        with Shapes():
+    def test_nothing_is_computed_outside(self):
+        with ShapeMode():
             one = torch.zeros(3)
         with pytest.raises(RuntimeError, match="outside"):
             one + 1
 
-    def test_autocast_acts_on_them(self):
-        with Shapes(), torch.autocast("cpu", dtype=torch.bfloat16):
+    def test_autocast_works(self):
+        with ShapeMode(), torch.autocast("cpu", dtype=torch.bfloat16):
             assert (torch.zeros(2, 3) @ torch.zeros(3, 2)).dtype == torch.bfloat16

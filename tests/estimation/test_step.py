@@ -16,7 +16,7 @@ from transformers import Qwen3MoeConfig
 from specforge.documents import DocumentLayout
 from specforge.errors import SpecforgeError
 from specforge.estimation.shapes import MORE_FORMULAS
-from specforge.estimation.step import HEAD, LAYERS, VERIFIER, Rehearsal
+from specforge.estimation.step import HEAD, LAYERS, VERIFIER, DryRun
 from specforge.hookspecs import Algorithm
 from specforge.models.chain.alignment import align
 from specforge.registry import installed
@@ -78,9 +78,9 @@ def batch() -> dict[str, torch.Tensor]:
     positions, mask = torch.zeros_like(documents), torch.zeros_like(documents, dtype=torch.bool)
     for number, length in enumerate(lengths):
         row, begin = number // 2, (number % 2) * lengths[number - 1]
-        places = slice(begin, begin + length)
-        documents[row, places], positions[row, places] = number % 2, torch.arange(length)
-        mask[row, places] = torch.arange(length) >= length // 3
+        span = slice(begin, begin + length)
+        documents[row, span], positions[row, span] = number % 2, torch.arange(length)
+        mask[row, span] = torch.arange(length) >= length // 3
     tokens = torch.randint(3, 300, documents.shape, generator=torch.Generator().manual_seed(0))
     return {"input_ids": tokens, "loss_mask": mask, "document_ids": documents, "position_ids": positions}
 
@@ -110,7 +110,7 @@ class RealStep:
 
 
 def most_allocated(step: RealStep, batch: dict[str, torch.Tensor]) -> int:
-    """Return the most bytes that a step has allocated at once beyond what there was before, by torch's profiler."""
+    """Return the peak bytes that a step allocates on top of existing memory, by torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         step.run(batch)
     now = most = 0
@@ -129,7 +129,7 @@ def test_the_step_is_the_real_one(case, batch):
     with FlopCounterMode(display=False, custom_mapping=MORE_FORMULAS) as counted:
         real.run(batch)
     module = make_module(*CASES[case])
-    cost = Rehearsal(module, make_trainer(), torch.float32).run(batch)
+    cost = DryRun(module, make_trainer(), torch.float32).run(batch)
 
     assert sum(cost.flops.values()) == counted.get_total_flops()
 
@@ -144,62 +144,62 @@ def test_the_step_is_the_real_one(case, batch):
     assert cost.memory.optimizer == sum(one.nbytes for one in moments)
 
     standing = cost.memory.verifier + cost.memory.draft + cost.memory.gradients + cost.memory.optimizer
-    # Gradients of tensors without values are never added up in place, so a little more is counted.
+    # Gradients of tensors without values are never accumulated in place, so a little more is counted.
     allocated = most_allocated(real, batch)
     assert 0.97 * allocated < cost.memory.peak - standing < 1.2 * allocated
 
 
-def test_an_accelerator_compares_more_logits_at_a_time_by_the_same_operations(batch, monkeypatch):
+def test_an_accelerator_uses_larger_chunks_with_the_same_operations(batch, monkeypatch):
     monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", 1)
     monkeypatch.setattr(chunks, "LEAST_TARGETS", 2)
     case = CASES["eagle3"]
-    here = Rehearsal(make_module(*case), make_trainer(), torch.float32).run(batch)
-    there = Rehearsal(make_module(*case), make_trainer(), torch.float32, on_accelerator=True).run(batch)
+    here = DryRun(make_module(*case), make_trainer(), torch.float32).run(batch)
+    there = DryRun(make_module(*case), make_trainer(), torch.float32, on_accelerator=True).run(batch)
     assert there.flops == here.flops
     assert there.memory.draft_work > 2 * here.memory.draft_work
     assert not chunks.for_accelerator.get()
 
 
 def test_parts_of_a_step_add_up_by_hand(batch):
-    """EAGLE-1: a fusion and keys for each place, a layer and heads for each supervised one."""
+    """EAGLE-1: a fusion and keys for each position, a layer and heads for each supervised one."""
     module = make_module("eagle", {})
     config = module.teacher.config
-    cost = Rehearsal(module, make_trainer(), torch.float32).run(batch)
-    places = batch["input_ids"].numel()
+    cost = DryRun(module, make_trainer(), torch.float32).run(batch)
+    positions = batch["input_ids"].numel()
     width, inner = config.hidden_size, config.intermediate_size
     heads, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer = width * (2 * heads + 2 * shared) + 3 * width * inner
-    # Each document attends to itself, padded to the longest of its group.
+    # Each document attends to itself, padded to the longest in its group.
     pairs = sum(group.shape[0] * group.shape[1] ** 2 for group in DocumentLayout.of(batch["document_ids"]).groups)
     scores = 2 * pairs * 2 * heads
-    verifier = config.num_hidden_layers * (2 * places * layer + scores)
+    verifier = config.num_hidden_layers * (2 * positions * layer + scores)
     assert cost.flops[VERIFIER] == pytest.approx(verifier, rel=0.01)
-    # Nothing flows back into the first input, which is the verifier's.
-    fusion = 2 * 2 * places * 2 * width * width
+    # The first input is the verifier's and gets no gradient.
+    fusion = 2 * 2 * positions * 2 * width * width
     supervised = align(batch["loss_mask"], batch["document_ids"], 1).supervised.sum().item()
-    # Queries and outputs of the other rows are computed, and lead nowhere.
-    keys = (places - supervised) * (3 * 2 * 2 * shared + 2 * 2 * heads) * width
+    # Queries and outputs of the other rows are computed but not used.
+    keys = (positions - supervised) * (3 * 2 * 2 * shared + 2 * 2 * heads) * width
     by_hand = 3 * 2 * supervised * layer + keys + fusion
-    # Attention is two products, and five backwards, at the supervised places alone.
+    # Attention is two products, and five in the backward pass, only at the supervised positions.
     assert by_hand < cost.flops[LAYERS] < by_hand + 3.5 * scores
-    # The heads of verifier and draft, and the gradient of what the latter reads; its weights are frozen.
+    # The heads of verifier and draft, and the gradient of the draft head's input; its weights are frozen.
     assert cost.flops[HEAD] == pytest.approx(3 * 2 * supervised * width * config.vocab_size, rel=0.01)
 
 
 def test_recomputed_activations_are_not_kept(batch):
     kept, recomputed = (
-        Rehearsal(make_module(*CASES[case]), make_trainer(), torch.float32).run(batch).memory.kept
+        DryRun(make_module(*CASES[case]), make_trainer(), torch.float32).run(batch).memory.kept
         for case in ("eagle3", "eagle3 with activations recomputed")
     )
     assert recomputed < 0.3 * kept
 
 
 def test_memory_follows_the_precision(batch):
-    wide = Rehearsal(make_module("eagle", {}), make_trainer(), torch.float32).run(batch).memory
+    wide = DryRun(make_module("eagle", {}), make_trainer(), torch.float32).run(batch).memory
     mixed_trainer = Trainer(accelerator="cpu", devices=1, precision="bf16-mixed", logger=False, max_steps=1)
-    mixed = Rehearsal(make_module("eagle", {}), mixed_trainer, torch.bfloat16).run(batch).memory
+    mixed = DryRun(make_module("eagle", {}), mixed_trainer, torch.bfloat16).run(batch).memory
     short_trainer = Trainer(accelerator="cpu", devices=1, precision="bf16-true", logger=False, max_steps=1)
-    short = Rehearsal(make_module("eagle", {}), short_trainer, torch.bfloat16).run(batch).memory
+    short = DryRun(make_module("eagle", {}), short_trainer, torch.bfloat16).run(batch).memory
     assert mixed.verifier == pytest.approx(wide.verifier / 2, rel=0.01)
     assert mixed.draft == wide.draft
     assert mixed.gradients == wide.gradients
@@ -210,7 +210,7 @@ def test_memory_follows_the_precision(batch):
 
 class TestExperts:
     @staticmethod
-    def rehearsal(folder: Path, width: int, dtype: torch.dtype) -> Rehearsal:
+    def dry_run(folder: Path, width: int, dtype: torch.dtype) -> DryRun:
         Qwen3MoeConfig(
             vocab_size=61,
             hidden_size=16,
@@ -223,14 +223,14 @@ class TestExperts:
             moe_intermediate_size=width,
         ).save_pretrained(folder)
         module_class = installed().load(installed().find(Algorithm, "mlp"), "module")
-        return Rehearsal(module_class(verifier=str(folder)), make_trainer(), dtype)
+        return DryRun(module_class(verifier=str(folder)), make_trainer(), dtype)
 
-    def test_each_token_passes_those_that_it_chooses(self, tmp_path, batch):
+    def test_each_token_passes_its_chosen_experts(self, tmp_path, batch):
         batch = {**batch, "input_ids": batch["input_ids"] % 61}
-        costs = [self.rehearsal(tmp_path, width, torch.bfloat16).run(batch) for width in (8, 24)]
+        costs = [self.dry_run(tmp_path, width, torch.bfloat16).run(batch) for width in (8, 24)]
         two_layers_of_two_experts = 2 * 2 * batch["input_ids"].numel() * 3 * 2 * 16 * (24 - 8)
         assert costs[1].flops[VERIFIER] - costs[0].flops[VERIFIER] == two_layers_of_two_experts
 
-    def test_what_cannot_be_run_without_values_is_refused(self, tmp_path, batch):
+    def test_a_step_that_reads_values_is_rejected(self, tmp_path, batch):
         with pytest.raises(SpecforgeError, match=r"cannot be run without values: .*--verifier_dtype bfloat16"):
-            self.rehearsal(tmp_path, 8, torch.float32).run(batch)
+            self.dry_run(tmp_path, 8, torch.float32).run(batch)

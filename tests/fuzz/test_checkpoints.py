@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specforge.checkpoints.convert import convert
-from specforge.checkpoints.export import Order, export
+from specforge.checkpoints.export import ExportRequest, export
 from specforge.errors import SpecforgeError
 from specforge.models import Eagle3DraftModel, EagleSpeculator, MLPSpeculator
 from specforge.models.speculator import SpeculatorModel
@@ -191,6 +191,8 @@ def test_a_corrupted_draft_is_read_correctly_or_refused(
             read += 1
             ids = done.model.draft_ids
             assert ids is None or (bool((ids.diff() > 0).all()) and int(ids[0]) >= 0 and int(ids[-1]) < 61)
-            order = Order(str(done.folder), ENGINE[key.split("/")[0]], tmp_path / f"{trial}-out", runs_verifier=False)
-            attempt(lambda: export(order), folder)  # noqa: B023
+            request = ExportRequest(
+                str(done.folder), ENGINE[key.split("/")[0]], tmp_path / f"{trial}-out", runs_verifier=False
+            )
+            attempt(lambda: export(request), folder)  # noqa: B023
     assert TRIALS // 10 < read < TRIALS

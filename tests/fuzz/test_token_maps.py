@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specforge.checkpoints.convert import convert
-from specforge.checkpoints.export import Order, export
+from specforge.checkpoints.export import ExportRequest, export
 from specforge.errors import UsageError
 from specforge.models import Eagle3DraftModel
 from specforge.models.speculator import SpeculatorModel
@@ -109,7 +109,7 @@ def test_a_draft_is_loaded_if_and_only_if_its_maps_are_valid(
                     SpeculatorModel.from_pretrained(folder)
             continue
         convert(str(folder), verifier, ours)
-        out = export(Order(str(ours), "vllm", tmp_path / f"{trial}-out", runs_verifier=False)).folder
+        out = export(ExportRequest(str(ours), "vllm", tmp_path / f"{trial}-out", runs_verifier=False)).folder
         written = load_file(out / WEIGHTS)
         assert written["d2t"].dtype == torch.int64 and written["t2d"].dtype == torch.bool
         assert (written["d2t"] + torch.arange(DRAFT)).tolist() == written["t2d"].nonzero().squeeze(1).tolist()

@@ -8,13 +8,13 @@ from safetensors.torch import save_file
 
 from specforge.errors import UsageError
 from specforge.proposals.bigram import BigramProposer, BigramTokenProposalConfig
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 
 
 def followed(folder: Path, successors: list[int], *sequences: list[int], tokens: int = 4) -> list[list[int]]:
     save_file({"successors": torch.tensor(successors)}, folder / "table.safetensors")
     config = BigramTokenProposalConfig(speculative_tokens=tokens, table=str(folder / "table.safetensors"))
-    proposer = BigramProposer(config, Sampling(), Chance())
+    proposer = BigramProposer(config, Sampling(), RandomSource())
     assert proposer.depth == tokens and not proposer.needs_draft
     proposal = proposer.propose([torch.tensor(one) for one in sequences], None)
     assert proposal.log_q is None
@@ -47,7 +47,7 @@ def test_a_missing_or_damaged_table_is_named(content: bytes | None, tmp_path: Pa
     path = tmp_path / "table.safetensors"
     if content is not None:
         path.write_bytes(content)
-    proposer = BigramProposer(BigramTokenProposalConfig(table=str(path)), Sampling(), Chance())
+    proposer = BigramProposer(BigramTokenProposalConfig(table=str(path)), Sampling(), RandomSource())
     with pytest.raises(UsageError, match=r"bigram: .*table\.safetensors holds no table 'successors'"):
         proposer.propose([torch.tensor([0])], None)
 
@@ -56,4 +56,4 @@ def test_another_tensor_is_no_table(tmp_path: Path) -> None:
     save_file({"counts": torch.zeros(3)}, tmp_path / "table.safetensors")
     config = BigramTokenProposalConfig(table=str(tmp_path / "table.safetensors"))
     with pytest.raises(UsageError, match="holds no table 'successors'"):
-        BigramProposer(config, Sampling(), Chance()).propose([torch.tensor([0])], None)
+        BigramProposer(config, Sampling(), RandomSource()).propose([torch.tensor([0])], None)

@@ -1,4 +1,4 @@
-"""Choosing a proposal method by a short text."""
+"""Parsing of a proposal method from text."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def draft():
     return SpeculatorModelConfig(speculators_model_type="x", speculators_config=speculators)
 
 
-def test_nothing_chooses_the_drafts_default(draft):
+def test_none_takes_the_drafts_default(draft):
     assert choose_proposal(None, draft) == DynamicTreeTokenProposalConfig(depth=4)
-    with pytest.raises(UsageError, match="no proposal method is chosen"):
+    with pytest.raises(UsageError, match="no proposal method is set"):
         choose_proposal(None, None)
 
 
@@ -30,13 +30,13 @@ def test_a_name_takes_the_drafts_settings_before_the_defaults(draft):
     assert choose_proposal("greedy", None) == GreedyTokenProposalConfig()
 
 
-def test_settings_go_over_those_of_the_draft(draft):
+def test_settings_override_those_of_the_draft(draft):
     found = choose_proposal("dynamic_tree:expansion_factor=5,speculative_tokens=20", draft)
     assert found == DynamicTreeTokenProposalConfig(depth=4, expansion_factor=5, speculative_tokens=20)
     assert choose_proposal("static_tree:sampled=true", None).sampled is True
 
 
-def test_given_settings_are_used_where_the_method_has_them():
+def test_given_settings_are_used_if_the_method_has_them():
     assert choose_proposal("bigram", None, table="a,b.safetensors").table == "a,b.safetensors"
     assert choose_proposal("greedy", None, table="unused") == GreedyTokenProposalConfig()
 
@@ -45,7 +45,7 @@ def test_given_settings_are_used_where_the_method_has_them():
     ("text", "reason"),
     [
         ("gready", "Did you mean 'greedy'"),
-        ("greedy:tokens=3", "'tokens' is no setting of greedy; allowed, as KEY=VALUE: speculative_tokens"),
+        ("greedy:tokens=3", "'tokens' is not a setting of greedy; allowed, as KEY=VALUE: speculative_tokens"),
         ("greedy:speculative_tokens", "as KEY=VALUE"),
         ("greedy:speculative_tokens=0", "greater than or equal to 1"),
         ("prompt_lookup:min_ngram=4", "min_ngram 4 exceeds max_ngram 3"),

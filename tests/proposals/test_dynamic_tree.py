@@ -11,21 +11,21 @@ from torch import Tensor
 
 from specforge.proposals.dynamic_tree import DynamicTreeProposer, DynamicTreeTokenProposalConfig
 from specforge.proposals.proposal import Proposal
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 
 Path = tuple[int, ...]
 
 
 def propose(drafter: Any, **config: int) -> Proposal:
     settings_ = DynamicTreeTokenProposalConfig(**config)
-    return DynamicTreeProposer(settings_, Sampling(), Chance()).propose([], drafter)
+    return DynamicTreeProposer(settings_, Sampling(), RandomSource()).propose([], drafter)
 
 
 def paths_of(proposal: Proposal, row: int = 0) -> list[Path]:
     """The path of tokens to each node, in the order of the nodes."""
     paths: list[Path] = []
     for token, parent in zip(proposal.tokens[row].tolist(), proposal.parents[row].tolist(), strict=True):
-        assert parent < len(paths), "a parent stands before its children"
+        assert parent < len(paths), "a parent comes before its children"
         paths.append((*(paths[parent] if parent >= 0 else ()), token))
     return paths
 
@@ -44,7 +44,7 @@ def dynamic_tree(
                 new[(*path, token)] = score + value
         recorded |= new
         best = sorted(new.items(), key=lambda one: -one[1])
-        # At the first level there are as many nodes as children; later the frontier stays as wide.
+        # The first level has one node per child of the root; later frontiers have the same width.
         frontier = dict(best[: min(expansion_factor, len(log_probs(())))])
     ranking = sorted(recorded, key=lambda path: -recorded[path])
     return ranking[:speculative_tokens]
@@ -95,12 +95,12 @@ def test_it_is_the_tree_of_the_definition(
         assert set(paths) == set(expected)
         assert [len(path) for path in paths] == sorted(len(path) for path in paths)
         assert proposal.depths[row].tolist() == [len(path) for path in paths]
-    # The draft takes one step for each level behind the first.
+    # The draft takes one step for each level after the first.
     assert drafter.stepped == [min(expansion, size)] * (depth - 1)
 
 
-def test_a_certain_child_stands_behind_its_parent(path_drafter: Any) -> None:
-    """With probability 1 it scores exactly as its parent does; the choice among equals must not tear them apart."""
+def test_a_child_of_probability_1_comes_after_its_parent(path_drafter: Any) -> None:
+    """It has exactly its parent's score; breaking the tie must not separate them."""
     certain = torch.tensor([-100.0, 100.0, -100.0, -100.0])
 
     def logits(row: int, path: Path) -> Tensor:
@@ -110,11 +110,11 @@ def test_a_certain_child_stands_behind_its_parent(path_drafter: Any) -> None:
         proposal = propose(path_drafter(logits), speculative_tokens=tokens, expansion_factor=3, depth=5)
         paths = paths_of(proposal)
         assert all(path[:-1] in paths for path in paths if len(path) > 1)
-        # The best first token's certain continuation is as probable as itself.
+        # The certain continuation of the best first token has the same probability.
         assert (0, *[1] * (min(tokens, 5) - 1)) in paths
 
 
-def test_what_cannot_be_comes_last(path_drafter: Any) -> None:
+def test_impossible_tokens_come_last(path_drafter: Any) -> None:
     never = float("-inf")
 
     def logits(row: int, path: Path) -> Tensor:
@@ -122,12 +122,12 @@ def test_what_cannot_be_comes_last(path_drafter: Any) -> None:
 
     paths = paths_of(propose(path_drafter(logits), speculative_tokens=6, expansion_factor=3, depth=2))
     assert set(paths) == {(0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)}
-    # Even a tree that is full of it is a tree.
+    # A tree full of impossible tokens is still a tree.
     everything = paths_of(propose(path_drafter(logits), speculative_tokens=99, expansion_factor=3, depth=3))
     assert all(path[:-1] in everything for path in everything if len(path) > 1)
 
 
-def test_an_even_draft_still_gives_a_tree(path_drafter: Any) -> None:
+def test_a_uniform_draft_still_gives_a_tree(path_drafter: Any) -> None:
     for tokens in (1, 5, 30):
         drafter = path_drafter(lambda row, path: torch.zeros(7))
         paths = paths_of(propose(drafter, speculative_tokens=tokens, expansion_factor=3, depth=4))
@@ -135,7 +135,7 @@ def test_an_even_draft_still_gives_a_tree(path_drafter: Any) -> None:
         assert all(path[:-1] in paths for path in paths if len(path) > 1)
 
 
-def test_it_is_deeper_where_the_draft_is_sure(path_drafter: Any) -> None:
+def test_the_tree_is_deeper_if_the_draft_is_confident(path_drafter: Any) -> None:
     sure, unsure = torch.tensor([5.0, 0.0, 0.0, 0.0]), torch.tensor([0.1, 0.0, 0.0, 0.0])
 
     def logits(row: int, path: Path) -> Tensor:
@@ -147,7 +147,7 @@ def test_it_is_deeper_where_the_draft_is_sure(path_drafter: Any) -> None:
 
 
 def test_the_published_size_is_the_default(path_drafter: Any, random_logits: Any) -> None:
-    proposer = DynamicTreeProposer(DynamicTreeTokenProposalConfig(), Sampling(), Chance())
+    proposer = DynamicTreeProposer(DynamicTreeTokenProposalConfig(), Sampling(), RandomSource())
     assert proposer.depth == proposer.config.depth == 6
     proposal = proposer.propose([], path_drafter(random_logits(50)))
     assert proposal.tokens.shape == (1, 59)

@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specforge.proposals.prompt_lookup import PromptLookupProposer, PromptLookupTokenProposalConfig
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 
 
 def looked_up(*sequences: list[int], tokens: int = 5, max_ngram: int = 3, min_ngram: int = 1) -> list[list[int]]:
     config = PromptLookupTokenProposalConfig(speculative_tokens=tokens, max_ngram=max_ngram, min_ngram=min_ngram)
-    proposer = PromptLookupProposer(config, Sampling(), Chance())
+    proposer = PromptLookupProposer(config, Sampling(), RandomSource())
     assert proposer.depth == tokens and not proposer.needs_draft
     proposal = proposer.propose([torch.tensor(one) for one in sequences], None)
     assert proposal.log_q is None and (proposal.depths == torch.arange(proposal.tokens.shape[1]) + 1).all()
@@ -23,7 +23,7 @@ def looked_up(*sequences: list[int], tokens: int = 5, max_ngram: int = 3, min_ng
     [
         ([7], {}, []),
         ([1, 2, 3, 4], {}, []),
-        # What followed, as long as there is something.
+        # Copying stops at the end of the text.
         ([1, 2, 3, 9, 1], {}, [2, 3, 9, 1]),
         ([1, 2, 3, 9, 1], {"tokens": 2}, [2, 3]),
         # A match just before the end leaves little to copy.
@@ -31,19 +31,19 @@ def looked_up(*sequences: list[int], tokens: int = 5, max_ngram: int = 3, min_ng
         ([2, 2], {}, [2]),
         ([1, 2, 1, 2], {}, [1, 2]),
         ([3, 3, 3, 3, 3], {}, [3]),
-        # The longest run decides, wherever it stands.
+        # The longest n-gram decides, wherever it occurs.
         ([1, 2, 3, 8, 9, 3, 7, 1, 2, 3], {}, [8, 9, 3, 7, 1]),
         ([1, 2, 3, 8, 9, 3, 7, 1, 2, 3], {"max_ngram": 1}, [7, 1, 2, 3]),
         ([0, 1, 2, 3, 8, 1, 2, 3, 9, 0, 1, 2, 3], {"max_ngram": 4}, [8, 1, 2, 3, 9]),
-        # Of several equally long ones, the latest.
+        # Of several of the same length, the latest.
         ([1, 2, 5, 1, 2, 6, 1, 2], {}, [6, 1, 2]),
         ([4, 1, 4, 2, 4, 3, 4], {"tokens": 1}, [3]),
-        # Shorter runs than asked for do not count.
+        # N-grams below the minimum length do not count.
         ([1, 2, 5, 9, 2], {"min_ngram": 2}, []),
         ([1, 2, 5, 1, 2], {"min_ngram": 2}, [5, 1, 2]),
         ([1, 2], {"min_ngram": 2, "max_ngram": 3}, []),
         ([1, 1], {"min_ngram": 2, "max_ngram": 3}, []),
-        # A run longer than the text.
+        # An n-gram longer than the text.
         ([6, 6, 6], {"max_ngram": 99}, [6]),
     ],
 )
@@ -60,7 +60,7 @@ def test_each_sequence_is_looked_up_in_itself() -> None:
     tokens=st.integers(1, 5),
     ngrams=st.tuples(st.integers(1, 4), st.integers(1, 4)),
 )
-def test_it_is_the_latest_of_the_longest(text: list[int], tokens: int, ngrams: tuple[int, int]) -> None:
+def test_the_latest_of_the_longest_is_copied(text: list[int], tokens: int, ngrams: tuple[int, int]) -> None:
     shortest, longest = sorted(ngrams)
     copied: list[int] = []
     for length in range(longest, shortest - 1, -1):

@@ -9,7 +9,7 @@ from specforge.proposals.proposal import Proposal, follow
 
 @st.composite
 def proposals(draw: st.DrawFn) -> Proposal:
-    """Trees of any shape in the order of their depth; what is no node stands behind the others."""
+    """Trees of any shape ordered by depth; padding comes after the nodes."""
     rows, size = draw(st.integers(1, 3)), draw(st.integers(0, 8))
     parents, counts = [], []
     for _ in range(rows):
@@ -18,8 +18,8 @@ def proposals(draw: st.DrawFn) -> Proposal:
         for parent in own:
             depths.append(1 if parent < 0 else depths[parent] + 1)
         order = sorted(range(size), key=lambda node: depths[node])
-        place = {-1: -1, **{node: number for number, node in enumerate(order)}}
-        parents.append([place[own[node]] for node in order])
+        index = {-1: -1, **{node: number for number, node in enumerate(order)}}
+        parents.append([index[own[node]] for node in order])
         counts.append(draw(st.integers(0, size)))
     shape = (rows, size)
     return Proposal(
@@ -57,7 +57,7 @@ def test_nodes_beyond_a_limit_are_left_out(proposal: Proposal, data: st.DataObje
     assert within.tokens.shape == within.parents.shape == (len(limits), int(within.counts.max()))
 
 
-def test_what_else_is_known_of_a_proposal_stays() -> None:
+def test_other_fields_of_a_proposal_are_kept() -> None:
     log_q, draft_ids = torch.zeros(1, 3, 5), torch.arange(5)
     tokens, parents = torch.tensor([[1, 2, 3]]), torch.tensor([[-1, 0, 1]])
     proposal = Proposal(tokens, parents, torch.tensor([3]), log_q, draft_ids, accept_k=2, accept_tolerance=0.5)

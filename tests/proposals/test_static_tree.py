@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from specforge.proposals.proposal import Proposal
 from specforge.proposals.static_tree import StaticTreeProposer, StaticTreeTokenProposalConfig
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 
 WARM = Sampling(temperature=1.0)
 
 
 def propose(drafter: Any, sampling: Sampling = WARM, seed: int = 0, **config: Any) -> Proposal:
-    chance = Chance(torch.Generator().manual_seed(seed))
-    return StaticTreeProposer(StaticTreeTokenProposalConfig(**config), sampling, chance).propose([], drafter)
+    rng = RandomSource(torch.Generator().manual_seed(seed))
+    return StaticTreeProposer(StaticTreeTokenProposalConfig(**config), sampling, rng).propose([], drafter)
 
 
 def paths_of(proposal: Proposal, row: int) -> list[tuple[int, ...]]:
@@ -34,12 +34,12 @@ def paths_of(proposal: Proposal, row: int) -> list[tuple[int, ...]]:
     size=st.integers(1, 6),
     sampled=st.booleans(),
 )
-def test_every_node_of_a_level_has_as_many_children(
+def test_all_nodes_of_a_level_have_the_same_number_of_children(
     first: int, others: int, depth: int, size: int, sampled: bool, path_drafter: Any, random_logits: Any
 ) -> None:
     drafter = path_drafter(random_logits(size), batch_size=2)
     proposal = propose(drafter, initial_branching_factor=first, branching_factor=others, depth=depth, sampled=sampled)
-    # A vocabulary smaller than the tree is broad gives what it has.
+    # The vocabulary may be smaller than the tree's width.
     widths = [min(first, size)] + [min(others, size)] * (depth - 1)
     levels, number = [], 1
     for width in widths:
@@ -76,7 +76,7 @@ def test_the_most_probable_tokens_are_taken_best_first(path_drafter: Any, random
         assert siblings == ranking[: len(siblings)]
 
 
-def test_drawn_tokens_come_with_what_they_were_drawn_from(path_drafter: Any, random_logits: Any) -> None:
+def test_sampled_tokens_carry_their_distributions(path_drafter: Any, random_logits: Any) -> None:
     logits, draft_ids = random_logits(5), torch.tensor([2, 3, 7, 11, 12])
     sampling = Sampling(temperature=0.7, top_k=3)
     drafter = path_drafter(logits, draft_ids=draft_ids)
@@ -85,7 +85,7 @@ def test_drawn_tokens_come_with_what_they_were_drawn_from(path_drafter: Any, ran
     paths = [(), *paths_of(proposal, 0)]
     for node in range(proposal.log_q.shape[1]):
         torch.testing.assert_close(proposal.log_q[0, node], sampling.log_probs(logits(0, paths[node])[None])[0])
-    # Two of the three possible ones, never the same twice, and not always the best.
+    # Two of the three possible tokens, never the same one twice, and not always the best.
     assert {path[0] for path in paths[1:]} <= set(draft_ids[logits(0, ()).topk(3).indices].tolist())
     several = {
         tuple(
@@ -105,8 +105,8 @@ def test_nothing_is_drawn_at_temperature_0(path_drafter: Any, random_logits: Any
     assert torch.equal(drawn.tokens, fixed.tokens)
 
 
-def test_its_depth_is_known_before() -> None:
-    proposer = StaticTreeProposer(StaticTreeTokenProposalConfig(depth=3), WARM, Chance())
+def test_its_depth_comes_from_the_settings() -> None:
+    proposer = StaticTreeProposer(StaticTreeTokenProposalConfig(depth=3), WARM, RandomSource())
     assert proposer.depth == 3
     for wrong in ("initial_branching_factor", "branching_factor", "depth"):
         with pytest.raises(ValueError, match=wrong):

@@ -11,7 +11,7 @@ import torch
 
 from specforge.commands.estimate.command import EstimateCLI
 from specforge.commands.trainer import choose
-from specforge.estimation.step import Rehearsal
+from specforge.estimation.step import DryRun
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs" / "models").glob("*.yaml"))
@@ -60,7 +60,7 @@ def test_builds_draft_and_data(recipe, rows, tmp_path):
     assert documents == ([1, 1] if verifier_of(recipe) in UNPACKED else [4])
 
     cli.trainer.fit_loop.epoch_loop.max_steps = 100_000  # a schedule is laid out over steps
-    Rehearsal(cli.model, cli.trainer, torch.bfloat16)
+    DryRun(cli.model, cli.trainer, torch.bfloat16)
     weights = sum(one.numel() for one in cli.model.teacher.model.parameters())
     assert weights / 1e9 == pytest.approx(PUBLISHED[verifier_of(recipe)], abs=0.01)
     trained = sum(one.numel() for one in cli.model.draft.parameters() if one.requires_grad)

@@ -1,6 +1,6 @@
-"""Fixtures for all that read our exports.
+"""Fixtures for tests of programs that read our exports.
 
-These tests have an environment of their own, which ``tests/serving/run`` makes; elsewhere they are left out.
+These tests need their own environment, which ``tests/serving/run`` creates; without it they are skipped.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture(scope="session")
 def answers(served: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What vLLM says without a draft (``none``) and with each, and what it counted."""
+    """vLLM's output without a draft (``none``) and with each draft, and its counters."""
     engines: dict[str, dict[str, Any]] = {
         "none": {},
         "eagle3": speculation(str(served.exports["eagle3"]), "eagle3"),

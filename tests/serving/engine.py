@@ -1,7 +1,7 @@
-"""Asks vLLM in a process of its own: ``python engine.py REQUEST ANSWER``, both JSON files.
+"""Runs vLLM in a separate process: ``python engine.py REQUEST ANSWER``, both JSON files.
 
-The request names the verifier, prompts as token ids, ``max_tokens``, and under ``engines`` what each engine is built
-with besides. The answer holds, for each, the tokens of every response and the counters of speculative decoding.
+The request names the verifier, prompts as token ids, ``max_tokens``, and under ``engines`` further options of each
+engine. The answer has, for each engine, the tokens of every response and the counters of speculative decoding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def ask(request: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         **options,
     )
     prompts = [{"prompt_token_ids": tokens} for tokens in request["prompts"]]
-    # Tokens that are accepted behind an end would be counted by some and not by others.
+    # Whether tokens accepted after an end token are counted differs between engines.
     sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
     before = counters(engine)
     responses = engine.generate(prompts, sampling, use_tqdm=False)
@@ -40,7 +40,7 @@ def ask(request: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
 
 
 def counters(engine: LLM) -> dict[str, int]:
-    """Return what the process has counted so far."""
+    """Return the current counters of the process."""
     return {
         metric.name.removeprefix(COUNTERS): metric.value
         for metric in engine.get_metrics()

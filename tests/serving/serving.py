@@ -1,4 +1,4 @@
-"""Drafts that are trained and exported to be served, and an engine to serve them."""
+"""Drafts that are trained and exported for serving, and an engine to serve them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from specforge.__main__ import main
 
 DRAFTED = 3
 MAX_TOKENS = 64
-# vLLM on a processor: one process, one thread, little memory, no kernels compiled.
+# vLLM on a CPU: one process, one thread, little memory, no compiled kernels.
 ENGINE_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -1,4 +1,4 @@
-"""``specforge verify --endpoint`` beside a real server: vLLM, with the export that is verified and with another one."""
+"""``specforge verify --endpoint`` with a real vLLM server, which serves the verified export or another one."""
 
 from __future__ import annotations
 
@@ -33,10 +33,8 @@ def test_the_export_that_is_served(served: Served, tmp_path: Path, capsys: pytes
     assert status == 0, capsys.readouterr().out
 
 
-def test_a_map_of_the_vocabulary_that_is_lost(
-    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The costliest kind of fault: the server loads such a draft without complaint, and its text is right."""
+def test_a_missing_vocabulary_map(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The costliest kind of fault: the server loads such a draft silently, and its text is right."""
     export, wrong = served.exports["eagle3"], tmp_path / "wrong"
     wrong.mkdir()
     shutil.copy(export / "config.json", wrong)

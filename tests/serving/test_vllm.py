@@ -17,7 +17,7 @@ DRAFTS = ["eagle3", "eagle", "mlp"]
 
 
 @pytest.mark.parametrize("name", DRAFTS)
-def test_text_is_that_of_no_speculation(name: str, answers: dict[str, Any]) -> None:
+def test_text_equals_that_without_speculation(name: str, answers: dict[str, Any]) -> None:
     assert answers[name]["tokens"] == answers["none"]["tokens"]
 
 
@@ -32,6 +32,6 @@ def test_it_accepts_what_we_accept(name: str, answers: dict[str, Any], served: S
     counted = answers[name]["counters"]
     ours = sum(len(one.tokens) for one in rounds) / len(rounds)
     theirs = 1 + counted["accepted_tokens"] / counted["drafts"]
-    print(f"{name}: {theirs:.3f} tokens a pass in vLLM, {ours:.3f} here")
+    print(f"{name}: {theirs:.3f} tokens per pass in vLLM, {ours:.3f} here")
     assert theirs == pytest.approx(ours, rel=0.02)
-    assert ours > 1.3, "a draft that proposes nothing of use proves nothing"
+    assert ours > 1.3, "a useless draft would prove nothing"

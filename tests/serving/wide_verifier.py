@@ -1,7 +1,8 @@
-"""The quickstart's verifier as engines want it: they have no kernels for heads of 16, so its heads are made wider.
+"""The quickstart's verifier with wider heads, since engines have no kernels for heads of 16.
 
-Zeros are added to each head, which change nothing: entry i of a head stands at 2 i, where rotary frequencies of a head
-that is twice as wide are those of the narrow one, and queries are scaled for the other root in the softmax.
+Each head is padded with zeros, which does not change the output: entry i of a head moves to 2 i, where the rotary
+frequencies of a head of twice the width equal those of the narrow one, and queries are scaled for the other root in the
+softmax.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def write_wide_verifier(folder: Path) -> None:
 
 
 def _widened(weight: Tensor, size: int) -> Tensor:
-    """Spread the rows of each head, [heads x size, H], over twice as many."""
+    """Spread the rows of each head, [heads x size, H], over twice the number."""
     heads = weight.view(-1, size, weight.shape[-1])
     spread = heads.new_zeros(len(heads), 2 * size, weight.shape[-1])
     spread[:, ::2] = heads

@@ -92,7 +92,7 @@ class TestDifferent:
     def test_after_a_little_training_of_one_tensor(self, copy, name):
         before = fingerprint(str(copy))
         change_weights(copy, lambda other, one: one + 1e-3 if other == name else one)
-        assert verifier_difference(before, fingerprint(str(copy))) == "other weights"
+        assert verifier_difference(before, fingerprint(str(copy))) == "different weights"
 
     def test_after_training_of_any_row_of_a_small_verifier(self, copy):
         seen = {fingerprint(str(copy))}
@@ -127,7 +127,7 @@ class TestDifferent:
     def test_for_another_computation(self, copy, change):
         before = fingerprint(str(copy))
         change_config(copy, change)
-        assert verifier_difference(before, fingerprint(str(copy))) == "another computation in config.json"
+        assert verifier_difference(before, fingerprint(str(copy))) == "a different computation in config.json"
 
     @pytest.mark.parametrize(
         ("field", "value"), [("sliding_window", 5), ("sliding_window", None), ("final_logit_softcapping", 4.0)]

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.registry import GROUP, Registry
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 from specforge.training.losses.objectives import Distributions
 from specforge.verifier.features import Features, capture
 from specforge.verifier.parts import VerifierParts
@@ -118,7 +118,7 @@ def test_the_tree_holds_the_paths_whose_ranks_have_a_small_product(draft: Medusa
     drafter.commit(torch.zeros(2, 5, dtype=torch.int64), random_states(2, 5), torch.tensor([5, 3]))
     by_head = drafter.by_head.argsort(-1, descending=True)
     config = SparseTreeTokenProposalConfig(breadth=5, depth=3)
-    proposal = SparseTreeProposer(config, Sampling(), Chance()).propose([], drafter)
+    proposal = SparseTreeProposer(config, Sampling(), RandomSource()).propose([], drafter)
     for row in range(2):
         paths: list[tuple[int, ...]] = []
         for token, parent in zip(proposal.tokens[row].tolist(), proposal.parents[row].tolist(), strict=True):

@@ -1,11 +1,11 @@
-"""The draft against its equation, and the trial that ``specforge plugins check`` makes of it."""
+"""The draft against its equation, and the checks of ``specforge plugins check``."""
 
 from __future__ import annotations
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specforge.commands.plugin_check import try_algorithm
+from specforge.commands.plugin_check import check_algorithm
 from specforge.verifier.features import capture
 from specforge_recurrent.config import RecurrentConfig
 from specforge_recurrent.model import RecurrentModel
@@ -30,5 +30,5 @@ def test_training_computes_the_equation() -> None:
 
 
 def test_it_trains_drafts_and_decodes() -> None:
-    found = dict(try_algorithm("recurrent", ["--model.tokens", "3"]))
+    found = dict(check_algorithm("recurrent", ["--model.tokens", "3"]))
     assert len(found) == 9 and not [fault for fault in found.values() if fault is not None], found

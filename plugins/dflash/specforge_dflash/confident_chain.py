@@ -41,7 +41,7 @@ class ConfidentChainProposer(Proposer[ConfidentChainTokenProposalConfig]):
         """Draft a chain and cut it; that a token is left out depends on those before it only, so nothing is lost."""
         assert isinstance(drafter, DSparkDrafter)
         sampling = None if self.sampling.is_greedy else self.sampling
-        chain = grow(drafter, [1] * self.depth, sampling, self.chance)
+        chain = grow(drafter, [1] * self.depth, sampling, self.rng)
         roots = torch.stack([sequence[-1] for sequence in sequences])[:, None]
         survival = drafter.survival(torch.cat([roots, chain.tokens[:, :-1]], dim=1))
         return chain.within((survival >= self.config.threshold).long().cumprod(1).sum(1))

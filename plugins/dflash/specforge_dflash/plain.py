@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from specforge.checkpoints.layout import Layout, StoredDraft
-from specforge.checkpoints.plain import NOT_OF_THE_LAYERS, position_faults, width_faults, with_old_rope
+from specforge.checkpoints.plain import NON_LAYER_FIELDS, position_faults, width_faults, with_legacy_rope
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
@@ -54,7 +54,7 @@ class PlainBlockLayout(Layout):
         config, algorithm = stored.config, self.format.algorithm
         settings = _settings(config)
         own = (*NETWORK[algorithm], LAYER_IDS, NESTED, "num_target_layers", "num_anchors", "is_causal")
-        layers = {name: one for name, one in config.items() if name not in (*NOT_OF_THE_LAYERS, *own)}
+        layers = {name: one for name, one in config.items() if name not in (*NON_LAYER_FIELDS, *own)}
         ids = settings.get(LAYER_IDS)
         values = {
             "speculators_model_type": algorithm,
@@ -96,7 +96,7 @@ class PlainBlockLayout(Layout):
             raise UsageError("readers of the plain layout take the verifier to be as wide as the draft")
         settings: dict[str, Any] = {name: getattr(config, name) for name in NETWORK[algorithm]}
         settings[LAYER_IDS] = [one - 1 for one in draft.aux_layers]
-        values = with_old_rope(layers) | settings
+        values = with_legacy_rope(layers) | settings
         values |= {
             "architectures": [ARCHITECTURES[algorithm]],
             "dtype": str(draft.dtype).removeprefix("torch."),

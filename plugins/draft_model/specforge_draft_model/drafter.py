@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from specforge.decoding.verifier import Passes
+from specforge.decoding.verifier import CachedModel
 from specforge.models.drafter import Drafter
 from specforge.verifier.features import Features
 from specforge.verifier.parts import decoder
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from specforge_draft_model.model import DraftModel
 
 
-class DraftPasses(Passes[Tensor]):
+class CachedDraft(CachedModel[Tensor]):
     """Runs a draft's language model over sequences that grow by trees."""
 
     def states(self, tokens: Tensor, position_ids: Tensor, **options: Any) -> Tensor:
@@ -37,7 +37,7 @@ class ModelDrafter(Drafter):
 
     def __init__(self, network: DraftModel, batch_size: int) -> None:
         self._network = network
-        self._passes = DraftPasses(network.language_model, batch_size)
+        self._passes = CachedDraft(network.language_model, batch_size)
         self.draft_ids = network.draft_ids
 
     def begin(self, tokens: Tensor) -> None:

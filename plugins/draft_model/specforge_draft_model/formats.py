@@ -11,7 +11,7 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from specforge.checkpoints.layout import Layout, StoredDraft
-from specforge.checkpoints.plain import NOT_OF_THE_LAYERS, with_old_rope
+from specforge.checkpoints.plain import NON_LAYER_FIELDS, with_legacy_rope
 from specforge.checkpoints.speculators import TYPE
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.config import VerifierConfig
@@ -37,7 +37,7 @@ class TransformersLayout(Layout):
 
     def read(self, stored: StoredDraft, verifier: VerifierConfig) -> DraftModel:
         """Build the draft; a head that is tied may be stored twice."""
-        values = {name: one for name, one in stored.config.items() if name not in NOT_OF_THE_LAYERS}
+        values = {name: one for name, one in stored.config.items() if name not in NON_LAYER_FIELDS}
         config = DraftModelConfig.from_dict({"language_model": values}, stored.config_where)
         config.speculators_config = proposals_for(verifier)
         state = {PREFIX + name: tensor for name, tensor in stored.tensors.items()}
@@ -54,7 +54,7 @@ class TransformersLayout(Layout):
         draft = cast(DraftModel, model)
         own = draft.config.language_model
         config = {
-            **with_old_rope(draft.config.serialize_language_model(own)),
+            **with_legacy_rope(draft.config.serialize_language_model(own)),
             "architectures": [type(draft.language_model).__name__],
             "dtype": str(draft.dtype).removeprefix("torch."),
         }

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from specforge.bounds import Amount, Count, Portion
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 from specforge_draft_model.model import DraftModel
 
 
@@ -53,9 +53,9 @@ def rewritten(draft: DraftModel, batch: Mapping[str, Tensor], settings: OnPolicy
     if not stretches:
         return tokens
     prompts = [tokens[row, begin:at] for row, begin, at, _ in stretches]
-    chance = Chance(torch.Generator(tokens.device).manual_seed(seed))
+    rng = RandomSource(torch.Generator(tokens.device).manual_seed(seed))
     longest = max(end - at for _, _, at, end in stretches)
-    written = continued(draft, prompts, longest, Sampling(temperature=settings.temperature), chance)
+    written = continued(draft, prompts, longest, Sampling(temperature=settings.temperature), rng)
     found = tokens.clone()
     for (row, _, at, end), own in zip(stretches, written, strict=True):
         found[row, at:end] = own[: end - at]
@@ -63,7 +63,7 @@ def rewritten(draft: DraftModel, batch: Mapping[str, Tensor], settings: OnPolicy
 
 
 @torch.no_grad()
-def continued(draft: DraftModel, prompts: list[Tensor], number: int, sampling: Sampling, chance: Chance) -> Tensor:
+def continued(draft: DraftModel, prompts: list[Tensor], number: int, sampling: Sampling, rng: RandomSource) -> Tensor:
     """Let a draft go on from prompts.
 
     Args:
@@ -71,7 +71,7 @@ def continued(draft: DraftModel, prompts: list[Tensor], number: int, sampling: S
         prompts: Tokens of each of B prompts, int64 [T] each.
         number: Number of tokens to write.
         sampling: How they are chosen.
-        chance: Source of randomness.
+        rng: Source of randomness.
 
     Returns:
         int64 [B, number].
@@ -79,10 +79,10 @@ def continued(draft: DraftModel, prompts: list[Tensor], number: int, sampling: S
     lengths = torch.tensor([len(one) for one in prompts], device=prompts[0].device)
     drafter = draft.drafter(len(prompts))
     drafter.read(pad_sequence(prompts, batch_first=True), lengths)
-    written = [sampling.choose(drafter.root, chance)]
+    written = [sampling.choose(drafter.root, rng)]
     for parent in range(-1, number - 2):
         logits = drafter.step(written[-1][:, None], torch.full_like(lengths, parent)[:, None])
-        written.append(sampling.choose(logits[:, 0], chance))
+        written.append(sampling.choose(logits[:, 0], rng))
     return torch.stack(written, dim=1)
 
 

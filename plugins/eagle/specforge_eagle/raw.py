@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from specforge.checkpoints.layout import Layout, StoredDraft
-from specforge.checkpoints.plain import NOT_OF_THE_LAYERS, position_faults, width_faults, with_old_rope
+from specforge.checkpoints.plain import NON_LAYER_FIELDS, position_faults, width_faults, with_legacy_rope
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.config import SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
@@ -59,7 +59,7 @@ class SafeAILabLayout(Layout):
         weights = dict(stored.tensors)
         embeddings = weights.pop(EMBEDDINGS, None)
         # "bias" is no field of a decoder's, and is missing from heads that have none: the tensors tell.
-        layers = {name: one for name, one in stored.config.items() if name not in (*NOT_OF_THE_LAYERS, "bias")}
+        layers = {name: one for name, one in stored.config.items() if name not in (*NON_LAYER_FIELDS, "bias")}
         config = EagleSpeculatorConfig.from_dict(
             {
                 "transformer_layer_config": layers,
@@ -269,7 +269,7 @@ def _plain_config(model: EagleSpeculator) -> dict[str, Any]:
     }
     if values.get("layer_types"):
         values["layer_types"] = values["layer_types"][:1]
-    return with_old_rope(values)
+    return with_legacy_rope(values)
 
 
 def _leave_out_embeddings(tensors: dict[str, Tensor], model: SpeculatorModel) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specforge.checkpoints.layout import Layout, StoredDraft
-from specforge.checkpoints.plain import NOT_OF_THE_LAYERS, position_faults, width_faults, with_old_rope
+from specforge.checkpoints.plain import NON_LAYER_FIELDS, position_faults, width_faults, with_legacy_rope
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.config import SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
@@ -48,7 +48,7 @@ class MidlayerLayout(Layout):
             raise UsageError(f"{stored.where}: {NO_LATENT_ATTENTION}")
         values = stored.config
         draft_size = values.get("draft_vocab_size", values.get("vocab_size"))
-        unknown = {*NOT_OF_THE_LAYERS, *OPTIONS, *SIZES, LAYER_IDS, NESTED}
+        unknown = {*NON_LAYER_FIELDS, *OPTIONS, *SIZES, LAYER_IDS, NESTED}
         config = Eagle3SpeculatorConfig.from_dict(
             {
                 "transformer_layer_config": {name: value for name, value in values.items() if name not in unknown},
@@ -105,7 +105,7 @@ class MidlayerLayout(Layout):
                 f"{self.reader} knows no {' or '.join(options)}, and would run the draft without; serve it with vLLM "
                 "(--format vllm), or train with these options off"
             )
-        values = with_old_rope(stored_layers(layers)) | {
+        values = with_legacy_rope(stored_layers(layers)) | {
             "architectures": [ARCHITECTURE],
             "draft_vocab_size": config.draft_vocab_size,
             "dtype": str(draft.dtype).removeprefix("torch."),

@@ -1,1 +1,1 @@
-"""Is an export the draft that was trained, and does it do what it should?"""
+"""Checks that an export is the trained draft and computes what it should."""

@@ -1,7 +1,7 @@
-"""A draft's logits at some rows, kept small, and compared with those that were kept.
+"""The largest logits of a draft at some rows, recorded compactly and compared with recorded ones.
 
-A stand-in takes the verifier's place where there is none: its states, embeddings and head are fixed numbers, so that
-what the draft makes of them depends on nothing but the draft.
+A stand-in replaces the verifier if there is none: its states, embeddings and head are fixed numbers, so that the
+draft's output depends only on the draft.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from specforge.checkpoints.verification.probe import Logits
 from specforge.checkpoints.verifier_facts import VerifierFacts
-from specforge.decoding.recorded import draft_places
+from specforge.decoding.recorded import draft_indices
 from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.features import Features
@@ -25,7 +25,7 @@ ROWS = 4
 STEPS = 3
 STAND_IN_TOKENS = 32
 STAND_IN_LENGTH = 12
-# Orders of summation differ between machines; faults differ by much more.
+# The order of summation differs between machines; real faults differ by much more.
 TOLERANCE = 2e-3
 
 
@@ -34,7 +34,7 @@ def stand_in_logits(model: SpeculatorModel, verifier: VerifierFacts) -> Logits:
 
     Args:
         model: The draft, in float32.
-        verifier: What the draft was made for.
+        verifier: Facts about the draft's verifier.
     """
     tokens, features = attach_stand_in(model, verifier)
     return greatest_logits(model, tokens, features)
@@ -45,7 +45,7 @@ def attach_stand_in(model: SpeculatorModel, verifier: VerifierFacts) -> tuple[Te
 
     Args:
         model: The draft.
-        verifier: What the draft was made for.
+        verifier: Facts about the draft's verifier.
 
     Returns:
         Tokens [T] and the stand-in's states over them.
@@ -54,7 +54,7 @@ def attach_stand_in(model: SpeculatorModel, verifier: VerifierFacts) -> tuple[Te
     head = nn.Linear(width, number, bias=False)
     head.weight = nn.Parameter(_numbers(number, width, seed=1), requires_grad=False)
     parts = VerifierParts(
-        # What parts of a verifier are asked for, and nothing of what families do behind their heads.
+        # The fields that drafts read, without the families' processing after the head.
         config=cast(Any, SimpleNamespace(**verifier.model_dump())),
         embed_tokens=nn.Embedding.from_pretrained(_numbers(number, width, seed=2)),
         norm=nn.Identity(),
@@ -71,7 +71,7 @@ def attach_stand_in(model: SpeculatorModel, verifier: VerifierFacts) -> tuple[Te
 
 @torch.no_grad()
 def greatest_logits(model: SpeculatorModel, tokens: Tensor, features: Features) -> Logits:
-    """Return a draft's greatest logits at its last rows that read nothing behind the text.
+    """Return a draft's largest logits at its last rows that read nothing beyond the text.
 
     Args:
         model: The draft, attached.
@@ -95,35 +95,35 @@ def greatest_logits(model: SpeculatorModel, tokens: Tensor, features: Features) 
 
 @torch.no_grad()
 def difference(model: SpeculatorModel, tokens: Tensor, features: Features, expected: Logits) -> str | None:
-    """Say how a draft's logits differ from those that were kept; None where they do not.
+    """Describe how a draft's logits differ from recorded ones; None if they do not.
 
     Args:
         model: The draft, attached.
         tokens: The text, int64 [T].
         features: The verifier's states over it, [1, T, ...].
-        expected: What was kept.
+        expected: The recorded logits.
     """
     found = _step_logits(model, tokens, features)
     if len(found) != len(expected.ids):
-        return f"the draft runs {len(found)} steps, and {len(expected.ids)} are expected"
+        return f"the draft runs {len(found)} steps, {len(expected.ids)} are expected"
     draft_ids = None if model.draft_ids is None else model.draft_ids.cpu()
     for step, logits in enumerate(found):
         ids, wanted = torch.tensor(expected.ids[step]), torch.tensor(expected.values[step])
-        places = draft_places(ids, draft_ids)
-        if bool((places < 0).any()) or int(places.max()) >= logits.shape[-1]:
-            missing = int(ids[(places < 0) | (places >= logits.shape[-1])][0])
-            return f"at step {step}, token {missing} should be among the most probable, and the draft cannot say it"
-        got = logits.cpu().gather(-1, places)
+        indices = draft_indices(ids, draft_ids)
+        if bool((indices < 0).any()) or int(indices.max()) >= logits.shape[-1]:
+            missing = int(ids[(indices < 0) | (indices >= logits.shape[-1])][0])
+            return f"at step {step}, token {missing} should be among the most probable, but is not a draft token"
+        got = logits.cpu().gather(-1, indices)
         allowed = TOLERANCE * max(1.0, float(wanted.abs().max()))
         furthest = float((got - wanted).abs().max())
         above = float((logits.cpu().amax(-1) - wanted[:, 0]).max())
         if not max(furthest, above) <= allowed:
-            return f"at step {step}, logits are up to {max(furthest, above):.3g} off, and {allowed:.2g} is allowed"
+            return f"at step {step}, logits are up to {max(furthest, above):.3g} off, {allowed:.2g} is allowed"
     return None
 
 
 def _step_logits(model: SpeculatorModel, tokens: Tensor, features: Features) -> list[Tensor]:
-    """Return float32 logits [R, D] at the last whole rows of each step."""
+    """Return float32 logits [R, D] of each step, at the last rows whose inputs are all in the text."""
     steps = min(STEPS, model.drafter(1).max_depth or STEPS)
     positions = torch.arange(len(tokens), device=tokens.device)[None]
     hidden = model.unroll(tokens[None], features, positions, torch.zeros_like(positions), steps)[:, 0]

@@ -1,6 +1,6 @@
-"""What travels with an export so that it can be checked wherever it lies: a probe, and what it has to give.
+"""The probe that is stored with an export, so that it can be checked anywhere: inputs and expected outputs.
 
-The file is JSON, and small: engines take every safetensors file of a folder for weights.
+The file is small JSON: engines load every safetensors file of a folder as weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PROBE = "specforge_probe.json"
 
 
 class Logits(BaseModel):
-    """The greatest logits of a draft at some rows of each step.
+    """The largest logits of a draft at some rows of each step.
 
     Attributes:
         ids: The verifier's ids of the most probable tokens, [S][R][k].
@@ -37,7 +37,7 @@ class Logits(BaseModel):
 
 
 class ProbeText(BaseModel):
-    """What the verifier said to a prompt at temperature 0.
+    """The verifier's response to a prompt at temperature 0.
 
     Attributes:
         tokens: Prompt and response.
@@ -51,12 +51,12 @@ class ProbeText(BaseModel):
 
 
 class Served(BaseModel):
-    """What the draft has to do beside its verifier.
+    """The expected behaviour of the draft with its verifier.
 
     Attributes:
-        texts: What the verifier said to the probe's prompts.
-        logits: Of the draft, on the first text.
-        acceptance_length: Tokens a pass of the verifier over all texts, at temperature 0, by length of the chain.
+        texts: The verifier's responses to the probe's prompts.
+        logits: The draft's logits on the first text.
+        acceptance_length: Tokens per verifier forward pass over all texts, at temperature 0, by chain length.
         accept_rates: Share of the rounds that accept at least k = 1, 2, ... tokens of the longest chain.
     """
 
@@ -69,27 +69,27 @@ class Served(BaseModel):
 
     @property
     def prompts(self) -> list[tuple[list[int], int]]:
-        """The tokens of each prompt, and how many the verifier answered with."""
+        """The tokens of each prompt, and the number of tokens in the verifier's response."""
         return [(text.tokens[: text.begin], len(text.tokens) - text.begin) for text in self.texts]
 
     def expected(self, chain: int | None = None) -> float:
-        """Return the acceptance length of chains of some tokens; of the longest where that is None, or longer."""
+        """Return the acceptance length of chains of a length; of the longest recorded if that is None or longer."""
         longest = max(self.acceptance_length)
         return self.acceptance_length[min(chain or longest, longest)]
 
 
 class Probe(BaseModel):
-    """An export as it was when it was written.
+    """A record of an export at the time of writing.
 
     Attributes:
         algorithm: Name of the draft's algorithm.
         format: Name of the format.
         verifier: The verifier that the draft was trained for.
-        aux_layers: Verifier layers before which features are taken; empty where the last state is enough.
-        draft: What the draft's configuration means, whatever the format calls it.
-        digests: Type, shape and digest of each tensor, by its own name.
+        aux_layers: Verifier layers whose inputs are the features; empty if the last state is enough.
+        draft: Settings of the draft's network, under specforge's names.
+        digests: Dtype, shape and digest of each tensor, under specforge's names.
         alone: Logits without a verifier, see ``specforge.checkpoints.verification.logits``.
-        served: What the draft does beside its verifier; None where that was not run.
+        served: Behaviour of the draft with its verifier; None if the verifier was not run.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -111,12 +111,12 @@ class Probe(BaseModel):
             export: Folder or hub id.
 
         Raises:
-            UsageError: There is none, or the file is damaged.
+            UsageError: The file is missing or damaged.
         """
         try:
             path = find_file(export, PROBE)
         except UsageError as error:
-            raise UsageError(f"{error}; specforge verify checks what specforge export wrote") from None
+            raise UsageError(f"{error}; specforge verify checks only exports of specforge export") from None
         try:
             return cls.model_validate(read_json(path))
         except ValidationError as error:
@@ -128,7 +128,7 @@ class Probe(BaseModel):
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return type, shape and a digest of the bytes of each tensor."""
+    """Return dtype, shape and a digest of the bytes of each tensor."""
     return {name: _digest(tensor) for name, tensor in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""Rules for the files of a draft that hold whoever reads them."""
+"""Rules for a draft's files that apply to every reader."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from specforge.models.base_components import decoder_layer
 
 
 def file_faults(stored: StoredDraft) -> Iterator[str]:
-    """Yield tensors that are no numbers, and types that are not what ``config.json`` says."""
+    """Yield tensors with values that are not finite, and dtypes that differ from ``config.json``."""
     floating = {name: one for name, one in stored.tensors.items() if one.is_floating_point()}
     for name, tensor in floating.items():
         if not bool(torch.isfinite(tensor).all()):
             yield f"{name} holds values that are not finite, such as {float(tensor[~torch.isfinite(tensor)][0])}"
-    types = sorted({str(one.dtype).removeprefix("torch.") for one in floating.values()})
-    said = stored.config.get("dtype") or stored.config.get("torch_dtype")
-    if types != [said]:
+    dtypes = sorted({str(one.dtype).removeprefix("torch.") for one in floating.values()})
+    declared = stored.config.get("dtype") or stored.config.get("torch_dtype")
+    if dtypes != [declared]:
         yield (
-            f"config.json says the dtype {said!r}, but the tensors are {' and '.join(types)}; export casts all of them "
-            "with --dtype"
+            f"config.json has the dtype {declared!r}, but the tensors are {' and '.join(dtypes)}; export casts all of "
+            "them with --dtype"
         )
     yield from rotation_faults(stored.config)
 
 
 def rotation_faults(config: dict[str, Any]) -> Iterator[str]:
-    """Yield rotary positions that engines read otherwise than the draft's own layers do.
+    """Yield rotary embedding settings that engines interpret differently than the draft's own layers.
 
-    vLLM's ``get_rope`` rotates the share ``partial_rotary_factor`` of each head, and takes ``mrope_section`` for
-    positions in three directions, whatever the model type; the layers of most types know neither.
+    For every model type, vLLM's ``get_rope`` rotates the fraction ``partial_rotary_factor`` of each head, and reads
+    ``mrope_section`` as three-dimensional positions; the layers of most types ignore both.
 
     Args:
         config: The draft's ``config.json``.
@@ -54,15 +54,15 @@ def rotation_faults(config: dict[str, Any]) -> Iterator[str]:
         rotated = 2 * rotary.get_buffer("inv_freq").numel()
         width = getattr(made, "head_dim", None) or made.hidden_size // made.num_attention_heads
     except (KeyError, UsageError, AttributeError, TypeError, ValueError) as error:
-        yield f"the rotary positions of {kind!r} layers are not understood: {error}"
+        yield f"the rotary embeddings of {kind!r} layers cannot be computed: {error}"
         return
     if share not in (None, 1) and int(width * share) != rotated:
         yield (
-            f"partial_rotary_factor is {share}, but the {kind} layers that were trained rotate {rotated} of {width} "
-            f"dimensions: engines would rotate {int(width * share)}; leave it out"
+            f"partial_rotary_factor is {share}, but the trained {kind} layers rotate {rotated} of {width} dimensions: "
+            f"engines would rotate {int(width * share)}; remove it"
         )
     if directions and not hasattr(rotary, "mrope_section"):
         yield (
-            f"{' and '.join(directions)} ask for positions in three directions, but {kind} layers have one position "
-            "a token; leave them out"
+            f"{' and '.join(directions)} ask for three-dimensional positions, but {kind} layers have one position per "
+            "token; remove them"
         )

@@ -1,4 +1,4 @@
-"""What a draft does beside its verifier on the probe's prompts: logits, and the acceptance length to be expected."""
+"""A draft's behaviour with its verifier on the probe's prompts: logits and expected acceptance length."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def probe_prompts(text: VerifierTokenizer, conversations: list[Conversation] | N
 
     Args:
         text: The verifier's tokenizer.
-        conversations: Prompts to take the first turns of; some plain questions when None, and where the verifier comes
-            without a tokenizer, or one without a chat template, some tokens that mean nothing.
+        conversations: Conversations whose first turns are used; None for some plain questions, or for meaningless
+            tokens if the verifier has no tokenizer or no chat template.
     """
     if conversations is not None:
         return [one.prompt(0, [], text.template) for one in conversations]
@@ -50,11 +50,11 @@ def probe_prompts(text: VerifierTokenizer, conversations: list[Conversation] | N
         return [one.prompt(0, [], text.template) for one in asked]
     except UsageError:
         size = text.vocabulary_size
-        return [[(3 + (7 + one) * place) % size for place in range(8)] for one in range(len(QUESTIONS))]
+        return [[(3 + (7 + one) * index) % size for index in range(8)] for one in range(len(QUESTIONS))]
 
 
 def expected_of(model: SpeculatorModel, verifier: PreTrainedModel, prompts: list[list[int]]) -> Served:
-    """Let the verifier answer, and measure what the draft does on what it says.
+    """Let the verifier answer the prompts, and measure the draft on its answers.
 
     Args:
         model: The draft.
@@ -62,11 +62,13 @@ def expected_of(model: SpeculatorModel, verifier: PreTrainedModel, prompts: list
         prompts: Tokens of each prompt.
 
     Raises:
-        UsageError: They do not go together, or the verifier has nothing to say.
+        UsageError: Draft and verifier do not fit together, or all answers are empty.
     """
     model.to(verifier.device).attach_verifier(verifier)
-    spoken = _answers(verifier, prompts)
-    texts = [ProbeText(tokens=asked + said, begin=len(asked)) for asked, said in zip(prompts, spoken, strict=True)]
+    answers = _answers(verifier, prompts)
+    texts = [
+        ProbeText(tokens=prompt + answer, begin=len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     lengths, rates = greedy_acceptance(model, verifier, texts)
     tokens, features = _states(model, verifier, texts[0])
     return Served(
@@ -78,27 +80,27 @@ def expected_of(model: SpeculatorModel, verifier: PreTrainedModel, prompts: list
 
 
 def drafter_agreement(model: SpeculatorModel, verifier: PreTrainedModel, texts: list[ProbeText]) -> Agreement:
-    """Decode the probe's prompts by greedy chains, and compare every round with a replay of what was decoded.
+    """Decode the probe's prompts with greedy chains, and compare every round with a replay of the decoded text.
 
     Args:
         model: The draft, attached.
         verifier: Its verifier.
-        texts: What the verifier answered to the prompts.
+        texts: The prompts with the verifier's answers.
 
     Returns:
-        The rounds; none where this pair can be trained and served, but not decoded here.
+        The comparison; empty if this pair can be trained and served, but not decoded here.
     """
     chain = model.drafter(1).max_depth or CHAIN
     prompts = [torch.tensor(text.tokens[: text.begin]) for text in texts]
-    spoken: list[list[Emission]] = [[] for _ in prompts]
+    decoded: list[list[Emission]] = [[] for _ in prompts]
     try:
         decoder = Decoder(verifier, model, GreedyTokenProposalConfig(speculative_tokens=chain))
         for emission in decoder.decode(prompts, NEW_TOKENS):
-            spoken[emission.sequence].append(emission)
+            decoded[emission.sequence].append(emission)
     except UsageError:
         return Agreement()
     found = Agreement()
-    for prompt, emissions in zip(prompts, spoken, strict=True):
+    for prompt, emissions in zip(prompts, decoded, strict=True):
         text = ProbeText(
             tokens=[*prompt.tolist(), *(token for one in emissions for token in one.tokens)], begin=len(prompt)
         )
@@ -111,34 +113,34 @@ def _answers(verifier: PreTrainedModel, prompts: list[list[int]]) -> list[list[i
     """Let the verifier answer each prompt greedily."""
     # disable=None shows the bar on a terminal only.
     with tqdm(total=len(prompts) * NEW_TOKENS, desc="the verifier answers", unit=" tokens", disable=None) as bar:
-        spoken: list[list[int]] = [[] for _ in prompts]
+        answers: list[list[int]] = [[] for _ in prompts]
         if why_no_trees(verifier) is not None:
-            # It keeps a state, or attends, in a way that only its own code knows: one prompt a row.
+            # Only the verifier's own code handles its state or attention: generate one prompt at a time.
             for number, prompt in enumerate(prompts):
-                asked = torch.tensor([prompt], device=verifier.device)
+                tokens = torch.tensor([prompt], device=verifier.device)
                 written = verifier.generate(
-                    asked, attention_mask=torch.ones_like(asked), max_new_tokens=NEW_TOKENS, do_sample=False
+                    tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False
                 )
-                spoken[number] = written[0, len(prompt) :].tolist()
+                answers[number] = written[0, len(prompt) :].tolist()
                 bar.update(NEW_TOKENS)
-            return spoken
+            return answers
         for emission in Decoder(verifier).decode([torch.tensor(one) for one in prompts], NEW_TOKENS):
-            spoken[emission.sequence] += emission.tokens
+            answers[emission.sequence] += emission.tokens
             bar.update(len(emission.tokens))
-    return spoken
+    return answers
 
 
 def served_differences(model: SpeculatorModel, verifier: PreTrainedModel, expected: Served) -> list[str]:
-    """Say how a draft does otherwise beside its verifier than was expected of it."""
+    """Describe how a draft with its verifier differs from the expected behaviour."""
     model.to(verifier.device).attach_verifier(verifier)
     found = []
     tokens, features = _states(model, verifier, expected.texts[0])
     if differs := difference(model, tokens, features, expected.logits):
-        found.append(f"beside the verifier, {differs}")
+        found.append(f"with the verifier, {differs}")
     lengths, _ = greedy_acceptance(model, verifier, expected.texts)
     got, wanted = lengths[max(lengths)], expected.expected(max(lengths))
     if abs(got - wanted) > ACCEPTANCE_TOLERANCE * wanted:
-        found.append(f"the acceptance length of chains of {max(lengths)} is {got:.3f}, and {wanted:.3f} is expected")
+        found.append(f"the acceptance length of chains of {max(lengths)} is {got:.3f}, {wanted:.3f} is expected")
     return found
 
 
@@ -146,13 +148,13 @@ def served_differences(model: SpeculatorModel, verifier: PreTrainedModel, expect
 def greedy_acceptance(
     model: SpeculatorModel, verifier: PreTrainedModel, texts: list[ProbeText]
 ) -> tuple[dict[int, float], list[float]]:
-    """Replay greedy chains over texts of the verifier's.
+    """Replay greedy chains over texts that the verifier wrote.
 
     Returns:
-        Acceptance length by length of the chain, and the share of rounds of the longest that accept at least k.
+        Acceptance length by chain length, and the share of rounds of the longest chain that accept at least k.
 
     Raises:
-        UsageError: No text has two tokens of the verifier's, so that there is no round at all.
+        UsageError: No text has two tokens of the verifier, so there are no rounds.
     """
     steps = model.drafter(1).max_depth or CHAIN
     by_text, lengths = [], []
@@ -165,12 +167,12 @@ def greedy_acceptance(
         by_text.append(greedy.T)
         lengths.append(anchors)
     if not by_text:
-        raise UsageError("the verifier ends its answer to every probe prompt at once; give others as --prompts")
+        raise UsageError("the verifier's answers to all probe prompts are empty; give other prompts as --prompts")
     rounds = replay(pad_sequence(by_text, batch_first=True), torch.tensor(lengths))
     total = float(rounds.tokens)
     found = {chain: total / float(rounds.rounds[chain - 1]) for chain in range(1, steps + 1)}
     longest = figures(total, float(rounds.rounds[-1]), rounds.accepted[-1].tolist())
-    return found, [longest[f"accept_rate_pos_{place}"] for place in range(1, steps + 1)]
+    return found, [longest[f"accept_rate_pos_{position}"] for position in range(1, steps + 1)]
 
 
 def _states(model: SpeculatorModel, verifier: PreTrainedModel, text: ProbeText) -> tuple[Tensor, Features]:

@@ -1,1 +1,1 @@
-"""``specforge estimate``, and what it shows."""
+"""``specforge estimate`` and its output."""

@@ -1,4 +1,4 @@
-"""``specforge estimate``: what a run of ``fit`` will take, before anything is started."""
+"""``specforge estimate``: the cost of a run of ``fit`` before it starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from specforge.commands.trainer import command_line as settings_of_all
 from specforge.errors import UsageError
 from specforge.estimation.device import measured_flops
 from specforge.estimation.estimate import ACCELERATOR_UTILISATION, CPU_UTILISATION, Estimate, RunPlan, flops_per_token
-from specforge.estimation.step import Rehearsal, StepMemory
+from specforge.estimation.step import DryRun, StepMemory
 from specforge.estimation.text import RunText, counted_text, given_text
 from specforge.training.cli.command_line import TrainingCLI
 from specforge.training.module import DraftModule
@@ -30,55 +30,55 @@ HELP = """\
 usage: specforge estimate --config FILE [--config FILE ...] [--KEY VALUE ...]
                           [--tokens N --supervised_share S] [--device_flops F]
 
-Say what specforge fit, with the same configuration, will take: disk for
-stored features, memory on each device, operations a token, and time. Nothing
-is loaded: the verifier's config.json is enough, and the training step is the
-real one, run with tensors that have shapes and no values.
+Estimate the cost of specforge fit with the same configuration: disk for
+stored features, memory on each device, operations per token, and time.
+Nothing is loaded: the verifier's config.json is enough, and the real training
+step runs on tensors without values.
 
   specforge estimate --config configs/quickstart.yaml
   specforge estimate --config FILE --verifier meta-llama/Llama-3.1-8B-Instruct \\
     --tokens 1000000000 --supervised_share 0.6 --trainer.precision bf16-mixed \\
     --trainer.accelerator gpu --device_flops 989e12
 
-  --tokens N              Tokens of an epoch, where the rows are not there yet.
-                          Without it, the rows of data.train are counted:
-                          prepared ones, those of an earlier run, or a small
-                          file.
-  --supervised_share S    Share of those tokens that is supervised, from 0 to 1
-                          (default: 1, which costs most).
-  --device_flops F        Operations a second of one device on large matrix
+  --tokens N              Tokens per epoch, if there are no rows yet. Without
+                          it, the rows of data.train are counted: prepared
+                          rows, those of an earlier run, or a small file.
+  --supervised_share S    Share of supervised tokens, from 0 to 1 (default: 1,
+                          which costs most).
+  --device_flops F        Operations per second of one device on large matrix
                           products, such as 989e12 for an H100 in bfloat16.
-                          Without it, a second of matrix products is timed here.
+                          Without it, matrix products are timed here for a
+                          second.
 
 All settings of an algorithm: specforge estimate --algorithm NAME --help"""
 
 
 class EstimateCLI(TrainingCLI):
-    """The command line of ``fit``, with what it needs besides to look ahead; builds module and data alone."""
+    """The command line of ``fit`` with the flags of ``estimate``; builds only module and data."""
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add this command's own flags to those of a run."""
         parser.add_argument(
-            "--tokens", type=PositiveInt | None, default=None, help="Tokens of an epoch; null counts the rows."
+            "--tokens", type=PositiveInt | None, default=None, help="Tokens per epoch; null counts the rows."
         )
         parser.add_argument(
-            "--supervised_share", type=ClosedUnitInterval, default=1.0, help="Share of those that is supervised."
+            "--supervised_share", type=ClosedUnitInterval, default=1.0, help="Share of supervised tokens."
         )
         parser.add_argument(
             "--device_flops",
             type=PositiveFloat | None,
             default=None,
-            help="Operations a second of one device on large matrix products; null measures them here.",
+            help="Operations per second of one device on large matrix products; null measures them here.",
         )
         super().add_core_arguments_to_parser(parser)
 
     def before_instantiate_classes(self) -> None:
-        """Ask for no checkpoint; and where tokens are given, for no rows."""
+        """Require no checkpoint, and no rows if tokens are given."""
         if self.config.tokens is not None:
             self.parser.add_instantiator(lambda *_, **__: None, self.datamodule_class, subclasses=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Create a trainer on the CPU that runs nothing, with the precision of the run."""
+        """Create a trainer on the CPU with the precision of the run; it runs nothing."""
         try:
             return Trainer(
                 accelerator="cpu",
@@ -99,14 +99,14 @@ def run(arguments: list[str]) -> int:
     quieten()
     cli = EstimateCLI(algorithm, arguments, "estimate")
     found = estimate(cli)
-    title = f"{algorithm.name}: {found.trained:,} trained weights, towards {cli.config.verifier}"
+    title = f"{algorithm.name}: {found.trained:,} trained weights, for {cli.config.verifier}"
     print_estimate(found, title, _assumptions(found, cli), Console(highlight=False))
     print(f"\nTo start it:\n  {shlex.join(['specforge', 'fit', *_without_own(arguments)])}")
     return 0
 
 
 def command_line() -> argparse.ArgumentParser:
-    """Return the parser of the settings of every algorithm and of its own flags."""
+    """Return the parser of every algorithm's settings and the command's own flags."""
     parser = settings_of_all()
     for flag in FLAGS:
         parser.add_argument(flag)
@@ -117,19 +117,19 @@ def estimate(cli: EstimateCLI) -> Estimate:
     """Estimate the run of a configuration.
 
     Args:
-        cli: The configuration, parsed; its module is used up.
+        cli: The parsed configuration; its module cannot be used afterwards.
 
     Raises:
-        UsageError: The rows are not there and none are spoken of, or the run has no end.
+        UsageError: There are no rows and no ``--tokens``, or the run has no end.
     """
     config, module, plan = cli.config, cli.model, _plan(cli.config)
     text = _text(cli)
-    # Schedules and stages are laid out over the steps of the run.
+    # Schedules and stages span the steps of the run.
     cli.trainer.fit_loop.epoch_loop.max_steps = plan.steps(text.packed_rows)
-    rehearsal = Rehearsal(module, cli.trainer, _verifier_dtype(module, config), on_accelerator=not _on_cpu(config))
+    dry_run = DryRun(module, cli.trainer, _verifier_dtype(module, config), on_accelerator=not _on_cpu(config))
     # disable=None shows the bar on a terminal only; delay hides it for small models.
     batches = tqdm(text.batches, desc="running a step without values", unit=" batches", disable=None, delay=2)
-    costs = [rehearsal.run(batch) for batch in batches]
+    costs = [dry_run.run(batch) for batch in batches]
     return Estimate(
         text=text,
         plan=plan,
@@ -151,7 +151,7 @@ def _text(cli: EstimateCLI) -> RunText:
 
 
 def _verifier_dtype(module: DraftModule, config: Any) -> torch.dtype:
-    """Return the type of the verifier's weights on the device that the run is meant for, which may not be this one."""
+    """Return the dtype of the verifier's weights on the device of the run, which may be another machine."""
     loading, stored = module.teacher.loading, module.teacher.config.get_text_config().dtype
     if loading.dtype != "auto":
         return loading.torch_dtype(stored)
@@ -159,7 +159,7 @@ def _verifier_dtype(module: DraftModule, config: Any) -> torch.dtype:
 
 
 def _on_cpu(config: Any) -> bool:
-    """Tell whether the run is meant for a processor; a rate that is given speaks of another device than this."""
+    """Return whether the run is for a CPU; a given rate means another device than this one."""
     here = config.device_flops is None and not torch.accelerator.is_available()
     return config.trainer.accelerator == "cpu" or (config.trainer.accelerator == "auto" and here)
 
@@ -174,8 +174,8 @@ def _plan(config: Any) -> RunPlan:
     number = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 1
     epochs = trainer.max_epochs if (trainer.max_epochs or 0) > 0 else None
     steps = trainer.max_steps if trainer.max_steps > 0 else None
-    if epochs is None and steps is None:  # of a trial run of a few batches (fast_dev_run)
-        raise UsageError("set trainer.max_epochs or trainer.max_steps: otherwise the run does not end")
+    if epochs is None and steps is None:  # a trial run of a few batches (fast_dev_run)
+        raise UsageError("set trainer.max_epochs or trainer.max_steps; otherwise the run does not end")
     limit = trainer.limit_train_batches
     return RunPlan(
         batch_size=config.data.batch_size,
@@ -189,24 +189,24 @@ def _plan(config: Any) -> RunPlan:
 
 def _assumptions(found: Estimate, cli: EstimateCLI) -> list[str]:
     config, batches = cli.config, len(found.text.batches)
-    rate = "given" if config.device_flops else "measured here, on this machine as busy as it was"
+    rate = "given" if config.device_flops else "measured on this machine under its current load"
     name = str(_verifier_dtype(cli.model, config)).removeprefix("torch.")
     precision = config.trainer.precision or "32-true"
     return [
         f"Text {found.text.origin}.",
-        f"Operations are counted over {batches} batch{'es' * (batches > 1)}, padding spread over the other tokens: "
-        "matrix products and attention alone, each query with each key of its document.",
-        f"Memory: verifier in {name}, precision {precision}; draft, gradients and optimizer whole on each device, "
-        "nothing sharded. The device's own context, fragments between tensors and copies for exchange come on top.",
-        f"Time: the rate is {rate}; devices do not wait for data or each other. Validation, loading and saving come "
-        "on top, and models too small to fill the device stay below the range's utilisation.",
-        "Disk: values and scales alone.",
+        f"Operations are counted over {batches} batch{'es' * (batches > 1)}, with padding spread over the other "
+        "tokens: only matrix products and attention, each query with each key of its document.",
+        f"Memory: verifier in {name}, precision {precision}; draft, gradients and optimizer complete on each device, "
+        "not sharded. The device's own context, fragmentation and communication buffers are not included.",
+        f"Time: the rate is {rate}; devices do not wait for data or each other. Validation, loading and saving are "
+        "not included, and models too small to fill the device reach less than this utilisation.",
+        "Disk: only values and scales.",
         *cli.model.besides_steps,
     ]
 
 
 def _without_own(arguments: list[str]) -> list[str]:
-    """Leave out the flags that ``fit`` does not have."""
+    """Drop the flags that ``fit`` does not have."""
     kept, skip = [], False
     for word in arguments:
         own = word.partition("=")[0] in FLAGS

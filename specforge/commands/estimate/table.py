@@ -1,4 +1,4 @@
-"""An estimate on the terminal, 80 columns wide."""
+"""Printing of an estimate on the terminal, 80 columns wide."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ _MEMORY = {
     "gradients": "gradients",
     "optimizer": "optimizer's states",
     "features": "captured features",
-    "kept": "kept by the draft's steps for the backward pass",
-    "verifier_work": "verifier's forward pass besides, at most",
-    "draft_work": "draft's steps and chunks of the loss besides, at most",
+    "kept": "activations of the draft for the backward pass",
+    "verifier_work": "temporaries of the verifier's forward pass, peak",
+    "draft_work": "temporaries of the draft's steps and the loss, peak",
 }
 
 
 def print_estimate(estimate: Estimate, title: str, assumptions: Iterable[str], console: Console) -> None:
-    """Print an estimate in sections, and what it assumes.
+    """Print an estimate in sections, and its assumptions.
 
     Args:
-        estimate: What to print.
+        estimate: The estimate.
         title: First line.
-        assumptions: One sentence each.
-        console: Where to.
+        assumptions: The assumptions, one sentence each.
+        console: Console to print to.
     """
     console.print(Text(title, style="bold"))
     _section(console, "Text", _text(estimate))
-    _section(console, "Disk, were the verifier's states stored", _disk(estimate))
+    _section(console, "Disk, if the verifier's states are stored", _disk(estimate))
     _section(console, "Memory on each device", _memory(estimate))
-    _section(console, "Floating point operations a token", _flops(estimate))
+    _section(console, "Floating point operations per token", _flops(estimate))
     _section(console, "Time", _time(estimate))
-    console.print(Text("\nAssumed", style="bold"))
+    console.print(Text("\nAssumptions", style="bold"))
     for sentence in assumptions:
         line = Table.grid(padding=(0, 1, 0, 0))
         line.add_row(Text("*"), Text(sentence))
@@ -67,17 +67,17 @@ def _section(console: Console, heading: str, rows: Iterable[Sequence[str]]) -> N
 
 def _text(estimate: Estimate) -> Iterable[Sequence[str]]:
     text, plan = estimate.text, estimate.plan
-    yield "tokens an epoch", f"{text.tokens:,}"
+    yield "tokens per epoch", f"{text.tokens:,}"
     yield "supervised", f"{text.supervised_share:.1%}"
     yield f"rows of up to {text.batches[0]['input_ids'].shape[1]:,} tokens", f"{text.packed_rows:,}"
     devices = f", {plan.devices} devices" if plan.devices > 1 else ""
-    accumulated = f", {plan.accumulated} batches a step" if plan.accumulated > 1 else ""
-    rows = f"{plan.batch_size} row{'s' * (plan.batch_size > 1)} a batch"
+    accumulated = f", {plan.accumulated} batches per step" if plan.accumulated > 1 else ""
+    rows = f"{plan.batch_size} row{'s' * (plan.batch_size > 1)} per batch"
     yield f"optimizer steps ({rows}{devices}{accumulated})", f"{estimate.steps:,}"
 
 
 def _disk(estimate: Estimate) -> Iterable[Sequence[str]]:
-    yield f"{estimate.slots} x {estimate.width:,} values a token", "a token", "an epoch"
+    yield f"{estimate.slots} x {estimate.width:,} values per token", "per token", "per epoch"
     for dtype in STORED_TYPES:
         size = estimate.stored_bytes(dtype)
         scales = " and scales" if dtype.itemsize == 1 else ""
@@ -88,7 +88,7 @@ def _disk(estimate: Estimate) -> Iterable[Sequence[str]]:
 def _memory(estimate: Estimate) -> Iterable[Sequence[str]]:
     for name, words in _MEMORY.items():
         yield words, in_units(getattr(estimate.memory, name), "B")
-    yield "the most at once", in_units(estimate.memory.peak, "B")
+    yield "peak", in_units(estimate.memory.peak, "B")
 
 
 def _flops(estimate: Estimate) -> Iterable[Sequence[str]]:
@@ -96,13 +96,13 @@ def _flops(estimate: Estimate) -> Iterable[Sequence[str]]:
         value = estimate.flops.get(part, 0)
         if value:
             yield words, in_units(value, "FLOP"), f"{value / estimate.total_flops:.0%}"
-    yield "together", in_units(estimate.total_flops, "FLOP"), ""
+    yield "total", in_units(estimate.total_flops, "FLOP"), ""
 
 
 def _time(estimate: Estimate) -> Iterable[Sequence[str]]:
     low, high = estimate.utilisation
-    yield f"a device at its best, used to {low:.0%} to {high:.0%}", in_units(estimate.device_flops, "FLOP/s")
-    for stored, words in ((False, ""), (True, ", were the states stored")):
+    yield f"peak rate of a device, {low:.0%} to {high:.0%} utilised", in_units(estimate.device_flops, "FLOP/s")
+    for stored, words in ((False, ""), (True, ", with stored states")):
         shortest, longest = estimate.seconds_per_step(stored)
         yield f"an optimizer step{words}", f"{duration(shortest)} to {duration(longest)}"
         yield f"the run{words}", f"{duration(shortest * estimate.steps)} to {duration(longest * estimate.steps)}"

@@ -1,1 +1,1 @@
-"""``specforge evaluate``, and what it shows."""
+"""``specforge evaluate`` and its output."""

@@ -1,4 +1,4 @@
-"""``specforge evaluate``: drafts and baselines on prompt sets, with and without speculation, and a report."""
+"""``specforge evaluate``: measure drafts and baselines on prompt sets, and write a report."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ from specforge.proposals.choice import choose_proposal, describe
 from specforge.registry import installed
 
 DESCRIPTION = """\
-Measure drafts on prompt sets: acceptance length, rates by position, time, and speedup over the verifier alone, which
-answers the same prompts in turn. Baselines that need no draft stand beside them: a draft has to beat them.
+Measure drafts on prompt sets: acceptance length, rates by position, time, and speedup over decoding without
+speculation, which alternates with it on the same prompts. Baselines without a draft are measured too: a draft has to
+beat them.
 
   specforge evaluate runs/quickstart/version_0/draft --limit 20 \\
     --prompts configs/quickstart/validation.jsonl
@@ -51,13 +52,13 @@ def run(arguments: list[str]) -> int:
     """Measure, print a table and write a report."""
     found = parse(command_line(), arguments)
     if not found.drafts and not found.baselines:
-        raise UsageError("nothing to measure: give drafts, or --baselines")
+        raise UsageError("nothing to measure: give drafts or --baselines")
     found.drafts = [find_draft(name)[0] for name in found.drafts]
     configs = [SpeculatorModelConfig.from_pretrained(name) for name in found.drafts]
     sampling, verification = sampling_of(found), Verification(method=found.verification)
     names = [prompt_set_name(source) for source in found.prompts]
     if len(set(names)) < len(names):
-        raise UsageError(f"--prompts: two prompt sets have one name: {', '.join(names)}; rename a file")
+        raise UsageError(f"--prompts: two prompt sets have the same name: {', '.join(names)}; rename a file")
     prompt_sets = {
         name: read_prompts(source, limit=found.limit) for name, source in zip(names, found.prompts, strict=True)
     }
@@ -93,7 +94,7 @@ def run(arguments: list[str]) -> int:
 
 
 def command_line() -> ArgumentParser:
-    """Return the parser of what is typed behind the command."""
+    """Return the parser of the command's arguments."""
     parser = decoding_parser("evaluate", "DRAFT ... --prompts FILE ...", DESCRIPTION, max_new_tokens=128)
     parser.add_argument("drafts", type=str, nargs="*", metavar="DRAFT", help="Folders of runs or drafts, or hub ids.")
     parser.add_argument(
@@ -105,7 +106,7 @@ def command_line() -> ArgumentParser:
         nargs="+",
         default=[],
         metavar="METHOD",
-        help=f"For each draft; its own by default. {PROPOSAL}",
+        help=f"Proposal methods for each draft; by default its own. {PROPOSAL}",
     )
     parser.add_argument(
         "--baselines",
@@ -119,10 +120,10 @@ def command_line() -> ArgumentParser:
         "--bigram_rows", type=str | None, default=None, metavar="ROWS", help="Rows to count bigrams from."
     )
     parser.add_argument(
-        "--limit", type=PositiveInt | None, default=None, metavar="N", help="Only so many prompts of each set."
+        "--limit", type=PositiveInt | None, default=None, metavar="N", help="Maximum number of prompts of each set."
     )
     parser.add_argument(
-        "--batch_size", type=PositiveInt, default=1, metavar="N", help="Responses decoded side by side."
+        "--batch_size", type=PositiveInt, default=1, metavar="N", help="Number of responses decoded in a batch."
     )
     parser.add_argument("--output", type=str, default="evaluation", metavar="FOLDER", help="Folder of the report.")
     return parser
@@ -151,7 +152,7 @@ def _contenders(
         contenders.append(Contender(describe(proposal), proposal))
     names = [one.name for one in contenders]
     if len(set(names)) < len(names):
-        raise UsageError(f"two contenders have one name: {', '.join(names)}; rename a draft's folder, or drop one")
+        raise UsageError(f"two contenders have the same name: {', '.join(names)}; rename a draft's folder or drop one")
     return contenders
 
 
@@ -172,7 +173,7 @@ def _measure(measuring: Measuring, prompt_sets: dict[str, list[Conversation]]) -
 
 
 def _short(path: str) -> str:
-    """Name a draft for people: a run's draft by its run, others by their last part."""
+    """Return the display name of a draft: its run's name for a run's draft, otherwise the last part of the path."""
     parts = Path(path).parts
     return "/".join(parts[-3:-1]) if len(parts) > 2 and parts[-1] == "draft" else parts[-1]
 

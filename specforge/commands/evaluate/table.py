@@ -1,4 +1,4 @@
-"""Results on the terminal: all contenders side by side, the figures of each in vLLM's words, then the warnings."""
+"""Results on the terminal: a comparison of all contenders, the figures of each in vLLM's terms, and warnings."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from specforge.commands.evaluate import words
+from specforge.commands.evaluate import formatting
 from specforge.evaluation.results import ContenderResult, Measurement, Results
 
-# What the numbers leave of 80 columns; longer names of contenders go on in the next line.
+# The rest of 80 columns after the numbers; longer contender names wrap.
 NAME_WIDTH = 20
 
 
@@ -18,19 +18,19 @@ def print_table(results: Results, console: Console | None = None) -> None:
     """Print results; a terminal of 80 columns is wide enough.
 
     Args:
-        results: What to print.
-        console: Where to; standard output when None. Colors are off with ``NO_COLOR`` or where it is no terminal.
+        results: The results.
+        console: Console to print to; None for standard output. No colors with ``NO_COLOR`` or without a terminal.
     """
     console = console or Console()
-    # Names are printed as texts, so that rich takes nothing in them for its markup.
-    console.print(Text(f"{results.verifier}: {words.conditions(results)}"))
+    # Names are printed as Text, so that rich interprets no markup in them.
+    console.print(Text(f"{results.verifier}: {formatting.conditions(results)}"))
     console.print()
     console.print(_comparison(results))
     for contender in results.contenders:
         console.print()
         console.print(_heading(contender))
         console.print(Padding(_figures(contender.all_sets), (0, 0, 0, 2)))
-    warnings = words.warnings(results)
+    warnings = formatting.warnings(results)
     if warnings:
         console.print()
     for warning in warnings:
@@ -38,7 +38,7 @@ def print_table(results: Results, console: Console | None = None) -> None:
 
 
 def _comparison(results: Results) -> Table:
-    """Compare all contenders: a row with the name of each, then one for each prompt set."""
+    """Compare all contenders: for each, a row with its name, then one for each prompt set."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("Contender\n  prompt set", max_width=NAME_WIDTH, overflow="fold")
     table.add_column("Acceptance length\n[95 % interval]", no_wrap=True)
@@ -47,50 +47,52 @@ def _comparison(results: Results) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     for contender in results.contenders:
         table.add_row(Text(contender.name, style="bold"))
-        for measurement in words.measurements(contender):
+        for measurement in formatting.measurements(contender):
             table.add_row(*(Text(cell) for cell in _row(measurement)))
     return table
 
 
 def _row(measurement: Measurement) -> list[str]:
     return [
-        f"  {words.shortened(measurement.prompt_set, NAME_WIDTH - 2)}",
-        f"{words.acceptance_length(measurement)} {words.interval(measurement)}".rstrip(),
-        " ".join(f"{100 * rate:.0f}" for rate in measurement.accept_rate_pos) or words.UNKNOWN,
-        words.decimal(measurement.tokens_per_second, 1),
-        words.decimal(measurement.tokens_per_second_alone, 1),
-        f"{words.decimal(measurement.speedup)}×",
+        f"  {formatting.shortened(measurement.prompt_set, NAME_WIDTH - 2)}",
+        f"{formatting.acceptance_length(measurement)} {formatting.interval(measurement)}".rstrip(),
+        " ".join(f"{100 * rate:.0f}" for rate in measurement.accept_rate_pos) or formatting.UNKNOWN,
+        formatting.decimal(measurement.tokens_per_second, 1),
+        formatting.decimal(measurement.tokens_per_second_alone, 1),
+        f"{formatting.decimal(measurement.speedup)}×",
     ]
 
 
 def _heading(contender: ContenderResult) -> Text:
     kind = "baseline" if contender.is_baseline else "draft"
-    return Text.assemble((contender.name, "bold"), f" ({kind}: {words.proposal(contender)})")
+    return Text.assemble((contender.name, "bold"), f" ({kind}: {formatting.proposal(contender)})")
 
 
 def _figures(pooled: Measurement) -> Table:
-    """Show the figures of one contender over all prompt sets, line by line."""
-    times = (
-        f"{words.decimal(pooled.draft_milliseconds)} draft + {words.decimal(pooled.verifier_milliseconds)} verifier"
-        f" + {words.decimal(pooled.other_milliseconds)} other"
-    )
+    """Return the figures of one contender over all prompt sets, one per line."""
+    parts = {
+        "draft": pooled.draft_milliseconds,
+        "verifier": pooled.verifier_milliseconds,
+        "other": pooled.other_milliseconds,
+    }
+    times = " + ".join(f"{formatting.decimal(value)} {part}" for part, value in parts.items())
     lines = {
-        "Mean acceptance length": words.acceptance_length(pooled),
+        "Mean acceptance length": formatting.acceptance_length(pooled),
         "Drafts": f"{pooled.num_drafts:,}",
         "Draft tokens": f"{pooled.num_draft_tokens:,}",
         "Accepted tokens": f"{pooled.num_accepted_tokens:,}",
-        "Per-position acceptance rate": words.series(pooled.accept_rate_pos),
-        "Avg Draft acceptance rate": words.draft_acceptance_rate(pooled),
-        "Milliseconds a round": times,
-        "Other, of the verifier's time": words.other_share(pooled),
+        "Per-position acceptance rate": formatting.series(pooled.accept_rate_pos),
+        "Avg Draft acceptance rate": formatting.draft_acceptance_rate(pooled),
+        "Milliseconds per round": times,
+        "Other / verifier time": formatting.other_share(pooled),
     }
     if pooled.by_chain_length:
-        lines["Acceptance length, K = 1, 2, …"] = words.series(pooled.by_chain_length, 2)
+        lines["Acceptance length, K = 1, 2, …"] = formatting.series(pooled.by_chain_length, 2)
     if pooled.identical_responses is not None:
-        lines["Identical responses"] = words.identical(pooled)
+        lines["Identical responses"] = formatting.identical(pooled)
     if pooled.compared_rounds:
         same = pooled.compared_rounds - pooled.differing_rounds
-        lines["Rounds as replayed"] = f"{same:,} of {pooled.compared_rounds:,}"
+        lines["Rounds as in replay"] = f"{same:,} of {pooled.compared_rounds:,}"
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")

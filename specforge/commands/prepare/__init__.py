@@ -1,4 +1,4 @@
-"""``specforge prepare``: what has to be there before a draft is trained, one subcommand each."""
+"""``specforge prepare``: preparation of training data, with one subcommand for each step."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Callable
 from importlib import import_module
 
-from specforge.commands.wrapping import hanging
+from specforge.commands.wrapping import wrap_hanging
 from specforge.errors import SpecforgeError, UsageError, nearest_name
 
 _SUBCOMMANDS = {
-    "responses": "let the verifier answer prompts anew, in this process or through a serving engine",
-    "check": "tell whether responses are the verifier's own",
-    "rows": "tokenise conversations, mask what is not supervised, split and count",
-    "features": "store the verifier's states over token rows, so that training need not run it",
+    "responses": "let the verifier answer prompts again, in this process or through a serving engine",
+    "check": "check whether responses are the verifier's own",
+    "rows": "tokenise conversations, mask unsupervised tokens, split and count",
+    "features": "store the verifier's states over token rows, so that training does not run the verifier",
 }
 
 
@@ -21,7 +21,7 @@ def run(arguments: list[str]) -> int:
     """Run one subcommand.
 
     Raises:
-        UsageError: There is none of that name.
+        UsageError: There is no such subcommand.
     """
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """Return a parser that holds those of all subcommands."""
+    """Return a parser with the parsers of all subcommands."""
     parser = argparse.ArgumentParser(prog="specforge prepare")
     subcommands = parser.add_subparsers()
     for name, summary in _SUBCOMMANDS.items():
@@ -50,12 +50,12 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def _help() -> str:
-    lines = [hanging(f"  {name:<10} ", summary) for name, summary in _SUBCOMMANDS.items()]
+    lines = [wrap_hanging(f"  {name:<10} ", summary) for name, summary in _SUBCOMMANDS.items()]
     return "\n".join(
         [
             "usage: specforge prepare SUBCOMMAND [options]",
             "",
-            "Make ready what a draft is trained on.",
+            "Prepare the data that a draft is trained on.",
             "",
             "subcommands:",
             *lines,

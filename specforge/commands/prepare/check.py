@@ -1,4 +1,4 @@
-"""``specforge prepare check``: whether the responses of some rows are the verifier's own."""
+"""``specforge prepare check``: check whether the responses in some rows are the verifier's own."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from specforge.verifier.on_policy import PolicyCheck, check_policy
 _log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
-Tell whether responses are the verifier's own: how probable it finds them, beside how probable its own would be. A draft
-that is trained on text of another hand learns to predict what its verifier does not write.
+Check whether responses are the verifier's own: their probability under the verifier is compared with the expected
+probability of its own text. A draft trained on other text learns to predict tokens that its verifier does not generate.
 
   specforge prepare check rows.jsonl --verifier MODEL --number 64
 
-Exit status 1 says that they are not."""
+The exit status is 1 if they are not."""
 
 
 def run(arguments: list[str]) -> int:
-    """Check rows that stand evenly apart, and print the figures."""
+    """Check evenly spaced rows, and print the figures."""
     found = parse(command_line(), arguments)
     if not found.rows:
         raise UsageError("rows: none are given; name a file, folder or hub data set")
@@ -46,13 +46,13 @@ def run(arguments: list[str]) -> int:
     chosen = islice(read_raw_records(found.rows), 0, step * found.number, step)
     check = check_rows(*load(found, found.verifier), chosen)
     if check is None:
-        raise UsageError(f"{found.rows}: no response token in the rows that were checked")
+        raise UsageError(f"{found.rows}: the checked rows have no response tokens")
     print_check(check, Console(highlight=False))
     return 0 if check.is_own else 1
 
 
 def command_line() -> ArgumentParser:
-    """Return the parser of what is typed behind the command."""
+    """Return the parser of the command's arguments."""
     parser = command_parser("prepare check", "ROWS --verifier MODEL", DESCRIPTION)
     parser.add_argument("rows", type=str, nargs="?", metavar="ROWS", help="A file, folder or hub data set with rows.")
     add_verifier_flags(parser, "Folder or hub id; required.")
@@ -61,9 +61,9 @@ def command_line() -> ArgumentParser:
 
 
 def check_rows(verifier: PreTrainedModel, template: ChatTemplate, records: Iterable[RawRecord]) -> PolicyCheck | None:
-    """Compare the responses of rows with what a verifier would have written; None where there are none.
+    """Compare the responses in rows with what a verifier would have generated; None if there are none.
 
-    A row is taken to be drawn as its ``origin`` says, or else at temperature 1. Bad rows are named and left out.
+    A row is assumed to be sampled at the temperature in its ``origin``, or else 1. Bad rows are skipped with a warning.
 
     Raises:
         UsageError: A row was written with other template arguments.
@@ -89,13 +89,13 @@ def _rows(encoder: RowEncoder, record: RawRecord) -> list[TokenRow]:
     except BadRow as error:
         rows = error
     if isinstance(rows, BadRow):
-        _log.warning("left out: %s", rows)
+        _log.warning("skipped: %s", rows)
         return []
     return rows
 
 
 def print_check(check: PolicyCheck, console: Console) -> None:
-    """Print the figures of a check and what follows from them."""
+    """Print the figures of a check and the conclusion."""
     verdict = "they can be the verifier's own" if check.is_own else "THEY ARE NOT THE VERIFIER'S OWN"
     console.print(
         Text(

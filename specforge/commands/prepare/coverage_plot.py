@@ -1,4 +1,4 @@
-"""The plot of coverage by draft size."""
+"""The plot of coverage by draft vocabulary size."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specforge.data.rows.coverage import Coverage
-from specforge.drawing import COLORS, house_style
+from specforge.drawing import COLORS, plot_style
 from specforge.files import whole_file
 
 
 def draw_coverage(coverage: Sequence[Coverage], path: Path) -> None:
-    """Draw coverage by draft size as an SVG file; equal figures give equal files.
+    """Draw coverage by draft vocabulary size as an SVG file; equal figures give equal files.
 
     Args:
-        coverage: the figures, by ascending size.
-        path: the file.
+        coverage: The figures, by ascending size.
+        path: The file to write.
     """
-    with house_style():
+    with plot_style():
         import matplotlib
         from matplotlib.figure import Figure
         from matplotlib.ticker import PercentFormatter
@@ -33,7 +33,7 @@ def draw_coverage(coverage: Sequence[Coverage], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
         axes.set_xlabel("Draft vocabulary: the most frequent supervised training tokens")
-        axes.set_ylabel("Supervised tokens in it")
+        axes.set_ylabel("Covered supervised tokens")
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
         axes.grid(axis="y")
         axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""``specforge prepare features``: a verifier's states, captured once, that ``fit`` reads instead of running it."""
+"""``specforge prepare features``: store a verifier's states once, so that ``fit`` reads them instead of running it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specforge.commands.trainer import quieten
 from specforge.commands.units import in_units
-from specforge.commands.wrapping import HelpFormatter, hanging
+from specforge.commands.wrapping import HelpFormatter, wrap_hanging
 from specforge.data.features.capturing import LiveStates
 from specforge.data.features.dtypes import FeatureType
 from specforge.data.features.importing import VllmStates
@@ -43,15 +43,15 @@ Run the verifier over token rows once, and store the states that drafts are trai
   specforge prepare features rows/train --algorithm NAME --verifier MODEL \\
     --output features
 
-The rows are those of the configuration (data.train, data.validation, ...) unless sources are named; they come first.
-All other flags are those of specforge fit: the configuration says which layers are read and how long rows are.
+The rows are those of the configuration (data.train, data.validation, ...) unless sources are given; these come first.
+All other flags are those of specforge fit: the configuration sets the layers to read and the length of rows.
 
-A run that was ended in any way goes on where it was when the same command is typed again. The same command in several
-processes, under torchrun or not, on one machine or several with a common folder, shares the work."""
+An interrupted run resumes when the same command is run again. The same command in several processes, under torchrun or
+not, on one machine or several with a shared folder, splits the work."""
 
 
 def run(arguments: list[str]) -> int:
-    """Capture what is missing, and print what the store holds and what was saved."""
+    """Capture missing states, and print the contents of the store and the savings."""
     sources = list(takewhile(lambda word: not word.startswith("-"), arguments))
     try:
         found, words = command_line().parse_known_args(arguments[len(sources) :])
@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> int:
     output = Path(found.output)
     if found.verify:
         FeatureStore(output).check()
-        print(f"Done: all checksums of {output} are right.")
+        print(f"Done: all checksums of {output} are correct.")
         return 0
     for source in sources:
         check_source(source, "sources")
@@ -76,7 +76,7 @@ def run(arguments: list[str]) -> int:
         states = VllmStates(Path(found.from_vllm), plan, manifest.layers, manifest.width)
     whole = prepare_features(plan, replace(manifest, rows_identity=plan.identity), output, states)
     if whole is None:
-        print(f"Done here: other processes still write shards of {output}; the last to finish writes its manifest.")
+        print(f"Done here: other processes still write shards of {output}; the last to finish writes the manifest.")
         return 0
     _print_savings(plan, whole)
     print(f"\n{_closing_line(words, output)}")
@@ -84,10 +84,10 @@ def run(arguments: list[str]) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """Return the parser of what is typed behind the command, but for the settings of ``fit``."""
+    """Return the parser of the command's arguments, without the settings of ``fit``."""
     parser = argparse.ArgumentParser(
         prog="specforge prepare features",
-        usage=hanging(
+        usage=wrap_hanging(
             "specforge prepare features ",
             "[SOURCE ...] --output FOLDER --config FILE [--KEY VALUE ...]",
             label="usage: ",
@@ -98,22 +98,24 @@ def command_line() -> argparse.ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--output", metavar="FOLDER", help="Folder to write; required.")
-    parser.add_argument("--dtype", choices=get_args(FeatureType), default="bfloat16", help="Type of the stored values.")
+    parser.add_argument(
+        "--dtype", choices=get_args(FeatureType), default="bfloat16", help="Dtype of the stored states."
+    )
     parser.add_argument(
         "--batch_tokens",
         "--batch-tokens",
         type=_positive,
         default=8192,
         metavar="N",
-        help="Tokens of a pass of the verifier.",
+        help="Tokens per verifier forward pass.",
     )
     parser.add_argument(
         "--from_vllm",
         "--from-vllm",
         metavar="FOLDER",
-        help="Folder of states that vLLM extracted; taken instead of running the verifier.",
+        help="Folder of states that vLLM extracted, to use instead of running the verifier.",
     )
-    parser.add_argument("--verify", action="store_true", help="Only check the checksums of what is in --output.")
+    parser.add_argument("--verify", action="store_true", help="Only verify the checksums in --output.")
     return parser
 
 
@@ -127,12 +129,12 @@ class _Settings(TrainingCLI):
     """The module and the data of a configuration, without a trainer."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Create none: processes are not the trainer's here."""
+        """Create none: the trainer does not manage the processes here."""
         return None
 
 
 def _module_and_data(words: list[str], sources: list[str]) -> tuple[DraftModule, DraftDataModule]:
-    """Build what a configuration describes; nothing is loaded yet."""
+    """Build module and data of a configuration; nothing is loaded yet."""
     algorithms = installed().all(Algorithm)
     name = choose_algorithm(words)
     if name is None:
@@ -140,14 +142,14 @@ def _module_and_data(words: list[str], sources: list[str]) -> tuple[DraftModule,
             f"no algorithm is chosen; give --config FILE, or --algorithm with one of: {', '.join(algorithms)}"
         )
     train = ["--data.train", sources[0]] if sources else []
-    # Nothing here is drawn at random, and the features that a configuration names are yet to be made.
+    # Nothing here is random, and the features named in the configuration do not exist yet.
     words = [*words, *train, "--data.features", LIVE, "--seed_everything", "false"]
     settings = _Settings(installed().find(Algorithm, name), words, "fit")
     return settings.model, settings.datamodule
 
 
 def _states(teacher: FrozenVerifier, aux_layers: list[int], input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Return states [B, T, L, H] of the verifier, which is loaded when it is first needed, if ever."""
+    """Return states [B, T, L, H] of the verifier, which is loaded on first use."""
     if not teacher.is_held:
         if torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
@@ -163,13 +165,13 @@ def _print_savings(plan: ShardPlan, manifest: Manifest) -> None:
     size = sum(shard.bytes for shard in manifest.shards)
     print(
         f"{len(plan.kept):,} rows, {tokens:,} tokens: {in_units(size, 'B')} in {len(manifest.shards):,} file(s), "
-        f"{manifest.token_bytes:,} bytes a token ({manifest.dtype})"
+        f"{manifest.token_bytes:,} bytes per token ({manifest.dtype})"
     )
     all_layers = manifest.layers[-1] + 1
     print(f"  {describe_layers(manifest.layers)} of {all_layers} states: {_saved(len(manifest.layers), all_layers)}")
-    print(f"  equal rows once: {_saved(plan.unique_tokens, plan.all_tokens)}")
+    print(f"  identical rows stored once: {_saved(plan.unique_tokens, plan.all_tokens)}")
     if not manifest.whole_rows:
-        print(f"  nothing behind the last supervised token: {_saved(tokens, plan.unique_tokens)}")
+        print(f"  nothing after the last supervised token: {_saved(tokens, plan.unique_tokens)}")
     wide = replace(manifest, dtype="bfloat16")
     if manifest.token_bytes < wide.token_bytes:
         print(f"  {manifest.dtype} instead of bfloat16: {_saved(manifest.token_bytes, wide.token_bytes)}")

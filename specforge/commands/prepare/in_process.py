@@ -1,4 +1,4 @@
-"""The verifier answers in this process, batch by batch."""
+"""Answers by a verifier in this process, batch by batch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from specforge.engines.generation import GenerationSettings, Keep, Prompt, Refus
 from specforge.errors import UsageError
 
 
-class VerifierAnswerer:
-    """Lets a loaded verifier answer.
+class InProcessAnswerer:
+    """Answers conversations with a loaded verifier.
 
     Args:
         verifier: The verifier.
         template: Its chat template, with the tokenizer.
-        generation: Settings of its generation.
-        batch_size: Conversations side by side.
+        generation: Generation settings.
+        batch_size: Number of conversations in a batch.
     """
 
     def __init__(
@@ -38,13 +38,14 @@ class VerifierAnswerer:
     def answer(self, prompts: Iterator[Prompt], keep: Keep, refuse: Refuse) -> None:
         """Answer conversations.
 
-        A batch is made of neighbours by their place alone, so that a run that is taken up again makes the same ones,
-        to the last bit; ``keep`` takes a batch as a whole.
+        Batches depend only on the conversations' indices, so a resumed run forms the same batches and gets bit-equal
+        results; ``keep`` gets whole batches.
 
         Args:
             prompts: The conversations, in order.
-            keep: Takes those that are finished.
-            refuse: Takes those that leave no room in the verifier's context, or that the chat template refuses.
+            keep: Called with finished conversations.
+            refuse: Called with conversations that leave no room in the verifier's context, or that the chat template
+                rejects.
         """
         for _, batch in groupby(prompts, key=lambda prompt: prompt.index // self.batch_size):
             if finished := self._converse(list(batch), refuse):
@@ -68,23 +69,22 @@ class VerifierAnswerer:
         return [(prompt, replies[prompt.index]) for prompt in batch if prompt.index in replies]
 
     def _tokens(self, conversation: Conversation, turn: int, replies: list[Reply]) -> list[int]:
-        said = [reply.text for reply in replies]
-        tokens = conversation.prompt(turn, said, self.template)
+        tokens = conversation.prompt(turn, [reply.text for reply in replies], self.template)
         if len(tokens) >= self._context:
             raise UsageError(
                 f"{conversation.location}: turn {turn + 1} has {len(tokens):,} tokens, and the verifier's context "
-                f"takes {self._context:,}"
+                f"is {self._context:,}"
             )
         return tokens
 
     def _reply(self, asked: list[tuple[Prompt, list[int]]], turn: int) -> Iterator[tuple[Prompt, Reply]]:
-        said: list[list[int]] = [[] for _ in asked]
+        responses: list[list[int]] = [[] for _ in asked]
         seeds = [self.generation.seed_of(prompt.index, turn) for prompt, _ in asked]
         for emission in self.decoder.decode(
             [torch.tensor(tokens) for _, tokens in asked], self.generation.max_new_tokens, seeds
         ):
-            said[emission.sequence] += emission.tokens
-        for (prompt, tokens), produced in zip(asked, said, strict=True):
-            finish = "stop" if produced[-1] in self.decoder.stop_tokens else "length"
-            text = reply_text(produced, self.template.tokenizer)
-            yield prompt, Reply(text, finish, len(produced), tokens, produced)
+            responses[emission.sequence] += emission.tokens
+        for (prompt, tokens), response in zip(asked, responses, strict=True):
+            finish = "stop" if response[-1] in self.decoder.stop_tokens else "length"
+            text = reply_text(response, self.template.tokenizer)
+            yield prompt, Reply(text, finish, len(response), tokens, response)

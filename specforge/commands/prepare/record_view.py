@@ -1,4 +1,4 @@
-"""Rows on a terminal, supervised tokens set off, so that a person can check a mask by eye."""
+"""Rows on the terminal with supervised tokens highlighted, to check a mask by eye."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ END = "■"  # after an end token of the verifier that is supervised
 def show_record(record: RawRecord, maker: RowMaker, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     """Print the rows of a record as they would be kept.
 
-    Supervised tokens are in color, or between ⟦ and ⟧ where there is none; the verifier's end token has a mark.
+    Supervised tokens are in color, or between ⟦ and ⟧ without colors; the verifier's end token is marked.
 
     Args:
-        record: the raw row.
-        maker: makes rows of it.
-        tokenizer: decodes them.
-        console: where to.
+        record: The raw row.
+        maker: Builds the rows.
+        tokenizer: Decodes them.
+        console: Console to print to.
     """
     try:
         (rows,) = maker.encoder.encode([record.parse()])
@@ -51,9 +51,9 @@ def _show_row(
     fitted = maker.fit(row)
     kept = row if isinstance(fitted, str) else fitted
     number, supervised = len(kept.input_ids), int(kept.loss_mask.sum())
-    fate = f"dropped: {fitted}" if isinstance(fitted, str) else "kept" if fitted is row else "truncated"
+    outcome = f"dropped: {fitted}" if isinstance(fitted, str) else "kept" if fitted is row else "truncated"
     share = f"{supervised:,} supervised ({supervised / max(number, 1):.1%})"
-    console.print(Text(f"{location}: {number:,} tokens, {share}, {fate}", style="bold"))
+    console.print(Text(f"{location}: {number:,} tokens, {share}, {outcome}", style="bold"))
     ends = kept.loss_mask & np.isin(kept.input_ids, maker.encoder.end_ids)
     marks = list(zip(kept.loss_mask.tolist(), ends.tolist(), strict=True))
     parts = spans(kept.input_ids.tolist(), marks, tokenizer)

@@ -1,4 +1,4 @@
-"""``specforge prepare responses``: the verifier's own answers to prompts, which a draft has to learn to predict."""
+"""``specforge prepare responses``: generate the verifier's own answers to prompts, for a draft to learn from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from specforge.commands.arguments import (
     verifier_text,
 )
 from specforge.commands.prepare.check import check_rows, print_check
-from specforge.commands.prepare.in_process import VerifierAnswerer
+from specforge.commands.prepare.in_process import InProcessAnswerer
 from specforge.data.text.records import RawRecord
 from specforge.data.text.sources import check_source, source_fingerprint
 from specforge.data.text.template import ChatTemplate
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from specforge.engines.answering import EndpointAnswerer
 
 DESCRIPTION = """\
-Let the verifier answer prompts anew, turn by turn: a draft has to predict what its verifier writes, not what somebody
-else wrote. The verifier answers in this process, or any engine with OpenAI's chat completions does (vLLM, SGLang,
-transformers serve). A run that was ended in any way goes on where it was when the same command is typed again.
+Let the verifier answer prompts again, turn by turn: a draft has to predict its verifier's text, not text from another
+source. The verifier answers in this process, or through any engine with OpenAI's chat completions (vLLM, SGLang,
+transformers serve). An interrupted run resumes when the same command is run again.
 
   specforge prepare responses prompts.jsonl --verifier MODEL --output responses
   specforge prepare responses chats.jsonl --endpoint http://localhost:8000/v1 \\
@@ -52,14 +52,14 @@ transformers serve). A run that was ended in any way goes on where it was when t
   specforge prepare responses chats.jsonl --endpoint URL_A URL_B \\
     --concurrency 256 --verifier MODEL --output responses
 
-A prompt is a row with turns, messages (replies in it are left out), ShareGPT conversations, prompt, or input_ids and
+A prompt is a row with turns, messages (their replies are dropped), ShareGPT conversations, prompt, or input_ids and
 loss_mask. An API key is read from OPENAI_API_KEY.
 
 Writes --output/responses.jsonl, in the order of the prompts, and summary.json."""
 
 
 def run(arguments: list[str]) -> int:
-    """Let prompts be answered, and print what came of it."""
+    """Generate the responses, and print a summary."""
     found = parse(command_line(), arguments)
     _check_flags(found)
     generation = GenerationSettings(
@@ -67,16 +67,20 @@ def run(arguments: list[str]) -> int:
     )
     verifier = _Verifier(found)
     identity = verifier.identity if found.verifier else {}
-    answer, name, who = verifier.answerer(generation), found.verifier, identity
+    answer, name, model = verifier.answerer(generation), found.verifier, identity
     if found.endpoint:
         endpoints = _endpoints(found, generation, verifier.vocabulary_size if found.verifier else None)
-        answer, name, who = endpoints.answer, endpoints.model, {"model": endpoints.model}
-    how = {**generation.sampling.model_dump(), "max_new_tokens": generation.max_new_tokens, "seed": generation.seed}
+        answer, name, model = endpoints.answer, endpoints.model, {"model": endpoints.model}
+    decoding = {
+        **generation.sampling.model_dump(),
+        "max_new_tokens": generation.max_new_tokens,
+        "seed": generation.seed,
+    }
     settings = {
         "prompts": [source_fingerprint(source) for source in found.sources],
         "limit": found.limit,
-        **who,
-        **how,
+        **model,
+        **decoding,
         **verifier.rendering,
     }
 
@@ -86,7 +90,7 @@ def run(arguments: list[str]) -> int:
         origin = {
             "model": name if doubt is None else f"{name} ({doubt})",
             "fingerprint": "" if doubt is not None else identity["verifier"],
-            **how,
+            **decoding,
             **verifier.rendering,
             "template": identity.get("template"),
             "revision": found.verifier_revision,
@@ -100,7 +104,7 @@ def run(arguments: list[str]) -> int:
 
 
 class _Verifier:
-    """The verifier that is named, loaded as far as it is needed."""
+    """The named verifier, whose parts are loaded on use."""
 
     def __init__(self, found: Namespace) -> None:
         self._found = found
@@ -108,7 +112,7 @@ class _Verifier:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What tells it from others."""
+        """Fields that identify the verifier."""
         template = str(self._text.template.tokenizer.chat_template or "")
         return {
             "verifier": fingerprint(self._found.verifier, loading_of(self._found)),
@@ -118,7 +122,7 @@ class _Verifier:
 
     @property
     def rendering(self) -> dict[str, Any]:
-        """How the prompts are rendered."""
+        """Settings with which the prompts are rendered."""
         date = self._found.template_date
         if self._found.verifier and not self._found.endpoint and self._text.template.prints_date:
             date = self._text.template.date
@@ -126,24 +130,24 @@ class _Verifier:
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of its tokens, as its configuration has it."""
+        """Size of the vocabulary in its configuration."""
         return self._text.vocabulary_size
 
     @cached_property
     def loaded(self) -> tuple[PreTrainedModel, ChatTemplate]:
-        """All of it."""
+        """The loaded verifier and its chat template."""
         return load(self._found, self._found.verifier)
 
     def answerer(self, generation: GenerationSettings) -> Answer:
-        """Return what lets it answer; it is loaded when it is asked."""
+        """Return a function that answers prompts; the verifier is loaded when it is called."""
 
         def answer(prompts: Iterator[Prompt], keep: Keep, refuse: Refuse) -> None:
-            VerifierAnswerer(*self.loaded, generation, self._found.batch_size).answer(prompts, keep, refuse)
+            InProcessAnswerer(*self.loaded, generation, self._found.batch_size).answer(prompts, keep, refuse)
 
         return answer
 
     def check(self, journal: Journal, generation: GenerationSettings) -> PolicyCheck | None:
-        """Tell how rows that stand evenly apart look to it."""
+        """Check evenly spaced rows against the verifier."""
         step = max(journal.tally.rows // self._found.check, 1)
         rows = islice(journal.rows(), 0, step * self._found.check, step)
         origin = {"model": self._found.verifier, "fingerprint": "", **generation.sampling.model_dump()}
@@ -152,21 +156,21 @@ class _Verifier:
 
 
 def command_line() -> ArgumentParser:
-    """Return the parser of what is typed behind the command."""
+    """Return the parser of the command's arguments."""
     parser = answering_parser(
         "prepare responses",
         "PROMPTS ... --output FOLDER (--verifier MODEL | --endpoint URL)",
         DESCRIPTION,
         max_new_tokens=1024,
-        verifier="Folder or hub id. With --endpoint only to check that the engine serves it; it must fit in here.",
+        verifier="Folder or hub id. With --endpoint only to check that the engine serves it; it must fit in memory.",
     )
     parser.add_argument(
         "sources", type=str, nargs="*", metavar="PROMPTS", help="Files, folders or hub data sets with prompts."
     )
     parser.add_argument("--output", type=str | None, default=None, metavar="FOLDER", help="Folder to write; required.")
-    parser.add_argument("--limit", type=PositiveInt | None, default=None, metavar="N", help="Only so many prompts.")
+    parser.add_argument("--limit", type=PositiveInt | None, default=None, metavar="N", help="Answer at most N prompts.")
     parser.add_argument(
-        "--batch_size", type=PositiveInt, default=16, metavar="N", help="In process: answers side by side."
+        "--batch_size", type=PositiveInt, default=16, metavar="N", help="In process: number of answers in a batch."
     )
     parser.add_argument(
         "--endpoint",
@@ -174,33 +178,37 @@ def command_line() -> ArgumentParser:
         nargs="+",
         default=[],
         metavar="URL",
-        help="Engines to ask, such as http://localhost:8000/v1.",
+        help="URLs of engines, such as http://localhost:8000/v1.",
     )
     parser.add_argument(
         "--model", type=str | None, default=None, metavar="NAME", help="The engines' name for the verifier."
     )
     parser.add_argument(
-        "--concurrency", type=PositiveInt, default=64, metavar="N", help="Conversations in flight, all in all."
+        "--concurrency", type=PositiveInt, default=64, metavar="N", help="Total number of conversations in flight."
     )
     parser.add_argument(
         "--max_failures",
         type=PositiveInt,
         default=8,
         metavar="N",
-        help="Requests in a row that fail until an engine is given up.",
+        help="Number of consecutive failed requests after which an engine is dropped.",
     )
     parser.add_argument(
-        "--retries", type=NonNegativeInt, default=4, metavar="N", help="Of a request, before it counts as failed."
+        "--retries",
+        type=NonNegativeInt,
+        default=4,
+        metavar="N",
+        help="Retries of a request before it has failed.",
     )
     parser.add_argument(
-        "--timeout", type=PositiveFloat, default=600.0, metavar="SECONDS", help="What an answer may take."
+        "--timeout", type=PositiveFloat, default=600.0, metavar="SECONDS", help="Maximum time for an answer."
     )
     parser.add_argument(
         "--check",
         type=NonNegativeInt,
         default=16,
         metavar="N",
-        help="Rows to check for being the verifier's own; 0: none.",
+        help="Number of rows to check for being the verifier's own; 0: none.",
     )
     return parser
 
@@ -211,7 +219,7 @@ def _check_flags(found: Namespace) -> None:
     if not found.output:
         raise UsageError("output: is required; give it as --output, or in the file of --config")
     if not found.verifier and not found.endpoint:
-        raise UsageError("who answers? give --verifier MODEL, or --endpoint URL for an engine that serves it")
+        raise UsageError("no verifier is given; give --verifier MODEL, or --endpoint URL for an engine that serves it")
     for source in found.sources:
         check_source(source, "sources")
     check_output(Path(found.output))
@@ -228,15 +236,15 @@ def _endpoints(found: Namespace, generation: GenerationSettings, vocabulary: int
 
 
 def _doubt(found: Namespace, journal: Journal, check: PolicyCheck | None) -> str | None:
-    """Return why it is not known that the rows are the verifier's very tokens; None where it is."""
+    """Return why the rows may not be exactly the verifier's tokens; None if they are."""
     if check is not None and not check.is_own:
-        return "the check says that its responses are not this verifier's"
+        return "the check found that the responses are not this verifier's"
     if not found.endpoint:
         return None
     if check is None:
         return "not checked against a verifier" if found.verifier else "no verifier is given to check against"
     if journal.tally.with_tokens < journal.tally.conversations:
-        return "the engine returns no token ids, so that the tokens are known by their text alone"
+        return "the engine returns no token ids, so the tokens are known only through their text"
     return None
 
 
@@ -248,21 +256,22 @@ def _print(responses: Responses, console: Console) -> None:
     table.add_row("conversations", f"{tally.conversations:,}")
     table.add_row("rows", f"{tally.rows:,}")
     table.add_row("replies", f"{tally.replies:,}")
-    table.add_row("tokens of the verifier", f"{tally.tokens:,}")
+    table.add_row("generated tokens", f"{tally.tokens:,}")
     for reason, number in sorted(tally.finishes.items()):
         table.add_row(f"replies that ended by {reason}", f"{number:,}")
-    table.add_row("refused prompts", f"{len(responses.refused):,}")
+    table.add_row("rejected prompts", f"{len(responses.refused):,}")
     table.add_row(
         "rows with token ids", "all" if tally.with_tokens == tally.conversations else f"{tally.with_tokens:,}"
     )
     console.print(table)
     for location, reason in islice(responses.refused.items(), 3):
-        console.print(Text(f"refused: {location}: {reason}", style="yellow"))
+        console.print(Text(f"rejected: {location}: {reason}", style="yellow"))
     if responses.notes["check"]:
         print_check(PolicyCheck(**responses.notes["check"]), console)
     if doubt := responses.notes["doubt"]:
         console.print(
-            Text(f"Acceptance lengths on these rows will be called a proxy: {doubt}.", style="yellow"), soft_wrap=True
+            Text(f"Acceptance lengths on these rows will be labelled as a proxy: {doubt}.", style="yellow"),
+            soft_wrap=True,
         )
 
 
@@ -270,4 +279,4 @@ def _closing_line(found: Namespace) -> str:
     rows = Path(found.output) / RESPONSES_FILE
     words = ["specforge", "prepare", "rows", str(rows), "--verifier", found.verifier or "MODEL", "--output", "rows"]
     words += template_words(found)
-    return f"Done: {rows} holds the responses, summary.json what came of them. Next:\n  {shlex.join(words)}"
+    return f"Done: {rows} holds the responses, summary.json a summary. Next:\n  {shlex.join(words)}"

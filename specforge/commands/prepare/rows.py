@@ -1,4 +1,4 @@
-"""``specforge prepare rows``: conversations into token rows that ``fit`` takes as they are."""
+"""``specforge prepare rows``: convert conversations to token rows for ``fit``."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from specforge.data.text.sources import check_source, read_raw_records
 from specforge.errors import UsageError
 
 DESCRIPTION = """\
-Tokenise conversations with the verifier's tokenizer and chat template, mask what the verifier would not have to say,
-hold out a validation share, and count what draft vocabularies would cover. Sources are streamed, on all cores; a run
-that was ended in any way goes on where it was when the same command is typed again.
+Tokenise conversations with the verifier's tokenizer and chat template, mask tokens that the verifier does not generate,
+hold out a validation share, and count the coverage of draft vocabularies. Sources are streamed, on all cores; an
+interrupted run resumes when the same command is run again.
 
   specforge prepare rows chats.jsonl --verifier MODEL --output rows --show 2
   specforge prepare rows sharegpt.jsonl owner/name:train --verifier MODEL \\
@@ -43,7 +43,7 @@ Writes --output/train and --output/validation for fit's data.train and data.vali
 
 
 def run(arguments: list[str]) -> int:
-    """Show some rows, prepare all, and print what became of them."""
+    """Show some rows, prepare all, and print a summary."""
     found = parse(command_line(), arguments)
     if not found.sources:
         raise UsageError("sources: none are given; name at least one file, folder or hub data set")
@@ -56,7 +56,7 @@ def run(arguments: list[str]) -> int:
     is_there = check_output(output) is not None
     verifier = verifier_text(found, found.verifier)
     encoder = make_encoder(found.sources, lambda: verifier.template, verifier.vocabulary_size)
-    # Plain numbers: worker processes do not know the types of the command line.
+    # Plain numbers, since worker processes cannot unpickle the command line's types.
     settings = RowSettings(int(found.max_length), found.long_rows, found.bad_rows, float(found.max_bad_share))
     maker = RowMaker(encoder, settings, float(found.validation_share), int(found.seed))
     console = Console(highlight=False)
@@ -67,53 +67,57 @@ def run(arguments: list[str]) -> int:
     if not plot.exists():
         draw_coverage(prepared.coverage, plot)
     print_prepared(prepared, console)
-    print(f"\n{'Nothing was left to do' if is_there else 'Done'}: {_closing_lines(found, prepared)}")
+    print(f"\n{'Nothing to do' if is_there else 'Done'}: {_closing_lines(found, prepared)}")
     return 0
 
 
 def command_line() -> ArgumentParser:
-    """Return the parser of what is typed behind the command."""
+    """Return the parser of the command's arguments."""
     parser = command_parser("prepare rows", "SOURCE ... --verifier MODEL --output FOLDER", DESCRIPTION)
-    parser.add_argument("sources", type=str, nargs="*", metavar="SOURCE", help="Where the rows are.")
+    parser.add_argument("sources", type=str, nargs="*", metavar="SOURCE", help="Sources of the rows.")
     parser.add_argument(
         "--verifier", type=str | None, default=None, metavar="MODEL", help="Folder or hub id; required."
     )
     parser.add_argument(
         "--verifier_revision", type=str | None, default=None, metavar="NAME", help="Its branch, tag or commit."
     )
-    parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with it.")
+    parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code from its repository.")
     add_template_flags(parser)
     parser.add_argument("--output", type=str | None, default=None, metavar="FOLDER", help="Folder to write; required.")
-    parser.add_argument("--max_length", type=RowLength, default=2048, metavar="N", help="Longest row, in tokens.")
+    parser.add_argument("--max_length", type=RowLength, default=2048, metavar="N", help="Maximum tokens of a row.")
     parser.add_argument(
-        "--long_rows", type=Literal["truncate", "drop"], default="truncate", help="Cut longer rows, or leave them out."
+        "--long_rows", type=Literal["truncate", "drop"], default="truncate", help="Truncate longer rows, or drop them."
     )
     parser.add_argument(
         "--bad_rows",
         type=Literal["drop", "refuse"],
         default="drop",
-        help="Leave rows that cannot be trained on out, or end with the first.",
+        help="Drop rows that cannot be trained on, or stop at the first.",
     )
     parser.add_argument(
         "--max_bad_share",
         type=Share,
         default=MAX_BAD_SHARE,
         metavar="SHARE",
-        help="More bad rows end the run.",
+        help="Maximum share of bad rows; more end the run.",
     )
     parser.add_argument(
         "--validation_share", type=Share, default=0.05, metavar="SHARE", help="Share of the rows to hold out."
     )
-    parser.add_argument("--seed", type=NonNegativeInt, default=42, metavar="N", help="Chooses which.")
+    parser.add_argument("--seed", type=NonNegativeInt, default=42, metavar="N", help="Seed of the split.")
     parser.add_argument(
-        "--workers", type=PositiveInt | None, default=None, metavar="N", help="Processes; by default one a core."
+        "--workers",
+        type=PositiveInt | None,
+        default=None,
+        metavar="N",
+        help="Processes; by default one per core.",
     )
     parser.add_argument(
         "--show",
         type=NonNegativeInt,
         default=0,
         metavar="N",
-        help="First print so many rows, supervised tokens set off.",
+        help="First print N rows with supervised tokens highlighted.",
     )
     return parser
 

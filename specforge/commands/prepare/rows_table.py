@@ -11,17 +11,17 @@ from specforge.data.rows.prepared import Prepared
 from specforge.data.rows.summary import BadRows, RowsSummary
 
 _MOST_REASONS = 10
-_RARE = ("corrected generation tags", "chats with a row a turn", "tokens repeated for that")  # shown if there are any
+_RARE = ("corrected generation tags", "chats split by turn", "tokens repeated for that")  # shown if there are any
 
 
 def print_prepared(prepared: Prepared, console: Console) -> None:
-    """Print what became of the rows, and what draft vocabularies cover; 80 columns are enough."""
+    """Print a summary of the rows, and the coverage of draft vocabularies; fits 80 columns."""
     console.print(_rows(prepared))
     bad = _by_count(prepared.total)
     for _, one in bad[:_MOST_REASONS]:
-        console.print(Text(f"bad: {one.count:,} such as {one.first}", style="yellow"), soft_wrap=True)
+        console.print(Text(f"bad: {one.count:,}, such as {one.first}", style="yellow"), soft_wrap=True)
     if len(bad) > _MOST_REASONS:
-        console.print(Text(f"bad: {len(bad) - _MOST_REASONS:,} further reasons in summary.json", style="yellow"))
+        console.print(Text(f"bad: {len(bad) - _MOST_REASONS:,} more reasons in summary.json", style="yellow"))
     console.print()
     console.print(_coverage(prepared.coverage))
 
@@ -44,7 +44,7 @@ def _rows(prepared: Prepared) -> Table:
 
 
 def _by_count(summary: RowsSummary) -> list[tuple[str, BadRows]]:
-    """Return the reasons why rows are bad, those of most rows first."""
+    """Return the reasons for bad rows, most frequent first."""
     return sorted(summary.bad.items(), key=lambda item: -item[1].count)
 
 
@@ -54,9 +54,9 @@ def _figures(summary: RowsSummary) -> dict[str, str]:
         "tokens": f"{summary.tokens:,}",
         "supervised tokens": f"{summary.supervised_tokens:,}",
         "supervised share": f"{summary.supervised_tokens / summary.tokens:.1%}",
-        "end token": f"supervised {summary.ended_replies:,} of {summary.replies:,}" if summary.replies else "not known",
+        "end token": f"supervised {summary.ended_replies:,} of {summary.replies:,}" if summary.replies else "unknown",
         "corrected generation tags": f"{summary.corrected_replies:,}",
-        "chats with a row a turn": f"{summary.split_chats:,}",
+        "chats split by turn": f"{summary.split_chats:,}",
         "tokens repeated for that": f"{summary.repeated_tokens:,} ({summary.repeated_tokens / summary.tokens:.1%})",
         "truncated rows": f"{summary.truncated:,}",
         "dropped rows": f"{sum(summary.dropped.values()):,}",

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from specforge.config import flat
+from specforge.config import flatten
 from specforge.data.module import data_of
 from specforge.training.callbacks.configuration import settings_of_run
 from specforge.training.saying import say
@@ -95,7 +95,7 @@ class ResumedSettings(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what differs, and give optimizer and schedule their settings of now."""
-        self._settings = dict(flat(settings_of_run(trainer, pl_module)))
+        self._settings = dict(flatten(settings_of_run(trainer, pl_module)))
         self._settings["tokenizer"] = data_of(trainer).tokenizer_digest  # and chat template
         if not self._is_resumed:
             return

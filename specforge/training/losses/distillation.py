@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge.decoding.recorded import acceptance_of_drawn, draft_places, label_log_probs
+from specforge.decoding.recorded import acceptance_of_drawn, draft_indices, label_log_probs
 from specforge.models.speculator import unchanged
 from specforge.moving import moved
 from specforge.sampling import Sampling
@@ -188,7 +188,7 @@ class _Work:
         wide = wide_type(logits.dtype)
         normaliser = torch.cat([logits[block].to(wide).logsumexp(-1) for block in blocks(logits)])
         log_p_full = logits[:, draft_ids].to(wide) - normaliser[:, None]
-        return _Target(log_p_full.log_softmax(-1), log_p_full, draft_places(top, draft_ids), of_text)
+        return _Target(log_p_full.log_softmax(-1), log_p_full, draft_indices(top, draft_ids), of_text)
 
 
 class _Distill(torch.autograd.Function):
@@ -325,7 +325,7 @@ class _Run:
         if self.work.labels is None:
             return None
         tokens = self.work.labels.tokens[chunk.targets][chunk.target_of]
-        return draft_places(tokens, self.work.teacher.draft_ids)
+        return draft_indices(tokens, self.work.teacher.draft_ids)
 
     def _replay(self, sampling: Sampling, logits: Tensor, top: Tensor, target: _Target, chunk: Chunk) -> None:
         """Note whether the text's token would have been drafted, and how probable that was."""

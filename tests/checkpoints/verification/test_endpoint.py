@@ -1,4 +1,4 @@
-"""Asks servers for their acceptance, against a stand-in that counts as they do."""
+"""Acceptance of servers, against a stand-in with their counters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ACCEPTED = [8, 5, 2]
 
 @pytest.fixture
 def export(exported: Callable[..., Path], tmp_path: Path) -> Path:
-    """An export that should accept 2.5 tokens a pass with chains of 3, and more with longer ones."""
+    """An export that should accept 2.5 tokens per pass with chains of 3, and more with longer ones."""
     folder = tmp_path / "export"
     shutil.copytree(exported("eagle3/vllm"), folder)
     values = json.loads((folder / "specforge_probe.json").read_text())
@@ -33,12 +33,12 @@ def export(exported: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
-def test_a_server_that_does_as_expected(kind: str, export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_with_the_expected_acceptance(kind: str, export: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine = Engine(kind, ACCEPTED)
     with serving(engine.answer) as address:
         assert main(["verify", str(export), "--endpoint", f"{address}/v1/"]) == 0
     shown = capsys.readouterr().out
-    assert "2.500 tokens a pass of the verifier" in shown and "logits, the server" in shown
+    assert "2.500 tokens per verifier pass" in shown and "logits, the server" in shown
     texts = Probe.load(export).served.texts
     assert [one["prompt"] for one in engine.asked] == [one.tokens[: one.begin] for one in texts]
     assert all(one["temperature"] == 0 for one in engine.asked)
@@ -51,20 +51,20 @@ def test_a_server_that_does_as_expected(kind: str, export: Path, capsys: pytest.
         ([0, 0, 0], "nothing is accepted: d2t is missing"),
         ([8, 2, 0], "the first token is as good as expected"),
         ([4, 2, 1], "layer ids off by one"),
-        ([9, 9, 9], "does not serve this draft"),
+        ([9, 9, 9], "serves another draft"),
     ],
 )
-def test_a_server_that_does_not(
+def test_a_server_with_another_acceptance(
     accepted: list[int], cause: str, export: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with serving(Engine("vllm", accepted).answer) as address:
         assert main(["verify", str(export), "--endpoint", address]) == 1
     shown = capsys.readouterr().out
-    assert "and 2.500 are expected" in shown and cause in shown
+    assert "2.500 are expected" in shown and cause in shown
 
 
-def test_only_what_the_probe_caused_is_counted(export: Path) -> None:
-    """The stand-in begins with a thousand drafts of others."""
+def test_only_the_probes_requests_are_counted(export: Path) -> None:
+    """The stand-in starts with a thousand drafts of other requests."""
     with serving(Engine("vllm", ACCEPTED).answer) as address:
         measured = measure(address, Probe.load(export).served.prompts)
     assert (measured.acceptance_length, measured.chain) == (2.5, 3)
@@ -78,7 +78,7 @@ def test_only_what_the_probe_caused_is_counted(export: Path) -> None:
         (Engine("sglang", []), "does it run with a draft"),
     ],
 )
-def test_a_server_that_says_nothing(
+def test_a_server_without_counters(
     engine: Engine, message: str, export: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if engine.kind == "sglang":
@@ -90,7 +90,7 @@ def test_a_server_that_says_nothing(
     assert message in capsys.readouterr().err
 
 
-def test_a_server_that_never_drafts_is_told_apart(export: Path) -> None:
+def test_a_server_that_never_drafts_is_reported(export: Path) -> None:
     engine = Engine("vllm", ACCEPTED)
 
     def never(method: str, path: str, body: bytes) -> tuple[int, str]:
@@ -109,7 +109,7 @@ def test_no_server_at_all(export: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "is the server running there?" in capsys.readouterr().err
 
 
-def test_without_an_expectation_there_is_nothing_to_compare(
+def test_an_export_without_expected_acceptance_is_rejected(
     exported: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(exported("eagle3/vllm", "--skip_verifier")), "--endpoint", "http://localhost:1"]) == 2
@@ -117,7 +117,7 @@ def test_without_an_expectation_there_is_nothing_to_compare(
 
 
 @pytest.mark.parametrize(
-    ("path", "said", "message"),
+    ("path", "reply", "message"),
     [
         ("/metrics", "vllm:spec_decode_num_drafts_total 1e999", "drafts is 1e999, which is not a count"),
         ("/get_server_info", "<html>", "is not SGLang's"),
@@ -128,16 +128,16 @@ def test_without_an_expectation_there_is_nothing_to_compare(
     ],
 )
 def test_a_wrong_answer_is_one_message_without_the_password(
-    path: str, said: str, message: str, export: Path, capsys: pytest.CaptureFixture[str]
+    path: str, reply: str, message: str, export: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine = Engine("vllm", ACCEPTED)
-    with serving(lambda method, at, body: (200, said) if at == path else engine.answer(method, at, body)) as address:
+    with serving(lambda method, at, body: (200, reply) if at == path else engine.answer(method, at, body)) as address:
         assert main(["verify", str(export), "--endpoint", address.replace("//", "//me:sesame@")]) == 1
     shown = capsys.readouterr()
     assert message in shown.err and shown.err.count("\n") == 1 and "sesame" not in shown.out + shown.err
 
 
-def test_a_server_that_does_not_answer_in_time_is_told(
+def test_a_server_that_does_not_answer_in_time_is_reported(
     export: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("specforge.engines.counters.SECONDS", 0.2)

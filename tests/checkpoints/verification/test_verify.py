@@ -1,4 +1,4 @@
-"""``specforge verify`` finds nothing wrong with good exports, and every known corruption of them, by name."""
+"""``specforge verify`` accepts good exports, and names every known corruption of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Corruption = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
 
 @pytest.mark.parametrize("key", FORMATS)
-def test_nothing_is_wrong_with_a_good_export(
+def test_a_good_export_has_no_faults(
     key: str, exported: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(exported(key))]) == 0
@@ -37,11 +37,11 @@ def test_nothing_is_wrong_with_a_good_export(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_nor_with_one_that_was_cast(dtype: str, exported: Callable[..., Path]) -> None:
+def test_a_cast_export_has_no_faults(dtype: str, exported: Callable[..., Path]) -> None:
     assert export_faults(exported("eagle3/vllm", "--dtype", dtype), str(VERIFIER)) == []
 
 
-# Corruptions. Each takes config.json and the tensors, and changes them in place.
+# Corruptions. Each changes config.json and the tensors in place.
 
 
 def setting(path: str, value: Any) -> Corruption:
@@ -135,25 +135,25 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
         both(setting(f"{LAYERS}.rope_parameters.rope_theta", 5e5), setting(f"{LAYERS}.rope_theta", 5e5)),
         r"rope_theta is 500000\.0, but the draft was trained with 10000\.0",
     ),
-    "rope theta changed in its old place": (
+    "legacy rope theta changed": (
         "eagle3/vllm",
         setting(f"{LAYERS}.rope_theta", 5e5),
-        "readers take one or the other",
+        "readers use one or the other",
     ),
     "rope missing": (
         "eagle3/vllm",
         both(*(setting(f"{LAYERS}.{one}", ...) for one in ("rope_parameters", "rope_theta", "rope_scaling"))),
-        "rotary positions are not said",
+        "rotary embeddings are not set",
     ),
     "partial rotation": (
         "eagle3/vllm",
         setting(f"{LAYERS}.rope_parameters.partial_rotary_factor", 0.5),
-        "partial_rotary_factor is 0.5, but the llama layers that were trained rotate",
+        "partial_rotary_factor is 0.5, but the trained llama layers rotate",
     ),
-    "positions in three directions": (
+    "three-dimensional positions": (
         "eagle3/vllm",
         setting(f"{LAYERS}.rope_parameters.mrope_section", [2, 3, 3]),
-        "mrope_section ask for positions in three directions",
+        "mrope_section ask for three-dimensional positions",
     ),
     "short positions": (
         "eagle3/vllm",
@@ -182,9 +182,9 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
         tensor("fc.weight", lambda one: one / 0),
         r"fc\.weight holds values that are not",
     ),
-    "dtype lies": ("eagle3/vllm", setting("dtype", "bfloat16"), "dtype 'bfloat16', but the tensors are float32"),
-    "cast without a word": ("eagle3/vllm", cast, "dtype 'float32', but the tensors are bfloat16"),
-    "cast honestly": ("eagle3/vllm", both(cast, setting("dtype", "bfloat16")), "tensors differ from those"),
+    "dtype wrong": ("eagle3/vllm", setting("dtype", "bfloat16"), "dtype 'bfloat16', but the tensors are float32"),
+    "cast with the old dtype": ("eagle3/vllm", cast, "dtype 'float32', but the tensors are bfloat16"),
+    "cast with the new dtype": ("eagle3/vllm", both(cast, setting("dtype", "bfloat16")), "tensors differ from those"),
     "hidden size wrong": ("eagle3/vllm", setting(f"{LAYERS}.hidden_size", 96), "states of width 96"),
     "heads wrong": ("eagle3/vllm", setting(f"{LAYERS}.num_attention_heads", 8), "num_attention_heads is 8|is \\["),
     "vocabulary wrong": ("eagle3/vllm", setting(f"{LAYERS}.vocab_size", 1281), "vocab_size is 1281"),
@@ -210,7 +210,7 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
     "ids in the sense of vLLM": ("eagle3/sglang", setting("eagle_config", {IDS: [3, 4, 5]}), IDS),
     "ids at the top": ("eagle3/sglang", setting(IDS, [2, 4, 5]), "where SGLang does not read it"),
     "an option of vLLM": ("eagle3/sglang", setting("fc_norm", True), "knows no fc_norm"),
-    "embeddings that nobody reads": (
+    "unused embeddings": (
         "eagle3/sglang",
         added("embed_tokens.weight", torch.ones(1280, 64)),
         "drafts with the verifier's embeddings",
@@ -219,8 +219,8 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
     # EAGLE-1.
     "bias for vLLM": ("eagle/vllm", added("fc.bias", torch.ones(64)), "fc.bias, which vLLM leaves out"),
     "bias dropped for SGLang": ("eagle/sglang", tensor("fc.bias", None), "no fc.bias: SGLang always has one"),
-    "bias said and not there": ("eagle/eagle", setting("bias", True), '"bias" is true'),
-    "bias not said": ("eagle/eagle", setting("bias", ...), '"bias" is true or not said'),
+    "bias set but missing": ("eagle/eagle", setting("bias", True), '"bias" is true'),
+    "bias not set": ("eagle/eagle", setting("bias", ...), '"bias" is true or not said'),
     "bias dropped for HASS": ("eagle/hass", tensor("fc.bias", None), '"bias" is true'),
     "two layers": ("eagle/vllm", setting("num_hidden_layers", 2), "num_hidden_layers is 2"),
     "another family": (
@@ -239,15 +239,15 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
         r"exported: transformer\.self_attn\.k_proj",
     ),
     # MLP speculators.
-    "state scaled otherwise": ("mlp/mlp_speculator", setting("scale_input", False), "normalized is False"),
-    "ties said otherwise": ("mlp/mlp_speculator", setting("tie_weights", False), "missing: emb"),
+    "state scaling changed": ("mlp/mlp_speculator", setting("scale_input", False), "normalized is False"),
+    "tied weights changed": ("mlp/mlp_speculator", setting("tie_weights", False), "missing: emb"),
     "heads left out": ("mlp/mlp_speculator", setting("n_predict", 2), "one number for each of the 2 heads"),
-    "not said what is scaled": ("mlp/mlp_speculator", setting("scale_input", ...), "scale_input is not said"),
+    "input scaling not set": ("mlp/mlp_speculator", setting("scale_input", ...), "scale_input is not said"),
 }
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_a_corruption_is_found_and_named(
+def test_a_corruption_is_named(
     name: str, exported: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     key, corrupt, named = CORRUPTIONS[name]
@@ -282,7 +282,7 @@ def test_a_missing_file_is_found(name: str, exported: Callable[..., Path], tmp_p
 
 
 def test_another_verifier_is_found(exported: Callable[..., Path], tmp_path: Path) -> None:
-    """A fine-tuned one has the same sizes, and other weights."""
+    """A fine-tuned verifier has the same sizes, but different weights."""
     shutil.copytree(VERIFIER, tmp_path / "tuned")
     tensors = load_file(tmp_path / "tuned" / WEIGHTS)
     name = next(one for one in tensors if one.endswith("q_proj.weight"))
@@ -291,29 +291,27 @@ def test_another_verifier_is_found(exported: Callable[..., Path], tmp_path: Path
     assert "is not the verifier that the draft was trained for" in fault.what
 
 
-def test_a_draft_that_accepts_less_than_it_did_is_found(exported: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_draft_that_accepts_less_than_before_is_found(exported: Callable[..., Path], tmp_path: Path) -> None:
     shutil.copytree(exported("eagle/vllm"), tmp_path / "export")
     path = tmp_path / "export" / "specforge_probe.json"
     values = json.loads(path.read_text())
     values["served"]["acceptance_length"] = dict.fromkeys(values["served"]["acceptance_length"], 3.0)
     path.write_text(json.dumps(values))
     (fault,) = export_faults(tmp_path / "export", str(VERIFIER))
-    assert "and 3.000 is expected" in fault.what
+    assert "3.000 is expected" in fault.what
 
 
-def test_a_network_that_computes_otherwise_is_found(
-    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Settings and tensors are right: what is wrong is the code."""
+def test_a_network_with_another_output_is_found(exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings and tensors are right; the code is wrong."""
     from specforge_eagle.model import EagleSpeculator
 
     fuse = EagleSpeculator.fuse
     monkeypatch.setattr(EagleSpeculator, "fuse", lambda self, tokens, feature: fuse(self, tokens, 1.1 * feature))
     (fault,) = export_faults(exported("eagle/vllm"))
-    assert "on the probe, at step 0, logits are up to" in fault.what and "computes otherwise" in fault.cause
+    assert "on the probe, at step 0, logits are up to" in fault.what and "output differs" in fault.cause
 
 
-def test_a_folder_without_a_probe_says_what_is_checked(
+def test_a_folder_without_a_probe_is_rejected(
     draft_of: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(draft_of("eagle"))]) == 2
@@ -330,5 +328,5 @@ def test_a_damaged_probe_is_named(
 
 
 def test_a_probe_is_small(exported: Callable[..., Path]) -> None:
-    """No logits of whole vocabularies travel along."""
+    """It stores no logits of whole vocabularies."""
     assert all((exported(key) / "specforge_probe.json").stat().st_size < 50_000 for key in FORMATS)

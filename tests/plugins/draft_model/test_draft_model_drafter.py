@@ -18,7 +18,7 @@ from specforge.decoding.recorded import chain_acceptance, replay_text
 from specforge.decoding.replay import replay
 from specforge.proposals import DynamicTreeTokenProposalConfig, GreedyTokenProposalConfig
 from specforge.proposals.dynamic_tree import DynamicTreeProposer
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 from specforge.verifier.features import capture
 from specforge_draft_model.drafter import ModelDrafter
 
@@ -167,7 +167,7 @@ def test_replay_takes_the_rounds_of_real_decoding(verifier_of: VerifierOf) -> No
             positions = torch.arange(len(text))[None]
             features = capture(verifier, text[None], positions, [])
             if proposal is tree:
-                proposer = DynamicTreeProposer(tree, Sampling(), Chance())
+                proposer = DynamicTreeProposer(tree, Sampling(), RandomSource())
                 found = replay_text(proposer, draft.drafter(1), text, features, len(prompt))
                 assert [one for _, one in found] == accepted
                 continue

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 from specforge_draft_model.on_policy import OnPolicySettings, continued, rewritten
 
 VerifierOf = Callable[[str], PreTrainedModel]
@@ -46,7 +46,7 @@ def changed_stretches(batch: dict[str, Tensor], found: Tensor) -> list[tuple[int
 def test_at_temperature_0_the_drafts_own_greedy_text_is_written(family: str, verifier_of: VerifierOf) -> None:
     draft = random_draft(verifier_of("llama"), family)
     prompts = [torch.tensor([4, 9, 2, 17]), torch.tensor([8]), torch.tensor([3, 3, 30, 1, 5])]
-    written = continued(draft, prompts, 9, Sampling(), Chance())
+    written = continued(draft, prompts, 9, Sampling(), RandomSource())
     for prompt, own in zip(prompts, written, strict=True):
         expected = plain_model(draft).generate(
             prompt[None], attention_mask=torch.ones(1, len(prompt)), max_new_tokens=9, do_sample=False

@@ -18,7 +18,7 @@ from specforge.models.drafter import Drafter
 from specforge.proposals.choice import choose_proposal, describe
 from specforge.proposals.proposal import Proposal
 from specforge.registry import installed
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 from specforge.verifier.features import Features
 from specforge_mlp.candidate_tree import CandidateTreeProposer, CandidateTreeTokenProposalConfig
 
@@ -32,10 +32,10 @@ class RandomDrafter(Drafter):
         self.seed, self.vocabulary = seed, vocabulary
         self.draft_ids = draft_ids
         self.paths: list[list[Path]] = [[()] for _ in range(batch)]
-        self.root = torch.stack([self.logits_behind(row, ()) for row in range(batch)])
+        self.root = torch.stack([self.logits_after(row, ()) for row in range(batch)])
         self.calls = 0
 
-    def logits_behind(self, row: int, path: Path) -> Tensor:
+    def logits_after(self, row: int, path: Path) -> Tensor:
         generator = torch.Generator().manual_seed(hash((self.seed, row, path)) % 2**31)
         return 2 * torch.randn(self.vocabulary, generator=generator)
 
@@ -51,13 +51,13 @@ class RandomDrafter(Drafter):
         for row, (own, behind) in enumerate(zip(tokens.tolist(), parents.tolist(), strict=True)):
             new = [(*self.paths[row][parent + 1], token) for token, parent in zip(own, behind, strict=True)]
             self.paths[row] += new
-            logits.append(torch.stack([self.logits_behind(row, path) for path in new]))
+            logits.append(torch.stack([self.logits_after(row, path) for path in new]))
         return torch.stack(logits)
 
 
 def propose(drafter: Drafter, widths: Sequence[int], candidates: int) -> Proposal:
     config = CandidateTreeTokenProposalConfig(top_k_tokens_per_head=list(widths), n_candidates=candidates)
-    return CandidateTreeProposer(config, Sampling(), Chance()).propose([torch.tensor([1])], drafter)
+    return CandidateTreeProposer(config, Sampling(), RandomSource()).propose([torch.tensor([1])], drafter)
 
 
 def paths_of(proposal: Proposal, row: int) -> list[Path]:
@@ -78,7 +78,7 @@ def best_paths(drafter: RandomDrafter, row: int, widths: Sequence[int], candidat
         path: Path = ()
         score = 0.0
         for rank in ranks:
-            logits = drafter.logits_behind(row, path).tolist()
+            logits = drafter.logits_after(row, path).tolist()
             normaliser = math.log(sum(math.exp(one) for one in logits))
             token = sorted(range(len(logits)), key=lambda one: -logits[one])[rank]
             score += logits[token] - normaliser
@@ -132,7 +132,7 @@ def test_nothing_is_drawn() -> None:
 def test_defaults_are_those_that_were_published() -> None:
     config = CandidateTreeTokenProposalConfig()
     assert (config.top_k_tokens_per_head, config.n_candidates) == ([5, 4, 3], 5)
-    assert CandidateTreeProposer(config, Sampling(), Chance()).depth == 3
+    assert CandidateTreeProposer(config, Sampling(), RandomSource()).depth == 3
 
 
 @pytest.mark.parametrize(

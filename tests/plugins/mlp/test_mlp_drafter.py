@@ -142,7 +142,7 @@ def test_the_default_is_a_chain_as_long_as_there_are_heads(verifier_of: Verifier
 )
 def test_more_tokens_ahead_than_heads_are_refused(proposal: Any, depth: int, verifier_of: VerifierOf) -> None:
     draft = random_draft(verifier_of("llama"), num_layers=4)
-    with pytest.raises(UsageError, match=f"proposes {depth} tokens ahead, but this draft can do 4 at most"):
+    with pytest.raises(UsageError, match=f"proposes {depth} tokens ahead, but this draft supports at most 4"):
         draft.generate(torch.tensor([[4, 9]]), max_new_tokens=4, proposal=proposal)
 
 

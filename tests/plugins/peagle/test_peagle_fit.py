@@ -12,7 +12,7 @@ from training_runs import RunsFolder, assert_same_weights, scalars, write_rows
 
 from specforge import SpeculatorModel
 from specforge.__main__ import main
-from specforge.commands.plugin_check import try_algorithm
+from specforge.commands.plugin_check import check_algorithm
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart"
 UNUSED = 3  # no text of the quickstart holds it
@@ -54,7 +54,7 @@ def run(runs: RunsFolder) -> Path:
 
 
 def test_it_trains_drafts_and_decodes() -> None:
-    found = dict(try_algorithm("peagle", ["--model.draft.mask_token_id=5", "--model.depths=3"]))
+    found = dict(check_algorithm("peagle", ["--model.draft.mask_token_id=5", "--model.depths=3"]))
     assert len(found) == 9 and not [fault for fault in found.values() if fault is not None], found
 
 

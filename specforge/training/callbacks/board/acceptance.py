@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from specforge.drawing import house_style
+from specforge.drawing import plot_style
 from specforge.training.attached import is_fitting
 from specforge.training.callbacks.board.writers import writers
 from specforge.training.module import DraftModule
@@ -73,7 +73,7 @@ def draw_acceptance(curves: list[Curve]) -> npt.NDArray[np.uint8]:
         The picture, [height, width, 3].
     """
     shown = curves[::-1][:: math.ceil(len(curves) / MOST_CURVES)][::-1]
-    with house_style():
+    with plot_style():
         from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

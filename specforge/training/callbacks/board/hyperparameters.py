@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
-from specforge.config import flat
+from specforge.config import flatten
 from specforge.private.torch import add_summary
 from specforge.training.callbacks.board.writers import writers
 from specforge.training.callbacks.configuration import settings_of_run
@@ -94,7 +94,7 @@ def compared_settings(config: Mapping[str, Any]) -> dict[str, str | int | float]
         config: The resolved configuration.
     """
     settings = {}
-    for key, value in flat(config):
+    for key, value in flatten(config):
         group, _, name = key.partition(".")
         if name in TRAINER if group == "trainer" else group != SHOWING and key not in PLACES:
             is_plain = isinstance(value, str | int | float) and not isinstance(value, bool)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specforge.data.module import data_of
 from specforge.data.text.showing import spans
-from specforge.decoding.replay import turns_of
+from specforge.decoding.replay import find_turns
 from specforge.errors import UsageError
 from specforge.training.attached import is_fitting
 from specforge.training.callbacks.board.writers import writers
@@ -114,7 +114,7 @@ def samples_of(batch: Mapping[str, Tensor], outcome: DraftSteps, most: int) -> l
     """
     shape = batch["input_ids"].shape
     reachable = outcome.supervised[0].view(shape)
-    starts, lengths = turns_of(reachable)
+    starts, lengths = find_turns(reachable)
     samples: dict[tuple[int, int], Sample] = {}
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         row, column = divmod(start, shape[1])

@@ -1,4 +1,4 @@
-"""How the figures of an evaluation are said, on the terminal and on the page alike: numbers, settings, warnings."""
+"""Formatting of an evaluation's figures, settings and warnings, for both terminal and page."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ LOSSY = "LOSSY: output may differ from the verifier's own"
 
 
 def decimal(value: float, digits: int = 2) -> str:
-    """Return a number with so many decimals, or a dash where there is none."""
+    """Return a number with ``digits`` decimals, or a dash if it is not finite."""
     return f"{value:,.{digits}f}" if math.isfinite(value) else UNKNOWN
 
 
 def percent(share: float) -> str:
-    """Return a share as a percentage."""
+    """Return a share as a percentage, or a dash if it is not finite."""
     return f"{100 * share:.1f} %" if math.isfinite(share) else UNKNOWN
 
 
 def series(values: Iterable[float], digits: int = 3) -> str:
-    """Return numbers in a row, or a dash where there are none."""
+    """Return numbers separated by commas, or a dash if there are none."""
     return ", ".join(decimal(value, digits) for value in values) or UNKNOWN
 
 
 def acceptance_length(measurement: Measurement, digits: int = 2) -> str:
-    """Return the acceptance length; without a single draft there is none."""
+    """Return the acceptance length, or a dash without any drafts."""
     return decimal(measurement.acceptance_length, digits) if measurement.num_drafts else UNKNOWN
 
 
 def draft_acceptance_rate(measurement: Measurement) -> str:
-    """Return the share of the proposed tokens that was accepted; without a proposed token there is none."""
+    """Return the share of the proposed tokens that were accepted, or a dash without any."""
     return percent(measurement.draft_acceptance_rate) if measurement.num_draft_tokens else UNKNOWN
 
 
@@ -46,27 +46,27 @@ def interval(measurement: Measurement, digits: int = 2) -> str:
 
 
 def other_share(measurement: Measurement) -> str:
-    """Return the time of the loop itself as a share of the verifier's."""
+    """Return the time of the loop itself, relative to the verifier's."""
     if not measurement.verifier_milliseconds:
         return UNKNOWN
     return percent(measurement.other_milliseconds / measurement.verifier_milliseconds)
 
 
 def identical(measurement: Measurement) -> str:
-    """Return how many responses are the verifier's own, such as ``39 of 40``."""
+    """Return the number of responses that are the verifier's own, such as ``39 of 40``."""
     if measurement.identical_responses is None:
         return UNKNOWN
     return f"{measurement.identical_responses:,} of {measurement.responses:,}"
 
 
 def shortened(name: str, length: int) -> str:
-    """Leave out the middle of a name longer than this many characters: begin and end tell checkpoints apart."""
+    """Shorten a name to ``length`` characters by its middle, since start and end distinguish checkpoints."""
     kept = length - 1
     return name if len(name) <= length else f"{name[: kept // 2]}…{name[kept // 2 - kept :]}"
 
 
 def measurements(contender: ContenderResult) -> list[Measurement]:
-    """Return a contender's measurements by prompt set, then over all of them where there are several."""
+    """Return a contender's measurements by prompt set, and over all of them if there are several."""
     return contender.sets if len(contender.sets) == 1 else [*contender.sets, contender.all_sets]
 
 
@@ -81,7 +81,7 @@ def proposal(contender: ContenderResult) -> str:
 
 
 def settings(results: Results) -> dict[str, str]:
-    """Return what the evaluation ran with, by its name for people."""
+    """Return the settings of the evaluation by display name."""
     chosen = results.sampling
     sampling = "greedy (temperature 0)" if chosen.is_greedy else f"temperature {chosen.temperature:g}"
     if not chosen.is_greedy and chosen.top_k:
@@ -92,7 +92,7 @@ def settings(results: Results) -> dict[str, str]:
         "Verifier": f"{results.verifier} ({parameters(results.verifier_parameters)})",
         "Sampling": sampling,
         "Verification": results.verification,
-        "Most new tokens": f"{results.max_new_tokens:,}",
+        "Maximum new tokens": f"{results.max_new_tokens:,}",
         "Batch size": f"{results.batch_size:,}",
         "Seed": str(results.seed),
         "Prompt sets": ", ".join(results.prompt_sets) or UNKNOWN,
@@ -102,16 +102,16 @@ def settings(results: Results) -> dict[str, str]:
 
 
 def conditions(results: Results) -> str:
-    """Return in one line what the figures depend on besides the contenders and prompts."""
+    """Return in one line the settings that the figures depend on."""
     named = settings(results)
     return (
-        f"{named['Sampling']}, {named['Verification']} verification, up to {named['Most new tokens']} new tokens, "
+        f"{named['Sampling']}, {named['Verification']} verification, up to {named['Maximum new tokens']} new tokens, "
         f"batch size {named['Batch size']}"
     )
 
 
 def parameters(number: int) -> str:
-    """Return a number of weights in the largest unit that leaves a whole one, such as ``134.5 M weights``."""
+    """Return a number of weights in the largest unit that gives at least 1, such as ``134.5 M weights``."""
     for size, unit in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
         if number >= size:
             return f"{number / size:.1f}{unit} weights"
@@ -119,14 +119,14 @@ def parameters(number: int) -> str:
 
 
 def warnings(results: Results) -> list[str]:
-    """Return what a reader has to know before any figure, one sentence each; empty when all is well."""
+    """Return warnings that a reader must know before any figure, one sentence each."""
     by_name = {one.name: one for one in results.contenders}
     lines = []
     for name, best in results.beaten_by_baselines().items():
         ours, theirs = (acceptance_length(by_name[one].all_sets, 3) for one in (name, best))
         lines.append(
             f"{name} does not beat the baseline {best}, which needs no draft: "
-            f"{ours} tokens a verifier pass against {theirs}"
+            f"{ours} tokens per verifier pass against {theirs}"
         )
     lines += [f"{one.name}: {one.all_sets.difference}" for one in results.contenders if one.all_sets.difference]
     for one in results.contenders:
@@ -134,8 +134,8 @@ def warnings(results: Results) -> list[str]:
             lines.append(f"{one.name} is {LOSSY}")
         elif _differing(one.all_sets):
             lines.append(
-                f"{one.name} is lossless, and yet {_differing(one.all_sets):,} of {one.all_sets.responses:,} responses "
-                "differ from the verifier's own: rounding decided between tokens that are nearly as probable, or "
+                f"{one.name} is lossless, but {_differing(one.all_sets):,} of {one.all_sets.responses:,} responses "
+                "differ from the verifier's own: rounding decided between tokens of nearly equal probability, or "
                 "something is wrong"
             )
     return lines

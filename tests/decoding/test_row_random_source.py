@@ -1,4 +1,4 @@
-"""A seed for each sequence: what is drawn for it is the same in any company."""
+"""One seed per sequence: its draws do not depend on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from hypothesis import strategies as st
 
 from specforge.decoding.loop import Decoder
 from specforge.proposals import PromptLookupTokenProposalConfig
-from specforge.sampling import RowChance, Sampling
+from specforge.sampling import RowRandomSource, Sampling
 
 CPU = torch.device("cpu")
 
 
 def answers(decoder: Decoder, prompts: list[torch.Tensor], seeds: list[int]) -> list[list[int]]:
-    said: list[list[int]] = [[] for _ in prompts]
+    output: list[list[int]] = [[] for _ in prompts]
     for emission in decoder.decode(prompts, 12, seeds):
-        said[emission.sequence] += emission.tokens
-    return said
+        output[emission.sequence] += emission.tokens
+    return output
 
 
 def test_draws_have_the_distribution():
     p = torch.tensor([0.5, 0.0, 0.2, 0.3, 0.0])
-    drawn = RowChance(range(20_000), 1, CPU).draw(p.expand(20_000, 5))
+    drawn = RowRandomSource(range(20_000), 1, CPU).categorical(p.expand(20_000, 5))
     counts = drawn.bincount(minlength=5)
     assert counts[1] == counts[4] == 0
     assert torch.allclose(counts / 20_000, p, atol=0.02)
 
 
 def test_draws_of_a_row_differ():
-    chance = RowChance([1, 2], 50, CPU)
-    drawn = torch.stack([chance.draw(torch.full((2, 1, 1000), 1e-3)).flatten() for _ in range(50)])
+    rng = RowRandomSource([1, 2], 50, CPU)
+    drawn = torch.stack([rng.categorical(torch.full((2, 1, 1000), 1e-3)).flatten() for _ in range(50)])
     assert len(drawn[:, 0].unique()) > 40 and not torch.equal(drawn[:, 0], drawn[:, 1])
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6, unique=True))
-def test_rows_that_are_left_go_on_with_their_own_draws(kept):
+def test_kept_rows_continue_with_their_own_draws(kept):
     p = torch.full((6, 1000), 1e-3)
-    whole, some = RowChance(range(6), 3, CPU), RowChance(range(6), 3, CPU)
-    whole.draw(p), some.draw(p)
+    whole, some = RowRandomSource(range(6), 3, CPU), RowRandomSource(range(6), 3, CPU)
+    whole.categorical(p), some.categorical(p)
     rows = torch.tensor(kept)
-    some.select(rows)
-    assert torch.equal(some.draw(p[rows]), whole.draw(p)[rows])
+    some.keep_rows(rows)
+    assert torch.equal(some.categorical(p[rows]), whole.categorical(p)[rows])
 
 
-def test_a_text_does_not_hang_on_those_beside_it(verifier_named):
+def test_a_text_does_not_depend_on_the_batch(verifier_named):
     decoder = Decoder(verifier_named("llama"), sampling=Sampling(temperature=1.0), stop_tokens=[7, 8, 9])
     prompts = [torch.arange(3, 5 + number % 4) for number in range(8)]
     together = answers(decoder, prompts, list(range(8)))
@@ -54,7 +54,7 @@ def test_a_text_does_not_hang_on_those_beside_it(verifier_named):
     assert answers(decoder, prompts, list(range(1, 9))) != together
 
 
-def test_only_where_nothing_is_proposed(verifier_named):
+def test_seeds_per_prompt_need_decoding_without_proposals(verifier_named):
     decoder = Decoder(verifier_named("llama"), proposal=PromptLookupTokenProposalConfig(speculative_tokens=2))
     with pytest.raises(ValueError, match="a seed for each prompt"):
         next(decoder.decode([torch.tensor([3])], 2, [1]))

@@ -7,85 +7,85 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from specforge.sampling import Chance, Sampling
+from specforge.sampling import RandomSource, Sampling
 
 NUMBER = 20000
 
 
-def chance(seed: int = 0) -> Chance:
-    return Chance(torch.Generator().manual_seed(seed))
+def rng(seed: int = 0) -> RandomSource:
+    return RandomSource(torch.Generator().manual_seed(seed))
 
 
-def assert_shares(drawn: Tensor, law: dict[tuple[int, ...], float]) -> None:
-    """Rows of draws occur as often as they should, within five standard deviations."""
+def assert_shares(drawn: Tensor, distribution: dict[tuple[int, ...], float]) -> None:
+    """Rows of draws have the given probabilities, within five standard deviations."""
     rows, counts = drawn.unique(dim=0, return_counts=True)
     seen = {tuple(row): count for row, count in zip(rows.tolist(), counts.tolist(), strict=True)}
-    assert not seen.keys() - law.keys()
-    for row, probability in law.items():
+    assert not seen.keys() - distribution.keys()
+    for row, probability in distribution.items():
         deviation = (len(drawn) * probability * (1 - probability)) ** 0.5
         assert abs(seen.get(row, 0) - len(drawn) * probability) < 5 * deviation + 1, row
 
 
-def test_what_is_certain_happens_and_what_is_impossible_does_not() -> None:
-    assert chance().happens(torch.ones(NUMBER)).all()
-    assert not chance().happens(torch.zeros(NUMBER)).any()
-    assert chance().happens(torch.full((NUMBER,), 7.0)).all()
-    assert not chance().happens(torch.full((3, 2), float("nan"))).any()
+def test_certain_events_happen_and_impossible_ones_do_not() -> None:
+    assert rng().bernoulli(torch.ones(NUMBER)).all()
+    assert not rng().bernoulli(torch.zeros(NUMBER)).any()
+    assert rng().bernoulli(torch.full((NUMBER,), 7.0)).all()
+    assert not rng().bernoulli(torch.full((3, 2), float("nan"))).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_events_happen_as_often_as_they_should(dtype: torch.dtype) -> None:
-    happened = chance().happens(torch.tensor([0.1, 0.5, 0.93], dtype=dtype).expand(NUMBER, 3))
+def test_events_have_the_given_probabilities(dtype: torch.dtype) -> None:
+    happened = rng().bernoulli(torch.tensor([0.1, 0.5, 0.93], dtype=dtype).expand(NUMBER, 3))
     assert happened.dtype == torch.bool
-    for place, probability in enumerate([0.1, 0.5, 0.93]):
-        assert_shares(happened[:, [place]].long(), {(0,): 1 - probability, (1,): probability})
+    for index, probability in enumerate([0.1, 0.5, 0.93]):
+        assert_shares(happened[:, [index]].long(), {(0,): 1 - probability, (1,): probability})
 
 
-def test_tokens_are_drawn_as_often_as_they_should() -> None:
+def test_tokens_have_the_given_probabilities() -> None:
     probabilities = torch.tensor([[0.2, 0.0, 0.5, 0.3], [0.0, 1.0, 0.0, 0.0]])
-    drawn = chance().draw(probabilities.expand(NUMBER, 2, 4))
+    drawn = rng().categorical(probabilities.expand(NUMBER, 2, 4))
     assert drawn.shape == (NUMBER, 2)
     assert (drawn[:, 1] == 1).all()
     assert_shares(drawn[:, :1], {(0,): 0.2, (2,): 0.5, (3,): 0.3})
 
 
-def test_several_are_drawn_one_after_the_other_without_replacement() -> None:
+def test_draws_without_replacement_have_the_right_distribution() -> None:
     q = [0.5, 0.2, 0.25, 0.05]
     for number in (1, 2, 4):
-        drawn = chance().draw_several(torch.tensor(q).log().expand(NUMBER, 4), number)
-        law = {}
+        drawn = rng().draw_without_replacement(torch.tensor(q).log().expand(NUMBER, 4), number)
+        distribution = {}
         for order in permutations(range(4), number):
-            law[order], left = 1.0, 1.0
+            distribution[order], left = 1.0, 1.0
             for token in order:
-                law[order] *= q[token] / left
+                distribution[order] *= q[token] / left
                 left -= q[token]
-        assert_shares(drawn, law)
+        assert_shares(drawn, distribution)
 
 
-def test_what_has_no_probability_is_drawn_last() -> None:
+def test_indices_of_probability_0_are_drawn_last() -> None:
     log_probs = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 1.0]]).log()
-    drawn = chance().draw_several(log_probs.expand(500, 2, 4), 4)
+    drawn = rng().draw_without_replacement(log_probs.expand(500, 2, 4), 4)
     assert drawn.shape == (500, 2, 4)
     assert (drawn.sort(dim=-1).values == torch.arange(4)).all()
     assert set(drawn[:, 0, :2].flatten().tolist()) == {0, 2}
     assert (drawn[:, 1, 0] == 3).all()
 
 
-def test_a_seed_decides_everything() -> None:
+def test_a_seed_determines_all_draws() -> None:
     probabilities = torch.rand(50, 9, generator=torch.Generator().manual_seed(0))
     for draw in (
-        lambda one: one.happens(probabilities),
-        lambda one: one.draw(probabilities),
-        lambda one: one.draw_several(probabilities.log(), 3),
+        lambda one: one.bernoulli(probabilities),
+        lambda one: one.categorical(probabilities),
+        lambda one: one.draw_without_replacement(probabilities.log(), 3),
     ):
-        assert torch.equal(draw(chance(1)), draw(chance(1)))
-        assert not torch.equal(draw(chance(1)), draw(chance(2)))
+        assert torch.equal(draw(rng(1)), draw(rng(1)))
+        assert not torch.equal(draw(rng(1)), draw(rng(2)))
 
 
-def test_the_greedy_choice_is_the_first_of_the_best() -> None:
+def test_the_greedy_choice_breaks_ties_by_the_lowest_id() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0]])
     assert Sampling().is_greedy
-    assert Sampling().choose(logits, chance()).tolist() == [1, 0]
+    assert Sampling().choose(logits, rng()).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 3, 6)])
@@ -95,16 +95,16 @@ def test_logits_may_have_any_number_of_dimensions(shape: tuple[int, ...]) -> Non
     log_probs = sampling.log_probs(logits)
     assert log_probs.shape == shape
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(shape[:-1]))
-    assert sampling.choose(logits, chance()).shape == shape[:-1]
+    assert sampling.choose(logits, rng()).shape == shape[:-1]
 
 
-def test_short_types_are_widened() -> None:
+def test_narrow_dtypes_are_widened() -> None:
     logits = torch.randn(2, 6)
     assert Sampling(temperature=1.0).log_probs(logits.bfloat16()).dtype == torch.float32
     assert Sampling(temperature=1.0).log_probs(logits.double()).dtype == torch.float64
 
 
-def test_equally_probable_tokens_stay_together() -> None:
+def test_equally_probable_tokens_are_kept_together() -> None:
     logits = torch.tensor([[2.0, 1.0, 1.0, 0.0]])
     assert (Sampling(temperature=1.0, top_k=2).log_probs(logits).exp() > 0).tolist() == [[True, True, True, False]]
 
