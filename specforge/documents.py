@@ -1,10 +1,10 @@
-"""Where the documents of packed rows are, for attention that never crosses a document and needs no mask.
+"""The documents of packed rows, for attention that never crosses a document and needs no mask.
 
-Documents are gathered into right-padded groups of similar length, on which plain causal attention is exact: a real
-query never sees the padding after it. A group's longest document is at most twice its shortest, so that padding
-costs less than the attention itself.
+Documents are gathered into right-padded groups of similar length. Plain causal attention is exact on them: a real query
+never sees the padding after it. A group's longest document is at most twice its shortest, so padding costs less than
+the attention itself.
 
-All of this is computed once a batch, on the CPU, as indices. Layers only gather and scatter by them.
+The indices are computed once per batch, on the CPU. Layers only gather and scatter by them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Groups:
         """Make groups of indices into the batch.
 
         Args:
-            indices: Of each group, int64 [G, L] on the CPU; -1 for an empty slot.
+            indices: Indices of each group, int64 [G, L] on the CPU; -1 for an empty slot.
         """
         shapes = tuple((len(one), one.shape[1]) for one in indices)
         flat = torch.cat([one.flatten() for one in indices])
@@ -46,14 +46,14 @@ class Groups:
         return cls(shapes, flat[slots], None if len(slots) == len(flat) else slots)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Take rows of a batch [B * T, ...] to their slots, [G, L, ...] for each group; empty ones are zero."""
+        """Gather rows of a batch [B * T, ...] into slots, [G, L, ...] for each group; empty slots are zero."""
         sizes = [documents * length for documents, length in self.shapes]
         together = _Copy.apply(tensor, self.rows, self.slots, sum(sizes))
         parts = together.split(sizes)
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def scatter(self, tensors: Sequence[Tensor], number: int) -> Tensor:
-        """Take what is in the slots, [G, L, ...] for each group, to a batch [number, ...]; other rows are zero."""
+        """Scatter slots, [G, L, ...] for each group, to a batch [number, ...]; other rows are zero."""
         flat = [one.flatten(0, 1) for one in tensors]
         together = torch.cat(flat) if len(flat) > 1 else flat[0]
         taken: Tensor = _Copy.apply(together, self.slots, self.rows, number)
@@ -61,9 +61,9 @@ class Groups:
 
 
 class _Copy(torch.autograd.Function):
-    """Copies rows of a tensor to rows of a new one, by indices without duplicates; None for all rows in their order.
+    """Copies rows of a tensor to rows of a new one, by indices without duplicates; None means all rows in order.
 
-    Autograd's own gradient of indexing adds up duplicates, which is slow, and not deterministic on GPUs.
+    Autograd's own gradient of indexing sums duplicates, which is slow, and nondeterministic on GPUs.
     """
 
     @staticmethod
@@ -90,7 +90,7 @@ class DocumentLayout:
 
     Attributes:
         groups: For each group, int64 [G, L] indices into the flattened batch, on the CPU; -1 is padding.
-        whole_rows: True when every row is one document that begins with the row, so that nothing need be gathered.
+        whole_rows: Whether every row is a single document from its first token on, so that nothing is gathered.
     """
 
     groups: tuple[Tensor, ...]
@@ -101,8 +101,8 @@ class DocumentLayout:
         """Find the documents of a batch.
 
         Args:
-            document_ids: [B, T]; equal neighbours belong together, -1 is padding. A device waits until they are copied
-                to the CPU.
+            document_ids: Integers [B, T]; equal neighbours are one document, -1 is padding. On a device, this waits for
+                a copy to the CPU.
         """
         ids = document_ids.cpu()
         begins = torch.ones_like(ids, dtype=torch.bool)
@@ -115,7 +115,7 @@ class DocumentLayout:
         return cls(tuple(_group(starts, lengths)), whole_rows)
 
     def reordered(self, order: Tensor) -> Self:
-        """Return where the same documents are in one row [1, B * T] that holds the tokens in another order.
+        """Return the layout of the same documents in one row [1, B * T] with the tokens in another order.
 
         Args:
             order: The token at each index, int64 [B * T], on the CPU.
@@ -125,7 +125,7 @@ class DocumentLayout:
         return type(self)(tuple(torch.where(group >= 0, index[group], -1) for group in self.groups), whole_rows=False)
 
     def on(self, device: torch.device) -> DocumentAttention:
-        """Return what attends in these documents on a device."""
+        """Return the attention within these documents on a device."""
         return DocumentAttention(None if self.whole_rows else moved(Groups.of(self.groups), device))
 
 
@@ -134,7 +134,7 @@ EACH_ROW_ONE_DOCUMENT = DocumentLayout((), whole_rows=True)
 
 @dataclass(frozen=True)
 class DocumentAttention:
-    """Causal attention in each document of a batch.
+    """Causal attention within each document of a batch.
 
     Attributes:
         groups: The documents; None if each row is one.
@@ -147,10 +147,10 @@ class DocumentAttention:
 
         Args:
             attention: Maps tensors [G, heads, L, width] to one [G, heads, L, width].
-            *tensors: Its inputs over the batch, [B, heads, T, width] each.
+            *tensors: The attention's inputs over the batch, [B, heads, T, width] each.
 
         Returns:
-            The output over the batch, [B, heads, T, width]; zero on padding, except where rows are whole.
+            The output over the batch, [B, heads, T, width]; zero on padding, unless each row is one document.
         """
         if self.groups is None:
             return attention(*tensors)
@@ -166,7 +166,7 @@ def _group(starts: Tensor, lengths: Tensor) -> list[Tensor]:
         return [starts.new_empty(0, 1)]
     groups = []
     order = torch.argsort(lengths, descending=True, stable=True)
-    # Group by powers of two of the length: few groups, and at most as much padding as tokens.
+    # Group by powers of two of the length: few groups, and no more padding than tokens.
     classes = torch.floor(torch.log2(lengths[order].double())).long()
     for size_class in classes.unique(sorted=True).flip(0):
         members = order[classes == size_class]

@@ -1,4 +1,4 @@
-"""Indices are computed on the CPU and copied to a device together, in one copy that the host does not wait for."""
+"""Copies indices that were computed on the CPU to a device together, without making the host wait."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# What views of a copy in another type begin at.
+# Alignment in bytes of each tensor in the copy, so that it can be viewed in its dtype.
 _ALIGNMENT = 8
 
 
@@ -20,8 +20,8 @@ def moved(value: T, device: torch.device) -> T:
     """Copy all tensors inside a value to a device.
 
     Args:
-        value: A tensor on the CPU, or a dataclass, tuple, list or dict of such values; anything else stays as it is.
-        device: Where to. On the CPU nothing is copied.
+        value: A tensor on the CPU, or a dataclass, tuple, list or dict of such values; anything else is unchanged.
+        device: Target device; for the CPU nothing is copied.
     """
     if device.type == "cpu":
         return value
@@ -35,9 +35,9 @@ def _copied(tensors: list[Tensor], device: torch.device) -> Iterator[Tensor]:
     flat = [one.contiguous().flatten().view(torch.uint8) for one in tensors]
     together = torch.cat([F.pad(one, (0, -len(one) % _ALIGNMENT)) for one in flat])
     if device.type == "cuda":
-        # Only page-locked memory is copied while the host continues.
+        # Only page-locked memory is copied asynchronously.
         together = together.pin_memory()
-    # Apple's GPUs would read the memory after it has been freed.
+    # Asynchronous copies to Apple's GPUs would read the memory after it has been freed.
     there = together.to(device, non_blocking=device.type != "mps")
     begin = 0
     for own, like in zip(flat, tensors, strict=True):

@@ -80,7 +80,7 @@ def kill_and_damage(process: Process, chance: random.Random, last: Path) -> set[
 
 KINDS = [kill, ask_to_stop, fill_the_disk, kill_and_damage]
 # What the run itself says, where it can say something.
-SAID = {128 + signal.SIGTERM: "To go on:  specforge fit", 1: "cannot be written"}
+SAID = {128 + signal.SIGTERM: "To resume:  specforge fit", 1: "cannot be written"}
 SAVE_EVERY = 2
 
 

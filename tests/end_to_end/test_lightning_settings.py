@@ -131,7 +131,7 @@ class TestEnds:
                 os.kill(int(child), signal.SIGKILL)
 
         status, shown = ended(kill_children, "--data.num_workers=1")
-        assert status == 1 and "a process that loads batches was lost" in shown and "data.num_workers" in shown
+        assert status == 1 and "a DataLoader worker was lost" in shown and "data.num_workers" in shown
 
     def test_rows_are_cut_while_they_are_mapped(self, ended, workshop):
         cache = workshop.folder / "cache"

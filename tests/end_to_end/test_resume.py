@@ -368,7 +368,7 @@ class TestRealProcess:
         step = torch.load(last, weights_only=True)["global_step"]
         assert 4 <= step < 40
         assert f"Interrupted at step {step}" in shown and str(last) in shown
-        command = re.search(r"To go on: +(specforge fit .*)", shown)
+        command = re.search(r"To resume: +(specforge fit .*)", shown)
         assert command is not None
         words = shlex.split(command[1])
         goes_on = start(words[1:])
@@ -432,7 +432,7 @@ class TestDamagedCheckpoints:
         newest = workshop.run_folder("runs") / "checkpoints" / "last.ckpt"
         newest.write_bytes(newest.read_bytes()[:-100])
         assert main(["fit", *workshop.words("runs", "--ckpt_path=last")]) == 0
-        assert f"passed over: {newest} is damaged" in caplog.text
+        assert f"skipped: {newest} is damaged" in caplog.text
         assert_same_run(workshop.run_folder("runs"), straight("plain"))
 
     def test_other_data(self, workshop, interrupt_at, capfd):

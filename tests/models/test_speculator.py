@@ -122,7 +122,7 @@ def test_what_is_no_weight_is_refused_by_name(kind: torch.dtype, small: Small) -
 
 
 def test_settings_that_no_network_can_be_built_from_are_told(small: Small) -> None:
-    with pytest.raises(UsageError, match="weights: no Small can be built from its configuration"):
+    with pytest.raises(UsageError, match="weights: cannot build Small from its configuration"):
         Small.from_state(SmallConfig(width=-1), small.state_dict())
 
 

@@ -104,7 +104,7 @@ def test_a_killed_process_frees_its_run_though_its_children_live_on(tmp_path, ch
 def test_a_live_run_is_not_resumed(tmp_path, children, wanted):
     checkpoint = saved(tmp_path / "version_0")
     children(lambda: begin(tmp_path, checkpoint=checkpoint) and None)
-    with pytest.raises(UsageError, match=r"version_0 is live, another process writes it.*leave --ckpt_path out"):
+    with pytest.raises(UsageError, match=r"version_0 is live: another process is writing it.*omit --ckpt_path"):
         begin(tmp_path, wanted=wanted, checkpoint=checkpoint)
     assert begin(tmp_path) == "version_1"
 

@@ -125,7 +125,7 @@ class TestDamaged:
         damaged = [checkpoint(tmp_path, number) for number in (1, 2)]
         for path in damaged:
             truncated(path)
-        with pytest.raises(UsageError, match=r"no run in .* has a whole checkpoint 'last'"):
+        with pytest.raises(UsageError, match=r"no run in .* has a complete checkpoint 'last'"):
             resolve_checkpoint("last", tmp_path)
         assert all(str(path) in caplog.text for path in damaged)
 

@@ -28,7 +28,7 @@ from specforge.models.chain.ttt_attention import record_keys
 from specforge.models.chain.unrolling import run_chain
 from specforge.models.draft_attention import DraftAttention, cache_argument
 from specforge.models.draft_rows import DraftRows
-from specforge.models.lean_blocks import make_lean
+from specforge.models.lean_blocks import use_memory_saving_blocks
 from specforge.models.speculator import AttachmentMode, SpeculatorModel
 from specforge.private.transformers import set_attention
 from specforge.proposals import GreedyTokenProposalConfig
@@ -82,7 +82,7 @@ class EagleSpeculator(SpeculatorModel):
         self.rotary: nn.Module = config.decoder_layer.rotary(self._layer_config)
         norms = self._norms() if config.layernorms else [nn.Identity(), nn.Identity(), nn.Identity()]
         self.embedding_layernorm, self.transformer.input_layernorm, self.pre_lm_head_layernorm = norms
-        make_lean(self)
+        use_memory_saving_blocks(self)
         self._initialise(getattr(self._layer_config, "initializer_range", 0.02))
         if verifier is not None and verifier_attachment_mode != "detached":
             self.attach_verifier(verifier, verifier_attachment_mode)

@@ -22,7 +22,7 @@ from specforge.models.chain.ttt_attention import record_keys
 from specforge.models.chain.unrolling import run_chain
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention
 from specforge.models.draft_rows import DraftRows
-from specforge.models.lean_blocks import make_lean
+from specforge.models.lean_blocks import use_memory_saving_blocks
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.vocabulary import DraftVocabulary, map_faults
 from specforge.private.transformers import set_attention
@@ -114,7 +114,7 @@ class Eagle3DraftModel(SpeculatorModel):
         if config.draft_vocab_size != config.target_vocab_size:
             self.d2t = nn.Buffer(torch.zeros(config.draft_vocab_size, dtype=torch.int64))
             self.t2d = nn.Buffer(torch.zeros(config.target_vocab_size, dtype=torch.bool))
-        make_lean(self)
+        use_memory_saving_blocks(self)
         self._initialise(layers.initializer_range)
 
     @classmethod

@@ -100,7 +100,7 @@ class MLPSpeculatorLayout(Layout):
         config = from_deployed(stored.config, stored.config_where)
         config.speculators_config = proposals_of(config, verifier)
         if unknown := sorted(name for name in stored.tensors if not name.startswith(PREFIX)):
-            raise UsageError(f"{stored.where} does not fit MLPSpeculator: unknown: {', '.join(unknown[:8])}")
+            raise UsageError(f"{stored.where} does not match MLPSpeculator: unknown: {', '.join(unknown[:8])}")
         state = {name.removeprefix(PREFIX): tensor for name, tensor in stored.tensors.items()}
         if config.tie_weights:
             state = _without_copies(state, config.num_layers, stored.where)

@@ -94,7 +94,7 @@ class MLPModule(DraftModule):
         return self.settings_of_stage_two is not None
 
     @property
-    def besides_steps(self) -> list[str]:
+    def unestimated_costs(self) -> list[str]:
         """Stage 2 decodes."""
         stage = self.settings_of_stage_two
         if stage is None:

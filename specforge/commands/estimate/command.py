@@ -201,7 +201,7 @@ def _assumptions(found: Estimate, cli: EstimateCLI) -> list[str]:
         f"Time: the rate is {rate}; devices do not wait for data or each other. Validation, loading and saving come "
         "on top, and models too small to fill the device stay below the range's utilisation.",
         "Disk: values and scales alone.",
-        *cli.model.besides_steps,
+        *cli.model.unestimated_costs,
     ]
 
 

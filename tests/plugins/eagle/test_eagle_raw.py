@@ -235,7 +235,7 @@ def test_embeddings_of_another_verifier_are_refused(
 @pytest.mark.parametrize("name", ["layers.0.input_layernorm.weight", "layers.1.mlp.up_proj.weight", "lm_head.weight"])
 def test_unknown_tensors_are_named(name: str, written: tuple[EagleSpeculator, Path]) -> None:
     change_weights(written[1], **{name.replace(".", "__"): torch.zeros(16)})
-    with pytest.raises(UsageError, match=f"{written[1]} does not fit EagleSpeculator: unknown: "):
+    with pytest.raises(UsageError, match=f"{written[1]} does not match EagleSpeculator: unknown: "):
         read(LAYOUT, written[1], None)
 
 

@@ -48,7 +48,7 @@ class TestOverfitting:
 
     def test_is_no_overfitting_where_no_row_was_seen_twice(self):
         line = overfitting(OVERFITTING, is_first_epoch=True)
-        assert line is not None and "unlike the training rows" in line and "by heart" not in line
+        assert line is not None and "differ in kind from the training rows" in line and "memorises" not in line
 
     def test_a_rise_within_noise_is_none(self):
         slow = [*OVERFITTING[:-1], replace(OVERFITTING[-1], acceptance_length=2.0 * (1 + NOISE / 2))]

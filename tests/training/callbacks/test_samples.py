@@ -58,7 +58,7 @@ def test_tokens_of_the_draft_are_bold_and_the_verifiers_plain(tokenizer):
     sample = Sample(tokenizer.encode("Say it."), text, rounds=[2, 0, 3], steps=4)
     heading, marked = shown(to_markdown(sample, tokenizer))
     assert marked == "a⟦bc⟧de⟦fgh⟧i"
-    assert heading.startswith("2.67 tokens a pass of the verifier: 8 tokens in 3 rounds that draft 4")
+    assert heading.startswith("2.67 tokens per verifier forward pass: 8 tokens in 3 rounds that draft 4")
 
 
 SPECIAL = (

@@ -11,9 +11,9 @@ from specforge.training.callbacks.stopping import explain_lost
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a process that loads batches"),
-        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "a process that loads batches"),
-        (torch.OutOfMemoryError("CUDA out of memory.\nMore"), "memory ran out: CUDA out of memory"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a DataLoader worker"),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "a DataLoader worker"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nMore"), "out of memory: CUDA out of memory"),
     ],
 )
 def test_what_was_lost_is_told(error: RuntimeError, told: str) -> None:
@@ -29,4 +29,4 @@ def test_a_loss_that_arises_while_figures_are_logged_is_told_too() -> None:
     wrapped = ValueError("you tried to log 0.5 which is currently not supported")
     assert explain_lost(wrapped) is None
     wrapped.__cause__ = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    assert "a process that loads batches" in str(explain_lost(wrapped))
+    assert "a DataLoader worker" in str(explain_lost(wrapped))

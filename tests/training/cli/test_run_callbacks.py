@@ -75,7 +75,7 @@ def test_a_trial_run_shows_its_progress_only(callbacks):
 @pytest.mark.parametrize(
     ("word", "parts"),
     [
-        ("--callbacks.best_checkpoint=null", ["callbacks.best_checkpoint: null is none of its values"]),
+        ("--callbacks.best_checkpoint=null", ["callbacks.best_checkpoint: null is not allowed"]),
         (
             "--callbacks.best_checkpoint.mode=most",
             ["callbacks.best_checkpoint", "mode: expected max or min, got 'most'"],
