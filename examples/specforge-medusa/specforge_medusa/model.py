@@ -76,11 +76,11 @@ class MedusaModel(SpeculatorModel):
         """Run the first heads at the rows that each of them needs; the batch is not looked at.
 
         Raises:
-            UsageError: More steps than heads are asked for.
+            UsageError: More steps than heads are requested.
         """
         steps = len(rows.counts)
         if steps > self.config.num_heads:
-            raise UsageError(f"this draft has {self.config.num_heads} heads, and {steps} steps are asked for")
+            raise UsageError(f"this draft has {self.config.num_heads} heads, but {steps} steps are requested")
         read = self.first_state(features).flatten(0, 1)[rows.order]
         return torch.cat([self.advance(read[:count], step) for step, count in enumerate(rows.counts)])
 

@@ -76,7 +76,7 @@ def test_training_computes_the_equation(draft: MedusaModel) -> None:
 
 def test_more_steps_than_heads_are_refused(draft: MedusaModel) -> None:
     nothing = torch.zeros(1, 5, dtype=torch.int64)
-    with pytest.raises(UsageError, match="has 3 heads, and 4 steps"):
+    with pytest.raises(UsageError, match="has 3 heads, but 4 steps"):
         draft.unroll(nothing, random_states(1, 5), nothing, nothing, HEADS + 1)
 
 

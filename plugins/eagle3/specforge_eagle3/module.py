@@ -38,19 +38,21 @@ class Eagle3DraftSettings(BaseModel):
     num_layers: Layers = Field(default=1, description="Number of decoder layers.")
     intermediate_size: Width | None = Field(default=None, ge=1, description="Width of the MLPs; null: the verifier's.")
     draft_vocab_size: Count | None = Field(
-        default=32000, description="Most frequent tokens that the draft can propose; null: all of them."
+        default=32000, description="Number of most frequent tokens that the draft can propose; null: all tokens."
     )
     aux_layers: list[int] | None = Field(
-        default=None, description="Verifier layers before which features are taken, ascending; null: [2, N//2, N-3]."
+        default=None, description="Verifier layers whose inputs are the features, ascending; null: [2, N//2, N-3]."
     )
-    norm_before_residual: bool = Field(default=False, description="Start the residual stream normalised.")
+    norm_before_residual: bool = Field(
+        default=False, description="Start the residual stream from the normalised feature."
+    )
     norm_before_fc: bool = Field(default=False, description="One norm over all features before they are fused.")
     fc_norm: bool = Field(default=False, description="One norm for each feature before fusing (EAGLE-3.1).")
     norm_output: bool = Field(default=False, description="Feed back the normalised state (EAGLE-3.1).")
     feature_scale: FeatureScale = Field(
         default="auto",
-        description="What features are divided by while training, folded into the written draft: a constant for each "
-        "aux layer; auto: found on the first row, where no norm comes before the fusion.",
+        description="Divisors of the features in training, folded into the written draft: a constant for each aux "
+        "layer; auto: measured on the first row, unless a norm precedes the fusion.",
     )
     train_head: bool = Field(default=True, description="Train the draft's head, which starts as the verifier's.")
     train_embeddings: bool = Field(default=False, description="Train token embeddings, from the verifier's.")
@@ -60,23 +62,23 @@ class Eagle3DraftSettings(BaseModel):
         if self.norm_before_fc and self.fc_norm:
             raise ValueError("norm_before_fc and fc_norm exclude each other")
         if isinstance(self.feature_scale, list) and self.norms_features:
-            raise ValueError("feature_scale has no effect where norm_before_fc or fc_norm puts features to one size")
+            raise ValueError("feature_scale has no effect if norm_before_fc or fc_norm normalises the features")
         return self
 
     @property
     def norms_features(self) -> bool:
-        """Whether a norm comes before the fusion."""
+        """Whether a norm precedes the fusion."""
         return self.norm_before_fc or self.fc_norm
 
 
 class Eagle3Module(FeatureScaledModule):
-    """Trains an EAGLE-3 draft by teacher-forced training-time test.
+    """Trains an EAGLE-3 draft with teacher-forced training-time test.
 
     Args:
         draft: The draft network.
         ttt_steps: Number of steps of training-time test.
-        supervision: Which positions count in training: those where a round of decoding can start and get to (exact),
-            or those that the published trainers count (compat). Validation counts the exact ones.
+        supervision: Which positions count in training: those that a decoding round can start at and reach (exact), or
+            those of the published trainers (compat). Validation counts the exact ones.
     """
 
     draft: Eagle3DraftModel
@@ -123,7 +125,7 @@ class Eagle3Module(FeatureScaledModule):
         return self.ttt_steps
 
     def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> Eagle3DraftModel:
-        """Create the network: head and embeddings start as the verifier's, the rest at random."""
+        """Create the network: head and embeddings are initialised from the verifier's, the rest at random."""
         settings = self.settings
         vocabulary = None
         if settings.draft_vocab_size not in (None, parts.config.vocab_size):
@@ -153,13 +155,13 @@ class Eagle3Module(FeatureScaledModule):
         return features.aux
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Scale the features before the first step, and say what they make of the draft."""
+        """Scale the features before the first step, and print the size of the residual stream."""
         super().on_train_batch_start(batch, batch_idx)
         if self.trainer.global_step == 0 and batch_idx == 0 and not self.compile_steps:
-            self._say_what_is_added()
+            self._print_residual_sizes()
 
-    def _say_what_is_added(self) -> None:
-        def tell(layer: nn.Module, read: tuple[Tensor, ...], written: Tensor) -> None:
+    def _print_residual_sizes(self) -> None:
+        def record(layer: nn.Module, read: tuple[Tensor, ...], written: Tensor) -> None:
             feature = read[1][:, : written.shape[1]].detach()
             read_and_added = (feature, written.detach() - feature)
             stream, added = (float(one.float().square().mean().sqrt()) for one in read_and_added)
@@ -169,25 +171,25 @@ class Eagle3Module(FeatureScaledModule):
         handle = self.draft.layers[0].register_forward_hook(tell)
 
     def summary_text(self) -> str:
-        """Return a few lines for a person, with the coverage of the draft vocabulary."""
+        """Return the summary, with the coverage of the draft vocabulary."""
         pruned = self.draft.draft_ids is not None
         counts = data_of(self.trainer).vocabulary_counts()
         coverage = DraftVocabulary.from_t2d(self.draft.t2d.cpu()).coverage(counts) if pruned else 1.0
         size = self.draft.lm_head.out_features
-        return f"{super().summary_text()}\n  {size:,} draft tokens cover {coverage:.1%} of the supervised ones"
+        return f"{super().summary_text()}\n  {size:,} draft tokens cover {coverage:.1%} of the supervised tokens"
 
     def alignment(self, batch: Batch) -> Alignment:
-        """Return targets and counted positions; validation counts those of decoding, whatever training counts."""
+        """Return targets and counted positions; validation always counts the exact ones."""
         supervision = self.supervision if self.training else "exact"
         return align(batch["loss_mask"], batch["document_ids"], self.ttt_steps, supervision)
 
     @property
     def loss_terms(self) -> list[Term]:
-        """The summands of the objective; ``compat`` leaves out of training what is no draft token."""
+        """The terms of the objective; with ``compat``, training ignores targets outside the draft vocabulary."""
         return self._terms_in_vocabulary if self.training and self.supervision == "compat" else super().loss_terms
 
 
 def _in_vocabulary(loss: Callable[[Distributions], Tensor], rows: Distributions) -> Tensor:
-    """Compute a loss, 0 for rows whose most probable verifier token is no draft token."""
+    """Compute a loss; 0 for rows whose most probable verifier token is not a draft token."""
     assert rows.verifier_top is not None
     return loss(rows) * (rows.verifier_top >= 0)

@@ -87,7 +87,7 @@ def test_a_rotary_base_in_its_old_place_is_read() -> None:
     [
         (3, "must be a dict or a transformers configuration, not a int"),
         (None, "not a NoneType"),
-        ({"model_type": "lama"}, "transformers knows no 'lama'. Did you mean 'llama'?"),
+        ({"model_type": "lama"}, "transformers does not know 'lama'. Did you mean 'llama'?"),
         ({"model_type": "llama", "hidden_size": "wide"}, "hidden_size"),
         ({"model_type": "llama", "hidden_size": 30, "num_attention_heads": 7}, "not a multiple"),
         ({"model_type": "gpt2"}, "no decoder layer with rotary positions for 'gpt2'"),

@@ -132,11 +132,11 @@ def test_no_ids_come_back_as_others(ids: list[int], tiny_verifiers: Mapping[str,
     ("reader", "options", "message"),
     [
         ("sglang", {"aux_layer_ids": [1, 3, 5]}, "reads a first id of 1 as 2"),
-        ("sglang", {"norm_output": True, "fc_norm": True}, "knows no fc_norm or norm_output"),
+        ("sglang", {"norm_output": True, "fc_norm": True}, "does not support fc_norm or norm_output"),
         ("sglang", {"layer_type": "qwen3"}, "builds Llama layers"),
         ("sglang", {"embed_requires_grad": True}, "drafts with the verifier's"),
         ("midlayer", {"aux_layer_ids": [2, 3, 5]}, r"before the layers \[2, 4, 5\]"),
-        ("midlayer", {"norm_before_residual": True}, "knows no norm_before_residual"),
+        ("midlayer", {"norm_before_residual": True}, "does not support norm_before_residual"),
         ("midlayer", {"num_layers": 2}, "this draft has 2"),
     ],
 )

@@ -225,8 +225,8 @@ def test_a_run_that_is_resumed_is_the_same(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--model.stage_two.begin=8"], r"model.stage_two.begin: stage 2 would begin at step 8, but the run has 8"),
-        (["--model.stage_two.begin=0.01"], r"model.stage_two.begin: stage 2 would begin at step 0, but the run has 8"),
+        (["--model.stage_two.begin=8"], r"model.stage_two.begin: stage 2 would start at step 8, but the run has 8"),
+        (["--model.stage_two.begin=0.01"], r"model.stage_two.begin: stage 2 would start at step 0, but the run has 8"),
         ([*TWO_STAGES, "--trainer.overfit_batches=1"], "trainer.overfit_batches"),
         (["--model.stage_two.prompt_length=400", "--model.stage_two.new_tokens=113"], "the 512 tokens of the verifier"),
         ([*TWO_STAGES, "--data.stage_two=nowhere.jsonl"], "data.stage_two"),
@@ -261,7 +261,7 @@ def test_what_goes_wrong_while_writing_ends_the_run(workshop: Workshop, monkeypa
     def broken(*_: Any) -> Any:
         raise Crash
 
-    monkeypatch.setattr("specforge_mlp.data.write_on", broken)
+    monkeypatch.setattr("specforge_mlp.data.generate_batch", broken)
     with pytest.raises(Crash):
         main(["fit", *workshop.words("runs", *TWO_STAGES)])
 

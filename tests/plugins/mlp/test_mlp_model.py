@@ -93,7 +93,7 @@ def test_unrolling_reads_the_last_state_after_the_final_norm(family: str, name: 
 def test_more_steps_than_heads_are_refused(verifier_of: VerifierOf) -> None:
     draft = random_draft(verifier_of("llama"), num_layers=2)
     tokens, last = random_rows(1, 6)
-    with pytest.raises(UsageError, match="this draft has 2 heads, and 3 steps are asked for"):
+    with pytest.raises(UsageError, match="this draft has 2 heads, but 3 steps are requested"):
         draft.unroll(tokens, last_only(last), tokens, tokens, 3)
 
 
@@ -204,7 +204,7 @@ def test_a_tied_file_may_repeat_what_is_shared(tmp_path: Path) -> None:
 def test_a_copy_that_differs_is_named(name: str, original: str, tmp_path: Path) -> None:
     weights = publish(tmp_path, "Granite-34B-code", copies=True)
     change(tmp_path, {f"speculator.{name}": weights[original] + 1e-9})
-    with pytest.raises(UsageError, match=f"tie_weights, but {name} differs from {original}"):
+    with pytest.raises(UsageError, match=f"tie_weights is set in config.json, but {name} differs from {original}"):
         read(LAYOUT, tmp_path, None)
 
 
