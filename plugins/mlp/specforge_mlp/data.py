@@ -16,7 +16,7 @@ from specforge.data.packing import collate
 from specforge.data.text.sources import check_source
 from specforge.errors import UsageError
 from specforge_mlp.module import MLPModule
-from specforge_mlp.stage_two import prefetch, check_lengths, cut_prompts, generate_batch
+from specforge_mlp.stage_two import check_lengths, cut_prompts, generate_batch, prefetch
 
 
 class MLPDataModule(DraftDataModule):
