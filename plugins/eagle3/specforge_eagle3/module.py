@@ -168,7 +168,7 @@ class Eagle3Module(FeatureScaledModule):
             say(f"  root mean square of the draft's residual stream: {stream:.3g}; its first layer adds {added:.3g}")
             handle.remove()
 
-        handle = self.draft.layers[0].register_forward_hook(tell)
+        handle = self.draft.layers[0].register_forward_hook(record)
 
     def summary_text(self) -> str:
         """Return the summary, with the coverage of the draft vocabulary."""
