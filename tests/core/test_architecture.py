@@ -223,3 +223,42 @@ def _faults(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
             yield f"has no annotation of {argument.arg}"
     if function.returns is None:
         yield "has no annotation of its result"
+
+
+SECTIONS = {"Args:", "Attributes:", "Raises:", "Returns:", "Yields:"}
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and text of each docstring of a file, those of attributes included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, dedent(" " * node.col_offset + node.value.value)
+
+
+def dialect_faults(text: str) -> Iterator[str]:
+    """Yield what breaks the dialect of docstrings: Google style, double backticks, sentences with capital and stop."""
+    if re.search(r"(?<![`\\])`(?![`<])[^`\n]+`(?!`)", text):
+        yield "single backticks"
+    section, entry = "", ""
+    for line in [*text.split("\n"), "end"]:
+        stripped, indent = line.strip(), len(line) - len(line.lstrip())
+        begins = indent == 4 and section not in ("Returns:", "Yields:")
+        if stripped and entry and (begins or not indent) and entry[-1] not in ".:":
+            yield f"no full stop: {entry}"
+        if stripped and not indent:
+            section, entry = stripped if stripped in SECTIONS else "", ""
+        elif stripped and section:
+            if begins and re.match(r"\*{0,2}\w+: [a-z]+\b(?![_(.*/=\[])", stripped):
+                yield f"lower case: {stripped}"
+            entry = stripped
+
+
+def test_docstrings_keep_one_dialect() -> None:
+    every = [*CORE, *PLUGINS, *sorted((ROOT / "examples").rglob("*.py"))]
+    found = [
+        f"{relative(path)}:{line}: {fault}"
+        for path in every
+        for line, text in docstrings(path)
+        for fault in dialect_faults(text)
+    ]
+    assert not found, "\n".join(found)

@@ -14,8 +14,8 @@ def draw_coverage(coverage: Sequence[Coverage], path: Path) -> None:
     """Draw coverage by draft size as an SVG file; equal figures give equal files.
 
     Args:
-        coverage: the figures, by ascending size.
-        path: the file.
+        coverage: The figures, by ascending size.
+        path: The file to write.
     """
     with house_style():
         import matplotlib

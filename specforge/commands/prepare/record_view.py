@@ -28,10 +28,10 @@ def show_record(record: RawRecord, maker: RowMaker, tokenizer: PreTrainedTokeniz
     Supervised tokens are in color, or between ⟦ and ⟧ where there is none; the verifier's end token has a mark.
 
     Args:
-        record: the raw row.
-        maker: makes rows of it.
-        tokenizer: decodes them.
-        console: where to.
+        record: The raw row.
+        maker: Builds the rows.
+        tokenizer: Decodes them.
+        console: Console to print to.
     """
     try:
         (rows,) = maker.encoder.encode([record.parse()])
