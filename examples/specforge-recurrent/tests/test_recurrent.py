@@ -1,4 +1,4 @@
-"""The draft against its equation, and the trial that ``specforge plugins check`` makes of it."""
+"""Tests of the draft against its equation, and ``specforge plugins check``."""
 
 from __future__ import annotations
 
