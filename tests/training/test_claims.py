@@ -167,7 +167,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     assert begin(tmp_path) == "version_0"
-    assert "has no locks" in caplog.text
+    assert "no locks on this file system" in caplog.text
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -56,7 +56,7 @@ def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
         return f"{match['flag']} needs a value"
     if match := re.match(r"the following arguments are required: (?P<names>.*)", message):
         names = (_as_typed(name, parser) for name in match["names"].split(", "))
-        return f"missing: {', '.join(names)}{_see(parser)}"
+        return f"required: {', '.join(names)}{_see(parser)}"
     if match := re.match(r"unrecognized arguments: (?P<words>[^-].*)", message, re.IGNORECASE):
         return f"unexpected argument {match['words']!r}; use --KEY VALUE{_see(parser)}"
     return " ".join(message.split())
