@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 
@@ -86,7 +87,7 @@ def help_text(registry: Registry) -> str:
         "start here:",
         "  specforge fit --config configs/quickstart.yaml  a small draft, in two minutes",
         "  specforge fit --algorithm NAME --help           every setting of an algorithm:",
-        f"{'':<50}{', '.join(sorted(registry.all(Algorithm)))}",
+        *(f"{'':<50}{line}" for line in textwrap.wrap(", ".join(sorted(registry.all(Algorithm))), 80 - 50)),
     ]
     broken = [plugin for plugin in registry.plugins if plugin.faults]
     if broken:

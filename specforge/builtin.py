@@ -53,6 +53,9 @@ def specforge_objectives() -> Iterable[Objective]:
         Objective(
             "text", "cross-entropy with the text's own tokens", f"{_OBJECTIVES}:text_cross_entropy", uses_text=True
         ),
+        Objective(
+            "argmax", "cross-entropy with the verifier's most probable token", f"{_OBJECTIVES}:argmax_cross_entropy"
+        ),
         Objective("total_variation", "rejection probability 1 - sum min(p, q)", f"{_OBJECTIVES}:total_variation"),
         Objective("jsd", "Jensen-Shannon divergence", f"{_OBJECTIVES}:jensen_shannon"),
         Objective("lk_alpha", "-log of the acceptance probability", f"{_OBJECTIVES}:lk_alpha"),

@@ -112,5 +112,5 @@ def _margins(
             # A token that the draft does not know leaves all others.
             others = torch.where(places[:, None] >= 0, logits.scatter(1, index, -torch.inf), logits).amax(1)
             margins[step, row] = own - others
-            rounding[step, row] = ROUNDING * precision * logits.abs().amax(1)
+            rounding[step, row] = ROUNDING * precision * logits.masked_fill(logits.isinf(), 0).abs().amax(1)
     return margins, rounding

@@ -219,7 +219,7 @@ class Measuring:
         return capture(self.verifier, text[None], torch.arange(len(text), device=text.device)[None], aux_layers)
 
     def _chain(self, draft: SpeculatorModel) -> int:
-        return min(CHAIN, draft.drafter(1).max_depth or CHAIN)
+        return draft.drafter(1).max_depth or CHAIN
 
 
 def _gather(decoder: Decoder, prompts: list[Tensor], settings: Settings) -> list[list[Emission]]:

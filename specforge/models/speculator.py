@@ -152,6 +152,11 @@ class SpeculatorModel(nn.Module):
         """The matrix that turns states into logits, [D, H]; or a list with one for each step."""
         raise NotImplementedError
 
+    @property
+    def further_head(self) -> Tensor | None:
+        """A second matrix whose logits are added, [D, R]: it reads the last R columns of what the head reads."""
+        return None
+
     def before_head(self, states: Tensor) -> Tensor:
         """Return the heads' input for states [..., H]; by default the states themselves."""
         return states

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -77,3 +77,32 @@ def map_faults(d2t: Tensor, t2d: Tensor | None, size: int) -> Iterator[str]:
             f"t2d marks {marked.numel()} tokens, which are not the {ids.numel()} that d2t maps to{zeros}; d2t must "
             "hold id - index"
         )
+
+
+def token_map_faults(tensors: Mapping[str, Tensor], draft_size: int | None, verifier_size: int | None) -> Iterator[str]:
+    """Yield what is wrong with the maps among a draft's tensors, for readers of ``d2t`` and ``t2d``.
+
+    Args:
+        tensors: All tensors by name.
+        draft_size: Size D of the draft vocabulary, as ``config.json`` says.
+        verifier_size: Size V of the verifier's.
+    """
+    d2t, t2d = tensors.get("d2t"), tensors.get("t2d")
+    if draft_size is None or verifier_size is None:
+        return
+    if draft_size == verifier_size:
+        if d2t is not None:
+            yield "d2t is there, though both vocabularies are the same; it has to be left out"
+        return
+    if d2t is None:
+        yield (
+            f"d2t is missing, though the draft has {draft_size} of {verifier_size} tokens: engines would take "
+            "draft ids for the verifier's, and accept nothing"
+        )
+        return
+    if d2t.dtype != torch.int64:
+        yield f"d2t is {d2t.dtype}, not torch.int64"
+    if t2d is not None and t2d.dtype != torch.bool:
+        yield f"t2d is {t2d.dtype}, not torch.bool"
+    if d2t.ndim == 1 and d2t.numel() and not d2t.is_floating_point():
+        yield from map_faults(d2t, t2d, verifier_size)

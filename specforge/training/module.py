@@ -198,7 +198,10 @@ class DraftModule(LightningModule, ABC):
             places=drafted.places,
             compiled=self.compile_steps,
             weighting=self.weighting if self.training else None,
+            further_head=self.draft.further_head,
+            candidates=self.candidates,
         )
+        outcome = self.measured(batch, features, drafted, outcome)
         for name, values in self.further_losses(features, drafted, outcome).items():
             loss = outcome.loss + self.term_weights[name] * (weights * values).sum()
             outcome = replace(outcome, loss=loss, terms={name: values.detach().sum(1), **outcome.terms})
@@ -244,6 +247,17 @@ class DraftModule(LightningModule, ABC):
         """
         return {}
 
+    def measured(self, batch: Batch, features: Features, drafted: Drafted, outcome: DraftSteps) -> DraftSteps:
+        """Return the outcome as decoding has it; overridden where drafts do not choose by the logits that are trained.
+
+        Args:
+            batch: See ``draft_steps``.
+            features: The verifier's states over the batch.
+            drafted: What the draft computed.
+            outcome: How it compares with the verifier.
+        """
+        return outcome
+
     def alignment(self, batch: Batch) -> Alignment:
         """Return the target of each row and step, and which of them count.
 
@@ -255,6 +269,11 @@ class DraftModule(LightningModule, ABC):
         """
         steps = self.num_steps if self.training else self.validation_steps
         return align(batch["loss_mask"], batch["document_ids"], steps)
+
+    @property
+    def candidates(self) -> int:
+        """Number of the draft's most probable tokens at each pair that ``further_losses`` reads; mostly none."""
+        return 0
 
     @property
     def term_weights(self) -> dict[str, float]:
@@ -380,11 +399,26 @@ class DraftModule(LightningModule, ABC):
         Args:
             supervised: Which positions count, bool [S, N], on the CPU.
         """
-        begun, self._counted = self._counted, None
-        counts = begun() if begun else total(self._counts(supervised))
-        decay = self.step_decay ** torch.arange(len(supervised), device=counts.device)
+        counts = self.step_counts(supervised)
         # Gradients are averaged over the processes, which may hold different numbers of positions.
-        return decay * processes() / counts.clamp(min=1)
+        return self.step_decays(len(supervised)) * processes() / counts.clamp(min=1)
+
+    def step_decays(self, steps: int) -> Tensor:
+        """Return the weight of each step, [S]: ``step_decay`` to the power of its number.
+
+        Args:
+            steps: Number S of steps.
+        """
+        return self.step_decay ** torch.arange(steps, device=self.device)
+
+    def step_counts(self, supervised: Tensor) -> Tensor:
+        """Return what each step's sum of losses is divided by, over all processes and the optimizer step, [S].
+
+        Args:
+            supervised: Which positions count, bool [S, N], on the CPU.
+        """
+        begun, self._counted = self._counted, None
+        return begun() if begun else total(self._counts(supervised))
 
     def _counts(self, supervised: Tensor) -> Tensor:
         """Return this process's share of the denominator of each step, [S]."""

@@ -50,6 +50,22 @@ def reason_to_refuse(draft: Any, reader: str) -> str | None:
             return "no names for the norms"
         if reader == "vllm" and config.fusion_bias and bool(draft.fusion_fc.bias.any()):
             return "vLLM would leave out"
+    if config.speculators_model_type in ("dflash", "dflash2", "dspark"):
+        return reason_to_refuse_blocks(config, reader)
+    return None
+
+
+def reason_to_refuse_blocks(config: Any, reader: str) -> str | None:
+    layers = config.transformer_layer_config
+    slides = "sliding_attention" in layers.layer_types
+    if reader == "plain" and config.draft_vocab_size != layers.vocab_size:
+        return "no draft vocabulary"
+    if reader == "plain" and slides:
+        return "disagree on sliding layers"
+    if reader == "vllm" and getattr(config, "markov_head_type", "vanilla") != "vanilla":
+        return "parameters for 'vanilla' only"
+    if reader == "vllm" and slides and "full_attention" in layers.layer_types and not config.sliding_window_non_causal:
+        return "would run layers with full attention causally"
     return None
 
 

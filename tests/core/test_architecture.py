@@ -22,7 +22,7 @@ GROUND = {
     *("sampling", "drawing", "documents", "moving", "quiet", "interrupts", "private"),
 }
 FEATURES = GROUND | {"verifier"}
-DRAFTS = FEATURES | {"models", "models/chain", "proposals", "decoding"}
+DRAFTS = FEATURES | {"models", "models/chain", "models/block", "proposals", "decoding"}
 ROWS = {"data/text", "data/rows"}
 DATA = ROWS | {"data", "data/features"}
 TRAINING = {"training", "training/losses", "training/callbacks", "training/cli"}
@@ -40,6 +40,7 @@ MAY_KNOW = {
     "engines": GROUND | ROWS,
     "models": FEATURES,
     "models/chain": FEATURES | {"models"},
+    "models/block": FEATURES | {"models", "models/chain"},
     "proposals": FEATURES | {"models"},
     "decoding": FEATURES | {"models", "proposals"},
     "evaluation": DRAFTS | ROWS,

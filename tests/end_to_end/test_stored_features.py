@@ -24,6 +24,11 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "algorithm": "eagle",
         "model": {"alignment_steps": 3, "objective": {"cross_entropy": 0.1, "top_k": 1.0}, "schedule": {"warmup": 1}},
     },
+    # It reads the layers that the stores hold, which were prepared for the first of these.
+    "dspark": {
+        "algorithm": "dspark",
+        "model": {"draft": {"num_layers": 1, "aux_layers": [2, 4, 5], "mask_token_id": 0}},
+    },
     "mlp": {"algorithm": "mlp", "model": {"draft": {"num_layers": 2, "intermediate_size": 48}}},
     "mlp, soft": {
         "algorithm": "mlp",

@@ -25,6 +25,7 @@ from specforge.training.module import DraftModule
 from specforge.training.optimizers import OptimizerSettings
 from specforge.verifier.loading import load_verifier
 from specforge.verifier.parts import VerifierParts
+from specforge_dflash.settings import DFlash2DraftSettings, DFlashDraftSettings, DSparkDraftSettings
 from specforge_eagle3.module import Eagle3DraftSettings
 from specforge_mlp.module import MLPDraftSettings
 
@@ -48,6 +49,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "eagle": ("eagle", {}),
     "hass": ("eagle", {"alignment_steps": 3, "objective": {"cross_entropy": 0.1, "top_k": 1.0}}),
     "mlp": ("mlp", {}),
+    "dflash": ("dflash", {"anchors": 8, "draft": DFlashDraftSettings(num_layers=2, draft_vocab_size=512)}),
+    "dflash2": ("dflash2", {"anchors": 8, "draft": DFlash2DraftSettings(num_layers=1, selector_rank=16)}),
+    "dspark with activations recomputed": (
+        "dspark",
+        {"anchors": 8, "draft": DSparkDraftSettings(num_layers=2), "activation_checkpointing": True},
+    ),
     "mlp untied": ("mlp", {"draft": MLPDraftSettings(num_layers=2, tie_weights=False), "optimizer": MUON}),
 }
 

@@ -13,7 +13,16 @@ from specforge.models import Eagle3DraftModel, EagleSpeculator, MLPSpeculator
 from specforge.models.drafter import Drafter
 from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.parts import VerifierParts
+from specforge_dflash.dflash2 import DFlash2DraftModel
+from specforge_dflash.dspark import DSparkDraftModel
+from specforge_dflash.model import DFlashDraftModel
 
+SMALL_BLOCKS = {"num_layers": 2, "aux_hidden_state_layer_ids": [2, 4, 5], "mask_token_id": 0, "block_size": 4}
+BLOCKS: dict[str, tuple[type[DFlashDraftModel], dict[str, Any]]] = {
+    "dflash": (DFlashDraftModel, {}),
+    "dflash2": (DFlash2DraftModel, {"selector_rank": 8, "selector_top_k": 5}),
+    "dspark": (DSparkDraftModel, {"markov_rank": 8, "sample_from_anchor": True}),
+}
 VERIFIER = Path(__file__).parents[2] / "configs" / "quickstart" / "verifier"
 
 
@@ -22,9 +31,13 @@ def make(algorithm: str, **options: Any) -> SpeculatorModel:
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(VERIFIER)
     options = {"verifier_name_or_path": str(VERIFIER), **options}
-    if algorithm == "eagle3":
+    draft: Any
+    if algorithm in BLOCKS:
+        network, own = BLOCKS[algorithm]
+        draft = network.from_training_args(config, **{**SMALL_BLOCKS, **own, **options})
+    elif algorithm == "eagle3":
         options = {"t2d": torch.arange(config.vocab_size) % 3 == 0, **options}
-        draft: Any = Eagle3DraftModel.from_training_args(config, **options)
+        draft = Eagle3DraftModel.from_training_args(config, **options)
     else:
         draft = {"eagle": EagleSpeculator, "mlp": MLPSpeculator}[algorithm].from_training_args(config, **options)
     with torch.no_grad():

@@ -22,6 +22,14 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "algorithm": "eagle3",
         "model": {"ttt_steps": 3, "draft": {"draft_vocab_size": 40}, "objective": {"kl": 0.5, "lk_lambda": 0.5}},
     },
+    # Its anchors are drawn anew at each step.
+    "dspark": {
+        "algorithm": "dspark",
+        "model": {
+            "anchors": 4,
+            "draft": {"num_layers": 2, "block_size": 3, "markov_rank": 8, "draft_vocab_size": 40, "mask_token_id": 1},
+        },
+    },
     # At temperature 0 the verifier generates the same text in every process.
     "mlp": {
         "algorithm": "mlp",

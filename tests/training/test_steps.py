@@ -15,6 +15,8 @@ from specforge.training.losses.distillation import DraftSteps
 from specforge.training.module import DraftModule
 from specforge.training.steps import prepare_steps
 from specforge.verifier.parts import VerifierParts
+from specforge_dflash.dflash2_module import DFlash2Module
+from specforge_dflash.settings import DFlash2DraftSettings
 from specforge_eagle.module import EagleModule
 from specforge_eagle3.module import Eagle3DraftSettings, Eagle3Module
 from specforge_mlp.module import MLPModule
@@ -24,6 +26,12 @@ MODULES = {
     "eagle3": partial(Eagle3Module, draft=Eagle3DraftSettings(num_layers=2, draft_vocab_size=40), ttt_steps=STEPS),
     "hass": partial(EagleModule, noise=0.0, alignment_steps=STEPS),
     "mlp": MLPModule,
+    "dflash2": partial(
+        DFlash2Module,
+        draft=DFlash2DraftSettings(
+            num_layers=1, block_size=4, mask_token_id=0, selector_rank=4, selector_top_k=5, conv_group_size=4
+        ),
+    ),
 }
 # What each algorithm computes last at a row, before its head.
 LAST: dict[str, Callable[[Any], torch.nn.Module]] = {

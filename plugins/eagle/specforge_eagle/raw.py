@@ -245,7 +245,7 @@ def _has_raw_names(stored: StoredDraft) -> bool:
         and fusion is not None
         and fusion.ndim == 2
         and any(name.startswith("layers.0.") for name in names)
-        and "layers.0.hidden_norm.weight" not in names
+        and not {"layers.0.hidden_norm.weight", "hidden_norm.weight"} & names.keys()
     )
 
 

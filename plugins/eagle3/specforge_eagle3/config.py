@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import ClassVar, Self
 
-from pydantic import Field, GetPydanticSchema, field_serializer, field_validator, model_validator
-from transformers import LlamaConfig, PreTrainedConfig
+from pydantic import Field, field_validator, model_validator
+from transformers import LlamaConfig
 
 from specforge.config import SpeculatorModelConfig
 from specforge.errors import UsageError
-from specforge.models.base_components import PLAIN, built, family
-from specforge.models.rope import with_settled_rope
-
-# Pydantic must not validate transformers' configuration field by field: the validator below checks it.
-LayerConfig = Annotated[PreTrainedConfig, GetPydanticSchema(lambda _, handler: handler(Any))]
-
-# Fields common to all of transformers' configurations that readers of a draft need.
-KEPT = {"model_type"}
+from specforge.models.layer_config import LayerConfig
 
 
 class Eagle3SpeculatorConfig(SpeculatorModelConfig):
@@ -57,26 +50,6 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
     def num_aux_layers(self) -> int:
         """Number n of verifier layers that features are taken from."""
         return len(self.eagle_aux_hidden_state_layer_ids or (0, 0, 0))
-
-    @field_validator("transformer_layer_config", mode="before")
-    @classmethod
-    def validate_transformer_config(cls, value: Any) -> Any:
-        """Accept a dict with a ``model_type`` or a transformers configuration; refuse anything else."""
-        if isinstance(value, PreTrainedConfig):
-            return value
-        if not isinstance(value, dict):
-            raise ValueError("must be a dict or a transformers configuration")
-        try:
-            config_class = family(str(value.get("model_type", "llama"))).config
-        except UsageError as error:
-            raise ValueError(f"model_type: {error}") from None
-        return built(config_class, with_settled_rope(value, PLAIN))
-
-    @field_serializer("transformer_layer_config")
-    def serialize_transformer_config(self, value: PreTrainedConfig) -> dict[str, Any]:
-        """Store the layers' whole configuration, without fields that only concern transformers."""
-        general = PreTrainedConfig().to_dict().keys() - KEPT
-        return {name: one for name, one in value.to_dict().items() if name not in general}
 
     @field_validator("eagle_aux_hidden_state_layer_ids")
     @classmethod

@@ -17,6 +17,7 @@ from specforge.checkpoints.plain import NOT_OF_THE_LAYERS, position_faults, widt
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.config import SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
+from specforge.models.layer_config import stored_layers
 from specforge.models.speculator import SpeculatorModel
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge_eagle3.config import Eagle3SpeculatorConfig, default_aux_layers
@@ -104,7 +105,7 @@ class MidlayerLayout(Layout):
                 f"{self.reader} does not support {' or '.join(options)} and would ignore it; serve it with vLLM "
                 "(--format vllm), or train with these options off"
             )
-        values = with_old_rope(config.serialize_transformer_config(layers)) | {
+        values = with_old_rope(stored_layers(layers)) | {
             "architectures": [ARCHITECTURE],
             "draft_vocab_size": config.draft_vocab_size,
             "dtype": str(draft.dtype).removeprefix("torch."),

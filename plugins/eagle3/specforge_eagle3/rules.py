@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.errors import UsageError
-from specforge.models.vocabulary import map_faults
+from specforge.models.vocabulary import token_map_faults
 from specforge.verifier.features import check_aux_layers
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -27,25 +26,7 @@ def tensor_faults(tensors: Mapping[str, Tensor], draft_size: int | None, verifie
     for name in tensors:
         if name.startswith("verifier_"):
             yield f"the file holds {name}, which is the verifier's: vLLM refuses it, and others ignore it"
-    d2t, t2d = tensors.get("d2t"), tensors.get("t2d")
-    if draft_size is None or verifier_size is None:
-        return
-    if draft_size == verifier_size:
-        if d2t is not None:
-            yield "d2t is present, although both vocabularies are the same; it must be left out"
-        return
-    if d2t is None:
-        yield (
-            f"d2t is missing, although the draft has {draft_size} of {verifier_size} tokens: engines would take "
-            "draft ids for verifier ids, and accept nothing"
-        )
-        return
-    if d2t.dtype != torch.int64:
-        yield f"d2t is {d2t.dtype}, not torch.int64"
-    if t2d is not None and t2d.dtype != torch.bool:
-        yield f"t2d is {t2d.dtype}, not torch.bool"
-    if d2t.ndim == 1 and d2t.numel() and not d2t.is_floating_point():
-        yield from map_faults(d2t, t2d, verifier_size)
+    yield from token_map_faults(tensors, draft_size, verifier_size)
 
 
 def layer_id_faults(ids: Sequence[int], verifier: VerifierFacts | None) -> Iterator[str]:

@@ -83,9 +83,10 @@ def greatest_logits(model: SpeculatorModel, tokens: Tensor, features: Features) 
     """
     ids, values = [], []
     for step, logits in enumerate(_step_logits(model, tokens, features)):
-        if not bool(torch.isfinite(logits).all()):
+        # A draft may leave out tokens, by logits of minus infinity.
+        if not bool(torch.isfinite(logits.amax(-1)).all()):
             raise UsageError(f"at step {step}, the draft's logits are not finite; its settings or weights are damaged")
-        top = logits.topk(min(KEPT, logits.shape[-1]))
+        top = logits.topk(min(KEPT, int(torch.isfinite(logits).sum(-1).min())))
         places = top.indices.cpu()
         ids.append((places if model.draft_ids is None else model.draft_ids.cpu()[places]).tolist())
         values.append(top.values.cpu().tolist())

@@ -88,7 +88,7 @@ def drafter_agreement(model: SpeculatorModel, verifier: PreTrainedModel, texts: 
     Returns:
         The rounds; none where this pair can be trained and served, but not decoded here.
     """
-    chain = min(CHAIN, model.drafter(1).max_depth or CHAIN)
+    chain = model.drafter(1).max_depth or CHAIN
     prompts = [torch.tensor(text.tokens[: text.begin]) for text in texts]
     spoken: list[list[Emission]] = [[] for _ in prompts]
     try:
@@ -154,7 +154,7 @@ def greedy_acceptance(
     Raises:
         UsageError: No text has two tokens of the verifier's, so that there is no round at all.
     """
-    steps = min(CHAIN, model.drafter(1).max_depth or CHAIN)
+    steps = model.drafter(1).max_depth or CHAIN
     by_text, lengths = [], []
     for text in texts:
         anchors = len(text.tokens) - 1 - text.begin

@@ -84,6 +84,26 @@ class TokenRows:
         return _count_supervised(self._batches(), self.vocabulary_size)
 
     @cached_property
+    def token_counts(self) -> Tensor:
+        """How often each id occurs, supervised or not, int64 [V]."""
+        counts = np.zeros(self.vocabulary_size, dtype=np.int64)
+        for batch in self._batches():
+            counts += np.bincount(pc.list_flatten(batch["input_ids"]).to_numpy(), minlength=self.vocabulary_size)
+        return torch.from_numpy(counts)
+
+    @cached_property
+    def longest_response(self) -> int:
+        """Most supervised tokens that follow each other in a row."""
+        longest = 0
+        for batch in self._batches():
+            mask = pc.list_flatten(batch["loss_mask"]).to_numpy()
+            ends = np.cumsum(pc.list_value_length(batch["loss_mask"]).to_numpy())
+            # A token that is not supervised behind each row, so that no span crosses from one to the next.
+            gaps = np.flatnonzero(~np.insert(mask, ends, False))
+            longest = max(longest, int(np.diff(gaps, prepend=-1).max()) - 1)
+        return longest
+
+    @cached_property
     def digests(self) -> npt.NDArray[np.uint64]:
         """Digest of the tokens of each row, uint64 [rows, 2]."""
         digests = []

@@ -57,4 +57,8 @@ class DraftWriter(Callback):
 def _best_draft(path: Path, last: SpeculatorModel) -> SpeculatorModel:
     check_checkpoint(path)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    return type(last).from_state(last.config, draft_weights(checkpoint), where=str(path))
+    # How candidates are chosen may have been found in validation.
+    stored = checkpoint.get("draft_config", {})
+    chosen = {name: stored[name] for name in last.config.proposal_fields if name in stored}
+    config = last.config.model_copy(update=chosen)
+    return type(last).from_state(config, draft_weights(checkpoint), where=str(path))

@@ -78,6 +78,8 @@ class DraftSteps:
         agreement: Whether the most probable tokens of draft and verifier agree, [S, N]; 0 if not supervised.
         matches: Whether the draft's most probable token is the text's, [S, N]; 0 if not supervised or no labels.
         drawn: Acceptance probability of a sampled draft token given the text's token, [S, N]; 0 likewise.
+        candidates: The draft's K most probable tokens at each pair that was run, int64 [P, K]; K is 0 by default.
+        verifier_tops: Draft id of the verifier's most probable token there, int64 [P]; -1 if it is not a draft token.
     """
 
     loss: Tensor
@@ -87,6 +89,8 @@ class DraftSteps:
     agreement: Tensor
     matches: Tensor
     drawn: Tensor
+    candidates: Tensor | None = None
+    verifier_tops: Tensor | None = None
 
 
 def distill(
@@ -102,11 +106,14 @@ def distill(
     places: Tensor | None = None,
     compiled: bool = False,
     weighting: ChainWeighting | None = None,
+    further_head: Tensor | None = None,
+    candidates: int = 0,
 ) -> DraftSteps:
     """Compare a draft's steps with the verifier.
 
     Args:
-        hidden: Input of the draft's head, [S, N, H]; with ``places``, only of the pairs that were run, [P, H].
+        hidden: Input of the draft's head, [S, N, H]; with ``places``, only of the pairs that were run, [P, H]. With a
+            ``further_head``, R more columns.
         head: The draft's head, [D, H]; or one for each of the S steps.
         teacher: The verifier's states and head.
         targets: Row of ``teacher.last`` that each row and step is compared with, int64 [S, N], on the CPU.
@@ -119,6 +126,9 @@ def distill(
             state.
         compiled: Whether torch.compile fuses the operations on the logits; slows the first call.
         weighting: A further factor of each pair that depends on its whole chain; None for none.
+        further_head: A second head for the last R columns of ``hidden``, [D, R]; its logits are added to the head's. A
+            frozen head then needs no gradient, unlike one matrix for both.
+        candidates: Number K of the draft's most probable tokens that are returned for each pair.
     """
     if places is None:
         hidden = hidden.flatten(0, 1)
@@ -131,12 +141,14 @@ def distill(
         moved(supervised, hidden.device),
         *(terms, weights, labels, finish),
         weighting=weighting,
+        candidates=candidates,
         compare=compiled_compare() if compiled else compare,
     )
     if not torch.is_grad_enabled():
         # Otherwise a trained head would require its gradient in validation, too.
         hidden, heads = hidden.detach(), [one.detach() for one in heads]
-    loss, sums, *by_row = _Distill.apply(hidden, work, *heads)
+        further_head = None if further_head is None else further_head.detach()
+    loss, sums, *by_row = _Distill.apply(hidden, work, further_head, *heads)
     names = [term.name for term in terms]
     return DraftSteps(loss, dict(zip(names, sums, strict=True)), work.supervised, *by_row)
 
@@ -151,6 +163,7 @@ class _Inputs:
     labels: Labels | None
     finish: Callable[[Tensor], Tensor]
     weighting: ChainWeighting | None
+    candidates: int
     compare: Callable[..., PairResults]
 
     def compared(self) -> Iterator[tuple[Chunk, _Target]]:
@@ -180,23 +193,27 @@ class _Inputs:
 
 class _Distill(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, work: _Inputs, *heads: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, work: _Inputs, further_head: Tensor | None, *heads: Tensor
+    ) -> tuple[Tensor, ...]:
         compute_type = _compute_type(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            run = _ChunkPass(hidden, heads, work, compute_type, ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+            of_hidden, _, of_further, *of_heads = ctx.needs_input_grad
+            run = _ChunkPass(hidden, heads, further_head, work, compute_type, of_hidden, of_heads[0], of_further)
             for chunk, target in work.compared():
                 run.add(chunk, target)
-        ctx.gradients = run.hidden_gradient, run.head_gradients
-        others = run.sums, run.acceptance, run.agreement, run.matches, run.drawn
+        ctx.gradients = run.hidden_gradient, run.further_gradient, run.head_gradients
+        others = run.sums, run.acceptance, run.agreement, run.matches, run.drawn, run.candidates, run.verifier_tops
         ctx.mark_non_differentiable(*others)
         return run.loss, *others
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        of_hidden, of_heads = ctx.gradients
+        of_hidden, of_further, of_heads = ctx.gradients
         return (
             None if of_hidden is None else of_hidden * scale.to(of_hidden.dtype),
             None,
+            None if of_further is None else of_further * scale,
             *(None if one is None else one * scale for one in of_heads),
         )
 
@@ -208,14 +225,17 @@ class _ChunkPass:
         self,
         hidden: Tensor,
         heads: Sequence[Tensor],
+        further_head: Tensor | None,
         work: _Inputs,
         compute_type: torch.dtype,
         train_hidden: bool,
         train_heads: bool,
+        train_further: bool,
     ) -> None:
         self.work = work
         self.hidden = hidden.detach()
         self.heads = [head.detach().to(compute_type) for head in heads]
+        self.further_head = None if further_head is None else further_head.detach().to(compute_type)
         shape = work.supervised.shape
         zeros = partial(torch.zeros, device=hidden.device, dtype=wide_type(hidden.dtype))
         self.loss = zeros(())
@@ -224,9 +244,12 @@ class _ChunkPass:
         self.agreement = zeros(shape)
         self.matches = zeros(shape)
         self.drawn = zeros(shape)
-        self.trains = train_hidden or train_heads
+        self.candidates = torch.zeros(len(hidden), work.candidates, dtype=torch.int64, device=hidden.device)
+        self.verifier_tops = torch.full((len(hidden),), -1, device=hidden.device)
+        self.trains = train_hidden or train_heads or train_further
         self.hidden_gradient = torch.zeros_like(self.hidden) if train_hidden else None
         self.head_gradients = [zeros(head.shape) if train_heads else None for head in heads]
+        self.further_gradient = zeros(further_head.shape) if further_head is not None and train_further else None
         self.mean_acceptance = self._mean_acceptance() if any(t.uses_mean_acceptance for t in work.terms) else None
 
     def add(self, chunk: Chunk, target: _Target) -> None:
@@ -242,8 +265,11 @@ class _ChunkPass:
     def _logits(self, states: Tensor, chunk: Chunk) -> Tensor:
         """Compute the logits of the draft's heads for the pairs of a chunk, [M, D]."""
         logits = states.new_empty(len(states), len(self.heads[0]))
+        width = self.heads[0].shape[1]
         for head, own in zip(self.heads, chunk.by_head(len(self.heads)), strict=True):
-            torch.mm(states[own], head.T, out=logits[own])
+            torch.mm(states[own, :width], head.T, out=logits[own])
+        if self.further_head is not None:
+            logits.addmm_(states[:, width:], self.further_head.T)
         return logits
 
     def _weights(self, logits: Tensor, target: _Target, chunk: Chunk) -> Tensor:
@@ -289,6 +315,9 @@ class _ChunkPass:
         self.sums.index_add_(1, chunk.steps, found.values)
         self.acceptance[chunk.steps, chunk.rows] = found.acceptance
         self.agreement[chunk.steps, chunk.rows] = (found.top == target.top[chunk.target_of]).to(self.agreement.dtype)
+        if self.work.candidates:
+            self.candidates[chunk.places] = logits.topk(self.work.candidates).indices
+            self.verifier_tops[chunk.places] = target.top[chunk.target_of]
         if self.work.labels is not None:
             self._replay(self.work.labels.sampling, self.work.finish(logits), found.top, target, chunk)
 
@@ -313,17 +342,17 @@ class _ChunkPass:
 
     def _accumulate(self, of_logits: Tensor, states: Tensor, chunk: Chunk) -> None:
         """Add the gradients of the states and heads from the gradient of a chunk's logits."""
+        width = self.heads[0].shape[1]
         for number, own in enumerate(chunk.by_head(len(self.heads))):
             if self.hidden_gradient is not None:
                 of_states = of_logits[own] @ self.heads[number]
-                self.hidden_gradient[chunk.places[own]] = of_states.to(self.hidden_gradient.dtype)
-            gradient = self.head_gradients[number]
-            if gradient is None:
-                continue
-            if gradient.dtype == of_logits.dtype:
-                gradient.addmm_(of_logits[own].T, states[own])
-            else:
-                gradient += of_logits[own].T @ states[own]
+                self.hidden_gradient[chunk.places[own], :width] = of_states.to(self.hidden_gradient.dtype)
+            _add_product(self.head_gradients[number], of_logits[own], states[own, :width])
+        if self.further_head is not None:
+            if self.hidden_gradient is not None:
+                of_states = of_logits @ self.further_head
+                self.hidden_gradient[chunk.places, width:] = of_states.to(self.hidden_gradient.dtype)
+            _add_product(self.further_gradient, of_logits, states[:, width:])
 
     def _mean_acceptance(self) -> Tensor:
         """Return the mean acceptance of each step over all processes, [S], computed without gradients."""
@@ -354,6 +383,16 @@ class _Target:
     log_p_full: Tensor
     top: Tensor
     log_p_text: Tensor | None
+
+
+def _add_product(gradient: Tensor | None, of_logits: Tensor, states: Tensor) -> None:
+    """Add what logits [M, D] of states [M, H] come to in the gradient of their head, [D, H], if that is asked for."""
+    if gradient is None:
+        return
+    if gradient.dtype == of_logits.dtype:
+        gradient.addmm_(of_logits.T, states)
+    else:
+        gradient += of_logits.T @ states
 
 
 def _tail(target: _Target, number: int) -> _Target:

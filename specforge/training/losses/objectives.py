@@ -73,6 +73,11 @@ def text_cross_entropy(rows: Distributions) -> Tensor:
     return -found.masked_fill(rows.text < 0, 0)
 
 
+def argmax_cross_entropy(rows: Distributions) -> Tensor:
+    """Cross-entropy with the verifier's most probable draft token, -log q(argmax p)."""
+    return -rows.log_q.gather(1, rows.log_p.argmax(-1, keepdim=True)).squeeze(1)
+
+
 def total_variation(rows: Distributions) -> Tensor:
     """Probability of rejection, 1 - sum_v min(p, q): total variation with the verifier's full distribution."""
     return 1 - acceptance(rows)

@@ -26,7 +26,7 @@ from specforge.verifier.parts import VerifierParts
 
 H, V = 5, 13
 PRUNED = [1, 2, 5, 8, 12]
-NAMES = ["kl", "reverse_kl", "cross_entropy", "total_variation", "jsd", "lk_alpha", "lk_lambda", "text"]
+NAMES = ["kl", "reverse_kl", "cross_entropy", "total_variation", "jsd", "lk_alpha", "lk_lambda", "text", "argmax"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -114,6 +114,7 @@ def plain_value(name: str, q: Tensor, p: Tensor, full: Tensor, mean_acceptance: 
         "jsd": ((p * (p / middle).log()).sum() + (q * (q / middle).log()).sum()) / 2,
         "lk_alpha": -accepted.log(),
         "lk_lambda": fading * kl + (1 - fading) * (1 - accepted),
+        "argmax": -q[p.argmax()].log(),
         "text": q.sum() * 0 if place is None else -q[place].log(),
     }[name]
 
@@ -349,6 +350,52 @@ def test_each_step_may_have_its_own_head(chunk: int, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(gradient, wanted)
     torch.testing.assert_close(joint.acceptance, torch.stack([one.acceptance for one in each]).sum(0))
     torch.testing.assert_close(joint.terms["kl"], torch.stack([one.terms["kl"] for one in each]).sum(0))
+
+
+@pytest.mark.parametrize("chunk", [1, 10_000])
+def test_a_further_head_adds_its_logits_and_leaves_the_first_alone(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", chunk)
+    problem, rank = make_problem(), 2
+    generator = torch.Generator().manual_seed(2)
+    latents, further = (
+        torch.randn(*shape, rank, generator=generator, dtype=torch.float64)
+        for shape in (problem.hidden.shape[:2], problem.head.shape[:1])
+    )
+    hidden = torch.cat([problem.hidden.detach(), latents], dim=-1).requires_grad_()
+    head, joined = problem.head.detach(), torch.cat([problem.head.detach(), further], dim=1).requires_grad_()
+    further.requires_grad_()
+
+    def gradients(*heads: Tensor | None) -> list[Tensor]:
+        outcome = distill(
+            *(hidden, heads[0], problem.teacher, problem.targets, problem.supervised),
+            objective_terms({"kl": 1.0, "total_variation": 0.5}),
+            by_pair(problem),
+            further_head=heads[1],
+        )
+        trained = [one for one in (hidden, *heads) if one is not None and one.requires_grad]
+        return [outcome.loss.detach(), outcome.acceptance, *torch.autograd.grad(outcome.loss, trained)]
+
+    loss, accepted, of_hidden, of_further = gradients(head, further)
+    wanted = gradients(joined, None)
+    for found, expected in zip((loss, accepted, of_hidden), wanted, strict=False):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(of_further, wanted[3][:, -rank:])
+
+
+def test_candidates_are_the_most_probable_tokens_of_each_pair() -> None:
+    problem = make_problem(pruned=False)
+    outcome = distill(
+        *(problem.hidden, problem.head, problem.teacher, problem.targets, problem.supervised),
+        objective_terms({"kl": 1.0}),
+        by_pair(problem),
+        candidates=3,
+    )
+    counted = problem.supervised.flatten()
+    logits = problem.hidden.flatten(0, 1) @ problem.head.T
+    assert outcome.candidates is not None and outcome.verifier_tops is not None
+    assert torch.equal(outcome.candidates[counted], logits.topk(3).indices[counted])
+    tops = problem.teacher.parts.logits(problem.teacher.last[problem.targets]).argmax(-1).flatten()
+    assert torch.equal(outcome.verifier_tops[counted], tops[counted])
 
 
 def test_backward_scales_the_gradient() -> None:

@@ -1,0 +1,160 @@
+"""Block drafts at work say what the same networks say in training; and what is decoded is the verifier's own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from block_drafts import AUX_LAYERS, KINDS, MASK, random_draft
+from random_verifiers import WIDTH
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specforge.config import TokenProposalConfig
+from specforge.decoding.loop import Decoder
+from specforge.errors import UsageError
+from specforge.proposals import (
+    DynamicTreeTokenProposalConfig,
+    GreedyTokenProposalConfig,
+    SamplingTokenProposalConfig,
+    StaticTreeTokenProposalConfig,
+)
+from specforge.sampling import Sampling
+from specforge.verifier.features import Features
+
+VerifierOf = Callable[[str], PreTrainedModel]
+LENGTH = 16
+COMMITS = [[5, 2, 3], [1, 3, 2], [4, 1, 1]]
+TREE = [[-1, -1], [0, 0, 1], [2, 4]]
+PROPOSALS: dict[str, TokenProposalConfig] = {
+    "greedy": GreedyTokenProposalConfig(speculative_tokens=4),
+    "sampling": SamplingTokenProposalConfig(speculative_tokens=4),
+    "static_tree": StaticTreeTokenProposalConfig(initial_branching_factor=3, depth=3),
+    "dynamic_tree": DynamicTreeTokenProposalConfig(speculative_tokens=9, expansion_factor=3, depth=4),
+}
+
+
+class Bench:
+    """Sequences with features, and a drafter that has committed some of each."""
+
+    def __init__(self, draft: Any, number: int = 3) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.draft, self.rows, self.done = draft, list(range(number)), [0] * number
+        self.tokens = torch.randint(0, MASK, (number, LENGTH), generator=generator)
+        shape = (number, LENGTH, len(AUX_LAYERS), WIDTH)
+        self.aux = torch.randn(shape, generator=generator, dtype=torch.float64)
+        self.drafter = draft.drafter(number)
+
+    def commit(self, counts: Sequence[int]) -> None:
+        """Commit so many tokens of each sequence; what stands after the shorter ones is never looked at."""
+        tokens = torch.full((len(counts), max(counts)), 7)
+        aux = torch.full((*tokens.shape, *self.aux.shape[2:]), 7.0, dtype=torch.float64)
+        for place, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
+            begin = self.done[row]
+            tokens[place, :count] = self.tokens[row, begin + 1 : begin + 1 + count]
+            aux[place, :count] = self.aux[row, begin : begin + count]
+            self.done[row] += count
+        self.drafter.commit(tokens, Features(aux, aux[:, :, 0]), torch.tensor(counts))
+
+    def expected(self, row: int, path: Sequence[int]) -> Tensor:
+        """What training computes for the sequence so far and a path after it: logits after the path, [D]."""
+        done = self.done[row]
+        text = torch.cat([self.tokens[row, : done + 1], torch.tensor([*path, 0, 0, 0, 0, 0])])[None]
+        aux = torch.full((1, text.shape[1], *self.aux.shape[2:]), 3.0, dtype=torch.float64)
+        aux[0, :done] = self.aux[row, :done]
+        positions = torch.arange(text.shape[1])[None]
+        hidden = self.draft.unroll(
+            text, Features(aux, aux[:, :, 0]), positions, torch.zeros_like(positions), len(path) + 1
+        )
+        return self.draft.logits(hidden[len(path), 0, done - 1], len(path))
+
+    def check(self) -> None:
+        """Step through a tree; every row has tokens of its own."""
+        paths: list[list[list[int]]] = [[[]] for _ in self.rows]
+        for place, row in enumerate(self.rows):
+            torch.testing.assert_close(self.drafter.root[place], self.expected(row, []))
+        for wave in TREE:
+            first = len(paths[0]) - 1
+            tokens = (7 * torch.tensor(self.rows)[:, None] + 5 * torch.arange(first, first + len(wave))) % MASK
+            logits = self.drafter.step(tokens, torch.tensor(wave).expand(len(self.rows), -1))
+            for place, row in enumerate(self.rows):
+                new = [
+                    [*paths[place][parent + 1], token]
+                    for parent, token in zip(wave, tokens[place].tolist(), strict=True)
+                ]
+                paths[place] += new
+                for node, path in enumerate(new):
+                    torch.testing.assert_close(logits[place, node], self.expected(row, path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_each_node_of_a_tree_is_what_training_computes(kind: str, verifier_of: VerifierOf) -> None:
+    bench = Bench(random_draft(verifier_of("qwen3"), kind))
+    for counts in COMMITS:
+        bench.commit(counts)
+        bench.check()
+    bench.drafter.select(torch.tensor([2, 1]))
+    bench.rows = [2, 1]
+    bench.commit([1, 2])
+    bench.check()
+
+
+@torch.no_grad()
+def test_a_round_is_one_pass_whatever_is_drafted(verifier_of: VerifierOf) -> None:
+    bench, ran = Bench(random_draft(verifier_of("llama"), "dspark")), []
+    bench.draft.layers[0].mlp.register_forward_pre_hook(lambda _, given: ran.append(given[0].shape[0]))
+    bench.commit([5, 2, 3])
+    for wave in TREE:
+        bench.drafter.step(torch.zeros(3, len(wave), dtype=torch.int64), torch.tensor(wave).expand(3, -1))
+    assert ran == [3 * bench.draft.config.block_size]
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("kind", ["dflash", "dflash, pruned", "dflash2", "dspark"])
+def test_greedy_text_is_the_verifiers_own(kind: str, proposal: str, verifier_of: VerifierOf) -> None:
+    verifier = verifier_of("llama")
+    prompts = [torch.tensor([3, 4, 5]), torch.tensor([9]), torch.tensor([3, 4, 5, 6, 3, 4, 5])]
+    draft = random_draft(verifier, kind)
+
+    def said(*speculation: Any) -> list[list[int]]:
+        texts: list[list[int]] = [[] for _ in prompts]
+        for emission in Decoder(verifier, *speculation, stop_tokens=[]).decode(prompts, 24, seed=0):
+            texts[emission.sequence] += emission.tokens
+        return texts
+
+    assert said(draft, PROPOSALS[proposal]) == said()
+
+
+@pytest.mark.parametrize("kind", ["dflash", "dflash2", "dspark, rnn"])
+def test_sampled_text_has_the_verifiers_distribution(kind: str, verifier_of: VerifierOf) -> None:
+    """Counts of all texts of three tokens, of 27 that are possible, against their exact probabilities."""
+    verifier, sampling = verifier_of("llama"), Sampling(temperature=1.0, top_k=3)
+    prompt, number = torch.tensor([3, 4, 5]), 4000
+    law: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        texts = torch.stack([torch.cat([prompt, torch.tensor(said, dtype=torch.int64)]) for said in law])
+        rows = sampling.log_probs(verifier(texts).logits[:, -1]).exp().tolist()
+        law = {
+            (*said, token): before * probability
+            for (said, before), row in zip(law.items(), rows, strict=True)
+            for token, probability in enumerate(row)
+            if probability > 0
+        }
+    proposal = SamplingTokenProposalConfig(speculative_tokens=3)
+    decoder = Decoder(verifier, random_draft(verifier, kind), proposal, sampling, stop_tokens=[])
+    texts_said: list[list[int]] = [[] for _ in range(number)]
+    for emission in decoder.decode([prompt] * number, 3, seed=0):
+        texts_said[emission.sequence] += emission.tokens
+    counts = Counter(map(tuple, texts_said))
+    assert counts.keys() <= law.keys()
+    assert sum(abs(counts[said] / number - probability) for said, probability in law.items()) / 2 < 0.05
+
+
+def test_a_chain_longer_than_a_block_is_refused(verifier_of: VerifierOf) -> None:
+    verifier = verifier_of("llama")
+    with pytest.raises(UsageError, match="greedy proposes 5 tokens ahead, but this draft can do 4 at most"):
+        Decoder(verifier, random_draft(verifier, "dflash"), GreedyTokenProposalConfig(speculative_tokens=5))
