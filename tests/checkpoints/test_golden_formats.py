@@ -49,7 +49,7 @@ def reason_to_refuse(draft: Any, reader: str) -> str | None:
         if config.layernorms:
             return "no names for the norms"
         if reader == "vllm" and config.fusion_bias and bool(draft.fusion_fc.bias.any()):
-            return "vLLM would leave out"
+            return "vLLM would silently ignore"
     if config.speculators_model_type in ("dflash", "dflash2", "dspark"):
         return reason_to_refuse_blocks(config, reader)
     return None
