@@ -82,7 +82,7 @@ def test_the_two_devices_do_not_mix() -> None:
 
 
 @pytest.mark.parametrize("name", FIT)
-def test_fit_validate_and_going_on(name: str, workshop: Workshop) -> None:
+def test_fit_validate_and_resuming(name: str, workshop: Workshop) -> None:
     values, options = FIT[name]
     workshop.values |= values
 

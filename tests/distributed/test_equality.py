@@ -89,7 +89,7 @@ def test_losses_metrics_and_weights_are_those_of_one_process(runs: SmallRuns, al
 
 
 @pytest.mark.parametrize(("name", "like"), [("eagle-ddp", "best"), ("eagle3-fsdp2", "best"), ("muon-fsdp2", "last")])
-def test_the_draft_is_written_whole_and_once(runs: SmallRuns, name: str, like: str) -> None:
+def test_the_draft_is_written_unsharded_and_once(runs: SmallRuns, name: str, like: str) -> None:
     """Without any validation it is the last draft, which lies in shards until then."""
     run = runs.run(name)
     assert sorted(one.name for one in (run / "draft").iterdir()) == ["config.json", "model.safetensors"]
@@ -137,5 +137,5 @@ def test_gradients_are_clipped_by_value(runs: SmallRuns) -> None:
 
 
 @pytest.mark.parametrize("name", ["resumed-by-one", "resumed-by-fsdp2"])
-def test_either_number_of_processes_goes_on_from_the_others_checkpoint(runs: SmallRuns, name: str) -> None:
+def test_either_number_of_processes_resumes_the_others_checkpoint(runs: SmallRuns, name: str) -> None:
     assert_close(runs.last("eagle3-one"), runs.last(name), **SAME_WEIGHTS)

@@ -52,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
 
 
 @pytest.mark.parametrize("algorithm", RUNS)
-def test_all_figures_are_those_of_one_process(runs: SmallRuns, algorithm: str) -> None:
+def test_all_figures_equal_those_of_one_process(runs: SmallRuns, algorithm: str) -> None:
     expected, found = (logged(runs.run(f"{algorithm}-{name}")) for name in ("one", "many"))
     assert found.keys() == expected.keys() and len(expected["train/loss"]) == 6
     for tag, figures in expected.items():

@@ -113,7 +113,7 @@ def newest(output: Path) -> Path:
 
 
 @pytest.mark.parametrize(("number", "name"), enumerate(RUNS))
-def test_whatever_ends_a_run_it_comes_to_the_same_weights(workshop: Workshop, progress: Path, number: int, name: str):
+def test_a_run_reaches_the_same_weights_after_any_fault(workshop: Workshop, progress: Path, number: int, name: str):
     for key, value in RUNS[name].items():
         own = workshop.values[key]
         workshop.values[key] = value if key == "model" or isinstance(value, str) else own | value

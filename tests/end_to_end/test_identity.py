@@ -116,7 +116,7 @@ def test_a_draft_can_be_adapted_to_another_verifier_on_purpose(runs, words, veri
     assert main(["fit", *words("eagle", "adapted", *more)]) == 0
 
 
-def test_what_may_differ_is_said_and_takes_effect(runs, words, shared, capfd):
+def test_changed_settings_are_reported_and_take_effect(runs, words, shared, capfd):
     last = runs["eagle3"] / "checkpoints" / "last.ckpt"
     more = [
         f"--ckpt_path={last}",
@@ -134,14 +134,14 @@ def test_what_may_differ_is_said_and_takes_effect(runs, words, shared, capfd):
     assert group["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(1e-3)
 
 
-def test_what_does_not_differ_is_not_said(runs, words, capfd, shared):
+def test_equal_settings_are_not_reported(runs, words, capfd, shared):
     shutil.copytree(runs["eagle3"].parent, shared.folder / "same")
     assert main(["fit", *words("eagle3", "same", "--ckpt_path=last", "--trainer.max_steps=6")]) == 0
     shown = capfd.readouterr().out
     assert "resumed with other settings: trainer.max_steps 4 -> 6\n" in shown and "begin again" not in shown
 
 
-def test_another_chat_template_is_said(runs, words, capfd, tmp_path):
+def test_another_chat_template_is_reported(runs, words, capfd, tmp_path):
     shutil.copytree(VERIFIER, tmp_path / "verifier")
     template = tmp_path / "verifier" / "chat_template.jinja"
     template.write_text(template.read_text() + "{# another one #}")
@@ -158,7 +158,7 @@ def test_other_trained_weights_are_refused(runs, words, capfd):
     assert "trainable parameters differ: lm_head.weight" in capfd.readouterr().err
 
 
-def test_starting_from_a_draft_says_that_the_schedule_begins_again(runs, words, capfd):
+def test_starting_from_a_draft_reports_a_new_schedule(runs, words, capfd):
     more = [f"--model.init_from={runs['eagle'] / 'draft'}", "--trainer.max_steps=1"]
     assert main(["fit", *words("eagle", "started", *more)]) == 0
     assert "optimizer and learning-rate schedule begin again" in capfd.readouterr().out

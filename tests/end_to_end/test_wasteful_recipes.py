@@ -44,7 +44,7 @@ def test_too_few_rows_a_constant_rate_and_a_small_vocabulary(workshop, said):
     assert said("parts", "--trainer.max_steps=40", "--ckpt_path=last") == [overfitting, rate]
 
 
-def test_a_sound_recipe_is_left_in_peace(said):
+def test_a_sound_recipe_prints_no_advice(said):
     assert said("runs", "--trainer.val_check_interval=4") == []
 
 

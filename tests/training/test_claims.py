@@ -72,7 +72,7 @@ def saved(run: Path) -> Path:
     return checkpoint
 
 
-def test_runs_begun_together_get_one_folder_each(tmp_path, children):
+def test_runs_started_together_get_one_folder_each(tmp_path, children):
     for _ in range(3):
         children(lambda: begin(tmp_path) and None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["version_0", "version_1", "version_2"]
@@ -134,7 +134,7 @@ def test_nothing_is_left_of_a_run_that_wrote_nothing(tmp_path):
 
 
 class TestNames:
-    def test_a_name_is_taken_once(self, tmp_path, children):
+    def test_a_name_can_be_used_once(self, tmp_path, children):
         child = children(lambda: begin(tmp_path, "mine") and None)
         with pytest.raises(UsageError, match=r"run_name: the run .*mine is live"):
             begin(tmp_path, "mine")
@@ -142,7 +142,7 @@ class TestNames:
         kill(child)
         assert begin(tmp_path, "mine") == "mine"  # it had saved nothing
 
-    def test_a_run_that_has_saved_is_not_begun_again(self, tmp_path):
+    def test_a_run_with_checkpoints_is_not_started_again(self, tmp_path):
         saved(tmp_path / "mine")
         with pytest.raises(UsageError, match="resume it with --ckpt_path last"):
             begin(tmp_path, "mine")

@@ -118,7 +118,7 @@ def test_a_layer_of_another_family_is_written_as_what_it_is(tiny_verifiers: Mapp
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5])
-def test_each_reader_gets_the_bias_that_it_wants(
+def test_each_reader_gets_the_bias_that_it_expects(
     value: float, tiny_verifiers: Mapping[str, Any], tmp_path: Path
 ) -> None:
     draft = make_draft(tiny_verifiers, fusion_bias=True)
@@ -159,7 +159,7 @@ def test_layers_that_an_engine_does_not_draft_with_are_refused(
 
 
 @pytest.mark.parametrize("said", [True, False, None])
-def test_the_tensors_say_whether_there_is_a_bias(said: bool | None, written: tuple[EagleSpeculator, Path]) -> None:
+def test_the_tensors_decide_whether_there_is_a_bias(said: bool | None, written: tuple[EagleSpeculator, Path]) -> None:
     """SafeAILab's reader takes a missing field for true, and published heads without a bias lack the field."""
     folder = written[1]
     values = {name: value for name, value in config_of(folder).items() if name != "bias"}

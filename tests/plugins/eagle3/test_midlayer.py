@@ -117,7 +117,7 @@ def test_layer_ids_in_the_sense_of_sglang(
 
 
 @given(ids=st.sets(st.integers(0, 8), min_size=1, max_size=4).map(sorted))
-def test_no_ids_come_back_as_others(ids: list[int], tiny_verifiers: Mapping[str, Any]) -> None:
+def test_no_ids_are_read_back_as_others(ids: list[int], tiny_verifiers: Mapping[str, Any]) -> None:
     draft, sglang = make_draft(tiny_verifiers, aux_layer_ids=ids), layout("eagle3/sglang")
     if ids[0] == 1:
         with pytest.raises(UsageError, match="reads a first id of 1 as 2"):
@@ -140,7 +140,7 @@ def test_no_ids_come_back_as_others(ids: list[int], tiny_verifiers: Mapping[str,
         ("midlayer", {"num_layers": 2}, "this draft has 2"),
     ],
 )
-def test_what_a_reader_would_run_wrong_is_refused(
+def test_a_draft_that_a_reader_would_run_wrong_is_refused(
     reader: str, options: dict[str, Any], message: str, tiny_verifiers: Mapping[str, Any]
 ) -> None:
     draft = make_draft(tiny_verifiers, **options)
@@ -185,7 +185,7 @@ def test_the_map_that_engines_ignore_may_be_missing(written: tuple[Eagle3DraftMo
         read("eagle3/midlayer", written[1])
 
 
-def test_the_rotary_base_is_read_from_its_old_place(written: tuple[Eagle3DraftModel, Path]) -> None:
+def test_the_rotary_base_is_read_from_its_old_key(written: tuple[Eagle3DraftModel, Path]) -> None:
     folder = written[1]
     values = config_of(folder)
     del values["rope_parameters"]
@@ -194,7 +194,7 @@ def test_the_rotary_base_is_read_from_its_old_place(written: tuple[Eagle3DraftMo
     assert layers.rope_parameters == {"rope_type": "default", "rope_theta": 1234.0}
 
 
-def test_unfitting_tensors_are_named(written: tuple[Eagle3DraftModel, Path]) -> None:
+def test_mismatching_tensors_are_named(written: tuple[Eagle3DraftModel, Path]) -> None:
     change_weights(written[1], norm__weight=None, midlayer__unknown=torch.ones(1))
     with pytest.raises(UsageError, match=r"missing: norm\.weight; unknown: layers\.0\.unknown"):
         read("eagle3/midlayer", written[1])

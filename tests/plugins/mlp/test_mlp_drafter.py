@@ -89,7 +89,7 @@ def test_nodes_of_different_depths_may_be_stepped_at_once(name: str, verifier_of
 
 
 @torch.no_grad()
-def test_some_sequences_can_go_on_without_the_others(verifier_of: VerifierOf) -> None:
+def test_some_sequences_can_continue_without_the_others(verifier_of: VerifierOf) -> None:
     verifier = verifier_of("qwen3")
     draft = random_draft(verifier)
     tokens, last = random_rows(3, LENGTH)

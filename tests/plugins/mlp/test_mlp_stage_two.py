@@ -33,7 +33,7 @@ def batch_of(rows: list[list[int]], padding: int = 0) -> Batch:
     return {"input_ids": tokens, "document_ids": documents}
 
 
-def test_a_rest_is_left_out_but_a_short_document_is_a_prompt() -> None:
+def test_a_remainder_is_dropped_but_a_short_document_is_a_prompt() -> None:
     prompts = cut_prompts(batch_of([[10, 3], [4]], padding=2), 4)
     assert [one.tolist() for one in prompts] == [
         [1, 2, 3, 4],
@@ -121,7 +121,7 @@ def numbered(number: int) -> Iterator[tuple[int, Batch]]:
 
 @pytest.mark.parametrize("buffer", [1, 2, 5])
 @pytest.mark.parametrize("number", [0, 1, 4])
-def test_batches_made_ahead_keep_their_order(number: int, buffer: int) -> None:
+def test_prefetched_batches_keep_their_order(number: int, buffer: int) -> None:
     def make(one: int, batch: Batch) -> Batch:
         return {"made": batch["input_ids"] * 10 + one, "by": torch.tensor(threading.get_ident())}
 
@@ -131,7 +131,7 @@ def test_batches_made_ahead_keep_their_order(number: int, buffer: int) -> None:
 
 
 @pytest.mark.parametrize("buffer", [1, 3])
-def test_no_more_is_made_ahead_than_was_asked_for(buffer: int) -> None:
+def test_no_more_batches_are_prefetched_than_requested(buffer: int) -> None:
     made: list[int] = []
     read: list[int] = []
 
@@ -157,7 +157,7 @@ def test_no_more_is_made_ahead_than_was_asked_for(buffer: int) -> None:
     assert not [one for one in threading.enumerate() if one.name.startswith("stage-two")]
 
 
-def test_what_goes_wrong_while_making_is_raised_where_batches_are_taken() -> None:
+def test_errors_of_prefetching_are_raised_in_the_consumer() -> None:
     def make(one: int, batch: Batch) -> Batch:
         if one == 2:
             raise UsageError("cannot write this")

@@ -68,7 +68,7 @@ SPECIAL = (
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zs", "Zl", "Zp", "Cf"]), min_size=2))
 @example(SPECIAL)
-def test_nothing_in_a_text_is_read_as_markup(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+def test_no_text_is_read_as_markup(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     tokens = tokenizer.encode(text)[:RESPONSE_TOKENS]
     said = tokenizer.decode(tokens)
     _, marked = shown(to_markdown(Sample([], tokens, [0] * (len(tokens) - 1), 1), tokenizer))

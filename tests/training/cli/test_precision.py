@@ -163,7 +163,7 @@ def test_other_spellings_of_the_right_ones_are_read(given: Any) -> None:
         check_precision(16)
 
 
-def test_metrics_keep_their_type_whatever_the_module_is_cast_to() -> None:
+def test_metrics_keep_their_dtype_if_the_module_is_cast() -> None:
     """A mean over 600 batches would be rounded to two digits in bfloat16."""
     module = nn.Module()
     module.means, module.length = StepMeans(("kl",), 2), AcceptanceLength(2)
