@@ -1,4 +1,4 @@
-"""However a run is spread over processes, it is the same run: losses, metrics, weights and checkpoints."""
+"""A run is the same for any number of processes: losses, metrics, weights and checkpoints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def task(runs: SmallRuns, name: str, algorithm: str, strategy: str, *more: str) 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, Any]) -> SmallRuns:
-    """All runs: two processes do theirs one after the other, since starting them takes longest."""
+    """All runs: two processes do theirs in sequence, because starting them takes longest."""
     draw = random.Random(0)
     trainer = {"accelerator": "cpu", "max_steps": STEPS, "max_epochs": 9, "log_every_n_steps": 1}
     trainer |= {"gradient_clip_val": 1.0, "enable_progress_bar": False, "check_val_every_n_epoch": 1}

@@ -20,7 +20,7 @@ VALIDATION = [1, 1, 24, 1, 1, 9]
 
 
 def row(draw: random.Random, supervised: int) -> tuple[list[int], list[int]]:
-    """Make a row of random tokens that end in so many supervised ones."""
+    """Make a row of random tokens that ends in a number of supervised ones."""
     prompt = draw.randint(2, 9)
     return [draw.randrange(3, 61) for _ in range(prompt + supervised)], [0] * prompt + [1] * supervised
 

@@ -1,4 +1,4 @@
-"""The acceptance length of a run: exact where the rows say so, a proxy otherwise; and what is chosen by it."""
+"""The acceptance length of a run, exact or a proxy depending on the rows; and the choice of checkpoints by it."""
 
 from __future__ import annotations
 

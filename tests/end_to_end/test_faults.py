@@ -1,4 +1,4 @@
-"""Runs that are ended at random moments, again and again, and always come to the same weights.
+"""Runs that are repeatedly ended at random moments always reach the same weights.
 
 SPECFORGE_FAULTS=50 says how often; with -s, each is shown.
 """
@@ -59,14 +59,14 @@ def ask_to_stop(process: Process, chance: random.Random, last: Path) -> set[int]
 
 
 def fill_the_disk(process: Process, chance: random.Random, last: Path) -> set[int]:
-    """Let no file grow further than somewhere within a checkpoint."""
+    """Limit the size of files to less than a checkpoint."""
     limit = chance.randrange(10_000, 1_000_000)
     resource.prlimit(process.child, resource.RLIMIT_FSIZE, (limit, limit))
     return {1}
 
 
 def kill_and_damage(process: Process, chance: random.Random, last: Path) -> set[int]:
-    """Kill, and then cut the newest checkpoint off, change a bit of it, or put another file in its place."""
+    """Kill, then truncate the newest checkpoint, flip a bit of it, or replace it by another file."""
     process.send(signal.SIGKILL)
     ended = os.waitid(os.P_PID, process.child, os.WEXITED | os.WNOWAIT)
     if ended is not None and ended.si_code == os.CLD_KILLED and last.exists():

@@ -1,4 +1,4 @@
-"""Drafts trained on scaled features: what is found, what is written, and what else does not notice."""
+"""Drafts trained on scaled features: the scale, the written draft, and everything that must not change."""
 
 from __future__ import annotations
 

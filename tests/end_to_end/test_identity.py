@@ -1,4 +1,4 @@
-"""Checkpoints and drafts are those of one network and one verifier; whatever else is refused by name, or said."""
+"""Checkpoints and drafts belong to one network and one verifier; differences are refused or reported by name."""
 
 from __future__ import annotations
 

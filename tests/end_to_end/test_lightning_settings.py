@@ -1,4 +1,4 @@
-"""The trainer's keys mean what Lightning says, or are refused in one message; and how a run ends that cannot go on."""
+"""The trainer's keys work as in Lightning or are refused in one message; and how a run that cannot continue ends."""
 
 from __future__ import annotations
 

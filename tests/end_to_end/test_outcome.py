@@ -1,4 +1,4 @@
-"""What benchmarks/outcome hands to the published trainers, and how it measures what they hand back."""
+"""The inputs of the published trainers in benchmarks/outcome, and the measurement of their drafts."""
 
 from __future__ import annotations
 

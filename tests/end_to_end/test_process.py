@@ -1,4 +1,4 @@
-"""Several commands in one process, and plugins that came with it."""
+"""Several commands in one process, and plugins."""
 
 from __future__ import annotations
 

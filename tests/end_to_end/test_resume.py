@@ -1,4 +1,4 @@
-"""Stopping and going on: by a signal, by a crash, in the middle of an epoch; damaged checkpoints and full disks."""
+"""Stopping and resuming: after a signal, a crash, in the middle of an epoch; damaged checkpoints and full disks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ VARIANTS = {
 
 
 class Crash(Exception):
-    """Something that no part of the program expects."""
+    """An exception that no part of the program expects."""
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ class TestCrash:
 
 
 class TestDrawingAtRandom:
-    """A draft that draws by itself, as one with dropout does."""
+    """A draft with its own random numbers, as with dropout."""
 
     @pytest.fixture(autouse=True)
     def _draw(self, monkeypatch):

@@ -1,4 +1,4 @@
-"""Runs of several processes under torchrun's agent: stopped, gone on with by fewer or more, and what dies with one."""
+"""Runs of several processes under torchrun's agent: stopped, resumed with fewer or more, and after a crash."""
 
 from __future__ import annotations
 

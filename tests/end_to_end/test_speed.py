@@ -1,4 +1,4 @@
-"""What a run takes, as it is logged: the share of the time that it waits for data, and its memory."""
+"""The logged cost of a run: its share of time waiting for data, and its memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on stored states: the losses of a verifier at work, without one."""
+"""Training on stored states has the same losses as with a live verifier."""
 
 from __future__ import annotations
 

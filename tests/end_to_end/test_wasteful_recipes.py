@@ -1,4 +1,4 @@
-"""A run that wastes what it was given says so, and what to change."""
+"""A run with a wasteful recipe prints advice on what to change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary positions under all the names that they were published with."""
+"""Rotary positions under all their published names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The private names of Lightning mean what is taken for granted of them."""
+"""The private names of Lightning work as assumed."""
 
 from __future__ import annotations
 

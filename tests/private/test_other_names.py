@@ -1,4 +1,4 @@
-"""The private names of transformers, datasets, argparse and jsonargparse mean what is taken for granted of them."""
+"""The private names of transformers, datasets, argparse and jsonargparse work as assumed."""
 
 from __future__ import annotations
 

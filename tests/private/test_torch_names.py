@@ -1,4 +1,4 @@
-"""The private names of torch and torchmetrics mean what is taken for granted of them."""
+"""The private names of torch and torchmetrics work as assumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process at a time has a run's folder, and whoever finds it taken is told."""
+"""A run's folder belongs to one process at a time; others get a message."""
 
 from __future__ import annotations
 

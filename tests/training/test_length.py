@@ -1,4 +1,4 @@
-"""How many steps a run takes, and what ends it, by Lightning's rules."""
+"""The number of steps of a run, and what ends it, by Lightning's rules."""
 
 from __future__ import annotations
 

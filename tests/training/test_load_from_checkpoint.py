@@ -1,4 +1,4 @@
-"""Lightning's ``load_from_checkpoint`` gives back module and data of a run, for every algorithm."""
+"""Lightning's ``load_from_checkpoint`` restores module and data of a run, for every algorithm."""
 
 from __future__ import annotations
 

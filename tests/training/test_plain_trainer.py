@@ -1,4 +1,4 @@
-"""A draft that a Trainer of one's own trains has what the command gives it: checkpoints, board and resumption."""
+"""A user's Trainer trains a draft like the command: checkpoints, board and resumption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where runs are and how their checkpoints are found."""
+"""The folders of runs, and how their checkpoints are found."""
 
 from __future__ import annotations
 

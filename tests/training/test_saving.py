@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole at any moment."""
+"""Checkpoints on disk are complete at any moment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The EAGLE-1 draft at work says what the same network says in training, at the same row and step."""
+"""Drafting with EAGLE-1 gives the same logits as training, at the same row and step."""
 
 from __future__ import annotations
 

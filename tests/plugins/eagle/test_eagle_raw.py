@@ -139,7 +139,7 @@ def test_each_reader_gets_the_bias_that_it_expects(
 
 
 def test_readers_that_always_have_a_bias_get_zeros(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
-    """They would leave it at random where the file has none."""
+    """They would leave it random if the file has none."""
     for reader in ("hass", "sglang"):
         write(f"eagle/{reader}", make_draft(tiny_verifiers), tmp_path / reader)
         assert config_of(tmp_path / reader)["bias"] is True

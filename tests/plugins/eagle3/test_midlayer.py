@@ -106,7 +106,7 @@ def test_names_of_each_reader(tiny_verifiers: Mapping[str, Any], tmp_path: Path)
 def test_layer_ids_in_the_sense_of_sglang(
     chosen: list[int] | None, said: list[int] | None, tiny_verifiers: Mapping[str, Any], tmp_path: Path
 ) -> None:
-    """It adds 1 where the first is 1, and takes the published layers where nothing is said."""
+    """It adds 1 if the first is 1, and uses the published layers if nothing is set."""
     draft = make_draft(tiny_verifiers, aux_layer_ids=chosen)
     write("eagle3/sglang", draft, tmp_path)
     assert config_of(tmp_path).get("eagle_config", {}).get(LAYER_IDS) == said and LAYER_IDS not in config_of(tmp_path)

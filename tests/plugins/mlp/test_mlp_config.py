@@ -1,4 +1,4 @@
-"""What an MLP speculator's config.json says, in our words and in the deployed ones."""
+"""The config.json of an MLP speculator, with our names and the deployed ones."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_each_deployed_field_means() -> None:
 
 
 def test_untied_weights_are_explicit_for_readers_with_another_default() -> None:
-    """Transformers takes true for granted where tie_word_embeddings is missing."""
+    """Transformers assumes true if tie_word_embeddings is missing."""
     assert to_deployed(from_deployed({"model_type": "mlp_speculator"}))["tie_word_embeddings"] is False
 
 

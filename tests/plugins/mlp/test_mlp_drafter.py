@@ -1,4 +1,4 @@
-"""The draft at work says what the same network says in training, and its text is the verifier's own."""
+"""Drafting gives the same logits as training, and lossless text."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_more_tokens_ahead_than_heads_are_refused(proposal: Any, depth: int, ver
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_text_is_accepted_from_a_draft_that_is_right(name: str, verifier_of: VerifierOf) -> None:
-    """A draft that knows the answer by heart is right, so the loop reads its proposals as it means them."""
+    """A draft that has memorised the answer is accepted, so the loop reads proposals correctly."""
     verifier = verifier_of("llama")
     prompt = torch.tensor([[4, 9, 2, 17]])
     text = verifier.generate(prompt, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(prompt))

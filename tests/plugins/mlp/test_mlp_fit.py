@@ -1,4 +1,4 @@
-"""Whole runs in one stage and in two, stopped and gone on with, and what can be done with the draft."""
+"""Whole runs in one stage and in two, stopped and resumed, and uses of the draft."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VARIANTS: dict[str, list[str]] = {
 
 
 class Crash(Exception):
-    """Something that no part of the program expects."""
+    """An exception that no part of the program expects."""
 
 
 @pytest.fixture(scope="session")

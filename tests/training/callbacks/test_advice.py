@@ -1,4 +1,4 @@
-"""What a run says of recipes that waste."""
+"""Advice about wasteful recipes."""
 
 from __future__ import annotations
 

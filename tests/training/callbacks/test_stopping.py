@@ -1,4 +1,4 @@
-"""Errors of a run that mean that something was lost, told from errors of its own."""
+"""Errors caused by lost processes or memory, distinguished from the run's own errors."""
 
 from __future__ import annotations
 

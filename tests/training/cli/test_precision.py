@@ -1,4 +1,4 @@
-"""In which types a draft trains right: gradients, metrics, recomputed steps, and the mean of an optimizer step."""
+"""Precisions that train a draft correctly: gradients, metrics, recomputed steps, means of optimizer steps."""
 
 from __future__ import annotations
 
