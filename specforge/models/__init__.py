@@ -1,7 +1,6 @@
-"""Draft networks: what all of them share, and the classes that the installed plugins contribute.
+"""Draft networks: shared code, and the classes of the installed plugins.
 
-``from specforge.models import NAME`` finds a class by its name in whichever plugin provides it, on first
-use.
+``from specforge.models import NAME`` loads the class of that name from the plugin that provides it, on first use.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ __all__ = ["SpeculatorModel"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "SpeculatorModel":  # on first use: the registry looks into this package without loading torch
+    if name == "SpeculatorModel":  # on first use: the registry imports this package without torch
         from specforge.models.speculator import SpeculatorModel
 
         return SpeculatorModel

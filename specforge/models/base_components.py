@@ -1,7 +1,7 @@
-"""The building blocks of draft layers, taken from transformers by model family; plugins may register further families.
+"""The building blocks of draft layers, from transformers' model families; plugins may register further families.
 
-A draft layer is made of a family's own attention, feed-forward block, norm and rotary embedding, so that it computes
-what a serving engine's implementation of that family computes.
+A draft layer consists of a family's own attention, feed-forward block, norm and rotary embedding, so that it computes
+the same as a serving engine's implementation of that family.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from specforge.errors import UsageError, nearest_name
 from specforge.hookspecs import LayerFamily
 from specforge.registry import installed
 
-# What families call the width of their feed-forward blocks, the longest text, and the heads of keys and values.
+# Families' names for the width of feed-forward blocks, the longest text, and the number of key-value heads.
 FEED_FORWARD_WIDTHS = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
 LENGTHS = ("max_position_embeddings", "max_sequence_length", "seq_length")
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 USUAL_HEAD_DIM = 128
 UNLIMITED = 2**20
-# What each kind of rotary scaling needs beside its base, as transformers and engines read it alike.
+# The parameters of each kind of rotary scaling besides its base, which transformers and engines read alike.
 _SCALED = ("factor", "original_max_position_embeddings")
 ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -50,12 +50,12 @@ class Family:
     """The classes of one model family.
 
     Attributes:
-        config: Its configuration class.
+        config: The family's configuration class.
         attention: ``attention(config, layer_idx)``.
         feed_forward: ``feed_forward(config)``.
         norm: ``norm(width, eps=...)``.
-        rotary: ``rotary(config)``; called with states and positions, gives cosines and sines.
-        decoder_layer: ``decoder_layer(config, layer_idx)``: an ordinary layer.
+        rotary: ``rotary(config)``; called with states and positions, returns cosines and sines.
+        decoder_layer: ``decoder_layer(config, layer_idx)``: an unmodified layer.
     """
 
     config: type[PreTrainedConfig]
@@ -82,7 +82,7 @@ QWEN3 = Family(
     modeling_qwen3.Qwen3RotaryEmbedding,
     modeling_qwen3.Qwen3DecoderLayer,
 )
-# Model types whose layers have one position a token, and no mrope.
+# Model types whose layers have one position per token, without mrope.
 PLAIN = ("llama", "qwen3")
 
 
@@ -90,7 +90,7 @@ def family(name: str) -> Family:
     """Return the building blocks of a model family.
 
     Args:
-        name: Its name, which is the model type of its configuration.
+        name: The family's name, which is the model type of its configuration.
 
     Raises:
         UsageError: No plugin provides draft layers of that family.
@@ -115,11 +115,11 @@ def built(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> PreTr
     """Build a configuration of transformers from stored values.
 
     Raises:
-        ValueError: Transformers refuses them, in whatever way.
+        ValueError: Transformers refuses them for any reason.
     """
     try:
         config = config_class(**values)
-        # What is read has to be written again.
+        # The configuration must also be writable.
         config.to_diff_dict()
         return config
     except Exception as error:
@@ -129,7 +129,7 @@ def built(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> PreTr
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """A decoder layer of any family of transformers, and what goes with it.
+    """A decoder layer of any family of transformers, with its configuration and rotary embedding.
 
     Attributes:
         causal_lm: Class name of the family's causal language model.
@@ -149,10 +149,10 @@ class DecoderLayer:
         return self.layer.__name__
 
     def build(self, config: PreTrainedConfig) -> nn.Module:
-        """Build the layer, as the first of a model, from its own family's configuration or one that looks like it.
+        """Build the layer, as a model's first one, from its family's configuration or a compatible one.
 
         Raises:
-            UsageError: The configuration lacks something, or the layer does not attend as drafts do.
+            UsageError: The configuration lacks a field, or drafts do not support the layer's attention.
         """
         try:
             layer = self.layer(config, layer_idx=0)
@@ -169,11 +169,11 @@ def decoder_layer(architecture: str, config: PreTrainedConfig) -> DecoderLayer:
     """Find a decoder layer of transformers.
 
     Args:
-        architecture: Its class name, such as ``"MistralDecoderLayer"``; ``"auto"`` for that of the configuration.
+        architecture: Class name, such as ``"MistralDecoderLayer"``; ``"auto"`` for the configuration's own layer.
         config: The configuration.
 
     Raises:
-        UsageError: There is no such layer, or it does not have the positions of a decoder layer.
+        UsageError: There is no such layer, or it does not have rotary positions.
     """
     if architecture == "auto":
         causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
@@ -193,7 +193,7 @@ def decoder_layer(architecture: str, config: PreTrainedConfig) -> DecoderLayer:
 
 def _layer_names(causal_lm: str) -> list[str]:
     family_name = causal_lm.removesuffix("ForCausalLM")
-    # Families that read more than text name the layers that read it so.
+    # Multimodal families name their text layers so.
     return [f"{family_name}DecoderLayer", f"{family_name}TextDecoderLayer"]
 
 
@@ -209,23 +209,23 @@ def _decoder_layer_of(causal_lm: str, names: Sequence[str]) -> DecoderLayer | No
 
 
 def rotary_options(rotary: nn.Module, config: PreTrainedConfig) -> dict[str, Any]:
-    """Return what the first layer calls a rotary embedding with, beside states and positions.
+    """Return the arguments of the first layer's rotary embedding besides states and positions.
 
-    Families with several kinds of attention keep frequencies for each kind, and ask which.
+    Families with several kinds of attention keep frequencies for each kind and take the kind as an argument.
     """
     asks = "layer_type" in inspect.signature(rotary.forward).parameters
     return {"layer_type": config.layer_types[0]} if asks else {}
 
 
 def single_layer_config(verifier: PreTrainedConfig, architecture: str = "auto") -> PreTrainedConfig:
-    """Derive the configuration of one draft layer that attends to everything.
+    """Derive the configuration of a draft layer with full attention.
 
     Args:
         verifier: The verifier's configuration.
         architecture: The layer, as for ``decoder_layer``; ``"auto"`` is a layer of the verifier's own family, or a
-            Llama layer where that family has none that a draft can be made of (no rotary positions, no attention,
-            attention sinks, widths that differ from layer to layer). Of the verifier's own family, everything else is
-            the verifier's; of another one, its widths, heads, positions and vocabulary.
+            Llama layer if that family has none that a draft can use (no rotary positions, no attention, attention
+            sinks, widths that differ between layers). A layer of the verifier's family keeps all its other settings;
+            one of another family takes the verifier's widths, heads, positions and vocabulary.
 
     Raises:
         UsageError: There is no such layer.
@@ -252,26 +252,26 @@ def draft_layer_config(
         verifier: The verifier's configuration.
         model_type: Family of the draft's layers.
         num_layers: Number of draft layers.
-        intermediate_size: Width of their feed-forward blocks; the verifier's when None.
+        intermediate_size: Width of their feed-forward blocks; the verifier's if None.
     """
     return _derived(verifier.get_text_config(), family(model_type).config, num_layers, intermediate_size)
 
 
 def plain_rope(rope: Mapping[str, Any] | None, head_dim: int | None = None) -> dict[str, Any]:
-    """Reduce rotary parameters to those that a layer which rotates its whole heads by one position understands.
+    """Reduce rotary parameters to those of a layer that rotates whole heads by a single position.
 
-    What other architectures add is left out: engines read ``partial_rotary_factor`` and ``mrope_section`` whatever the
-    model type is, and would run another network than the one that was trained.
+    Parameters of other architectures are dropped: engines read ``partial_rotary_factor`` and ``mrope_section`` for any
+    model type, and would run a different network from the trained one.
 
     Args:
-        rope: Rotary parameters of any family; of several kinds of attention, those of full attention are taken.
-        head_dim: Width of a head; scaling by lists of another length (of partly rotated heads) is left out.
+        rope: Rotary parameters of any family; with several kinds of attention, those of full attention are used.
+        head_dim: Width of a head; scaling by lists of another length (for partly rotated heads) is dropped.
 
     Returns:
-        ``rope_type``, ``rope_theta``, and what the type of scaling needs; empty where nothing is given.
+        ``rope_type``, ``rope_theta`` and the parameters of that type; empty if none are given.
     """
     given = dict(rope or {})
-    # A verifier with several kinds of attention keeps one set of rotary parameters a kind; a draft attends fully.
+    # A verifier with several kinds of attention has rotary parameters for each; a draft uses full attention.
     given = dict(given.get("full_attention") or given)
     if given.get("rope_theta") is None:
         return {}
@@ -287,11 +287,11 @@ def plain_rope(rope: Mapping[str, Any] | None, head_dim: int | None = None) -> d
 
 
 def start_norm(norm: nn.Module, scale: Tensor) -> None:
-    """Let a norm start with a given scale, whether its family stores that as weight or as 1 + weight.
+    """Initialise a norm with a given scale, whether its family stores it as weight or as 1 + weight.
 
     Args:
         norm: A norm with a weight; a bias becomes 0.
-        scale: What normalised states are multiplied by, [H].
+        scale: Factors of the normalised states, [H].
     """
     with torch.no_grad():
         for parameter in norm.parameters():
@@ -300,12 +300,12 @@ def start_norm(norm: nn.Module, scale: Tensor) -> None:
 
 
 def norm_scale(norm: nn.Module, width: int) -> Tensor:
-    """Return what a norm multiplies normalised states by, [H]: of RMSNorm, LayerNorm, or one with 1 + weight.
+    """Return the factors of a norm's normalised states, [H]: RMSNorm, LayerNorm, or one with 1 + weight.
 
-    It is seen on a vector of zero mean and unit variance and its opposite, between which a bias cancels.
+    It is measured on a vector of zero mean and unit variance and its negative; a bias cancels.
 
     Args:
-        norm: Maps [..., H] to [..., H].
+        norm: Module that maps [..., H] to [..., H].
         width: Width H.
     """
     like = next(norm.parameters(), None)
@@ -348,7 +348,7 @@ def _derived(
         vocab_size=source.vocab_size,
         hidden_size=width,
         intermediate_size=intermediate_size or _first_of(source, FEED_FORWARD_WIDTHS) or 4 * width,
-        # Families without a limit have no positions that could end.
+        # Families without position embeddings have no maximum length.
         max_position_embeddings=_first_of(source, LENGTHS) or UNLIMITED,
         num_hidden_layers=num_layers,
         attention_bias=False,
@@ -357,9 +357,9 @@ def _derived(
 
 
 def _attention_shape(source: PreTrainedConfig) -> dict[str, int]:
-    """Return number and width of heads for a draft's attention: the verifier's, those of its last layer that has some.
+    """Return number and width of a draft's attention heads: those of the verifier's last layer with attention.
 
-    A verifier without attention gets heads of the usual width.
+    For a verifier without attention, heads have the usual width.
     """
     heads = getattr(source, "num_attention_heads", None)
     if not heads:
@@ -379,6 +379,6 @@ def _attention_shape(source: PreTrainedConfig) -> dict[str, int]:
 
 
 def _first_of(source: PreTrainedConfig, names: Sequence[str]) -> int | None:
-    """Return the first number that a configuration gives under some names; families call things differently."""
+    """Return the first number that a configuration has under one of several names, which differ by family."""
     given = (getattr(source, name, None) for name in names)
     return next((value for value in given if isinstance(value, int) and value > 0), None)

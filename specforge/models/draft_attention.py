@@ -1,6 +1,6 @@
-"""How the attention layers of transformers, inside a draft, attend: by whatever is passed along with the batch.
+"""The attention of transformers' layers inside a draft, which is passed with each call.
 
-In training that is ``TrainingTimeTest``, in decoding ``TreeCache``: the layers are the same, what a row sees is not.
+In training it is a ``TrainingTimeTest``, in decoding a ``TreeCache``: the layers are the same, what a row sees differs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ IMPLEMENTATION = "specforge_draft"
 
 
 class DraftAttention(Protocol):
-    """What is passed as ``draft_attention`` to layers whose ``_attn_implementation`` is ``IMPLEMENTATION``."""
+    """The argument ``draft_attention`` of layers whose ``_attn_implementation`` is ``IMPLEMENTATION``."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
@@ -30,7 +30,7 @@ class DraftAttention(Protocol):
             key: [B, key-value heads, T, D], with rotary positions applied.
             value: [B, key-value heads, T, D].
             scale: Factor of the logits.
-            window: A row sees only the last so many rows; None for all.
+            window: Number of last rows that a row sees; None for all.
 
         Returns:
             [B, heads, T, D].
@@ -38,18 +38,18 @@ class DraftAttention(Protocol):
 
 
 def attention_window(config: PreTrainedConfig, layer: int = 0) -> int | None:
-    """Return how many of the last rows a layer sees by its configuration; None for all."""
+    """Return the sliding window of a layer by its configuration; None for full attention."""
     kinds = getattr(config, "layer_types", None)
     if kinds:
         slides = layer < len(kinds) and kinds[layer] == "sliding_attention"
     else:
-        # Families without kinds slide in every layer, if they know of windows at all.
+        # Families without layer types use their window, if any, in every layer.
         slides = hasattr(type(config), "sliding_window")
     return config.sliding_window if slides else None
 
 
 def cache_argument(function: Callable[..., Any]) -> str:
-    """Return what a function or class of transformers calls its cache: 5.24 renamed it."""
+    """Return the name of the cache argument of a function or class of transformers, which 5.24 renamed."""
     return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
 
 
@@ -63,12 +63,12 @@ def attend_as_draft(
     draft_attention: DraftAttention,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend by what is passed along; an attention implementation of transformers, which gives the arguments."""
+    """Attend with the passed ``draft_attention``; registered as an attention implementation of transformers."""
     config: Any = module.config
     layer: Any = module.layer_idx
     width = value.shape[-1]
     if width < key.shape[-1]:
-        # As in latent attention; what is added stays zero.
+        # Values may be narrower, as in latent attention; the padding stays zero.
         value = F.pad(value, (0, key.shape[-1] - width))
     output = draft_attention.attend(layer, query, key, value, scaling, attention_window(config, layer))
     return output[..., :width].transpose(1, 2), None

@@ -1,7 +1,7 @@
-"""Which rows each step of a chain runs: those that it is supervised at, or a later step, which reads its states.
+"""The rows that each step of a chain runs: those supervised at this step or at a later one, which reads its states.
 
-Rows are run in an order in which those of every step come first, so that what a step reads of the step before is a
-view. All other rows are only attended to: they leave their keys and values at step 0.
+Rows are ordered so that the rows of every step come first; a step's input is then a view of the previous step's states.
+All other rows are only attended to: step 0 computes their keys and values.
 
 Letters in shapes: S steps, N rows (a flattened batch), P pairs of row and step that are run.
 """
@@ -23,9 +23,9 @@ class DraftRows:
     """The rows of a chain.
 
     Attributes:
-        order: All rows, int64 [N]: first those that most steps run, last those that none runs.
-        counts: How many rows each of the S steps runs, the first so many of ``order``; they never rise.
-        documents: Where the documents are among the rows in this order; on the CPU.
+        order: All rows, int64 [N], by the number of steps that run them, descending.
+        counts: Number of rows that each of the S steps runs, the first ones of ``order``; never increasing.
+        documents: The documents of the rows in this order, on the CPU.
     """
 
     order: Tensor
@@ -34,16 +34,16 @@ class DraftRows:
 
     @classmethod
     def needed(cls, supervised: Tensor, documents: DocumentLayout) -> Self:
-        """Find the fewest rows that a chain has to run.
+        """Return the minimal rows that a chain must run.
 
         Args:
             supervised: Which rows count at each step, bool [S, N], on the CPU.
-            documents: Where the documents are.
+            documents: The documents of the batch.
         """
         steps = torch.arange(len(supervised))[:, None]
-        # Row t runs steps 0 .. j, where j is the last step that it is supervised at.
+        # Row t runs steps 0 .. j, where j is its last supervised step.
         depth = ((steps + 1) * supervised).amax(0)
-        # Where nothing counts, one row runs all the same: weights without a gradient hold up other processes.
+        # If nothing counts, one row still runs: other processes would wait for the missing gradients.
         counts = (depth > steps).sum(1).clamp(min=1).tolist()
         order = depth.argsort(descending=True, stable=True)
         return cls(order, tuple(counts), documents.reordered(order))
@@ -55,20 +55,20 @@ class DraftRows:
         Args:
             steps: Number S of steps.
             rows: Number N of rows.
-            documents: Where the documents are.
+            documents: The documents of the batch.
         """
         order = torch.arange(rows)
         return cls(order, (rows,) * steps, documents.reordered(order))
 
     def to(self, device: torch.device) -> Self:
-        """Return the same rows with ``order`` on a device, to index its tensors with; call it on the CPU's rows."""
+        """Return the same rows with ``order`` on a device, to index tensors there; call it with rows on the CPU."""
         return replace(self, order=moved(self.order, device))
 
     def places(self) -> Tensor:
-        """Return where the state of a row and step stands among the P of all steps, one step behind the other.
+        """Return the index of each row's and step's state among the P states, concatenated step by step.
 
         Returns:
-            int64 [S, N]; -1 where a row is not run.
+            Indices, int64 [S, N]; -1 if the row is not run.
         """
         places = torch.full((len(self.counts), len(self.order)), -1, device=self.order.device)
         numbers = torch.arange(sum(self.counts), device=self.order.device).split(self.counts)

@@ -1,10 +1,10 @@
-"""A draft at work on sequences: what every proposal method steps through, whatever the algorithm.
+"""The interface through which proposal methods run a draft of any algorithm.
 
-Before the first round, ``begin`` gives the first token of each sequence. No state of the verifier comes before it, so
-drafts that read states do without; a draft that is a language model reads the whole text. A round begins with
-``commit``: the verifier has decided some tokens, and the draft takes in their features. Its answer is the distribution
-of the next token to draft, that of the *root*. ``step`` then drafts on behind chosen nodes, as deep and as broad as a
-proposal method likes; none of that outlives the next ``commit``.
+Before the first round, ``begin`` gives the first token of each sequence. No state of the verifier precedes it, so
+drafts that read states do not need it; a language model as draft reads the whole text. A round starts with ``commit``:
+the verifier has decided some tokens, and the draft reads their features. The result is the distribution of the next
+token to draft, at the *root*. ``step`` then extends chosen nodes, as deep and as wide as the proposal method needs; the
+next ``commit`` drops all of them.
 
 Letters in shapes: B sequences, Q committed tokens, W stepped nodes, D draft vocabulary.
 """
@@ -19,13 +19,12 @@ from specforge.verifier.features import Features
 
 
 class Drafter(ABC):
-    """Drafts for B sequences side by side.
+    """Drafts for a batch of B sequences.
 
     Attributes:
         root: Logits of the token that follows the last committed one, [B, D]; set by ``commit``.
-        draft_ids: The verifier's ids of the draft tokens, ascending, int64 [D]; None where the vocabularies are the
-            same.
-        max_depth: Most tokens that it can draft one behind the other; None where there is no such bound.
+        draft_ids: The verifier's ids of the draft tokens, ascending, int64 [D]; None if the vocabularies are the same.
+        max_depth: Maximum depth of drafted tokens; None if it is not bounded.
     """
 
     root: Tensor
@@ -41,24 +40,24 @@ class Drafter(ABC):
 
     @abstractmethod
     def commit(self, tokens: Tensor, features: Features, counts: Tensor) -> None:
-        """Take in what the verifier has decided since the last round, and forget the nodes of that round.
+        """Read the tokens that the verifier has decided since the last round, and drop the nodes of that round.
 
         Args:
             tokens: The token *after* each newly processed one, the verifier's ids, int64 [B, Q]. For a sequence
                 x_0 .. x_n of which the verifier has processed the first n tokens: those up to x_n.
             features: The verifier's states at the processed tokens, [B, Q, ...]: the one before each of ``tokens``.
-            counts: How many of the Q are real in each row; the others stand behind them, int64 [B].
+            counts: Number of real tokens of each row, int64 [B]; padding follows them.
         """
 
     @abstractmethod
     def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        """Draft on behind some nodes.
+        """Extend some nodes.
 
-        Nodes are numbered in each row in the order of the calls, from 0.
+        Nodes are numbered from 0 in each row, in the order of the calls.
 
         Args:
             tokens: The token of each node, the verifier's ids, int64 [B, W].
-            parents: The node that each stands behind, int64 [B, W]; -1 is the root.
+            parents: The parent of each node, int64 [B, W]; -1 is the root.
 
         Returns:
             Logits of the token that follows each node, [B, W, D].
@@ -66,7 +65,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def select(self, rows: Tensor) -> None:
-        """Go on with some of the sequences, int64 [rows]; a ``commit`` follows before anything else."""
+        """Continue with some of the sequences, int64 [rows]; the next call must be ``commit``."""
 
     def to_verifier(self, tokens: Tensor) -> Tensor:
         """Translate draft tokens [...] to the verifier's ids."""

@@ -1,4 +1,4 @@
-"""What a draft generated, and how."""
+"""The result of ``generate``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Generated:
-    """What ``generate`` returns with ``return_dict_in_generate=True``.
+    """Result of ``generate`` with ``return_dict_in_generate=True``.
 
     Attributes:
-        sequences: Prompts and what was added, int64 [B, T + new].
-        rounds: Verifier forward passes of each sequence after its prompt's, int64 [B].
-        accepted_by_position: How many of them accepted at least k = 1 .. K tokens, int64 [B, K], where K is the most
-            that a round accepted.
-        seconds: Time of all of it, the prompts' pass included.
+        sequences: Prompts and generated tokens, int64 [B, T + new].
+        rounds: Number of verifier forward passes of each sequence after its prompt's, int64 [B].
+        accepted_by_position: Number of these rounds that accepted at least k = 1 .. K tokens, int64 [B, K]; K is the
+            largest number that a round accepted.
+        seconds: Total time in seconds, including the prompts' forward pass.
     """
 
     sequences: Tensor
@@ -26,6 +26,6 @@ class Generated:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens of a round, the verifier's own included, over all sequences; 1 without any round."""
+        """Mean tokens per round over all sequences, including the verifier's own; 1 if there was no round."""
         rounds = int(self.rounds.sum())
         return 1 + int(self.accepted_by_position.sum()) / rounds if rounds else 1.0

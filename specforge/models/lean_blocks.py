@@ -1,8 +1,8 @@
 """Blocks of transformers that keep less for the backward pass, with the same weights and results.
 
-Autograd keeps what each operation reads. Of a norm that is the normalised state beside the state itself, of a gated
-feed-forward block the activation beside the gate; each is an elementwise step away from the other, and is computed
-again where it is needed.
+Autograd keeps the inputs of each operation: for a norm both the state and the normalised state, for a gated
+feed-forward block both the gate and its activation. The second follows from the first by an elementwise operation and
+is recomputed when needed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 
-def make_lean(network: nn.Module) -> None:
-    """Let the norms and gated feed-forward blocks of a network keep less; of any family that computes what Llama does.
+def use_memory_saving_blocks(network: nn.Module) -> None:
+    """Replace norms and gated feed-forward blocks that compute the same as Llama's, in any family, in place.
 
     Args:
-        network: Any module. Its weights and their names stay what they are.
+        network: Any module; its weights and their names stay the same.
     """
     for module in network.modules():
         if _computes_as(module, LlamaRMSNorm):
@@ -33,7 +33,7 @@ def make_lean(network: nn.Module) -> None:
 
 
 class LeanRMSNorm(LlamaRMSNorm):
-    """RMSNorm that keeps its input alone (https://arxiv.org/abs/1910.07467, equation 4)."""
+    """RMSNorm that keeps only its input (https://arxiv.org/abs/1910.07467, equation 4)."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise states [..., H]."""
@@ -87,12 +87,12 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def _computes_as(module: nn.Module, example: type[nn.Module]) -> bool:
-    """Tell whether a module's forward pass is, word for word, that of a class: families copy it from each other."""
-    return _words(type(module).forward) == _words(example.forward)
+    """Return whether a module's ``forward`` has the same source code as that of ``example``, as in copied families."""
+    return _source_of(type(module).forward) == _source_of(example.forward)
 
 
 @cache
-def _words(function: Callable[..., Any]) -> str:
+def _source_of(function: Callable[..., Any]) -> str:
     try:
         return inspect.getsource(function)
     except (OSError, TypeError):

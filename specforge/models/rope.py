@@ -1,4 +1,4 @@
-"""The rotary positions of stored decoder layers, which were published under many names, under one."""
+"""Rotary positions of stored decoder layers, published under many keys, collected under one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ PARAMETERS, SCALING, BASE = "rope_parameters", "rope_scaling", "rope_theta"
 
 
 def with_settled_rope(layers: dict[str, Any], plain: Collection[str]) -> dict[str, Any]:
-    """Collect the rotary positions under ``rope_parameters``.
+    """Collect the rotary parameters under ``rope_parameters``.
 
-    They are read from ``rope_parameters`` (transformers 5), ``rope_scaling`` and ``rope_theta`` (before), and from a
-    ``rope_theta`` inside ``rope_scaling``. Nulls count as missing, and where no base is given the family's default is
-    left to transformers: heads published without ``rope_theta`` were trained with it.
+    They are read from ``rope_parameters`` (transformers 5), ``rope_scaling`` and ``rope_theta`` (earlier versions), and
+    a ``rope_theta`` inside ``rope_scaling``. Nulls count as missing. If no base is given, transformers uses the
+    family's default: heads published without ``rope_theta`` were trained with it.
 
     Args:
         layers: Configuration of decoder layers, as in ``config.json``.
-        plain: Model types whose layers have one position a token, and no mrope.
+        plain: Model types whose layers have one position per token, without mrope.
 
     Raises:
         ValueError: Values contradict each other, have a wrong type, or ask for mrope; the key is named.
@@ -28,7 +28,7 @@ def with_settled_rope(layers: dict[str, Any], plain: Collection[str]) -> dict[st
     parameters, scaling = (_mapping(layers, name) for name in (PARAMETERS, SCALING))
     rest = {name: one for name, one in layers.items() if name not in (PARAMETERS, SCALING, BASE)}
     if any(isinstance(one, dict) for one in parameters.values()):
-        # One set for each kind of attention, which only transformers 5 writes.
+        # One set per kind of attention, as only transformers 5 writes it.
         return {**rest, PARAMETERS: parameters}
     rope: dict[str, Any] = {}
     for where, values in ((PARAMETERS, parameters), (SCALING, scaling), ("", _known({BASE: layers.get(BASE)}))):
@@ -47,8 +47,8 @@ def _check_plain(rope: dict[str, Any], plain: Collection[str]) -> None:
     kind = rope.get("rope_type", "default")
     if kind == "mrope" or "mrope_section" in rope:
         raise ValueError(
-            f"{SCALING} asks for mrope, positions of texts and images in several axes; drafts with "
-            f"{' or '.join(plain)} layers have one position a token, and such a head is not read"
+            f"{SCALING} asks for mrope, positions along several axes for text and images; drafts with "
+            f"{' or '.join(plain)} layers have one position per token, so this head cannot be loaded"
         )
     known = ["default", *ROPE_INIT_FUNCTIONS]
     if kind not in known:
@@ -63,7 +63,7 @@ def _mapping(layers: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _known(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out nulls, and give the type its name of today."""
+    """Drop nulls, and use the current name of the type."""
     known = {name: one for name, one in values.items() if one is not None}
     if "type" in known:
         known.setdefault("rope_type", known.pop("type"))

@@ -1,8 +1,8 @@
-"""A linear layer whose inputs are divided by constants while it is trained, and whose file knows nothing of them.
+"""A linear layer whose inputs are divided by constants during training; written drafts do not contain them.
 
-How far one optimizer step moves what a layer computes grows with the size of its inputs. A verifier's states may have
-a root mean square of 20 to 50, where a draft's own begin near 1: raw, they move so far that what the draft's layers add
-is drowned. ``V (x / s)`` is ``(V / s) x``: the division folds into the weight when the draft is written.
+The change of a layer's output in an optimizer step grows with the size of its inputs. A verifier's states may have a
+root mean square of 20 to 50, while a draft's own start near 1: unscaled, their updates drown the output of the draft's
+layers. ``V (x / s)`` is ``(V / s) x``: the divisors are folded into the weight when the draft is written.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class ScaledLinear(nn.Linear):
 
         Args:
             scale: Constants, [in_features] or one for each of several equal blocks of inputs.
-            keep_function: Multiply the weight by them, so that the layer computes what it did.
+            keep_function: Whether to multiply the weight by them, so that the layer computes the same function.
         """
         self.input_scale.copy_(scale.repeat_interleave(self.in_features // scale.numel()))
         if keep_function:
-            # Of a sharded weight each process holds whole rows.
+            # Each process holds whole rows of a sharded weight.
             weight: Tensor = getattr(self.weight, "to_local", lambda: self.weight)()
             weight.mul_(self.input_scale)
 
 
 def folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors in which plain linear layers stand for scaled ones; the network computes the same, bit for bit.
+    """Fold the divisors of scaled layers into their weights; the network's results stay bitwise the same.
 
     Args:
         state: Tensors by name.
@@ -67,27 +67,27 @@ def folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def typical_size(states: Tensor) -> Tensor:
     """Estimate the standard deviation of most channels over most tokens.
 
-    A root mean square is of little else than the few channels that hold nearly all of the energy, and of first tokens;
-    medians know nothing of them.
+    A root mean square is dominated by the few channels with nearly all of the energy, and by first tokens; medians are
+    not.
 
     Args:
         states: States of layers, [T, n, H].
 
     Returns:
-        float32 [n].
+        The n values, float32 [n].
     """
     by_channel = states.float().abs().median(dim=0).values
     return by_channel.median(dim=-1).values / MEDIAN_SIZE
 
 
 def largest_share(states: Tensor) -> Tensor:
-    """Return the share of a layer's energy that its largest channel holds, over most tokens: 1 / H if all are alike.
+    """Return the largest channel's share of a layer's energy, over most tokens; 1 / H if all channels are alike.
 
     Args:
         states: States of layers, [T, n, H].
 
     Returns:
-        float32 [n].
+        The n values, float32 [n].
     """
     by_channel = states.float().square().median(dim=0).values
     return by_channel.amax(dim=-1) / by_channel.sum(dim=-1)

@@ -33,7 +33,7 @@ AttachmentMode = Literal["detached", "full", "train_only"]
 
 
 def unchanged(logits: Tensor) -> Tensor:
-    """Return logits as they are."""
+    """Return logits unchanged."""
     return logits
 
 
@@ -56,7 +56,7 @@ class SpeculatorModel(nn.Module):
 
     @property
     def verifier(self) -> PreTrainedModel | None:
-        """The whole verifier, where it is attached in full."""
+        """The whole verifier; None if it is not attached in full."""
         return self._attached[0] if self._attached else None
 
     @property
@@ -72,24 +72,24 @@ class SpeculatorModel(nn.Module):
 
     @property
     def aux_layers(self) -> list[int]:
-        """Ids of the verifier layers that features are taken from, ascending; none where the last state is enough."""
+        """Ids of the verifier layers that features are taken from, ascending; empty if only the last state is used."""
         return []
 
     @property
     def chosen_aux_layers(self) -> list[int] | None:
-        """Those layers as the configuration lists them; None if it leaves them to the verifier's number of layers."""
+        """The layers of the configuration; None if they are derived from the verifier's number of layers."""
         return None
 
     @property
     def draft_ids(self) -> Tensor | None:
-        """The verifier's id of each draft token, ascending, int64 [D]; None where the vocabularies are the same."""
+        """The verifier's id of each draft token, ascending, int64 [D]; None if the vocabularies are the same."""
         return None
 
     def borrow_embeddings(self) -> None:
-        """Share the attached verifier's token embeddings, if the draft has equal ones of its own."""
+        """Share the attached verifier's token embeddings if the draft's own are equal to them."""
 
     def drafter(self, batch_size: int) -> Drafter:
-        """Begin to draft for some sequences.
+        """Create a drafter for a batch of sequences.
 
         Args:
             batch_size: Number of sequences.
@@ -100,10 +100,10 @@ class SpeculatorModel(nn.Module):
         raise UsageError(f"{type(self).__name__} cannot draft step by step; no proposal method can use it")
 
     def advance(self, *inputs: Any) -> Tensor:
-        """Run the network once, for one step of a chain: what training repeats, and may recompute or compile.
+        """Run the network once, for one step of a chain; training may recompute or compile this call.
 
         Args:
-            *inputs: What the network reads, of its own kind.
+            *inputs: Inputs of this network.
         """
         raise NotImplementedError
 
@@ -113,12 +113,12 @@ class SpeculatorModel(nn.Module):
         Args:
             batch: ``input_ids``: the verifier's tokens x; ``position_ids``, which restart at 0 with each document;
                 ``document_ids``: which document a token belongs to, -1 for padding; [B, T] each.
-            features: The verifier's states over them.
+            features: The verifier's states over the batch.
             rows: The rows that each step runs.
 
         Returns:
-            The states of these rows, one step after the other, [P, H] (see ``DraftRows.places``). Row t at step k
-            predicts x_{t+2+k}, or what the algorithm's alignment says.
+            The states of these rows, concatenated step by step, [P, H] (see ``DraftRows.places``). Row t at step k
+            predicts x_{t+2+k}, unless the algorithm's alignment differs.
 
         Raises:
             UsageError: The algorithm does not draft step by step.
@@ -128,7 +128,7 @@ class SpeculatorModel(nn.Module):
     def unroll(
         self, input_ids: Tensor, features: Features, position_ids: Tensor, document_ids: Tensor, steps: int
     ) -> Tensor:
-        """Run the draft's steps at every row at once, fed with the true tokens.
+        """Run the draft's steps at every row, fed with the true tokens.
 
         Args:
             input_ids: As in ``states``.
@@ -138,7 +138,7 @@ class SpeculatorModel(nn.Module):
             steps: Number S of steps.
 
         Returns:
-            What ``logits`` reads at each step, [S, B, T, H].
+            The input of ``logits`` at each step, [S, B, T, H].
 
         Raises:
             UsageError: The algorithm does not draft step by step.
@@ -158,20 +158,20 @@ class SpeculatorModel(nn.Module):
         return None
 
     def before_head(self, states: Tensor) -> Tensor:
-        """Return what the heads read of states [..., H]: the states themselves, unless a network says otherwise."""
+        """Return the heads' input for states [..., H]; by default the states themselves."""
         return states
 
     @property
     def finish(self) -> Callable[[Tensor], Tensor]:
-        """What is done to logits after a head: nothing, unless a network says otherwise."""
+        """The function applied to logits after a head; by default the identity."""
         return unchanged
 
     def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
-        """Turn what ``unroll`` returns into logits over the draft vocabulary.
+        """Compute logits over the draft vocabulary from the result of ``unroll``.
 
         Args:
             hidden: States of one step, [..., H].
-            step: Which one, from 0; networks with one head for all steps do not ask.
+            step: Index of the step, from 0; ignored by networks with a single head.
 
         Returns:
             Logits [..., D].
@@ -191,7 +191,7 @@ class SpeculatorModel(nn.Module):
                 of the draft needs, read from its files without building the model.
 
         Returns:
-            What was attached: the whole model, or its parts.
+            The attached verifier: the whole model, or its parts.
         """
         if isinstance(verifier, str | os.PathLike):
             name = str(verifier)
@@ -203,7 +203,7 @@ class SpeculatorModel(nn.Module):
         return verifier
 
     def detach_verifier(self) -> None:
-        """Let go of the attached verifier; the draft cannot run until another is attached."""
+        """Detach the verifier; the draft cannot run until another is attached."""
         self._attached = None
 
     def generate(
@@ -225,37 +225,37 @@ class SpeculatorModel(nn.Module):
         return_dict_in_generate: bool = False,
         **others: Any,
     ) -> Tensor | Generated:
-        """Generate text that is the attached verifier's own: token for token at temperature 0, in distribution above.
+        """Generate the attached verifier's own text: token for token at temperature 0, in distribution above 0.
 
-        Arguments that transformers' ``generate`` has as well have the same meaning.
+        Arguments that transformers' ``generate`` also has have the same meaning.
 
         Args:
-            input_ids: Prompts, int64 [B, T]; of different lengths with padding on either side.
-            attention_mask: 1 on the prompts' tokens, 0 on padding, [B, T]; all ones when None.
-            max_new_tokens: Most tokens to add; 256 when None.
-            do_sample: Whether to sample; when None, where a temperature above 0 is given.
-            temperature: 0 takes the most probable token; when None, 1 with ``do_sample=True`` and 0 otherwise.
+            input_ids: Prompts, int64 [B, T]; shorter ones are padded on either side.
+            attention_mask: 1 on the prompts' tokens, 0 on padding, [B, T]; all ones if None.
+            max_new_tokens: Maximum number of tokens to generate; 256 if None.
+            do_sample: Whether to sample; if None, sample if the temperature is above 0.
+            temperature: 0 takes the most probable token; if None, 1 with ``do_sample=True`` and 0 otherwise.
             top_k: Sample only from the k most probable tokens; None or 0 for all.
-            top_p: Sample from the fewest tokens that hold this much probability; None for all.
-            proposal: Settings of the proposal method, its name, or ``"NAME:KEY=VALUE,..."``; the draft's default one
-                when None.
+            top_p: Sample from the smallest set of tokens with this total probability; None for all.
+            proposal: Settings of the proposal method, its name, or ``"NAME:KEY=VALUE,..."``; the draft's default if
+                None.
             verification: ``"token"`` and ``"block"`` are lossless; ``"typical"`` is LOSSY.
-            eos_token_id: Ids that end a sequence; by default those of the verifier's ``generation_config``.
-            pad_token_id: What shorter sequences are filled up with; by default as ``eos_token_id``.
-            seed: Seed of everything random; None takes the device's own state.
+            eos_token_id: Ids that end a sequence; by default from the verifier's ``generation_config``.
+            pad_token_id: Padding of shorter sequences; by default from the verifier's ``generation_config``.
+            seed: Random seed; None uses the device's current random state.
             streamer: A streamer of transformers, for one sequence.
-            return_dict_in_generate: Return rounds, acceptance and time as well.
-            **others: Other arguments of transformers' ``generate``, refused unless they ask for nothing.
+            return_dict_in_generate: Whether to return rounds, acceptance and time, too.
+            **others: Other arguments of transformers' ``generate``, refused unless they have no effect.
 
         Returns:
-            Prompts and what was added, int64 [B, T + new]; or ``Generated``, which holds them as ``sequences``.
+            Prompts and generated tokens, int64 [B, T + new]; or ``Generated``, which holds them as ``sequences``.
 
         Raises:
-            ValueError: No whole verifier is attached, a value is out of bounds, or an argument is not possible.
-            TypeError: Prompts are no token ids, or there is no such argument.
-            UsageError: Draft, proposal method, verifier and prompts do not go together.
+            ValueError: No whole verifier is attached, a value is out of bounds, or an argument is not supported.
+            TypeError: Prompts are not token ids, or there is no such argument.
+            UsageError: Draft, proposal method, verifier and prompts do not match.
         """
-        # Decoding stands above the drafts that it runs; this is the one way back, taken when it is called.
+        # Decoding imports the drafts that it runs; this is the only import in the other direction.
         from specforge.decoding.generation import generate
 
         generated = generate(
@@ -293,13 +293,13 @@ class SpeculatorModel(nn.Module):
 
         Args:
             name_or_path: Folder or hub id.
-            verifier: What to attach; by default nothing, and the draft is loaded detached.
-            verifier_attachment_mode: How to attach it: ``"full"`` by default.
-            dtype: Type to cast the weights to; as stored when None.
+            verifier: The verifier to attach; by default the draft is loaded detached.
+            verifier_attachment_mode: How to attach it; ``"full"`` by default.
+            dtype: Dtype to cast the weights to; as stored if None.
             **options: Passed to ``huggingface_hub.hf_hub_download``.
 
         Raises:
-            UsageError: The checkpoint is missing or damaged, or its tensors are not those of the network.
+            UsageError: The checkpoint is missing or damaged, or its tensors do not match the network.
         """
         config = cls.config_class.from_pretrained(name_or_path, **options)
         state = read_all_weights(name_or_path, **options)
@@ -321,28 +321,28 @@ class SpeculatorModel(nn.Module):
 
     @classmethod
     def from_state(cls, config: SpeculatorModelConfig, state: Mapping[str, Tensor], where: str = "weights") -> Self:
-        """Build the network and fill it with tensors under its own names; nothing is left at random.
+        """Build the network and fill it with tensors under its own names; no weight stays random.
 
-        Weights of several types are cast to the narrowest that holds all of them, without loss.
+        Weights of several dtypes are cast to the narrowest that holds all of them without loss.
 
         Args:
             config: The speculator's configuration.
             state: Tensors by name.
-            where: What to name in error messages.
+            where: Name of the source in error messages.
 
         Raises:
-            UsageError: The configuration describes no network that can be built; tensors are missing, unknown or of the
-                wrong shape or type, or contradict each other; they are named.
+            UsageError: The network cannot be built from the configuration, or tensors are missing, unknown, of the
+                wrong shape or dtype, or contradictory; they are named.
         """
         try:
             with torch.device("meta"):
                 model = cls.for_state(config, state)
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
-        except Exception as error:  # what transformers and torch make of sizes that do not go together
+        except Exception as error:  # transformers and torch raise many types for inconsistent sizes
             reason = " ".join(str(error).split())[:200]
             raise UsageError(
-                f"{where}: no {cls.__name__} can be built from its configuration: {type(error).__name__}: {reason}"
+                f"{where}: cannot build {cls.__name__} from its configuration: {type(error).__name__}: {reason}"
             ) from None
         own = model.state_dict()
         faults = [f"missing: {name}" for name in sorted(own.keys() - state.keys())]
@@ -354,61 +354,61 @@ class SpeculatorModel(nn.Module):
         ]
         faults = faults or [fault for name in own for fault in _type_faults(name, state[name], own[name])]
         if not faults:
-            # Whole numbers are stored in types of any width, and weights in several; the network computes in one.
+            # Integers are stored in dtypes of any width, and weights in several; the network computes in one.
             kinds = {one.dtype for one in state.values() if one.is_floating_point()}
             widest = reduce(torch.promote_types, kinds) if kinds else torch.float32
             state = {n: one.to(widest if own[n].is_floating_point() else own[n].dtype) for n, one in state.items()}
             faults = list(model.stored_faults(state))
         if faults:
             more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
-            raise UsageError(f"{where} does not fit {cls.__name__}: {'; '.join(faults[:8])}{more}")
+            raise UsageError(f"{where} does not match {cls.__name__}: {'; '.join(faults[:8])}{more}")
         model.load_state_dict(state, assign=True)
         model.reset_constants()
         return model
 
     @classmethod
     def for_state(cls, config: SpeculatorModelConfig, state: Mapping[str, Tensor]) -> Self:
-        """Build the network that stored tensors belong to; overridden where they decide its structure."""
+        """Build the network of stored tensors; override this if they determine its structure."""
         return cls(config)
 
     def stored_faults(self, state: Mapping[str, Tensor]) -> Iterator[str]:
-        """Yield what is wrong with the values of stored tensors; overridden where they may contradict each other.
+        """Yield faults in the values of stored tensors; override this if they may be contradictory.
 
         Args:
-            state: Tensors by name, of the network's own shapes and types.
+            state: Tensors by name, with the network's own shapes and dtypes.
         """
         yield from ()
 
     def reset_constants(self) -> None:
-        """Compute buffers that no checkpoint holds, such as rotary frequencies; overridden where there are any."""
+        """Compute buffers that are not stored in checkpoints, such as rotary frequencies; override if there are any."""
 
     def cast(self, dtype: torch.dtype) -> Self:
-        """Cast the weights in place; rotary frequencies, which lose too much in a short type, are kept exact."""
+        """Cast the weights in place; rotary frequencies, which need their precision, are not cast."""
         self.to(dtype)
         self.reset_constants()
         return self
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Dtype of the weights."""
         return next(one.dtype for one in self.state_dict().values() if one.is_floating_point())
 
     def stored_config(self) -> dict[str, Any]:
-        """Return what ``config.json`` says in the ``speculators`` layout; the type of the weights is noted in it."""
+        """Return the content of ``config.json`` in the ``speculators`` layout, including the weights' dtype."""
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         return self.config.to_dict()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` and ``model.safetensors``; other files in the folder are left alone.
+        """Write ``config.json`` and ``model.safetensors``; other files in the folder are not touched.
 
         Raises:
-            SpecforgeError: They cannot be written; an earlier checkpoint in the folder is left as it was.
+            SpecforgeError: They cannot be written; an earlier checkpoint in the folder is unchanged.
         """
         write_checkpoint(Path(folder), self.stored_config(), folded(self.state_dict()))
 
 
 def network_of(config: SpeculatorModelConfig) -> type[SpeculatorModel]:
-    """Return the class of the network that a configuration belongs to.
+    """Return the network class of a configuration.
 
     Raises:
         UsageError: No installed plugin provides it.
@@ -426,6 +426,6 @@ def _type_faults(name: str, stored: Tensor, own: Tensor) -> Iterator[str]:
         if stored.dtype not in FLOATS:
             yield f"{name} is {kind}; quantised weights are not read, only float32, bfloat16, float16 and float64"
     elif stored.is_floating_point() or stored.is_complex() or (stored.dtype == torch.bool) > (own.dtype == torch.bool):
-        yield f"{name} is {kind}, and must hold whole numbers"
+        yield f"{name} is {kind}, but must hold integers"
     elif own.dtype == torch.bool and bool(((stored != 0) & (stored != 1)).any()):
-        yield f"{name} must hold 0 and 1, and holds {int(stored.max())}"
+        yield f"{name} must hold 0 and 1, but holds {int(stored.max())}"

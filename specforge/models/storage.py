@@ -1,4 +1,4 @@
-"""A checkpoint's files on disk: finding and reading the tensors, and writing so that no half-written one is left."""
+"""A draft's files on disk: find and read its tensors, and write them atomically."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from specforge.errors import SpecforgeError, UsageError
 from specforge.files import whole_file
 from specforge.verifier.files import WEIGHTS, find_weights
 
-# Types of weights that are read, and endings of the names of what quantisers store beside theirs.
+# Dtypes of weights that are read, and suffixes of the further tensors that quantisers store.
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 QUANTISED = (".weight_scale", ".weight_scale_inv", ".input_scale", ".qweight", ".qzeros", ".SCB", ".absmax")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors or ``.bin`` file; of the latter, nothing but tensors is ever unpickled.
+    """Read all tensors of a safetensors or ``.bin`` file; only tensors are unpickled from the latter.
 
     Raises:
-        UsageError: The file is damaged or truncated, or holds something else.
+        UsageError: The file is damaged or truncated, or holds other things than tensors.
     """
     if path.suffix == ".safetensors":
         try:
@@ -38,9 +38,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files fail in many ways
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UsageError(f"{path} is damaged, or holds more than tensors, which is not loaded: {reason}") from None
+        raise UsageError(f"{path} is damaged, or holds more than tensors, so it is not loaded: {reason}") from None
     if not isinstance(content, dict) or not all(map(_is_named_tensor, content.items())):
-        raise UsageError(f"{path} holds something else than dense tensors by name")
+        raise UsageError(f"{path} does not hold dense tensors by name")
     return content
 
 
@@ -51,7 +51,7 @@ def _is_named_tensor(item: tuple[Any, Any]) -> bool:
 
 
 def read_all_weights(name_or_path: str | os.PathLike[str], **options: Any) -> dict[str, Tensor]:
-    """Read all tensors of a checkpoint, see ``find_weights`` and ``read_weights``.
+    """Read all tensors of a checkpoint (see ``find_weights`` and ``read_weights``).
 
     Raises:
         UsageError: A file is missing or damaged, or two of them hold the same tensor.
@@ -60,12 +60,12 @@ def read_all_weights(name_or_path: str | os.PathLike[str], **options: Any) -> di
     for path in find_weights(name_or_path, **options):
         tensors = read_weights(path)
         if twice := sorted(state.keys() & tensors.keys()):
-            raise UsageError(f"{path} holds {twice[0]}, and so does another file of {name_or_path}")
+            raise UsageError(f"{path} and another file of {name_or_path} both hold {twice[0]}")
         state |= tensors
     if quantised := sorted(name for name, one in state.items() if _is_quantised(name, one)):
         raise UsageError(
             f"{name_or_path} holds quantised weights ({quantised[0]} is {state[quantised[0]].dtype}), FP8 or another "
-            "scheme with scales, which is not read; use weights in bfloat16, float16 or float32"
+            "scheme with scales, which is not supported; use weights in bfloat16, float16 or float32"
         )
     return state
 
@@ -76,16 +76,16 @@ def _is_quantised(name: str, tensor: Tensor) -> bool:
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Write ``config.json`` and ``model.safetensors`` into a folder, which is created if need be.
+    """Write ``config.json`` and ``model.safetensors`` into a folder, which is created if necessary.
 
-    A full disk leaves an earlier checkpoint as it was. Other files in the folder are left alone.
+    If the disk is full, an earlier checkpoint is unchanged. Other files in the folder are not touched.
 
     Raises:
         SpecforgeError: They cannot be written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
-        # Both are written before the first takes its place.
+        # Both are written before the first is renamed.
         with whole_file(folder / CONFIG_NAME) as said, whole_file(folder / WEIGHTS) as weights:
             save_file(tensors, weights, metadata={"format": "pt"})
             said.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

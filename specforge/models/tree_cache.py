@@ -1,8 +1,8 @@
-"""Keys and values of sequences that grow by trees of tokens, of which one path is kept.
+"""Key-value cache of sequences that grow by trees of tokens, of which one path is kept.
 
-A row of the cache holds a sequence's committed tokens, then *pending* nodes: tokens that are not decided yet, each
-behind a parent. A node sees the committed tokens of its row, its ancestors and itself. ``keep`` commits a path and
-drops the other nodes. Rows may be of different length: slots behind a row's committed tokens are never seen.
+A row of the cache holds a sequence's committed tokens, then *pending* nodes: undecided tokens, each with a parent. A
+node sees the committed tokens of its row, its ancestors and itself. ``keep`` commits a path and drops the other nodes.
+Rows may have different lengths: slots after a row's committed tokens are never seen.
 
 Letters in shapes: B rows, Q new nodes, P pending nodes, S slots, A kept nodes, D head width.
 """
@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 
 def ancestors_of(parents: Tensor) -> Tensor:
-    """Return which nodes lie on the path to each node, itself included, bool [B, P, P].
+    """Return which nodes are on the path to each node, including itself, bool [B, P, P].
 
     Args:
         parents: Parent of each node, int64 [B, P]; -1 for none.
@@ -24,7 +24,7 @@ def ancestors_of(parents: Tensor) -> Tensor:
     nodes = torch.arange(parents.shape[1], device=parents.device)
     paths = ((parents[..., None] == nodes) | (nodes[:, None] == nodes)).float()
     reach = 1
-    # Each squaring doubles how far up the tree a path is followed.
+    # Each squaring doubles the number of generations that a path covers.
     while reach < parents.shape[1]:
         paths = (paths @ paths).clamp(max=1)
         reach *= 2
@@ -36,7 +36,7 @@ class TreeCache(DynamicCache):
 
     Args:
         batch_size: Number B of sequences.
-        device: Where the sequences are.
+        device: Device of the sequences.
     """
 
     def __init__(self, batch_size: int, device: torch.device) -> None:
@@ -53,10 +53,10 @@ class TreeCache(DynamicCache):
         return self._slots == 0
 
     def extend(self, length: int) -> Tensor:
-        """Announce tokens that follow the committed ones, one behind the other; there must be no pending nodes.
+        """Announce a chain of tokens after the committed ones; there must be no pending nodes.
 
         Args:
-            length: Number Q of tokens; shorter rows are padded on the right, and ``keep`` leaves the padding out.
+            length: Number Q of tokens; shorter rows are padded on the right, and ``keep`` drops the padding.
 
         Returns:
             Index of each token in its sequence, int64 [B, Q].
@@ -64,12 +64,12 @@ class TreeCache(DynamicCache):
         places = torch.arange(length, device=self.lengths.device).expand(len(self.lengths), -1)
         if self._slots:
             return self.append(places - 1)
-        # The first tokens may be many, and plain causal attention says what they see: no [Q, Q] tensors.
+        # Prompts may be long; plain causal attention covers them without [Q, Q] tensors.
         self._ancestors, self._depths, self._new = None, places, length
         return places
 
     def append(self, parents: Tensor) -> Tensor:
-        """Announce nodes whose keys and values the next forward pass brings.
+        """Announce nodes whose keys and values the next forward pass computes.
 
         Args:
             parents: Parent of each node among all pending ones, int64 [B, Q]; -1 is the last committed token.
@@ -82,15 +82,15 @@ class TreeCache(DynamicCache):
 
     @property
     def is_plain(self) -> bool:
-        """Whether plain causal attention says what the announced tokens see, but for a window."""
+        """Whether plain causal attention is right for the announced tokens, apart from a window."""
         return self._ancestors is None
 
     def visible(self, window: int | None = None, chunk: int | None = None) -> Tensor | None:
-        """Return which slots the announced nodes see, bool [B, Q, S]; None where plain causal attention says it.
+        """Return which slots the announced nodes see, bool [B, Q, S]; None if plain causal attention is right.
 
         Args:
-            window: A node sees only so many of the last tokens of its sequence, itself included; None for all.
-            chunk: Tokens of the chunks that sequences are cut into, of which a node sees only its own; None for no
+            window: Number of last tokens of its sequence that a node sees, including itself; None for all.
+            chunk: Length of the chunks that sequences are divided into; a node sees only its own chunk. None for no
                 chunks.
         """
         depths = self._depths[:, -self._new :]
@@ -115,7 +115,7 @@ class TreeCache(DynamicCache):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
-        """Attend in one layer of a draft (see ``specforge.models.draft_attention``) and remember keys and values."""
+        """Attend in one layer of a draft (see ``specforge.models.draft_attention``) and cache keys and values."""
         keys, values = self.update(key, value, layer)
         visible = self.visible(window)
         mask = None if visible is None else visible[:, None]
@@ -128,7 +128,7 @@ class TreeCache(DynamicCache):
 
         Args:
             nodes: Pending nodes of each row from the top down, int64 [B, A].
-            counts: How many of them each row commits, int64 [B].
+            counts: Number of them that each row commits, int64 [B].
         """
         places = torch.arange(nodes.shape[1], device=nodes.device)
         wanted = places < counts[:, None]
@@ -147,7 +147,7 @@ class TreeCache(DynamicCache):
         self._announce(self.lengths.new_empty(len(self.lengths), 0), new=0)
 
     def keep_first(self, counts: Tensor) -> None:
-        """Commit the first so many pending nodes of each row, int64 [B], and drop the others."""
+        """Commit the first ``counts`` pending nodes of each row, int64 [B], and drop the others."""
         nodes = torch.arange(self._depths.shape[1], device=counts.device)
         self.keep(nodes.expand(len(counts), -1), counts)
 
@@ -156,13 +156,13 @@ class TreeCache(DynamicCache):
         self.keep_first(torch.zeros_like(self.lengths))
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some of the sequences, int64 [rows]; there must be no pending nodes."""
+        """Continue with some of the sequences, int64 [rows]; there must be no pending nodes."""
         self.batch_select_indices(rows)
         self.lengths = self.lengths[rows]
         self._announce(self.lengths.new_empty(len(rows), 0), new=0)
 
     def _announce(self, parents: Tensor, new: int) -> None:
-        """Note all pending nodes, of which the last ``new`` have no keys and values yet."""
+        """Set all pending nodes; the last ``new`` have no keys and values yet."""
         self._parents = parents
         ancestors = ancestors_of(parents)
         self._ancestors, self._depths, self._new = ancestors, ancestors.sum(-1) - 1, new

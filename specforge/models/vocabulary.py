@@ -14,11 +14,11 @@ from specforge.errors import UsageError
 
 @dataclass(frozen=True)
 class DraftVocabulary:
-    """Which of the verifier's V tokens a draft can propose.
+    """The subset of the verifier's V tokens that a draft can propose.
 
     Attributes:
-        t2d: bool [V], True where the verifier's token is in the draft vocabulary.
-        d2t: int64 [D], offsets: draft token j is the verifier's token ``j + d2t[j]``.
+        t2d: Whether each verifier token is in the draft vocabulary, bool [V].
+        d2t: Offsets, int64 [D]: draft token j is the verifier's token ``j + d2t[j]``.
     """
 
     t2d: Tensor
@@ -26,10 +26,10 @@ class DraftVocabulary:
 
     @classmethod
     def most_frequent(cls, counts: Tensor, size: int) -> Self:
-        """Choose the most frequent tokens; ties, and places that no counted token fills, go to the lowest ids.
+        """Choose the most frequent tokens; ties and remaining entries go to the lowest ids.
 
         Args:
-            counts: int64 [V], how often the verifier says each token (counts over supervised tokens).
+            counts: Number of occurrences of each verifier token among supervised tokens, int64 [V].
             size: Number D of draft tokens.
 
         Raises:
@@ -54,12 +54,12 @@ class DraftVocabulary:
         return self.d2t.numel()
 
     def coverage(self, counts: Tensor) -> float:
-        """Return the share of counted tokens, int64 [V], that lie in the draft vocabulary."""
+        """Return the share of counted tokens, int64 [V], that are in the draft vocabulary."""
         return float(counts[self.t2d].sum() / counts.sum().clamp(min=1))
 
 
 def map_faults(d2t: Tensor, t2d: Tensor | None, size: int) -> Iterator[str]:
-    """Yield what is wrong with maps that were read from a file.
+    """Yield the faults of maps that were read from a file.
 
     Args:
         d2t: Offsets [D], integers.
@@ -74,7 +74,7 @@ def map_faults(d2t: Tensor, t2d: Tensor | None, size: int) -> Iterator[str]:
     elif t2d is not None and not torch.equal(marked := t2d.nonzero().squeeze(-1), ids):
         zeros = "" if bool(d2t.any()) else ", which is all zeros"
         yield (
-            f"t2d marks {marked.numel()} tokens, and they are not the {ids.numel()} that d2t leads to{zeros}; d2t must "
+            f"t2d marks {marked.numel()} tokens, which are not the {ids.numel()} that d2t maps to{zeros}; d2t must "
             "hold id - index"
         )
 

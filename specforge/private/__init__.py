@@ -1,5 +1,5 @@
-"""Private names of other packages, a file for each package: the only files that touch them.
+"""Private names of other packages, one file per package; no other file uses them.
 
-Each name is here because the package has no public one for the same. Each has a test in ``tests/private`` that fails
-when the package changes it; the versions that ``pyproject.toml`` allows are those that pass.
+Each name is here because the package has no public equivalent. Each has a test in ``tests/private`` that fails when the
+package changes it; ``pyproject.toml`` allows only versions that pass.
 """

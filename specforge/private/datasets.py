@@ -6,5 +6,5 @@ from datasets import Dataset
 
 
 def fingerprint_of(rows: Dataset) -> str:
-    """Return the digest of a data set's content and of how it was made."""
+    """Return the digest of a data set's content and creation."""
     return str(rows._fingerprint)

@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from lightning.pytorch.plugins.environments import ClusterEnvironment
     from lightning.pytorch.strategies import ModelParallelStrategy
 
-# As Lightning's command line notes it: from plain values, jsonargparse makes what the constructor is typed to take.
+# Marked as by Lightning's command line, so that jsonargparse converts plain values to the constructor's types.
 _INSTANTIATOR = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
 
 
 def make_loadable(hparams: MutableMapping[str, Any]) -> None:
-    """Make hyperparameters plain values, which checkpoints can store and ``load_from_checkpoint`` turns back.
+    """Convert hyperparameters to plain values, which checkpoints store and ``load_from_checkpoint`` converts back.
 
-    What has no plain form is left out, and has to be given to ``load_from_checkpoint``.
+    Values without a plain form are left out and must be passed to ``load_from_checkpoint``.
 
     Args:
-        hparams: What ``save_hyperparameters`` has kept; is changed.
+        hparams: The result of ``save_hyperparameters``; changed in place.
     """
     for name, value in list(hparams.items()):
         try:
@@ -33,35 +33,35 @@ def make_loadable(hparams: MutableMapping[str, Any]) -> None:
 
 
 def has_trainer(module: LightningModule) -> bool:
-    """Return whether a module is attached to a trainer; asking for it raises an error if not."""
+    """Return whether a module is attached to a trainer; its ``trainer`` property raises an error if not."""
     return module._trainer is not None
 
 
 def validation_follows(trainer: Trainer) -> bool:
-    """Return whether the training batch that has just ended is followed by a validation."""
+    """Return whether a validation follows the training batch that has just ended."""
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 def is_accumulating(trainer: Trainer) -> bool:
-    """Return whether further batches belong to the optimizer step under way."""
+    """Return whether the current optimizer step has further batches."""
     return bool(trainer.fit_loop._should_accumulate())
 
 
 def may_stop_early(trainer: Trainer) -> bool:
-    """Return whether ``min_steps`` and ``min_epochs``, if they are set, have been reached."""
+    """Return whether ``min_steps`` and ``min_epochs``, if set, have been reached."""
     return bool(trainer.fit_loop._can_stop_early)
 
 
 def cluster_environment(trainer: Trainer) -> ClusterEnvironment:
-    """Return what launched the processes; a strategy of one process does not tell."""
+    """Return the environment that launched the processes; a single-process strategy does not expose it."""
     return trainer._accelerator_connector.cluster_environment
 
 
 def shard_over(strategy: ModelParallelStrategy, processes: int) -> None:
-    """Have a strategy split each tensor's data over so many processes, and no tensor's computation.
+    """Set a strategy to pure data parallelism over a number of processes.
 
-    Its own constructor takes numbers, but is called before those of nodes and devices are known.
+    Its constructor takes the sizes, but runs before the numbers of nodes and devices are known.
     """
     strategy._data_parallel_size, strategy._tensor_parallel_size = processes, 1

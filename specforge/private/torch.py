@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 _aten = torch.ops.aten
 Wrapper = TypeVar("Wrapper", bound=Tensor)
 
-# What scaled_dot_product_attention runs on a CPU, and its gradients.
+# The operators of scaled_dot_product_attention on a CPU, forward and backward.
 ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
-# Products of rows with the matrix of the expert that each belongs to.
+# Products of rows with the matrix of each row's expert.
 GROUPED_PRODUCT = _aten._grouped_mm
-# In these a mask chooses entries.
+# Operators in which a mask may choose entries.
 CHOOSING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
-# What ``item()`` and ``tolist()`` ask a tensor of one entry.
+# The operator of ``item()`` and ``tolist()`` on a tensor of one entry.
 READS_VALUE = _aten._local_scalar_dense.default
 
 NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
-"""As a tensor class's ``__torch_function__``: nothing is done above ``__torch_dispatch__``."""
+"""``__torch_function__`` of a tensor class that works only through ``__torch_dispatch__``."""
 
 
 def wrapper(cls: type[Wrapper], content: Tensor) -> Wrapper:
-    """Create a tensor of a class that has the shape, strides and type of another one and is on the CPU."""
+    """Create a tensor of a class with the shape, strides and dtype of another tensor, on the CPU."""
     made: Wrapper = Tensor._make_wrapper_subclass(
         cls,
         content.shape,
@@ -52,18 +52,18 @@ def packet(function: Any) -> Any:
 
 
 def map_own(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """Replace each parameter and buffer of a module, not those of the modules in it."""
+    """Replace each parameter and buffer of a module, but not those of its submodules."""
     module._apply(change, recurse=False)
 
 
 def let_clip(optimizer: Optimizer) -> None:
-    """Say of a fused optimizer that it leaves unscaling gradients to others.
+    """Mark a fused optimizer as not unscaling gradients.
 
-    Lightning refuses to clip the gradients of optimizers that offer to unscale them, as fused ones do.
+    Lightning refuses to clip the gradients of optimizers that can unscale them, as fused ones can.
     """
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
 
 def add_summary(writer: SummaryWriter, summary: Any) -> None:
-    """Write a summary as it is; ``add_hparams`` would write it to a file of its own."""
+    """Write a summary unchanged; ``add_hparams`` would write it to a separate file."""
     writer._get_file_writer().add_summary(summary)

@@ -9,10 +9,10 @@ from torchmetrics import Metric
 
 
 class UncastMetric(Metric):
-    """A metric whose states keep their type where a module is cast: they are moved only."""
+    """A metric whose states keep their dtype if a module is cast; they are only moved."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Metric:
-        # torch and torchmetrics both cast and move states by this.
+        # torch and torchmetrics use this method both to cast and to move states.
         def move(state: Tensor) -> Tensor:
             return state.to(fn(state).device)
 

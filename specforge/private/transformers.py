@@ -10,18 +10,18 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 
 def attention_of(config: PreTrainedConfig) -> str | None:
-    """Return the name of the attention that layers of a configuration run; None if nothing is set yet."""
+    """Return the name of the attention implementation of a configuration; None if it is not set yet."""
     name: str | None = config._attn_implementation
     return name
 
 
 def set_attention(config: PreTrainedConfig, name: str) -> None:
-    """Have layers that are built from a configuration run an attention; a whole model has a public method for it."""
+    """Set the attention implementation of single layers; whole models have a public method for it."""
     config._attn_implementation = name
 
 
 def is_recurrent(verifier: PreTrainedModel) -> bool:
-    """Return whether a model has a state that tokens cannot be taken out of again."""
+    """Return whether a model has a recurrent state, from which tokens cannot be removed."""
     return bool(getattr(verifier, "_is_stateful", False))
 
 

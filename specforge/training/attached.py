@@ -1,4 +1,4 @@
-"""What callbacks ask of a trainer: the others that it has, and whether a validation belongs to a training run."""
+"""What callbacks ask a trainer: its other callbacks, and whether a validation is part of a training run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Kind = TypeVar("Kind", bound=Callback)
 
 
 def callbacks_of(trainer: Trainer, kind: type[Kind]) -> list[Kind]:
-    """Return the callbacks of a class that a trainer has, in order.
+    """Return a trainer's callbacks of a class, in order.
 
     Args:
         trainer: The trainer.
@@ -23,5 +23,5 @@ def callbacks_of(trainer: Trainer, kind: type[Kind]) -> list[Kind]:
 
 
 def is_fitting(trainer: Trainer) -> bool:
-    """Return whether a trainer trains, or validates in between: neither ``validate`` nor the check before the start."""
+    """Return whether a trainer trains or validates during training; not ``validate`` or the sanity check."""
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking

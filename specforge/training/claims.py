@@ -1,10 +1,11 @@
-"""A run's folder belongs to one process while it lives: on one machine, with several ranks, on shared file systems.
+"""A live run's folder belongs to one process: on one machine, with several ranks, on shared file systems.
 
-A new folder is claimed by ``mkdir``, which succeeds for one process only on every file system. A lock on the file
-``.lock`` in it is then held until the run ends. It is a POSIX record lock: the operating system drops it when the
-process dies, however that happens; NFS and other shared file systems tell it to other machines; and processes that load
-batches do not inherit it, so that none of them keeps it after the run was killed. filelock's would not do: before its
-version 4 forked processes inherit them, and where a file system has no locks they are files that outlive a process.
+A new folder is claimed by ``mkdir``, which on every file system succeeds for only one process. A lock on the file
+``.lock`` in it is then held until the run ends. It is a POSIX record lock: the operating system releases it when the
+process dies for any reason; NFS and other shared file systems propagate it to other machines; and the DataLoader's
+worker processes do not inherit it, so none of them keeps it after the run is killed. The locks of filelock do not do
+this: before version 4 forked processes inherit them, and without file system locks they are files that outlive a
+process.
 """
 
 from __future__ import annotations
@@ -29,31 +30,31 @@ RANKS = (
     *("SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK"),
 )
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
-# Within one process, locks of this kind exclude nobody.
+# Locks of this kind do not exclude the process that holds them.
 _held: set[Path] = set()
 
 
 def is_first_process() -> bool:
-    """Tell whether this process is the one of its job that claims and writes the run's folder."""
+    """Return whether this process is the one of its job that claims and writes the run's folder."""
     return all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
 def claim(held: ExitStack, output_dir: Path, name: str | None, wanted: str | None, checkpoint: Path | None) -> Path:
-    """Claim the folder of a run, which is that of the checkpoint's run, or a new one.
+    """Claim the folder of a run: the folder of the checkpoint's run, or a new one.
 
     Args:
         held: Keeps the claim until it is closed.
         output_dir: Folder of the runs.
         name: ``run_name``, if one is set.
-        wanted: ``--ckpt_path`` as it was given.
-        checkpoint: The file that was found for it.
+        wanted: The value of ``--ckpt_path``.
+        checkpoint: The file that it resolves to.
 
     Returns:
-        The folder. Processes other than the first of a job claim none: theirs is a guess, until Lightning tells all of
-        them where the first one saves.
+        The folder. Only the first process of a job claims it; the others return a guess, until Lightning tells them
+        where the first one saves.
 
     Raises:
-        UsageError: Another process holds the run, a run of that name exists, or the checkpoint's has another name.
+        UsageError: Another process holds the run, the name is taken, or the checkpoint's run has another name.
     """
     run = run_of(checkpoint, output_dir)
     if not is_first_process():
@@ -63,8 +64,8 @@ def claim(held: ExitStack, output_dir: Path, name: str | None, wanted: str | Non
     if run is not None:
         if name is not None and name != run.name:
             raise UsageError(
-                f"run_name: {name}, but --ckpt_path {wanted} resumes the run {run.name}; leave --run_name out, or "
-                "begin a new run from that one's draft with --model.init_from"
+                f"run_name: {name}, but --ckpt_path {wanted} resumes the run {run.name}; omit --run_name, or "
+                "start a new run from its draft with --model.init_from"
             )
         if not held.enter_context(claimed(run, new=False)):
             raise UsageError(_live(wanted, run))
@@ -79,16 +80,16 @@ def claim(held: ExitStack, output_dir: Path, name: str | None, wanted: str | Non
 
 def _claim_named(held: ExitStack, run: Path) -> Path:
     if not held.enter_context(claimed(run, new=False)):
-        raise UsageError(f"run_name: the run {run} is live, another process writes it; choose another name")
+        raise UsageError(f"run_name: the run {run} is live: another process is writing it; choose another name")
     if (run / CHECKPOINTS).exists():
         raise UsageError(
-            f"run_name: there is a run {run} already; choose another name, or resume it with --ckpt_path last"
+            f"run_name: the run {run} exists already; choose another name, or resume it with --ckpt_path last"
         )
     return run
 
 
 def _refuse_live(output_dir: Path, name: str | None, wanted: str, run: Path | None) -> None:
-    """Refuse to resume an older run, or to begin one, beside a newer one that lives and has saved nothing yet."""
+    """Refuse to resume an older run, or to start one, while a newer run is live and has saved nothing yet."""
     for other in reversed(runs(output_dir, name)):
         if is_live(other):
             raise UsageError(_live(wanted, other))
@@ -98,8 +99,8 @@ def _refuse_live(output_dir: Path, name: str | None, wanted: str, run: Path | No
 
 def _live(wanted: str | None, run: Path) -> str:
     return (
-        f"--ckpt_path {wanted}: the run {run} is live, another process writes it. Wait until it has ended, or stop it; "
-        "to begin another run beside it, leave --ckpt_path out"
+        f"--ckpt_path {wanted}: the run {run} is live: another process is writing it. Wait until it ends, or stop it; "
+        "to start another run meanwhile, omit --ckpt_path"
     )
 
 
@@ -112,7 +113,7 @@ def claimed(folder: Path, *, new: bool) -> Iterator[bool]:
         new: Whether the folder must not exist yet.
 
     Yields:
-        Whether the folder is held; False if another process holds it, or has made it before.
+        Whether the folder is held; False if another process holds it or has created it first.
 
     Raises:
         UsageError: The folder cannot be created.
@@ -147,13 +148,13 @@ def claimed(folder: Path, *, new: bool) -> Iterator[bool]:
 
 
 def is_live(folder: Path) -> bool:
-    """Tell whether a process holds a run's folder."""
+    """Return whether a process holds a run's folder."""
     folder = folder.absolute()
     if folder in _held:
-        return True  # without a look at the file: closing it again would drop the lock
+        return True  # the file must not be opened: closing it would release the lock
     try:
         lock = _lock(folder / LOCK, 0)
-    except OSError:  # there is no lock, or it may not be opened
+    except OSError:  # there is no lock, or it cannot be opened
         return False
     if lock is not None:
         os.close(lock)
@@ -165,12 +166,12 @@ def _lock(path: Path, flags: int) -> int | None:
     file = os.open(path, os.O_RDWR | flags, 0o666)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The process that held it may have removed the file since it was opened here: then the lock holds nothing.
+        # The previous holder may have removed the file after it was opened here: then the lock protects nothing.
         if flags and not os.path.samestat(os.fstat(file), os.stat(path)):
             raise FileNotFoundError(errno.ENOENT, "removed", str(path))
     except OSError as error:
         if error.errno in _UNSUPPORTED:
-            _log.warning("%s: this file system has no locks (%s); start no second run in it", path, error.strerror)
+            _log.warning("%s: no locks on this file system (%s); do not start a second run in it", path, error.strerror)
             return file
         os.close(file)
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.ENOENT):

@@ -1,4 +1,4 @@
-"""Classes that a setting gives by their path, ``package.module.Class``, as Lightning's command line takes them."""
+"""Classes that a setting names by their path, ``package.module.Class``, as on Lightning's command line."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def class_at(path: str, base: type[Base], own: Sequence[str]) -> type[Base]:
 
     Args:
         path: Its path.
-        base: What it has to be a subclass of.
-        own: Names that are allowed instead of a path, for the message.
+        base: The required base class.
+        own: Names that are allowed instead of a path, for error messages.
 
     Raises:
         ValueError: There is no such class.
@@ -34,15 +34,15 @@ def class_at(path: str, base: type[Base], own: Sequence[str]) -> type[Base]:
 
 
 def check_arguments(path: str, found: type, arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments that a class does not take, and the lack of those that it needs.
+    """Refuse arguments that a class does not accept, and missing required ones.
 
     Args:
         path: Path of the class.
-        found: The class; its first argument is not among those given.
-        arguments: By name.
+        found: The class; its first argument is passed separately.
+        arguments: The arguments by name.
 
     Raises:
-        ValueError: With the fault, and the arguments of the class.
+        ValueError: Names the fault and the arguments of the class.
     """
     try:
         inspect.signature(found).bind(None, **arguments)
@@ -52,7 +52,7 @@ def check_arguments(path: str, found: type, arguments: Mapping[str, Any]) -> Non
 
 
 def takes(found: type, name: str) -> bool:
-    """Tell whether a class takes an argument of that name."""
+    """Return whether a class accepts an argument of that name."""
     return name in inspect.signature(found).parameters
 
 
@@ -60,8 +60,8 @@ def build(key: str, found: Callable[..., Base], first: Any, arguments: Mapping[s
     """Create an object of a class.
 
     Args:
-        key: The setting, for the message.
-        found: The class that it gave.
+        key: The setting's key, for error messages.
+        found: The class.
         first: Its first argument.
         arguments: The others, by name.
 

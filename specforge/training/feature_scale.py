@@ -1,6 +1,6 @@
-"""``model.draft.feature_scale``: what a draft's first layer divides its inputs by while it is trained.
+"""``model.draft.feature_scale``: divisors of the inputs of a draft's first layer during training.
 
-``specforge.models.scaled_linear`` says why, and how the division folds into the written draft.
+``specforge.models.scaled_linear`` explains why, and how the divisors are folded into the written draft.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from specforge.training.saying import say
 from specforge.training.totals import of_first
 from specforge.verifier.features import Features
 
-# Of the quickstart's verifier, which gains from scaling, no channel holds more than 3 %; of SmolLM2, which loses, some
+# In the quickstart's verifier, which gains from scaling, no channel holds more than 3 %; in SmolLM2, which loses, some
 # hold 34 to 55 % (docs/algorithms/measured.md).
 CROWDED = 0.25
 
@@ -30,14 +30,14 @@ FeatureScale = Literal["auto", "none"] | list[Scale]
 
 
 class FeatureScaledModule(DraftModule):
-    """Trains a draft one of whose layers reads raw states, and divides them by constants while it does.
+    """Trains a draft with a layer that reads raw verifier states, and divides them by constants during training.
 
-    A subclass sets the three attributes before the run begins, and gives what the layer reads (``states_read``).
+    A subclass sets the three attributes before the run starts, and returns the layer's input (``states_read``).
 
     Attributes:
         scaled_layer: Name of the linear layer in the draft.
         scaled_inputs: Names of its n inputs, for messages.
-        feature_scale: Numbers, one for each input; auto; or none.
+        feature_scale: One number for each input, ``"auto"`` or ``"none"``.
     """
 
     scaled_layer: ClassVar[str]
@@ -46,7 +46,7 @@ class FeatureScaledModule(DraftModule):
 
     @abstractmethod
     def states_read(self, batch: Batch, features: Features) -> Tensor:
-        """Return what the layer reads of a batch, [B, T, n, H].
+        """Return the layer's input for a batch, [B, T, n, H].
 
         Args:
             batch: See ``draft_steps``.
@@ -54,14 +54,14 @@ class FeatureScaledModule(DraftModule):
         """
 
     def adapt_draft(self) -> None:
-        """Have the layer divide its inputs, unless that is off."""
+        """Let the layer divide its inputs, unless scaling is off."""
         layer = self.draft.get_submodule(self.scaled_layer)
         if self.feature_scale != "none":
             assert isinstance(layer, nn.Linear)
             self.draft.set_submodule(self.scaled_layer, ScaledLinear.of(layer))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Set the scale before the first step; a resumed run has done so."""
+        """Set the scale before the first step; a resumed run has it already."""
         layer = self.draft.get_submodule(self.scaled_layer)
         if self.trainer.global_step == 0 and batch_idx == 0 and isinstance(layer, ScaledLinear):
             states = self.states_read(batch, self.features_ahead(batch))[0, read_of_first_row(batch)]
@@ -70,24 +70,24 @@ class FeatureScaledModule(DraftModule):
 
 
 def check_feature_scale(setting: FeatureScale, inputs: Sequence[str]) -> None:
-    """Refuse numbers that are not one for each input.
+    """Refuse a list of numbers whose length is not the number of inputs.
 
     Args:
         setting: The setting.
-        inputs: What the layer reads, in words.
+        inputs: Names of the layer's inputs, for the message.
 
     Raises:
-        UsageError: There are more or fewer.
+        UsageError: The lengths differ.
     """
     if isinstance(setting, list) and len(setting) != len(inputs):
         raise UsageError(
-            f"model.draft.feature_scale has {len(setting)} numbers; give one for each of: {', '.join(inputs)}; or "
-            "auto, or none"
+            f"model.draft.feature_scale has {len(setting)} numbers; give one for each of {', '.join(inputs)}, or "
+            "auto or none"
         )
 
 
 def read_of_first_row(batch: Mapping[str, Tensor]) -> Tensor:
-    """Return which states of a batch's first row are there however much is stored: those before a supervised token.
+    """Return which states of a batch's first row are always stored: those before a supervised token.
 
     Args:
         batch: ``loss_mask`` and ``document_ids``, [B, T] each.
@@ -108,24 +108,24 @@ def fit_scale(
     Args:
         layer: The layer; all processes hold the same one.
         setting: Numbers, or auto for the typical size of each input times the square root of their number n, so that
-            their sum has the size of one; nothing is divided where one channel holds much of an input's energy.
-        states: What the layer reads of the run's first row, [T, n, H]; those of the first process are taken, so that
-            nothing depends on how rows are batched and spread.
+            their sum has the size of a single input; nothing is divided if one channel holds much of an input's energy.
+        states: The layer's input for the run's first row, [T, n, H]; the first process's states are used, so that the
+            scale does not depend on batch size or number of processes.
         inputs: Names of the n inputs, for the message.
-        keep_function: Whether the layer still computes what it did before.
+        keep_function: Whether to rescale the weights so that the layer computes the same function as before.
     """
     share, largest = of_first(largest_share(states)).max(dim=0)
     if setting == "auto" and share > CROWDED:
         say(
-            f"feature scale: none, since one channel holds {float(share):.0%} of the energy of {inputs[int(largest)]}: "
-            "drafts for such verifiers learn faster from features as they are (model.draft.feature_scale)"
+            f"feature scale: none, as one channel holds {float(share):.0%} of the energy of {inputs[int(largest)]}: "
+            "drafts for such verifiers learn faster from unscaled features (model.draft.feature_scale)"
         )
         return
     sizes = of_first(typical_size(states))
     scale = sizes.new_tensor(setting) if isinstance(setting, list) else sizes * len(sizes) ** 0.5
     layer.set_scale(scale, keep_function)
     say(
-        f"feature scale: {', '.join(inputs)} are of typical size {_listed(sizes)}; while training they are divided by "
+        f"feature scale: {', '.join(inputs)} have typical size {_listed(sizes)}; in training they are divided by "
         f"{_listed(scale)}"
     )
 

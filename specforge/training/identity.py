@@ -1,7 +1,7 @@
-"""What a checkpoint is of: a draft network, and the verifier that it is trained for.
+"""Identity of a checkpoint: the draft network, and the verifier that it is trained for.
 
-Both travel with every checkpoint and with the draft that a run writes, so that a run which would resume or start from
-something else is refused by the names of what differs.
+Both are stored in every checkpoint and with the draft that a run writes. A run that would resume or start from another
+draft is refused with the names of the differences.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Identity:
     """A draft network and its verifier.
 
     Attributes:
-        network: What decides what the network computes, by field of its configuration; and ``aux_layers``.
-        trained: Names of the parameters that are trained.
+        network: The configuration fields that determine what the network computes, and ``aux_layers``.
+        trained: Names of the trainable parameters.
         verifier: Folder or hub id of the verifier; None if it is not known.
         fingerprint: Its fingerprint; None if it is not known.
     """
@@ -52,18 +52,18 @@ class Identity:
         return cls(_network(draft), trained, verifier.name_or_path, verifier.fingerprint)
 
     def stored(self) -> dict[str, Any]:
-        """Return it as a checkpoint holds it, in plain values."""
+        """Return it as plain values, as stored in a checkpoint."""
         return asdict(self)
 
     def is_of_another_verifier(self, other: Identity) -> bool:
-        """Tell whether two drafts are known to be for different verifiers."""
+        """Return whether two drafts are known to be for different verifiers."""
         return None not in (self.fingerprint, other.fingerprint) and self.fingerprint != other.fingerprint
 
     def differences(self, own: Identity) -> list[str]:
-        """Say of each difference to another draft what it is, by name.
+        """Describe each difference from another draft.
 
         Args:
-            own: The draft at hand.
+            own: The draft of this run.
         """
         found = [
             f"{name} is {self.network[name]!r} there and {own.network[name]!r} here"
@@ -80,13 +80,13 @@ class Identity:
 
 
 def different_tensors(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Say of the first tensors whose shapes differ what they are."""
+    """Describe the first tensors whose shapes differ."""
     names = [name for name in own.keys() | stored.keys() if _shape(own, name) != _shape(stored, name)]
     return [f"{name} is {_shape(stored, name)} there and {_shape(own, name)} here" for name in sorted(names)[:3]]
 
 
 def draft_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights of the draft in a training checkpoint, as they are written.
+    """Return the weights of the draft in a training checkpoint, as they are exported.
 
     Args:
         checkpoint: Content of the file.
@@ -97,32 +97,32 @@ def draft_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def draft_in(checkpoint: Mapping[str, Any]) -> SpeculatorModel:
-    """Build the draft of a training checkpoint, attached to no verifier.
+    """Build the draft of a training checkpoint, without a verifier.
 
     Args:
         checkpoint: Content of the file.
 
     Raises:
-        UsageError: It is of an earlier version, or damaged.
+        UsageError: The checkpoint is of an earlier version, or damaged.
     """
     if "draft_config" not in checkpoint:
         raise UsageError(
-            "the checkpoint is of an earlier version, which did not store the draft's configuration. Resume its run "
-            "with --ckpt_path, or take the draft/ that the run has written"
+            "the checkpoint is of an earlier version that did not store the draft's configuration. Resume its run "
+            "with --ckpt_path, or use the draft/ that the run has written"
         )
     config = SpeculatorModelConfig.from_dict(checkpoint["draft_config"], where="the checkpoint's draft_config")
     return network_of(config).from_state(config, draft_weights(checkpoint), where="the checkpoint")
 
 
 def start_from(draft: SpeculatorModel, given: SpeculatorModel | str) -> None:
-    """Give a draft the weights of a stored one, its draft vocabulary included.
+    """Initialise a draft with the weights and the draft vocabulary of a stored one.
 
     Args:
         draft: The draft, attached to its verifier's parts.
-        given: The stored one, or its folder or hub id.
+        given: The stored draft, or its folder or hub id.
 
     Raises:
-        UsageError: There is none, or it is another network, or for another verifier; what differs is named.
+        UsageError: It does not exist, is another network, or is for another verifier; the differences are named.
     """
     if isinstance(given, str):
         stored, name = draft.read_start(given), f"model.init_from: {given}"
@@ -133,19 +133,19 @@ def start_from(draft: SpeculatorModel, given: SpeculatorModel | str) -> None:
     stored.borrow_embeddings()
     there, here = Identity.of(stored), Identity.of(draft)
     if different := there.differences(here) or different_tensors(stored.state_dict(), draft.state_dict()):
-        what_to_do = "Set model.draft as it was set there"
+        what_to_do = "Use the model.draft settings of that draft"
         if here.is_of_another_verifier(there):
             what_to_do = (
-                "Train it for the same verifier; to adapt it to another one, remove "
+                "Train it for the same verifier; to adapt it to this one, remove "
                 f"speculators_config.verifier.fingerprint from {config}"
             )
-        raise UsageError(f"{name} does not fit this run: {'; '.join(different)}. {what_to_do}")
+        raise UsageError(f"{name} does not match this run: {'; '.join(different)}. {what_to_do}")
     draft.load_state_dict(stored.state_dict())
 
 
 def _network(draft: SpeculatorModel) -> dict[str, Any]:
     layers = draft.aux_layers
-    left_out = NOT_COMPUTED | draft.config.proposal_fields | {"max_position_embeddings"}  # engines set that themselves
+    left_out = NOT_COMPUTED | draft.config.proposal_fields | {"max_position_embeddings"}  # engines set it themselves
     return {"aux_layers": layers} | {
         name: value
         for name, value in network_settings(draft.config).items()
@@ -154,7 +154,7 @@ def _network(draft: SpeculatorModel) -> dict[str, Any]:
 
 
 def _differ(name: str, there: Any, here: Any) -> bool:
-    # A field of the draft's own that is None means a default, which shows in aux_layers and in the tensors.
+    # None in the draft's own configuration means a default, which shows in aux_layers and in the tensors.
     is_default = "." not in name and None in (there, here)
     return bool(there != here) and not is_default
 

@@ -1,4 +1,4 @@
-"""How many optimizer steps a run takes, and which setting ends it."""
+"""The number of optimizer steps of a run, and the setting that ends it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from specforge.errors import UsageError
 from specforge.training.attached import callbacks_of
 
 NEEDS_AN_END = (
-    "set trainer.max_steps or trainer.max_epochs: the learning-rate schedule spans the whole run, so it needs to know "
+    "set trainer.max_steps or trainer.max_epochs: the learning-rate schedule spans the whole run, so it needs "
     "its last step"
 )
 
 
 def settle_length(trainer: Any) -> None:
-    """Train one epoch if nothing else is set to end the run; Lightning would train 1,000.
+    """Set one epoch if nothing else ends the run; Lightning would train 1,000.
 
     Args:
-        trainer: The parsed settings of the trainer, which are changed.
+        trainer: The parsed settings of the trainer; changed in place.
 
     Raises:
-        UsageError: Nothing tells how many steps the run takes.
+        UsageError: The number of steps is not determined.
     """
     has_steps = trainer.max_steps != -1
     if trainer.max_epochs is None and not has_steps and trainer.max_time is None:
@@ -42,8 +42,8 @@ class RunLength:
     """The length of a run, by Lightning's rules: it ends at ``max_steps`` or ``max_epochs``, whichever comes first.
 
     Attributes:
-        steps: Optimizer steps of the whole run, those before a checkpoint that it resumes from included.
-        why: What ends the run, in words.
+        steps: Optimizer steps of the whole run, including those before the checkpoint that it resumes from.
+        why: Description of what ends the run.
     """
 
     steps: int
@@ -51,16 +51,16 @@ class RunLength:
 
     @classmethod
     def of(cls, trainer: Trainer) -> RunLength:
-        """Find the length of a run whose data are set up.
+        """Return the length of a run whose data are set up.
 
         Raises:
-            UsageError: Nothing ends the run, or a setting asks for more or fewer batches than an epoch has.
+            UsageError: Nothing ends the run, or a setting does not match the number of batches of an epoch.
         """
         by_steps = trainer.max_steps if trainer.max_steps != -1 else None
         epochs = None if trainer.max_epochs in (None, -1) else int(trainer.max_epochs)
         if by_steps is None and epochs is None:
             raise UsageError(NEEDS_AN_END)
-        if getattr(trainer, "datamodule", None) is None:  # a rehearsal without data, whose steps are given
+        if getattr(trainer, "datamodule", None) is None:  # a dry run without data, with a given number of steps
             return cls(int(by_steps or 0), "trainer.max_steps")
         # Not trainer.estimated_stepping_batches, which makes Lightning forget the loader's position on resuming.
         batches = limited(len(data_of(trainer).train_dataloader()), trainer.limit_train_batches)
@@ -74,12 +74,12 @@ class RunLength:
         return cls(int(by_steps or 0), f"trainer.max_steps; an epoch has {batches:,} batches{together}{early}")
 
     def __str__(self) -> str:
-        """Say it in a line."""
+        """Describe the length in one line."""
         return f"length: {self.steps:,} optimizer step{'s' * (self.steps != 1)} ({self.why})"
 
 
 def limited(batches: int, limit: int | float) -> int:
-    """Return the batches of an epoch that are trained on.
+    """Return the number of batches of an epoch that are trained on.
 
     Args:
         batches: Batches of the data.
@@ -92,7 +92,7 @@ def limited(batches: int, limit: int | float) -> int:
         return min(batches, limit)
     if 0 < batches * limit < 1:
         raise UsageError(
-            f"trainer.limit_train_batches: {limit} of the {batches:,} batches of an epoch is less than one; give at "
+            f"trainer.limit_train_batches: {limit} of an epoch's {batches:,} batches is less than one; give at "
             f"least {1 / batches:.2g}, or a number of batches"
         )
     return int(batches * limit)
@@ -103,7 +103,7 @@ def _check_validation(trainer: Trainer, batches: int) -> None:
     counts_epochs = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches > 0
     if isinstance(interval, int) and counts_epochs and 0 < batches < interval:
         raise UsageError(
-            f"trainer.val_check_interval: {interval:,} batches are more than an epoch has, which is {batches:,}; give "
+            f"trainer.val_check_interval: {interval:,} batches exceed the {batches:,} of an epoch; give "
             "fewer, or set trainer.check_val_every_n_epoch: null to count batches across epochs"
         )
 

@@ -53,7 +53,7 @@ class StageMetrics(nn.Module):
     Args:
         terms: Names of the objectives.
         steps: Number S of draft steps.
-        rows: The rows that are measured on; None where there are none.
+        rows: The rows that are measured on; None if there are none.
         verifier: Fingerprint of the verifier.
     """
 
@@ -64,7 +64,7 @@ class StageMetrics(nn.Module):
         origin = next(iter(origins), None)
         self.sampling = Sampling() if self.why_proxy or origin is None else origin.sampling
         self.by_step = StepMeans(terms, steps)
-        # Greedy chains are exact on any text of the verifier's, drawn ones only on text that was sampled as they are.
+        # Greedy chains are exact on any text of the verifier, sampled chains only on text with the same sampling.
         kinds = ("greedy",) if self.sampling.is_greedy else ("greedy", "sampled")
         self.chains = {kind: AcceptanceLength(steps) for kind in kinds}
         for kind, metric in self.chains.items():
@@ -72,15 +72,15 @@ class StageMetrics(nn.Module):
 
     @property
     def suffix(self) -> str:
-        """What the names of figures end in that are not exact."""
+        """Suffix of inexact metrics: ``_proxy``; empty if they are exact."""
         return "_proxy" if self.why_proxy else ""
 
     def update(self, outcome: DraftSteps, shape: torch.Size) -> None:
         """Add a batch.
 
         Args:
-            outcome: What the draft did.
-            shape: The batch's [B, T], whose rows ``outcome`` has flattened.
+            outcome: The draft's results.
+            shape: The batch's [B, T]; ``outcome`` holds its rows flattened.
         """
         self.by_step.update(outcome)
         reachable = outcome.supervised[0].view(shape)
@@ -88,10 +88,10 @@ class StageMetrics(nn.Module):
             metric.update(acceptance.unflatten(1, shape), reachable)
 
     def replayed(self) -> dict[str, Tensor]:
-        """Return the figures of decoding by chains: ``acceptance_length``, ``accept_rate_pos_k``, ...
+        """Return the metrics of chain decoding: ``acceptance_length``, ``accept_rate_pos_k``, ...
 
-        Those of the longest chain have the plain names; ``acceptance_length_at_K`` are those of shorter ones. Chains
-        that the draft draws at random follow under names with ``_sampled``, where the text was sampled.
+        Those of the longest chain have the plain names; ``acceptance_length_at_K`` are those of shorter chains. If the
+        text was sampled, metrics of sampled chains follow, with ``_sampled`` in their names.
         """
         values: dict[str, float] = {}
         for kind, metric in self.chains.items():
@@ -105,7 +105,7 @@ class StageMetrics(nn.Module):
         return {name: torch.tensor(value) for name, value in values.items()}
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Reset all metrics."""
         self.by_step.reset()
         for metric in self.chains.values():
             metric.reset()

@@ -50,14 +50,14 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Drafted:
-    """What a draft computed for a batch, and what it is compared with.
+    """A draft's states for a batch, and the targets that they are compared with.
 
     Attributes:
-        states: Its states at the pairs of row and step that were run, [P, H].
-        places: Index of each row's and step's state, int64 [S, N]; -1 where it was not run. This and what follows is
-            on the CPU; indices go to a device by ``specforge.moving.moved``.
-        targets: Row of the verifier's states that each row and step is compared with, int64 [S, N].
-        supervised: Which of them count, bool [S, N].
+        states: The draft's states at the pairs of row and step that were run, [P, H].
+        places: Index of each row's and step's state, int64 [S, N], on the CPU; -1 if it was not run. Move indices to a
+            device with ``specforge.moving.moved``.
+        targets: Row of the verifier's states that each row and step is compared with, int64 [S, N], on the CPU.
+        supervised: Which of them count, bool [S, N], on the CPU.
     """
 
     states: Tensor
@@ -72,30 +72,30 @@ class Drafted:
 
 
 class DraftModule(LightningModule, ABC):
-    """Trains a draft towards a verifier; a plugin supplies the network, and what its paper does in its own way.
+    """Trains a draft for a verifier; a plugin supplies the network and whatever its paper does differently.
 
-    A batch is aligned (``alignment``), the rows that are needed are run (``states``), and each pair of row and step
-    that counts is compared with the verifier: by the objective (``loss_terms``) and what an algorithm adds to it
+    A batch is aligned (``alignment``), the needed rows are run (``states``), and each pair of row and step that counts
+    is compared with the verifier: by the objective (``loss_terms``) and the algorithm's own losses
     (``further_losses``), times the pair's weight (``pair_weights``).
 
     Args:
         verifier: Folder or hub id of the verifier.
-        verifier_dtype: Type of its weights; auto is the stored one, but float32 where there is no accelerator.
+        verifier_dtype: Dtype of its weights; auto is the stored dtype, but float32 without an accelerator.
         verifier_revision: Branch, tag or commit of the verifier on the hub.
-        trust_remote_code: Whether to run model code that comes with the verifier.
-        verifier_sharding: Whether to split the verifier's layers over all processes, where it does not fit in each.
-        objective: Losses to add up, by name, each with its weight (see ``specforge plugins`` for the names).
-        step_decay: Weight of draft step k is this to the power of k.
-        weighting: A further weight of each position and step in training, which depends on what the steps before it
-            achieved, by name (see ``specforge plugins``); with a step_decay of 1, the only one. Null for none.
-        denominator: What a step's sum of losses is divided by: its supervised positions (valid), or all positions of
-            the batch, padding and prompts included (all).
-        optimizer: How weights are updated.
-        schedule: How the learning rate moves.
-        init_from: Draft to start from, a folder or hub id, instead of a fresh one; it must be of the same network.
-        activation_checkpointing: Whether to run each draft step again in the backward pass instead of keeping what it
-            computed. Takes more time and much less memory.
-        compile: Whether to compile the draft's steps and the losses with torch.compile. Takes a while at the start.
+        trust_remote_code: Whether to run model code from the verifier's repository.
+        verifier_sharding: Whether to split the verifier's layers over all processes, if it does not fit in each.
+        objective: Weights of the losses to add up, by name (see ``specforge plugins`` for the names).
+        step_decay: Draft step k is weighted by this number to the power of k.
+        weighting: Name of a further weight of each position and step in training, which depends on the earlier steps
+            of the chain (see ``specforge plugins``). Set step_decay to 1 to use it alone. Null for none.
+        denominator: Divisor of a step's sum of losses: the number of its supervised positions (valid), or of all
+            positions of the batch, including padding and prompts (all).
+        optimizer: The optimizer.
+        schedule: The learning-rate schedule.
+        init_from: Draft to start from, a folder or hub id, instead of a new one; it must have the same network.
+        activation_checkpointing: Whether to recompute each draft step in the backward pass instead of keeping its
+            activations. Takes more time and much less memory.
+        compile: Whether to compile the draft's steps and the losses with torch.compile. Slows the start of the run.
     """
 
     draft: SpeculatorModel
@@ -130,17 +130,17 @@ class DraftModule(LightningModule, ABC):
         self.schedule_settings = schedule
         self.init_from = init_from
         self.starts_from: str | None = None
-        """Whose weights the draft was given when it was created, in words; None for its own."""
+        """Description of the weights that the draft was initialised with; None if they are new."""
         self.activation_checkpointing = activation_checkpointing
         self.compile_steps = compile
-        # Which positions count in all batches of the optimizer step under way; None where it takes only one.
+        # Which positions count in all batches of the current optimizer step; None if it has only one batch.
         self._window: Tensor | None = None
-        # Waits for how many of them count in all processes together.
+        # Waits for the number of positions that count in all processes together.
         self._counted: Callable[[], Tensor] | None = None
-        # Loss, sums and counts of its batches so far.
+        # Loss, sums and counts of the optimizer step's batches so far.
         self._so_far: tuple[Tensor, ...] | None = None
-        # States of a batch that were looked at before its step.
-        self._ahead: Features | None = None
+        # States of a batch that were read before its step.
+        self._next_features: Features | None = None
 
     @property
     @abstractmethod
@@ -154,26 +154,26 @@ class DraftModule(LightningModule, ABC):
 
     @property
     def reads_whole_rows(self) -> bool:
-        """Whether the verifier's states behind a row's last supervised token are read; not unless a plugin says so."""
+        """Whether the verifier's states after a row's last supervised token are read; False by default."""
         return False
 
     @property
     def runs_verifier(self) -> bool:
-        """Whether the verifier is run even where all states are stored; not unless a plugin says so."""
+        """Whether the verifier is run even if all states are stored; False by default."""
         return False
 
     @property
     def validation_steps(self) -> int:
-        """Number of draft steps that validation runs; as many as are trained, unless a plugin says otherwise."""
+        """Number of draft steps that validation runs; ``num_steps`` by default."""
         return self.num_steps
 
     @abstractmethod
     def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> SpeculatorModel:
-        """Create the network, attached to the verifier's parts, with the weights that training starts from.
+        """Create the network with its initial weights, attached to the verifier's parts.
 
         Args:
             parts: The verifier's embeddings, norm and head.
-            data: The data, set up; it knows how often each token is supervised.
+            data: The data module, set up; it counts how often each token is supervised.
         """
 
     def draft_steps(self, batch: Batch, features: Features) -> DraftSteps:
@@ -213,7 +213,7 @@ class DraftModule(LightningModule, ABC):
         return outcome
 
     def states(self, batch: Batch, features: Features, rows: DraftRows) -> Tensor:
-        """Run the draft's steps at the rows that are needed; overridden where training does so differently.
+        """Run the draft's steps at the rows that are needed; override it if training runs them differently.
 
         Args:
             batch: See ``draft_steps``.
@@ -221,17 +221,17 @@ class DraftModule(LightningModule, ABC):
             rows: The rows that each step runs.
 
         Returns:
-            Their states, one step after the other, [P, H].
+            The states, concatenated step by step, [P, H].
         """
         return self.draft.states(batch, features, rows)
 
     @property
     def loss_terms(self) -> list[Term]:
-        """The summands of the objective; overridden where they depend on more than the configuration."""
+        """The terms of the objective; override this if they depend on more than the configuration."""
         return self.terms
 
     def pair_weights(self, supervised: Tensor) -> Tensor:
-        """Return the factor of each row and step in the loss, [S, N]: that of its step, unless a plugin says otherwise.
+        """Return the weight of each row and step in the loss, [S, N]; by default ``step_weights``.
 
         Args:
             supervised: Which of them count, bool [S, N], on the CPU.
@@ -239,16 +239,16 @@ class DraftModule(LightningModule, ABC):
         return self.step_weights(supervised)[:, None].expand_as(supervised)
 
     def further_losses(self, features: Features, drafted: Drafted, outcome: DraftSteps) -> dict[str, Tensor]:
-        """Return summands of the loss besides the objective; none, unless a plugin says otherwise.
+        """Return terms of the loss besides the objective; none by default.
 
         Args:
             features: The verifier's states over the batch.
-            drafted: What the draft computed, with its gradient.
-            outcome: How it compares with the verifier.
+            drafted: The draft's states, with their gradient.
+            outcome: Their comparison with the verifier.
 
         Returns:
-            For each name that ``term_weights`` adds to the objective, its value at each row and step, [S, N], with its
-            gradient; 0 where a pair does not count.
+            For each name that ``term_weights`` adds to the objective, its value at each row and step, [S, N], with
+            gradient; 0 for pairs that do not count.
         """
         return {}
 
@@ -264,10 +264,10 @@ class DraftModule(LightningModule, ABC):
         return outcome
 
     def alignment(self, batch: Batch) -> Alignment:
-        """Return what each row and step is compared with, and which of them count.
+        """Return the target of each row and step, and which of them count.
 
-        An algorithm that counts other positions overrides this: where an optimizer step takes several batches, their
-        losses are divided by what all of them count.
+        An algorithm that counts other positions overrides this: if an optimizer step has several batches, their losses
+        are divided by the number of positions that count in all of them.
 
         Args:
             batch: ``loss_mask`` and ``document_ids``, [B, T] each, on the CPU.
@@ -282,7 +282,7 @@ class DraftModule(LightningModule, ABC):
 
     @property
     def term_weights(self) -> dict[str, float]:
-        """Weight of each summand of the loss, by name; a plugin adds its own to those of the objective."""
+        """Weight of each term of the loss, by name; a plugin adds its own to those of the objective."""
         return {term.name: term.weight for term in self.terms}
 
     @property
@@ -291,25 +291,25 @@ class DraftModule(LightningModule, ABC):
         return [self.step_decay**step for step in range(self.num_steps)]
 
     @property
-    def besides_steps(self) -> list[str]:
-        """What a run does besides its steps and takes time for, a sentence each; nothing, unless a plugin says so."""
+    def unestimated_costs(self) -> list[str]:
+        """Costs that ``specforge estimate`` does not model, one sentence each; none by default."""
         return []
 
     @cached_property
     def feature_needs(self) -> FeatureNeeds:
-        """What is read of the verifier's states; made once, since the fingerprint opens all of its files."""
+        """The verifier states that are read; cached, because the fingerprint opens all files of the verifier."""
         return self.teacher.needs(self.aux_layers, self.reads_whole_rows)
 
     def configure_model(self) -> None:
-        """Load the verifier, or its parts where all states are stored, and create the draft, once.
+        """Load the verifier, or only its parts if all states are stored, and create the draft, once.
 
-        Nothing is created without a trainer: ``load_from_checkpoint`` has the draft from the checkpoint, and a run that
-        is begun with it starts from its weights.
+        Nothing is created without a trainer: ``load_from_checkpoint`` builds the draft from the checkpoint, and a run
+        with such a module starts from these weights.
         """
         if self.teacher.is_held or not has_trainer(self):
             return
         loaded: SpeculatorModel | None = getattr(self, "draft", None)
-        # Lightning makes the run's device the default one in here; what is read and counted belongs on the CPU.
+        # Lightning makes the run's device the default here; data that is read and counted belongs on the CPU.
         with torch.device("cpu"):
             data = data_of(self.trainer)
             all_stored = data.use_features(self.feature_needs, self.trainer.state.fn or "fit")
@@ -328,27 +328,27 @@ class DraftModule(LightningModule, ABC):
                 self.add_module(f"{stage}_means", metrics)
 
     def create_draft(self, data: DraftDataModule) -> None:
-        """Create the draft towards the verifier, which is held.
+        """Create the draft for the verifier, which must be loaded.
 
         Args:
-            data: Knows how often each token is supervised.
+            data: The data module, set up; it counts how often each token is supervised.
         """
         self.draft = self.build_draft(self.teacher.parts, data)
         prepare_steps(self.draft, self.activation_checkpointing, self.compile_steps)
 
     def configure_callbacks(self) -> list[Callback]:
         """Return the run's callbacks that the trainer was not given (see ``RunCallbacks.missing_in``)."""
-        # Callbacks stand above the module that they watch; this is the one way back, taken when a trainer asks.
+        # Callbacks import the module that they watch; this is the only import in the other direction.
         from specforge.training.callbacks.fit import RunCallbacks
 
         return RunCallbacks.missing_in(self.trainer)
 
     def adapt_draft(self) -> None:
-        """Change the network for training, once it has the weights that it starts from; not unless a plugin says so."""
+        """Change the network for training, after its weights are initialised; does nothing by default."""
 
     @cached_property
     def means(self) -> dict[str, StageMetrics]:
-        """The metrics of ``val`` and ``test``; once the data are set up."""
+        """The metrics of ``val`` and ``test``; available once the data are set up."""
         data = data_of(self.trainer)
         verifier = self.feature_needs.fingerprint
         terms = list(self.term_weights)
@@ -359,22 +359,22 @@ class DraftModule(LightningModule, ABC):
 
     @property
     def monitor(self) -> str:
-        """The validation metric that checkpoints are chosen by; more is better."""
+        """The validation metric that checkpoints are chosen by; higher is better."""
         return f"val/acceptance_length{self.means['val'].suffix}"
 
     def summary_text(self) -> str:
-        """Return a few lines for a person: what is trained, towards what."""
+        """Return a short summary: the draft and its verifier."""
         trained = sum(one.numel() for one in self.draft.parameters() if one.requires_grad)
         whole = self.teacher.whole
-        frozen = f"with {sum(one.numel() for one in whole.parameters()):,}" if whole else "by its stored states"
-        lines = [f"draft: {trained:,} trained parameters, towards {self.teacher.name} {frozen}"]
+        frozen = f"of {sum(one.numel() for one in whole.parameters()):,}" if whole else "by its stored states"
+        lines = [f"draft: {trained:,} trained parameters, for {self.teacher.name} {frozen}"]
         if self.starts_from is not None and self.trainer.ckpt_path is None:
             lines.append(
-                f"  starts from the weights of {self.starts_from}; optimizer and learning-rate schedule begin again. "
+                f"  starts from the weights of {self.starts_from}; optimizer and schedule start from step 0. "
                 "To continue a run with both, resume it with --ckpt_path"
             )
         if reason := self.means["val"].why_proxy:
-            lines.append(f"  {self.monitor} is no exact figure: validation {reason}")
+            lines.append(f"  {self.monitor} is not exact: validation {reason}")
         return "\n".join(lines)
 
     def features(self, batch: Batch) -> Features:
@@ -382,17 +382,17 @@ class DraftModule(LightningModule, ABC):
         return self.teacher.states(batch, self.aux_layers, HostMasks.of(batch).documents)
 
     def features_ahead(self, batch: Batch) -> Features:
-        """Return the states of the batch whose step comes next, which takes them over."""
+        """Return the states of the batch whose step is next; the step reuses them."""
         with self.trainer.precision_plugin.forward_context():
-            self._ahead = self.features(batch)
-        return self._ahead
+            self._next_features = self.features(batch)
+        return self._next_features
 
     def labels(self, batch: Batch) -> Labels | None:
-        """Return what the text goes on with, where decoding is replayed or a loss reads it; otherwise None."""
+        """Return the text's next tokens if decoding is replayed or a loss reads them; otherwise None."""
         weighting_uses_text = self.weighting is not None and self.weighting.uses_text
         if self.training and not weighting_uses_text and not any(term.uses_text for term in self.terms):
             return None
-        # Decoding is replayed on validation alone.
+        # Decoding is replayed only in validation.
         sampling = Sampling() if self.training else self.means[self._stage].sampling
         return Labels(batch["input_ids"].flatten().roll(-1), sampling)
 
@@ -401,10 +401,10 @@ class DraftModule(LightningModule, ABC):
         return "test" if self.trainer.testing else "val"
 
     def step_weights(self, supervised: Tensor) -> Tensor:
-        """Return the factor of each step's sum of losses, [S]: decay over denominator.
+        """Return the weight of each step's sum of losses, [S]: decay divided by the denominator.
 
-        The denominator is that of the batches of all processes together, and of all batches of an optimizer step, so
-        that their losses have the mean that one process would find on the same rows in one batch.
+        The denominator counts the batches of all processes and of the whole optimizer step, so that the mean loss
+        equals that of a single process with all these rows in one batch.
 
         Args:
             supervised: Which positions count, bool [S, N], on the CPU.
@@ -431,26 +431,26 @@ class DraftModule(LightningModule, ABC):
         return begun() if begun else total(self._counts(supervised))
 
     def _counts(self, supervised: Tensor) -> Tensor:
-        """Return what this process adds to the denominator of each step, [S]."""
+        """Return this process's share of the denominator of each step, [S]."""
         counted = supervised if self._window is None or not self.training else self._window
         counts = counted.sum(1) if self.denominator == "valid" else torch.full((len(counted),), counted.shape[1])
         return moved(counts, self.device)
 
     def on_train_start(self) -> None:
-        """Let DDP leave the draft's buffers alone, which it would send before every step: none changes them."""
+        """Keep DDP from broadcasting the draft's buffers before every step: they never change."""
         if isinstance(self.trainer.model, DistributedDataParallel):
             self.trainer.model.broadcast_buffers = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Run one batch; Lightning updates the draft with the loss that comes back."""
+        """Run one batch and return the loss, with which Lightning updates the draft."""
         host = HostMasks.of(batch)
         self._window = self.alignment(host.window).supervised.flatten(1) if host.window else None
-        features, self._ahead = self._ahead or self.features(batch), None
+        features, self._next_features = self._next_features or self.features(batch), None
         outcome = self.draft_steps(batch, features)
         if host.window and not torch.equal(outcome.supervised.cpu(), self.alignment(host.masks).supervised.flatten(1)):
             raise SpecforgeError(
-                f"{type(self).__name__} counts other positions than its alignment(batch), which trainer."
-                "accumulate_grad_batches divides by; a plugin that does has to override alignment"
+                f"{type(self).__name__} counts other positions than its alignment(batch), by which trainer."
+                "accumulate_grad_batches divides; override alignment in the plugin"
             )
         loss, sums, counts = self._over_window(*self._over_processes(outcome))
         if not torch.isfinite(loss):
@@ -471,11 +471,11 @@ class DraftModule(LightningModule, ABC):
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         self.log("loss", loss, prog_bar=True, logger=False)
         self.log("accept", means["acceptance"][0], prog_bar=True, logger=False)
-        # Lightning divides by this, as if each batch had a mean of its own; the step's weights are those of the window.
+        # Lightning divides by this, as if each batch had its own mean; our weights are those of the whole step.
         return outcome.loss * self.trainer.accumulate_grad_batches
 
     def _over_window(self, *figures: Tensor) -> tuple[Tensor, ...]:
-        """Add up the figures of the batches of an optimizer step, as far as it has come."""
+        """Add the figures to those of the optimizer step's earlier batches."""
         if self._so_far is not None:
             figures = tuple(before + one for before, one in zip(self._so_far, figures, strict=True))
         self._so_far = figures if is_accumulating(self.trainer) else None
@@ -490,7 +490,7 @@ class DraftModule(LightningModule, ABC):
         return loss[0], flat.view_as(sums), counts
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, DraftSteps]:
-        """Add a batch to the validation metrics; callbacks get what the draft did, as ``draft_steps``."""
+        """Add a batch to the validation metrics; callbacks get the draft's results as ``draft_steps``."""
         return {"draft_steps": self._measure(batch)}
 
     def on_validation_epoch_end(self) -> None:
@@ -506,14 +506,14 @@ class DraftModule(LightningModule, ABC):
         self._log_means("test")
 
     def on_train_epoch_end(self) -> None:
-        """Read in the next epoch what was recorded in this one."""
+        """Let the next epoch read the states that were recorded in this one."""
         if (recorder := self.teacher.recorder) is not None:
             recorder.flush()
-            self.trainer.strategy.barrier()  # other ranks' rows come up in the next epoch
+            self.trainer.strategy.barrier()  # the next epoch may read rows that other ranks recorded
             recorder.reopen()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what the states belong to: draft, verifier and optimizer; what was recorded is saved as well."""
+        """Store the draft's and verifier's identity and the optimizer's name; flush recorded states, too."""
         if self.teacher.recorder is not None:
             self.teacher.recorder.flush()
         checkpoint["identity"] = Identity.of(self.draft).stored()
@@ -521,12 +521,12 @@ class DraftModule(LightningModule, ABC):
         checkpoint["optimizer_name"] = self.optimizer_settings.name
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another draft or, in training, of other trained weights or another optimizer.
+        """Refuse the checkpoint of another draft or, in training, of other trainable weights or another optimizer.
 
-        Without a trainer, there is no draft yet: it is built from the checkpoint.
+        Without a trainer there is no draft yet; it is built from the checkpoint.
 
         Raises:
-            UsageError: With what differs, by name.
+            UsageError: Names the differences.
         """
         if not has_trainer(self):
             self.draft = draft_in(checkpoint)
@@ -539,19 +539,19 @@ class DraftModule(LightningModule, ABC):
             different = stored.differences(own)
             if self.trainer.training and stored.trained != own.trained:
                 names = sorted({*stored.trained} ^ {*own.trained})
-                different.append(f"what is trained differs in {', '.join(names[:3])}")
+                different.append(f"trainable parameters differ: {', '.join(names[:3])}")
         else:
-            rank_zero_warn(f"{path}, of an earlier version, does not say of which draft and verifier it is")
+            rank_zero_warn(f"{path}, of an earlier version, does not name its draft and verifier")
         if different := different or different_tensors(checkpoint["state_dict"], self.state_dict()):
             raise UsageError(
-                f"{path} does not fit this run: {'; '.join(different)}. Resume with the settings that it was trained "
+                f"{path} does not match this run: {'; '.join(different)}. Resume with the settings that it was trained "
                 "with, or begin a new run without --ckpt_path"
             )
         name = checkpoint.get("optimizer_name")
         if self.trainer.training and name != self.optimizer_settings.name:
             raise UsageError(
                 f"{self.trainer.ckpt_path} was trained with the optimizer {name!r}, but model.optimizer.name is "
-                f"{self.optimizer_settings.name!r}; go on with the same one"
+                f"{self.optimizer_settings.name!r}; resume with the same one"
             )
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -561,12 +561,12 @@ class DraftModule(LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
     def build_schedule(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """Create the schedule of a run of so many optimizer steps; overridden where an algorithm has its own."""
+        """Create the schedule of a run of ``total_steps`` optimizer steps; override it for an algorithm's own."""
         return build_schedule(optimizer, self.schedule_settings, total_steps)
 
     @cached_property
     def length(self) -> RunLength:
-        """How many optimizer steps the run takes; once the data are set up."""
+        """Number of optimizer steps of the run; available once the data are set up."""
         return RunLength.of(self.trainer)
 
     def _measure(self, batch: Batch) -> DraftSteps:
@@ -582,7 +582,7 @@ class DraftModule(LightningModule, ABC):
         means, replayed = metrics.by_step.compute(), metrics.replayed()
         metrics.reset()
         if not means:
-            raise UsageError(f"no position of the {stage} data can be drafted: every response is a single token")
+            raise UsageError(f"nothing in the {stage} data can be drafted: every response is a single token")
         loss = sum(
             weight * share * means[f"{name}/step_{step}"]
             for name, weight in self.term_weights.items()
@@ -602,7 +602,7 @@ def objective_terms(objective: Mapping[str, float]) -> list[Term]:
         objective: Weights by name.
 
     Raises:
-        UsageError: A name is unknown, a weight is not positive, or there are none.
+        UsageError: The objective is empty, a name is unknown, or a weight is not positive.
     """
     if not objective:
         raise UsageError("model.objective is empty; give at least one loss, for example {kl: 1.0}")

@@ -1,4 +1,4 @@
-"""Optimizers: AdamW, Muon for matrices with AdamW for the rest, both torch's own, or any class."""
+"""Optimizers: torch's AdamW, torch's Muon for matrices with AdamW for the rest, or any class."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSettings(BaseModel):
-    """How weights are updated."""
+    """Settings of the optimizer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(
         default="adamw",
-        description="adamw; muon: matrices of the layers by Muon, scaled to AdamW's step, the rest by AdamW; or the "
-        "class path of an optimizer, such as torch.optim.SGD.",
+        description="adamw; muon, which is Muon for matrices of the layers, scaled to AdamW's step, and AdamW for the "
+        "rest; or the class path of an optimizer, such as torch.optim.SGD.",
     )
     lr: LearningRate = Field(default=1e-4, description="Peak learning rate.")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
@@ -53,7 +53,7 @@ class OptimizerSettings(BaseModel):
 
     @property
     def optimizer_class(self) -> type[Optimizer]:
-        """The class that ``name`` is the path of."""
+        """The class at the path ``name``."""
         return class_at(self.name, Optimizer, OWN)
 
     @property
@@ -68,7 +68,7 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
 
     Args:
         module: The draft.
-        settings: Which optimizer, and its constants.
+        settings: The optimizer and its constants.
     """
     trainable = {name: one for name, one in module.named_parameters() if one.requires_grad}
     by_muon = [name for name in trainable if settings.name == "muon" and _is_hidden_matrix(module, name)]
@@ -83,7 +83,7 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
         lr=settings.lr,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
-        fused=True,  # a step in one pass over the weights: six times as fast on a CPU, too
+        fused=True,  # one pass over the weights per step: six times as fast, also on a CPU
     )
     let_clip(adamw)
     if not by_muon:
@@ -98,10 +98,10 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
 
 
 class JointOptimizer(Optimizer):
-    """Several optimizers over disjoint parameters that step as one, with one state and one list of groups.
+    """Several optimizers over disjoint parameters that act as one, with one state and one list of groups.
 
     Args:
-        optimizers: Their groups are shared, so that a schedule reaches them, and so is their state.
+        optimizers: The optimizers; their groups and states are shared, so that a schedule changes them.
     """
 
     def __init__(self, optimizers: list[Optimizer]) -> None:
@@ -125,7 +125,7 @@ class JointOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the states of all optimizers."""
         super().load_state_dict(state_dict)
-        # Loading replaces state and groups, which the optimizers must go on with.
+        # Loading replaces the state and groups; share them again.
         self._share()
 
     def _share(self) -> None:
@@ -136,7 +136,7 @@ class JointOptimizer(Optimizer):
 
 
 def _is_hidden_matrix(module: nn.Module, name: str) -> bool:
-    """Muon is meant for matrices between hidden states, not for embeddings and heads."""
+    """Return whether Muon applies: it is meant for matrices between hidden states, not embeddings and heads."""
     *owners, kind = name.split(".")
     is_of_head = any(owner.endswith(HEAD) for owner in owners)
     return isinstance(module.get_submodule(".".join(owners)), nn.Linear) and kind == "weight" and not is_of_head

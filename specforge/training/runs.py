@@ -1,4 +1,4 @@
-"""Where a run keeps its files, and how a checkpoint is found again.
+"""The files of a run, and how to find a checkpoint among them.
 
 ``<output_dir>/version_N/``, or ``<output_dir>/NAME/`` for a run with a ``run_name``, holds ``config.yaml``, the
 logger's files, ``checkpoints/`` with ``last.ckpt``, the one before it in ``previous.ckpt``, and ``best.ckpt``, and, at
@@ -27,23 +27,23 @@ NAMES = {"last": (LAST, PREVIOUS), "best": (BEST,), "auto": (LAST, PREVIOUS)}
 
 
 def resolve_checkpoint(wanted: str, output_dir: Path, name: str | None = None) -> Path | None:
-    """Find a checkpoint that is whole.
+    """Find a complete checkpoint.
 
     Args:
-        wanted: A file, or ``"last"`` or ``"best"`` of the newest run that has one, or ``"auto"``, which is ``"last"``
-            where there is one. Those that are found so, but are damaged or something else, are named and passed over.
+        wanted: A file; or ``"last"`` or ``"best"`` of the newest run that has one; or ``"auto"``, which is ``"last"``
+            if there is one. Damaged files and files that are not checkpoints are skipped with a warning.
         output_dir: Folder of the runs.
-        name: ``run_name``; then only the run of this name is looked at.
+        name: ``run_name``; if given, only this run is searched.
 
     Returns:
-        The file; None to begin a new run, under ``"auto"`` alone.
+        The file; None to start a new run, only for ``"auto"``.
 
     Raises:
-        UsageError: There is none, or the file is damaged or something else.
+        UsageError: There is none, or the given file is damaged or not a checkpoint.
     """
     if wanted not in NAMES:
         if not Path(wanted).is_file():
-            raise UsageError(f"--ckpt_path {wanted}: there is no such file; give a file, or one of: {', '.join(NAMES)}")
+            raise UsageError(f"--ckpt_path {wanted}: there is no such file; give a file or one of: {', '.join(NAMES)}")
         check_checkpoint(Path(wanted))
         return Path(wanted)
     for path in (run / CHECKPOINTS / file for run in reversed(runs(output_dir, name)) for file in NAMES[wanted]):
@@ -52,20 +52,20 @@ def resolve_checkpoint(wanted: str, output_dir: Path, name: str | None = None) -
                 check_checkpoint(path)
                 return path
         except UsageError as error:
-            rank_zero_only(_log.warning)("passed over: %s", error)
+            rank_zero_only(_log.warning)("skipped: %s", error)
     if wanted == "auto":
         return None
     raise UsageError(
-        f"no run in {output_dir} has a whole checkpoint {wanted!r}; start one without --ckpt_path, name a file, or set "
-        "--output_dir, or --run_name, to where the run is"
+        f"no run in {output_dir} has a complete checkpoint {wanted!r}; start one without --ckpt_path, give a file, or "
+        "set --output_dir or --run_name to find the run"
     )
 
 
 def check_checkpoint(path: Path) -> None:
-    """Refuse a file that is no whole checkpoint of a run, before anything else is loaded.
+    """Refuse a file that is not a complete checkpoint of a run, before anything else is loaded.
 
     Raises:
-        UsageError: The file is damaged, or something else.
+        UsageError: The file is damaged or not a checkpoint.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -85,7 +85,7 @@ def runs(output_dir: Path, name: str | None = None) -> list[Path]:
 
     Args:
         output_dir: The folder.
-        name: ``run_name``; then only the run of this name, and otherwise those without a name.
+        name: ``run_name``; if given, only the run of this name, otherwise the runs without a name.
     """
     if name is not None:
         return [output_dir / name] if (output_dir / name).is_dir() else []
@@ -98,15 +98,15 @@ def runs(output_dir: Path, name: str | None = None) -> list[Path]:
 
 
 def check_name(name: str) -> None:
-    """Refuse a ``run_name`` that is no name of a folder, or that runs without a name have.
+    """Refuse a ``run_name`` that is not a valid folder name, or of the form ``version_N``.
 
     Raises:
-        UsageError: It is.
+        UsageError: The name is refused.
     """
     if not re.fullmatch(r"\w[\w.+=@-]{0,199}", name) or VERSION.fullmatch(name):
         raise UsageError(
-            f"run_name: {name!r} cannot name a folder of output_dir; allowed are letters, digits and _ . + = @ -, up "
-            "to 200 of them, but not version_N, which is what runs without a name are called"
+            f"run_name: {name!r} is not allowed; use at most 200 letters, digits and _ . + = @ -, and "
+            "not version_N, which is the name of runs without a run_name"
         )
 
 
@@ -116,7 +116,7 @@ def next_number(output_dir: Path) -> int:
 
 
 def run_of(checkpoint: Path | None, output_dir: Path) -> Path | None:
-    """Return the folder of the run that a checkpoint belongs to; None to begin a new run."""
+    """Return the folder of the run that a checkpoint belongs to; None to start a new run."""
     if checkpoint is None:
         return None
     run = output_dir / checkpoint.absolute().parent.parent.name

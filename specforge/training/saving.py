@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole under their names at any moment, whatever ends the process."""
+"""Atomic checkpoints: a file with a checkpoint's name is complete at any moment, however the process ends."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from specforge.training.runs import LAST, PREVIOUS, check_checkpoint
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all.
+    """Writes checkpoints atomically.
 
-    Lightning's own writer takes a second copy in memory and a third in the system's temporary folder, from where it is
-    copied if that is another disk: killed meanwhile, it leaves half a file under the checkpoint's name.
+    Lightning's own writer makes a second copy in memory and a third in the system's temporary folder, which is copied
+    again if that is another disk; if it is killed meanwhile, half a file remains under the checkpoint's name.
 
-    The ``last.ckpt`` that is replaced is kept as ``previous.ckpt``, to go on from if the new one is damaged.
+    The replaced ``last.ckpt`` is kept as ``previous.ckpt``, to resume from if the new one is damaged.
     """
 
     def __init__(self) -> None:
@@ -33,17 +33,17 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint.
 
         Raises:
-            OSError: It cannot be written, which the message says with its path; earlier ones are as they were.
+            OSError: The file, named in the message, cannot be written; earlier checkpoints are unchanged.
         """
         path = Path(path)
         try:
-            for left in leftovers(path):  # a run belongs to one process: whoever wrote it is gone
+            for left in leftovers(path):  # a run belongs to one process, so its writer is gone
                 left.unlink()
             with whole_file(path) as file:
                 _write(checkpoint, file)
-                sync(file)  # until the disk has it, the one before it keeps its name
+                sync(file)  # the previous file keeps its name until this one is on disk
                 if path.name == LAST:
-                    # One that another process has left may be the reason why this one goes on from the one before it.
+                    # An existing last.ckpt may be the damaged one that this run resumed past.
                     if self._last_is_whole or _is_whole(path):
                         path.replace(path.with_name(PREVIOUS))
                     self._last_is_whole = True
@@ -64,6 +64,6 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # the writer of torch hides why the file took no more
+            if isinstance(error.__context__, OSError):  # torch's writer hides the cause
                 raise error.__context__ from None
             raise

@@ -1,4 +1,4 @@
-"""What a run tells the person who started it."""
+"""Messages of a run to its user."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from lightning.pytorch.utilities import rank_zero_only
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Print a line for a person, once in a run of many processes."""
+    """Print a line for the user, only in the first process."""
     print(text, flush=True)

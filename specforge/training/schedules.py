@@ -13,26 +13,26 @@ from specforge.bounds import Amount, Portion
 from specforge.training.class_paths import build, check_arguments, class_at, takes
 
 OWN = ("cosine", "linear", "constant", "wsd")
-# What torch's schedules call the number of steps that they span.
+# Names that torch's schedules use for their total number of steps.
 SPANS = ("total_steps", "T_max", "total_iters")
 
 
 class ScheduleSettings(BaseModel):
-    """How the learning rate moves over the run."""
+    """Settings of the learning-rate schedule."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(
         default="cosine",
-        description="What follows the warmup: cosine, linear, constant, or wsd, which stays at the peak and decays "
-        "linearly at the end; or the class path of a schedule, such as torch.optim.lr_scheduler.OneCycleLR, which goes "
-        "by its options only.",
+        description="Schedule after the warmup: cosine, linear, constant, or wsd, which stays at the peak and decays "
+        "linearly at the end; or the class path of a schedule, such as torch.optim.lr_scheduler.OneCycleLR, which uses "
+        "only its options.",
     )
     warmup: Amount = Field(
-        default=0.015, description="Length of the linear warmup: below 1 a share of all steps, otherwise steps."
+        default=0.015, description="Length of the linear warmup: a share of all steps if below 1, otherwise steps."
     )
     final_ratio: Portion = Field(default=0.0, description="Learning rate at the end, as a share of the peak.")
-    decay_share: Portion = Field(default=0.2, gt=0, description="Share of all steps in which wsd decays.")
+    decay_share: Portion = Field(default=0.2, gt=0, description="Share of all steps over which wsd decays.")
     options: dict[str, Any] = Field(
         default={},
         description="Arguments of a schedule given by class path; total_steps, T_max or total_iters is the length of "
@@ -56,7 +56,7 @@ class ScheduleSettings(BaseModel):
 
     @property
     def schedule_class(self) -> type[LRScheduler]:
-        """The class that ``name`` is the path of."""
+        """The class at the path ``name``."""
         return class_at(self.name, LRScheduler, OWN)
 
     def arguments(self, total_steps: int) -> dict[str, Any]:
@@ -72,8 +72,8 @@ def build_schedule(optimizer: Optimizer, settings: ScheduleSettings, total_steps
     """Create the schedule of a run.
 
     Args:
-        optimizer: Its learning rates are the peaks.
-        settings: The shape.
+        optimizer: The optimizer; its learning rates are the peaks.
+        settings: Shape of the schedule.
         total_steps: Number of optimizer steps in the whole run.
     """
     if settings.name not in OWN:
@@ -90,7 +90,7 @@ def learning_rate_factor(step: int, settings: ScheduleSettings, total_steps: int
         return 1.0
     begin = warmup
     if settings.name == "wsd":
-        # At least one step decays, so that a short run ends at the final ratio, too.
+        # At least one step decays, so that a short run also ends at the final ratio.
         begin = max(warmup, min(total_steps * (1 - settings.decay_share), total_steps - 1))
     progress = min(1.0, max(0.0, (step - begin) / max(1.0, total_steps - begin)))
     shape = (1 + math.cos(math.pi * progress)) / 2 if settings.name == "cosine" else 1 - progress

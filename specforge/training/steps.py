@@ -1,4 +1,4 @@
-"""How a draft's steps are run in training, for memory or time; what they compute stays the same."""
+"""Activation checkpointing and compilation of a draft's steps; their results stay the same."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from specforge.models.speculator import SpeculatorModel
 
 
 def prepare_steps(draft: SpeculatorModel, activation_checkpointing: bool, compiled: bool) -> None:
-    """Change how a draft runs ``advance``, of which each step of a chain is one call.
+    """Change how a draft runs ``advance``, which is called once per step of a chain.
 
     Args:
-        draft: The draft, which is changed.
-        activation_checkpointing: Keep only what a step reads and returns, and run it again in the backward pass, with
-            the same random numbers.
-        compiled: Let torch.compile fuse what lies around the attention.
+        draft: The draft; changed in place.
+        activation_checkpointing: Whether to keep only a step's inputs and outputs and recompute the rest in the
+            backward pass, with the same random numbers.
+        compiled: Whether torch.compile fuses the operations around the attention.
     """
     if not (activation_checkpointing or compiled):
         return
@@ -26,4 +26,4 @@ def prepare_steps(draft: SpeculatorModel, activation_checkpointing: bool, compil
         advance = torch.compile(advance)
     if activation_checkpointing:
         advance = partial(checkpoint, advance, use_reentrant=False)
-    setattr(draft, "advance", advance)  # noqa: B010  (a method of this one draft)
+    setattr(draft, "advance", advance)  # noqa: B010  (a method of this draft only)

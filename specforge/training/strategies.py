@@ -1,8 +1,8 @@
-"""``trainer.strategy: fsdp2``: the draft, its gradients and its optimizer's state are sharded over all processes.
+"""``trainer.strategy: fsdp2``: shard the draft, its gradients and its optimizer state over all processes.
 
-The draft is one group of torch's ``fully_shard``, gathered once a step: its layers run once for each draft step, and a
-group for each layer would be gathered as often. Checkpoints are single files, the same as without sharding, so that any
-number of processes can go on from them.
+The draft is one group of torch's ``fully_shard``, gathered once per optimizer step: its layers run once for each draft
+step, and a group for each layer would be gathered each time. Checkpoints are single files as without sharding, so any
+number of processes can resume from them.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from specforge.private.torch import tree_map
 
 FSDP2 = "fsdp2"
 
-# What Lightning calls of a module in a step.
+# The methods of a module that Lightning calls in a step.
 STEPS = ("training_step", "validation_step", "test_step")
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Shards what is trained over all processes of a run, by torch's ``fully_shard``.
+    """Shards the trained module over all processes of a run with torch's ``fully_shard``.
 
     Args:
-        process_group_backend: Backend of the collectives; by default that of the device.
+        process_group_backend: Backend of the collectives; the device's default if None.
         timeout: How long a process waits for the others in a collective.
     """
 
@@ -48,24 +48,24 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Weights are loaded once they are sharded."""
+        """Weights are loaded after sharding."""
         return True
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning hands back the optimizers' states, as without sharding."""
+        """Lightning restores the optimizers' states, as without sharding."""
         return True
 
     def setup_environment(self) -> None:
-        """Let every process take its own data: Lightning's default shards over nothing on one node."""
+        """Shard over all processes, each with its own data; Lightning's default on one node does not shard."""
         shard_over(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        """Shard the module before its optimizers are made."""
+        """Shard the module before its optimizers are created."""
         self.model_to_device()
         assert self.model is not None
-        # Only one process a node has prepared the data, so that the random weights may differ.
+        # Only one process per node has prepared the data, so the random weights may differ.
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             torch.distributed.broadcast(tensor.data, src=0)
         mixed = self.precision_plugin.precision == "bf16-mixed"
@@ -78,7 +78,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup(trainer)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Gather an optimizer's state as it would be without sharding; only the first process keeps it."""
+        """Gather an optimizer's unsharded state; only the first process keeps it."""
         return self._gathered(optimizer.state_dict())
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return self._gathered(self.lightning_module.state_dict())
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; its weights and states are loaded when Lightning hands them back."""
+        """Read a checkpoint; Lightning later passes its weights and states to the methods below."""
         checkpoint: dict[str, Any] = torch.load(checkpoint_path, "cpu", mmap=True, weights_only=weights_only)
         return checkpoint
 
@@ -98,7 +98,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Shard the states of a checkpoint into the optimizers, each as its parameter is."""
+        """Shard the states of a checkpoint into the optimizers, each like its parameter."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [one for group in optimizer.param_groups for one in group["params"]]
             sharded = {
@@ -108,9 +108,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             optimizer.load_state_dict({**state, "state": sharded})
 
     def on_train_end(self) -> None:
-        """Put whole weights in the place of the shards: what follows is no longer done by all processes together."""
+        """Replace the shards by whole weights: the following work is not done by all processes together."""
         assert isinstance(self.model, FSDPModule)
-        self.model.reshard()  # after a validation they are gathered, in the type of the computation
+        self.model.reshard()  # after a validation the weights are gathered, in the compute dtype
         for module in self.model.modules():
             for name, shard in list(module.named_parameters(recurse=False)):
                 whole = shard.full_tensor() if isinstance(shard, DTensor) else shard

@@ -1,7 +1,6 @@
-"""The frozen verifier of a run: all of it, split over the processes, or its parts only; and its states over a batch.
+"""The frozen verifier of a run (whole, split over the processes, or only its parts), and its states over a batch.
 
-States are computed, read where they are stored, or computed and recorded for the next time. Whoever asks for them need
-not know which.
+States are computed, read from the store, or computed and recorded for later. The caller does not see the difference.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ from specforge.verifier.sharding import load_sharded_verifier
 
 
 class FrozenVerifier:
-    """The verifier that a draft is trained towards. It is no module, so that it is never trained, sharded or saved.
+    """The verifier that a draft is trained for. It is not a module, so it is never trained, sharded or saved.
 
     Args:
         name: Folder or hub id.
-        loading: Type, revision and trust.
+        loading: Dtype, revision and trust.
         sharding: Whether to split its layers over all processes.
 
     Attributes:
         config: Its transformers configuration.
-        recorder: Keeps the states that are computed; None where they are not kept.
+        recorder: Stores the computed states; None if they are not stored.
     """
 
     def __init__(self, name: str, loading: VerifierLoading, sharding: bool = False) -> None:
@@ -50,34 +49,34 @@ class FrozenVerifier:
 
     @property
     def stored_name(self) -> str:
-        """What a checkpoint says of it: a hub id, or a folder as it is found from anywhere."""
+        """Its name in checkpoints: a hub id or an absolute folder."""
         folder = Path(self.name)
         return str(folder.absolute()) if folder.is_dir() else self.name
 
     @property
     def is_held(self) -> bool:
-        """Whether it, or its parts, are in memory."""
+        """Whether the model or its parts are loaded."""
         return self._held is not None
 
     @property
     def whole(self) -> PreTrainedModel | None:
-        """All of it; None where only its parts are held, or nothing yet."""
+        """The whole model; None if only its parts, or nothing yet, are loaded."""
         return self._held[0] if self._held else None
 
     @property
     def model(self) -> PreTrainedModel:
-        """All of it, which must be held."""
+        """The whole model, which must be loaded."""
         assert self.whole is not None
         return self.whole
 
     @property
     def parts(self) -> VerifierParts:
-        """Its embeddings, norm and head, which must be held."""
+        """Its embeddings, norm and head, which must be loaded."""
         assert self._held is not None
         return self._held[1]
 
     def needs(self, aux_layers: list[int], whole_rows: bool) -> FeatureNeeds:
-        """Return what is read of its states; the fingerprint opens all of its files.
+        """Return which of its states are read; the fingerprint opens all of its files.
 
         Args:
             aux_layers: Ids of the layers that features are taken from, ascending.
@@ -88,15 +87,15 @@ class FrozenVerifier:
         return FeatureNeeds(self.name, mark, tuple(aux_layers), text.num_hidden_layers, text.hidden_size, whole_rows)
 
     def load(self, device: torch.device | None, whole: bool = True, packing: bool = False) -> None:
-        """Load it, or its parts.
+        """Load the model, or only its parts.
 
         Args:
-            device: Where to; torch's default device when None.
-            whole: Whether all of it is needed, to compute states or to write text.
-            packing: Whether its rows will hold several documents.
+            device: Target device; torch's default device if None.
+            whole: Whether the whole model is needed, to compute states or generate text.
+            packing: Whether rows hold several documents.
 
         Raises:
-            UsageError: It cannot be loaded, or not be run as it has to be.
+            UsageError: It cannot be loaded, or cannot be run as required.
         """
         if not whole:
             parts = VerifierParts.from_pretrained(self.name, self.loading)
@@ -115,10 +114,10 @@ class FrozenVerifier:
         self.hold(model, VerifierParts.of(model))
 
     def hold(self, model: PreTrainedModel | None, parts: VerifierParts) -> None:
-        """Take what is loaded already.
+        """Use a model that is already loaded.
 
         Args:
-            model: All of it; None where all its states are stored.
+            model: The whole model; None if all its states are stored.
             parts: Its embeddings, norm and head.
         """
         self._held = model, parts
@@ -126,12 +125,12 @@ class FrozenVerifier:
     def states(
         self, batch: Mapping[str, Any], aux_layers: list[int], documents: DocumentLayout | None = None
     ) -> Features:
-        """Return its states over a batch: as they are stored with it, or else computed.
+        """Return its states over a batch: stored with the batch, or else computed.
 
         Args:
-            batch: ``input_ids`` and ``position_ids``, [B, T] each, and perhaps stored states.
+            batch: ``input_ids`` and ``position_ids``, [B, T] each, and optionally stored states.
             aux_layers: Ids of the layers that features are taken from, ascending.
-            documents: Where the documents are (see ``specforge.verifier.features.capture``).
+            documents: The documents of the batch (see ``specforge.verifier.features.capture``).
         """
         computed = self._computed(batch, aux_layers, documents) if self._runs_on(batch) else None
         if computed is not None and "last" not in batch:
@@ -141,13 +140,13 @@ class FrozenVerifier:
         return Features(aux, decode(batch["last"], batch.get("last_scales"), dtype))
 
     def check(self, features: Features) -> None:
-        """Make sure that it is not the reason for a loss that is not finite.
+        """Check that the verifier is not the cause of a non-finite loss.
 
         Args:
             features: Its states over a batch with such a loss.
 
         Raises:
-            UsageError: It is, because of a damaged weight or a type that overflows.
+            UsageError: It is, because of a damaged weight or an overflowing dtype.
         """
         if self.whole is not None:
             check_finite(features.last, self.whole, self.name)
@@ -163,7 +162,7 @@ class FrozenVerifier:
     def _runs_on(self, batch: Mapping[str, Any]) -> bool:
         runs = "last" not in batch
         if self._is_split and self.whole is not None:
-            # A process whose states are stored lends its share of the layers to those whose states are not.
+            # A process with stored states still runs its share of the layers for processes without.
             return bool(total(torch.tensor(float(runs), device=batch["input_ids"].device)))
         return runs
 
@@ -171,6 +170,6 @@ class FrozenVerifier:
         features = capture(self.model, batch["input_ids"], batch["position_ids"], aux_layers, documents)
         if self.recorder is not None:
             self.recorder.add(batch, features.aux, features.last)
-            # As they will be read again, so that training does not depend on what has been recorded before.
+            # Rounded as if read from the store, so that training does not depend on what is recorded already.
             features = Features(self.recorder.rounded(features.aux), self.recorder.rounded(features.last))
         return features

@@ -1,4 +1,4 @@
-"""Sums over the processes of a run, where a mean of their means would be wrong."""
+"""Sums over the processes of a run, for means that a mean of means would get wrong."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from torch import Tensor
 
 
 def processes() -> int:
-    """Return how many processes train together."""
+    """Return the number of processes that train together."""
     many = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if many else 1
 
 
 def total(values: Tensor) -> Tensor:
-    """Add a tensor up over all processes, each of which must call this; in a run of one, return it as it is.
+    """Sum a tensor over all processes, each of which must call this; a single process returns it unchanged.
 
     Args:
-        values: Of the same shape in every process; no gradient flows through the sum.
+        values: The summand, of the same shape in every process; no gradient flows through the sum.
     """
     return begin_total(values)()
 
 
 def begin_total(values: Tensor) -> Callable[[], Tensor]:
-    """Begin to add a tensor up over all processes, while this one computes what does not depend on the sum.
+    """Start to sum a tensor over all processes, while this process computes something else.
 
     Args:
         values: As for ``total``.
 
     Returns:
-        Waits for the sum, and returns it.
+        A function that waits for the sum and returns it.
     """
     if processes() == 1:
         return lambda: values
@@ -45,7 +45,7 @@ def begin_total(values: Tensor) -> Callable[[], Tensor]:
 
 
 def of_first(values: Tensor) -> Tensor:
-    """Return the first process's tensor in all processes, each of which must call this with one of that shape."""
+    """Return the first process's tensor in all processes, each of which must call this with the same shape."""
     if processes() > 1:
         torch.distributed.broadcast(values, src=0)
     return values

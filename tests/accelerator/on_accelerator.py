@@ -1,4 +1,4 @@
-"""What ``test_accelerator.py`` runs in a process of its own: commands and drafts on the pretended device."""
+"""Commands and drafts on the simulated device, run by ``test_accelerator.py`` in a separate process."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def workshop(tmp_path: Path, cache: Path) -> Workshop:
 
 
 def on_both(run: Callable[[str], Any]) -> tuple[Any, Any]:
-    """Run something on the CPU and on the pretended accelerator."""
+    """Run something on the CPU and on the simulated accelerator."""
     on_cpu = run("cpu")
     with pretended():
         return on_cpu, run(DEVICE.type)
@@ -82,7 +82,7 @@ def test_the_two_devices_do_not_mix() -> None:
 
 
 @pytest.mark.parametrize("name", FIT)
-def test_fit_validate_and_going_on(name: str, workshop: Workshop) -> None:
+def test_fit_validate_and_resuming(name: str, workshop: Workshop) -> None:
     values, options = FIT[name]
     workshop.values |= values
 

@@ -1,4 +1,4 @@
-"""Nothing of a run mixes the CPU and the device that it runs on, and what comes out is the same: on a pretended one."""
+"""Nothing of a run mixes the CPU and the device that it runs on, and what comes out is the same: on a simulated one."""
 
 from __future__ import annotations
 

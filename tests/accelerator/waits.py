@@ -1,4 +1,4 @@
-"""Counts what a training step makes the host wait for, on the pretended device: by kind, and where it is called."""
+"""Counts what a training step makes the host wait for, on the simulated device: by kind, and where it is called."""
 
 from __future__ import annotations
 

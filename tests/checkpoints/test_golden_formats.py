@@ -41,7 +41,7 @@ def reason_to_refuse(draft: Any, reader: str) -> str | None:
         if config.transformer_layer_config.model_type != "llama":
             return "builds Llama layers"
         if config.norm_before_residual or config.norm_before_fc or config.fc_norm or config.norm_output:
-            return "knows no"
+            return "does not support"
         is_default = draft.aux_layers == default_aux_layers(draft.verifier_parts.config.num_hidden_layers)
         if not is_default and (reader == "midlayer" or draft.aux_layers[0] == 1):
             return "always takes features" if reader == "midlayer" else "reads a first id of 1"
@@ -49,7 +49,7 @@ def reason_to_refuse(draft: Any, reader: str) -> str | None:
         if config.layernorms:
             return "no names for the norms"
         if reader == "vllm" and config.fusion_bias and bool(draft.fusion_fc.bias.any()):
-            return "vLLM would leave out"
+            return "vLLM would silently ignore"
     if config.speculators_model_type in ("dflash", "dflash2", "dspark"):
         return reason_to_refuse_blocks(config, reader)
     return None

@@ -59,7 +59,6 @@ MAY_IMPORT = {
 # callbacks of its trainer; both are higher rooms.
 MAY_IMPORT_LAZILY = {"models": {"decoding"}, "training": {"training/callbacks"}}
 # Words that may start an entry of a docstring in lower case.
-LOWER_CASE = ("int64", "int32", "bool", "float", "vLLM")
 
 
 def relative(path: Path) -> str:
@@ -237,23 +236,40 @@ def _faults(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
         yield "has no annotation of its result"
 
 
-@pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=relative)
-def test_docstrings_have_one_dialect(path):
-    """Double backticks for code; entries of Args, Attributes and Raises start with a capital and end with a stop."""
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
-    texts = [text for node in nodes if (text := ast.get_docstring(node))]
-    assert not [text for text in texts if re.search(r"(?<!`)`[^`\n]+`(?!`)", text)], "single backticks"
-    wrong = [entry for text in texts for entry in _entries(text) if not _is_sentence(entry)]
-    assert not wrong, "\n".join(wrong)
+SECTIONS = {"Args:", "Attributes:", "Raises:", "Returns:", "Yields:"}
 
 
-def _entries(text: str) -> Iterator[str]:
-    """Yield the texts of all entries under Args, Attributes and Raises."""
-    for section in re.findall(r"^(?:Args|Attributes|Raises):\n((?:    .*\n?|\n)+)", text, re.MULTILINE):
-        for entry in re.split(r"^    (?=\S)", section, flags=re.MULTILINE)[1:]:
-            yield " ".join(entry.partition(": ")[2].split())
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and text of each docstring of a file, those of attributes included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, dedent(" " * node.col_offset + node.value.value)
 
 
-def _is_sentence(entry: str) -> bool:
-    return (not entry[:1].islower() or entry.startswith(LOWER_CASE)) and entry.endswith((".", "?", ":"))
+def dialect_faults(text: str) -> Iterator[str]:
+    """Yield what breaks the dialect of docstrings: Google style, double backticks, sentences with capital and stop."""
+    if re.search(r"(?<![`\\])`(?![`<])[^`\n]+`(?!`)", text):
+        yield "single backticks"
+    section, entry = "", ""
+    for line in [*text.split("\n"), "end"]:
+        stripped, indent = line.strip(), len(line) - len(line.lstrip())
+        begins = indent == 4 and section not in ("Returns:", "Yields:")
+        if stripped and entry and (begins or not indent) and entry[-1] not in ".:":
+            yield f"no full stop: {entry}"
+        if stripped and not indent:
+            section, entry = stripped if stripped in SECTIONS else "", ""
+        elif stripped and section:
+            if begins and re.match(r"\*{0,2}\w+: [a-z]+\b(?![_(.*/=\[])", stripped):
+                yield f"lower case: {stripped}"
+            entry = stripped
+
+
+def test_docstrings_keep_one_dialect() -> None:
+    every = [*CORE, *PLUGINS, *sorted((ROOT / "examples").rglob("*.py"))]
+    found = [
+        f"{relative(path)}:{line}: {fault}"
+        for path in every
+        for line, text in docstrings(path)
+        for fault in dialect_faults(text)
+    ]
+    assert not found, "\n".join(found)

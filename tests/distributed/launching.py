@@ -36,7 +36,7 @@ def by_srun(processes: int, tasks: list[Task]) -> None:
 
 
 def by_torchrun(nodes: int, processes: int, tasks: list[Task]) -> None:
-    """Run tasks in a row under the documented ``torchrun``, so many processes on each of several nodes."""
+    """Run tasks in a row under the documented ``torchrun``, with several processes on each of several nodes."""
     words = documented("torchrun")
     values = {"--nnodes": nodes, "--nproc-per-node": processes, "--rdzv-endpoint": f"127.0.0.1:{_free_port()}"}
     for option, value in values.items():
@@ -46,7 +46,7 @@ def by_torchrun(nodes: int, processes: int, tasks: list[Task]) -> None:
 
 
 def documented(start: str) -> list[str]:
-    """Return the words of the first command of docs/clusters.md that begins so."""
+    """Return the words of the first command of docs/clusters.md with a given beginning."""
     lines = PAGE.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     return shlex.split(next(line for line in lines if line.startswith(f"{start} ")))
 
@@ -63,7 +63,7 @@ def _start(command: list[str], tasks: list[Task], environment: dict[str, str]) -
 
 
 def _wait_for(started: list[subprocess.Popen[str]]) -> None:
-    """Show the output of what failed; end those that wait for others that are gone."""
+    """Show the output of failed processes; end those that wait for dead ones."""
     try:
         outputs = [one.communicate(timeout=600)[0] for one in started]
     finally:

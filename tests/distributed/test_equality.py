@@ -1,4 +1,4 @@
-"""However a run is spread over processes, it is the same run: losses, metrics, weights and checkpoints."""
+"""A run is the same for any number of processes: losses, metrics, weights and checkpoints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def task(runs: SmallRuns, name: str, algorithm: str, strategy: str, *more: str) 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, Any]) -> SmallRuns:
-    """All runs: two processes do theirs one after the other, since starting them takes longest."""
+    """All runs: two processes do theirs in sequence, because starting them takes longest."""
     draw = random.Random(0)
     trainer = {"accelerator": "cpu", "max_steps": STEPS, "max_epochs": 9, "log_every_n_steps": 1}
     trainer |= {"gradient_clip_val": 1.0, "enable_progress_bar": False, "check_val_every_n_epoch": 1}
@@ -89,7 +89,7 @@ def test_losses_metrics_and_weights_are_those_of_one_process(runs: SmallRuns, al
 
 
 @pytest.mark.parametrize(("name", "like"), [("eagle-ddp", "best"), ("eagle3-fsdp2", "best"), ("muon-fsdp2", "last")])
-def test_the_draft_is_written_whole_and_once(runs: SmallRuns, name: str, like: str) -> None:
+def test_the_draft_is_written_unsharded_and_once(runs: SmallRuns, name: str, like: str) -> None:
     """Without any validation it is the last draft, which lies in shards until then."""
     run = runs.run(name)
     assert sorted(one.name for one in (run / "draft").iterdir()) == ["config.json", "model.safetensors"]
@@ -137,5 +137,5 @@ def test_gradients_are_clipped_by_value(runs: SmallRuns) -> None:
 
 
 @pytest.mark.parametrize("name", ["resumed-by-one", "resumed-by-fsdp2"])
-def test_either_number_of_processes_goes_on_from_the_others_checkpoint(runs: SmallRuns, name: str) -> None:
+def test_either_number_of_processes_resumes_the_others_checkpoint(runs: SmallRuns, name: str) -> None:
     assert_close(runs.last("eagle3-one"), runs.last(name), **SAME_WEIGHTS)

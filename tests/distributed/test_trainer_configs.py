@@ -38,7 +38,7 @@ def test_there_is_a_file_for_each_and_several_recipes():
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_trainer_files_go_over_every_recipe(recipe: Path, capsys, monkeypatch):
+def test_trainer_files_override_every_recipe(recipe: Path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     alone = resolved(["fit", "--config", str(recipe)], capsys)
     for name, expected in TRAINERS.items():
@@ -77,7 +77,7 @@ def test_other_strategies_are_refused(strategy: str, capsys, monkeypatch):
     assert ("Did you mean 'fsdp2'" in message) == strategy.startswith("fsdp")
 
 
-def test_a_split_verifier_cannot_write_in_stage_two(tmp_path: Path, capsys, monkeypatch):
+def test_a_split_verifier_cannot_generate_in_stage_two(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     recipe = yaml.safe_load((ROOT / "configs" / "mlp.yaml").read_text())
     quickstart = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())

@@ -20,7 +20,7 @@ VALIDATION = [1, 1, 24, 1, 1, 9]
 
 
 def row(draw: random.Random, supervised: int) -> tuple[list[int], list[int]]:
-    """Make a row of random tokens that end in so many supervised ones."""
+    """Make a row of random tokens that ends in a number of supervised ones."""
     prompt = draw.randint(2, 9)
     return [draw.randrange(3, 61) for _ in range(prompt + supervised)], [0] * prompt + [1] * supervised
 
@@ -52,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
 
 
 @pytest.mark.parametrize("algorithm", RUNS)
-def test_all_figures_are_those_of_one_process(runs: SmallRuns, algorithm: str) -> None:
+def test_all_figures_equal_those_of_one_process(runs: SmallRuns, algorithm: str) -> None:
     expected, found = (logged(runs.run(f"{algorithm}-{name}")) for name in ("one", "many"))
     assert found.keys() == expected.keys() and len(expected["train/loss"]) == 6
     for tag, figures in expected.items():

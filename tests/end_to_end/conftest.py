@@ -1,4 +1,4 @@
-"""Workshops for small training runs, and signals at a chosen moment."""
+"""Fixtures for small training runs, and signals at a chosen moment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, forked from this one: it has everything imported, so they begin at once."""
+"""Training runs in processes forked from this one, which has everything imported, so they start at once."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def begin(work: Callable[[], int], log: Path) -> Process:
 
 
 def print_to(log: Path) -> None:
-    """Have everything that this process prints added to a file."""
+    """Append everything that this process prints to a file."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(file, number)

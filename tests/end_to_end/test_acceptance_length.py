@@ -1,4 +1,4 @@
-"""The acceptance length of a run: exact where the rows say so, a proxy otherwise; and what is chosen by it."""
+"""The acceptance length of a run, exact or a proxy depending on the rows; and the choice of checkpoints by it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_is_a_proxy_on_rows_of_other_origin(workshop, fit, capfd, origin):
     assert scalars(run, "val/acceptance_length_proxy")
     with pytest.raises(KeyError):
         scalars(run, "val/acceptance_length")
-    assert "val/acceptance_length_proxy is no exact figure" in shown
+    assert "val/acceptance_length_proxy is not exact" in shown
     assert ("somebody else's" in shown) == (origin == "another model")
     assert weights(run / "checkpoints" / "best.ckpt")
 

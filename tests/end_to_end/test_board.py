@@ -90,7 +90,7 @@ class TestFigure:
         assert len(few) == MOST_CURVES and few[-1] == curves[-1]
         assert (draw_acceptance(curves) == draw_acceptance(few)).all()
 
-    def test_a_run_that_goes_on_keeps_its_curves(self, workshop, fit):
+    def test_a_resumed_run_keeps_its_curves(self, workshop, fit):
         fit("runs", "--trainer.max_steps=8", "--trainer.val_check_interval=4")
         run = fit("runs", *THREE_VALIDATIONS, "--ckpt_path=last")
         saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["AcceptanceFigure"]
@@ -191,13 +191,13 @@ class TestHyperparameters:
         assert SESSION_START_INFO_TAG in events_of(run).summary_metadata
         assert SESSION_END_INFO_TAG not in events_of(run).summary_metadata
 
-    def test_a_run_without_validation_has_settings_alone(self, workshop, fit):
+    def test_a_run_without_validation_has_only_settings(self, workshop, fit):
         run = fit("runs", "--data.validation=null", "--data.validation_share=0", "--trainer.max_steps=2")
         assert SESSION_START_INFO_TAG in events_of(run).summary_metadata
         assert not [tag for tag in events_of(run).Tags()["scalars"] if tag.startswith(("best/", "final/"))]
 
 
-def test_the_page_tells_of_every_tag_and_of_no_other(events):
+def test_the_page_lists_exactly_the_logged_tags(events):
     table = PAGE.read_text().partition("## All tags")[2].partition("\n## ")[0]
     cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     described = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}

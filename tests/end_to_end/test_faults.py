@@ -1,4 +1,4 @@
-"""Runs that are ended at random moments, again and again, and always come to the same weights.
+"""Runs that are repeatedly ended at random moments always reach the same weights.
 
 SPECFORGE_FAULTS=50 says how often; with -s, each is shown.
 """
@@ -59,14 +59,14 @@ def ask_to_stop(process: Process, chance: random.Random, last: Path) -> set[int]
 
 
 def fill_the_disk(process: Process, chance: random.Random, last: Path) -> set[int]:
-    """Let no file grow further than somewhere within a checkpoint."""
+    """Limit the size of files to less than a checkpoint."""
     limit = chance.randrange(10_000, 1_000_000)
     resource.prlimit(process.child, resource.RLIMIT_FSIZE, (limit, limit))
     return {1}
 
 
 def kill_and_damage(process: Process, chance: random.Random, last: Path) -> set[int]:
-    """Kill, and then cut the newest checkpoint off, change a bit of it, or put another file in its place."""
+    """Kill, then truncate the newest checkpoint, flip a bit of it, or replace it by another file."""
     process.send(signal.SIGKILL)
     ended = os.waitid(os.P_PID, process.child, os.WEXITED | os.WNOWAIT)
     if ended is not None and ended.si_code == os.CLD_KILLED and last.exists():
@@ -80,7 +80,7 @@ def kill_and_damage(process: Process, chance: random.Random, last: Path) -> set[
 
 KINDS = [kill, ask_to_stop, fill_the_disk, kill_and_damage]
 # What the run itself says, where it can say something.
-SAID = {128 + signal.SIGTERM: "To go on:  specforge fit", 1: "cannot be written"}
+SAID = {128 + signal.SIGTERM: "To resume:  specforge fit", 1: "cannot be written"}
 SAVE_EVERY = 2
 
 
@@ -113,7 +113,7 @@ def newest(output: Path) -> Path:
 
 
 @pytest.mark.parametrize(("number", "name"), enumerate(RUNS))
-def test_whatever_ends_a_run_it_comes_to_the_same_weights(workshop: Workshop, progress: Path, number: int, name: str):
+def test_a_run_reaches_the_same_weights_after_any_fault(workshop: Workshop, progress: Path, number: int, name: str):
     for key, value in RUNS[name].items():
         own = workshop.values[key]
         workshop.values[key] = value if key == "model" or isinstance(value, str) else own | value

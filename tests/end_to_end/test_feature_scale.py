@@ -1,4 +1,4 @@
-"""Drafts trained on scaled features: what is found, what is written, and what else does not notice."""
+"""Drafts trained on scaled features: the scale, the written draft, and everything that must not change."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_scale_does_not_depend_on_how_rows_are_batched(fit: Callable[..., Pa
     torch.testing.assert_close(*scales)
 
 
-def test_numbers_are_taken_as_they_are(fit: Callable[..., Path]) -> None:
+def test_numbers_are_used_unchanged(fit: Callable[..., Path]) -> None:
     run = fit("runs", *SHORT, "--model.draft.feature_scale=[10,20,40]")
     assert scale_of(run).tolist() == [10, 20, 40]
 
@@ -73,7 +73,7 @@ def test_features_that_are_normalised_need_no_scale(norm: str, fit: Callable[...
     assert "draft.fc.input_scale" not in state_of(run)
 
 
-def test_a_draft_goes_on_from_a_stored_one_as_it_is(fit: Callable[..., Path]) -> None:
+def test_training_starts_from_a_stored_draft_unchanged(fit: Callable[..., Path]) -> None:
     start = fit("start", *SHORT, NONE) / "draft"
     # A rate at which nothing moves shows what the first step computes.
     still = ("--model.optimizer.lr=1e-12", f"--model.init_from={start}", *SHORT)
@@ -108,7 +108,7 @@ def test_a_checkpoint_of_raw_features_is_not_resumed_with_scaled_ones(
         ("null", "feature_scale"),
     ],
 )
-def test_what_is_no_scale_is_refused(
+def test_an_invalid_scale_is_refused(
     value: str, message: str, workshop: Workshop, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", *workshop.words("runs", f"--model.draft.feature_scale={value}")]) == 2
@@ -122,7 +122,7 @@ def test_numbers_and_a_norm_contradict_each_other(workshop: Workshop, capsys: py
     assert "feature_scale has no effect where" in capsys.readouterr().err
 
 
-def test_evaluation_and_export_know_nothing_of_it(fit: Callable[..., Path], tmp_path: Path) -> None:
+def test_evaluation_and_export_are_not_affected(fit: Callable[..., Path], tmp_path: Path) -> None:
     run = fit("runs", *SHORT)
     draft = SpeculatorModel.from_pretrained(run / "draft", verifier=str(VERIFIER))
     assert type(draft.fc) is torch.nn.Linear
@@ -154,7 +154,7 @@ def test_eagle_1_is_written_as_the_published_network(
     assert_same_weights(stored, folded(trained))
 
 
-def test_eagle_1_goes_on_from_a_stored_draft_as_it_is(workshop: Workshop, fit: Callable[..., Path]) -> None:
+def test_eagle_1_starts_from_a_stored_draft_unchanged(workshop: Workshop, fit: Callable[..., Path]) -> None:
     eagle(workshop)
     start = fit("start", *SHORT, NONE) / "draft"
     run = fit("on", "--model.optimizer.lr=1e-12", f"--model.init_from={start}", *SHORT)

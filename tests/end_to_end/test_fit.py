@@ -52,7 +52,7 @@ class TestFiles:
         assert len(others) == 1 and others.pop().startswith("events.out.tfevents")
         assert [path.name for path in run.parent.iterdir()] == ["version_0"]
 
-    def test_checkpoints_hold_the_draft_alone(self, run):
+    def test_checkpoints_only_hold_the_draft(self, run):
         for name in ("last", "best"):
             saved = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
             assert saved["state_dict"]
@@ -139,7 +139,7 @@ class TestEvents:
         expected |= {f"val/acceptance_length_at_{chain}" for chain in range(1, TTT_STEPS)}
         assert set(events.Tags()["scalars"]) == expected
 
-    def test_one_value_a_step(self, events):
+    def test_one_value_per_step(self, events):
         for tag in ("train/loss", "train/kl/step_0", "train/learning_rate"):
             assert [one.step for one in events.Scalars(tag)] == list(range(12))
         assert [one.step for one in events.Scalars("val/loss")] == [7]
@@ -174,7 +174,7 @@ class TestEvents:
         assert "draft_vocab_size: 256" in text and "algorithm: eagle3" in text
 
 
-def test_closing_lines_say_where_the_draft_is_and_what_to_type_next(workshop, fit, capfd):
+def test_closing_lines_name_the_drafts_folder_and_the_next_commands(workshop, fit, capfd):
     run = fit("runs")
     shown = capfd.readouterr().out
     closing = shown[shown.index("Done:") :]
@@ -201,7 +201,7 @@ def test_measuring(shared, run, capfd, command, stage, checkpoint):
     assert sorted(path.name for path in run.parent.iterdir()) == ["version_0"]
 
 
-def test_measuring_leaves_the_run_as_it_was(shared, run, capfd):
+def test_measuring_does_not_change_the_run(shared, run, capfd):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert main(["validate", *shared.words("runs")]) == 0
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
@@ -323,7 +323,7 @@ class TestWithoutValidation:
         )
 
 
-def test_a_checkpoint_callback_of_the_person_does_not_replace_ours(workshop, fit, capfd):
+def test_a_users_checkpoint_callback_does_not_replace_ours(workshop, fit, capfd):
     callbacks = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"filename": "mine"}}]
     workshop.values["trainer"]["callbacks"] = callbacks
     run = fit("runs")
@@ -344,14 +344,14 @@ def test_fast_dev_run_works_or_is_refused(workshop, capfd):
     assert status == 0 or (status == 2 and "fast_dev_run" in capfd.readouterr().err)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(workshop, capfd):
+def test_a_non_finite_loss_ends_the_run_with_a_message(workshop, capfd):
     status = main(["fit", *workshop.words("runs", *DIVERGING)])
     assert status == 1
     message = capfd.readouterr().err
     assert "loss is" in message and "model.optimizer.lr" in message and "Traceback" not in message
 
 
-def test_the_process_is_left_as_it_was(workshop, fit):
+def test_the_process_is_not_changed(workshop, fit):
     import signal
 
     handler, folder = signal.getsignal(signal.SIGINT), os.getcwd()
@@ -376,6 +376,6 @@ class TestInitFrom:
         assert "model.init_from" in message and "num_hidden_layers is 1 there and 2 here" in message
         assert "Traceback" not in message
 
-    def test_refuses_what_is_not_there(self, workshop, capfd):
+    def test_refuses_a_missing_file(self, workshop, capfd):
         assert main(["fit", *workshop.words("runs", "--model.init_from=nowhere/at/all")]) == 2
         assert "nowhere/at/all" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""Checkpoints and drafts are those of one network and one verifier; whatever else is refused by name, or said."""
+"""Checkpoints and drafts belong to one network and one verifier; differences are refused or reported by name."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_something_else_is_not_resumed(runs, words, verifiers, capfd, case):
     more = [*chosen(more, verifiers), f"--ckpt_path={last}", "--trainer.max_steps=6"]
     assert main(["fit", *words(algorithm, "refused", *more)]) == 2
     shown = capfd.readouterr().err
-    assert f"{last} does not fit this run: " in shown and message in shown and "Traceback" not in shown
+    assert f"{last} does not match this run: " in shown and message in shown and "Traceback" not in shown
 
 
 @pytest.mark.parametrize("case", OTHERS)
@@ -116,7 +116,7 @@ def test_a_draft_can_be_adapted_to_another_verifier_on_purpose(runs, words, veri
     assert main(["fit", *words("eagle", "adapted", *more)]) == 0
 
 
-def test_what_may_differ_is_said_and_takes_effect(runs, words, shared, capfd):
+def test_changed_settings_are_reported_and_take_effect(runs, words, shared, capfd):
     last = runs["eagle3"] / "checkpoints" / "last.ckpt"
     more = [
         f"--ckpt_path={last}",
@@ -129,19 +129,19 @@ def test_what_may_differ_is_said_and_takes_effect(runs, words, shared, capfd):
     line = next(one for one in shown.splitlines() if one.startswith("resumed with other settings: "))
     for change in ("trainer.max_steps 4 -> 8", "model.optimizer.lr 0.004 -> 0.001", "model.objective.kl 1.0 -> None"):
         assert change in line
-    assert "the learning rate continues at 0.001 instead of 0, as the schedule set now has it at step 4" in shown
+    assert "the learning rate continues at 0.001 instead of 0, following the current schedule at step 4" in shown
     group = torch.load(shared.run_folder("changed") / "checkpoints" / "last.ckpt", weights_only=True)
     assert group["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(1e-3)
 
 
-def test_what_does_not_differ_is_not_said(runs, words, capfd, shared):
+def test_equal_settings_are_not_reported(runs, words, capfd, shared):
     shutil.copytree(runs["eagle3"].parent, shared.folder / "same")
     assert main(["fit", *words("eagle3", "same", "--ckpt_path=last", "--trainer.max_steps=6")]) == 0
     shown = capfd.readouterr().out
-    assert "resumed with other settings: trainer.max_steps 4 -> 6\n" in shown and "begin again" not in shown
+    assert "resumed with other settings: trainer.max_steps 4 -> 6\n" in shown and "start from step 0" not in shown
 
 
-def test_another_chat_template_is_said(runs, words, capfd, tmp_path):
+def test_another_chat_template_is_reported(runs, words, capfd, tmp_path):
     shutil.copytree(VERIFIER, tmp_path / "verifier")
     template = tmp_path / "verifier" / "chat_template.jinja"
     template.write_text(template.read_text() + "{# another one #}")
@@ -155,13 +155,13 @@ def test_another_chat_template_is_said(runs, words, capfd, tmp_path):
 def test_other_trained_weights_are_refused(runs, words, capfd):
     more = [f"--ckpt_path={runs['eagle3'] / 'checkpoints' / 'last.ckpt'}", "--model.draft.train_head=false"]
     assert main(["fit", *words("eagle3", "refused", *more, "--trainer.max_steps=6")]) == 2
-    assert "what is trained differs in lm_head.weight" in capfd.readouterr().err
+    assert "trainable parameters differ: lm_head.weight" in capfd.readouterr().err
 
 
-def test_starting_from_a_draft_says_that_the_schedule_begins_again(runs, words, capfd):
+def test_starting_from_a_draft_reports_a_new_schedule(runs, words, capfd):
     more = [f"--model.init_from={runs['eagle'] / 'draft'}", "--trainer.max_steps=1"]
     assert main(["fit", *words("eagle", "started", *more)]) == 0
-    assert "optimizer and learning-rate schedule begin again" in capfd.readouterr().out
+    assert "optimizer and schedule start from step 0" in capfd.readouterr().out
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed_with_a_warning(runs, words, tmp_path):
@@ -169,5 +169,5 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed_with_a_warning(runs, word
     del checkpoint["identity"], checkpoint["settings"]
     torch.save(checkpoint, tmp_path / "last.ckpt")
     more = [f"--ckpt_path={tmp_path / 'last.ckpt'}", "--trainer.max_steps=5"]
-    with pytest.warns(UserWarning, match="of an earlier version, does not say of which draft and verifier"):
+    with pytest.warns(UserWarning, match="of an earlier version, does not name its draft and verifier"):
         assert main(["fit", *words("eagle", "earlier", *more)]) == 0

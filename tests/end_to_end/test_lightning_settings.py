@@ -1,4 +1,4 @@
-"""The trainer's keys mean what Lightning says, or are refused in one message; and how a run ends that cannot go on."""
+"""The trainer's keys work as in Lightning or are refused in one message; and how a run that cannot continue ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCHES = 8  # of an epoch of the workshop's rows
 MONITOR = {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}
 
 
-def test_max_steps_alone_trains_on_until_then_and_the_schedule_spans_them(workshop, fit, capfd):
+def test_max_steps_only_trains_until_then_and_the_schedule_spans_them(workshop, fit, capfd):
     del workshop.values["trainer"]["max_epochs"]
     words = ["--trainer.limit_val_batches=1", "--trainer.limit_train_batches=3", "--model.schedule.warmup=0"]
     run = fit("runs", "--trainer.max_steps=10", *words)
@@ -37,7 +37,7 @@ def test_max_epochs_before_max_steps_ends_the_schedule_too(workshop, fit, capfd)
     assert len(rates) == BATCHES and rates[-1] < 0.05 * rates[0]
 
 
-def test_max_time_saves_the_last_step_and_says_that_it_ended_the_run(workshop, fit, capfd):
+def test_max_time_saves_the_last_step_and_is_reported(workshop, fit, capfd):
     run = fit("runs", "--trainer.max_time={seconds: 1}", "--trainer.max_steps=5000", "--trainer.max_epochs=-1")
     said = capfd.readouterr().out
     step = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
@@ -78,7 +78,7 @@ def test_what_is_refused_is_one_message(workshop, capfd, trainer, parts):
         assert part in message
 
 
-def test_variables_of_slurm_that_do_not_go_with_the_run(workshop, capfd, monkeypatch):
+def test_variables_of_slurm_that_do_not_match_the_run(workshop, capfd, monkeypatch):
     for name, value in {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train"}.items():
         monkeypatch.setenv(name, value)
     assert main(["fit", *workshop.words("runs")]) == 2
@@ -125,13 +125,13 @@ class TestEnds:
         status, shown = ended(press_twice)
         assert status == 130 and shown.endswith("specforge fit: interrupted\n")
 
-    def test_a_process_that_loads_batches_is_killed(self, ended):
+    def test_a_dataloader_worker_is_killed(self, ended):
         def kill_children() -> None:
             for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
                 os.kill(int(child), signal.SIGKILL)
 
         status, shown = ended(kill_children, "--data.num_workers=1")
-        assert status == 1 and "a process that loads batches was lost" in shown and "data.num_workers" in shown
+        assert status == 1 and "a DataLoader worker was lost" in shown and "data.num_workers" in shown
 
     def test_rows_are_cut_while_they_are_mapped(self, ended, workshop):
         cache = workshop.folder / "cache"

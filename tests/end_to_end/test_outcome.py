@@ -1,4 +1,4 @@
-"""What benchmarks/outcome hands to the published trainers, and how it measures what they hand back."""
+"""The inputs of the published trainers in benchmarks/outcome, and the measurement of their drafts."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_replay_is_what_the_run_reported(run, length):
     assert line == f"| speculators 0.9.0 | 0.02 | 42 | {length:.3f} | {rates} | 7 s |"
 
 
-def test_decoding_says_the_same_in_its_table(run, length, tmp_path):
+def test_decoding_reports_the_same_in_its_table(run, length, tmp_path):
     shapes = [f"greedy:speculative_tokens={TTT_STEPS}", f"dynamic_tree:depth={TTT_STEPS}"]
     source = run.settings["data"]["validation"]
     results = decoded([run.draft], run.verifier_name, [source], shapes, 0.0, None, tmp_path / "report")

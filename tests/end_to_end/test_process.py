@@ -1,4 +1,4 @@
-"""Several commands in one process, and plugins that came with it."""
+"""Several commands in one process, and plugins."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_second_run_of_a_process_is_the_same_as_the_first(workshop, fit):
     assert scalars(first, "train/loss") == scalars(second, "train/loss")
 
 
-def test_a_failed_run_leaves_the_next_alone(workshop, fit):
+def test_a_failed_run_does_not_affect_the_next(workshop, fit):
     assert main(["fit", *workshop.words("failed", "--model.ttt_steps=0")]) == 2
     assert main(["fit", *workshop.words("failed", *DIVERGING)]) == 1
     after, alone = (fit(name, "--trainer.max_steps=3") for name in ("after", "alone"))

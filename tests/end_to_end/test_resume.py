@@ -1,4 +1,4 @@
-"""Stopping and going on: by a signal, by a crash, in the middle of an epoch; damaged checkpoints and full disks."""
+"""Stopping and resuming: after a signal, a crash, in the middle of an epoch; damaged checkpoints and full disks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ VARIANTS = {
 
 
 class Crash(Exception):
-    """Something that no part of the program expects."""
+    """An exception that no part of the program expects."""
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ class TestInterruptAndGoOn:
         assert main(["fit", *workshop.words("runs", *VARIANTS["accumulated"], "--ckpt_path", "auto")]) == 0
         assert_same_run(workshop.run_folder("runs"), whole)
 
-    def test_a_repeated_signal_of_a_scheduler_is_the_same_wish(self, workshop, interrupt_at, monkeypatch):
+    def test_a_repeated_signal_of_a_scheduler_changes_nothing(self, workshop, interrupt_at, monkeypatch):
         kill = os.kill
         monkeypatch.setattr(os, "kill", lambda process, number: [kill(process, number) for _ in range(2)])
         interrupt_at(2, number=signal.SIGTERM)
@@ -195,7 +195,7 @@ class TestInterruptAndGoOn:
             assert main(["fit", *workshop.words("runs", "--trainer.max_steps=2")]) == 0
         assert [signal.getsignal(number) for number in numbers] == before
 
-    def test_a_job_that_is_started_again_by_itself(self, workshop, straight, interrupt_at):
+    def test_a_job_that_restarts_automatically(self, workshop, straight, interrupt_at):
         words = ["fit", *workshop.words("runs", "--ckpt_path=auto")]
         for batch, number in ((3, signal.SIGUSR1), (4, signal.SIGTERM)):
             interrupt_at(batch, number=number)
@@ -249,7 +249,7 @@ class TestCrash:
         assert_same_run(workshop.run_folder("runs"), whole)
 
     @pytest.mark.parametrize(("every", "saved"), [(3, 9), (4, 8), (500, 8)])
-    def test_goes_on_from_the_last_saving(self, workshop, straight, crash_at, every, saved):
+    def test_resumes_from_the_last_checkpoint(self, workshop, straight, crash_at, every, saved):
         whole = straight("plain")
         crash_at(11)
         words = [f"--save_every_n_steps={every}"]
@@ -282,7 +282,7 @@ class TestCrash:
 
 
 class TestDrawingAtRandom:
-    """A draft that draws by itself, as one with dropout does."""
+    """A draft with its own random numbers, as with dropout."""
 
     @pytest.fixture(autouse=True)
     def _draw(self, monkeypatch):
@@ -293,7 +293,7 @@ class TestDrawingAtRandom:
 
         monkeypatch.setattr(DraftModule, "training_step", step)
 
-    def test_goes_on_with_the_same_numbers(self, workshop, fit, interrupt_at):
+    def test_resumes_with_the_same_random_numbers(self, workshop, fit, interrupt_at):
         # A validation follows the second stop; reading its rows draws nothing.
         words = VARIANTS["mid-epoch validation"]
         whole = fit("whole", *words)
@@ -308,7 +308,7 @@ class TestDrawingAtRandom:
 class TestRecording:
     """States that are kept while training: how much a stopped run has kept makes no difference."""
 
-    def test_goes_on_from_the_last_saving(self, workshop, fit, monkeypatch):
+    def test_resumes_from_the_last_checkpoint(self, workshop, fit, monkeypatch):
         # Each batch is written at once, so that at the crash more is recorded than has been trained on.
         monkeypatch.setattr(recording, "SHARD_BYTES", 1)
         words = ["--data.features=record", "--save_every_n_steps=3", *VARIANTS["mid-epoch validation"]]
@@ -368,7 +368,7 @@ class TestRealProcess:
         step = torch.load(last, weights_only=True)["global_step"]
         assert 4 <= step < 40
         assert f"Interrupted at step {step}" in shown and str(last) in shown
-        command = re.search(r"To go on: +(specforge fit .*)", shown)
+        command = re.search(r"To resume: +(specforge fit .*)", shown)
         assert command is not None
         words = shlex.split(command[1])
         goes_on = start(words[1:])
@@ -426,13 +426,13 @@ class TestDamagedCheckpoints:
         path.write_bytes(content)
         self.refused(workshop, capfd, command, path)
 
-    def test_the_newest_is_passed_over(self, workshop, straight, interrupt_at, caplog):
+    def test_the_newest_is_skipped(self, workshop, straight, interrupt_at, caplog):
         interrupt_at(7)
         interrupt(workshop, "--save_every_n_steps=3")
         newest = workshop.run_folder("runs") / "checkpoints" / "last.ckpt"
         newest.write_bytes(newest.read_bytes()[:-100])
         assert main(["fit", *workshop.words("runs", "--ckpt_path=last")]) == 0
-        assert f"passed over: {newest} is damaged" in caplog.text
+        assert f"skipped: {newest} is damaged" in caplog.text
         assert_same_run(workshop.run_folder("runs"), straight("plain"))
 
     def test_other_data(self, workshop, interrupt_at, capfd):
@@ -453,7 +453,7 @@ class TestDamagedCheckpoints:
     @pytest.mark.parametrize(
         "content", [{"a": 1}, [1], {"state_dict": {}}, torch.zeros(2)], ids=["dict", "list", "empty", "tensor"]
     )
-    def test_a_file_of_torch_that_is_no_checkpoint(self, workshop, capfd, content):
+    def test_a_torch_file_that_is_not_a_checkpoint(self, workshop, capfd, content):
         path = workshop.folder / "other.ckpt"
         torch.save(content, path)
         self.refused(workshop, capfd, "fit", path)

@@ -1,4 +1,4 @@
-"""Runs of several processes under torchrun's agent: stopped, gone on with by fewer or more, and what dies with one."""
+"""Runs of several processes under torchrun's agent: stopped, resumed with fewer or more, and after a crash."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
         ("2 processes, batches of 2", "1 process, batches of 4", False),
     ],
 )
-def test_going_on_with_others(workshop, straight, rows_seen, first, then, same_means):
+def test_resuming_with_others(workshop, straight, rows_seen, first, then, same_means):
     rank = LAYOUTS[first][0] - 1
     status = run(workshop, "runs", first, before=at_step(3, own_signal(signal.SIGTERM), rank))
     assert status != 0

@@ -1,4 +1,4 @@
-"""What a run takes, as it is logged: the share of the time that it waits for data, and its memory."""
+"""The logged cost of a run: its share of time waiting for data, and its memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_idle_share_is_what_the_loader_takes_of_the_time(workshop, fit, monkeypa
     assert all(value < 256 * 2 * 2 / 9 for _, value in scalars(run, "train/tokens_per_second"))
 
 
-def test_memory_is_what_this_process_holds_at_most(fit):
+def test_memory_is_the_peak_of_this_process(fit):
     run = fit("runs", "--trainer.max_steps=3")
     memory = [value for _, value in scalars(run, "train/peak_memory_gb")]
     assert memory == sorted(memory)

@@ -1,4 +1,4 @@
-"""Training on stored states: the losses of a verifier at work, without one."""
+"""Training on stored states has the same losses as with a live verifier."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def stores(shared: Workshop) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_losses_are_those_of_the_verifier_at_work(shared, workshop, fit, stores, no_verifier, algorithm):
+def test_the_losses_equal_those_with_a_live_verifier(shared, workshop, fit, stores, no_verifier, algorithm):
     # The same files, so that the rows are the ones that were stored.
     workshop.values |= {**ALGORITHMS[algorithm], "data": shared.values["data"]}
     live = fit("live", STEPS, VALIDATE)
@@ -150,7 +150,7 @@ class TestRecording:
                 expected = [value for _, value in scalars(live, tag)]
                 assert [value for _, value in scalars(run, tag)] == pytest.approx(expected, rel=2e-2)
 
-    def test_what_was_captured_before_a_run_was_stopped_is_not_captured_again(self, workshop, fit, captured, tmp_path):
+    def test_states_captured_before_a_stop_are_not_captured_again(self, workshop, fit, captured, tmp_path):
         words = [f"--data.cache_dir={tmp_path / 'cache'}", "--data.features=record", "--trainer.limit_val_batches=0"]
         fit("runs", *words, "--trainer.max_steps=5")
         assert len(captured) == 5
@@ -185,7 +185,7 @@ class TestRefusals:
         message = capfd.readouterr().err
         assert "states of another verifier" in message and other in message
 
-    def test_validation_rows_that_are_not_there_are_captured(self, shared, fit, stores, workshop, captured, capfd):
+    def test_missing_validation_rows_are_captured(self, shared, fit, stores, workshop, captured, capfd):
         workshop.values["data"] = {**shared.values["data"], "validation": workshop.values["data"]["validation"]}
         changed = [{**one, "input_ids": [*one["input_ids"][:-1], 7]} for one in rows("validation.jsonl", 8)]
         write_rows(Path(workshop.values["data"]["validation"]), changed)
@@ -195,7 +195,7 @@ class TestRefusals:
 
 
 class TestCommand:
-    def test_says_what_is_saved_and_what_to_type_next(self, workshop, capfd):
+    def test_prints_what_is_saved_and_the_next_command(self, workshop, capfd):
         words = ["prepare", "features", "--config", str(workshop.config), "--output", str(workshop.folder / "out")]
         assert main([*words, "--dtype", "int8"]) == 0
         shown = capfd.readouterr().out
@@ -250,7 +250,7 @@ class TestCommand:
             (["--output=out", "--algorithm=eagle3", "--modell.x=1"], "unknown key 'modell.x'. Did you mean 'model'?"),
         ],
     )
-    def test_what_is_wrong_is_one_line(self, tmp_path, monkeypatch, capfd, words, message):
+    def test_a_fault_is_one_line(self, tmp_path, monkeypatch, capfd, words, message):
         monkeypatch.chdir(tmp_path)
         assert main(["prepare", "features", *words]) == 2
         shown = capfd.readouterr().err.strip()

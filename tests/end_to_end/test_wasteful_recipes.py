@@ -1,4 +1,4 @@
-"""A run that wastes what it was given says so, and what to change."""
+"""A run with a wasteful recipe prints advice on what to change."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def test_too_few_rows_a_constant_rate_and_a_small_vocabulary(workshop, said):
     }
     vocabulary, overfitting, rate = said("straight", "--trainer.max_steps=40")
     assert "the 16 draft tokens cover" in vocabulary and "model.draft.draft_vocab_size" in vocabulary
-    assert "by heart" in overfitting and "is kept" in overfitting
+    assert "memorises" in overfitting and "is kept" in overfitting
     assert "at 100% of its peak" in rate and "model.schedule.name" in rate
     # Resumed between two validations, it knows the losses since the last one and repeats only what is of its end.
     assert said("parts", "--trainer.max_steps=25") == [vocabulary, rate]
     assert said("parts", "--trainer.max_steps=40", "--ckpt_path=last") == [overfitting, rate]
 
 
-def test_a_sound_recipe_is_left_in_peace(said):
+def test_a_sound_recipe_prints_no_advice(said):
     assert said("runs", "--trainer.val_check_interval=4") == []
 
 

@@ -39,7 +39,7 @@ VALUES: list[Any] = [
 MALFORMED = {
     "model:\n  ttt_steps: 3\n  ttt_steps: 4\n": "ttt_steps is set twice",
     "trainer: {}\ntrainer: {}\n": "trainer is set twice",
-    "data: &a {train: *a}\n": "is inside itself",
+    "data: &a {train: *a}\n": "contains itself",
     "model: " + "[" * 40 + "]" * 40: "levels",
     "model: " + "{a: " * 2000 + "1" + "}" * 2000: "levels",
     "a: &a [x,x,x,x,x,x,x,x,x,x]\n"
@@ -163,4 +163,4 @@ def test_values_at_their_bounds_train_or_are_refused(values, tmp_path, row_files
     refused = any(value is None for inner in values.values() for value in inner.values())
     assert status == (2 if refused else 0), message
     if refused:
-        assert "null is none of its values" in message
+        assert "null is not allowed" in message

@@ -40,7 +40,7 @@ def test_rotary_parameters_are_reduced_to_what_a_plain_layer_does(given: Any, pl
 
 
 @pytest.mark.parametrize("name", ["glm4", "phi", "stablelm", "qwen3_next", "gpt_neox", "nemotron", "qwen3_vl", "glm4v"])
-def test_engines_rotate_as_the_draft_does(name: str, tmp_path: Any) -> None:
+def test_engines_rotate_like_the_draft(name: str, tmp_path: Any) -> None:
     """vLLM takes the share of a head that is rotated from the configuration, whatever the model type."""
     make(name, tmp_path)
     for network in (Eagle3DraftModel, EagleSpeculator):
@@ -54,7 +54,7 @@ def test_engines_rotate_as_the_draft_does(name: str, tmp_path: Any) -> None:
         assert list(rotation_faults(draft.config.to_dict())) == []
 
 
-def test_a_rotation_that_the_layers_do_not_do_is_a_fault() -> None:
+def test_an_unsupported_rotation_is_a_fault() -> None:
     rope = {"rope_type": "default", "rope_theta": 1e4}
 
     def faults(**more: Any) -> list[str]:

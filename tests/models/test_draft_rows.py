@@ -30,7 +30,7 @@ def test_a_step_runs_the_rows_that_it_or_a_later_step_needs_and_no_others(superv
 
 
 @given(supervised=supervision())
-def test_places_are_those_of_the_states_one_step_behind_the_other(supervised: Tensor) -> None:
+def test_places_index_the_states_step_by_step(supervised: Tensor) -> None:
     rows = DraftRows.needed(supervised, NO_DOCUMENTS)
     states = [(step, int(row)) for step, count in enumerate(rows.counts) for row in rows.order[:count]]
     places = rows.places()

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
 
-from specforge.models.lean_blocks import LeanMLP, LeanRMSNorm, make_lean
+from specforge.models.lean_blocks import LeanMLP, LeanRMSNorm, use_memory_saving_blocks
 
 SIZES: Any = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 BLOCKS: list[Callable[[], nn.Module]] = [
@@ -33,7 +33,7 @@ def pair(build: Callable[[], nn.Module], dtype: torch.dtype) -> tuple[nn.Module,
     for weight in plain.parameters():
         nn.init.normal_(weight)
     lean = copy.deepcopy(plain)
-    make_lean(lean)
+    use_memory_saving_blocks(lean)
     assert isinstance(lean, LeanRMSNorm | LeanMLP)
     return plain, lean
 
@@ -105,7 +105,7 @@ def kept_bytes(block: nn.Module) -> int:
 def test_weights_keep_their_names_and_inner_norms_are_found() -> None:
     attention = Qwen3Attention(Qwen3Config(**SIZES, head_dim=8), layer_idx=0)
     names = list(attention.state_dict())
-    make_lean(attention)
+    use_memory_saving_blocks(attention)
     assert list(attention.state_dict()) == names
     assert isinstance(attention.q_norm, LeanRMSNorm) and isinstance(attention.k_norm, LeanRMSNorm)
 
@@ -121,5 +121,5 @@ def test_weights_keep_their_names_and_inner_norms_are_found() -> None:
 )
 def test_blocks_that_compute_something_else_are_left_alone(block: nn.Module) -> None:
     before = type(block)
-    make_lean(block)
+    use_memory_saving_blocks(block)
     assert type(block) is before

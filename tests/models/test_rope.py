@@ -1,4 +1,4 @@
-"""Rotary positions under all the names that they were published with."""
+"""Rotary positions under all their published names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
         ({"rope_parameters": {"full_attention": YARN}}, {"full_attention": YARN}),
     ],
 )
-def test_they_are_collected_in_one_place(stored: dict[str, Any], rope: dict[str, Any] | None) -> None:
+def test_they_are_collected_under_one_key(stored: dict[str, Any], rope: dict[str, Any] | None) -> None:
     settled = with_settled_rope({"hidden_size": 8, **stored}, PLAIN)
     assert settled == {"hidden_size": 8} | ({} if rope is None else {"rope_parameters": rope})
 
@@ -48,7 +48,7 @@ def test_they_are_collected_in_one_place(stored: dict[str, Any], rope: dict[str,
         ({"rope_scaling": {"rope_type": "own"}}, "rope_type is 'own'; allowed: default, "),
     ],
 )
-def test_what_contradicts_itself_or_asks_for_more_is_refused(stored: dict[str, Any], message: str) -> None:
+def test_contradictory_or_unsupported_settings_are_refused(stored: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         with_settled_rope(stored, PLAIN)
 

@@ -15,7 +15,7 @@ def scaled(inputs: int, bias: bool = False) -> ScaledLinear:
 
 
 @given(st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=4), st.booleans())
-def test_a_folded_layer_computes_the_same_bit_for_bit(scale: list[float], bias: bool) -> None:
+def test_a_folded_layer_is_bitwise_equal(scale: list[float], bias: bool) -> None:
     network = nn.Sequential(scaled(3 * len(scale), bias), nn.Linear(5, 2))
     network[0].set_scale(torch.tensor(scale), keep_function=False)
     plain = nn.Sequential(nn.Linear(3 * len(scale), 5, bias=bias), nn.Linear(5, 2))
@@ -36,7 +36,7 @@ def test_it_computes_as_if_its_inputs_were_divided() -> None:
     assert [name for name, _ in layer.named_parameters()] == ["weight"]
 
 
-def test_it_can_keep_what_it_computed() -> None:
+def test_it_can_keep_its_activations() -> None:
     layer = scaled(6, bias=True)
     inputs = torch.randn(7, 6)
     before = layer(inputs)

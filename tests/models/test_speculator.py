@@ -79,7 +79,7 @@ def test_a_checkpoint_of_another_type_is_refused(small: Small, tmp_path: Path) -
         Eagle3DraftModel.from_pretrained(tmp_path / "draft")
 
 
-def test_unfitting_tensors_are_named(small: Small, tmp_path: Path) -> None:
+def test_mismatching_tensors_are_named(small: Small, tmp_path: Path) -> None:
     small.save_pretrained(tmp_path / "draft")
     path = tmp_path / "draft" / "model.safetensors"
     state = load_file(path)
@@ -96,7 +96,7 @@ def test_unfitting_tensors_are_named(small: Small, tmp_path: Path) -> None:
     assert "second.weight is [2, 4], not [2, 3]" in message
 
 
-def test_many_unfitting_tensors_are_counted(small: Small) -> None:
+def test_many_mismatching_tensors_are_counted(small: Small) -> None:
     state = small.state_dict() | {f"unknown_{number}": torch.zeros(1) for number in range(20)}
     with pytest.raises(UsageError, match="and 12 more"):
         Small.from_state(SmallConfig(), state)
@@ -114,15 +114,15 @@ def test_weights_of_several_types_become_one_without_loss(
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn, torch.complex64, torch.bool])
-def test_what_is_no_weight_is_refused_by_name(kind: torch.dtype, small: Small) -> None:
+def test_non_weights_are_refused_by_name(kind: torch.dtype, small: Small) -> None:
     state = small.state_dict()
     state["first.bias"] = state["first.bias"].to(kind)
     with pytest.raises(UsageError, match=r"first\.bias is \w+; quantised weights are not read"):
         Small.from_state(SmallConfig(), state)
 
 
-def test_settings_that_no_network_can_be_built_from_are_told(small: Small) -> None:
-    with pytest.raises(UsageError, match="weights: no Small can be built from its configuration"):
+def test_settings_from_which_no_network_can_be_built_are_named(small: Small) -> None:
+    with pytest.raises(UsageError, match="weights: cannot build Small from its configuration"):
         Small.from_state(SmallConfig(width=-1), small.state_dict())
 
 
@@ -212,7 +212,7 @@ def test_a_file_in_the_way_is_reported(small: Small, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["full", "train_only", None])
-def test_the_verifier_is_no_part_of_the_draft(mode: Any, tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
+def test_the_verifier_is_not_part_of_the_draft(mode: Any, tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
     draft = tiny_eagle3(tiny_verifiers)
     names = draft.state_dict().keys()
     attached = draft.attach_verifier(tiny_verifiers["llama"].folder, mode)

@@ -1,4 +1,4 @@
-"""The private names of Lightning mean what is taken for granted of them."""
+"""The private names of Lightning work as assumed."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_what_launched_the_processes(tmp_path):
     assert private.cluster_environment(a_trainer(tmp_path, plugins=[slurm])) is slurm
 
 
-def test_a_strategy_keeps_sizes_that_are_to_be_found_later():
+def test_a_strategy_keeps_sizes_that_are_set_before_setup():
     strategy = ModelParallelStrategy()
     before = dict(vars(strategy))
     private.shard_over(strategy, 3)
@@ -83,5 +83,5 @@ def test_a_strategy_keeps_sizes_that_are_to_be_found_later():
 
 
 @pytest.mark.parametrize(("duration", "left"), [(timedelta(minutes=2), 120), (None, None)])
-def test_a_timer_has_all_of_its_time_before_the_start(duration, left):
+def test_a_timer_has_its_full_time_before_the_start(duration, left):
     assert Timer(duration).time_remaining() == left

@@ -1,4 +1,4 @@
-"""The private names of transformers, datasets, argparse and jsonargparse mean what is taken for granted of them."""
+"""The private names of transformers, datasets, argparse and jsonargparse work as assumed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_layers_run_the_attention_of_their_configuration(name):
     assert model.is_backend_compatible()
 
 
-def test_a_model_with_a_recurrent_state_says_so():
+def test_a_model_with_a_recurrent_state_is_recognised():
     assert not private.is_recurrent(LlamaForCausalLM(LlamaConfig(**TINY)))
     assert private.is_recurrent(MambaForCausalLM(MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=8)))
 

@@ -1,4 +1,4 @@
-"""The private names of torch and torchmetrics mean what is taken for granted of them."""
+"""The private names of torch and torchmetrics work as assumed."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Wrapped(Tensor):
         raise LookupError("dispatched")
 
 
-def test_a_wrapper_has_the_look_of_its_content_and_none_of_its_values():
+def test_a_wrapper_has_the_shape_of_its_content_but_not_its_values():
     content = torch.empty(4, 6, dtype=torch.bfloat16, device="meta").T[1:]
     found = private.wrapper(Wrapped, content)
     assert type(found) is Wrapped and found.device.type == "cpu"

@@ -68,7 +68,7 @@ def test_builds_draft_and_data(recipe, rows, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_says_how_it_is_run(recipe):
+def test_prints_its_usage(recipe):
     head = recipe.read_text().split("algorithm:")[0]
     assert f"specforge fit --config {recipe.relative_to(ROOT)} --config configs/trainer/one_node.yaml" in head
 

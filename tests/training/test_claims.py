@@ -1,4 +1,4 @@
-"""One process at a time has a run's folder, and whoever finds it taken is told."""
+"""A run's folder belongs to one process at a time; others get a message."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def saved(run: Path) -> Path:
     return checkpoint
 
 
-def test_runs_begun_together_get_one_folder_each(tmp_path, children):
+def test_runs_started_together_get_one_folder_each(tmp_path, children):
     for _ in range(3):
         children(lambda: begin(tmp_path) and None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["version_0", "version_1", "version_2"]
@@ -104,7 +104,7 @@ def test_a_killed_process_frees_its_run_though_its_children_live_on(tmp_path, ch
 def test_a_live_run_is_not_resumed(tmp_path, children, wanted):
     checkpoint = saved(tmp_path / "version_0")
     children(lambda: begin(tmp_path, checkpoint=checkpoint) and None)
-    with pytest.raises(UsageError, match=r"version_0 is live, another process writes it.*leave --ckpt_path out"):
+    with pytest.raises(UsageError, match=r"version_0 is live: another process is writing it.*omit --ckpt_path"):
         begin(tmp_path, wanted=wanted, checkpoint=checkpoint)
     assert begin(tmp_path) == "version_1"
 
@@ -134,7 +134,7 @@ def test_nothing_is_left_of_a_run_that_wrote_nothing(tmp_path):
 
 
 class TestNames:
-    def test_a_name_is_taken_once(self, tmp_path, children):
+    def test_a_name_can_be_used_once(self, tmp_path, children):
         child = children(lambda: begin(tmp_path, "mine") and None)
         with pytest.raises(UsageError, match=r"run_name: the run .*mine is live"):
             begin(tmp_path, "mine")
@@ -142,7 +142,7 @@ class TestNames:
         kill(child)
         assert begin(tmp_path, "mine") == "mine"  # it had saved nothing
 
-    def test_a_run_that_has_saved_is_not_begun_again(self, tmp_path):
+    def test_a_run_with_checkpoints_is_not_started_again(self, tmp_path):
         saved(tmp_path / "mine")
         with pytest.raises(UsageError, match="resume it with --ckpt_path last"):
             begin(tmp_path, "mine")
@@ -167,7 +167,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     assert begin(tmp_path) == "version_0"
-    assert "has no locks" in caplog.text
+    assert "no locks on this file system" in caplog.text
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

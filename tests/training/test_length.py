@@ -1,4 +1,4 @@
-"""How many steps a run takes, and what ends it, by Lightning's rules."""
+"""The number of steps of a run, and what ends it, by Lightning's rules."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def test_a_share_below_one_batch_is_refused():
 
 
 def test_an_interval_beyond_an_epoch_is_refused_unless_batches_are_counted_across_epochs():
-    with pytest.raises(UsageError, match=r"val_check_interval: 11 .*10; .*check_val_every_n_epoch: null"):
+    with pytest.raises(
+        UsageError, match=r"val_check_interval: 11 .*the 10 of an epoch; .*check_val_every_n_epoch: null"
+    ):
         RunLength.of(trainer(max_epochs=2, val_check_interval=11))
     assert RunLength.of(trainer(max_epochs=2, val_check_interval=11, check_val_every_n_epoch=None)).steps == 20
     assert RunLength.of(trainer(max_epochs=2, val_check_interval=11, limit_val_batches=0)).steps == 20

@@ -1,4 +1,4 @@
-"""Lightning's ``load_from_checkpoint`` gives back module and data of a run, for every algorithm."""
+"""Lightning's ``load_from_checkpoint`` restores module and data of a run, for every algorithm."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ def test_a_loaded_module_is_trained_from_its_weights(
         torch.testing.assert_close(one, before[name], rtol=1e-5, atol=1e-6)
 
 
-def test_a_loaded_draft_needs_its_verifier_by_name_only_to_run(runs: SmallRuns) -> None:
+def test_a_loaded_draft_needs_its_verifier_only_to_run(runs: SmallRuns) -> None:
     module, _ = load(runs.last("eagle3"), "eagle3")
     assert not module.teacher.is_held and module.draft.verifier is None
     module.draft.attach_verifier(str(runs.verifier))
     assert module.draft.generate(torch.tensor([[5, 9, 12]]), max_new_tokens=4, eos_token_id=[]).shape == (1, 7)
 
 
-def test_settings_are_those_of_the_run_but_for_what_is_given(runs: SmallRuns) -> None:
+def test_settings_are_those_of_the_run_except_given_ones(runs: SmallRuns) -> None:
     module, data = load(runs.last("eagle3"), "eagle3", step_decay=0.5)
     assert (module.num_steps, module.settings.draft_vocab_size, module.optimizer_settings.lr) == (3, 40, 3e-3)
     assert module.step_decay == 0.5 and data.row_settings.max_length == 48

@@ -71,7 +71,7 @@ def test_muon_takes_the_hidden_matrices() -> None:
     assert sum(len(group["params"]) for group in joint.param_groups) == len(trainable(network))
 
 
-def test_adamw_takes_everything() -> None:
+def test_adamw_updates_everything() -> None:
     network = make_network()
     optimizer = build_optimizer(network, OptimizerSettings(name="adamw", betas=(0.8, 0.7), lr=0.5))
     assert type(optimizer) is AdamW
@@ -112,7 +112,7 @@ def test_muon_steps_are_as_large_as_adamws() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_training_goes_on_from_a_stored_state(name: Any) -> None:
+def test_training_resumes_from_a_stored_state(name: Any) -> None:
     settings = OptimizerSettings(name=name, lr=1e-2, weight_decay=0.1)
     schedule_settings = ScheduleSettings(name="cosine", warmup=2)
     network = make_network()

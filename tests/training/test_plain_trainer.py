@@ -1,4 +1,4 @@
-"""A draft that a Trainer of one's own trains has what the command gives it: checkpoints, board and resumption."""
+"""A user's Trainer trains a draft like the command: checkpoints, board and resumption."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class InterruptAt(Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_an_interrupted_run_says_how_to_resume_and_ends_as_if_it_had_not_been(runs, plain, tmp_path, capsys):
+def test_an_interrupted_run_prints_how_to_resume_and_ends_with_the_same_weights(runs, plain, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         trainer_in(tmp_path, callbacks=[InterruptAt(2)]).fit(*module_and_data(runs))
     assert left.value.code == 130
@@ -151,7 +151,7 @@ def test_callbacks_can_be_set_and_left_out(runs, tmp_path, capsys):
     assert EventAccumulator(str(run)).Reload().Tags()["images"] == []
 
 
-def test_one_that_is_given_stands_for_its_default(runs, tmp_path):
+def test_a_given_callback_replaces_its_default(runs, tmp_path):
     mine = LastCheckpoint(every_n_steps=1)
     trainer = trainer_in(tmp_path, callbacks=[mine], max_steps=1, limit_val_batches=0, logger=False)
     trainer.fit(*module_and_data(runs))

@@ -1,4 +1,4 @@
-"""Where runs are and how their checkpoints are found."""
+"""The folders of runs, and how their checkpoints are found."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TestRuns:
             checkpoint(tmp_path, number)
         assert [path.name for path in runs(tmp_path)] == ["version_0", "version_2", "version_9", "version_10"]
 
-    def test_other_names_are_no_runs(self, tmp_path):
+    def test_other_names_are_not_runs(self, tmp_path):
         for name in ("version_x", "version_", "version_1.old", "old_version_1", "draft"):
             (tmp_path / name).mkdir()
         assert runs(tmp_path) == []
@@ -52,7 +52,7 @@ class TestRuns:
     def test_no_folder(self, tmp_path):
         assert runs(tmp_path / "nowhere") == []
 
-    def test_a_file_is_no_folder_of_runs(self, tmp_path):
+    def test_a_file_is_not_a_folder_of_runs(self, tmp_path):
         (tmp_path / "file").touch()
         assert runs(tmp_path / "file") == []
 
@@ -64,7 +64,7 @@ class TestResolve:
         newest = checkpoint(tmp_path, 10, name)
         assert resolve_checkpoint(name, tmp_path) == newest
 
-    def test_runs_without_the_checkpoint_are_passed_over(self, tmp_path):
+    def test_runs_without_the_checkpoint_are_skipped(self, tmp_path):
         found = checkpoint(tmp_path, 1, "best")
         checkpoint(tmp_path, 2, "last")
         (tmp_path / "version_3").mkdir()
@@ -86,7 +86,7 @@ class TestResolve:
             resolve_checkpoint(wanted, tmp_path)
         assert "no such file" in str(caught.value) and "last, best" in str(caught.value)
 
-    def test_a_folder_is_no_file(self, tmp_path):
+    def test_a_folder_is_not_a_file(self, tmp_path):
         with pytest.raises(UsageError, match="no such file"):
             resolve_checkpoint(str(tmp_path), tmp_path)
 
@@ -96,7 +96,7 @@ DAMAGES = [truncated, flipped, emptied, foreign]
 
 class TestDamaged:
     @pytest.mark.parametrize("damage", DAMAGES)
-    def test_is_named_and_the_one_before_is_found(self, tmp_path, caplog, damage):
+    def test_is_named_and_the_previous_one_is_found(self, tmp_path, caplog, damage):
         previous, newest = checkpoint(tmp_path, 1, "previous"), checkpoint(tmp_path, 1)
         assert resolve_checkpoint("last", tmp_path) == newest
         damage(newest)
@@ -106,7 +106,7 @@ class TestDamaged:
             assert [str(newest) in record.message for record in caplog.records] == [True]
 
     @pytest.mark.parametrize("damage", DAMAGES)
-    def test_is_refused_where_it_was_asked_for(self, tmp_path, damage):
+    def test_is_refused_if_it_was_requested(self, tmp_path, damage):
         checkpoint(tmp_path, 1, "previous")
         newest = checkpoint(tmp_path, 1)
         damage(newest)
@@ -115,27 +115,27 @@ class TestDamaged:
         assert str(newest) in str(caught.value)
 
     @pytest.mark.parametrize("name", ["last", "best"])
-    def test_in_the_newest_run_that_of_the_run_before_is_found(self, tmp_path, caplog, name):
+    def test_the_previous_runs_checkpoint_is_found_if_the_newest_run_has_none(self, tmp_path, caplog, name):
         found, newest = checkpoint(tmp_path, 1, name), checkpoint(tmp_path, 2, name)
         truncated(newest)
         assert resolve_checkpoint(name, tmp_path) == found
         assert str(newest) in caplog.text
 
-    def test_where_nothing_is_whole_all_are_named(self, tmp_path, caplog):
+    def test_all_are_named_if_none_is_complete(self, tmp_path, caplog):
         damaged = [checkpoint(tmp_path, number) for number in (1, 2)]
         for path in damaged:
             truncated(path)
-        with pytest.raises(UsageError, match=r"no run in .* has a whole checkpoint 'last'"):
+        with pytest.raises(UsageError, match=r"no run in .* has a complete checkpoint 'last'"):
             resolve_checkpoint("last", tmp_path)
         assert all(str(path) in caplog.text for path in damaged)
 
-    def test_what_a_killed_saving_left_is_no_checkpoint(self, tmp_path):
+    def test_leftovers_of_a_killed_save_are_not_a_checkpoint(self, tmp_path):
         whole = checkpoint(tmp_path, 1)
         whole.with_name(".last.ckpt.0a1b2c3d").write_bytes(b"half")
         assert resolve_checkpoint("last", tmp_path) == whole
 
 
-def test_auto_begins_a_new_run_where_there_is_none(tmp_path):
+def test_auto_starts_a_new_run_if_there_is_none(tmp_path):
     assert resolve_checkpoint("auto", tmp_path) is None
     checkpoint(tmp_path, 0, "best")
     assert resolve_checkpoint("auto", tmp_path) is None
@@ -162,7 +162,7 @@ class TestRunOf:
     def test_checkpoint_of_another_output_folder_begins_a_new_run(self, tmp_path):
         assert run_of(checkpoint(tmp_path / "other", 3), tmp_path / "runs") is None
 
-    def test_checkpoint_beside_the_runs_begins_a_new_run(self, tmp_path):
+    def test_a_checkpoint_outside_the_runs_starts_a_new_run(self, tmp_path):
         checkpoint(tmp_path, 3)
         assert run_of(tmp_path / "last.ckpt", tmp_path) is None
 
@@ -177,7 +177,7 @@ class TestRunOf:
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", ".hidden", "version_3", "x" * 201, "a b", "-x"])
-def test_a_name_that_names_no_folder_is_refused(name):
+def test_an_invalid_folder_name_is_refused(name):
     check_name("eagle3-lr_1e-4.v2")
     with pytest.raises(UsageError, match="run_name"):
         check_name(name)

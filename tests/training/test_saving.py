@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole at any moment."""
+"""Checkpoints on disk are complete at any moment."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def last(tmp_path: Path) -> Path:
     return tmp_path / "version_0" / "checkpoints" / "last.ckpt"
 
 
-def test_the_one_before_is_kept(last):
+def test_the_previous_one_is_kept(last):
     writer = WholeCheckpointIO()
     for step in range(3):
         writer.save_checkpoint(content(step), last)
@@ -45,7 +45,7 @@ def test_others_are_replaced(last):
     assert step_of(best) == 1 and [path.name for path in best.parent.iterdir()] == ["best.ckpt"]
 
 
-def test_a_damaged_one_does_not_take_the_place_of_the_one_before(last):
+def test_a_damaged_checkpoint_does_not_replace_the_previous_one(last):
     for step in range(2):
         WholeCheckpointIO().save_checkpoint(content(step), last)
     last.write_bytes(last.read_bytes()[:1000])

@@ -27,7 +27,7 @@ def test_warmup_is_a_share_or_a_number_of_steps(name: str, warmup: float, length
     assert all(0 < value < 1 for value in values[:length])
 
 
-def test_a_share_of_a_hundred_steps_is_so_many_steps() -> None:
+def test_a_share_of_a_hundred_steps_is_the_number_of_steps() -> None:
     shares = range(1, 100)
     lengths = [sum(value < 1 for value in factors(100, name="constant", warmup=share / 100)) for share in shares]
     assert lengths == list(shares)

@@ -9,7 +9,7 @@ from specforge.hookspecs import Algorithm, CheckpointFormat, Command, Objective,
 
 @hookimpl
 def specforge_algorithms() -> Iterable[Algorithm]:
-    """One head for each drafted token, all of which read the same state."""
+    """One head for each drafted token; all heads read the same state."""
     return [
         Algorithm(
             name="medusa",
@@ -25,11 +25,11 @@ def specforge_algorithms() -> Iterable[Algorithm]:
 
 @hookimpl
 def specforge_proposals() -> Iterable[ProposalMethod]:
-    """A tree for heads that do not hear each other; any other draft may propose it as well."""
+    """A tree for independent heads; any other draft may also propose it."""
     return [
         ProposalMethod(
             "medusa_tree",
-            "a tree that is sparse where ranks are low, as Medusa's",
+            "Medusa's sparse tree: fewer nodes for less probable tokens",
             config="specforge_medusa.proposal:SparseTreeTokenProposalConfig",
             proposer="specforge_medusa.proposal:SparseTreeProposer",
         )
@@ -38,7 +38,7 @@ def specforge_proposals() -> Iterable[ProposalMethod]:
 
 @hookimpl
 def specforge_objectives() -> Iterable[Objective]:
-    """What a greedy verifier accepts."""
+    """The criterion of greedy acceptance."""
     return [
         Objective(
             "medusa_top_token",
@@ -50,7 +50,7 @@ def specforge_objectives() -> Iterable[Objective]:
 
 @hookimpl
 def specforge_checkpoint_formats() -> Iterable[CheckpointFormat]:
-    """The layout that specforge stores drafts in; the core writes it for any algorithm."""
+    """The layout in which specforge stores drafts; the core writes it for any algorithm."""
     return [
         CheckpointFormat(
             "speculators",
@@ -63,11 +63,11 @@ def specforge_checkpoint_formats() -> Iterable[CheckpointFormat]:
 
 @hookimpl
 def specforge_commands() -> Iterable[Command]:
-    """A look at what the heads say."""
+    """A command that shows the heads' proposals."""
     return [
         Command(
             "medusa-heads",
-            "show what each Medusa head proposes behind a text",
+            "show what each Medusa head proposes after a text",
             run="specforge_medusa.command:run",
             parser="specforge_medusa.command:command_line",
         )

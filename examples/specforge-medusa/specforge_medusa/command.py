@@ -1,4 +1,4 @@
-"""``specforge medusa-heads``: what each head proposes behind a text."""
+"""``specforge medusa-heads``: what each head proposes after a text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from specforge_medusa.model import MedusaModel
 
 
 def run(arguments: list[str]) -> int:
-    """Show the most probable tokens of each Medusa head behind a prompt and the verifier's next token."""
+    """Show the most probable tokens of each Medusa head after a prompt and the verifier's next token."""
     found = command_line().parse_args(arguments)
     draft = load_draft(found.draft)
     if not 1 <= found.top <= draft.config.vocab_size:
@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """Return the parser of what is typed behind the command; shells complete by it."""
+    """Return the parser of the command's arguments, which shells use for completion."""
     parser = argparse.ArgumentParser(prog="specforge medusa-heads", description=run.__doc__)
     parser.add_argument("draft", metavar="DRAFT", help="folder or hub id of the draft")
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="what to answer, as one turn of a chat")
@@ -36,7 +36,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def load_draft(name: str) -> MedusaModel:
-    """Load Medusa heads with the verifier that they name.
+    """Load Medusa heads with their verifier.
 
     Raises:
         UsageError: It is a draft of another algorithm, or names no verifier.
@@ -57,7 +57,7 @@ def describe_heads(draft: MedusaModel, prompt: str, top: int) -> list[str]:
     Args:
         draft: Medusa heads, with the whole verifier attached.
         prompt: One turn of a chat.
-        top: Number of tokens a line.
+        top: Number of tokens per line.
     """
     assert draft.verifier is not None
     tokenizer = VerifierTokenizer(draft.verifier.name_or_path).tokenizer

@@ -1,4 +1,4 @@
-"""What a Medusa draft's ``config.json`` holds."""
+"""The ``config.json`` of a Medusa draft."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class MedusaConfig(SpeculatorModelConfig):
     Attributes:
         hidden_size: The verifier's width H.
         vocab_size: The verifier's number of tokens V.
-        num_heads: Number K of heads, the most tokens that can be drafted one behind the other.
+        num_heads: Number K of heads, the maximum length of a drafted chain.
     """
 
     model_type_name: ClassVar[str] = "medusa"

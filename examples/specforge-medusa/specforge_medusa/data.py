@@ -1,4 +1,4 @@
-"""Rows that teach every head: those with a response long enough for the last one."""
+"""Rows with a response long enough to train the last head."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MedusaDataModule(DraftDataModule):
         self.shortest_response = shortest_response
 
     def rows_of(self, source: str) -> TokenRows:
-        """Return the rows of a source; of the training source, those that are long enough."""
+        """Return the rows of a source; of the training source, only those that are long enough."""
         rows = super().rows_of(source)
         if source != self.train_source:
             return rows
@@ -45,5 +45,5 @@ class MedusaDataModule(DraftDataModule):
 
 
 def longest_response(loss_mask: list[bool]) -> int:
-    """Return how many response tokens stand behind one another at most."""
+    """Return the largest number of consecutive response tokens."""
     return max((len(list(run)) for is_response, run in groupby(loss_mask) if is_response), default=0)

@@ -1,4 +1,4 @@
-"""Medusa heads at work: all of them speak when the verifier has decided, and a node hears the head of its depth."""
+"""Drafting with Medusa heads: all heads run once per round, and a node uses the head of its depth."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MedusaDrafter(Drafter):
 
     @torch.no_grad()
     def commit(self, tokens: Tensor, features: Features, counts: Tensor) -> None:
-        """Ask every head once, at the verifier's state before the last decided token."""
+        """Run every head once, at the verifier's state before the last decided token."""
         rows = torch.arange(len(tokens), device=tokens.device)
         last = Features(features.aux[rows, counts - 1, None], features.last[rows, counts - 1, None])
         states = self._network.first_state(last)[:, 0]
@@ -39,11 +39,11 @@ class MedusaDrafter(Drafter):
         self.root = self.by_head[:, 0]
 
     def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        """Return what the heads of the nodes' depths have said."""
+        """Return the logits of the heads of the nodes' depths."""
         rows = torch.arange(len(parents), device=parents.device)[:, None]
         depths = self._depths[rows, parents + 1] + 1
         self._depths = torch.cat([self._depths, depths], dim=1)
         return self.by_head[rows, depths]
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some of the sequences; the next ``commit`` brings all that there is to know of them."""
+        """Continue with some of the sequences; the next ``commit`` replaces their state."""

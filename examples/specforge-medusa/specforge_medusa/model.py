@@ -1,13 +1,12 @@
-"""Medusa heads (https://arxiv.org/abs/2401.10774): each reads the verifier's last state alone.
+"""Medusa heads (https://arxiv.org/abs/2401.10774): each head reads only the verifier's last state.
 
 With f_t the verifier's last state after its final norm, head i = 0, 1, ... computes
 
     h_i = f_t + SiLU(block_i f_t),    logits of x_{t+2+i} = lm_head_i h_i
 
-These are the rows of ``specforge.models.chain.alignment``, except that x_{t+1+i}, which they could read, is not looked
-at.
+These are the rows of ``specforge.models.chain.alignment``, except that the heads do not read x_{t+1+i}.
 
-Letters in shapes: B rows, T tokens a row, H the verifier's width, V its vocabulary, K heads.
+Letters in shapes: B rows, T tokens per row, H the verifier's width, V its vocabulary, K heads.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class MedusaModel(SpeculatorModel):
 
     @torch.no_grad()
     def borrow_weights(self) -> None:
-        """Start as published: every head says what the verifier's own head says."""
+        """Initialise as published: every head starts as the verifier's own head."""
         for block, head in zip(self.block, self.lm_head, strict=True):
             nn.init.zeros_(cast(Tensor, block.weight))
             nn.init.zeros_(cast(Tensor, block.bias))
@@ -59,31 +58,31 @@ class MedusaModel(SpeculatorModel):
 
     @torch.no_grad()
     def first_state(self, features: Features) -> Tensor:
-        """Return what all heads read, [B, T, H]."""
+        """Return the input of all heads, [B, T, H]."""
         last: Tensor = self.verifier_parts.norm(features.last)
         return last.to(self.head_weights[0].dtype)
 
     def advance(self, states: Tensor, step: int) -> Tensor:
-        """Return what the head of a step makes of the verifier's states [..., H], before its matrix."""
+        """Return the input of a step's matrix for the verifier's states, [..., H]."""
         return states + F.silu(self.block[step](states))
 
     def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
-        """Turn the states of a step [..., H] into logits [..., V]."""
+        """Compute logits [..., V] from the states of a step [..., H]."""
         logits: Tensor = self.lm_head[step](hidden)
         return logits
 
     def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
-        """Run the first heads at the rows that each of them needs; the batch is not looked at.
+        """Run the first heads at the rows that each of them needs; the batch is ignored.
 
         Raises:
-            UsageError: More steps than heads are asked for.
+            UsageError: More steps than heads are requested.
         """
         steps = len(rows.counts)
         if steps > self.config.num_heads:
-            raise UsageError(f"this draft has {self.config.num_heads} heads, and {steps} steps are asked for")
+            raise UsageError(f"this draft has {self.config.num_heads} heads, but {steps} steps are requested")
         read = self.first_state(features).flatten(0, 1)[rows.order]
         return torch.cat([self.advance(read[:count], step) for step, count in enumerate(rows.counts)])
 
     def drafter(self, batch_size: int) -> MedusaDrafter:
-        """Begin to draft for some sequences."""
+        """Create a drafter for a batch of sequences."""
         return MedusaDrafter(self)

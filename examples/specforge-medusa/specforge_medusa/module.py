@@ -1,4 +1,4 @@
-"""Training Medusa heads: the run's settings, and how the network begins."""
+"""Training Medusa heads: the settings, and the initial network."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from specforge_medusa.proposal import SparseTreeTokenProposalConfig
 
 
 class MedusaModule(DraftModule):
-    """Trains Medusa heads towards a frozen verifier.
+    """Trains Medusa heads for a frozen verifier.
 
     Args:
-        heads: Number of heads: the most tokens that are drafted in a round.
-        objective: Losses to add up, by name, each with its weight; text is the published hard cross-entropy.
-        step_decay: Weight of head k is this to the power of k.
-        optimizer: How weights are updated.
-        schedule: How the learning rate moves.
+        heads: Number of heads, the maximum tokens drafted per round.
+        objective: Weights of the losses, by name; text is the published hard cross-entropy.
+        step_decay: Head k is weighted by this number to the power of k.
+        optimizer: The optimizer.
+        schedule: The learning-rate schedule.
     """
 
     draft: MedusaModel
@@ -46,7 +46,7 @@ class MedusaModule(DraftModule):
 
     @property
     def aux_layers(self) -> list[int]:
-        """None: the heads read the verifier's last state."""
+        """Empty: the heads read the verifier's last state."""
         return []
 
     @property
@@ -55,7 +55,7 @@ class MedusaModule(DraftModule):
         return self.heads
 
     def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> MedusaModel:
-        """Create the heads, which start as the verifier's own."""
+        """Create the heads, initialised from the verifier's own."""
         draft = MedusaModel(
             MedusaConfig(
                 hidden_size=parts.config.hidden_size,

@@ -1,4 +1,4 @@
-"""Medusa's sparse tree: broad where heads are likely to be right, and nowhere else."""
+"""Medusa's sparse tree: wide only where heads are likely to be right."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SparseTreeTokenProposalConfig(TokenProposalConfig):
 
     Attributes:
         proposal_type: Always ``"medusa_tree"``.
-        breadth: Candidates for the first token.
-        depth: Tokens from the root to a leaf.
+        breadth: Number of candidates for the first token.
+        depth: Number of tokens from the root to a leaf.
     """
 
     proposal_type: Literal["medusa_tree"] = "medusa_tree"
@@ -37,7 +37,7 @@ class SparseTreeProposer(Proposer[SparseTreeTokenProposalConfig]):
 
     @property
     def depth(self) -> int:
-        """Tokens from the root to a leaf."""
+        """Number of tokens from the root to a leaf."""
         return self.config.depth
 
     def propose(self, sequences: Sequence[Tensor], drafter: Drafter | None) -> Proposal:
@@ -45,7 +45,7 @@ class SparseTreeProposer(Proposer[SparseTreeTokenProposalConfig]):
         assert drafter is not None
         logits = drafter.root[:, None]
         batch, device = len(logits), logits.device
-        # Of each node of the last level: its place among all nodes, and the breadth that is left behind it.
+        # For each node of the last level: its index among all nodes, and the breadth left below it.
         level, places = [(-1, min(self.config.breadth, logits.shape[-1]))], 0
         tokens, parents = [], []
         for depth in range(self.depth):

@@ -1,4 +1,4 @@
-"""The heads against their equation, in training and at work, and text that is the verifier's own."""
+"""Tests of the heads against their equation, in training and decoding, and of lossless text."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_training_computes_the_equation(draft: MedusaModel) -> None:
 
 def test_more_steps_than_heads_are_refused(draft: MedusaModel) -> None:
     nothing = torch.zeros(1, 5, dtype=torch.int64)
-    with pytest.raises(UsageError, match="has 3 heads, and 4 steps"):
+    with pytest.raises(UsageError, match="has 3 heads, but 4 steps"):
         draft.unroll(nothing, random_states(1, 5), nothing, nothing, HEADS + 1)
 
 
@@ -90,7 +90,7 @@ def test_heads_start_as_the_verifiers_own(draft: MedusaModel) -> None:
 
 
 @torch.no_grad()
-def test_a_node_hears_the_head_of_its_depth(draft: MedusaModel) -> None:
+def test_a_node_uses_the_head_of_its_depth(draft: MedusaModel) -> None:
     features, counts = random_states(2, 5), torch.tensor([3, 5])
     nothing = torch.zeros(2, 5, dtype=torch.int64)
     hidden = draft.unroll(nothing, features, nothing, nothing, HEADS)
@@ -128,7 +128,7 @@ def test_the_tree_holds_the_paths_whose_ranks_have_a_small_product(draft: Medusa
         assert sorted(paths) == sorted(path for path in every if prod(path) <= 5)
 
 
-def test_rows_that_teach_no_last_head_are_left_out(tmp_path: Path, verifier: LlamaForCausalLM) -> None:
+def test_rows_too_short_for_the_last_head_are_dropped(tmp_path: Path, verifier: LlamaForCausalLM) -> None:
     verifier.save_pretrained(tmp_path / "verifier")
     masks = [[0, 1, 1, 1, 1], [0, 1, 1, 1, 0], [1, 1, 0, 1, 1], [0, 0, 1, 1, 1, 1, 1]]
     rows = [{"input_ids": list(range(1, len(mask) + 1)), "loss_mask": mask} for mask in masks]
@@ -151,7 +151,7 @@ def test_a_stored_draft_is_found_by_its_name(draft: MedusaModel, tmp_path: Path)
     assert all(torch.equal(tensor, own[name]) for name, tensor in loaded.state_dict().items())
 
 
-def test_the_subcommand_says_what_a_draft_lacks(draft: MedusaModel, tmp_path: Path) -> None:
+def test_the_subcommand_names_what_a_draft_lacks(draft: MedusaModel, tmp_path: Path) -> None:
     draft.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="name_or_path is missing"):
         run([str(tmp_path), "--prompt", "What?"])

@@ -1,4 +1,4 @@
-"""What a recurrent draft's ``config.json`` holds."""
+"""The ``config.json`` of a recurrent draft."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class RecurrentModel(SpeculatorModel):
 
     @torch.no_grad()
     def borrow_weights(self) -> None:
-        """Start with the verifier's head."""
+        """Initialise the head from the verifier's."""
         self.lm_head.weight.copy_(self.verifier_parts.lm_head.weight)
 
     @property
@@ -64,7 +64,7 @@ class RecurrentModel(SpeculatorModel):
         return new
 
     def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
-        """Turn states [..., H] into logits [..., V]."""
+        """Compute logits [..., V] from states [..., H]."""
         logits: Tensor = self.lm_head(hidden)
         return logits
 
@@ -78,7 +78,7 @@ class RecurrentModel(SpeculatorModel):
         return torch.cat(found)
 
     def drafter(self, batch_size: int) -> RecurrentDrafter:
-        """Begin to draft for some sequences."""
+        """Create a drafter for a batch of sequences."""
         return RecurrentDrafter(self)
 
 
@@ -94,7 +94,7 @@ class RecurrentDrafter(Drafter):
 
     @torch.no_grad()
     def commit(self, tokens: Tensor, features: Features, counts: Tensor) -> None:
-        """Run step 0 at the last decided token: the verifier's state before it is all that a sequence needs."""
+        """Run step 0 at the last decided token, from the verifier's state before it."""
         rows = torch.arange(len(tokens), device=tokens.device)
         before = self._network.first_state(features)[rows, counts - 1]
         # Of the root, then of the nodes, [B, 1 + W, H].
@@ -103,7 +103,7 @@ class RecurrentDrafter(Drafter):
 
     @torch.no_grad()
     def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        """Run one step further from the parents' states."""
+        """Run the next step from the parents' states."""
         rows = torch.arange(len(parents), device=parents.device)[:, None]
         parent_states = self._states[rows, parents + 1]
         new = self._network.advance(tokens.flatten(), parent_states.flatten(0, 1)).view_as(parent_states)
@@ -111,4 +111,4 @@ class RecurrentDrafter(Drafter):
         return self._network.logits(new)
 
     def select(self, rows: Tensor) -> None:
-        """Keep some of the sequences; the next ``commit`` brings everything that is needed of them."""
+        """Continue with some of the sequences; the next ``commit`` replaces their state."""

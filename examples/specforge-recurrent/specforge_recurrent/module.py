@@ -1,4 +1,4 @@
-"""Training a recurrent draft: its settings, and how the network begins."""
+"""Training a recurrent draft: its settings, and the initial network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RecurrentModule(DraftModule):
     """Trains a recurrent draft.
 
     Args:
-        tokens: Tokens that are drafted in a round, and steps that are trained.
+        tokens: Number of tokens drafted per round, and of trained steps.
     """
 
     draft: RecurrentModel
@@ -29,7 +29,7 @@ class RecurrentModule(DraftModule):
 
     @property
     def aux_layers(self) -> list[int]:
-        """None: the draft reads the verifier's last state."""
+        """Empty: the draft reads the verifier's last state."""
         return []
 
     @property
@@ -38,7 +38,7 @@ class RecurrentModule(DraftModule):
         return self.tokens
 
     def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> RecurrentModel:
-        """Create the network: the cell at random, the head as the verifier's."""
+        """Create the network: a random cell, and the verifier's head."""
         stored = SpeculatorsConfig(
             algorithm=RecurrentConfig.model_type_name,
             proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=self.tokens)],

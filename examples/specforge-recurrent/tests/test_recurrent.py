@@ -1,4 +1,4 @@
-"""The draft against its equation, and the checks of ``specforge plugins check``."""
+"""Tests of the draft against its equation, and ``specforge plugins check``."""
 
 from __future__ import annotations
 

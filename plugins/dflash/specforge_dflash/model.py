@@ -23,7 +23,7 @@ from specforge.models.block.attention import BlockAttention, CachedContext, Keys
 from specforge.models.block.drafter import BlockDrafter
 from specforge.models.block.slots import BlockSlots
 from specforge.models.draft_rows import DraftRows
-from specforge.models.lean_blocks import make_lean
+from specforge.models.lean_blocks import use_memory_saving_blocks
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.vocabulary import DraftVocabulary, map_faults
 from specforge.proposals import GreedyTokenProposalConfig
@@ -62,7 +62,7 @@ class DFlashDraftModel(SpeculatorModel):
             self.d2t = nn.Buffer(torch.zeros(config.draft_vocab_size, dtype=torch.int64))
             self.t2d = nn.Buffer(torch.zeros(config.target_vocab_size, dtype=torch.bool))
         self.make_heads()
-        make_lean(self)
+        use_memory_saving_blocks(self)
         self._initialise(layers.initializer_range)
 
     def make_layer(self, config: PreTrainedConfig, blocks: Family, index: int) -> nn.Module:

@@ -25,7 +25,7 @@ from specforge.documents import DocumentLayout
 from specforge.errors import UsageError
 from specforge.models.base_components import norm_scale, start_norm
 from specforge.models.draft_rows import DraftRows
-from specforge.models.lean_blocks import make_lean
+from specforge.models.lean_blocks import use_memory_saving_blocks
 from specforge.models.speculator import SpeculatorModel
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features
@@ -62,7 +62,7 @@ class DraftModel(SpeculatorModel):
         elif head.weight is model.get_input_embeddings().weight:
             # Held once, as it is stored.
             model.set_output_embeddings(nn.Identity())
-        make_lean(model)
+        use_memory_saving_blocks(model)
         self.language_model = model.eval()
 
     @classmethod

@@ -69,7 +69,7 @@ class DraftModelModule(DraftModule):
         return self.on_policy is not None
 
     @property
-    def besides_steps(self) -> list[str]:
+    def unestimated_costs(self) -> list[str]:
         """The draft decodes in some batches."""
         if self.on_policy is None:
             return []

@@ -9,7 +9,7 @@ from specforge.hookspecs import Algorithm, CheckpointFormat, Objective, hookimpl
 
 @hookimpl
 def specforge_algorithms() -> Iterable[Algorithm]:
-    """EAGLE-1; proposed by a dynamic tree it is EAGLE-2, trained on its own features HASS."""
+    """EAGLE-1; with a dynamic tree it is EAGLE-2, trained on its own features it is HASS."""
     return [
         Algorithm(
             name="eagle",
@@ -24,7 +24,7 @@ def specforge_algorithms() -> Iterable[Algorithm]:
 
 @hookimpl
 def specforge_objectives() -> Iterable[Objective]:
-    """What HASS adds to the losses of the core."""
+    """The loss of HASS."""
     return [
         Objective(
             "top_k",
@@ -36,7 +36,7 @@ def specforge_objectives() -> Iterable[Objective]:
 
 @hookimpl
 def specforge_checkpoint_formats() -> Iterable[CheckpointFormat]:
-    """The layouts that readers of EAGLE-1 and HASS heads want."""
+    """The layouts of the readers of EAGLE-1 and HASS heads."""
     return [
         CheckpointFormat(
             "speculators",
@@ -58,7 +58,7 @@ def specforge_checkpoint_formats() -> Iterable[CheckpointFormat]:
         ),
         CheckpointFormat(
             "eagle",
-            "SafeAILab EAGLE-1 (fc.*, layers.0.*; a bias where config.json says so)",
+            "SafeAILab EAGLE-1 (fc.*, layers.0.*; a bias if config.json says so)",
             algorithm="eagle",
             layout="specforge_eagle.raw:SafeAILabLayout",
         ),

@@ -1,6 +1,6 @@
-"""How the draft's layer attends in ``forward``: as transformers does, by a mask and a cache.
+"""The attention of the draft's layer in ``forward``: with a mask and a cache, as in transformers.
 
-In training and in drafting it attends as every draft (``specforge.models.draft_attention``). A list passed as
+Training and drafting use the attention of all drafts (``specforge.models.draft_attention``). A list passed as
 ``attention_weights`` receives the weights of each layer, [B, heads, T, S].
 """
 
@@ -30,19 +30,19 @@ def causal_mask(
     position_ids: Tensor | None,
     weighted: bool,
 ) -> Tensor | None:
-    """Make the mask that a layer attends by.
+    """Create the attention mask of a layer.
 
     Args:
-        config: Configuration of the layer, the first of a model.
-        states: What the layer reads, [B, T, H].
-        attention_mask: 1 on tokens and 0 on padding, [B, S]; or what each row sees, [B, 1, T, S], as truth values or
-            to be added to the logits; None for all.
+        config: Configuration of the layer, a model's first.
+        states: The layer's input, [B, T, H].
+        attention_mask: 1 on tokens and 0 on padding, [B, S]; or which slots each row sees, [B, 1, T, S], boolean or
+            additive; None for all.
         cache: Keys and values of earlier rows.
-        position_ids: Positions [B, T]; without mask and cache, where they restart, a document begins.
-        weighted: Whether the weights are asked for (see ``attention_weights`` above).
+        position_ids: Positions [B, T]; without mask and cache, a document starts wherever they restart.
+        weighted: Whether attention weights are requested (see ``attention_weights`` above).
 
     Returns:
-        [B, 1, T, S]; None where plain causal attention says it.
+        The mask, [B, 1, T, S]; None if plain causal attention is right.
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         if attention_mask.is_floating_point():

@@ -1,10 +1,10 @@
 """The draft network of EAGLE-1, EAGLE-2 (https://arxiv.org/abs/2401.15077, 2406.16858) and HASS (2408.15766).
 
-A decoder layer reads the embedding of a token, fused with the verifier's feature of the token before: its last state
-*after* the final norm. What the layer returns is the predicted feature of the token itself, which the verifier's head
-turns into logits, and which the next step reads.
+A decoder layer reads the embedding of a token, fused with the verifier's feature of the previous token: its last state
+*after* the final norm. The layer's output is the predicted feature of the token itself, from which the verifier's head
+computes logits, and which the next step reads.
 
-Letters in shapes: B rows, T tokens a row, S slots of keys, H width, K steps, P pairs of row and step that are run,
+Letters in shapes: B rows, T tokens per row, S slots of keys, H width, K steps, P pairs of row and step that are run,
 V vocabulary.
 """
 
@@ -28,7 +28,7 @@ from specforge.models.chain.ttt_attention import record_keys
 from specforge.models.chain.unrolling import run_chain
 from specforge.models.draft_attention import DraftAttention, cache_argument
 from specforge.models.draft_rows import DraftRows
-from specforge.models.lean_blocks import make_lean
+from specforge.models.lean_blocks import use_memory_saving_blocks
 from specforge.models.speculator import AttachmentMode, SpeculatorModel
 from specforge.private.transformers import set_attention
 from specforge.proposals import GreedyTokenProposalConfig
@@ -37,27 +37,27 @@ from specforge.verifier.parts import VerifierParts, decoder
 from specforge_eagle.config import EagleSpeculatorConfig
 from specforge_eagle.masked_attention import IMPLEMENTATION, causal_mask
 
-# Row t stands at the position of token t.
+# Row t has the position of token t.
 FIRST_POSITION = 0
 
 
 class EagleSpeculator(SpeculatorModel):
     """EAGLE-1, EAGLE-2 or HASS: drafts features with one decoder layer between the verifier's embeddings and head.
 
-    ``embed_tokens``, ``rotary_emb`` and ``lm_head`` are the attached verifier's, and None until there is one; they
-    are shared with it, and neither trained nor moved nor saved with the draft.
+    ``embed_tokens``, ``rotary_emb`` and ``lm_head`` are the attached verifier's, or None without a verifier; they are
+    shared with it and not trained, moved or saved with the draft.
 
     Example:
-        Draft for a verifier that is loaded along::
+        Draft for a verifier that is loaded with it::
 
             config = EagleSpeculatorConfig(transformer_layer_config=AutoConfig.from_pretrained(name))
             speculator = EagleSpeculator(config, verifier=name, verifier_attachment_mode="full")
 
     Args:
         config: The speculator's configuration.
-        verifier: What to attach: a folder, a hub id, or a loaded model; nothing when None.
-        verifier_attachment_mode: ``"full"`` (the default) keeps the whole verifier, ``"train_only"`` only what
-            ``forward`` needs, and ``"detached"`` attaches nothing.
+        verifier: The verifier to attach: a folder, a hub id, or a loaded model; None for no verifier.
+        verifier_attachment_mode: ``"full"`` (the default) keeps the whole verifier, ``"train_only"`` only the parts
+            that ``forward`` needs, and ``"detached"`` attaches nothing.
     """
 
     config_class: ClassVar[type[SpeculatorModelConfig]] = EagleSpeculatorConfig
@@ -73,7 +73,7 @@ class EagleSpeculator(SpeculatorModel):
         self._layer_config = _drafting(config.transformer_layer_config)
         self._verifier_rotary: tuple[nn.Module | None] | None = None
         self.stored_embeddings: Tensor | None = None
-        """Token embeddings [V, H] that came with the draft in a layout which may hold them, to be written back."""
+        """Token embeddings [V, H] that were stored with the draft in another layout, to be written back."""
         width = self._layer_config.hidden_size
 
         self.fusion_fc = nn.Linear(2 * width, width, bias=config.fusion_bias)
@@ -82,7 +82,7 @@ class EagleSpeculator(SpeculatorModel):
         self.rotary: nn.Module = config.decoder_layer.rotary(self._layer_config)
         norms = self._norms() if config.layernorms else [nn.Identity(), nn.Identity(), nn.Identity()]
         self.embedding_layernorm, self.transformer.input_layernorm, self.pre_lm_head_layernorm = norms
-        make_lean(self)
+        use_memory_saving_blocks(self)
         self._initialise(getattr(self._layer_config, "initializer_range", 0.02))
         if verifier is not None and verifier_attachment_mode != "detached":
             self.attach_verifier(verifier, verifier_attachment_mode)
@@ -94,9 +94,8 @@ class EagleSpeculator(SpeculatorModel):
         Args:
             verifier_config: The verifier's transformers configuration.
             **kwargs: ``layernorms`` (False), ``fusion_bias`` (False), ``transformer_layer_architecture`` (``"auto"``:
-                a layer of the verifier's own family, or a Llama layer where that has none for drafts),
-                ``verifier_name_or_path``, ``speculative_tokens`` (5: tokens of the greedy chain that the draft
-                proposes).
+                a layer of the verifier's own family, or a Llama layer if that has none for drafts),
+                ``verifier_name_or_path``, ``speculative_tokens`` (5, the length of the proposed greedy chain).
 
         Returns:
             The draft with random weights.
@@ -121,10 +120,10 @@ class EagleSpeculator(SpeculatorModel):
 
     @staticmethod
     def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the arguments of ``forward`` that training settings decide: none, in training or validation.
+        """Return the arguments of ``forward`` that depend on training settings: none, in training and validation.
 
         Args:
-            **kwargs: Training arguments; none is read.
+            **kwargs: Training arguments; all are ignored.
         """
         return {}, {}
 
@@ -140,9 +139,9 @@ class EagleSpeculator(SpeculatorModel):
 
     @property
     def rotary_emb(self) -> nn.Module | None:
-        """The attached verifier's rotary embedding; where no whole model was given, the draft's own.
+        """The attached verifier's rotary embedding; the draft's own if no whole model is attached.
 
-        The draft computes with its own, which follows the configuration of its layer as serving engines do.
+        The draft always uses its own, which follows the configuration of its layer, like serving engines.
         """
         return None if self._verifier_rotary is None else (self._verifier_rotary[0] or self.rotary)
 
@@ -165,15 +164,15 @@ class EagleSpeculator(SpeculatorModel):
 
         Args:
             verifier: A folder, a hub id, a loaded model, or its parts.
-            mode: ``"full"`` (the default) keeps the whole model; ``"train_only"`` only the layers that ``forward``
-                needs, without which ``generate`` is not available; from files, nothing else is read.
+            mode: ``"full"`` (the default) keeps the whole model; ``"train_only"`` only the parts that ``forward``
+                needs, and reads nothing else from files. ``generate`` is then not available.
 
         Returns:
-            What was attached: the model, or its parts where only those were read.
+            The attached verifier: the model, or its parts if only those were read.
 
         Raises:
             ValueError: There is no such mode.
-            UsageError: The verifier cannot be loaded, or has another width than the draft.
+            UsageError: The verifier cannot be loaded, or its width differs from the draft's.
         """
         if mode not in (None, "full", "train_only"):
             raise ValueError(f"mode {mode!r} is not one of: 'full', 'train_only'")
@@ -187,14 +186,15 @@ class EagleSpeculator(SpeculatorModel):
         return attached
 
     def detach_verifier(self) -> None:
-        """Let go of the attached verifier; the draft cannot run until another is attached."""
+        """Detach the verifier; the draft cannot run until another is attached."""
         super().detach_verifier()
         self._verifier_rotary = None
 
     def borrow_weights(self) -> None:
-        """Let the norm before the head start at the size of the verifier's features, which the head is made for.
+        """Initialise the norm before the head at the scale of the verifier's features, which the head expects.
 
-        Features have passed the verifier's final norm already: the scale is one number, the root mean square of its.
+        Features have already passed the verifier's final norm: the scale is a single number, the root mean square of
+        that norm's factors.
         """
         norm, parts = self.pre_lm_head_layernorm, self.verifier_parts
         if getattr(norm, "weight", None) is not None:
@@ -202,18 +202,18 @@ class EagleSpeculator(SpeculatorModel):
             start_norm(norm, scale.square().mean().sqrt().expand_as(scale))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embed tokens [...] as [..., H], by the verifier's embeddings."""
+        """Embed tokens [...] as [..., H] with the verifier's embeddings."""
         with torch.no_grad():
             embedded = self.verifier_parts.embed_tokens(tokens)
         return cast(Tensor, embedded.to(self.fusion_fc.weight.dtype))
 
     def fuse(self, tokens: Tensor, feature: Tensor) -> Tensor:
-        """Fuse the embeddings of tokens [B, T] with features [B, T, H] to what the decoder layer reads, [B, T, H]."""
+        """Fuse the embeddings of tokens [B, T] with features [B, T, H] into the decoder layer's input, [B, T, H]."""
         embedded = self.embedding_layernorm(self.embed(tokens))
         return cast(Tensor, self.fusion_fc(torch.cat([embedded, feature.to(embedded.dtype)], dim=-1)))
 
     def first_feature(self, features: Features) -> Tensor:
-        """Return what the first step reads of the verifier's states, [B, T, H]: the last one, after its final norm."""
+        """Return the first step's input, [B, T, H]: the verifier's last state after its final norm."""
         with torch.no_grad():
             return cast(Tensor, self.verifier_parts.norm(features.last))
 
@@ -229,25 +229,26 @@ class EagleSpeculator(SpeculatorModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Tensor | CausalLMOutputWithPast:
-        """Predict, at each row, the feature of the row's token and the token after it; one step, teacher-forced.
+        """Predict the feature of each row's token and the token after it, in one teacher-forced step.
 
         Args:
-            input_ids: Tokens that are already shifted, [B, T]: row i holds token x_{i+1}.
+            input_ids: Shifted tokens, [B, T]: row i holds token x_{i+1}.
             hidden_states: The verifier's last states after its final norm, [B, T, H]: row i holds that of x_i.
-            attention_mask: 1 on tokens and 0 on padding, [B, S], rows in the cache included; or what each row sees,
-                [B, 1, T, S], as truth values or to be added to the attention's logits. Causal when None.
-            position_ids: Positions [B, T]; by default they count the rows from 0, on from those in the cache.
+            attention_mask: 1 on tokens and 0 on padding, [B, S], including rows in the cache; or which slots each row
+                sees, [B, 1, T, S], boolean or additive. Causal if None.
+            position_ids: Positions [B, T]; by default they continue those of the cache, from 0.
             past_key_values: A cache of transformers with the keys and values of earlier rows; it is extended.
-            use_cache: Return the cache; by default when one is given.
-            output_attentions: Return the attention's weights, [B, heads, T, S].
-            output_hidden_states: Return what the decoder layer reads, and the feature that it predicts, [B, T, H].
-            return_dict: Return all of that and not the logits alone; by default what the layer's configuration says.
+            use_cache: Whether to return the cache; by default if one is given.
+            output_attentions: Whether to return the attention weights, [B, heads, T, S].
+            output_hidden_states: Whether to return the decoder layer's input and the predicted feature, [B, T, H].
+            return_dict: Whether to return all of these instead of only the logits; by default as configured in the
+                layer's configuration.
 
         Returns:
-            Logits [B, T, V], those of row i for token x_{i+2}: alone, or as ``CausalLMOutputWithPast``.
+            Logits [B, T, V], those of row i for token x_{i+2}; a tensor or ``CausalLMOutputWithPast``.
 
         Raises:
-            ValueError: No verifier is attached, or the cache is none of transformers.
+            ValueError: No verifier is attached, or the cache is not a cache of transformers.
         """
         if not isinstance(past_key_values, Cache | None):
             raise ValueError(
@@ -289,10 +290,10 @@ class EagleSpeculator(SpeculatorModel):
 
         Args:
             tokens: Tokens [B, T].
-            feature: The feature of the token before each, [B, T, H].
+            feature: The feature of the token before each token, [B, T, H].
             position_ids: Positions [B, T].
-            attention: What the rows see.
-            wanted: How many rows are wanted, the first ones; None for all.
+            attention: The attention of the rows.
+            wanted: Number of first rows to return; None for all.
 
         Returns:
             The predicted feature of each token, [B, wanted, H].
@@ -301,9 +302,9 @@ class EagleSpeculator(SpeculatorModel):
         if wanted is None or wanted == hidden.shape[1]:
             return self._transform(hidden, position_ids, draft_attention=attention)
         if not self._attends_to_normed:
-            # What the attention of such a family reads is known to its layer only.
+            # Only the layer itself knows the attention's input in such a family.
             return self._transform(hidden, position_ids, draft_attention=attention)[:, :wanted]
-        # The other rows are only attended to.
+        # The other rows only provide keys and values.
         rest, positions = hidden[:, wanted:], position_ids[:, wanted:]
         read = self.transformer.input_layernorm(rest)
         rotated = self._rotated(rest, positions)
@@ -311,11 +312,11 @@ class EagleSpeculator(SpeculatorModel):
         return self._transform(hidden[:, :wanted], position_ids[:, :wanted], draft_attention=attention)
 
     def fed_back(self, states: Tensor) -> Tensor:
-        """Return what the next step reads of predicted features, [..., H]: the features themselves."""
+        """Return the next step's input: the predicted features themselves, [..., H]."""
         return states
 
     def before_head(self, states: Tensor) -> Tensor:
-        """Return what the verifier's head reads of predicted features, [..., H]."""
+        """Return the input of the verifier's head for predicted features, [..., H]."""
         return cast(Tensor, self.pre_lm_head_layernorm(states))
 
     @property
@@ -325,15 +326,15 @@ class EagleSpeculator(SpeculatorModel):
 
     @property
     def finish(self) -> Callable[[Tensor], Tensor]:
-        """What the verifier does to logits after its head."""
+        """The function that the verifier applies to logits after its head."""
         return self.verifier_parts.finish
 
     def state_logits(self, states: Tensor) -> Tensor:
-        """Turn predicted features [..., H] into logits [..., V]."""
+        """Compute logits [..., V] from predicted features [..., H]."""
         return self.logits(states)
 
     def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
-        """Turn predicted features [..., H] of any step into logits [..., V], by the verifier's head."""
+        """Compute logits [..., V] from predicted features [..., H] of any step with the verifier's head."""
         parts = self.verifier_parts
         return parts.head(self.before_head(hidden).to(parts.lm_head.weight.dtype))
 
@@ -347,40 +348,40 @@ class EagleSpeculator(SpeculatorModel):
     ) -> Tensor:
         """Run the steps of a chain at the rows that are needed, fed with the true tokens.
 
-        In the rows of ``specforge.models.chain.alignment``: row t at step k reads token x_{t+1+k} at position t + k,
-        beside the feature of token t (step 0) or its own prediction of step k - 1.
+        Rows are those of ``specforge.models.chain.alignment``: row t at step k reads token x_{t+1+k} at position t + k,
+        and the feature of token t (step 0) or its own prediction of step k - 1.
 
         Args:
             input_ids: The verifier's tokens x, [B, T].
-            feature: What the first step reads of the verifier, [B, T, H] (see ``first_feature``).
+            feature: The first step's input from the verifier, [B, T, H] (see ``first_feature``).
             position_ids: Positions that restart at 0 with each document, [B, T].
             rows: The rows that each step runs.
-            detached: No gradient flows through the features that are fed back.
+            detached: Whether to stop gradients through the features that are fed back.
 
         Returns:
-            Predicted features, one step behind the other, [P, H] (see ``DraftRows.places``); those of row t at step k
-            are of token x_{t+1+k}.
+            Predicted features, concatenated step by step, [P, H] (see ``DraftRows.places``); row t at step k predicts
+            the feature of token x_{t+1+k}.
         """
         return run_chain(self, input_ids, feature, position_ids, rows, FIRST_POSITION, detached)
 
     def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
-        """Predict features, step by step; no gradient flows through those that are fed back."""
+        """Predict features step by step, without gradients through those that are fed back."""
         read = self.first_feature(features)
         return self.chain(batch["input_ids"], read, batch["position_ids"], rows, detached=True)
 
     def drafter(self, batch_size: int) -> FeatureDrafter:
-        """Begin to draft for some sequences; row t stands at position t."""
+        """Create a drafter; row t has position t."""
         return FeatureDrafter(self, batch_size, self.fusion_fc.weight.device, FIRST_POSITION)
 
     def stored_config(self) -> dict[str, Any]:
-        """Return what ``config.json`` says in the ``speculators`` layout.
+        """Return the content of ``config.json`` in the ``speculators`` layout.
 
-        There the network alone is listed among the architectures; the layer is listed again when the file is read.
+        It lists only the network among the architectures; the layer is added when the file is read.
         """
         return super().stored_config() | {"architectures": [type(self).__name__]}
 
     def reset_constants(self) -> None:
-        """Recompute the rotary frequencies, which no checkpoint holds."""
+        """Recompute the rotary frequencies, which are not stored in checkpoints."""
         self.rotary = self.config.decoder_layer.rotary(self._layer_config)
 
     def _transform(self, hidden: Tensor, position_ids: Tensor, **attention: Any) -> Tensor:
@@ -389,15 +390,15 @@ class EagleSpeculator(SpeculatorModel):
         return cast(Tensor, output if isinstance(output, Tensor) else output[0])
 
     def _rotated(self, hidden: Tensor, position_ids: Tensor) -> Any:
-        """Return the rotary embedding of positions, as the layer takes it."""
+        """Return the rotary embedding of positions in the form that the layer expects."""
         return self.rotary(hidden, position_ids, **rotary_options(self.rotary, self._layer_config))
 
     def _norms(self) -> Sequence[nn.Module]:
-        """Make three norms that are those of the layer's family."""
+        """Create three norms of the layer's family."""
         norm = getattr(self.transformer, "input_layernorm", None)
         if norm is None:
             name = type(self.transformer).__name__
-            raise UsageError(f"{name} has no norm before its attention, so there can be no layernorms=True")
+            raise UsageError(f"{name} has no norm before its attention, so layernorms=True is not possible")
         return [copy.deepcopy(norm), norm, copy.deepcopy(norm)]
 
     def _initialise(self, deviation: float) -> None:
@@ -409,10 +410,10 @@ class EagleSpeculator(SpeculatorModel):
 
 
 def _drafting(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Copy a layer's configuration for a layer that attends by ``specforge_eagle.masked_attention``."""
+    """Copy a layer's configuration for a layer that attends with ``specforge_eagle.masked_attention``."""
     config = copy.deepcopy(config)
     set_attention(config, IMPLEMENTATION)
     if getattr(config, "attn_logit_softcapping", None):
-        # No fused attention caps its logits, and a draft learns without.
+        # Fused attention does not cap its logits, and a draft learns without it.
         config.attn_logit_softcapping = None
     return config

@@ -1,9 +1,9 @@
 """Training EAGLE-1 and HASS: the network's settings, its noise, and the loss between features.
 
 EAGLE-1 trains one step: from the verifier's feature of token t and the embedding of token t + 1 to the feature of token
-t + 1. HASS goes on: each further step reads the features that the draft itself predicted in the steps before, without a
-gradient through them, exactly as in decoding. In the rows of ``specforge.models.chain.alignment`` (an anchor each,
-whose step k reads token t + 1 + k) its harmonised context is the attention of training-time test: the keys and values
+t + 1. HASS continues: each further step reads the features that the draft predicted in the previous steps, without a
+gradient through them, exactly as in decoding. In the rows of ``specforge.models.chain.alignment`` (each an anchor t,
+whose step k reads token t + 1 + k), its harmonised context is the attention of training-time test: the keys and values
 of the true features up to the anchor, then one of each earlier step.
 """
 
@@ -40,15 +40,15 @@ class EagleDraftSettings(BaseModel):
 
     transformer_layer_architecture: str = Field(
         default="auto",
-        description="Decoder layer of transformers, such as LlamaDecoderLayer; auto: the verifier's, or Llama's where "
+        description="Decoder layer of transformers, such as LlamaDecoderLayer; auto: the verifier's, or Llama's if "
         "that family has none for drafts.",
     )
     layernorms: bool = Field(default=False, description="Norms on embeddings, before the layer and before the head.")
-    fusion_bias: bool = Field(default=False, description="A bias where embedding and feature meet; vLLM serves none.")
+    fusion_bias: bool = Field(default=False, description="A bias of the fusion; vLLM does not support it.")
     feature_scale: FeatureScale = Field(
         default="auto",
-        description="What embedding and feature are divided by while training, folded into the written draft: two "
-        "numbers; auto: found on the first row.",
+        description="Divisors of embedding and feature in training, folded into the written draft: two numbers; auto: "
+        "measured on the first row.",
     )
 
 
@@ -58,15 +58,15 @@ class EagleModule(FeatureScaledModule):
     Args:
         draft: The draft network.
         alignment_steps: Draft steps that are trained: 1 for EAGLE-1, 3 for HASS as published.
-        measured_steps: Draft steps that validation runs, for the acceptance length of chains of so many tokens.
+        measured_steps: Draft steps that validation runs: the chain length of the acceptance length.
         feature_weight: Weight of the Smooth-L1 loss between predicted and true features.
         noise: Bound of the uniform noise on the features of a document of 512 tokens; longer ones get less.
-        supervision: Which positions count in training: those where a round of decoding can start and get to (exact),
-            or those that the published trainers count (compat). Validation counts the exact ones.
-        objective: Losses between the distributions to add up, by name, each with its weight.
-        step_decay: Weight of draft step k is this to the power of k.
-        optimizer: How weights are updated.
-        schedule: How the learning rate moves.
+        supervision: Which positions count in training: those that a decoding round can start at and reach (exact), or
+            those of the published trainers (compat). Validation counts the exact ones.
+        objective: Weights of the losses between distributions, by name.
+        step_decay: Draft step k is weighted by this number to the power of k.
+        optimizer: The optimizer.
+        schedule: The learning-rate schedule.
     """
 
     draft: EagleSpeculator
@@ -99,7 +99,7 @@ class EagleModule(FeatureScaledModule):
 
     @property
     def aux_layers(self) -> list[int]:
-        """None: the draft reads the verifier's last state."""
+        """Empty: the draft reads the verifier's last state."""
         return []
 
     @property
@@ -118,7 +118,7 @@ class EagleModule(FeatureScaledModule):
         return {FEATURE: self.feature_weight, **super().term_weights}
 
     def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> EagleSpeculator:
-        """Create the network, at random; embeddings and head are the verifier's."""
+        """Create the network with random weights; embeddings and head are the verifier's."""
         draft = EagleSpeculator.from_training_args(
             self.teacher.config,
             verifier_name_or_path=self.teacher.stored_name,
@@ -129,25 +129,25 @@ class EagleModule(FeatureScaledModule):
         return draft
 
     def states_read(self, batch: Batch, features: Features) -> Tensor:
-        """Return embeddings and features, which meet in the fusion."""
+        """Return the fusion's inputs: embeddings and features."""
         feature = self.draft.first_feature(features)
         embedded = self.draft.embed(batch["input_ids"])
-        if self.settings.layernorms:  # whose weights begin at 1, and may be in shards
+        if self.settings.layernorms:  # their weights start at 1 and may be sharded
             embedded = F.rms_norm(embedded, embedded.shape[-1:])
         return torch.stack([embedded, feature.to(embedded.dtype)], dim=-2)
 
     def alignment(self, batch: Batch) -> Alignment:
-        """Return targets and counted positions; validation counts those of decoding, whatever training counts."""
+        """Return targets and counted positions; validation always counts the exact ones."""
         if not self.training:
             return super().alignment(batch)
         return align(batch["loss_mask"], batch["document_ids"], self.num_steps, self.supervision)
 
     def states(self, batch: Batch, features: Features, rows: DraftRows) -> Tensor:
-        """Predict features step by step, in training from noisy ones."""
+        """Predict features step by step; training starts from noisy ones."""
         if not (self.training and self.noise):
             return super().states(batch, features, rows)
         true = self.draft.first_feature(features)
-        # Other noise for each batch and rank, and the same again where a run is resumed.
+        # Different noise for each batch and rank, but the same in a resumed run.
         number = self.trainer.fit_loop.total_batch_idx * self.trainer.world_size + self.trainer.global_rank
         noise = feature_noise(true, batch["document_ids"], self.noise, (torch.initial_seed() + number) % 2**63)
         return self.draft.chain(batch["input_ids"], true + noise, batch["position_ids"], rows, detached=True)
@@ -164,8 +164,8 @@ def feature_distances(drafted: Drafted, true: Tensor) -> Tensor:
     Mean over the width, beta 1 (arXiv 2401.15077, section 3.2).
 
     Args:
-        drafted: The draft's features, and what they are compared with.
-        true: The verifier's, after its final norm, [N, H].
+        drafted: The draft's features and their targets.
+        true: The verifier's features, after its final norm, [N, H].
     """
     steps, rows, states, targets = drafted.counted()
     predicted, true = drafted.states[states], true[targets]

@@ -1,4 +1,4 @@
-"""Noise on the features that a draft reads in training, so that it gets used to its own imprecise ones."""
+"""Noise on a draft's input features in training, to make it robust to its own imprecise features."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def feature_noise(features: Tensor, document_ids: Tensor, amplitude: float, seed
     """Return uniform noise for features, [B, T, H]: within plus or minus ``amplitude * 512 / L``.
 
     Args:
-        features: What is made noisy, [B, T, H].
+        features: The features, [B, T, H].
         document_ids: Which document a token belongs to, [B, T]; L is its document's length.
         amplitude: The bound for a document of 512 tokens (arXiv 2401.15077, section 4: 0.1).
-        seed: The same seed gives the same noise, so that a run that is resumed goes on as it would have.
+        seed: Random seed; a resumed run uses the same seeds and thus the same noise.
     """
     generator = torch.Generator(features.device).manual_seed(seed)
     uniform = torch.rand(features.shape, generator=generator, device=features.device, dtype=torch.float32)
-    documents = F.pad(document_ids.diff(dim=1) != 0, (1, 0)).cumsum(1)  # padding counts as a document of its own
+    documents = F.pad(document_ids.diff(dim=1) != 0, (1, 0)).cumsum(1)  # padding counts as a separate document
     counts = torch.zeros_like(documents)
     lengths = counts.scatter_add(1, documents, torch.ones_like(documents)).gather(1, documents)
     bound = amplitude * FULL_LENGTH / lengths

@@ -1,11 +1,11 @@
 """The layout of the published EAGLE-1 and HASS heads: ``fc.*``, ``layers.0.*``, a plain decoder's configuration.
 
-Four programs read it and want it a little different each, above all in the bias where embedding and feature meet:
+Four programs read it, each in a slightly different form, above all of the fusion's bias:
 
-* SafeAILab's EAGLE expects one unless the configuration says ``"bias": false``;
+* SafeAILab's EAGLE expects one unless the configuration has ``"bias": false``;
 * the published HASS code likewise; its heads have one;
-* vLLM has none, and leaves one in the file out without a word;
-* SGLang always has one, and leaves it at random where the file has none.
+* vLLM has none, and silently ignores one in the file;
+* SGLang always has one, and leaves it random if the file has none.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from specforge.verifier.parts import VerifierParts
 from specforge_eagle.config import EagleSpeculatorConfig
 from specforge_eagle.model import EagleSpeculator
 
-# Beginnings of names: ours, and the published ones.
+# Name prefixes: ours and the published ones.
 NAMES = {"fusion_fc.": "fc.", "transformer.": "layers.0."}
 EMBEDDINGS = "embed_tokens.weight"
 BIAS = "fc.bias"
 FUSION = "fc.weight"
 SGLANG_ARCHITECTURE = "LlamaForCausalLMEagle"
-# vLLM puts "Eagle" before these; it has no draft of another family.
+# vLLM prefixes these with "Eagle"; it has no drafts of other families.
 VLLM_ARCHITECTURES = (
     "LlamaForCausalLM",
     "Llama4ForCausalLM",
@@ -45,20 +45,20 @@ VLLM_ARCHITECTURES = (
 
 
 class SafeAILabLayout(Layout):
-    """What SafeAILab's EAGLE reads."""
+    """The form that SafeAILab's EAGLE reads."""
 
     def recognises(self, stored: StoredDraft) -> bool:
-        """Tell by the names: one fusion of two states, and one layer without a norm of the feature."""
+        """Recognise it by the names: one fusion of two states, and one layer without a norm of the feature."""
         return _has_raw_names(stored) and stored.config.get("architectures") != [SGLANG_ARCHITECTURE]
 
     def read(self, stored: StoredDraft, verifier: VerifierConfig) -> EagleSpeculator:
         """Build the draft.
 
-        Token embeddings that the file may hold have to be the verifier's; they are kept aside, to be written back.
+        Token embeddings in the file must be the verifier's; they are kept, to be written back.
         """
         weights = dict(stored.tensors)
         embeddings = weights.pop(EMBEDDINGS, None)
-        # "bias" is no field of a decoder's, and is missing from heads that have none: the tensors tell.
+        # "bias" is not a field of decoders, and missing from heads that have none: the tensors decide.
         layers = {name: one for name, one in stored.config.items() if name not in (*NON_LAYER_FIELDS, "bias")}
         config = EagleSpeculatorConfig.from_dict(
             {
@@ -85,16 +85,16 @@ class SafeAILabLayout(Layout):
         return model
 
     def write(self, model: SpeculatorModel) -> StoredDraft:
-        """Return tensors and configuration; embeddings that came with the draft are among them.
+        """Return tensors and configuration, including embeddings that were stored with the draft.
 
         Raises:
-            UsageError: The draft has layernorms, for which readers have no names.
+            UsageError: The draft has layernorms, for which this layout has no names.
         """
         draft = cast(EagleSpeculator, model)
         if draft.config.layernorms:
             raise UsageError(
-                f"the {self.format.name} format has no names for the norms of a draft with layernorms, and its readers "
-                "would leave them out; --format speculators holds them"
+                f"the {self.format.name} format has no names for the norms of a draft with layernorms, so its readers "
+                "would drop them; use --format speculators"
             )
         tensors = {_renamed(name, NAMES): tensor for name, tensor in draft.state_dict().items()}
         if draft.stored_embeddings is not None:
@@ -103,25 +103,25 @@ class SafeAILabLayout(Layout):
         return StoredDraft(_plain_config(draft) | {"bias": BIAS in tensors}, tensors)
 
     def settle_bias(self, tensors: dict[str, Tensor]) -> None:
-        """Make the bias what the reader wants it to be; here the configuration says whether there is one.
+        """Adapt the bias to the reader; here the configuration states whether there is one.
 
         Args:
-            tensors: What is to be written; changed in place.
+            tensors: The tensors to write; changed in place.
         """
 
     def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
-        """Yield what readers would leave out, add, or compute otherwise."""
-        said = stored.config.get("bias", True)
-        if bool(said) != (BIAS in stored.tensors):
-            what = "holds none, which leaves it at random" if said else "holds one, which is left out"
-            yield f'"bias" is {json.dumps(said)} or not said in config.json, but the file {what}'
+        """Yield what readers would drop, add, or compute differently."""
+        stated = stored.config.get("bias", True)
+        if bool(stated) != (BIAS in stored.tensors):
+            what = "holds none, so it stays random" if stated else "holds one, which is ignored"
+            yield f'"bias" is {json.dumps(stated)} or not set in config.json, but the file {what}'
         if stored.config.get("num_hidden_layers") != 1:
-            yield f"num_hidden_layers is {stored.config.get('num_hidden_layers')}, not 1: readers build so many layers"
+            yield f"num_hidden_layers is {stored.config.get('num_hidden_layers')}, not 1: readers build this many"
         yield from position_faults(stored.config, verifier)
         yield from width_faults(stored.config.get("hidden_size"), verifier)
 
     def serving(self, draft: str, verifier: str, tokens: int) -> str:
-        """Return a piece of Python with SafeAILab's package."""
+        """Return Python code that uses SafeAILab's package."""
         return (
             "from eagle.model.ea_model import EaModel\n\n"
             f'model = EaModel.from_pretrained(base_model_path="{verifier}", ea_model_path="{draft}", use_eagle3=False)'
@@ -129,10 +129,10 @@ class SafeAILabLayout(Layout):
 
 
 class HassLayout(SafeAILabLayout):
-    """What the published HASS code reads: always with a bias, of zeros where there is none."""
+    """The form that the published HASS code reads: always with a bias, zeros if the draft has none."""
 
     def recognises(self, stored: StoredDraft) -> bool:
-        """Never: nothing tells such a head from SafeAILab's."""
+        """Never: such a head cannot be distinguished from SafeAILab's."""
         return False
 
     def settle_bias(self, tensors: dict[str, Tensor]) -> None:
@@ -140,93 +140,93 @@ class HassLayout(SafeAILabLayout):
         tensors.setdefault(BIAS, torch.zeros_like(tensors[FUSION][:, 0]))
 
     def serving(self, draft: str, verifier: str, tokens: int) -> str:
-        """Return what the published evaluation scripts are given."""
+        """Return the arguments of the published evaluation scripts."""
         return f"# scripts of the published HASS code: --base-model-path {verifier} --ea-model-path {draft}"
 
 
 class VLLMLayout(SafeAILabLayout):
-    """What vLLM reads as ``method: eagle``: no bias, and no embeddings, which are the verifier's."""
+    """The form that vLLM reads as ``method: eagle``: no bias, and no embeddings, which are the verifier's."""
 
     def recognises(self, stored: StoredDraft) -> bool:
-        """Never: what vLLM reads looks like SafeAILab's."""
+        """Never: it cannot be distinguished from SafeAILab's."""
         return False
 
     def write(self, model: SpeculatorModel) -> StoredDraft:
         """Return tensors and configuration.
 
         Raises:
-            UsageError: The draft has layernorms, a bias that does something, or a layer that vLLM does not draft with.
+            UsageError: The draft has layernorms, a nonzero bias, or a layer that vLLM has no draft for.
         """
         stored = super().write(model)
-        _leave_out_embeddings(stored.tensors, model)
+        _drop_embeddings(stored.tensors, model)
         architecture = stored.config["architectures"][0]
         if architecture not in VLLM_ARCHITECTURES:
             raise UsageError(
-                f"vLLM has no such draft for {architecture}; it has for: {', '.join(VLLM_ARCHITECTURES)}. Train with "
+                f"vLLM has no such draft for {architecture}, only for {', '.join(VLLM_ARCHITECTURES)}. Train with "
                 "model.draft.transformer_layer_architecture LlamaDecoderLayer"
             )
         return stored
 
     def settle_bias(self, tensors: dict[str, Tensor]) -> None:
-        """Leave out zeros, which do nothing.
+        """Drop a bias of zeros, which has no effect.
 
         Raises:
-            UsageError: The bias does something: nothing else in the network could take it over.
+            UsageError: The bias is not zero: no other part of the network could replace it.
         """
         bias = tensors.pop(BIAS, None)
         if bias is not None and bool(bias.any()):
             raise UsageError(
-                "this draft has a fusion bias, which vLLM would leave out without a word, and the draft would be "
+                "this draft has a fusion bias, which vLLM would silently ignore, and the draft would be "
                 "wrong; train it with model.draft.fusion_bias false, or serve it with SGLang (--format sglang)"
             )
 
     def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
-        """Yield what vLLM would leave out or refuse."""
+        """Yield what vLLM would ignore or refuse."""
         if BIAS in stored.tensors:
-            yield f"the file holds {BIAS}, which vLLM leaves out without a word"
+            yield f"the file holds {BIAS}, which vLLM silently ignores"
         yield from super().faults(stored, verifier)
         if (architectures := stored.config.get("architectures")) not in [[one] for one in VLLM_ARCHITECTURES]:
             yield f"architectures is {architectures}; vLLM has drafts of this kind for {', '.join(VLLM_ARCHITECTURES)}"
 
     def serving(self, draft: str, verifier: str, tokens: int) -> str:
-        """Return the command; the method is always said, since vLLM guesses it from the path otherwise."""
+        """Return the command; the method is always given, because vLLM otherwise guesses it from the path."""
         speculative = json.dumps({"model": draft, "method": "eagle", "num_speculative_tokens": tokens})
         return f"vllm serve {verifier} --speculative-config '{speculative}'"
 
 
 class SGLangLayout(SafeAILabLayout):
-    """What SGLang reads as ``LlamaForCausalLMEagle``: always a bias, and no embeddings, which are the verifier's."""
+    """The form that SGLang reads as ``LlamaForCausalLMEagle``: always a bias, no embeddings."""
 
     def recognises(self, stored: StoredDraft) -> bool:
-        """Tell by the architecture."""
+        """Recognise it by the architecture."""
         return _has_raw_names(stored) and stored.config.get("architectures") == [SGLANG_ARCHITECTURE]
 
     def write(self, model: SpeculatorModel) -> StoredDraft:
         """Return tensors and configuration.
 
         Raises:
-            UsageError: The draft has layernorms, or a layer that is not Llama's.
+            UsageError: The draft has layernorms, or a layer other than Llama's.
         """
         stored = super().write(model)
-        _leave_out_embeddings(stored.tensors, model)
+        _drop_embeddings(stored.tensors, model)
         if stored.config["architectures"] != ["LlamaForCausalLM"]:
             raise UsageError(
-                f"SGLang has such a draft for Llama layers alone, and this one is {stored.config['model_type']}; train "
+                f"SGLang has such a draft only for Llama layers, and this one is {stored.config['model_type']}; train "
                 "with model.draft.transformer_layer_architecture LlamaDecoderLayer"
             )
         return StoredDraft(stored.config | {"architectures": [SGLANG_ARCHITECTURE]}, stored.tensors)
 
     def settle_bias(self, tensors: dict[str, Tensor]) -> None:
-        """Add zeros: SGLang would leave a missing bias at random."""
+        """Add a bias of zeros: SGLang would leave a missing one random."""
         tensors.setdefault(BIAS, torch.zeros_like(tensors[FUSION][:, 0]))
 
     def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
-        """Yield what SGLang would leave at random, or run as something else."""
+        """Yield what SGLang would leave random or run differently."""
         if BIAS not in stored.tensors:
-            yield f"the file holds no {BIAS}: SGLang always has one, and leaves it at random"
+            yield f"the file holds no {BIAS}: SGLang always has one, and would leave it random"
         yield from super().faults(stored, verifier)
         if (architectures := stored.config.get("architectures")) != [SGLANG_ARCHITECTURE]:
-            yield f"architectures is {architectures}; SGLang runs such a draft as {SGLANG_ARCHITECTURE} alone"
+            yield f"architectures is {architectures}; SGLang runs such a draft only as {SGLANG_ARCHITECTURE}"
 
     def serving(self, draft: str, verifier: str, tokens: int) -> str:
         """Return the command for a chain."""
@@ -257,7 +257,7 @@ def _renamed(name: str, beginnings: dict[str, str]) -> str:
 
 
 def _plain_config(model: EagleSpeculator) -> dict[str, Any]:
-    """Return the configuration of a decoder with one layer, as a causal language model of the family stores it."""
+    """Return the configuration of a one-layer decoder, in the form of the family's causal language model."""
     config = model.config
     values = config.serialize_transformer_layer_config(config.transformer_layer_config)
     values |= {
@@ -272,17 +272,17 @@ def _plain_config(model: EagleSpeculator) -> dict[str, Any]:
     return with_legacy_rope(values)
 
 
-def _leave_out_embeddings(tensors: dict[str, Tensor], model: SpeculatorModel) -> None:
-    """Leave out embeddings for a reader that takes the verifier's; refuse others than those."""
+def _drop_embeddings(tensors: dict[str, Tensor], model: SpeculatorModel) -> None:
+    """Drop embeddings for a reader that uses the verifier's; refuse embeddings that differ from those."""
     embeddings = tensors.pop(EMBEDDINGS, None)
     if embeddings is not None:
         own = model.verifier_parts.embed_tokens.weight
-        _check_embeddings(embeddings, own, "the token embeddings that came with the draft are not the verifier's")
+        _check_embeddings(embeddings, own, "the token embeddings stored with the draft are not the verifier's")
 
 
 def _check_embeddings(embeddings: Tensor, own: Tensor, otherwise: str) -> None:
-    """Refuse a head that was made for other embeddings than its verifier's."""
-    # Both may have been rounded, to different types.
+    """Refuse a head that was trained with embeddings other than its verifier's."""
+    # Both may have been rounded, to different dtypes.
     same = own.shape == embeddings.shape and torch.allclose(embeddings.float(), own.float(), rtol=1e-2, atol=1e-6)
     if not same:
         raise UsageError(f"{otherwise}; the draft belongs to another verifier")

@@ -24,7 +24,7 @@ def specforge_algorithms() -> Iterable[Algorithm]:
 
 @hookimpl
 def specforge_checkpoint_formats() -> Iterable[CheckpointFormat]:
-    """The layouts that readers of EAGLE-3 heads want."""
+    """The layouts of the readers of EAGLE-3 heads."""
     return [
         CheckpointFormat(
             "speculators",

@@ -1,4 +1,4 @@
-"""What an EAGLE-3 checkpoint's ``config.json`` holds."""
+"""The ``config.json`` of an EAGLE-3 checkpoint."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
     Attributes:
         transformer_layer_config: Configuration of the draft's decoder layers; its ``vocab_size`` is the verifier's.
         draft_vocab_size: Number of tokens that the draft can propose.
-        norm_before_residual: The residual stream of the first layer starts from the normalised feature.
-        norm_before_fc: One RMS norm over the concatenated aux features, before they are fused.
-        fc_norm: One RMS norm for each aux feature, before they are fused (EAGLE-3.1).
-        norm_output: The state fed back between steps is the one after the final norm (EAGLE-3.1).
-        target_hidden_size: Width of the verifier's states; the draft's own width when None.
-        eagle_aux_hidden_state_layer_ids: Verifier layers *before* which features are taken, ascending; None for
+        norm_before_residual: Whether the first layer's residual stream starts from the normalised feature.
+        norm_before_fc: Whether an RMS norm is applied to the concatenated aux features before fusion.
+        fc_norm: Whether an RMS norm is applied to each aux feature before fusion (EAGLE-3.1).
+        norm_output: Whether the state after the final norm is fed back between steps (EAGLE-3.1).
+        target_hidden_size: Width of the verifier's states; the draft's own width if None.
+        eagle_aux_hidden_state_layer_ids: Verifier layers whose *inputs* are the features, ascending; None for
             ``[2, N // 2, N - 3]``.
-        embed_requires_grad: The draft has token embeddings of its own that are trained.
+        embed_requires_grad: Whether the draft has its own token embeddings, which are trained.
     """
 
     model_type_name: ClassVar[str] = "eagle3"
@@ -55,7 +55,7 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
     @classmethod
     def _layers_of_a_verifier(cls, value: list[int] | None) -> list[int] | None:
         if value is not None and (not value or value[0] < 0 or sorted(set(value)) != value):
-            raise ValueError("must be ascending ids of layers, or null for the default ones")
+            raise ValueError("must be ascending layer ids, or null for the default ones")
         return value
 
     @model_validator(mode="after")
@@ -80,7 +80,7 @@ def default_aux_layers(num_layers: int) -> list[int]:
         ``[2, N // 2, N - 3]`` (https://arxiv.org/abs/2503.01840, section 3).
 
     Raises:
-        UsageError: The verifier has fewer than 7 layers, so that the three are not distinct and ascending.
+        UsageError: The verifier has fewer than 7 layers, so the three ids are not distinct and ascending.
     """
     chosen = [2, num_layers // 2, num_layers - 3]
     if num_layers < 7:

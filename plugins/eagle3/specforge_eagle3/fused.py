@@ -141,9 +141,9 @@ class FusedDraftModule(FeatureScaledModule):
         """Scale the features before the first step, and say what they make of the draft."""
         super().on_train_batch_start(batch, batch_idx)
         if self.trainer.global_step == 0 and batch_idx == 0 and not self.compile_steps:
-            self._say_what_is_added()
+            self._print_residual_sizes()
 
-    def _say_what_is_added(self) -> None:
+    def _print_residual_sizes(self) -> None:
         def tell(layer: nn.Module, read: tuple[Tensor, ...], written: Tensor) -> None:
             feature = read[1][:, : written.shape[1]].detach()
             read_and_added = (feature, written.detach() - feature)

@@ -1,7 +1,7 @@
 """The layout of the published EAGLE-3 heads: ``midlayer.*`` names and a plain decoder's configuration.
 
-SafeAILab's EAGLE and SGLang write and read it; vLLM reads it too. They disagree about which verifier layers a list of
-ids means, and each knows only some of the network's options.
+SafeAILab's EAGLE and SGLang write and read it; vLLM also reads it. They disagree about which verifier layers a list of
+ids means, and each supports only some of the network's options.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ NESTED = "eagle_config"
 
 
 class MidlayerLayout(Layout):
-    """What SafeAILab's EAGLE reads: the published network, fed by the published choice of layers."""
+    """The form that SafeAILab's EAGLE reads: the published network with the published choice of layers."""
 
     reader = "SafeAILab's EAGLE"
 
     def recognises(self, stored: StoredDraft) -> bool:
-        """Tell by the names: SGLang's are the same, and ids may be in its sense or in another."""
+        """Recognise it by the names; SGLang's are the same, and ids may be in either sense."""
         names = stored.tensors
         published = any(name.startswith(PUBLISHED) for name in names) or "layers.0.hidden_norm.weight" in names
         return "speculators_model_type" not in stored.config and published
 
     def read(self, stored: StoredDraft, verifier: VerifierConfig) -> Eagle3DraftModel:
-        """Build the draft; ``t2d``, which engines ignore and writers leave out, is made from ``d2t``."""
+        """Build the draft; ``t2d``, which engines ignore and writers omit, is computed from ``d2t``."""
         if any(".kv_a_proj_with_mqa." in name for name in stored.tensors):
             raise UsageError(f"{stored.where}: {NO_LATENT_ATTENTION}")
         values = stored.config
@@ -69,10 +69,10 @@ class MidlayerLayout(Layout):
         return Eagle3DraftModel.from_state(config, _with_maps(state, config, stored.where), where=stored.where)
 
     def layers_before(self, values: dict[str, Any]) -> list[int] | None:
-        """Return the layers before which features are taken, by what a ``config.json`` says; None for the default.
+        """Return the layers whose inputs are the features, from a ``config.json``; None for the default.
 
         Raises:
-            UsageError: It may mean one thing or another.
+            UsageError: The ids are ambiguous.
         """
         if LAYER_IDS in (values.get(NESTED) or {}):
             raise UsageError(
@@ -86,23 +86,23 @@ class MidlayerLayout(Layout):
         """Return tensors and configuration.
 
         Raises:
-            UsageError: The reader would run the draft as another one.
+            UsageError: The reader would run a different network.
         """
         draft = cast(Eagle3DraftModel, model)
         config, layers = draft.config, draft.config.transformer_layer_config
         if len(draft.layers) != 1:
             raise UsageError(
-                f"the midlayer layout holds one decoder layer; this draft has {len(draft.layers)}; serve it with vLLM "
-                "(--format vllm)"
+                f"the midlayer layout holds one decoder layer, but this draft has {len(draft.layers)}; serve it with "
+                "vLLM (--format vllm)"
             )
         if layers.model_type != "llama":
             raise UsageError(
-                f"{self.reader} builds Llama layers, and this draft's are {layers.model_type}; serve it with vLLM "
+                f"{self.reader} builds Llama layers, but this draft's are {layers.model_type}; serve it with vLLM "
                 "(--format vllm), or train with model.draft.layer_type llama"
             )
         if options := [option for option in OPTIONS if getattr(config, option)]:
             raise UsageError(
-                f"{self.reader} knows no {' or '.join(options)}, and would run the draft without; serve it with vLLM "
+                f"{self.reader} does not support {' or '.join(options)} and would ignore it; serve it with vLLM "
                 "(--format vllm), or train with these options off"
             )
         values = with_legacy_rope(stored_layers(layers)) | {
@@ -115,44 +115,44 @@ class MidlayerLayout(Layout):
         if config.target_hidden_size is not None:
             values["target_hidden_size"] = config.target_hidden_size
         tensors = {_renamed(name, OURS, PUBLISHED): tensor for name, tensor in draft.state_dict().items()}
-        return StoredDraft(values | self.said_of_layers(draft), tensors)
+        return StoredDraft(values | self.layer_config(draft), tensors)
 
-    def said_of_layers(self, draft: Eagle3DraftModel) -> dict[str, Any]:
-        """Return what ``config.json`` says of the layers that features are taken from; here nothing.
+    def layer_config(self, draft: Eagle3DraftModel) -> dict[str, Any]:
+        """Return the fields of ``config.json`` for the feature layers; here none.
 
         Raises:
-            UsageError: The reader would take others.
+            UsageError: The reader would use other layers.
         """
         chosen, default = draft.aux_layers, _default_layers(draft.verifier_parts.config.num_hidden_layers)
         if chosen != default:
             raise UsageError(
-                f"{self.reader} always takes features before the layers {default}, and this draft's come from "
+                f"{self.reader} always takes features before the layers {default}, but this draft's come from "
                 f"{chosen}; serve it with vLLM (--format vllm)"
             )
         return {}
 
     def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
-        """Yield what the reader would leave out, or run otherwise."""
+        """Yield what the reader would ignore or run differently."""
         if not any(name.startswith(PUBLISHED) for name in stored.tensors):
-            yield f"no tensor begins with {PUBLISHED}: {self.reader} would leave the decoder layer at random"
+            yield f"no tensor begins with {PUBLISHED}: {self.reader} would leave the decoder layer random"
         if on := [option for option in OPTIONS if stored.config.get(option)]:
-            yield f"{self.reader} knows no {' or '.join(on)}, and runs the draft without"
+            yield f"{self.reader} does not support {' or '.join(on)} and ignores it"
         if "norm_before_residual" not in stored.config:
-            yield "norm_before_residual is not said: readers take different things for granted"
+            yield "norm_before_residual is not set; readers assume different defaults"
         if stored.config.get("architectures") != [ARCHITECTURE]:
             yield f"architectures is {stored.config.get('architectures')}, not [{ARCHITECTURE!r}]"
         yield from tensor_faults(stored.tensors, stored.config.get("draft_vocab_size"), stored.config.get("vocab_size"))
         yield from position_faults(stored.config, verifier)
         yield from width_faults(stored.config.get("target_hidden_size") or stored.config.get("hidden_size"), verifier)
-        yield from self.said_faults(stored, verifier)
+        yield from self.layer_config_faults(stored, verifier)
 
-    def said_faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
-        """Yield what ``config.json`` says of the layers otherwise than the reader takes it."""
+    def layer_config_faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
+        """Yield layer ids of ``config.json`` that the reader would read differently."""
         if LAYER_IDS in stored.config or LAYER_IDS in (stored.config.get(NESTED) or {}):
-            yield f"{LAYER_IDS} is said, but {self.reader} does not read it and takes the default layers"
+            yield f"{LAYER_IDS} is set, but {self.reader} ignores it and uses the default layers"
 
     def serving(self, draft: str, verifier: str, tokens: int) -> str:
-        """Return a piece of Python with SafeAILab's package."""
+        """Return Python code that uses SafeAILab's package."""
         return (
             "from eagle.model.ea_model import EaModel\n\n"
             f'model = EaModel.from_pretrained(base_model_path="{verifier}", ea_model_path="{draft}", use_eagle3=True)'
@@ -160,48 +160,48 @@ class MidlayerLayout(Layout):
 
 
 class SGLangLayout(MidlayerLayout):
-    """What SGLang reads: ids of the layers *after* which features are taken, one less each than here.
+    """The form that SGLang reads: ids of the layers *after* which features are taken, each one less than here.
 
-    Without ids SGLang takes the published layers. It adds 1 to ids: always before its pull request 25454, and since
-    then only where the first one is 1.
+    Without ids SGLang uses the published layers. It adds 1 to ids: always before its pull request 25454, and since then
+    only if the first one is 1.
     """
 
     reader = "SGLang"
 
     def recognises(self, stored: StoredDraft) -> bool:
-        """Never: the same names are SafeAILab's, and ids may be vLLM's; ``--format sglang`` says that they are not."""
+        """Never: names are the same as SafeAILab's, and ids may be vLLM's; use ``--format sglang``."""
         return False
 
     def layers_before(self, values: dict[str, Any]) -> list[int] | None:
-        """Return the ids as SGLang takes them; None where it takes the published layers."""
+        """Return the ids in SGLang's sense; None if it uses the published layers."""
         ids = (values.get(NESTED) or {}).get(LAYER_IDS)
         if ids is None:
             return None
         return [layer + 1 for layer in ids] if ids[0] == 1 else list(ids)
 
     def prepare(self, model: SpeculatorModel) -> None:
-        """Let the draft borrow embeddings that are the verifier's: SGLang drafts with those anyway."""
+        """Share embeddings that equal the verifier's, which SGLang always drafts with."""
         cast(Eagle3DraftModel, model).borrow_embeddings()
 
     def write(self, model: SpeculatorModel) -> StoredDraft:
         """Return tensors and configuration.
 
         Raises:
-            UsageError: SGLang would run the draft as another one.
+            UsageError: SGLang would run a different network.
         """
         stored = super().write(model)
         if EMBEDDINGS in stored.tensors:
             raise UsageError(
-                "this draft has token embeddings of its own, and SGLang drafts with the verifier's; serve it with vLLM "
+                "this draft has its own token embeddings, but SGLang drafts with the verifier's; serve it with vLLM "
                 "(--format vllm), or train with model.draft.train_embeddings false"
             )
         return stored
 
-    def said_of_layers(self, draft: Eagle3DraftModel) -> dict[str, Any]:
-        """Return the ids in SGLang's sense; nothing for the published layers, which all of its versions agree on.
+    def layer_config(self, draft: Eagle3DraftModel) -> dict[str, Any]:
+        """Return the ids in SGLang's sense; nothing for the published layers, on which all versions agree.
 
         Raises:
-            UsageError: No ids mean these layers.
+            UsageError: No ids can express these layers.
         """
         chosen = draft.aux_layers
         if chosen == _default_layers(draft.verifier_parts.config.num_hidden_layers):
@@ -209,19 +209,19 @@ class SGLangLayout(MidlayerLayout):
         if chosen[0] == 1:
             raise UsageError(
                 f"SGLang cannot be told to take features before the layers {chosen}: it reads a first id of 1 as 2. "
-                "Serve the draft with vLLM (--format vllm), or train with model.draft.aux_layers that begin elsewhere"
+                "Serve the draft with vLLM (--format vllm), or train with model.draft.aux_layers that start elsewhere"
             )
         return {NESTED: {LAYER_IDS: [layer - 1 for layer in chosen] if chosen[0] == 2 else chosen}}
 
-    def said_faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
-        """Yield ids that SGLang does not read, or takes for layers that there are not."""
+    def layer_config_faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
+        """Yield ids that SGLang ignores, or that it reads as layers that do not exist."""
         if LAYER_IDS in stored.config:
-            yield f"{LAYER_IDS} stands at the top level, where SGLang does not read it; it belongs into {NESTED}"
+            yield f"{LAYER_IDS} is at the top level, where SGLang ignores it; it belongs in {NESTED}"
         ids = self.layers_before(stored.config)
         if ids is not None:
             yield from layer_id_faults(ids, verifier)
         if EMBEDDINGS in stored.tensors:
-            yield f"the file holds {EMBEDDINGS}, and SGLang drafts with the verifier's embeddings"
+            yield f"the file holds {EMBEDDINGS}, but SGLang drafts with the verifier's embeddings"
 
     def serving(self, draft: str, verifier: str, tokens: int) -> str:
         """Return the command for a chain."""
@@ -244,7 +244,7 @@ def _renamed(name: str, old: str, new: str) -> str:
 
 
 def _with_maps(state: dict[str, Tensor], config: Eagle3SpeculatorConfig, where: str) -> dict[str, Tensor]:
-    """Add the map that readers do without; leave out maps of a vocabulary to itself."""
+    """Add ``t2d``, which readers do not need; drop maps of a vocabulary to itself."""
     d2t = state.get("d2t")
     if d2t is None or d2t.is_floating_point():
         return state
@@ -254,7 +254,7 @@ def _with_maps(state: dict[str, Tensor], config: Eagle3SpeculatorConfig, where: 
             state.pop("t2d", None)
     elif "t2d" not in state and d2t.shape == (config.draft_vocab_size,):
         if not bool(d2t.any()):
-            raise UsageError(f"{where}: d2t is all zeros, and there is no t2d: which tokens the draft has is not known")
+            raise UsageError(f"{where}: d2t is all zeros and t2d is missing: the draft's tokens are not known")
         ids = d2t.long() + torch.arange(d2t.numel())
         state["t2d"] = torch.zeros(config.target_vocab_size, dtype=torch.bool)
         state["t2d"][ids[(ids >= 0) & (ids < config.target_vocab_size)]] = True

@@ -1,6 +1,6 @@
 """The EAGLE-3 draft network (https://arxiv.org/abs/2503.01840), with the norm options of EAGLE-3.1.
 
-Letters in shapes: B rows, T tokens a row, n aux layers, H width, S TTT steps, P pairs of row and step that are run,
+Letters in shapes: B rows, T tokens per row, n aux layers, H width, S TTT steps, P pairs of row and step that are run,
 V verifier and D draft vocabulary.
 """
 
@@ -23,7 +23,7 @@ from specforge.models.chain.unrolling import run_chain
 from specforge.models.draft_attention import IMPLEMENTATION, DraftAttention
 from specforge.models.draft_rows import DraftRows
 from specforge.models.drafter import Drafter
-from specforge.models.lean_blocks import make_lean
+from specforge.models.lean_blocks import use_memory_saving_blocks
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.vocabulary import DraftVocabulary, map_faults
 from specforge.private.transformers import set_attention
@@ -31,7 +31,7 @@ from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features
 from specforge_eagle3.config import Eagle3SpeculatorConfig, default_aux_layers
 
-# Row t stands at the position of the token that it reads.
+# Row t has the position of the token that it reads.
 FIRST_POSITION = 1
 NO_LATENT_ATTENTION = (
     "its decoder layer has multi-head latent attention (MLA); EAGLE-3 drafts have Llama or Qwen3 layers"
@@ -39,12 +39,12 @@ NO_LATENT_ATTENTION = (
 
 
 class FirstLayer(nn.Module):
-    """The draft's first decoder layer: it attends over the token's embedding beside the feature.
+    """The draft's first decoder layer, whose attention reads the token's embedding concatenated with the feature.
 
     Args:
         config: Configuration of the decoder layers.
         blocks: The building blocks of their family.
-        norm_before_residual: The residual stream starts from the normalised feature.
+        norm_before_residual: Whether the residual stream starts from the normalised feature.
     """
 
     def __init__(self, config: PreTrainedConfig, blocks: Family, norm_before_residual: bool) -> None:
@@ -65,15 +65,15 @@ class FirstLayer(nn.Module):
         """Compute the layer's output [B, T, H] from token embeddings and features [B, T, H]."""
         normalised = self.hidden_norm(feature)
         residual = normalised if self.norm_before_residual else feature
-        attended, _ = self.self_attn(self._beside(embedded, normalised), attention_mask=None, **attention)
+        attended, _ = self.self_attn(self._concatenated(embedded, normalised), attention_mask=None, **attention)
         hidden = residual + attended
         return cast(Tensor, hidden + self.mlp(self.post_attention_layernorm(hidden)))
 
     def attention_input(self, embedded: Tensor, feature: Tensor) -> Tensor:
-        """Return what the attention reads of token embeddings and features, [B, T, 2H]."""
-        return self._beside(embedded, self.hidden_norm(feature))
+        """Return the attention's input from token embeddings and features, [B, T, 2H]."""
+        return self._concatenated(embedded, self.hidden_norm(feature))
 
-    def _beside(self, embedded: Tensor, normalised: Tensor) -> Tensor:
+    def _concatenated(self, embedded: Tensor, normalised: Tensor) -> Tensor:
         return torch.cat([self.input_layernorm(embedded), normalised], dim=-1)
 
 
@@ -82,8 +82,8 @@ class Eagle3DraftModel(SpeculatorModel):
 
     Args:
         config: The speculator's configuration.
-        own_embeddings: Whether the draft has token embeddings of its own; otherwise it borrows the verifier's.
-            By default, what ``config.embed_requires_grad`` says.
+        own_embeddings: Whether the draft has its own token embeddings; otherwise it borrows the verifier's. By default
+            ``config.embed_requires_grad``.
     """
 
     config_class: ClassVar[type[SpeculatorModelConfig]] = Eagle3SpeculatorConfig
@@ -115,22 +115,22 @@ class Eagle3DraftModel(SpeculatorModel):
         if config.draft_vocab_size != config.target_vocab_size:
             self.d2t = nn.Buffer(torch.zeros(config.draft_vocab_size, dtype=torch.int64))
             self.t2d = nn.Buffer(torch.zeros(config.target_vocab_size, dtype=torch.bool))
-        make_lean(self)
+        use_memory_saving_blocks(self)
         self._initialise(layers.initializer_range)
 
     @classmethod
     def for_state(cls, config: SpeculatorModelConfig, state: Mapping[str, Tensor]) -> Self:
-        """Build the network with embeddings of its own where the checkpoint holds some."""
+        """Build the network, with its own embeddings if the checkpoint holds some."""
         if any(".kv_a_proj_with_mqa." in name for name in state):
             raise UsageError(NO_LATENT_ATTENTION)
         layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
         number = cast(Eagle3SpeculatorConfig, config).transformer_layer_config.num_hidden_layers
         if number > max(len(layers), 1):
-            raise UsageError(f"num_hidden_layers is {number}, but the tensors are of {len(layers)} decoder layers")
+            raise UsageError(f"num_hidden_layers is {number}, but there are tensors of {len(layers)} decoder layers")
         return cls(cast(Eagle3SpeculatorConfig, config), own_embeddings="embed_tokens.weight" in state)
 
     def stored_faults(self, state: Mapping[str, Tensor]) -> Iterator[str]:
-        """Yield what is wrong with the maps between the vocabularies."""
+        """Yield faults of the maps between the vocabularies."""
         if "d2t" in state:
             yield from map_faults(state["d2t"], state["t2d"], self.config.target_vocab_size)
 
@@ -141,7 +141,7 @@ class Eagle3DraftModel(SpeculatorModel):
         Args:
             verifier_config: The verifier's transformers configuration.
             **kwargs: ``num_layers`` (1), ``norm_before_residual`` (False), ``norm_before_fc``, ``fc_norm``,
-                ``norm_output``, ``t2d`` and ``d2t`` (the draft vocabulary; the verifier's whole one when absent),
+                ``norm_output``, ``t2d`` and ``d2t`` (the draft vocabulary; by default the verifier's),
                 ``ttt_steps`` (7), ``verifier_name_or_path``, ``layer_type`` (``"llama"``), ``intermediate_size``,
                 ``aux_layer_ids``, ``embed_requires_grad``, and ``further_fields`` of the configuration.
 
@@ -181,7 +181,7 @@ class Eagle3DraftModel(SpeculatorModel):
 
     @staticmethod
     def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the arguments of ``forward`` that training settings decide, for training and for validation.
+        """Return the arguments of ``forward`` that depend on training settings, for training and validation.
 
         Args:
             **kwargs: Training arguments; ``ttt_steps`` (7) is read.
@@ -197,17 +197,17 @@ class Eagle3DraftModel(SpeculatorModel):
 
     @property
     def chosen_aux_layers(self) -> list[int] | None:
-        """Those layers as the configuration lists them; None for the default ones."""
+        """The layers of the configuration; None for the default ones."""
         return self.config.eagle_aux_hidden_state_layer_ids
 
     @property
     def draft_ids(self) -> Tensor | None:
-        """The verifier's id of each draft token, int64 [D]; None where the vocabularies are the same."""
+        """The verifier's id of each draft token, int64 [D]; None if the vocabularies are the same."""
         d2t = getattr(self, "d2t", None)
         return None if d2t is None else d2t + torch.arange(d2t.numel(), device=d2t.device)
 
     def borrow_weights(self) -> None:
-        """Start from the attached verifier: its head's rows, and its embeddings where the draft has its own."""
+        """Initialise from the verifier: the rows of its head, and its embeddings if the draft has its own."""
         parts = self.verifier_parts
         rows = parts.lm_head.weight if self.draft_ids is None else parts.lm_head.weight[self.draft_ids.cpu()]
         with torch.no_grad():
@@ -217,23 +217,23 @@ class Eagle3DraftModel(SpeculatorModel):
                 self.embed_tokens.weight.copy_(parts.embed_tokens.weight)
 
     def own_embeddings(self) -> None:
-        """Take over the attached verifier's token embeddings, frozen, unless the draft has its own."""
+        """Copy the attached verifier's token embeddings, frozen, unless the draft has its own."""
         if self.embed_tokens is None:
             table = self.verifier_parts.embed_tokens.weight.detach().to(self.dtype, copy=True)
             self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=True)
 
     def borrow_embeddings(self) -> None:
-        """Give up token embeddings that are the attached verifier's, and share those; others are kept."""
+        """Share the attached verifier's token embeddings if the draft's own are equal to them."""
         own, verifier = self.embed_tokens, self.verifier_parts.embed_tokens.weight
         if own is None or own.weight.shape != verifier.shape:
             return
-        # Both may have been rounded, to different types.
+        # Both may have been rounded, to different dtypes.
         rounded = verifier.to(own.weight.dtype).to(verifier.dtype)
         if torch.equal(own.weight.to(verifier.dtype), rounded):
             self.embed_tokens = None
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embed the verifier's tokens [...] as [..., H], by the draft's own embeddings or the verifier's."""
+        """Embed the verifier's tokens [...] as [..., H] with the draft's own embeddings or the verifier's."""
         own = self.embed_tokens
         table = self.verifier_parts.embed_tokens.weight.detach() if own is None else own.weight
         return nn.functional.embedding(tokens, table).to(self.fc.weight.dtype)
@@ -275,7 +275,7 @@ class Eagle3DraftModel(SpeculatorModel):
             rows: The rows that each step runs.
 
         Returns:
-            Their states after the final norm, one step behind the other, [P, H] (see ``DraftRows.places``).
+            Their states after the final norm, concatenated step by step, [P, H] (see ``DraftRows.places``).
         """
         states = run_chain(self, input_ids, self.fuse(aux), position_ids, rows, FIRST_POSITION)
         return cast(Tensor, self.norm(states))
@@ -294,8 +294,8 @@ class Eagle3DraftModel(SpeculatorModel):
             tokens: The verifier's tokens, [B, T].
             feature: Fused features, or states fed back, [B, T, H].
             position_ids: Position of each token, [B, T].
-            attention: What the rows see.
-            wanted: How many rows are wanted, the first ones; None for all.
+            attention: The attention of the rows.
+            wanted: Number of first rows to return; None for all.
 
         Returns:
             States before the final norm, [B, wanted, H].
@@ -306,7 +306,7 @@ class Eagle3DraftModel(SpeculatorModel):
         for layer in others:
             states = [layer(*states, position_embeddings=rotary, draft_attention=attention)]
         if wanted is not None and wanted < feature.shape[1]:
-            # The other rows are only attended to.
+            # The other rows only provide keys and values.
             rest = slice(wanted, None)
             attention_module, read = _attention_of(last, *_rows(states, rest))
             record_keys(attention_module, read, attention, position_embeddings=_rows(rotary, rest))
@@ -315,19 +315,19 @@ class Eagle3DraftModel(SpeculatorModel):
         return cast(Tensor, last(*_rows(states, first), position_embeddings=rotary, draft_attention=attention))
 
     def fed_back(self, states: Tensor) -> Tensor:
-        """Return what the next step reads of states before the final norm, [..., H]."""
+        """Return the next step's input from states before the final norm, [..., H]."""
         return cast(Tensor, self.norm(states)) if self.config.norm_output else states
 
     def first_feature(self, features: Features) -> Tensor:
-        """Fuse what the first step reads of the verifier's states, [B, T, H]."""
+        """Fuse the verifier's features into the first step's input, [B, T, H]."""
         return self.fuse(features.aux)
 
     def state_logits(self, states: Tensor) -> Tensor:
-        """Turn states before the final norm [..., H] into logits over the draft vocabulary [..., D]."""
+        """Compute logits over the draft vocabulary [..., D] from states before the final norm [..., H]."""
         return self.logits(self.norm(states))
 
     def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
-        """Turn states of any step after the final norm [..., H] into logits over the draft vocabulary [..., D]."""
+        """Compute logits over the draft vocabulary [..., D] from any step's states after the final norm [..., H]."""
         return cast(Tensor, self.lm_head(hidden))
 
     def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
@@ -340,11 +340,11 @@ class Eagle3DraftModel(SpeculatorModel):
         return self.lm_head.weight
 
     def drafter(self, batch_size: int) -> Drafter:
-        """Begin to draft for some sequences; row t stands at position t + 1."""
+        """Create a drafter; row t has position t + 1."""
         return FeatureDrafter(self, batch_size, self.fc.weight.device, FIRST_POSITION)
 
     def reset_constants(self) -> None:
-        """Recompute the rotary frequencies, which no checkpoint holds."""
+        """Recompute the rotary frequencies, which are not stored in checkpoints."""
         layers = self.config.transformer_layer_config
         self.rotary_emb = family(layers.model_type).rotary(layers)
 
@@ -360,6 +360,6 @@ def _rows(tensors: Iterable[Tensor], rows: slice) -> list[Tensor]:
 
 
 def _attention_of(layer: Any, *states: Tensor) -> tuple[nn.Module, Tensor]:
-    """Return the attention module of one of the draft's layers, and what it reads of the layer's states."""
+    """Return the attention module of a draft layer, and its input from the layer's states."""
     reads = layer.attention_input if isinstance(layer, FirstLayer) else layer.input_layernorm
     return layer.self_attn, reads(*states)

@@ -34,18 +34,18 @@ class Eagle3DraftSettings(FusedDraftSettings):
 
     @property
     def norms_features(self) -> bool:
-        """Whether a norm comes before the fusion."""
+        """Whether a norm precedes the fusion."""
         return self.norm_before_fc or self.fc_norm
 
 
 class Eagle3Module(FusedDraftModule):
-    """Trains an EAGLE-3 draft by teacher-forced training-time test.
+    """Trains an EAGLE-3 draft with teacher-forced training-time test.
 
     Args:
         draft: The draft network.
         ttt_steps: Number of steps of training-time test.
-        supervision: Which positions count in training: those where a round of decoding can start and get to (exact),
-            or those that the published trainers count (compat). Validation counts the exact ones.
+        supervision: Which positions count in training: those that a decoding round can start at and reach (exact), or
+            those of the published trainers (compat). Validation counts the exact ones.
     """
 
     def __init__(
@@ -71,17 +71,17 @@ class Eagle3Module(FusedDraftModule):
         return self._options
 
     def alignment(self, batch: Batch) -> Alignment:
-        """Return targets and counted positions; validation counts those of decoding, whatever training counts."""
+        """Return targets and counted positions; validation always counts the exact ones."""
         supervision = self.supervision if self.training else "exact"
         return align(batch["loss_mask"], batch["document_ids"], self.num_steps, supervision)
 
     @property
     def loss_terms(self) -> list[Term]:
-        """The summands of the objective; ``compat`` leaves out of training what is no draft token."""
+        """The terms of the objective; with ``compat``, training ignores targets outside the draft vocabulary."""
         return self._terms_in_vocabulary if self.training and self.supervision == "compat" else super().loss_terms
 
 
 def _in_vocabulary(loss: Callable[[Distributions], Tensor], rows: Distributions) -> Tensor:
-    """Compute a loss, 0 for rows whose most probable verifier token is no draft token."""
+    """Compute a loss; 0 for rows whose most probable verifier token is not a draft token."""
     assert rows.verifier_top is not None
     return loss(rows) * (rows.verifier_top >= 0)

@@ -29,7 +29,7 @@ def specforge_proposals() -> Iterable[ProposalMethod]:
     return [
         ProposalMethod(
             "candidate_tree",
-            "the most probable of all paths of a broad tree, as published for MLP speculators",
+            "the most probable paths of a broad tree, as published for MLP speculators",
             config="specforge_mlp.candidate_tree:CandidateTreeTokenProposalConfig",
             proposer="specforge_mlp.candidate_tree:CandidateTreeProposer",
         )

@@ -1,4 +1,4 @@
-"""The published tree of MLP speculators: all paths of a broad tree are scored, and the best ones are verified."""
+"""The published tree of MLP speculators: all paths of a broad tree are scored, and the best are verified."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class CandidateTreeTokenProposalConfig(TokenProposalConfig):
 
     Attributes:
         proposal_type: Always ``"candidate_tree"``.
-        top_k_tokens_per_head: Candidates behind each node of a level, level by level.
-        n_candidates: Paths, from the root to a leaf, that are proposed.
+        top_k_tokens_per_head: Number of children of each node, level by level.
+        n_candidates: Number of paths, from the root to a leaf, that are proposed.
     """
 
     proposal_type: Literal["candidate_tree"] = "candidate_tree"
@@ -34,11 +34,11 @@ class CandidateTreeProposer(Proposer[CandidateTreeTokenProposalConfig]):
 
     @property
     def depth(self) -> int:
-        """Tokens from the root to a leaf."""
+        """Number of tokens from the root to a leaf."""
         return len(self.config.top_k_tokens_per_head)
 
     def propose(self, sequences: Sequence[Tensor], drafter: Drafter | None) -> Proposal:
-        """Grow the whole tree, then keep the paths that are most probable."""
+        """Grow the whole tree, then keep the most probable paths."""
         assert drafter is not None
         widths = [min(width, drafter.root.shape[-1]) for width in self.config.top_k_tokens_per_head]
         logits = drafter.root[:, None]
@@ -65,7 +65,7 @@ def _paths(tokens: Tensor, parents: Tensor, leaves: Tensor, widths: Sequence[int
     kept = torch.zeros_like(tokens, dtype=torch.bool)
     first = 0
     for level in range(len(widths)):
-        # All nodes of a level have as many leaves behind them.
+        # All nodes of a level have the same number of leaves below them.
         kept.scatter_(1, first + leaves // math.prod(widths[level + 1 :]), True)
         first += math.prod(widths[: level + 1])
     counts = kept.sum(1)

@@ -1,4 +1,4 @@
-"""What an MLP speculator's ``config.json`` holds."""
+"""The ``config.json`` of an MLP speculator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from specforge.config import SpeculatorModelConfig
 
 INPUTS = ["input_embeddings", "hidden_states[-1]"]
-# No one trains as many; a number beyond is a mistake that would fill the memory.
+# Far more than anyone trains; a larger number is a mistake that would fill the memory.
 MOST_HEADS = 1000
 Width = Annotated[int, Field(ge=1)]
 
@@ -17,21 +17,21 @@ Width = Annotated[int, Field(ge=1)]
 class MLPSpeculatorConfig(SpeculatorModelConfig):
     """Configuration of an MLP speculator (https://arxiv.org/abs/2404.19124).
 
-    Each field says what the deployed ``mlp_speculator`` layout calls it; ``specforge_mlp.layout`` maps one to the other
+    Each field states its name in the deployed ``mlp_speculator`` layout; ``specforge_mlp.layout`` maps one to the other
     without loss.
 
     Attributes:
-        inputs: What the heads read: token embeddings of their own, and the verifier's last state, which comes after its
-            final norm. Nothing else is supported; not stored in the deployed layout.
-        inputs_hidden_states_normalized: Whether that state is normalised once more, to length sqrt(H / 2), without
-            weights (deployed: ``scale_input``).
+        inputs: Inputs of the heads: their own token embeddings, and the verifier's last state after its final norm.
+            Nothing else is supported; not stored in the deployed layout.
+        inputs_hidden_states_normalized: Whether that state is normalised again, to length sqrt(H / 2), without weights
+            (deployed: ``scale_input``).
         hidden_size: The verifier's width H (deployed: ``emb_dim``).
         intermediate_size: Width of the heads' state; 0 for ``hidden_size`` (deployed: ``inner_dim``).
         vocab_size: The verifier's number of tokens V.
-        num_layers: Number of heads, the most tokens that can be drafted (deployed: ``n_predict``).
+        num_layers: Number of heads, the maximum number of drafted tokens (deployed: ``n_predict``).
         tie_weights: Whether all heads share embedding, norm and head, and all but the first their projection.
         top_k_tokens_per_head: Candidates of each head in ``candidate_tree``; by default 5, 4, 3, ... and at least 1.
-        n_candidates: Paths that ``candidate_tree`` proposes.
+        n_candidates: Number of paths that ``candidate_tree`` proposes.
     """
 
     model_type_name: ClassVar[str] = "mlp"
@@ -60,7 +60,7 @@ class MLPSpeculatorConfig(SpeculatorModelConfig):
             return values
         values = dict(values)
         if "torch_dtype" in values:
-            # What transformers called it before version 5.
+            # Its name in transformers before version 5.
             values["dtype"] = str(values.pop("torch_dtype")).removeprefix("torch.")
         heads = values.get("num_layers", cls.model_fields["num_layers"].default)
         if not values.get("top_k_tokens_per_head") and isinstance(heads, int) and heads <= MOST_HEADS:
@@ -85,5 +85,5 @@ class MLPSpeculatorConfig(SpeculatorModelConfig):
 
 
 def default_candidates(heads: int) -> list[int]:
-    """Return the candidates of each head where nothing is said: the published 5, 4, 3, and so on down to 1."""
+    """Return the default candidates of each head: the published 5, 4, 3, and so on down to 1."""
     return [max(1, 5 - head) for head in range(heads)]

@@ -1,4 +1,4 @@
-"""An MLP speculator at work: a state for each node, and nothing to remember of what is committed but the last one."""
+"""Drafting with an MLP speculator: a state for each node, and of committed tokens only the last state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class MLPDrafter(Drafter):
-    """Drafts with the heads one after the other.
+    """Drafts with one head after another.
 
     Args:
         network: The network, attached to its verifier.
@@ -27,17 +27,17 @@ class MLPDrafter(Drafter):
 
     @torch.no_grad()
     def commit(self, tokens: Tensor, features: Features, counts: Tensor) -> None:
-        """Begin anew from the last decided token and the verifier's state before it."""
+        """Restart from the last decided token and the verifier's state before it."""
         rows = torch.arange(len(tokens), device=tokens.device)
         last = Features(features.aux[rows, counts - 1, None], features.last[rows, counts - 1, None])
-        # Of the root, then of the nodes, with the number of the head that read each.
+        # States of the root, then of the nodes, with the index of each one's head.
         self._states = self._network.advance(self._network.first_state(last), tokens[rows, counts - 1, None], step=0)
         self._depths = torch.zeros_like(tokens[:, :1])
         self.root = self._network.logits(self._states[:, 0], step=0)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        """Draft on behind some nodes, each by the head that its depth calls for."""
+        """Extend some nodes, each with the head of its depth."""
         rows = torch.arange(len(parents), device=parents.device)[:, None]
         behind = self._states[rows, parents + 1]
         depths = self._depths[rows, parents + 1] + 1
@@ -52,4 +52,4 @@ class MLPDrafter(Drafter):
         return logits
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some of the sequences; the next ``commit`` brings all that there is to know of them."""
+        """Continue with some of the sequences; the next ``commit`` replaces their state."""

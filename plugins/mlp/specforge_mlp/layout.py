@@ -1,7 +1,7 @@
 """The ``mlp_speculator`` layout, in which IBM's released speculators for Llama and Granite are stored.
 
-Names begin with ``speculator.``; everything else is as in ``MLPSpeculator``. No current engine runs it by itself; vLLM
-does with ``specforge_mlp.vllm``.
+Names begin with ``speculator.``; everything else is as in ``MLPSpeculator``. No current engine supports it natively;
+vLLM runs it with ``specforge_mlp.vllm``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from specforge_mlp.model import MLPSpeculator, proposals_of
 MODEL_TYPE = "mlp_speculator"
 ARCHITECTURE = "MLPSpeculatorPreTrainedModel"
 PREFIX = "speculator."
-# Our names of the fields, and the deployed ones.
+# Our field names and the deployed ones.
 FIELDS = {
     "hidden_size": "emb_dim",
     "intermediate_size": "inner_dim",
@@ -35,7 +35,7 @@ FIELDS = {
     "top_k_tokens_per_head": "top_k_tokens_per_head",
     "n_candidates": "n_candidates",
 }
-# What the deployed layout takes for granted where a field is missing.
+# Defaults of the deployed layout for missing fields.
 DEPLOYED_DEFAULTS = {
     "vocab_size": 32000,
     "emb_dim": 4096,
@@ -48,14 +48,14 @@ DEPLOYED_DEFAULTS = {
 
 
 def from_deployed(values: dict[str, Any], where: str = "config") -> MLPSpeculatorConfig:
-    """Turn a deployed configuration into ours; fields that neither knows are kept.
+    """Convert a deployed configuration to ours; unknown fields are kept.
 
     Args:
         values: The parsed ``config.json``.
-        where: What to name in error messages.
+        where: Name of the source in error messages.
 
     Raises:
-        UsageError: It is of another model type, or a field is wrong.
+        UsageError: The model type is another one, or a field is invalid.
     """
     for name, deployed in FIELDS.items():
         if name in values and values[name] != values.get(deployed, values[name]):
@@ -64,7 +64,7 @@ def from_deployed(values: dict[str, Any], where: str = "config") -> MLPSpeculato
             )
     values = {**DEPLOYED_DEFAULTS, **values}
     if values.pop("model_type", MODEL_TYPE) != MODEL_TYPE:
-        raise UsageError(f"{where}: model_type is not {MODEL_TYPE!r}; this is no checkpoint of that layout")
+        raise UsageError(f"{where}: model_type is not {MODEL_TYPE!r}; this is not a checkpoint of that layout")
     values.pop("architectures", None)
     if "hidden_size" in values:
         values["emb_dim"] = values.pop("hidden_size")
@@ -73,60 +73,62 @@ def from_deployed(values: dict[str, Any], where: str = "config") -> MLPSpeculato
 
 
 def to_deployed(config: MLPSpeculatorConfig) -> dict[str, Any]:
-    """Turn our configuration into a deployed one."""
+    """Convert our configuration to a deployed one."""
     return {
         **(config.model_extra or {}),
         **{deployed: getattr(config, name) for name, deployed in FIELDS.items()},
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         "dtype": config.dtype,
-        # Where it is missing, transformers takes true for granted.
+        # If it is missing, transformers assumes true.
         "tie_word_embeddings": config.tie_word_embeddings,
     }
 
 
 class MLPSpeculatorLayout(Layout):
-    """What fms, TGI and old releases of vLLM read."""
+    """The layout of fms, TGI and old releases of vLLM."""
 
     def recognises(self, stored: StoredDraft) -> bool:
-        """Tell by the model type, or by the names where nothing is said."""
+        """Recognise it by the model type, or by the names if that is missing."""
         named = stored.config.get("model_type") == MODEL_TYPE or other_network(stored) is not None
         return named or ("model_type" not in stored.config and f"{PREFIX}emb.0.weight" in stored.tensors)
 
     def read(self, stored: StoredDraft, verifier: VerifierConfig) -> MLPSpeculator:
-        """Build the draft; tensors that should be shared have to be equal where they are stored more than once."""
+        """Build the draft; copies of shared tensors must be equal."""
         if other := other_network(stored):
-            raise UsageError(f"{stored.where} holds {other}: another network than MLPSpeculator, which is not read")
+            raise UsageError(
+                f"{stored.where} holds {other}, which is not supported: it is not an MLPSpeculator network"
+            )
         config = from_deployed(stored.config, stored.config_where)
         config.speculators_config = proposals_of(config, verifier)
         if unknown := sorted(name for name in stored.tensors if not name.startswith(PREFIX)):
-            raise UsageError(f"{stored.where} does not fit MLPSpeculator: unknown: {', '.join(unknown[:8])}")
+            raise UsageError(f"{stored.where} does not match MLPSpeculator: unknown: {', '.join(unknown[:8])}")
         state = {name.removeprefix(PREFIX): tensor for name, tensor in stored.tensors.items()}
         if config.tie_weights:
             state = _without_copies(state, config.num_layers, stored.where)
         return MLPSpeculator.from_state(config, state, where=stored.where)
 
     def write(self, model: SpeculatorModel) -> StoredDraft:
-        """Return tensors and configuration; shared tensors once, as released."""
+        """Return tensors and configuration; shared tensors are stored once, as released."""
         draft = cast(MLPSpeculator, model)
         config = draft.config.model_copy(update={"dtype": str(draft.dtype).removeprefix("torch.")})
         return StoredDraft(to_deployed(config), {PREFIX + name: tensor for name, tensor in draft.state_dict().items()})
 
     def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
-        """Yield what readers would refuse or take otherwise."""
+        """Yield what readers would refuse or read differently."""
         config = stored.config
         if config.get("architectures") != [ARCHITECTURE]:
             yield f"architectures is {config.get('architectures')}, not [{ARCHITECTURE!r}]"
         for name in ("tie_weights", "scale_input", "inner_dim"):
             if name not in config:
-                yield f"{name} is not said: readers take {DEPLOYED_DEFAULTS[name]} for granted"
+                yield f"{name} is not set: readers assume {DEPLOYED_DEFAULTS[name]}"
         if verifier is not None:
             for name, own in (("vocab_size", verifier.vocab_size), ("emb_dim", verifier.hidden_size)):
                 if config.get(name) != own:
                     yield f"{name} is {config.get(name)}, but the verifier's is {own}"
 
     def serving(self, draft: str, verifier: str, tokens: int) -> str:
-        """Return the command of vLLM with our proposer: its own support is commented out since 0.10."""
+        """Return the command of vLLM with our proposer: its own support has been commented out since 0.10."""
         proposer = "specforge_mlp.vllm.MLPProposer"
         speculative = {"method": "custom_class", "model": proposer, "num_speculative_tokens": tokens}
         return (
@@ -136,10 +138,10 @@ class MLPSpeculatorLayout(Layout):
 
 
 def other_network(stored: StoredDraft) -> str | None:
-    """Name the network of a speculator that shares the model type and nothing else; None if it is none of those.
+    """Name the network of a speculator that only shares the model type; None if it is not one.
 
-    Arctic's have layers of their own: an LSTM with four gates between the heads, or an MLP whose widths may differ from
-    head to head, told by a list in a string.
+    Arctic's have their own layers: an LSTM with four gates between the heads, or an MLP whose widths may differ between
+    heads, given by a list in a string.
     """
     listed = stored.config.get("architectures")
     architectures = [str(one) for one in listed] if isinstance(listed, list) else []
@@ -153,7 +155,7 @@ def other_network(stored: StoredDraft) -> str | None:
 
 
 def _without_copies(state: dict[str, Tensor], heads: int, where: str) -> dict[str, Tensor]:
-    """Leave out the copies of shared tensors, which some writers store for every head."""
+    """Drop the copies of shared tensors, which some writers store for every head."""
     kept = {}
     for name, tensor in state.items():
         kind, number, rest = (*name.split("."), "", "")[:3]
@@ -162,5 +164,7 @@ def _without_copies(state: dict[str, Tensor], heads: int, where: str) -> dict[st
         if original is None or not number.isdigit() or not int(shared) < int(number) < heads:
             kept[name] = tensor
         elif not torch.equal(tensor, original):
-            raise UsageError(f"{where}: config.json says tie_weights, but {name} differs from {kind}.{shared}.{rest}")
+            raise UsageError(
+                f"{where}: tie_weights is set in config.json, but {name} differs from {kind}.{shared}.{rest}"
+            )
     return kept

@@ -1,4 +1,4 @@
-"""The MLP speculator (https://arxiv.org/abs/2404.19124): one head for each drafted token, and a state between them.
+"""The MLP speculator (https://arxiv.org/abs/2404.19124): a head for each drafted token, with a state between them.
 
 With f_t the verifier's last state after its final norm, s_0 = f_t and z_i = x_{t+1+i}, head i = 0, 1, ... computes
 
@@ -7,7 +7,7 @@ With f_t the verifier's last state after its final norm, s_0 = f_t and z_i = x_{
 with a = 0.5 ^ (0.5 / n) and b = sqrt((1 - a^2) I / 2), which keep the shares of state and token steady over n heads.
 These are the rows of ``specforge.models.chain.alignment``: row t at step i reads x_{t+1+i}.
 
-Letters in shapes: B rows, T tokens a row, H the verifier's width, I the state's, V vocabulary, n heads.
+Letters in shapes: B rows, T tokens per row, H the verifier's width, I the state's, V vocabulary, n heads.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class StateNorm(nn.Module):
     """Scales to a root mean square of 1, then by a weight and a bias; the mean is not subtracted.
 
     Args:
-        width: Length of what is normalised.
+        width: Width of the states.
     """
 
     def __init__(self, width: int) -> None:
@@ -55,16 +55,16 @@ class StateNorm(nn.Module):
 
 
 class MLPSpeculator(SpeculatorModel):
-    """Drafts with a head for each token, and embeddings of its own.
+    """Drafts with a head for each token, and its own embeddings.
 
-    Shared weights are held once: of ``emb``, ``head`` and ``ln`` there is one for each head, or one for all; of
-    ``proj`` one for each, or one for the first head and one for the others.
+    Shared weights are stored once: there is an ``emb``, ``head`` and ``ln`` for each head, or one for all; and a
+    ``proj`` for each, or one for the first head and one for the others.
 
     Args:
         config: The speculator's configuration.
-        verifier: What to attach: a folder, a hub id, or a loaded model; nothing when None.
-        verifier_attachment_mode: ``"full"`` (the default) keeps the whole verifier, ``"train_only"`` only what reading
-            its features needs, and ``"detached"`` attaches nothing.
+        verifier: The verifier to attach: a folder, a hub id, or a loaded model; None for no verifier.
+        verifier_attachment_mode: ``"full"`` (the default) keeps the whole verifier, ``"train_only"`` only the parts
+            that its features need, and ``"detached"`` attaches nothing.
     """
 
     config_class: ClassVar[type[SpeculatorModelConfig]] = MLPSpeculatorConfig
@@ -122,16 +122,16 @@ class MLPSpeculator(SpeculatorModel):
 
     @staticmethod
     def get_trainer_kwargs(**kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the arguments of ``forward`` that training settings decide: none, in training or validation.
+        """Return the arguments of ``forward`` that depend on training settings: none, in training and validation.
 
         Args:
-            **kwargs: Training arguments; none is read.
+            **kwargs: Training arguments; all are ignored.
         """
         return {}, {}
 
     @property
     def head_weights(self) -> Tensor | list[Tensor]:
-        """The heads, [V, I]: the one of all steps, or a list with one for each."""
+        """The shared head of all steps, [V, I], or a list with one for each."""
         weights = [cast(Tensor, head.weight) for head in self.head]
         return weights[0] if len(weights) == 1 else weights
 
@@ -147,10 +147,10 @@ class MLPSpeculator(SpeculatorModel):
             mode: ``"full"`` (the default) keeps the whole model, which ``generate`` needs; ``"train_only"`` its parts.
 
         Returns:
-            What was attached: the model, or its parts.
+            The attached verifier: the model, or its parts.
 
         Raises:
-            UsageError: The verifier cannot be loaded, or has another width or vocabulary than the draft.
+            UsageError: The verifier cannot be loaded, or its width or vocabulary differs from the draft's.
         """
         attached = super().attach_verifier(verifier, mode)
         own = self.verifier_parts.config
@@ -164,21 +164,21 @@ class MLPSpeculator(SpeculatorModel):
         return attached
 
     def first_state(self, features: Features) -> Tensor:
-        """Return what the first head reads of the verifier's states, [..., H]: the last one, after its final norm."""
+        """Return the first head's input, [..., H]: the verifier's last state after its final norm."""
         with torch.no_grad():
             last: Tensor = self.verifier_parts.norm(features.last)
         return last.to(next(self.proj.parameters()).dtype)
 
     def advance(self, states: Tensor, tokens: Tensor, step: int) -> Tensor:
-        """Take in one more token.
+        """Compute the next state from one more token.
 
         Args:
             states: The verifier's states [..., H] at step 0, this network's [..., I] later.
-            tokens: The token behind each, [...].
-            step: Number of the head.
+            tokens: The token after each state, [...].
+            step: Index of the head.
 
         Returns:
-            The next states [..., I], which that head reads.
+            The next states [..., I], the input of that head.
         """
         if step == 0 and self.config.inputs_hidden_states_normalized:
             states = F.rms_norm(states, states.shape[-1:], eps=EPSILON) / math.sqrt(2)
@@ -187,19 +187,19 @@ class MLPSpeculator(SpeculatorModel):
         return F.gelu(_of(self.ln, step)(states))
 
     def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
-        """Turn the states of a step [..., I] into logits [..., V]."""
+        """Compute logits [..., V] from the states of a step [..., I]."""
         logits: Tensor = _of(self.head, step)(hidden)
         return logits
 
     def forward(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
-        """Predict what follows each row by every head, fed with the true tokens.
+        """Predict the next tokens of each row with every head, fed with the true tokens.
 
         Args:
-            input_ids: Tokens that are already shifted, [B, T + n - 1]: entry i holds x_{i+1}.
+            input_ids: Shifted tokens, [B, T + n - 1]: entry i holds x_{i+1}.
             hidden_states: The verifier's last states after its final norm, [B, T, H]: row t holds that of x_t.
 
         Returns:
-            Logits [n, B, T, V]; those of head i at row t are for x_{t+2+i}. Training never forms them all.
+            Logits [n, B, T, V]; those of head i at row t are for x_{t+2+i}. Training never computes them all at once.
         """
         length = hidden_states.shape[1]
         states, logits = hidden_states, []
@@ -209,14 +209,14 @@ class MLPSpeculator(SpeculatorModel):
         return torch.stack(logits)
 
     def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
-        """Run the first heads; positions and documents are not looked at.
+        """Run the first heads; positions and documents are ignored.
 
         Raises:
-            UsageError: More steps than heads are asked for.
+            UsageError: More steps than heads are requested.
         """
         steps = len(rows.counts)
         if steps > self.config.num_layers:
-            raise UsageError(f"this draft has {self.config.num_layers} heads, and {steps} steps are asked for")
+            raise UsageError(f"this draft has {self.config.num_layers} heads, but {steps} steps are requested")
         tokens = step_tokens(batch["input_ids"], steps).flatten(1)
         last = features.last.flatten(0, 1)[rows.order[: rows.counts[0]]]
         states, outputs = self.first_state(Features(features.aux, last)), []
@@ -226,12 +226,12 @@ class MLPSpeculator(SpeculatorModel):
         return torch.cat(outputs)
 
     def drafter(self, batch_size: int) -> MLPDrafter:
-        """Begin to draft for some sequences."""
+        """Create a drafter for a batch of sequences."""
         return MLPDrafter(self)
 
 
 def proposals_of(config: MLPSpeculatorConfig, verifier: VerifierConfig) -> SpeculatorsConfig:
-    """Return what a draft is meant for: a chain as long as there are heads, or the published tree."""
+    """Return a draft's proposal methods: a chain as long as the number of heads, or the published tree."""
     return SpeculatorsConfig(
         algorithm=MLPSpeculatorConfig.model_type_name,
         proposal_methods=[

@@ -1,4 +1,4 @@
-"""Training an MLP speculator: the network's settings, what counts, and where stage 2 begins."""
+"""Training an MLP speculator: the network's settings, supervision, and the start of stage 2."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from specforge_mlp.stage_two import StageTwoSettings
 
 
 class MLPDraftSettings(BaseModel):
-    """The draft network; what it reads has the verifier's width."""
+    """The draft network; its input has the verifier's width."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_layers: Layers = Field(default=3, description="Heads: the most tokens that are drafted in a round.")
-    intermediate_size: Width = Field(default=0, description="Width of the heads' state; 0 for the verifier's.")
+    num_layers: Layers = Field(default=3, description="Number of heads, the maximum tokens drafted per round.")
+    intermediate_size: Width = Field(default=0, description="Width of the heads' state; 0 for the verifier's width.")
     tie_weights: bool = Field(default=True, description="Share embedding, norm and head over all heads.")
     scale_input: bool = Field(default=True, description="Normalise the verifier's state before the first head.")
 
@@ -40,12 +40,12 @@ class MLPModule(DraftModule):
     Args:
         draft: The draft network.
         supervision: Which tokens of the rows are trained on: those of the verifier's responses (responses), or every
-            token, as published (all). Stage 2 counts what the verifier wrote, and validation the responses.
-        stage_two: When stage 2 begins, and what the verifier writes in it; null trains on the rows alone.
-        objective: Losses to add up, by name, each with its weight; text is the published hard cross-entropy.
-        step_decay: Weight of head k is this to the power of k.
-        optimizer: How weights are updated.
-        schedule: How the learning rate moves; null for the published one, a cycle for each stage.
+            token, as published (all). Stage 2 counts the generated tokens, and validation the responses.
+        stage_two: Start of stage 2 and generation in it; null trains only on the rows.
+        objective: Weights of the losses, by name; text is the published hard cross-entropy.
+        step_decay: Head k is weighted by this number to the power of k.
+        optimizer: The optimizer.
+        schedule: The learning-rate schedule; null for the published one, with a cycle for each stage.
     """
 
     draft: MLPSpeculator
@@ -70,12 +70,12 @@ class MLPModule(DraftModule):
         )
         self.settings = draft
         self.supervision = supervision
-        self.settings_of_stage_two = stage_two
-        self.schedule_as_published = schedule is None
+        self.stage_two = stage_two
+        self.use_published_schedule = schedule is None
 
     @property
     def aux_layers(self) -> list[int]:
-        """None: the draft reads the verifier's last state."""
+        """Empty: the draft reads the verifier's last state."""
         return []
 
     @property
@@ -90,28 +90,28 @@ class MLPModule(DraftModule):
 
     @property
     def runs_verifier(self) -> bool:
-        """Whether the verifier writes text, in stage 2."""
-        return self.settings_of_stage_two is not None
+        """Whether the verifier generates text, in stage 2."""
+        return self.stage_two is not None
 
     @property
-    def besides_steps(self) -> list[str]:
-        """Stage 2 decodes."""
-        stage = self.settings_of_stage_two
+    def unestimated_costs(self) -> list[str]:
+        """The decoding of stage 2."""
+        stage = self.stage_two
         if stage is None:
             return []
         return [
-            f"Stage 2 is counted like stage 1; that the verifier writes up to {stage.new_tokens:,} tokens for each "
-            f"prompt of {stage.prompt_length:,} comes on top, unless data.stage_two gives them."
+            f"Stage 2 is counted like stage 1. The verifier's generation of up to {stage.new_tokens:,} tokens for each "
+            f"prompt of {stage.prompt_length:,} is not included, unless data.stage_two provides them."
         ]
 
     @cached_property
     def first_step_of_stage_two(self) -> int:
-        """The first optimizer step of stage 2; only where there is one."""
-        assert self.settings_of_stage_two is not None
-        return self.settings_of_stage_two.first_step(self.length.steps)
+        """The first optimizer step of stage 2, which must be configured."""
+        assert self.stage_two is not None
+        return self.stage_two.first_step(self.length.steps)
 
     def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> MLPSpeculator:
-        """Create the network, at random."""
+        """Create the network with random weights."""
         draft = MLPSpeculator.from_training_args(
             self.teacher.config, verifier_name_or_path=self.teacher.stored_name, **self.settings.model_dump()
         )
@@ -119,8 +119,8 @@ class MLPModule(DraftModule):
         return draft
 
     def summary_text(self) -> str:
-        """Return a few lines for a person; one of them says when stage 2 begins."""
-        stage = self.settings_of_stage_two
+        """Return the summary, including the start of stage 2."""
+        stage = self.stage_two
         if stage is None or not self.trainer.training:
             return super().summary_text()
         return (
@@ -130,23 +130,23 @@ class MLPModule(DraftModule):
 
     def build_schedule(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
         """Create the published schedule, unless another is set."""
-        stage = self.settings_of_stage_two
+        stage = self.stage_two
         begin = None if stage is None else stage.first_step(total_steps)
         if begin is not None and not 0 < begin < total_steps:
             raise UsageError(
-                f"model.stage_two.begin: stage 2 would begin at step {begin:,}, but the run has {total_steps:,} steps; "
-                "begin between its first and its last, or train longer"
+                f"model.stage_two.begin: stage 2 would start at step {begin:,}, but the run has {total_steps:,} steps; "
+                "start it after the first and before the last, or train longer"
             )
-        if not self.schedule_as_published:
+        if not self.use_published_schedule:
             return super().build_schedule(optimizer, total_steps)
         return LambdaLR(optimizer, lambda step: two_stage_factor(step, begin, total_steps))
 
     def alignment(self, batch: Batch) -> Alignment:
-        """Return targets and counted positions, of the responses or of all text."""
+        """Return targets and counted positions, for the responses or for all text."""
         return align(self._supervised_tokens(batch), batch["document_ids"], self.num_steps)
 
     def _supervised_tokens(self, batch: Batch) -> Tensor:
-        stage = self.settings_of_stage_two
+        stage = self.stage_two
         in_stage_one = stage is None or self.trainer.global_step < self.first_step_of_stage_two
         if self.training and self.supervision == "all" and in_stage_one:
             return batch["document_ids"] >= 0

@@ -12,7 +12,7 @@ def two_stage_factor(step: int, begin: int | None, total_steps: int) -> float:
     and a cosine that falls over all n: in stage 1 from 1 to 0.1, in stage 2 from 0.1 to 0.01. The peak is just below 1.
 
     Args:
-        step: Counted from 0.
+        step: The optimizer step, counted from 0.
         begin: The first step of stage 2; None without one.
         total_steps: Number of optimizer steps in the whole run.
     """

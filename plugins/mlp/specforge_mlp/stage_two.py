@@ -1,7 +1,7 @@
-"""Stage 2 of the MLP speculator's training: text that the verifier writes while the draft is trained on it.
+"""Stage 2 of the MLP speculator's training: the verifier generates the text that the draft is trained on.
 
-Prompts are cut from a batch of training rows, the verifier goes on from each, and what it wrote is the batch that the
-draft is trained on. All of it follows from the rows and a seed, so a run that is resumed trains on the same text.
+Prompts are cut from a batch of training rows, and the verifier's continuations are the batch that the draft is trained
+on. The text depends only on the rows and a seed, so a resumed run trains on the same text.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from specforge.sampling import Sampling
 
 
 class StageTwoSettings(BaseModel):
-    """When stage 2 begins, and what the verifier writes in it."""
+    """Start of stage 2, and the verifier's generation in it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     begin: Amount = Field(
         default=0.7,
         gt=0,
-        description="Where stage 2 begins: below 1 a share of all steps, otherwise an optimizer step.",
+        description="Start of stage 2: a share of all steps if below 1, otherwise an optimizer step.",
     )
-    prompt_length: Count = Field(default=64, description="Tokens of each prompt that is cut from the rows.")
-    new_tokens: Count = Field(default=256, description="Most tokens that the verifier adds to each prompt.")
+    prompt_length: Count = Field(default=64, description="Length in tokens of the prompts that are cut from the rows.")
+    new_tokens: Count = Field(default=256, description="Maximum tokens that the verifier generates per prompt.")
     temperature: Amount = Field(default=1.0, description="Temperature of the verifier.")
-    top_k: Width = Field(default=10, description="The verifier samples from so many tokens; 0 from all.")
-    buffer: Count = Field(default=2, le=1000, description="Batches that are written ahead while the draft is trained.")
+    top_k: Width = Field(default=10, description="Sample from the k most probable tokens; 0 for all.")
+    buffer: Count = Field(default=2, le=1000, description="Batches that are generated ahead of training.")
 
     def first_step(self, total_steps: int) -> int:
-        """Return the first optimizer step of stage 2 in a run of so many."""
+        """Return the first optimizer step of stage 2 in a run of ``total_steps``."""
         return round(self.begin * total_steps) if self.begin < 1 else int(self.begin)
 
 
@@ -49,10 +49,10 @@ def cut_prompts(batch: Batch, length: int) -> list[Tensor]:
 
     Args:
         batch: ``input_ids`` and ``document_ids``, [B, T] each.
-        length: Tokens of a prompt. A rest is left out, but a shorter document is a prompt as it is.
+        length: Tokens of a prompt. A remainder is dropped, but a shorter document is a prompt by itself.
 
     Returns:
-        Tokens of each prompt, int64 [length] or fewer.
+        Tokens of each prompt, int64 [length] or shorter.
     """
     prompts = []
     for tokens, documents in zip(batch["input_ids"], batch["document_ids"], strict=True):
@@ -62,14 +62,16 @@ def cut_prompts(batch: Batch, length: int) -> list[Tensor]:
     return prompts
 
 
-def write_on(verifier: PreTrainedModel, prompts: Sequence[Tensor], settings: StageTwoSettings, seed: int) -> Batch:
-    """Let the verifier go on from prompts.
+def generate_batch(
+    verifier: PreTrainedModel, prompts: Sequence[Tensor], settings: StageTwoSettings, seed: int
+) -> Batch:
+    """Generate the verifier's continuations of prompts.
 
     Args:
         verifier: The verifier; other threads may use it at the same time.
         prompts: Tokens of each prompt, int64 [T] each.
-        settings: How to sample, and how much.
-        seed: Seed of the sampling.
+        settings: Settings of the generation.
+        seed: Random seed of the sampling.
 
     Returns:
         A batch with a row for each prompt, in which the verifier's tokens are the response.
@@ -81,13 +83,13 @@ def write_on(verifier: PreTrainedModel, prompts: Sequence[Tensor], settings: Sta
     return collate([_row(prompt, torch.tensor(tokens)) for prompt, tokens in zip(prompts, written, strict=True)])
 
 
-def ahead(make: Callable[[int, Batch], Batch], batches: Iterator[tuple[int, Batch]], buffer: int) -> Iterator[Batch]:
-    """Make numbered batches into others in a thread, a few ahead of the one that is asked for.
+def prefetch(make: Callable[[int, Batch], Batch], batches: Iterator[tuple[int, Batch]], buffer: int) -> Iterator[Batch]:
+    """Transform numbered batches in a thread, a few ahead of the consumer.
 
     Args:
-        make: Makes one; what it raises is raised here.
-        batches: Number and batch.
-        buffer: How many are made ahead.
+        make: Transforms a number and a batch into a new batch; its exceptions are raised here.
+        batches: Numbers and batches.
+        buffer: Number of batches to prepare ahead.
     """
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stage-two")
     waiting: deque[Future[Batch]] = deque()
@@ -103,16 +105,16 @@ def ahead(make: Callable[[int, Batch], Batch], batches: Iterator[tuple[int, Batc
 
 
 def check_lengths(settings: StageTwoSettings, verifier: PreTrainedConfig) -> None:
-    """Refuse prompts and answers that together are longer than the verifier's context.
+    """Refuse prompts and continuations that together exceed the verifier's context.
 
     Raises:
-        UsageError: They are.
+        UsageError: They exceed it.
     """
     context = getattr(verifier.get_text_config(), "max_position_embeddings", None)
     if context and settings.prompt_length + settings.new_tokens > context:
         raise UsageError(
-            f"model.stage_two: prompt_length {settings.prompt_length} and new_tokens {settings.new_tokens} are "
-            f"more than the {context:,} tokens of the verifier's context"
+            f"model.stage_two: prompt_length {settings.prompt_length} and new_tokens {settings.new_tokens} "
+            f"exceed the {context:,} tokens of the verifier's context"
         )
 
 

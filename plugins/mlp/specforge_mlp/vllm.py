@@ -1,15 +1,15 @@
-r"""MLP speculators in vLLM, which took its own support out: a proposer for its ``custom_class`` method.
+r"""MLP speculators in vLLM, which removed its own support: a proposer for its ``custom_class`` method.
 
     vllm serve VERIFIER --additional-config '{"mlp_speculator": "DRAFT"}' \
       --speculative-config '{"method": "custom_class", "model": "specforge_mlp.vllm.MLPProposer",
                              "num_speculative_tokens": 3}'
 
-DRAFT is a folder or hub id, in our layout or in ``mlp_speculator``'s. Drafts are greedy chains of up to as many tokens
-as there are heads; the engine verifies them losslessly at any temperature.
+DRAFT is a folder or hub id, in our layout or in ``mlp_speculator``'s. Drafts are greedy chains of at most one token per
+head; the engine verifies them losslessly at any temperature.
 
-vLLM hands token ids alone to such a proposer, and an MLP speculator reads the verifier's state. It is taken where the
-model runner passes it on, in ``propose_draft_token_ids``, which is wrapped for that. This is no interface that vLLM
-promises to keep, hence the check of its version.
+vLLM passes only token ids to such a proposer, but an MLP speculator reads the verifier's state. It is taken from the
+model runner's method ``propose_draft_token_ids``, which is wrapped for this. vLLM does not guarantee this interface,
+hence the check of its version.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class MLPProposer:
         vllm_config: The engine's settings; ``additional_config["mlp_speculator"]`` names the draft.
 
     Raises:
-        UsageError: The draft is not named, does not fit the verifier, or has fewer heads than tokens are asked for.
-        RuntimeError: vLLM is of another version than this was tested with.
+        UsageError: The draft is not named, does not match the verifier, or has fewer heads than requested tokens.
+        RuntimeError: The version of vLLM is not the tested one.
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
@@ -57,23 +57,23 @@ class MLPProposer:
         self._longest: int = model.max_model_len
         _, draft = read_draft(additional[SETTING])
         if not isinstance(draft, MLPSpeculator):
-            raise UsageError(f"{additional[SETTING]} is no MLP speculator, but a {type(draft).__name__}")
+            raise UsageError(f"{additional[SETTING]} is not an MLP speculator, but a {type(draft).__name__}")
         self._draft = draft
         self._check(model.get_hidden_size(), model.get_vocab_size())
         self._draft.to(device=vllm_config.device_config.device, dtype=model.dtype)
         self._states = torch.empty(0)
         self._num_draft_tokens: list[int] | None = None
-        _hand_over_states()
+        _wrap_model_runner()
 
     def load_model(self, *_: Any, **__: Any) -> None:
-        """Do nothing: the draft is there already."""
+        """Do nothing: the draft is loaded already."""
 
     def take_states(self, states: Tensor, num_draft_tokens: list[int] | None) -> None:
-        """Take the verifier's states, after its final norm, at the places where it was asked for a token.
+        """Store the verifier's states, after its final norm, at the indices whose logits it computed.
 
         Args:
-            states: States [places, H]: of each request one behind its last known token and one behind each drafted.
-            num_draft_tokens: How many were drafted for each request; None for none.
+            states: States [indices, H]: for each request, that of its last known token and of each drafted token.
+            num_draft_tokens: Number of drafted tokens of each request; None for none.
         """
         self._states = states
         self._num_draft_tokens = num_draft_tokens
@@ -85,12 +85,12 @@ class MLPProposer:
         """Draft a greedy chain for each request.
 
         Args:
-            sampled_token_ids: Tokens that the verifier has just decided of each request; none while it reads a prompt.
-            num_tokens_no_spec: Tokens of each request so far.
-            token_ids_cpu: Those tokens; not looked at.
+            sampled_token_ids: Tokens that the verifier has just decided for each request; none during prefill.
+            num_tokens_no_spec: Number of tokens of each request so far.
+            token_ids_cpu: Those tokens; ignored.
 
         Returns:
-            The drafted tokens of each request; none where none were decided, or where its context is full.
+            The drafted tokens of each request; none if none were decided or its context is full.
         """
         going = [
             row
@@ -100,7 +100,7 @@ class MLPProposer:
         proposals: list[list[int]] = [[] for _ in sampled_token_ids]
         if not going:
             return proposals
-        states = self._states[self._last_places(sampled_token_ids)[going]]
+        states = self._states[self._last_indices(sampled_token_ids)[going]]
         tokens = torch.tensor([sampled_token_ids[row][-1] for row in going], device=states.device)
         drafted = []
         for step in range(self._steps):
@@ -111,10 +111,10 @@ class MLPProposer:
             proposals[row] = chain
         return proposals
 
-    def _last_places(self, sampled_token_ids: list[list[int]]) -> Tensor:
-        """Return where the state before the last decided token of each request stands, int64 [requests].
+    def _last_indices(self, sampled_token_ids: list[list[int]]) -> Tensor:
+        """Return the index of the state before the last decided token of each request, int64 [requests].
 
-        Behind n accepted tokens and one of the verifier's own, that is the (n + 1)-th place of the request.
+        After n accepted tokens and one of the verifier's own, that is the (n + 1)-th index of the request.
         """
         decided = torch.tensor([len(tokens) for tokens in sampled_token_ids], device=self._states.device)
         drafted = torch.tensor(self._num_draft_tokens or [0] * len(decided), device=self._states.device)
@@ -130,7 +130,7 @@ class MLPProposer:
             )
         if self._steps > config.num_layers:
             raise UsageError(
-                f"num_speculative_tokens is {self._steps}, but the draft has {config.num_layers} heads; ask for no more"
+                f"num_speculative_tokens is {self._steps}, but the draft has only {config.num_layers} heads"
             )
 
 
@@ -138,14 +138,14 @@ def _check_version() -> None:
     takes = inspect.signature(getattr(GPUModelRunner, _METHOD, _check_version)).parameters
     if not vllm.__version__.startswith(f"{TESTED}.") or not set(_READ) <= takes.keys():
         raise RuntimeError(
-            f"specforge_mlp.vllm reads what vLLM {TESTED} keeps to itself (GPUModelRunner.{_METHOD}), and this is vLLM "
+            f"specforge_mlp.vllm uses a private method of vLLM {TESTED} (GPUModelRunner.{_METHOD}), but this is vLLM "
             f"{vllm.__version__}; install vllm=={TESTED}.*"
         )
 
 
 @functools.cache
-def _hand_over_states() -> None:
-    """Let model runners hand the verifier's states to a proposer of this module before they ask it."""
+def _wrap_model_runner() -> None:
+    """Make model runners pass the verifier's states to a proposer of this module before they call it."""
     original: Callable[..., Any] = getattr(GPUModelRunner, _METHOD)
     signature = inspect.signature(original)
 

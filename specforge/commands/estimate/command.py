@@ -201,7 +201,7 @@ def _assumptions(found: Estimate, cli: EstimateCLI) -> list[str]:
         f"Time: the rate is {rate}; devices do not wait for data or each other. Validation, loading and saving are "
         "not included, and models too small to fill the device reach less than this utilisation.",
         "Disk: only values and scales.",
-        *cli.model.besides_steps,
+        *cli.model.unestimated_costs,
     ]
 
 

@@ -1,15 +1,15 @@
-"""Which token, which target and which positions count at each step of a chain: the index equation of drafting.
+"""The token, the target and the supervised positions of each step of a chain: the index equation of drafting.
 
 For a document x_0 .. x_{L-1} with verifier states g_t (features) and y_t (last states), row t at step k = 0, 1, ...
 
 * holds the feature of token t (step 0: made from g_t; later: the draft's own output at row t of step k - 1),
 * reads the true token x_{t+1+k},
-* is trained towards the verifier's distribution from y_{t+1+k}, which predicts x_{t+2+k},
-* counts when x_{t+1}, ..., x_{t+2+k} are all response tokens of one turn: only then can a round of decoding that
-  starts at t get there. Row t itself may hold the last token of the prompt.
+* * is compared with the verifier's distribution from y_{t+1+k}, which predicts x_{t+2+k},
+* counts if x_{t+1}, ..., x_{t+2+k} are all response tokens of one turn: only then can a decoding round that starts at
+  t reach it. Row t itself may hold the last token of the prompt.
 
-``compat`` counts positions as the published trainers do instead: those whose token t + k is a response token. It
-starts one row late, and crosses from one turn to the next.
+``compat`` counts positions like the published trainers instead: those whose token t + k is a response token. It starts
+one row late, and crosses from one turn to the next.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Alignment:
 
     Attributes:
         targets: Index of the target's state in the flattened batch [B * T], int64 [S, B, T].
-        supervised: Whether the row counts at that step, bool [S, B, T].
+        supervised: Whether each row counts at each step, bool [S, B, T].
     """
 
     targets: Tensor
@@ -45,10 +45,10 @@ def step_tokens(input_ids: Tensor, steps: int) -> Tensor:
 
 
 def align(loss_mask: Tensor, document_ids: Tensor, steps: int, supervision: Supervision = "exact") -> Alignment:
-    """Find the targets and the supervised rows of every step.
+    """Return the targets and the supervised rows of every step.
 
     Args:
-        loss_mask: True where x_t is a response token, bool [B, T].
+        loss_mask: Whether x_t is a response token, bool [B, T].
         document_ids: Which document a token belongs to, -1 for padding, [B, T].
         steps: Number S of steps.
         supervision: ``"exact"`` or ``"compat"``, see above.
@@ -74,7 +74,7 @@ def _compat(loss_mask: Tensor, document_ids: Tensor, steps: int) -> Tensor:
 
 
 def _same_document(flags: Tensor, document_ids: Tensor, ahead: int) -> Tensor:
-    """Return, for each t, the flag of token t + ahead if it lies in the same document, else False."""
+    """Return, for each t, the flag of token t + ahead if it is in the same document, else False."""
     length = flags.shape[1]
     flag = F.pad(flags, (0, ahead))[:, ahead : ahead + length]
     document = F.pad(document_ids, (0, ahead), value=-1)[:, ahead : ahead + length]

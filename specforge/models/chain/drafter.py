@@ -1,8 +1,8 @@
-"""EAGLE's way of drafting: committed rows read the verifier's features, drafted rows the network's own.
+"""EAGLE's drafting: committed rows read the verifier's features, drafted rows the network's own.
 
-Row t of the cache reads token x_{t+1} beside the feature of token t, as step 0 of training does (see
-``specforge.models.chain.alignment``). A drafted node reads its own token beside its parent's state, one position
-further, as later steps do.
+Row t of the cache reads token x_{t+1} and the feature of token t, like step 0 of training (see
+``specforge.models.chain.alignment``). A drafted node reads its own token and its parent's state, one position further,
+like later steps.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from specforge.verifier.features import Features
 
 
 class FeatureNetwork(Protocol):
-    """A draft network that reads a token beside a feature, and whose state is the next feature."""
+    """A draft network that reads a token and a feature, and whose state is the next feature."""
 
     @property
     def draft_ids(self) -> Tensor | None:
-        """The verifier's id of each draft token, int64 [D]; None where the vocabularies are the same."""
+        """The verifier's id of each draft token, int64 [D]; None if the vocabularies are the same."""
 
     def first_feature(self, features: Features) -> Tensor:
-        """Return what the first step reads of the verifier's states, [B, T, H]."""
+        """Return the first step's input from the verifier's states, [B, T, H]."""
 
     def advance(
         self,
@@ -36,10 +36,10 @@ class FeatureNetwork(Protocol):
         attention: DraftAttention,
         wanted: int | None = None,
     ) -> Tensor:
-        """Run the network once over [B, T] tokens; return its states [B, T, H], or of the first ``wanted`` rows."""
+        """Run the network once over [B, T] tokens; return its states [B, T, H], or only the first ``wanted`` rows'."""
 
     def fed_back(self, states: Tensor) -> Tensor:
-        """Return what the next step reads of states, [..., H]."""
+        """Return the next step's input from states, [..., H]."""
 
     def state_logits(self, states: Tensor) -> Tensor:
         """Turn states [..., H] into logits over the draft vocabulary [..., D]."""
@@ -51,7 +51,7 @@ class FeatureDrafter(Drafter):
     Args:
         network: The network, attached to its verifier.
         batch_size: Number B of sequences.
-        device: Where the network is.
+        device: Device of the network.
         first_position: Position of row 0, which reads x_1.
     """
 
@@ -63,7 +63,7 @@ class FeatureDrafter(Drafter):
         self.draft_ids = network.draft_ids
 
     def commit(self, tokens: Tensor, features: Features, counts: Tensor) -> None:
-        """Rebuild the rows of decided tokens from the verifier's features."""
+        """Recompute the rows of decided tokens from the verifier's features."""
         self._cache.drop()
         index = self._cache.extend(tokens.shape[1])
         states = self._advance(tokens, self._network.first_feature(features), index)
@@ -73,17 +73,17 @@ class FeatureDrafter(Drafter):
         self.root = self._network.state_logits(last)
 
     def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        """Draft on behind some nodes, from the states that the network itself computed there."""
+        """Extend some nodes, reading the states that the network computed for their parents."""
         index = self._cache.append(parents)
         rows = torch.arange(len(parents), device=parents.device)[:, None]
-        # The root's state stands before those of the nodes.
+        # The root's state precedes those of the nodes.
         behind = self._network.fed_back(self._states[rows, parents + 1])
         states = self._advance(tokens, behind, index)
         self._states = torch.cat([self._states, states], dim=1)
         return self._network.state_logits(states)
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some of the sequences."""
+        """Continue with some of the sequences."""
         self._cache.drop()
         self._cache.select(rows)
 

@@ -1,4 +1,4 @@
-"""Attention by a mask that is not kept for the backward pass, but made again there."""
+"""Attention with a mask that is recomputed in the backward pass instead of kept."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from specforge.private.torch import ATTENTION, ATTENTION_BACKWARD
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Callable[[], Tensor], scale: float) -> Tensor:
-    """Attend by a mask.
+    """Attend with a mask.
 
-    On a CPU no mask outlives the call; on accelerators torch keeps it.
+    On a CPU the mask is not kept after the call; on accelerators torch keeps it.
 
     Args:
         query: [G, heads, Q, D].
         key: [G, key-value heads, L, D].
         value: [G, key-value heads, L, D].
-        visible: Says what each query sees, bool [G, 1, Q, L]; it always says the same, and every query sees a key.
+        visible: Returns what each query sees, bool [G, 1, Q, L]; always the same, and at least one key per query.
         scale: Factor of the logits.
 
     Returns:
@@ -52,5 +52,5 @@ class _OnCPU(torch.autograd.Function):
 
 
 def _summand(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn what is visible into what is added to logits."""
+    """Convert a visibility mask to a summand of the logits."""
     return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))

@@ -1,4 +1,4 @@
-"""Which rows a step of training-time test runs, as queries in their documents; indices, computed on the CPU."""
+"""The rows of a step of training-time test, as queries in their documents; indices, computed on the CPU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from specforge.documents import DocumentLayout, Groups
 
 @dataclass(frozen=True)
 class Queries:
-    """The first so many rows, as queries in their documents.
+    """The first rows, as queries in their documents.
 
     Attributes:
-        groups: Their slots.
-        positions: For each group, which key each slot is at, int64 [G, Q]; None if there is a slot for each key.
-        reach: For each group, how many keys lie up to the last query of the first so many slots.
+        groups: The queries' slots.
+        positions: For each group, the key index of each slot, int64 [G, Q]; None if there is a slot for each key.
+        reach: For each group and each slot, the number of keys up to the last query of the slots so far.
     """
 
     groups: Groups
@@ -28,21 +28,21 @@ class Queries:
 
     @classmethod
     def packed(cls, documents: DocumentLayout, count: int) -> Self:
-        """Find the first ``count`` rows, without slots in between."""
+        """Place the first ``count`` rows in consecutive slots."""
         found = [_packed(group, count) for group in documents.groups]
         reach = tuple((one.cummax(1).values.amax(0) + 1).tolist() if len(one) else [] for _, one in found)
         return cls(Groups.of([indices for indices, _ in found]), tuple(positions for _, positions in found), reach)
 
     @classmethod
     def at_their_keys(cls, documents: DocumentLayout, count: int) -> Self:
-        """Find the first ``count`` rows, in as many slots as there are keys."""
+        """Place the first ``count`` rows in one slot per key."""
         groups = Groups.of([torch.where(group < count, group, -1) for group in documents.groups])
         reach = tuple(range(1, group.shape[1] + 1) for group in documents.groups)
         return cls(groups, (None,) * len(reach), reach)
 
 
 def _packed(group: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return which of the first ``count`` rows are in each document of a group, and where, [G, Q] each."""
+    """Return which of the first ``count`` rows are in each document of a group, and their positions, [G, Q] each."""
     document, position = ((group >= 0) & (group < count)).nonzero(as_tuple=True)
     counts = document.bincount(minlength=len(group))
     slot = torch.arange(len(document)) - (counts.cumsum(0) - counts)[document]

@@ -1,19 +1,19 @@
 """Attention for training-time test, without a mask that grows with the square of the length.
 
 At TTT step k, row t attends causally to the step-0 keys of its document and to its own key of each later step 1..k
-(https://arxiv.org/abs/2503.01840, section 3.2). A mask of L x (k + 1) L would say so. Here each later step is one
-extra *selector* key, shared by all rows: a row carries its own logit for that step in an extra feature, the selector is
-one-hot in that feature, and its value is one-hot too, so that the output reports the weight which the softmax gave it.
-The weight times the row's own value is then added. Selectors stand before the step-0 keys, so plain causal attention
-lets every row see all of them; that of step 1 stands last, so that what step k attends to is a view.
+(https://arxiv.org/abs/2503.01840, section 3.2). The obvious implementation is a mask of L x (k + 1) L. Here each later
+step is one extra *selector* key, shared by all rows: a row carries its own logit for that step in an extra feature, the
+selector is one-hot in that feature, and its value is also one-hot, so that the output contains the selector's softmax
+weight. This weight times the row's own value is then added. Selectors precede the step-0 keys, so plain causal
+attention lets every row see all of them; the selector of step 1 is last, so that the keys of step k are a view.
 
-A step runs only the rows that are needed of it (``specforge.models.draft_rows``); the others are attended to. There are
-two kernels, because their costs differ by device:
+A step runs only the rows that it needs (``specforge.models.draft_rows``); the others are attended to. There are two
+kernels, because their costs differ by device:
 
-* On a CPU, a few hundred queries at a time attend by a mask, to the keys up to the last of them: time follows the
-  number of queries.
-* Accelerators have fast kernels for causal attention without a mask. Queries are put where their keys are, and slots
-  without a query are computed in vain. A sliding window needs a mask there, too.
+* On a CPU, a few hundred queries at a time attend with a mask, to the keys up to the last of them: the time grows with
+  the number of queries.
+* Accelerators have fast kernels for causal attention without a mask. Queries are placed at their keys, and slots
+  without a query are wasted. A sliding window needs a mask there, too.
 
 Letters in shapes: N rows (a flattened batch), n rows that a step runs, D width of a head; G documents of a group, with
 Q slots for queries and L for keys.
@@ -37,7 +37,7 @@ from specforge.models.draft_attention import DraftAttention
 from specforge.models.draft_rows import DraftRows
 from specforge.moving import moved
 
-# On a CPU: small enough that few keys are looked at in vain, large enough that each product is a large one.
+# On a CPU: small enough that few masked keys are computed, large enough for efficient matrix products.
 QUERIES_PER_MASK = 256
 
 KeysAndValues = tuple[Tensor, Tensor]
@@ -47,7 +47,7 @@ class TrainingTimeTest:
     """Keys and values of the steps so far, by layer.
 
     Args:
-        rows: The rows that are run, in one row [1, n] each step.
+        rows: The rows to run; each step runs its n rows as one row [1, n].
     """
 
     def __init__(self, rows: DraftRows) -> None:
@@ -62,25 +62,25 @@ class TrainingTimeTest:
         self._others: dict[int, KeysAndValues] = {}
 
     def at(self, step: int) -> TrainingTimeStep:
-        """Return the attention of a step, 0 for the first one; all earlier ones have run before it is used."""
+        """Return the attention of a step, counted from 0; use it after all earlier steps have run."""
         return TrainingTimeStep(self, step)
 
     def record_others(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Remember keys and values of the rows after those that step 0 runs in a layer."""
+        """Store keys and values of the rows after those that step 0 runs in a layer."""
         self._others[layer] = key, value
 
-    def until(
+    def record_step(
         self, step: int, layer: int, key: Tensor, value: Tensor
     ) -> tuple[list[KeysAndValues], list[KeysAndValues]]:
-        """Remember a layer's keys and values of a step, and return those of steps 0 .. step.
+        """Store a layer's keys and values of a step, and return those of steps 0 .. step.
 
         Returns:
-            Of step 0, for each group of documents: those of all rows, behind the selectors of steps 1 .. step. Then of
-            each later step: those of the n rows that this one runs, [1, key-value heads, n, D].
+            First, for each group of documents, step 0's keys and values of all rows, after the selectors of steps
+            1 .. step. Then, for each later step, those of the n rows that this step runs, [1, key-value heads, n, D].
         """
-        # Where activations are recomputed, a step runs again when later ones have run already.
+        # With recomputed activations, a step runs again after later ones.
         if step == 0:
-            first, later = self._behind_selectors(layer, key, value), []
+            first, later = self._with_selectors(layer, key, value), []
             self._first.setdefault(layer, first)
         else:
             first, known = self._first[layer], self._later.setdefault(layer, [])
@@ -91,7 +91,7 @@ class TrainingTimeTest:
         to_come = self.later_steps - step
         return [(keys[:, :, to_come:], values[:, :, to_come:]) for keys, values in first], later
 
-    def _behind_selectors(self, layer: int, key: Tensor, value: Tensor) -> list[KeysAndValues]:
+    def _with_selectors(self, layer: int, key: Tensor, value: Tensor) -> list[KeysAndValues]:
         """Gather the keys and values of all rows by group, with every selector in front of them."""
         if layer in self._others:
             other_keys, other_values = self._others[layer]
@@ -131,7 +131,7 @@ class TrainingTimeStep:
 
         Arguments and result are those of ``DraftAttention.attend``; the window counts positions, as in decoding.
         """
-        first, later = self.test.until(self.step, layer, key, value)
+        first, later = self.test.record_step(self.step, layer, key, value)
         width, groups = query.shape[3], key.shape[1]
         carrying = _carry(_own_logits(query, [own_key for own_key, _ in later]), query, self.test.later_steps)
         queries = self.test.queries[query.shape[2]]
@@ -150,8 +150,8 @@ class TrainingTimeStep:
 
 
 @dataclass(frozen=True)
-class _KeysOnly:
-    """Remembers keys and values in the place of attending."""
+class _RecordKeysOnly:
+    """Stores keys and values instead of attending."""
 
     test: TrainingTimeTest
 
@@ -164,23 +164,23 @@ class _KeysOnly:
 
 
 def record_keys(module: nn.Module, states: Tensor, attention: DraftAttention, **options: Any) -> None:
-    """Give a layer the keys and values of rows that it does not run, before it runs the rows in front of them.
+    """Compute a layer's keys and values of rows that it does not run, before it runs the rows before them.
 
-    The attention module is the family's own, so its output projection runs as well, on zeros and without a gradient.
+    The attention module is the family's own, so its output projection also runs, on zeros and without a gradient.
 
     Args:
         module: The layer's attention module.
-        states: What it reads of these rows, [1, N - n, H].
-        attention: What the rows in front see: step 0 of training.
-        **options: What the layer passes to the module besides, of these rows.
+        states: The module's input for these rows, [1, N - n, H].
+        attention: Attention of the rows before them; must be step 0.
+        **options: Further arguments that the layer passes to the module, for these rows.
     """
     assert isinstance(attention, TrainingTimeStep) and attention.step == 0
-    module(states, attention_mask=None, draft_attention=_KeysOnly(attention.test), **options)
+    module(states, attention_mask=None, draft_attention=_RecordKeysOnly(attention.test), **options)
 
 
 def _own_logits(query: Tensor, keys: list[Tensor]) -> list[Tensor]:
-    """Multiply queries [1, heads, n, D] with own keys [1, key-value heads, n, D] of some steps, to [1, heads, n]."""
-    # In short types, the logits of the row's own keys must not be rounded before the softmax sees them.
+    """Multiply queries [1, heads, n, D] with each step's own keys [1, key-value heads, n, D], to [1, heads, n]."""
+    # With short dtypes, the logits of the row's own keys must not be rounded before the softmax.
     wide = query.to(torch.promote_types(query.dtype, torch.float32))
     return [(wide.unflatten(1, (key.shape[1], -1)) * key[:, :, None]).sum(-1).flatten(1, 2) for key in keys]
 
@@ -190,15 +190,15 @@ def _is_short(dtype: torch.dtype) -> bool:
 
 
 def _extra_features(number: int, dtype: torch.dtype) -> int:
-    """Return how many features queries, keys and values get for so many selectors."""
+    """Return the number of extra features of queries, keys and values for ``number`` selectors."""
     # Fused kernels want head sizes in multiples of 8.
     return -(-number * (1 + _is_short(dtype)) // 8) * 8
 
 
 def _carry(logits: list[Tensor], query: Tensor, number: int) -> Tensor:
-    """Append one logit a later step to queries [..., D], as features for so many selectors.
+    """Append one logit per later step to queries [..., D], as features for ``number`` selectors.
 
-    In short types, as many features more carry the rounding rest.
+    With short dtypes, as many further features carry the rounding remainders.
     """
     if not logits:
         return query
@@ -230,9 +230,9 @@ def _selector_attention(
     """Causal attention of some tokens of each document, with n selectors in front of the keys.
 
     Args:
-        query: With extra features where there are selectors, [G, heads, Q, D or D + extra].
-        key: [G, key-value heads, n + L, D + extra].
-        value: [G, key-value heads, n + L, D + extra].
+        query: Queries, with extra features if there are selectors, [G, heads, Q, D or D + extra].
+        key: Keys, [G, key-value heads, n + L, D + extra].
+        value: Values, [G, key-value heads, n + L, D + extra].
         positions: See ``Queries``.
         reach: See ``Queries``.
         steps: Number n of selectors.
@@ -240,7 +240,7 @@ def _selector_attention(
         window: Sliding window over positions, or None.
 
     Returns:
-        Of the width of the query: attended step-0 values, then the weights of the n later steps.
+        Attended step-0 values, then the weights of the n later steps, together as wide as the query.
     """
     key, value = key[..., : query.shape[3]], value[..., : query.shape[3]]
     slides = window is not None and window < key.shape[2]
@@ -261,7 +261,7 @@ def _in_blocks(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Attend some queries at a time, by masks over the keys up to the last of them: nothing is square."""
+    """Attend in blocks of queries, with masks over the keys up to the block's last query, to avoid square masks."""
     if not positions.numel():
         return query
     outputs = []
@@ -275,17 +275,17 @@ def _in_blocks(
 
 
 def _at_all_keys(query: Tensor, key: Tensor, value: Tensor, steps: int, scale: float) -> Tensor:
-    """Attend without a mask, with a query at each key; those at the selectors are zero and left out again."""
+    """Attend without a mask, with a query at each key; the queries at the selectors are zero and dropped."""
     every = F.pad(query, (0, 0, steps, 0))
     attended = F.scaled_dot_product_attention(every, key, value, is_causal=True, scale=scale, enable_gqa=True)
     return attended[:, :, steps:]
 
 
 def _visible(positions: Tensor, length: int, steps: int, window: int | None) -> Tensor:
-    """Return what queries see of n selectors and L step-0 keys, bool [G, 1, Q, n + L].
+    """Return which of n selectors and L step-0 keys the queries see, bool [G, 1, Q, n + L].
 
-    At step n, row t stands n positions behind its token: with a sliding window it sees step-0 keys after
-    t + n - window and, of its own later keys, the last ``window``.
+    At step n, row t is n positions after its token: with a sliding window it sees step-0 keys after t + n - window and
+    the last ``window`` of its own later keys.
     """
     rows = positions[:, None, :, None]
     keys = torch.arange(-steps, length, device=positions.device)

@@ -1,4 +1,4 @@
-"""Training-time test (EAGLE-3) and HASS: each step of a chain reads the features that the one before predicted."""
+"""Training-time test (EAGLE-3) and HASS: each step of a chain reads the features that the previous step predicted."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def run_chain(
 ) -> Tensor:
     """Run the steps of a chain at the rows that are needed, fed with the true tokens.
 
-    In the rows of ``specforge.models.chain.alignment``: row t at step k reads token x_{t+1+k}, beside what the verifier
-    has of token t (step 0) or its own state of step k - 1.
+    Rows are those of ``specforge.models.chain.alignment``: row t at step k reads token x_{t+1+k}, and the verifier's
+    feature of token t (step 0) or its own state of step k - 1.
 
     Args:
         network: The draft network.
         input_ids: The verifier's tokens x, [B, T].
-        feature: What the first step reads of the verifier, [B, T, H].
+        feature: The verifier's feature for the first step, [B, T, H].
         position_ids: Positions that restart at 0 with each document, [B, T].
         rows: The rows that each step runs.
         first_position: Position of row 0 at step 0, as in drafting.
-        detached: No gradient flows through what is fed back.
+        detached: Whether to stop gradients through the states that are fed back.
 
     Returns:
-        The network's states, one step behind the other, [P, H] for P pairs of row and step (see ``DraftRows.places``).
+        The network's states, concatenated step by step, [P, H] for P pairs of row and step (see ``DraftRows.places``).
     """
     attention = TrainingTimeTest(rows)
     tokens = step_tokens(input_ids, len(rows.counts)).flatten(1)[:, None, rows.order]
@@ -43,7 +43,7 @@ def run_chain(
     read = feature.flatten(0, 1)[None, rows.order]
     states = []
     for step, count in enumerate(rows.counts):
-        # All rows are read at step 0, to be attended to.
+        # Step 0 reads all rows, because they are attended to.
         read = read if step == 0 else read[:, :count]
         own = slice(read.shape[1])
         states.append(network.advance(tokens[step, :, own], read, positions[:, own] + step, attention.at(step), count))

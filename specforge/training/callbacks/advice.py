@@ -1,4 +1,4 @@
-"""Advice that a run prints about a wasteful recipe: one line each, with what to change."""
+"""Advice that a run prints about a wasteful recipe: one line each, with the setting to change."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from specforge.training.module import DraftModule
 from specforge.training.saying import say
 from specforge.training.schedules import ScheduleSettings
 
-# Acceptance lengths that differ by less than this share are taken for equal.
+# Acceptance lengths that differ by less than this share count as equal.
 NOISE = 0.01
-# Validations without a rise before it is said, and the share by which the training loss has to fall meanwhile.
+# Validations without a rise before the advice, and the share by which the training loss must have fallen meanwhile.
 PATIENCE = 2
 LEAST_FALL = 0.05
-# Of that fall, the share that the validation loss may follow by where rows are learnt by heart.
+# The share of that fall by which the validation loss may fall, too, if rows are memorised.
 FOLLOWING = 0.25
-# Share of the peak at the end of a run from which a learning rate is called high.
+# A learning rate at the end of a run is called high from this share of the peak.
 HIGH_RATE = 0.25
-# Share of the acceptance length that a draft vocabulary may cost, and the coverage that is proposed instead.
+# Share of the acceptance length that a draft vocabulary may cost, and the coverage to recommend instead.
 LEAST_COST = 0.05
 GOOD_COVERAGE = 0.99
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What a validation found, and how training went since the one before it.
+    """Results of a validation, and of training since the previous one.
 
     Attributes:
         step: Optimizer steps until then.
-        acceptance_length: Tokens a verifier forward pass, by replay.
+        acceptance_length: Tokens per verifier forward pass, by replay.
         loss: Mean loss of the validation rows.
-        train_loss: Mean loss of the training batches since the validation before.
-        train_error: Standard error of that mean; infinite where it is not known.
+        train_loss: Mean loss of the training batches since the previous validation.
+        train_error: Standard error of that mean; infinite if it is not known.
     """
 
     step: int
@@ -54,11 +54,11 @@ class Validation:
 
 
 def overfitting(validations: Sequence[Validation], is_first_epoch: bool) -> str | None:
-    """Return what to do where the training loss falls and acceptance length does not rise; None where all is well.
+    """Return advice if the training loss falls and acceptance length does not rise, else None.
 
-    Acceptance length counts as risen where it did so by more than 1 %. The training loss has to have fallen beyond its
-    noise and by at least 5 %, and the validation loss by less than a quarter of that share: at the start of a run
-    acceptance length may wait for losses that both fall.
+    Acceptance length counts as risen if it rose by more than 1 %. The training loss must have fallen by more than its
+    noise and at least 5 %, and the validation loss by less than a quarter of that: at the start of a run both losses
+    may fall before acceptance length rises.
 
     Args:
         validations: All of the run so far, in order.
@@ -78,10 +78,10 @@ def overfitting(validations: Sequence[Validation], is_first_epoch: bool) -> str 
     ):
         return None
     if is_first_epoch:
-        why = "no row was trained on twice, so the validation rows must be unlike the training rows"
-        what = "train on rows of the kind that the draft is validated on and will serve"
+        why = "no row was trained on twice, so the validation rows must differ in kind from the training rows"
+        what = "train on rows like those that the draft is validated on and will serve"
     else:
-        why = "the draft learns its training rows by heart"
+        why = "the draft memorises its training rows"
         what = "train on more rows, for fewer epochs (trainer.max_epochs), or raise model.optimizer.weight_decay"
     return (
         f"acceptance length has not risen by more than {NOISE:.0%} since step {since.step:,}, while the training loss "
@@ -91,38 +91,38 @@ def overfitting(validations: Sequence[Validation], is_first_epoch: bool) -> str 
 
 
 def high_rate(share: float, step: int, steps: int, schedule: ScheduleSettings) -> str | None:
-    """Return what to do where the learning rate was high when the run ended; None below a quarter of the peak.
+    """Return advice if the learning rate was high when the run ended; None below a quarter of the peak.
 
     Args:
-        share: Learning rate that the schedule has for the next step, as a share of the peak.
+        share: The schedule's learning rate for the next step, as a share of the peak.
         step: Optimizer steps that were trained.
         steps: Optimizer steps that the schedule spans.
-        schedule: What it was set to.
+        schedule: Settings of the schedule.
     """
     if schedule.warmup >= step > 0 and schedule.warmup >= 1:
         return (
             f"the run ended at step {step:,}, in its warmup of {schedule.warmup:,.0f} steps; set model.schedule.warmup "
-            "to fewer, or to a share of the run such as 0.03"
+            "to fewer steps, or to a share of the run such as 0.03"
         )
     if share < HIGH_RATE or not step:
         return None
     if step < steps and schedule.name != "constant":
         when = f"when the run ended, at step {step:,} of the {steps:,} that its schedule spans"
-        what = f"set trainer.max_steps {step}, and the schedule ends with the run"
+        what = f"set trainer.max_steps {step} so that the schedule ends with the run"
     else:
         when, what = "at the end of the run", "set model.schedule.name cosine or linear, with final_ratio 0"
     return (
-        f"the learning rate was at {share:.0%} of its peak {when}. One that falls to zero leaves a better draft in the "
+        f"the learning rate was at {share:.0%} of its peak {when}. Decay to zero gives a better draft in the "
         f"same time; {what}"
     )
 
 
 def small_vocabulary(rates: Sequence[float], coverage: float, size: int, larger: int | None) -> str | None:
-    """Return what to do where the draft vocabulary costs acceptance length; None where it costs less than 5 %.
+    """Return advice if the draft vocabulary costs acceptance length; None if it costs less than 5 %.
 
-    A text's token is in the draft vocabulary with the probability c, its coverage. So a chain of K tokens cannot exceed
-    the acceptance length 1 + c + c^2 + ... + c^K, and the share of the rounds that accept at least k would be at most
-    c^-k times what it is if every token were in it.
+    A token of the text is in the draft vocabulary with probability c, its coverage. So a chain of K tokens cannot
+    exceed the acceptance length 1 + c + c^2 + ... + c^K. With the whole vocabulary, the share of the rounds that accept
+    at least k tokens would be at most c^-k times as large.
 
     Args:
         rates: Share of the rounds that accept at least k = 1 .. K tokens.
@@ -143,16 +143,16 @@ def small_vocabulary(rates: Sequence[float], coverage: float, size: int, larger:
 
 
 class Advice(Callback):
-    """Says what a recipe wastes, at the validation where it shows; of the learning rate, when the run has ended.
+    """Prints advice about a wasteful recipe: at the validation that shows it, or at the end about the learning rate.
 
-    A run that is resumed knows what was found and said before: what a validation shows is said once, the learning rate
-    at each end.
+    Earlier validations and advice are stored in checkpoints, so that a resumed run does not repeat itself. Advice about
+    the learning rate is printed at each end.
     """
 
     def __init__(self) -> None:
         self._validations: list[Validation] = []
-        self._said: list[str] = []
-        # Number, sum and sum of squares of the losses since the last validation; the first process's stand for all.
+        self._printed: list[str] = []
+        # Number, sum and sum of squares of the first process's losses since the last validation.
         self._losses = torch.zeros(3)
 
     def on_train_batch_end(
@@ -164,22 +164,22 @@ class Advice(Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the validations so far."""
+        """Evaluate the validations so far."""
         module, metrics = cast(DraftModule, pl_module), trainer.callback_metrics
         if not is_fitting(trainer) or module.monitor not in metrics:
             return
         figures = float(metrics[module.monitor]), float(metrics["val/loss"])
         self._validations.append(Validation(trainer.global_step, *figures, *mean_and_error(self._losses)))
         self._losses = torch.zeros(3)
-        self._say_once("overfitting", overfitting(self._validations, trainer.current_epoch == 0))
+        self._print_once("overfitting", overfitting(self._validations, trainer.current_epoch == 0))
         draft_ids, rates = module.draft.draft_ids, accept_rates(trainer, module, "pos")
         if draft_ids is not None:
-            self._say_once("vocabulary", _of_vocabulary(draft_ids.cpu(), rates, data_of(trainer)))
+            self._print_once("vocabulary", _of_vocabulary(draft_ids.cpu(), rates, data_of(trainer)))
 
     @rank_zero_only
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look at where the learning rate has come to."""
-        # Not on_train_end: the progress bar would be drawn once more below the line.
+        """Evaluate the final learning rate."""
+        # Not on_train_end: the progress bar would be drawn again below the line.
         if stage != FIT:
             return
         module = cast(DraftModule, pl_module)
@@ -188,22 +188,22 @@ class Advice(Callback):
             say(f"\nadvice: {line}.")
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep with the checkpoint what was found and said."""
+        """Return validations and printed advice, for the checkpoint."""
         return {
             "validations": [astuple(one) for one in self._validations],
-            "said": self._said,
+            "said": self._printed,
             "losses": self._losses.tolist(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with what was found and said before."""
+        """Restore validations and printed advice."""
         self._validations = [Validation(*one) for one in state_dict["validations"]]
-        self._said = list(state_dict["said"])
+        self._printed = list(state_dict["said"])
         self._losses = torch.tensor(state_dict["losses"])
 
-    def _say_once(self, subject: str, line: str | None) -> None:
-        if line is not None and subject not in self._said:
-            self._said.append(subject)
+    def _print_once(self, subject: str, line: str | None) -> None:
+        if line is not None and subject not in self._printed:
+            self._printed.append(subject)
             say(f"advice: {line}.")
 
 
@@ -221,7 +221,7 @@ def mean_and_error(sums: Tensor) -> tuple[float, float]:
 
 
 def _fall(before: float, now: float) -> float:
-    """Return by which share of what it was a loss has fallen."""
+    """Return the relative decrease of a loss."""
     return (before - now) / abs(before) if before else 0.0
 
 

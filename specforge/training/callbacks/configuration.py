@@ -1,4 +1,4 @@
-"""The configuration of a run: stored with the runs of the command, and asked for by the callbacks of any run."""
+"""The configuration of a run: stored by the command's runs, and used by the callbacks of any run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from specforge.training.runs import CONFIG
 
 
 class RunConfig(SaveConfigCallback):
-    """Stores the resolved configuration with the run, as a file that repeats it, and as text for TensorBoard.
+    """Stores the resolved configuration with the run: as a file to repeat it, and as text for TensorBoard.
 
     Args:
         parser: The parser of the command line.
-        config: What it has parsed.
+        config: The parsed configuration.
         arguments: The words after ``specforge fit``.
         folder: Folder of the run.
     """
@@ -38,7 +38,7 @@ class RunConfig(SaveConfigCallback):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The configuration in plain values."""
+        """The configuration as plain values."""
         settings: dict[str, Any] = yaml.safe_load(self._text)
         return settings
 
@@ -50,7 +50,7 @@ class RunConfig(SaveConfigCallback):
             writer.add_text("configuration", f"```yaml\n{self._text}\n```")
 
     def command(self, subcommand: str, checkpoint: str) -> str:
-        """Return the command line that resumes the run from a checkpoint, or measures it."""
+        """Return the command line that resumes the run from a checkpoint or evaluates it."""
         words = [word for word in self.arguments if not word.startswith("--ckpt_path=")]
         if "--ckpt_path" in words:
             index = words.index("--ckpt_path")
@@ -59,11 +59,11 @@ class RunConfig(SaveConfigCallback):
 
 
 def settings_of_run(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    """Return the settings of a run in plain values, by their keys in a configuration.
+    """Return the settings of a run as plain values, by their keys in a configuration.
 
     Args:
-        trainer: Its trainer.
-        module: Its module; without the command, what module and data were created with are the settings.
+        trainer: The run's trainer.
+        module: The run's module; without the command, the settings are the arguments of module and data.
     """
     for config in callbacks_of(trainer, RunConfig):
         return config.settings
@@ -88,11 +88,11 @@ def settings_of_run(trainer: Trainer, module: LightningModule) -> dict[str, Any]
 
 
 def next_call(trainer: Trainer, method: Literal["fit", "validate"], checkpoint: Path) -> str:
-    """Return what resumes a run from a checkpoint or measures it: a command, or a call of the trainer in Python.
+    """Return a command, or a Python call of the trainer, that resumes a run from a checkpoint or evaluates it.
 
     Args:
         trainer: The trainer of the run.
-        method: What to do.
+        method: The trainer's method to call.
         checkpoint: One of the run's checkpoints.
     """
     for config in callbacks_of(trainer, RunConfig):

@@ -1,4 +1,4 @@
-"""The draft that a run leaves behind."""
+"""The draft that a run writes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from specforge.training.saying import say
 
 
 class DraftWriter(Callback):
-    """Writes the best draft to ``draft/`` when training ends, and prints where it is and what to type next."""
+    """Writes the best draft to ``draft/`` when training ends, and prints its folder and the next commands."""
 
     @rank_zero_only
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the draft of the best validation; the last one where there was no validation."""
-        # Not on_fit_end: the progress bar would be drawn once more below the closing lines.
+        """Write the draft of the best validation, or the last draft if there was no validation."""
+        # Not on_fit_end: the progress bar would be drawn again below the closing lines.
         if stage != FIT:
             return
         module = cast(DraftModule, pl_module)

@@ -1,4 +1,4 @@
-"""The callbacks of a training run: what they are by default, which can be left out, and where they come from."""
+"""The callbacks of a training run, for the command and for a plain Trainer."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from specforge.training.callbacks.speed import Throughput
 
 @dataclass
 class RunCallbacks:
-    """The callbacks of a training run that is stored, in their order; None leaves one out.
+    """The callbacks of a stored training run, in order; None leaves one out.
 
     Args:
-        progress_bar: Shows the progress of any run; trainer.enable_progress_bar turns it off as well.
-        summary: Prints what is trained on what, and a line after each validation.
-        advice: Prints what a recipe wastes.
+        progress_bar: Shows the progress of any run; trainer.enable_progress_bar turns it off, too.
+        summary: Prints a summary of draft and data, and a line after each validation.
+        advice: Prints advice about a wasteful recipe.
         charts: Arranges the curves of TensorBoard's Custom Scalars.
         acceptance_figure: Draws acceptance by position after each validation.
         samples: Shows texts of the validation rows with the accepted tokens marked.
-        throughput: Logs tokens a second, the share of time that training waits for data, and memory.
-        random_state: Stores and restores the state of random numbers.
-        batch_numbers: Counts batches anew where a run is resumed with another batch size or number of processes.
+        throughput: Logs tokens per second, the share of time that training waits for data, and memory.
+        random_state: Stores and restores the state of random number generators.
+        batch_numbers: Recounts batches if a run is resumed with another batch size or number of processes.
         best_checkpoint: Saves the state of the best validation.
         last_checkpoint: Saves the last state, every save_every_n_steps, after each epoch and on a signal.
         draft_writer: Writes the best draft at the end.
         hyperparameters: Writes the settings and results by which TensorBoard compares runs.
-        resumed_settings: Prints which settings a resumed run changes, and has optimizer and schedule follow them.
+        resumed_settings: Prints which settings a resumed run changes, and applies them to optimizer and schedule.
     """
 
     progress_bar: ProgressBar | None = field(default_factory=ProgressBar)
@@ -47,7 +47,7 @@ class RunCallbacks:
     charts: ScalarCharts | None = field(default_factory=ScalarCharts)
     acceptance_figure: AcceptanceFigure | None = field(default_factory=AcceptanceFigure)
     samples: SampleTexts | None = field(default_factory=SampleTexts)
-    # After those above, whose time at a validation it leaves out.
+    # After the callbacks above, so that it excludes their time at a validation.
     throughput: Throughput | None = field(default_factory=Throughput)
     random_state: RandomState | None = field(default_factory=RandomState)
     batch_numbers: BatchNumbers | None = field(default_factory=BatchNumbers)
@@ -58,27 +58,27 @@ class RunCallbacks:
     resumed_settings: ResumedSettings | None = field(default_factory=ResumedSettings)
 
     def present(self, *names: str) -> list[Callback]:
-        """Return those that are not left out, in order.
+        """Return the callbacks that are not left out, in order.
 
         Args:
-            *names: Which of them; all by default.
+            *names: Names of the callbacks to return; all by default.
         """
         found = (getattr(self, one.name) for one in fields(self) if not names or one.name in names)
         return [one for one in found if one is not None]
 
     @classmethod
     def defaults(cls) -> dict[str, dict[str, Any]]:
-        """Return the class of each by name, as a configuration gives it."""
+        """Return the class of each callback by name, in the form of a configuration."""
         classes: dict[str, Any] = {one.name: one.default_factory for one in fields(cls)}
         return {name: {"class_path": f"{one.__module__}.{one.__qualname__}"} for name, one in classes.items()}
 
     @classmethod
     def missing_in(cls, trainer: Trainer) -> list[Callback]:
-        """Return what a trainer is to be given to train a draft as the command does.
+        """Return the callbacks that a trainer lacks to train a draft like the command.
 
-        Those whose class the trainer has already are left out, and so are all of them where it has a
-        ``BestCheckpoint``, which means that it was given a run's callbacks, and where nothing is stored
-        (``enable_checkpointing=False``, ``fast_dev_run``).
+        Callbacks whose class the trainer already has are left out. Nothing is returned if it has a ``BestCheckpoint``,
+        which means that it was given a run's callbacks, or if nothing is stored (``enable_checkpointing=False``,
+        ``fast_dev_run``).
         """
         stores = trainer.checkpoint_callbacks and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if not is_fitting(trainer) or not stores or callbacks_of(trainer, BestCheckpoint):

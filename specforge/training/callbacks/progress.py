@@ -1,4 +1,4 @@
-"""What a person sees of a run: its progress, and a line for each validation."""
+"""Console output of a run: its progress, and a line for each validation."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class ProgressBar(RichProgressBar):
         super().__init__(leave=True, theme=RichProgressBarTheme(metrics_format=".3f"))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Leave out what is said elsewhere, so that a line holds the rest: the run's number, and each validation."""
+        """Omit the run's number and validation metrics, which are printed elsewhere, so that the rest fits a line."""
         metrics = super().get_metrics(trainer, pl_module)
         return {name: value for name, value in metrics.items() if name != "v_num" and not name.startswith("val/")}
 
 
 class Summary(Callback):
-    """Prints at the start what is trained on what and for how long, and after each validation how far it has come."""
+    """Prints draft, data and length at the start, and the results after each validation."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the length of the run, which may be refused, before a verifier is loaded."""
+        """Determine the length of the run, which may be refused, before a verifier is loaded."""
         if stage == FIT:
             _ = cast(DraftModule, pl_module).length
 
@@ -49,7 +49,7 @@ class Summary(Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print one line a validation, so that a log file shows how the draft learns."""
+        """Print one line per validation, so that a log file shows how the draft learns."""
         metrics = trainer.callback_metrics
         module = cast(DraftModule, pl_module)
         if not is_fitting(trainer) or module.monitor not in metrics:

@@ -1,4 +1,4 @@
-"""What a run that goes on needs beyond what Lightning restores."""
+"""State of a resumed run that Lightning does not restore."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from specforge.data.module import data_of
 from specforge.training.callbacks.configuration import settings_of_run
 from specforge.training.saying import say
 
-_UNSAID = ("output_dir", "run_name", "ckpt_path", "callbacks.")  # where things are, and how they are shown
+_NOT_COMPARED = ("output_dir", "run_name", "ckpt_path", "callbacks.")  # locations and display
 
 
 class RandomState(Callback):
-    """Keeps the state of torch's random numbers, of each process and its device, with the checkpoints.
+    """Stores the states of torch's random number generators, of each process and its device, in checkpoints.
 
-    Data, noise and text that the core and its plugins draw follow from seeds and positions alone; this is for layers
-    that draw by themselves, such as dropout.
+    Random data, noise and text of the core and its plugins depend only on seeds and positions; this is for layers with
+    their own random numbers, such as dropout.
     """
 
     def __init__(self) -> None:
@@ -40,12 +40,12 @@ class RandomState(Callback):
         checkpoint["random_states"] = states
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Find this process's; one more than there were goes on from the run's seed."""
+        """Read this process's state; an additional process starts from the run's seed."""
         states = checkpoint["random_states"]
         self._resumed = states[trainer.global_rank] if trainer.global_rank < len(states) else {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore it, after everything that was built at random."""
+        """Restore the state, after everything that is initialised at random."""
         if "cpu" in self._resumed:
             torch.set_rng_state(self._resumed["cpu"])
         if "cuda" in self._resumed and trainer.strategy.root_device.type == "cuda":
@@ -54,13 +54,13 @@ class RandomState(Callback):
 
 
 class BatchNumbers(Callback):
-    """Counts on in other batches where a run goes on with another number of processes, or another batch size."""
+    """Recounts batches if a run is resumed with another number of processes or another batch size."""
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Rewrite how many batches have been trained on, before Lightning reads it.
+        """Rewrite the number of trained batches before Lightning reads it.
 
         Raises:
-            UsageError: The checkpoint stands where no batch begins.
+            UsageError: The checkpoint's position is inside a batch.
         """
         loops = checkpoint["loops"]["fit_loop"]
         loader = data_of(trainer).train_dataloader()
@@ -73,10 +73,10 @@ class BatchNumbers(Callback):
 
 
 class ResumedSettings(Callback):
-    """Stores the run's settings in its checkpoints; a resumed run says which it changes, and follows its own.
+    """Stores the run's settings in its checkpoints; a resumed run prints which it changes, and applies them.
 
-    Lightning restores the numbers of optimizer and schedule along with their states, so that a changed learning rate
-    would have no effect.
+    Lightning restores the hyperparameters of optimizer and schedule with their states, so a changed learning rate would
+    have no effect.
     """
 
     def __init__(self) -> None:
@@ -89,12 +89,12 @@ class ResumedSettings(Callback):
         checkpoint["settings"] = self._settings
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Find those of the run until now; an earlier version, or a run without this callback, stored none."""
+        """Read the settings so far; an earlier version, or a run without this callback, stored none."""
         self._is_resumed = True
         self._stored = checkpoint.get("settings")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what differs, and give optimizer and schedule their settings of now."""
+        """Print the differences, and apply the current settings to optimizer and schedule."""
         self._settings = dict(flatten(settings_of_run(trainer, pl_module)))
         self._settings["tokenizer"] = data_of(trainer).tokenizer_digest  # and chat template
         if not self._is_resumed:
@@ -107,7 +107,7 @@ class ResumedSettings(Callback):
         now = trainer.optimizers[0].param_groups[0]["lr"]
         if not math.isclose(before, now, rel_tol=1e-6):
             say(
-                f"the learning rate continues at {now:.3g} instead of {before:.3g}, as the schedule set now has it "
+                f"the learning rate continues at {now:.3g} instead of {before:.3g}, following the current schedule "
                 f"at step {trainer.global_step:,}; to keep a rate, set it as model.optimizer.lr, with "
                 "model.schedule.name constant"
             )
@@ -117,12 +117,12 @@ class ResumedSettings(Callback):
         return [
             f"{name} {before.get(name)} -> {now.get(name)}"
             for name in sorted(now.keys() | before.keys())
-            if not name.startswith(_UNSAID) and before.get(name) != now.get(name)
+            if not name.startswith(_NOT_COMPARED) and before.get(name) != now.get(name)
         ]
 
 
 def _follow_settings(trainer: Trainer, module: LightningModule) -> None:
-    """Give optimizer and schedule what a new run would give them; their states stay as they are."""
+    """Give optimizer and schedule the settings of a new run; their states are unchanged."""
     fresh = cast(dict[str, Any], module.configure_optimizers())
     groups, schedule = trainer.optimizers[0].param_groups, trainer.lr_scheduler_configs[0].scheduler
     for group, own in zip(groups, fresh["optimizer"].param_groups, strict=True):
@@ -135,6 +135,6 @@ def _follow_settings(trainer: Trainer, module: LightningModule) -> None:
 
 
 def _shift(progress: dict[str, int], by: int) -> None:
-    # Lightning tells from the differences between these counts where in a step it was.
+    # Lightning infers its position inside a step from the differences between these counts.
     for name in progress:
         progress[name] += by

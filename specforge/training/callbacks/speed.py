@@ -1,4 +1,4 @@
-"""What a run takes: its speed, how long it waits for data, and its memory."""
+"""A run's speed, its time spent waiting for data, and its memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from specforge.training.totals import total
 
 
 class Throughput(Callback):
-    """Logs what training takes, the time of validation left out, at the trainer's interval.
+    """Logs speed and memory of training, excluding validation, at the trainer's interval.
 
     ``tokens_per_second`` counts tokens of documents in all processes, without padding. ``idle_share`` is the share of
     the time in which a process waits for the next batch, ``peak_memory_gb`` the most memory since the start (see
@@ -35,14 +35,14 @@ class Throughput(Callback):
         self._restart(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the time of validation out."""
+        """Exclude the time of validation."""
         if is_fitting(trainer):
             self._restart(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Mapping[str, Tensor], batch_idx: int
     ) -> None:
-        """Count, and log at the trainer's interval."""
+        """Count the batch, and log at the trainer's interval."""
         self._tokens = self._tokens + (batch["document_ids"] >= 0).sum()
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (batch_idx + 1) % every == 0:
@@ -72,12 +72,12 @@ def _loader(trainer: Trainer) -> ResumableLoader:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes so far that tensors took on a CUDA device, or else that the process held in memory.
+    """Return the peak memory in bytes: of tensors on a CUDA device, otherwise of the process.
 
     Args:
-        device: Where the run computes.
+        device: Device of the run.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024  # there in bytes, elsewhere in kibibytes
+    return resident if sys.platform == "darwin" else resident * 1024  # bytes on macOS, kibibytes elsewhere

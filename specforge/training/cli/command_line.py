@@ -32,8 +32,7 @@ from specforge.training.runs import CHECKPOINTS, check_name, resolve_checkpoint
 from specforge.training.strategies import FSDP2, FSDP2Strategy
 from specforge.verifier.loading import VerifierType
 
-# What a run needs to be set otherwise than Lightning does by itself. Weights that are gathered in inference mode could
-# not be trained on, where they are sharded.
+# Changes of Lightning's defaults. Under FSDP2, parameters unsharded in inference mode cannot be trained afterwards.
 TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
@@ -44,10 +43,10 @@ StrategyRegistry.register(FSDP2, FSDP2Strategy, description="Shards the draft ov
 
 
 class TrainingCLI(LightningCLI):
-    """Parses the configuration, builds trainer, module and data, and leaves running to the command.
+    """Parses the configuration and builds trainer, module and data; the command then calls ``run``.
 
     Args:
-        algorithm: Whose classes to build.
+        algorithm: The algorithm whose classes are built.
         arguments: The words after the subcommand.
         subcommand: ``"fit"``, ``"validate"`` or ``"test"``.
 
@@ -79,22 +78,22 @@ class TrainingCLI(LightningCLI):
         )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what belongs to the whole run, before trainer, model and data."""
+        """Add the keys of the whole run, before trainer, model and data."""
         parser.add_argument("--algorithm", type=str, default=self.algorithm.name, help="Which algorithm to train.")
         parser.add_argument("--verifier", type=str, required=True, help="Folder or hub id of the verifier.")
         parser.add_argument(
             "--verifier_dtype",
             type=VerifierType,
             default="auto",
-            help="Type of its weights; auto: as stored, but float32 where there is no accelerator.",
+            help="Dtype of its weights; auto: as stored, but float32 without an accelerator.",
         )
         parser.add_argument("--verifier_revision", type=str | None, default=None, help="Its branch, tag or commit.")
-        parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that comes with it.")
+        parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code from its repository.")
         parser.add_argument(
             "--verifier_sharding",
             type=bool,
             default=False,
-            help="Split its layers over all processes, where it does not fit in each.",
+            help="Split its layers over all processes, if it does not fit in each.",
         )
         parser.add_argument(
             "--output_dir",
@@ -109,19 +108,19 @@ class TrainingCLI(LightningCLI):
             help="Name of the run, and of its folder in output_dir instead of version_N.",
         )
         parser.add_argument(
-            "--save_every_n_steps", type=Interval, default=500, help="Optimizer steps between two savings."
+            "--save_every_n_steps", type=Interval, default=500, help="Optimizer steps between two checkpoints."
         )
         parser.add_argument(
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="Checkpoint to go on from or to measure: a file, or last or best of the newest run; auto is last, or "
-            "a new run where there is none, for jobs that are started again by themselves.",
+            help="Checkpoint to resume from or to evaluate: a file, or last or best of the newest run; auto is last, "
+            "or a new run if there is none, for jobs that restart automatically.",
         )
         super().add_core_arguments_to_parser(parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Hand on to module and data what both need to know of the verifier, and add the run's own callbacks."""
+        """Pass the verifier's keys to module and data, and add the run's own callbacks."""
         for name in ("verifier", "verifier_revision", "trust_remote_code"):
             parser.link_arguments(name, f"model.{name}")
             parser.link_arguments(name, f"data.{name}")
@@ -132,11 +131,11 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("save_every_n_steps", "callbacks.last_checkpoint.init_args.every_n_steps", int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, with every check of the configuration that needs no data."""
+        """Parse the configuration and make all checks that need no data."""
         self.config = parse(parser, self.arguments)
 
     def instantiate_classes(self) -> None:
-        """Build module, data and trainer; none of them loads anything yet."""
+        """Build module, data and trainer, without loading anything."""
         try:
             super().instantiate_classes()
         except ValidationError as error:
@@ -148,7 +147,7 @@ class TrainingCLI(LightningCLI):
             raise UsageError(f"trainer: {reason}") from error
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint and the test data before anything is built."""
+        """Find the checkpoint and check for test data before anything is built."""
         wanted = self.config.ckpt_path
         if wanted is None and self.subcommand_name != "fit":
             wanted = "best"
@@ -160,9 +159,9 @@ class TrainingCLI(LightningCLI):
             raise UsageError("data.test is not set; give a source of test rows")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Create the trainer with a TensorBoard logger in the run's folder, unless the configuration says otherwise."""
+        """Create the trainer, by default with a TensorBoard logger in the run's folder."""
         settings, own = self.config_init["trainer"], self.config_init["callbacks"]
-        # A trial run of a few batches, or one to be timed, stores nothing.
+        # A trial run of a few batches, or one for timing, stores nothing.
         stores = self.subcommand_name == "fit" and not settings["fast_dev_run"] and not settings["barebones"]
         if settings["enable_progress_bar"] is False or settings["barebones"]:
             own.progress_bar = None
@@ -181,12 +180,12 @@ class TrainingCLI(LightningCLI):
                 trainer = super().instantiate_trainer(**kwargs)
             except (ValueError, TypeError, RuntimeError, KeyError, OverflowError, MisconfigurationException) as error:
                 raise UsageError(f"trainer: {explain_trainer(error)}") from error
-            check_precision(trainer.precision)  # one of trainer.plugins may have set another than trainer.precision
+            check_precision(trainer.precision)  # trainer.plugins may override trainer.precision
             refused.pop_all()
         return trainer
 
     def _store_run(self, settings: Any, kwargs: dict[str, Any], best: BestCheckpoint) -> None:
-        """Claim the run's folder, and have logs, checkpoints and the configuration written there."""
+        """Claim the run's folder for logs, checkpoints and the configuration."""
         config = self.config
         run = claim(self._claims, Path(config.output_dir), config.run_name, config.ckpt_path, self.checkpoint)
         if settings["logger"] in (None, True):
@@ -195,7 +194,7 @@ class TrainingCLI(LightningCLI):
         self.save_config_kwargs = {"arguments": self.arguments, "folder": run}
 
     def run(self) -> None:
-        """Fit, validate or test; the run's folder is free afterwards."""
+        """Fit, validate or test, then release the run's folder."""
         with self._claims:
             try:
                 self._call_trainer()
@@ -215,10 +214,10 @@ class TrainingCLI(LightningCLI):
             if self.trainer.global_step == 0:
                 is_of_a_path = isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError)
                 kind = UsageError if is_of_a_path else SpecforgeError
-                raise kind(f"the run did not begin: {describe_os_error(error)}") from error
+                raise kind(f"the run did not start: {describe_os_error(error)}") from error
             raise SpecforgeError(
-                f"the run in {self.config.output_dir} stopped: {error}. Checkpoints written before are whole; when "
-                "there is room and leave to write, go on with --ckpt_path last"
+                f"the run in {self.config.output_dir} stopped: {error}. Earlier checkpoints are complete; when "
+                "there is space and permission to write, resume with --ckpt_path last"
             ) from error
         except (RuntimeError, ValueError) as error:
             reason = explain_lost(error)
@@ -231,7 +230,7 @@ class TrainingCLI(LightningCLI):
 
 
 def _as_list(given: Any) -> list[Any]:
-    """Return what a key holds that takes one object or several."""
+    """Return the value of a key for one or several objects as a list."""
     return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
 
 
@@ -239,7 +238,7 @@ def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     """Parse a command line and its configuration files.
 
     Raises:
-        UsageError: One message, which names the key, what is allowed and the nearest right name.
+        UsageError: Names the key, the allowed values and the closest valid name.
     """
     check_files(parser, arguments)
     try:

@@ -1,4 +1,4 @@
-"""Turning the parser's errors into one message: the key, where it stands, what is allowed, the nearest right name."""
+"""Turns the parser's errors into one message: the key, its line, the allowed values, the closest valid name."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from specforge.training.cli.trainer_values import check_trainer
 
 # Keys of the whole run that module and data both get from the top level.
 SHARED = ("verifier", "verifier_dtype", "verifier_revision", "trust_remote_code", "verifier_sharding")
-# What a callback gets from the top level, as files and flags would set it.
+# The key of a callback that is set from the top level, as in files and as flags.
 EVERY = "callbacks.last_checkpoint.init_args.every_n_steps"
 EVERY_FLAGS = (f"--{EVERY}", f"--{EVERY.replace('.init_args', '')}")
 MISSING = object()
 
-# What pydantic adds around the sentence that matters.
+# What pydantic adds around the actual message.
 NOISE = (
     r"^Value error, ",
     r"\d+ validation errors? for .*",
@@ -33,52 +33,52 @@ NOISE = (
 
 
 def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
-    """Rewrite an error of the parser for the person who wrote the configuration.
+    """Rewrite an error of the parser for the author of the configuration.
 
     Args:
-        message: What the parser said.
-        parser: It knows the right names.
+        message: The parser's message.
+        parser: The parser, which has all valid names.
         arguments: The words of the command line.
     """
     unknown = _unknown_key(message)
     if unknown is not None:
-        return f"unknown key {unknown!r}{_place(unknown, arguments)}.{_nearest(unknown, known_keys(parser))}"
+        return f"unknown key {unknown!r}{_where_set(unknown, arguments)}.{_nearest(unknown, known_keys(parser))}"
     match = re.match(r'Parser key "(?P<key>[^"]+)":\s*(?P<reason>.*)', message, re.DOTALL)
     if match:
         reason = _reason(match["reason"])
         if reason.endswith("got 'None'"):
             default = _default_of(match["key"], parser)
             if default is not None:
-                return f"{match['key']}: {_no_null(default)}{_place(match['key'], arguments)}"
+                return f"{match['key']}: {_no_null(default)}{_where_set(match['key'], arguments)}"
             reason = f"is required; give it in the configuration file or as --{match['key']}"
-        return f"{match['key']}: {reason}{_place(match['key'], arguments)}"
+        return f"{match['key']}: {reason}{_where_set(match['key'], arguments)}"
     if match := re.match(r"argument (?P<flag>\S+): expected (at least )?one argument", message):
         return f"{match['flag']} needs a value"
     if match := re.match(r"the following arguments are required: (?P<names>.*)", message):
         names = (_as_typed(name, parser) for name in match["names"].split(", "))
-        return f"required, but not given: {', '.join(names)}{_see(parser)}"
+        return f"required: {', '.join(names)}{_see(parser)}"
     if match := re.match(r"unrecognized arguments: (?P<words>[^-].*)", message, re.IGNORECASE):
-        return f"{match['words']!r} belongs to no option; a value stands behind its own, --KEY VALUE{_see(parser)}"
+        return f"unexpected argument {match['words']!r}; use --KEY VALUE{_see(parser)}"
     return " ".join(message.split())
 
 
 def explain_settings(error: ValidationError, parser: ArgumentParser, arguments: list[str]) -> str:
-    """Name the keys of settings whose values are wrong, or do not go together."""
+    """Name the keys of settings whose values are invalid or conflict."""
     groups = (one.dest for one in _groups(parser) if getattr(one, "basetype", type(None)).__name__ == error.title)
     group = next(groups, error.title)
     lines = []
     for fault in error.errors():
         key = ".".join([group, *(str(part) for part in fault["loc"])])
         value = f", got {fault['input']!r}" if fault["loc"] else ""
-        lines.append(f"{key}: {_reason(fault['msg'])}{value}{_place(key, arguments)}")
+        lines.append(f"{key}: {_reason(fault['msg'])}{value}{_where_set(key, arguments)}")
     return "; ".join(lines)
 
 
 def explain_class(message: str) -> str | None:
-    """Return why the object of a class that is named, such as a logger, cannot be made; None for other errors.
+    """Return why an object of a configured class, such as a logger, cannot be created; None for other errors.
 
     Args:
-        message: What the parser said.
+        message: The parser's message.
     """
     if argument := re.search(
         r"Problem with given class_path '(?:[\w.]*\.)?(\w+)':\s*Parser key \"(\w+)\":\s*([^\n]+)", message
@@ -92,7 +92,7 @@ def explain_class(message: str) -> str | None:
     if unknown := re.search(r"Expected a dot import path string: (\S+)", message):
         return f"{unknown[1]}: there is no such class here; give its full path, such as package.module.{unknown[1]}"
     if other := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", message):
-        return f"{other[1]} is no {other[2]}"
+        return f"{other[1]} is not a subclass of {other[2]}"
     name = re.search(r"class_path='(?:[\w.]*\.)?(\w+)'", message)
     fault = re.search(
         r"Errors:\s*- (?:Problem with given class_path '[^']*':\s*)?(?!Expected )(.*?)\s*(?:\n\s*- |\nGiven value)",
@@ -103,10 +103,10 @@ def explain_class(message: str) -> str | None:
 
 
 def check_files(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Refuse what the parser would let through.
+    """Refuse invalid keys that the parser accepts.
 
     Raises:
-        UsageError: A plain value stands where a group of keys belongs, or a key where a top-level key decides.
+        UsageError: A group of keys has a plain value, or a key is set that a top-level key determines.
     """
     for word in arguments:
         if word.split("=")[0] in EVERY_FLAGS:
@@ -118,39 +118,39 @@ def check_files(parser: ArgumentParser, arguments: list[str]) -> None:
         for key in sorted(set(groups), key=lambda one: one.count(".")):
             value = _value(values, key)
             if value is not MISSING and not isinstance(value, dict):
-                raise UsageError(f"{key}: expected keys and values, got {value!r}{_place(key, arguments)}")
-            # The parser would take the group for one of several classes.
+                raise UsageError(f"{key}: expected keys and values, got {value!r}{_where_set(key, arguments)}")
+            # The parser would read the group as one of several classes.
             for name in ("class_path", "init_args"):
                 if _value(values, f"{key}.{name}") is not MISSING:
                     unknown = f"{key}.{name}"
-                    where = _place(unknown, arguments)
+                    where = _where_set(unknown, arguments)
                     raise UsageError(f"unknown key {unknown!r}{where}.{_nearest(unknown, known_keys(parser))}")
         if _value(values, EVERY) is not MISSING:
-            raise UsageError(f"{EVERY}{_place(EVERY, arguments)}: set save_every_n_steps, at the top level")
+            raise UsageError(f"{EVERY}{_where_set(EVERY, arguments)}: set save_every_n_steps, at the top level")
         for key in decided:
             if _value(values, key) is not MISSING:
                 name = key.rpartition(".")[2]
                 raise UsageError(
-                    f"{key}{_place(key, arguments)}: set {name} at the top level, for model and data alike"
+                    f"{key}{_where_set(key, arguments)}: set {name} at the top level, for both model and data"
                 )
 
 
 def check_values(config: Namespace, parser: ArgumentParser, arguments: list[str]) -> None:
-    """Refuse values that the parser lets through and Lightning would fail on.
+    """Refuse values that the parser accepts and Lightning would fail on.
 
     Args:
         config: The parsed configuration.
-        parser: It knows types and defaults.
+        parser: The parser, which has types and defaults.
         arguments: The words of the command line.
 
     Raises:
-        UsageError: With the key, the value and what is allowed.
+        UsageError: Names the key, the value and the allowed values.
     """
-    # The parser takes null for any key of a file, whatever its type.
+    # The parser accepts null for any key of a file, regardless of its type.
     for action in actions(parser):
         key, default = action.dest, action.default
         if default not in (None, SUPPRESS) and config.get(key, default) is None and not _may_be_null(action):
-            raise UsageError(f"{key}: {_no_null(default)}{_place(key, arguments)}")
+            raise UsageError(f"{key}: {_no_null(default)}{_where_set(key, arguments)}")
     seed = config.seed_everything
     if not isinstance(seed, bool) and not 0 <= seed < 2**32:
         raise UsageError(f"seed_everything: expected a number from 0 to {2**32 - 1}, true or false, got {seed}")
@@ -179,7 +179,7 @@ def _value(values: Any, key: str) -> Any:
 
 
 def _as_typed(name: str, parser: ArgumentParser) -> str:
-    """Name an option as it is typed, and what has a place of its own as the usage names it."""
+    """Name an option as it is typed, and a positional argument as the usage names it."""
     action = next((one for one in actions(parser) if one.dest == name), None)
     if action is None:
         return name
@@ -196,7 +196,7 @@ def _default_of(key: str, parser: ArgumentParser) -> Any:
 
 def _no_null(default: Any) -> str:
     shown = default.class_path if hasattr(default, "class_path") else repr(default)
-    return f"null is none of its values; leave the key out for its default, {shown}"
+    return f"null is not allowed; omit the key for its default, {shown}"
 
 
 def _see(parser: ArgumentParser) -> str:
@@ -219,7 +219,7 @@ def _unknown_key(message: str) -> str | None:
 
 
 def _nearest(key: str, allowed: list[str]) -> str:
-    """Suggest a name for the first part of the key's path that is wrong."""
+    """Suggest a name for the first wrong part of the key's path."""
     parts = key.split(".")
     for depth, part in enumerate(parts):
         parent = ".".join(parts[:depth])
@@ -239,7 +239,7 @@ def _reason(text: str) -> str:
     if of_class := explain_class(text):
         return of_class
     text = text.partition("\n  Subclass types expect")[0]
-    # One given value after one or several types that it could have had.
+    # The given value, after one or several expected types.
     got = re.search(r"(?:Got value|got|Given value): (.*)", text, re.DOTALL)
     value = f", got {got[1].strip()!r}" if got else ""
     if number := re.search(r"(?:invalid literal for (int)\(\).*|could not convert string to float): '(.*?)'", text):
@@ -250,7 +250,7 @@ def _reason(text: str) -> str:
         return f"expected keys and values, or a file of them, got {text.split(chr(39))[1]!r}"
     expected = dict.fromkeys(_plain_type(one) for one in re.findall(r"Expected an? ((?:typing\.|<).*?[\]>])", text))
     if list(expected) == ["null"]:
-        # The other type was a class, whose own fault says more.
+        # The other type was a class; its error is more specific.
         others = re.findall(r"^\s*- (?!Expected a)(.+)", text, re.MULTILINE)
         return f"{' '.join(others[-1].split())}{value}" if others else f"is not accepted{value}"
     if expected:
@@ -271,8 +271,8 @@ def _plain_type(text: str) -> str:
     return {**names, "dict": "keys and values", "list": "a list"}.get(name, name)
 
 
-def _place(key: str, arguments: list[str]) -> str:
-    """Return `` (FILE:LINE)`` where a configuration file sets the key; empty where a flag does, or nothing."""
+def _where_set(key: str, arguments: list[str]) -> str:
+    """Return `` (FILE:LINE)`` if a configuration file sets the key, else an empty string."""
     if any(word.split("=")[0] == f"--{key}" for word in arguments):
         return ""
     for path in reversed(config_files(arguments)):

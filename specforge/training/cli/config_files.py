@@ -1,4 +1,4 @@
-"""The configuration files that a command line names, read before anything heavy is imported."""
+"""The configuration files of a command line, read before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import yaml
 
 from specforge.errors import UsageError
 
-DEEPEST = 32  # levels; a configuration has some six
+DEEPEST = 32  # levels; a configuration has about six
 MOST_VALUES = 100_000
 
 
 def choose_algorithm(arguments: list[str]) -> str | None:
-    """Find which algorithm a command line asks for: ``--algorithm``, else that key of the last file that has it.
+    """Return the algorithm of a command line: ``--algorithm``, else that key of the last file that has it.
 
     Raises:
         UsageError: A configuration file is missing or not YAML.
@@ -61,8 +61,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise UsageError(f"{path}:{line} is not valid YAML: {error.problem or error.context}") from None
     except RecursionError:
-        raise UsageError(f"{path}: more than {DEEPEST} levels of keys or lists, one inside the other") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, a number of thousands of digits
+        raise UsageError(f"{path}: more than {DEEPEST} nested levels of keys or lists") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an invalid date, a number of thousands of digits
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} must hold keys and values, for example 'algorithm: NAME'")
@@ -70,10 +70,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _check_nodes(path: Path, root: yaml.Node | None) -> None:
-    """Refuse what the parsers after this one would take wrongly, or never finish with.
+    """Refuse files that later parsers would misread or never finish.
 
-    Aliases share nodes, so that a few lines may mean billions of values: each node is counted once, with the size of
-    all that is in it.
+    Aliases share nodes, so a few lines may stand for billions of values: each node is counted once, with the size of
+    its content.
     """
     sizes: dict[yaml.Node, int] = {}
     inside: list[yaml.Node] = []
@@ -81,9 +81,9 @@ def _check_nodes(path: Path, root: yaml.Node | None) -> None:
     def size(node: yaml.Node) -> int:
         where = f"{path}:{node.start_mark.line + 1}"
         if node in inside:
-            raise UsageError(f"{where} is inside itself: an alias (*) names a value that holds it")
+            raise UsageError(f"{where} contains itself: an alias (*) names a value that contains it")
         if len(inside) > DEEPEST:
-            raise UsageError(f"{where}: more than {DEEPEST} levels of keys or lists, one inside the other")
+            raise UsageError(f"{where}: more than {DEEPEST} nested levels of keys or lists")
         if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
             raise UsageError(f"{where}: the character NUL is not allowed in a configuration")
         if node not in sizes:
@@ -91,7 +91,7 @@ def _check_nodes(path: Path, root: yaml.Node | None) -> None:
             sizes[node] = 1 + sum(size(one) for one in _children(path, node))
             inside.pop()
             if sizes[node] > MOST_VALUES:
-                raise UsageError(f"{where} holds more than {MOST_VALUES:,} values, with its aliases (*) filled in")
+                raise UsageError(f"{where} holds more than {MOST_VALUES:,} values, with its aliases (*) expanded")
         return sizes[node]
 
     if root is not None:

@@ -1,4 +1,4 @@
-"""Bounds of the trainer's keys: values that Lightning takes and fails on later, or reads in another way than meant."""
+"""Bounds of the trainer's keys: values that Lightning accepts, but fails on later or interprets differently."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from specforge.bounds import LARGEST
 from specforge.errors import UsageError, nearest_name
 
-# Others shard by means that a draft's steps do not go through, or leave parts of checkpoints with each process.
+# Other strategies shard by hooks that a draft's steps do not call, or leave parts of checkpoints in each process.
 STRATEGIES = ("auto", "ddp", "fsdp2")
 LOWEST = {
     "max_epochs": -1,
@@ -28,7 +28,7 @@ LOWEST = {
 }
 LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
 MOST_PROCESSES = 2**20
-# Each with the values that barebones leaves as they are.
+# Each with the values that barebones does not override.
 EXCLUDED_BY_BAREBONES: dict[str, tuple[Any, ...]] = {
     "enable_checkpointing": (None, False),
     "logger": (None, False),
@@ -43,18 +43,18 @@ EXCLUDED_BY_BAREBONES: dict[str, tuple[Any, ...]] = {
 
 
 def check_trainer(trainer: Namespace) -> None:
-    """Refuse values of the trainer's keys that are out of bounds, or exclude each other.
+    """Refuse values of the trainer's keys that are out of bounds or conflict.
 
     Args:
         trainer: The parsed settings.
 
     Raises:
-        UsageError: With the key, the value and what is allowed.
+        UsageError: Names the key, the value and the allowed values.
     """
     strategy = trainer.strategy
     if isinstance(strategy, str) and strategy not in STRATEGIES:
         raise UsageError(
-            f"trainer.strategy: {strategy!r} does not train drafts; allowed: {', '.join(STRATEGIES)}."
+            f"trainer.strategy: {strategy!r} cannot train drafts; allowed: {', '.join(STRATEGIES)}."
             f"{nearest_name(strategy, STRATEGIES)}"
         )
     for key, lowest in LOWEST.items():
@@ -76,7 +76,7 @@ def check_trainer(trainer: Namespace) -> None:
 
 
 def explain_trainer(error: Exception) -> str:
-    """Return why the trainer cannot be made, for a person.
+    """Return a readable reason why the trainer cannot be created.
 
     Args:
         error: What Lightning, or the class of a logger or callback, raised.
@@ -84,7 +84,7 @@ def explain_trainer(error: Exception) -> str:
     reason = " ".join(str(error).split())
     if "SLURM" in reason:
         return (
-            "the variables of SLURM do not go with this run. Start one task for each device, with "
+            "the variables of SLURM do not match this run. Start one task per device with "
             "#SBATCH --ntasks-per-node=N, srun specforge fit ... --trainer.devices N --trainer.num_nodes NODES; "
             f"or, without srun and on this node only, set SLURM_JOB_NAME=bash. Lightning says: {reason}"
         )
@@ -115,7 +115,7 @@ def _check_what_is_stored(trainer: Namespace) -> None:
         for key, left in EXCLUDED_BY_BAREBONES.items():
             if trainer[key] not in left:
                 raise UsageError(
-                    f"trainer.barebones: a bare run is timed without {key}; leave out trainer.{key}, or barebones"
+                    f"trainer.barebones: a bare run is timed without {key}; omit trainer.{key} or barebones"
                 )
     elif trainer.enable_checkpointing is False and not trainer.fast_dev_run:
         raise UsageError(

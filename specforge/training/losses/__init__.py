@@ -1,1 +1,1 @@
-"""Training losses: objectives, what they cost a pair of draft and target, distillation by rows."""
+"""Training losses: objectives, comparison of draft and target, distillation by rows."""

@@ -1,7 +1,7 @@
-"""Splits the pairs of row and step that count into chunks: some rows, each with all its steps.
+"""Splits the pairs of row and step that count into chunks of rows, each row with all its steps.
 
-A chunk holds so few logits that they fit into memory, and whole chains, so that a loss may weigh a step by what the
-steps before it achieved. Rows that follow each other in a text share targets, so neighbouring chunks share up to S - 1.
+A chunk holds few enough logits to fit into memory, and whole chains, so that a loss can weight a step by the results of
+the steps before it. Consecutive rows of a text share targets, so neighbouring chunks share up to S - 1.
 
 Letters in shapes: S steps, N rows (a flattened batch), R rows and C targets of a chunk, M pairs that count.
 """
@@ -18,27 +18,27 @@ from torch import Tensor
 
 from specforge.moving import moved
 
-# Logits of one chunk, draft and verifier together: 16 MiB in float32; but so many targets that heads are not read anew
-# for a handful of rows. Accelerators read a head in the time of some 200 rows of its product, and hold 16 times more.
+# Logits of one chunk, draft and verifier together: 16 MiB in float32, but enough targets that heads are not read again
+# for a handful of rows. Accelerators read a head in the time of about 200 rows of its product, and hold 16 times more.
 LOGITS_PER_CHUNK = 2**22
 LOGITS_PER_CHUNK_OF_ACCELERATORS = 2**26
 LEAST_TARGETS = 64
 # Logits that a CPU compares at a time: 1 MiB in float32.
 LOGITS_PER_BLOCK = 2**18
-# Set where a step that is meant for an accelerator is rehearsed on the CPU.
+# Set if a step for an accelerator is simulated on the CPU.
 for_accelerator: ContextVar[bool] = ContextVar("for_accelerator", default=False)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows, all pairs of these rows and a step that count, and the targets that they are compared with.
+    """Some rows, all their pairs of row and step that count, and the targets of these pairs.
 
     Attributes:
         targets: Rows of the verifier's states, ascending, [C].
-        shared: How many targets, the first ones, are also the last ones of the chunk before.
+        shared: Number of first targets that are also the last ones of the previous chunk.
         steps: Step of each pair, ascending, [M].
         rows: Row of each pair, [M].
-        places: Index of its state in what the draft's head reads, [M].
+        places: Index of each pair's state in the input of the draft's head, [M].
         target_of: Index of each pair's target within ``targets``, [M].
         row_of: Index of each pair's row within the chunk, [M].
         size: Number R of rows.
@@ -56,12 +56,12 @@ class Chunk:
     by_step: tuple[int, ...]
 
     def part(self, pairs: slice) -> Chunk:
-        """Return some of the pairs, with all targets."""
+        """Return a chunk of some of the pairs, with all targets."""
         by_pair = ("steps", "rows", "places", "target_of", "row_of")
         return replace(self, **{name: getattr(self, name)[pairs] for name in by_pair})
 
     def by_head(self, heads: int) -> list[slice]:
-        """Return the pairs of each head: all pairs for a single head, those of its step for one of several."""
+        """Return the pairs of each head: all pairs for a single head, one step's pairs for each of several."""
         if heads == 1:
             return [slice(len(self.steps))]
         return [slice(*ends) for ends in pairwise(accumulate(self.by_step, initial=0))]
@@ -70,15 +70,15 @@ class Chunk:
 def chunks(
     supervised: Tensor, targets: Tensor, places: Tensor, verifier_size: int, draft_size: int, device: torch.device
 ) -> list[Chunk]:
-    """Split all pairs that count into chunks of rows. All tensors given are on the CPU, those of the chunks are not.
+    """Split all pairs that count into chunks of rows. The arguments are on the CPU, the chunks on the device.
 
     Args:
         supervised: Which rows count, bool [S, N].
         targets: Row of the verifier's states that each row and step is compared with, int64 [S, N].
-        places: Index of each row's and step's state in what the draft's head reads, int64 [S, N].
+        places: Index of each row's and step's state in the input of the draft's head, int64 [S, N].
         verifier_size: Number of the verifier's tokens.
         draft_size: Number of draft tokens.
-        device: Where the states are.
+        device: Device of the states.
     """
     rows, steps = supervised.T.nonzero(as_tuple=True)
     distinct, row_of = rows.unique_consecutive(return_inverse=True)
@@ -88,7 +88,7 @@ def chunks(
     count = len(supervised)
     size = _rows_per_chunk(len(distinct), len(every), verifier_size, count * draft_size, _is_for_cpu(device))
     number, chunk_of = -(-len(distinct) // size), row_of // size
-    # A chunk has all targets between its first and its last one, though a neighbour may be the only one to need some.
+    # A chunk has all targets between its first and last one, even if only a neighbour needs some of them.
     first = target_of.new_full((number,), len(every)).scatter_reduce(0, chunk_of, target_of, "amin")
     last = target_of.new_zeros(number).scatter_reduce(0, chunk_of, target_of, "amax")
     # Within a chunk, pairs are in the order of their steps, so that each head reads one slice.
@@ -113,22 +113,22 @@ def chunks(
 
 
 def blocks(logits: Tensor) -> Iterator[slice]:
-    """Split rows of logits so that what is done with one block after the other stays in a processor's cache.
+    """Split rows of logits into blocks that fit into a processor's cache.
 
-    There is at least one block, which may be empty.
+    There is at least one block; it may be empty.
     """
     size = max(1, LOGITS_PER_BLOCK // logits.shape[1]) if _is_for_cpu(logits.device) else len(logits)
     return (slice(begin, begin + size) for begin in range(0, max(1, len(logits)), max(1, size)))
 
 
 def _rows_per_chunk(rows: int, targets: int, verifier_size: int, draft_logits: int, on_cpu: bool) -> int:
-    """Return how many rows a chunk may have.
+    """Return the maximum number of rows of a chunk.
 
     Args:
-        rows: All rows.
-        targets: All targets: hardly more than rows where these follow each other, S for each row where none is shared.
+        rows: Number of all rows.
+        targets: Number of all targets: about one per consecutive row, S per row if no targets are shared.
         verifier_size: Number of the verifier's logits for each target.
-        draft_logits: Most draft logits of a row.
+        draft_logits: Largest number of draft logits of a row.
         on_cpu: Whether the run is on a CPU.
     """
     most = LOGITS_PER_CHUNK if on_cpu else LOGITS_PER_CHUNK_OF_ACCELERATORS

@@ -1,6 +1,6 @@
-"""What some pairs of draft and target cost: losses and metrics of a few rows of logits, by operations on tensors alone.
+"""Losses and metrics of a chunk of (draft, target) pairs, as pure tensor code that torch.compile can fuse.
 
-Operation by operation these are some fifteen passes over the logits; torch.compile makes a few of them.
+Eager execution makes about fifteen passes over the logits, compiled code a few.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from specforge.training.losses.objectives import Distributions, acceptance
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of the objective.
+    """One term of the objective.
 
     Attributes:
         name: The objective's name.
@@ -35,12 +35,12 @@ class Term:
     uses_text: bool = False
 
 
-class Compared(NamedTuple):
-    """What comes of m pairs.
+class PairResults(NamedTuple):
+    """Results for m pairs.
 
     Attributes:
         loss: The weighted sum of all terms, a scalar with gradient.
-        values: Of each term at each pair, [terms, m].
+        values: Each term's value for each pair, [terms, m].
         acceptance: Probability that a sampled draft token is accepted, [m].
         top: The most probable draft token, int64 [m].
     """
@@ -62,18 +62,18 @@ def compare(
     finish: Callable[[Tensor], Tensor],
     mean_acceptance: Tensor | None = None,
     text: Tensor | None = None,
-) -> Compared:
-    """Compare m pairs of a draft's logits and one of R targets.
+) -> PairResults:
+    """Compare m pairs of a draft's logits and a target, one of R.
 
     Args:
         logits: The draft's, [m, D].
         log_p: The verifier's at each target, normalised over the draft vocabulary, [R, D].
-        log_p_full: The same under its whole vocabulary, [R, D]; the same tensor where the vocabularies are the same.
+        log_p_full: The same over its whole vocabulary, [R, D]; the same tensor if the vocabularies are the same.
         top: See ``Distributions.verifier_top``, int64 [R].
         target_of: Index of each pair's target, int64 [m].
         weights: Factor of each pair in the loss, [m].
-        terms: The summands of the objective.
-        finish: What is done to the logits first.
+        terms: The terms of the objective.
+        finish: Function applied to the logits first.
         mean_acceptance: See ``Distributions``, [m].
         text: See ``Distributions``, int64 [m].
     """
@@ -85,26 +85,26 @@ def compare(
         values.append(term.function(rows))
         loss = loss + term.weight * (weights * values[-1]).sum()
     accepted = acceptance(replace(rows, log_q=log_q.detach()))
-    return Compared(loss, torch.stack(values).detach(), accepted, log_q.argmax(-1))
+    return PairResults(loss, torch.stack(values).detach(), accepted, log_q.argmax(-1))
 
 
 @functools.cache
-def compiled_compare() -> Callable[..., Compared]:
+def compiled_compare() -> Callable[..., PairResults]:
     """Return ``compare`` compiled, for any number of pairs and targets."""
     return torch.compile(compare, dynamic=True)
 
 
 def gathered(log_p: Tensor, log_p_full: Tensor, target_of: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two tensors of R targets, [R, D], for each of m pairs, [m, D]; the same twice where they are the same."""
+    """Gather two tensors of R targets, [R, D], for m pairs, [m, D]; only once if they are the same tensor."""
     of_pairs = log_p[target_of]
     return of_pairs, of_pairs if log_p_full is log_p else log_p_full[target_of]
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Return log-probabilities, in float32 at least."""
+    """Return log-probabilities in at least float32."""
     return logits.to(wide_type(logits.dtype)).log_softmax(-1)
 
 
 def wide_type(dtype: torch.dtype) -> torch.dtype:
-    """Return at least float32: short types are for matrix products alone."""
+    """Return at least float32: shorter dtypes are only for matrix products."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,8 +1,8 @@
 """From hidden states and heads to losses, acceptance and gradients, in chunks of rows.
 
-Neither the draft's logits nor the verifier's are ever stored for more than one chunk. The verifier's distribution of
-a target is formed once and serves every step that is trained towards it. Gradients are formed in the forward pass,
-chunk by chunk and in the place of the logits, so that the backward pass only scales them.
+Logits of draft and verifier are never stored for more than one chunk. The verifier's distribution of a target is
+computed once and used by every step with this target. Gradients are computed in the forward pass, chunk by chunk, in
+place of the logits; the backward pass only scales them.
 
 Letters in shapes: S steps, N rows (a flattened batch), P pairs of row and step that the draft ran, M pairs that count,
 H width, V verifier and D draft vocabulary.
@@ -24,7 +24,7 @@ from specforge.moving import moved
 from specforge.sampling import Sampling
 from specforge.training.losses.chunks import Chunk, blocks, chunks
 from specforge.training.losses.comparison import (
-    Compared,
+    PairResults,
     Term,
     compare,
     compiled_compare,
@@ -40,12 +40,12 @@ from specforge.verifier.parts import VerifierParts
 
 @dataclass(frozen=True)
 class Teacher:
-    """The verifier's side.
+    """The verifier's states and head, which a draft is compared with.
 
     Attributes:
         last: Its states before the final norm, [N, H].
         parts: Its norm and head.
-        draft_ids: The verifier's ids of the D draft tokens, int64 [D]; None where the vocabularies are the same.
+        draft_ids: The verifier's ids of the D draft tokens, int64 [D]; None if the vocabularies are the same.
     """
 
     last: Tensor
@@ -55,11 +55,11 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Labels:
-    """What the text goes on with, to be trained on or to replay decoding on (see ``specforge.decoding.replay``).
+    """The text's own tokens, to train on or to replay decoding with (see ``specforge.decoding.replay``).
 
     Attributes:
-        tokens: The token behind each row, which the verifier's state of that row predicts; its id, int64 [N].
-        sampling: How the verifier chose the text's tokens.
+        tokens: Id of the token after each row, which the verifier's state of that row predicts, int64 [N].
+        sampling: Sampling by which the verifier generated the text.
     """
 
     tokens: Tensor
@@ -68,18 +68,18 @@ class Labels:
 
 @dataclass(frozen=True)
 class DraftSteps:
-    """What a draft did at every step and row; every metric follows from it.
+    """A draft's results at every step and row, from which all metrics are computed.
 
     Attributes:
         loss: The weighted loss, a scalar with gradient.
         terms: For each objective, the sum over supervised rows at each step, [S].
         supervised: Which rows count, bool [S, N].
-        acceptance: Probability that a sampled draft token is accepted, [S, N]; 0 where not supervised.
-        agreement: Whether the most probable tokens of draft and verifier agree, [S, N]; 0 where not supervised.
-        matches: Whether the draft's most probable token is the text's, [S, N]; 0 where not supervised or no labels.
-        drawn: Probability that a token drawn by the draft is accepted, seen from the text's, [S, N]; 0 likewise.
-        candidates: The draft's most probable tokens at each pair that was run, int64 [P, K]; none if not asked for.
-        verifier_tops: The verifier's most probable token there, as a draft id, int64 [P]; -1 where it is none.
+        acceptance: Probability that a sampled draft token is accepted, [S, N]; 0 if not supervised.
+        agreement: Whether the most probable tokens of draft and verifier agree, [S, N]; 0 if not supervised.
+        matches: Whether the draft's most probable token is the text's, [S, N]; 0 if not supervised or no labels.
+        drawn: Acceptance probability of a sampled draft token given the text's token, [S, N]; 0 likewise.
+        candidates: The draft's K most probable tokens at each pair that was run, int64 [P, K]; K is 0 by default.
+        verifier_tops: Draft id of the verifier's most probable token there, int64 [P]; -1 if it is not a draft token.
     """
 
     loss: Tensor
@@ -112,22 +112,22 @@ def distill(
     """Compare a draft's steps with the verifier.
 
     Args:
-        hidden: What the draft's head reads, [S, N, H]; with ``places``, of the pairs that were run, [P, H]. With a
+        hidden: Input of the draft's head, [S, N, H]; with ``places``, only of the pairs that were run, [P, H]. With a
             ``further_head``, R more columns.
         head: The draft's head, [D, H]; or one for each of the S steps.
-        teacher: The verifier's side.
+        teacher: The verifier's states and head.
         targets: Row of ``teacher.last`` that each row and step is compared with, int64 [S, N], on the CPU.
         supervised: Which rows count, bool [S, N], on the CPU.
-        terms: The summands of the objective.
+        terms: The terms of the objective.
         weights: Factor of each row and step in the loss, [S, N].
-        labels: What the text goes on with; None where decoding is not replayed.
-        finish: What is done to the draft's logits after its head.
-        places: Index in ``hidden`` of each row's and step's state, int64 [S, N], on the CPU; None where every pair
-            has one.
-        compiled: Whether torch.compile fuses what is done with the logits; takes a while at the first call.
-        weighting: A further factor of each pair, which depends on its whole chain; None for none.
-        further_head: Reads the last R columns of ``hidden``, [D, R]; what it says is added to the head's logits. It
-            spares a head that is not trained the gradient that one matrix of both would form.
+        labels: The text's own tokens; None if no loss reads them and decoding is not replayed.
+        finish: Function applied to the draft's logits after its head.
+        places: Index in ``hidden`` of each row's and step's state, int64 [S, N], on the CPU; None if every pair has a
+            state.
+        compiled: Whether torch.compile fuses the operations on the logits; slows the first call.
+        weighting: A further factor of each pair that depends on its whole chain; None for none.
+        further_head: A second head for the last R columns of ``hidden``, [D, R]; its logits are added to the head's. A
+            frozen head then needs no gradient, unlike one matrix for both.
         candidates: Number K of the draft's most probable tokens that are returned for each pair.
     """
     if places is None:
@@ -135,7 +135,7 @@ def distill(
         places = torch.arange(len(hidden)).view_as(supervised)
     heads = [head] if isinstance(head, Tensor) else list(head)
     verifier_size = teacher.parts.lm_head.weight.shape[0]
-    work = _Work(
+    work = _Inputs(
         teacher,
         chunks(supervised, targets, places, verifier_size, len(heads[0]), hidden.device),
         moved(supervised, hidden.device),
@@ -145,7 +145,7 @@ def distill(
         compare=compiled_compare() if compiled else compare,
     )
     if not torch.is_grad_enabled():
-        # Without this, a head that is trained would ask for its gradient in validation too.
+        # Otherwise a trained head would require its gradient in validation, too.
         hidden, heads = hidden.detach(), [one.detach() for one in heads]
         further_head = None if further_head is None else further_head.detach()
     loss, sums, *by_row = _Distill.apply(hidden, work, further_head, *heads)
@@ -154,7 +154,7 @@ def distill(
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Inputs:
     teacher: Teacher
     chunks: list[Chunk]
     supervised: Tensor
@@ -164,10 +164,10 @@ class _Work:
     finish: Callable[[Tensor], Tensor]
     weighting: ChainWeighting | None
     candidates: int
-    compare: Callable[..., Compared]
+    compare: Callable[..., PairResults]
 
     def compared(self) -> Iterator[tuple[Chunk, _Target]]:
-        """Yield the chunks, and the verifier's distributions at their targets, each formed once."""
+        """Yield the chunks and the verifier's distributions at their targets, each computed once."""
         target = None
         for chunk in self.chunks:
             target = _tail(target, chunk.shared) if target and chunk.shared else None
@@ -176,7 +176,7 @@ class _Work:
             yield chunk, target
 
     def _target(self, rows: Tensor) -> _Target:
-        """Form the verifier's distributions at some rows of its states."""
+        """Compute the verifier's distributions at some rows of its states."""
         draft_ids = self.teacher.draft_ids
         logits = self.teacher.parts.logits(self.teacher.last[rows])
         top, of_text = logits.argmax(-1), None
@@ -194,12 +194,12 @@ class _Work:
 class _Distill(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, work: _Work, further_head: Tensor | None, *heads: Tensor
+        ctx: Any, hidden: Tensor, work: _Inputs, further_head: Tensor | None, *heads: Tensor
     ) -> tuple[Tensor, ...]:
         compute_type = _compute_type(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             of_hidden, _, of_further, *of_heads = ctx.needs_input_grad
-            run = _Run(hidden, heads, further_head, work, compute_type, of_hidden, of_heads[0], of_further)
+            run = _ChunkPass(hidden, heads, further_head, work, compute_type, of_hidden, of_heads[0], of_further)
             for chunk, target in work.compared():
                 run.add(chunk, target)
         ctx.gradients = run.hidden_gradient, run.further_gradient, run.head_gradients
@@ -218,15 +218,15 @@ class _Distill(torch.autograd.Function):
         )
 
 
-class _Run:
-    """One pass over the chunks, and what it has summed up so far."""
+class _ChunkPass:
+    """One pass over the chunks, with its running sums."""
 
     def __init__(
         self,
         hidden: Tensor,
         heads: Sequence[Tensor],
         further_head: Tensor | None,
-        work: _Work,
+        work: _Inputs,
         compute_type: torch.dtype,
         train_hidden: bool,
         train_heads: bool,
@@ -258,12 +258,12 @@ class _Run:
         logits = self._logits(states, chunk)
         weights = self._weights(logits, target, chunk)
         for block in blocks(logits):
-            self._compare(logits[block], target, weights[block], chunk.part(block))
+            self._add_block(logits[block], target, weights[block], chunk.part(block))
         if self.trains:
             self._accumulate(logits, states, chunk)
 
     def _logits(self, states: Tensor, chunk: Chunk) -> Tensor:
-        """Compute what the draft's heads say of the pairs of a chunk, [M, D]."""
+        """Compute the logits of the draft's heads for the pairs of a chunk, [M, D]."""
         logits = states.new_empty(len(states), len(self.heads[0]))
         width = self.heads[0].shape[1]
         for head, own in zip(self.heads, chunk.by_head(len(self.heads)), strict=True):
@@ -279,7 +279,7 @@ class _Run:
             return weights
         statistic = self.work.weighting.statistic
         found = [statistic(self._distributions(logits[one], target, chunk.part(one))) for one in blocks(logits)]
-        # By step and row of the chunk, so that each column is a chain.
+        # Arranged by step and row, so that each column is a chain.
         by_row = self.loss.new_zeros(len(self.work.supervised), chunk.size)
         by_row[chunk.steps, chunk.row_of] = torch.cat(found).to(by_row.dtype)
         counts = torch.zeros_like(by_row, dtype=torch.bool)
@@ -292,25 +292,25 @@ class _Run:
         of_targets = gathered(target.log_p, target.log_p_full, chunk.target_of)
         return Distributions(log_q, *of_targets, text=self._text(chunk), verifier_top=target.top[chunk.target_of])
 
-    def _compare(self, logits: Tensor, target: _Target, weights: Tensor, chunk: Chunk) -> None:
-        """Add some pairs of a chunk to all but the gradients; that of their logits [m, D] takes their place."""
+    def _add_block(self, logits: Tensor, target: _Target, weights: Tensor, chunk: Chunk) -> None:
+        """Add some pairs to the loss, sums and results; replace their logits [m, D] by the logits' gradient."""
         with torch.set_grad_enabled(self.trains):
             leaf = logits.detach().requires_grad_(self.trains)
-            # All that is not kept for the gradient has gone when it is formed.
-            found = self._judge(leaf, target, weights, chunk)
-        self._note(found, logits, target, chunk)
+            # A call of its own frees the comparison's intermediates before the gradient is computed.
+            found = self._losses(leaf, target, weights, chunk)
+        self._record(found, logits, target, chunk)
         if self.trains:
-            # No logit is read again.
+            # The logits are not read again.
             logits.copy_(torch.autograd.grad(found.loss, leaf)[0])
 
-    def _judge(self, logits: Tensor, target: _Target, weights: Tensor, chunk: Chunk) -> Compared:
+    def _losses(self, logits: Tensor, target: _Target, weights: Tensor, chunk: Chunk) -> PairResults:
         """Compare some pairs with their targets."""
         mean = None if self.mean_acceptance is None else self.mean_acceptance[chunk.steps]
         targets = target.log_p, target.log_p_full, target.top, chunk.target_of
         return self.work.compare(logits, *targets, weights, self.work.terms, self.work.finish, mean, self._text(chunk))
 
-    def _note(self, found: Compared, logits: Tensor, target: _Target, chunk: Chunk) -> None:
-        """Add what came of some pairs to the loss, the sums and the per-row results."""
+    def _record(self, found: PairResults, logits: Tensor, target: _Target, chunk: Chunk) -> None:
+        """Add the results of some pairs to the loss, the sums and the per-row results."""
         self.loss += found.loss.detach()
         self.sums.index_add_(1, chunk.steps, found.values)
         self.acceptance[chunk.steps, chunk.rows] = found.acceptance
@@ -328,7 +328,7 @@ class _Run:
         return draft_indices(tokens, self.work.teacher.draft_ids)
 
     def _replay(self, sampling: Sampling, logits: Tensor, top: Tensor, target: _Target, chunk: Chunk) -> None:
-        """Note whether the text's token would have been drafted, and how probable that was."""
+        """Record whether the text's token would have been drafted, and its acceptance probability."""
         places = self._text(chunk)
         assert places is not None
         matches = (top == places).to(self.matches.dtype)
@@ -341,7 +341,7 @@ class _Run:
         self.drawn[chunk.steps, chunk.rows] = accepted.to(self.drawn.dtype)
 
     def _accumulate(self, of_logits: Tensor, states: Tensor, chunk: Chunk) -> None:
-        """Add the gradients of the states and heads that a chunk's logits were made of."""
+        """Add the gradients of the states and heads from the gradient of a chunk's logits."""
         width = self.heads[0].shape[1]
         for number, own in enumerate(chunk.by_head(len(self.heads))):
             if self.hidden_gradient is not None:
@@ -355,7 +355,7 @@ class _Run:
             _add_product(self.further_gradient, of_logits, states[:, width:])
 
     def _mean_acceptance(self) -> Tensor:
-        """Mean acceptance of each step over the batches of all processes, [S], by a pass without gradients."""
+        """Return the mean acceptance of each step over all processes, [S], computed without gradients."""
         sums = torch.zeros_like(self.sums[0])
         for chunk, target in self.work.compared():
             logits = self._logits(self.hidden[chunk.places].to(self.heads[0].dtype), chunk)
@@ -371,11 +371,12 @@ class _Target:
     """The verifier's distributions at the R targets of a chunk.
 
     Attributes:
-        log_p: Normalised over the draft vocabulary, [R, D].
-        log_p_full: Normalised over the whole vocabulary, at the draft tokens, [R, D]; the same tensor where the
+        log_p: Log-probabilities over the draft vocabulary, [R, D].
+        log_p_full: Log-probabilities over the whole vocabulary, at the draft tokens, [R, D]; the same tensor if the
             vocabularies are the same.
-        top: Draft id of the most probable verifier token, [R]; -1 where it is no draft token.
-        log_p_text: Log-probability of the text's token as it was sampled, [R]; None where it was not, or is not asked.
+        top: Draft id of the most probable verifier token, [R]; -1 if it is not a draft token.
+        log_p_text: Log-probability of the text's token under its sampling, [R]; None if the text was not sampled or
+            there are no labels.
     """
 
     log_p: Tensor
@@ -395,12 +396,12 @@ def _add_product(gradient: Tensor | None, of_logits: Tensor, states: Tensor) -> 
 
 
 def _tail(target: _Target, number: int) -> _Target:
-    """Return copies of the last targets, so that the others can be freed."""
+    """Copy the last targets, so that the others can be freed."""
     return _combined(lambda one: one[0][-number:].clone(), target)
 
 
 def _combined(function: Callable[[list[Tensor]], Tensor], *targets: _Target) -> _Target:
-    """Combine targets tensor by tensor; those that are the same stay the same."""
+    """Combine targets tensor by tensor; shared tensors stay shared."""
 
     def of(name: str) -> Tensor:
         return function([getattr(one, name) for one in targets])
@@ -411,6 +412,6 @@ def _combined(function: Callable[[list[Tensor]], Tensor], *targets: _Target) -> 
 
 
 def _compute_type(hidden: Tensor) -> torch.dtype:
-    """Return the type of the matrix products: autocast's where it is on."""
+    """Return the dtype of the matrix products: autocast's if it is on."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

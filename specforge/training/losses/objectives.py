@@ -1,4 +1,4 @@
-"""The training losses: what each row of draft and verifier distributions costs.
+"""The training losses: functions of rows of draft and verifier distributions.
 
 A loss maps ``Distributions`` of n rows to n values. p is the verifier, q the draft; v runs over the D draft tokens.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Fading of lk_lambda's KL part: LK losses (arXiv 2602.23881), the setting that the authors recommend.
+# Fading of lk_lambda's KL part, as recommended by the authors of LK losses (arXiv 2602.23881).
 LK_DECAY = 3.0
 
 
@@ -22,12 +22,12 @@ class Distributions:
     Attributes:
         log_q: The draft's, over the draft vocabulary, [n, D].
         log_p: The verifier's, normalised over the draft vocabulary, [n, D].
-        log_p_full: The verifier's under its whole vocabulary, at the draft tokens, [n, D]; the same tensor as
-            ``log_p`` where the vocabularies are the same.
+        log_p_full: The verifier's over its whole vocabulary, at the draft tokens, [n, D]; the same tensor as
+            ``log_p`` if the vocabularies are the same.
         mean_acceptance: The mean acceptance probability of each row's TTT step over the batch, [n]; None for losses
             that are not registered as using it.
-        text: The token that the text goes on with, an index into the draft vocabulary, int64 [n]; -1 where it is none
-            of them. None for losses that are not registered as using it.
+        text: The text's next token, an index into the draft vocabulary, int64 [n]; -1 if it is not a draft token. None
+            for losses that are not registered as using it.
         verifier_top: The verifier's most probable token, likewise, int64 [n].
     """
 
@@ -43,7 +43,7 @@ def acceptance(rows: Distributions) -> Tensor:
     """Return the probability that a sampled draft token is accepted, sum_v min(p, q), [n].
 
     Token verification (Leviathan et al., arXiv 2211.17192, section 3.3). p is the verifier's full distribution:
-    what it gives to tokens outside the draft vocabulary is lost.
+    its probability of tokens outside the draft vocabulary is lost.
     """
     return torch.minimum(rows.log_p_full, rows.log_q).exp().sum(-1)
 
@@ -64,9 +64,9 @@ def cross_entropy(rows: Distributions) -> Tensor:
 
 
 def text_cross_entropy(rows: Distributions) -> Tensor:
-    """Cross-entropy with the text itself, -log q(y); 0 where the text's token y is no draft token.
+    """Cross-entropy with the text itself, -log q(y); 0 if the text's token y is not a draft token.
 
-    What independent heads were published with (arXiv 2404.19124, 2401.10774); it reads nothing of the verifier's.
+    The published loss of independent heads (arXiv 2404.19124, 2401.10774); it does not use the verifier.
     """
     assert rows.text is not None
     found = rows.log_q.gather(1, rows.text.clamp(min=0)[:, None]).squeeze(1)

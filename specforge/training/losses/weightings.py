@@ -1,6 +1,6 @@
-"""Weights along a chain: how much a step's loss counts, given what the steps of the same row achieved.
+"""Weights along a chain: factors of each step's loss, given the results of the same row's other steps.
 
-A weighting maps a statistic of every row and step and which of them count, [S, R] each, to factors [S, R]. The
+A weighting maps a statistic of every row and step, and a mask of those that count, [S, R] each, to factors [S, R]. The
 statistic is a number for each pair of draft and verifier distributions. No gradient flows through either.
 """
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from specforge.training.losses.objectives import Distributions
 
-# arXiv 2605.18810: the share of each confidence that is taken for certain.
+# arXiv 2605.18810: the constant a, added to each confidence.
 DPACE_SMOOTHING = 0.5
-# arXiv 2608.30135: how much less each step counts after the first one that is rejected.
+# arXiv 2608.30135: decay of the weight per step after the first rejected one.
 VAT_DECAY = 0.8
 
 
@@ -36,14 +36,14 @@ class ChainWeighting:
 
 
 def confidence(rows: Distributions) -> Tensor:
-    """Return the draft's probability of the text's token, q(y), [n]; 0 if it is no draft token."""
+    """Return the draft's probability of the text's token, q(y), [n]; 0 if it is not a draft token."""
     assert rows.text is not None
     found = rows.log_q.gather(1, rows.text.clamp(min=0)[:, None]).squeeze(1).exp()
     return found.masked_fill(rows.text < 0, 0)
 
 
 def agreement(rows: Distributions) -> Tensor:
-    """Return 1 where the most probable tokens of draft and verifier are the same, else 0, [n]."""
+    """Return 1 if the most probable tokens of draft and verifier are the same, else 0, [n]."""
     assert rows.verifier_top is not None
     return (rows.log_q.argmax(-1) == rows.verifier_top).to(rows.log_q.dtype)
 
@@ -51,8 +51,8 @@ def agreement(rows: Distributions) -> Tensor:
 def dpace(confidences: Tensor, supervised: Tensor) -> Tensor:
     """Weigh each step by the expected number of tokens that are accepted only if it is (D-PACE, arXiv 2605.18810).
 
-    w_k = sum_{m >= k} prod_{i <= m} c_i, with c_i = (1 - a) q_i(y_i) + a and a = 0.5. Steps that do not count are left
-    out of sum and product.
+    w_k = sum_{m >= k} prod_{i <= m} c_i, with c_i = (1 - a) q_i(y_i) + a and a = 0.5. Sum and product omit steps that
+    do not count.
 
     Args:
         confidences: The draft's probability q_i(y_i) of the text's token, [S, R].
@@ -64,10 +64,9 @@ def dpace(confidences: Tensor, supervised: Tensor) -> Tensor:
 
 
 def vat(agreements: Tensor, supervised: Tensor) -> Tensor:
-    """Weigh a step less the further it is behind the first rejected one (VAT, arXiv 2608.30135).
+    """Weigh a step less the further it is after the first rejected one (VAT, arXiv 2608.30135).
 
-    w_k = 1 up to the first step k* that is rejected, and 0.8^(k - k*) from there on. A step that does not count rejects
-    nothing.
+    w_k = 1 up to the first rejected step k*, and 0.8^(k - k*) from there. A step that does not count rejects nothing.
 
     Args:
         agreements: Whether the most probable tokens agree, 1 or 0, [S, R].

@@ -106,7 +106,7 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
     # EAGLE-3 for vLLM.
     "layer ids shifted": ("eagle3/vllm", setting(IDS, lambda ids: [one + 1 for one in ids]), rf"{IDS} is \[3, 5, 6\]"),
     "layer ids not ascending": ("eagle3/vllm", setting(IDS, [5, 4, 2]), "must be ascending"),
-    "layer ids missing": ("eagle3/vllm", setting(IDS, None), f"{IDS} is not said"),
+    "layer ids missing": ("eagle3/vllm", setting(IDS, None), f"{IDS} is not set"),
     "d2t absolute": ("eagle3/vllm", tensor("d2t", absolute), "d2t must hold id - index|looks like the ids themselves"),
     "d2t and t2d absolute": (
         "eagle3/vllm",
@@ -127,7 +127,7 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
     "norm_before_residual missing": (
         "eagle3/vllm",
         setting("norm_before_residual", ...),
-        "is not said: vLLM takes true",
+        "is not set: vLLM assumes true",
     ),
     "post-norm state fed back": ("eagle3/vllm", setting("norm_output", True), "norm_output is True"),
     "rope theta changed": (
@@ -209,7 +209,7 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
     "names of vLLM": ("eagle3/sglang", renamed("midlayer.", "layers.0."), r"no tensor begins with midlayer\."),
     "ids in the sense of vLLM": ("eagle3/sglang", setting("eagle_config", {IDS: [3, 4, 5]}), IDS),
     "ids at the top": ("eagle3/sglang", setting(IDS, [2, 4, 5]), "where SGLang does not read it"),
-    "an option of vLLM": ("eagle3/sglang", setting("fc_norm", True), "knows no fc_norm"),
+    "an option of vLLM": ("eagle3/sglang", setting("fc_norm", True), "does not support fc_norm"),
     "unused embeddings": (
         "eagle3/sglang",
         added("embed_tokens.weight", torch.ones(1280, 64)),
@@ -220,7 +220,7 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
     "bias for vLLM": ("eagle/vllm", added("fc.bias", torch.ones(64)), "fc.bias, which vLLM leaves out"),
     "bias dropped for SGLang": ("eagle/sglang", tensor("fc.bias", None), "no fc.bias: SGLang always has one"),
     "bias set but missing": ("eagle/eagle", setting("bias", True), '"bias" is true'),
-    "bias not set": ("eagle/eagle", setting("bias", ...), '"bias" is true or not said'),
+    "bias not set": ("eagle/eagle", setting("bias", ...), '"bias" is true or not set'),
     "bias dropped for HASS": ("eagle/hass", tensor("fc.bias", None), '"bias" is true'),
     "two layers": ("eagle/vllm", setting("num_hidden_layers", 2), "num_hidden_layers is 2"),
     "another family": (
@@ -242,7 +242,7 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
     "state scaling changed": ("mlp/mlp_speculator", setting("scale_input", False), "normalized is False"),
     "tied weights changed": ("mlp/mlp_speculator", setting("tie_weights", False), "missing: emb"),
     "heads left out": ("mlp/mlp_speculator", setting("n_predict", 2), "one number for each of the 2 heads"),
-    "input scaling not set": ("mlp/mlp_speculator", setting("scale_input", ...), "scale_input is not said"),
+    "input scaling not set": ("mlp/mlp_speculator", setting("scale_input", ...), "scale_input is not set"),
 }
 
 

@@ -130,7 +130,7 @@ def test_outputs_and_gradients_are_those_of_a_dense_mask(
 
 
 @given(documents=document_ids(), window=st.none() | st.integers(1, 4), seed=st.integers(0, 999))
-def test_a_packed_document_equals_itself_alone(documents: Tensor, window: int | None, seed: int) -> None:
+def test_a_packed_document_equals_a_separate_one(documents: Tensor, window: int | None, seed: int) -> None:
     leaves = random_steps(documents, 3, 2, 1, seed)
     packed = ours(documents, leaves, window)
     upstream = torch.randn(packed.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -235,7 +235,7 @@ def test_output_on_padding_is_zero_where_documents_are_gathered() -> None:
     assert output[:, :, :, 1:4].all()
 
 
-def test_a_batch_of_padding_alone_gives_zeros() -> None:
+def test_a_batch_of_only_padding_gives_zeros() -> None:
     documents = torch.full((2, 3), -1)
     leaves = random_steps(documents, 2, 2, 1, 0)
     output = ours(documents, leaves, None)

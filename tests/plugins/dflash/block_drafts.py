@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[type[DFlashDraftModel], dict[str, Any]]] = {
 
 
 def random_draft(verifier: PreTrainedModel, kind: str, seed: int = 1, **options: Any) -> Any:
-    """Make a draft that knows nothing, attached to its verifier."""
+    """Make an untrained draft, attached to its verifier."""
     network, own = KINDS[kind]
     values = {**SMALL, **own, **options}
     sliding = values.pop("sliding", False)

@@ -21,7 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def random_draft(verifier: PreTrainedModel, seed: int = 1, **options: Any) -> EagleSpeculator:
-    """Make a draft that knows nothing, attached to its verifier."""
+    """Make an untrained draft, attached to its verifier."""
     draft = EagleSpeculator.from_training_args(verifier.config, **options)
     fill(draft, seed)
     draft.attach_verifier(verifier)

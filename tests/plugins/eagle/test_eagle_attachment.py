@@ -106,7 +106,7 @@ def test_train_only_cannot_generate(verifier_of: VerifierOf, detached: EagleSpec
 
 
 @pytest.mark.parametrize("mode", ["full", "train_only"])
-def test_detaching_lets_go_of_the_verifier(mode: Any, detached: EagleSpeculator) -> None:
+def test_detaching_releases_the_verifier(mode: Any, detached: EagleSpeculator) -> None:
     verifier = random_verifier("llama")
     detached.double().attach_verifier(verifier, mode)
     detached(*random_rows(1, 3))
@@ -117,7 +117,7 @@ def test_detaching_lets_go_of_the_verifier(mode: Any, detached: EagleSpeculator)
     assert [one() for one in watched] == [None, None, None]
 
 
-def test_attaching_another_lets_go_of_the_first(verifier_of: VerifierOf, detached: EagleSpeculator) -> None:
+def test_attaching_another_releases_the_first(verifier_of: VerifierOf, detached: EagleSpeculator) -> None:
     first = random_verifier("llama")
     detached.attach_verifier(first)
     detached.attach_verifier(verifier_of("qwen3"))
@@ -129,7 +129,7 @@ def test_attaching_another_lets_go_of_the_first(verifier_of: VerifierOf, detache
 
 
 @pytest.mark.parametrize("mode", ["full", "train_only"])
-def test_what_is_borrowed_is_no_part_of_the_draft(
+def test_borrowed_parts_are_not_part_of_the_draft(
     mode: Any, verifier_of: VerifierOf, detached: EagleSpeculator, tmp_path: Path
 ) -> None:
     verifier = verifier_of("llama")
@@ -226,7 +226,7 @@ def test_casting_on_load_leaves_the_rotary_frequencies(detached: EagleSpeculator
     assert again.rotary.inv_freq.dtype == torch.float32
 
 
-def test_a_draft_in_a_short_type_beside_a_verifier_in_another(verifier_of: VerifierOf) -> None:
+def test_a_draft_and_a_verifier_in_different_short_dtypes(verifier_of: VerifierOf) -> None:
     draft = random_draft(verifier_of("llama"), layernorms=True).to(torch.bfloat16)
     draft.reset_constants()
     rows = random_rows(2, 6)

@@ -28,7 +28,7 @@ def test_defaults_are_those_of_the_first_paper() -> None:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_what_is_stored_reads_back_equal(family: str, tmp_path: Path) -> None:
+def test_a_stored_configuration_reads_back_equal(family: str, tmp_path: Path) -> None:
     layers = CONFIGS[family]()
     config = EagleSpeculatorConfig(transformer_layer_config=layers, fusion_bias=True, of_another_tool={"a": [1]})
     config.save_pretrained(tmp_path)
@@ -69,14 +69,14 @@ def test_a_configuration_that_was_loaded_is_stored_without_its_origin(tmp_path: 
     assert EagleSpeculatorConfig.from_dict(config.to_dict()) == config
 
 
-def test_of_several_modalities_the_text_is_taken() -> None:
+def test_the_text_part_of_a_multimodal_verifier_is_used() -> None:
     composite = Gemma3Config(text_config={"hidden_size": 64})
     assert EagleSpeculatorConfig(transformer_layer_config=composite).transformer_layer_config.hidden_size == 64
     again = EagleSpeculatorConfig(transformer_layer_config=composite.to_dict())
     assert again.transformer_layer_config.model_type == "gemma3_text"
 
 
-def test_a_rotary_base_in_its_old_place_is_read() -> None:
+def test_a_rotary_base_under_its_old_key_is_read() -> None:
     values = {"model_type": "llama", "rope_theta": 1234.0, "rope_scaling": None, "max_position_embeddings": 64}
     layers = EagleSpeculatorConfig(transformer_layer_config=values).transformer_layer_config
     assert layers.rope_parameters == {"rope_type": "default", "rope_theta": 1234.0}
@@ -87,7 +87,7 @@ def test_a_rotary_base_in_its_old_place_is_read() -> None:
     [
         (3, "must be a dict or a transformers configuration, not a int"),
         (None, "not a NoneType"),
-        ({"model_type": "lama"}, "transformers knows no 'lama'. Did you mean 'llama'?"),
+        ({"model_type": "lama"}, "transformers does not know 'lama'. Did you mean 'llama'?"),
         ({"model_type": "llama", "hidden_size": "wide"}, "hidden_size"),
         ({"model_type": "llama", "hidden_size": 30, "num_attention_heads": 7}, "not a multiple"),
         ({"model_type": "gpt2"}, "no decoder layer with rotary positions for 'gpt2'"),
@@ -136,7 +136,7 @@ def test_a_layer_named_later_is_listed() -> None:
         ("gemma3", "Gemma3DecoderLayer"),
     ],
 )
-def test_a_layer_that_is_not_named_is_the_familys(family: str, name: str) -> None:
+def test_an_unnamed_layer_is_the_familys(family: str, name: str) -> None:
     config = EagleSpeculatorConfig(transformer_layer_config=CONFIGS[family]())
     assert config.decoder_layer.name == name
     assert config.architectures == ["EagleSpeculator"]
@@ -153,7 +153,7 @@ def test_an_unknown_layer_is_refused(name: str, hint: str) -> None:
 
 
 @pytest.mark.parametrize("flag", ["layernorms", "fusion_bias"])
-def test_a_flag_that_is_none_is_refused(flag: str) -> None:
+def test_an_unknown_flag_is_refused(flag: str) -> None:
     with pytest.raises(UsageError, match=flag):
         EagleSpeculatorConfig.from_dict({flag: "sometimes"})
 

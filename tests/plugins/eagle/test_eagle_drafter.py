@@ -1,4 +1,4 @@
-"""The EAGLE-1 draft at work says what the same network says in training, at the same row and step."""
+"""Drafting with EAGLE-1 gives the same logits as training, at the same row and step."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_window_is_that_of_training(family: str, verifier_of: VerifierOf) -> N
 
 
 @torch.no_grad()
-def test_some_sequences_can_go_on_without_the_others(verifier_of: VerifierOf) -> None:
+def test_some_sequences_can_continue_without_the_others(verifier_of: VerifierOf) -> None:
     draft = random_draft(verifier_of("qwen3"), layernorms=True)
     tokens, last = random_rows(3, LENGTH)
     drafter, done = draft.drafter(3), [0, 0, 0]
@@ -107,7 +107,7 @@ def test_the_first_step_reads_the_last_state_after_the_final_norm(verifier_of: V
     assert torch.equal(draft.first_feature(last_only(last)), verifier.model.norm(last))
 
 
-def test_packed_documents_equal_themselves_alone(verifier_of: VerifierOf) -> None:
+def test_packed_documents_equal_separate_ones(verifier_of: VerifierOf) -> None:
     draft = random_draft(verifier_of("llama"), layernorms=True)
     lengths = [5, 7, 1, 6]
     tokens, last = random_rows(1, sum(lengths) + 3)

@@ -120,7 +120,7 @@ def two_documents(length: int = LENGTH, first: int = 4) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["truth values", "numbers", "added"])
 @pytest.mark.parametrize("weights", [False, True])
-def test_a_mask_may_say_what_each_row_sees(
+def test_a_mask_may_state_what_each_row_sees(
     kind: str, weights: bool, draft: EagleSpeculator, rows: tuple[Tensor, Tensor]
 ) -> None:
     tokens, features = rows
@@ -243,12 +243,12 @@ def test_a_configuration_may_choose_the_kind_of_output(verifier_of: VerifierOf, 
     assert isinstance(again(*rows, return_dict=True), CausalLMOutputWithPast)
 
 
-def test_a_tuple_is_no_cache(draft: EagleSpeculator, rows: tuple[Tensor, Tensor]) -> None:
+def test_a_tuple_is_not_a_cache(draft: EagleSpeculator, rows: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(ValueError, match="such as DynamicCache, not a tuple"):
         draft(*rows, past_key_values=((rows[1], rows[1]),))
 
 
-def test_without_a_verifier_it_is_said_what_to_do(verifier_of: VerifierOf, rows: tuple[Tensor, Tensor]) -> None:
+def test_without_a_verifier_the_message_says_what_to_do(verifier_of: VerifierOf, rows: tuple[Tensor, Tensor]) -> None:
     draft = random_draft(verifier_of("llama"))
     draft.detach_verifier()
     with pytest.raises(ValueError, match=r"call attach_verifier\(\)"):

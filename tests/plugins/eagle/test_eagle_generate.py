@@ -31,7 +31,7 @@ def test_text_is_the_verifiers_own(family: str, proposal: str, verifier_of: Veri
 
 
 def test_text_is_accepted_from_a_draft_that_is_right(verifier_of: VerifierOf) -> None:
-    """A draft that knows the answer by heart is right, so the loop reads its proposals as it means them."""
+    """A draft that has memorised the answer is accepted, so the loop reads proposals correctly."""
     verifier = verifier_of("llama")
     prompt = torch.tensor([[4, 9, 2, 17]])
     text = verifier.generate(prompt, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(prompt))

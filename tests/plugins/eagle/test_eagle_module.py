@@ -99,7 +99,7 @@ def test_every_weight_of_the_draft_gets_a_gradient_and_no_other(tiny_verifiers):
     assert not any("embed_tokens" in name or "lm_head" in name for name in module.state_dict())
 
 
-def test_top_k_keeps_the_most_probable_tokens_as_they_are():
+def test_top_k_does_not_renormalise():
     log_p, log_q = (torch.randn(4, 15, dtype=torch.float64).log_softmax(-1) for _ in range(2))
     expected = []
     for p, q in zip(log_p.exp(), log_q, strict=True):
@@ -188,7 +188,7 @@ def test_the_checkpoint_holds_the_layout_of_speculators(run):
     assert "model_type" not in stored and stored["layernorms"] is False and stored["fusion_bias"] is False
 
 
-def test_measuring_and_going_on_work(run, capfd):
+def test_measuring_and_resuming_work(run, capfd):
     assert main(["validate", "--config", str(run[1])]) == 0
     assert "val/acceptance_length" in capfd.readouterr().out
     assert main(["fit", "--config", str(run[1]), "--ckpt_path", "last", "--trainer.max_steps=18"]) == 0

@@ -118,7 +118,7 @@ def test_a_layer_of_another_family_is_written_as_what_it_is(tiny_verifiers: Mapp
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5])
-def test_each_reader_gets_the_bias_that_it_wants(
+def test_each_reader_gets_the_bias_that_it_expects(
     value: float, tiny_verifiers: Mapping[str, Any], tmp_path: Path
 ) -> None:
     draft = make_draft(tiny_verifiers, fusion_bias=True)
@@ -139,7 +139,7 @@ def test_each_reader_gets_the_bias_that_it_wants(
 
 
 def test_readers_that_always_have_a_bias_get_zeros(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
-    """They would leave it at random where the file has none."""
+    """They would leave it random if the file has none."""
     for reader in ("hass", "sglang"):
         write(f"eagle/{reader}", make_draft(tiny_verifiers), tmp_path / reader)
         assert config_of(tmp_path / reader)["bias"] is True
@@ -159,7 +159,7 @@ def test_layers_that_an_engine_does_not_draft_with_are_refused(
 
 
 @pytest.mark.parametrize("said", [True, False, None])
-def test_the_tensors_say_whether_there_is_a_bias(said: bool | None, written: tuple[EagleSpeculator, Path]) -> None:
+def test_the_tensors_decide_whether_there_is_a_bias(said: bool | None, written: tuple[EagleSpeculator, Path]) -> None:
     """SafeAILab's reader takes a missing field for true, and published heads without a bias lack the field."""
     folder = written[1]
     values = {name: value for name, value in config_of(folder).items() if name != "bias"}
@@ -235,7 +235,7 @@ def test_embeddings_of_another_verifier_are_refused(
 @pytest.mark.parametrize("name", ["layers.0.input_layernorm.weight", "layers.1.mlp.up_proj.weight", "lm_head.weight"])
 def test_unknown_tensors_are_named(name: str, written: tuple[EagleSpeculator, Path]) -> None:
     change_weights(written[1], **{name.replace(".", "__"): torch.zeros(16)})
-    with pytest.raises(UsageError, match=f"{written[1]} does not fit EagleSpeculator: unknown: "):
+    with pytest.raises(UsageError, match=f"{written[1]} does not match EagleSpeculator: unknown: "):
         read(LAYOUT, written[1], None)
 
 

@@ -1,4 +1,4 @@
-"""HASS against a slow reference: row by row, as the paper tells it, with every key and value projected on its own."""
+"""HASS against a slow reference: row by row as in the paper, with every key and value projected separately."""
 
 from __future__ import annotations
 

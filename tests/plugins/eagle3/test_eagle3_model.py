@@ -115,7 +115,7 @@ def test_rows_never_see_the_future(place: int, options: dict[str, Any], tiny_ver
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("options", [{}, {"layer_type": "qwen3", "norm_output": True}], ids=str)
-def test_packed_documents_equal_themselves_alone(
+def test_packed_documents_equal_separate_ones(
     window: int | None, options: dict[str, Any], tiny_verifiers: Mapping[str, Any]
 ) -> None:
     draft = make_draft(tiny_verifiers, **options)

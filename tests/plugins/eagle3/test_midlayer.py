@@ -106,7 +106,7 @@ def test_names_of_each_reader(tiny_verifiers: Mapping[str, Any], tmp_path: Path)
 def test_layer_ids_in_the_sense_of_sglang(
     chosen: list[int] | None, said: list[int] | None, tiny_verifiers: Mapping[str, Any], tmp_path: Path
 ) -> None:
-    """It adds 1 where the first is 1, and takes the published layers where nothing is said."""
+    """It adds 1 if the first is 1, and uses the published layers if nothing is set."""
     draft = make_draft(tiny_verifiers, aux_layer_ids=chosen)
     write("eagle3/sglang", draft, tmp_path)
     assert config_of(tmp_path).get("eagle_config", {}).get(LAYER_IDS) == said and LAYER_IDS not in config_of(tmp_path)
@@ -117,7 +117,7 @@ def test_layer_ids_in_the_sense_of_sglang(
 
 
 @given(ids=st.sets(st.integers(0, 8), min_size=1, max_size=4).map(sorted))
-def test_no_ids_come_back_as_others(ids: list[int], tiny_verifiers: Mapping[str, Any]) -> None:
+def test_no_ids_are_read_back_as_others(ids: list[int], tiny_verifiers: Mapping[str, Any]) -> None:
     draft, sglang = make_draft(tiny_verifiers, aux_layer_ids=ids), layout("eagle3/sglang")
     if ids[0] == 1:
         with pytest.raises(UsageError, match="reads a first id of 1 as 2"):
@@ -132,15 +132,15 @@ def test_no_ids_come_back_as_others(ids: list[int], tiny_verifiers: Mapping[str,
     ("reader", "options", "message"),
     [
         ("sglang", {"aux_layer_ids": [1, 3, 5]}, "reads a first id of 1 as 2"),
-        ("sglang", {"norm_output": True, "fc_norm": True}, "knows no fc_norm or norm_output"),
+        ("sglang", {"norm_output": True, "fc_norm": True}, "does not support fc_norm or norm_output"),
         ("sglang", {"layer_type": "qwen3"}, "builds Llama layers"),
         ("sglang", {"embed_requires_grad": True}, "drafts with the verifier's"),
         ("midlayer", {"aux_layer_ids": [2, 3, 5]}, r"before the layers \[2, 4, 5\]"),
-        ("midlayer", {"norm_before_residual": True}, "knows no norm_before_residual"),
+        ("midlayer", {"norm_before_residual": True}, "does not support norm_before_residual"),
         ("midlayer", {"num_layers": 2}, "this draft has 2"),
     ],
 )
-def test_what_a_reader_would_run_wrong_is_refused(
+def test_a_draft_that_a_reader_would_run_wrong_is_refused(
     reader: str, options: dict[str, Any], message: str, tiny_verifiers: Mapping[str, Any]
 ) -> None:
     draft = make_draft(tiny_verifiers, **options)
@@ -185,7 +185,7 @@ def test_the_map_that_engines_ignore_may_be_missing(written: tuple[Eagle3DraftMo
         read("eagle3/midlayer", written[1])
 
 
-def test_the_rotary_base_is_read_from_its_old_place(written: tuple[Eagle3DraftModel, Path]) -> None:
+def test_the_rotary_base_is_read_from_its_old_key(written: tuple[Eagle3DraftModel, Path]) -> None:
     folder = written[1]
     values = config_of(folder)
     del values["rope_parameters"]
@@ -194,7 +194,7 @@ def test_the_rotary_base_is_read_from_its_old_place(written: tuple[Eagle3DraftMo
     assert layers.rope_parameters == {"rope_type": "default", "rope_theta": 1234.0}
 
 
-def test_unfitting_tensors_are_named(written: tuple[Eagle3DraftModel, Path]) -> None:
+def test_mismatching_tensors_are_named(written: tuple[Eagle3DraftModel, Path]) -> None:
     change_weights(written[1], norm__weight=None, midlayer__unknown=torch.ones(1))
     with pytest.raises(UsageError, match=r"missing: norm\.weight; unknown: layers\.0\.unknown"):
         read("eagle3/midlayer", written[1])

@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def random_draft(verifier: PreTrainedModel, seed: int = 1, num_layers: int = 4, **options: Any) -> MLPSpeculator:
-    """Make a draft that knows nothing, attached to its verifier."""
+    """Make an untrained draft, attached to its verifier."""
     draft = MLPSpeculator.from_training_args(verifier.config, num_layers=num_layers, **options)
     fill(draft, seed)
     draft.attach_verifier(verifier)

@@ -113,13 +113,13 @@ def test_the_most_probable_paths_are_proposed(
         assert proposal.depths[row, : len(paths)].tolist() == depths
 
 
-def test_rows_have_trees_of_their_own() -> None:
+def test_each_row_has_its_own_tree() -> None:
     proposal = propose(RandomDrafter(5, 4, 9), [5, 4, 3], 5)
     trees = [frozenset(paths_of(proposal, row)) for row in range(4)]
     assert len(set(trees)) == 4 and len(set(proposal.counts.tolist())) > 1
 
 
-def test_siblings_stand_in_the_order_of_their_probability() -> None:
+def test_siblings_are_ordered_by_probability() -> None:
     drafter = RandomDrafter(1, 1, 9)
     proposal = propose(drafter, [4], 4)
     assert proposal.tokens[0].tolist() == drafter.root[0].topk(4).indices.tolist()
@@ -156,7 +156,7 @@ def test_the_method_is_registered() -> None:
     assert installed().load(method, "proposer") is CandidateTreeProposer
 
 
-def test_settings_can_be_told_in_a_text() -> None:
+def test_settings_can_be_given_as_text() -> None:
     config = CandidateTreeTokenProposalConfig(top_k_tokens_per_head=[3, 2], n_candidates=4)
     assert choose_proposal("candidate_tree:top_k_tokens_per_head=[3,2],n_candidates=4", None) == config
     assert choose_proposal(describe(config), None) == config

@@ -1,4 +1,4 @@
-"""What an MLP speculator's config.json says, in our words and in the deployed ones."""
+"""The config.json of an MLP speculator, with our names and the deployed ones."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def deployed(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(values=deployed())
-def test_deployed_fields_come_back_as_they_were(values: dict[str, Any]) -> None:
+def test_deployed_fields_are_restored_unchanged(values: dict[str, Any]) -> None:
     assert to_deployed(from_deployed(values)) == values
 
 
 @given(values=deployed())
-def test_our_own_file_loses_nothing_either(values: dict[str, Any]) -> None:
+def test_our_own_file_loses_nothing(values: dict[str, Any]) -> None:
     config = from_deployed(values)
     stored = config.to_dict()
     again = SpeculatorModelConfig.from_dict(stored)
@@ -75,8 +75,8 @@ def test_what_each_deployed_field_means() -> None:
     assert config.model_copy(update={"intermediate_size": 12}).state_size == 12
 
 
-def test_readers_with_another_default_are_told_that_nothing_is_tied() -> None:
-    """Transformers takes true for granted where tie_word_embeddings is missing."""
+def test_untied_weights_are_explicit_for_readers_with_another_default() -> None:
+    """Transformers assumes true if tie_word_embeddings is missing."""
     assert to_deployed(from_deployed({"model_type": "mlp_speculator"}))["tie_word_embeddings"] is False
 
 
@@ -85,7 +85,7 @@ def test_the_width_goes_by_either_name() -> None:
     assert to_deployed(from_deployed({"hidden_size": 24}))["emb_dim"] == 24
 
 
-def test_what_a_deployed_file_leaves_out_is_what_its_readers_take_for_granted() -> None:
+def test_missing_deployed_fields_have_the_readers_defaults() -> None:
     config = from_deployed({"model_type": "mlp_speculator"})
     assert (config.num_layers, config.top_k_tokens_per_head, config.n_candidates) == (3, [5, 4, 3], 5)
     assert not config.tie_weights and not config.inputs_hidden_states_normalized

@@ -1,4 +1,4 @@
-"""The draft at work says what the same network says in training, and its text is the verifier's own."""
+"""Drafting gives the same logits as training, and lossless text."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_nodes_of_different_depths_may_be_stepped_at_once(name: str, verifier_of
 
 
 @torch.no_grad()
-def test_some_sequences_can_go_on_without_the_others(verifier_of: VerifierOf) -> None:
+def test_some_sequences_can_continue_without_the_others(verifier_of: VerifierOf) -> None:
     verifier = verifier_of("qwen3")
     draft = random_draft(verifier)
     tokens, last = random_rows(3, LENGTH)
@@ -148,7 +148,7 @@ def test_more_tokens_ahead_than_heads_are_refused(proposal: Any, depth: int, ver
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_text_is_accepted_from_a_draft_that_is_right(name: str, verifier_of: VerifierOf) -> None:
-    """A draft that knows the answer by heart is right, so the loop reads its proposals as it means them."""
+    """A draft that has memorised the answer is accepted, so the loop reads proposals correctly."""
     verifier = verifier_of("llama")
     prompt = torch.tensor([[4, 9, 2, 17]])
     text = verifier.generate(prompt, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(prompt))

@@ -1,4 +1,4 @@
-"""Whole runs in one stage and in two, stopped and gone on with, and what can be done with the draft."""
+"""Whole runs in one stage and in two, stopped and resumed, and uses of the draft."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VARIANTS: dict[str, list[str]] = {
 
 
 class Crash(Exception):
-    """Something that no part of the program expects."""
+    """An exception that no part of the program expects."""
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +130,7 @@ def test_one_stage_trains_on_the_rows(whole: Callable[..., tuple[Path, Batches]]
     assert losses[-1] < 0.95 * losses[0] and scalars(run, "val/acceptance_length")
 
 
-def test_stage_two_trains_on_what_the_verifier_says(whole: Callable[..., tuple[Path, Batches]]) -> None:
+def test_stage_two_trains_on_the_verifiers_text(whole: Callable[..., tuple[Path, Batches]]) -> None:
     plain = whole("one stage")[1]
     run, batches = whole("two stages")
     assert len(batches) == STEPS
@@ -199,7 +199,7 @@ CRASHES = [
 
 
 @pytest.mark.parametrize(("variant", "batch", "saved"), CRASHES)
-def test_a_run_that_is_resumed_is_the_same(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     variant: str,
     batch: int,
     saved: int,
@@ -225,8 +225,8 @@ def test_a_run_that_is_resumed_is_the_same(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--model.stage_two.begin=8"], r"model.stage_two.begin: stage 2 would begin at step 8, but the run has 8"),
-        (["--model.stage_two.begin=0.01"], r"model.stage_two.begin: stage 2 would begin at step 0, but the run has 8"),
+        (["--model.stage_two.begin=8"], r"model.stage_two.begin: stage 2 would start at step 8, but the run has 8"),
+        (["--model.stage_two.begin=0.01"], r"model.stage_two.begin: stage 2 would start at step 0, but the run has 8"),
         ([*TWO_STAGES, "--trainer.overfit_batches=1"], "trainer.overfit_batches"),
         (["--model.stage_two.prompt_length=400", "--model.stage_two.new_tokens=113"], "the 512 tokens of the verifier"),
         ([*TWO_STAGES, "--data.stage_two=nowhere.jsonl"], "data.stage_two"),
@@ -236,7 +236,7 @@ def test_a_run_that_is_resumed_is_the_same(
     ],
     ids=["begin behind the end", "begin at once", "overfit", "context", "missing file", "begin", "unknown", "no heads"],
 )
-def test_wrong_settings_are_told_in_one_line(
+def test_invalid_settings_are_reported_in_one_line(
     more: list[str], message: str, workshop: Workshop, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", *workshop.words("runs", *more)]) == 2
@@ -252,16 +252,16 @@ def test_another_schedule_may_be_chosen(workshop: Workshop) -> None:
     assert rates == pytest.approx([1e-2] * 4)
 
 
-def test_the_summary_says_when_stage_two_begins(workshop: Workshop, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_names_the_start_of_stage_two(workshop: Workshop, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *workshop.words("runs", *TWO_STAGES, "--trainer.max_steps=4")]) == 0
     assert "stage 2, on the verifier's text, from step 3 of 4" in capfd.readouterr().out
 
 
-def test_what_goes_wrong_while_writing_ends_the_run(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_generation_end_the_run(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise Crash
 
-    monkeypatch.setattr("specforge_mlp.data.write_on", broken)
+    monkeypatch.setattr("specforge_mlp.data.generate_batch", broken)
     with pytest.raises(Crash):
         main(["fit", *workshop.words("runs", *TWO_STAGES)])
 
@@ -288,7 +288,7 @@ def test_validate_reports_the_acceptance_length(
 
 
 @pytest.mark.parametrize("proposal", ["greedy", "candidate_tree"])
-def test_generate_says_what_the_verifier_says(
+def test_generate_gives_the_verifiers_own_text(
     proposal: str, whole: Callable[..., tuple[Path, Batches]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompt = ["--prompt", "How many days are 3 weeks?", "--max_new_tokens", "16"]
@@ -319,7 +319,7 @@ def test_the_draft_can_be_started_from(workshop: Workshop, whole: Callable[..., 
         torch.testing.assert_close(started[f"draft.{name}"], tensor, atol=1e-6, rtol=0)
 
 
-def test_stage_two_trains_on_what_was_written_alone(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_two_trains_only_on_generated_text(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """As published, whatever counts in stage 1: a row stands where the verifier wrote a token."""
     counted: list[tuple[int, int]] = []
     original = MLPModule.draft_steps

@@ -93,7 +93,7 @@ def test_unrolling_reads_the_last_state_after_the_final_norm(family: str, name: 
 def test_more_steps_than_heads_are_refused(verifier_of: VerifierOf) -> None:
     draft = random_draft(verifier_of("llama"), num_layers=2)
     tokens, last = random_rows(1, 6)
-    with pytest.raises(UsageError, match="this draft has 2 heads, and 3 steps are asked for"):
+    with pytest.raises(UsageError, match="this draft has 2 heads, but 3 steps are requested"):
         draft.unroll(tokens, last_only(last), tokens, tokens, 3)
 
 
@@ -204,7 +204,7 @@ def test_a_tied_file_may_repeat_what_is_shared(tmp_path: Path) -> None:
 def test_a_copy_that_differs_is_named(name: str, original: str, tmp_path: Path) -> None:
     weights = publish(tmp_path, "Granite-34B-code", copies=True)
     change(tmp_path, {f"speculator.{name}": weights[original] + 1e-9})
-    with pytest.raises(UsageError, match=f"tie_weights, but {name} differs from {original}"):
+    with pytest.raises(UsageError, match=f"tie_weights is set in config.json, but {name} differs from {original}"):
         read(LAYOUT, tmp_path, None)
 
 
@@ -220,7 +220,7 @@ def test_a_copy_that_differs_is_named(name: str, original: str, tmp_path: Path) 
     ],
     ids=["missing matrix", "missing bias", "unknown norm", "unknown number", "shape"],
 )
-def test_tensors_that_do_not_fit_are_named(
+def test_mismatching_tensors_are_named(
     draft: str, changes: Mapping[str, Tensor | None], message: str, tmp_path: Path
 ) -> None:
     publish(tmp_path, draft)
@@ -229,7 +229,7 @@ def test_tensors_that_do_not_fit_are_named(
         read(LAYOUT, tmp_path, None)
 
 
-def test_a_copy_for_a_head_that_there_is_not_is_unknown(tmp_path: Path) -> None:
+def test_a_copy_for_a_missing_head_is_unknown(tmp_path: Path) -> None:
     weights = publish(tmp_path, "Granite-34B-code", copies=True)
     change(tmp_path, {"speculator.emb.5.weight": weights["emb.0.weight"].clone()})
     with pytest.raises(UsageError, match=r"unknown: emb\.5\.weight"):
@@ -244,7 +244,7 @@ def test_a_tensor_without_the_prefix_is_unknown(tmp_path: Path) -> None:
         read(LAYOUT, tmp_path, None)
 
 
-def test_untied_copies_are_no_copies(tmp_path: Path) -> None:
+def test_untied_weights_are_not_copies(tmp_path: Path) -> None:
     """The same tensors under a config.json that does not tie them are those of five heads."""
     publish(tmp_path, "Granite-34B-code", copies=True)
     values = json.loads((tmp_path / "config.json").read_text())
@@ -308,7 +308,7 @@ def test_attaching_while_creating(tiny_verifiers: Mapping[str, Any]) -> None:
         _ = detached.verifier_parts
 
 
-def test_the_sizes_of_a_verifier_are_taken_over(verifier_of: VerifierOf) -> None:
+def test_the_sizes_are_the_verifiers(verifier_of: VerifierOf) -> None:
     draft = MLPSpeculator.from_training_args(verifier_of("qwen3").config, num_layers=2, top_k_tokens_per_head=[9, 2])
     config = draft.config
     assert (config.hidden_size, config.vocab_size, config.state_size) == (WIDTH, VOCABULARY, WIDTH)

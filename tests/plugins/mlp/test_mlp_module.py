@@ -106,7 +106,7 @@ def test_loss_and_gradients_are_the_plain_ones(
         torch.testing.assert_close(gradient, wanted, atol=1e-9, rtol=1e-7, msg=parameter)
 
 
-def test_validation_counts_responses_whatever_is_trained_on(tiny_verifiers: Mapping[str, Any]) -> None:
+def test_validation_always_counts_responses(tiny_verifiers: Mapping[str, Any]) -> None:
     batch = make_batch()
     counts = {}
     for supervision in ("responses", "all"):
@@ -119,7 +119,7 @@ def test_validation_counts_responses_whatever_is_trained_on(tiny_verifiers: Mapp
     assert counts["responses", True] == counts["responses", False] == counts["all", False] < counts["all", True]
 
 
-def test_the_verifier_is_left_alone(tiny_verifiers: Mapping[str, Any]) -> None:
+def test_the_verifier_is_not_changed(tiny_verifiers: Mapping[str, Any]) -> None:
     module = make_module(tiny_verifiers)
     batch = make_batch()
     module.draft_steps(batch, module.features(batch)).loss.backward()

@@ -1,4 +1,4 @@
-"""What a run says of recipes that waste."""
+"""Advice about wasteful recipes."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class TestOverfitting:
     def test_waits_for_two_validations(self):
         assert overfitting(OVERFITTING[:-1], is_first_epoch=False) is None
 
-    def test_is_no_overfitting_where_no_row_was_seen_twice(self):
+    def test_it_is_not_overfitting_if_no_row_was_seen_twice(self):
         line = overfitting(OVERFITTING, is_first_epoch=True)
-        assert line is not None and "unlike the training rows" in line and "by heart" not in line
+        assert line is not None and "differ in kind from the training rows" in line and "memorises" not in line
 
     def test_a_rise_within_noise_is_none(self):
         slow = [*OVERFITTING[:-1], replace(OVERFITTING[-1], acceptance_length=2.0 * (1 + NOISE / 2))]
@@ -60,7 +60,7 @@ class TestOverfitting:
         [{"acceptance_length": 2.1}, {"train_loss": 4.4}, {"train_error": math.inf}, {"train_error": 1.0}, {"loss": 3}],
         ids=lambda change: next(iter(change)),
     )
-    def test_all_of_it_has_to_hold(self, change):
+    def test_all_conditions_must_hold(self, change):
         assert overfitting([*OVERFITTING[:-1], replace(OVERFITTING[-1], **change)], is_first_epoch=False) is None
 
     def test_acceptance_length_may_wait_at_the_start(self):
@@ -68,13 +68,13 @@ class TestOverfitting:
         assert overfitting(waiting, is_first_epoch=True) is None
 
     @given(validations)
-    def test_nothing_is_said_while_acceptance_length_rises(self, before):
+    def test_no_advice_while_acceptance_length_rises(self, before):
         best = max(one.acceptance_length for one in before)
         risen = replace(before[-1], acceptance_length=best * (1 + 2 * NOISE))
         assert overfitting([*before, risen], is_first_epoch=False) is None
 
     @given(validations)
-    def test_nothing_is_said_while_the_training_loss_stays(self, before):
+    def test_no_advice_while_the_training_loss_stays(self, before):
         level = [replace(one, train_loss=before[0].train_loss) for one in before]
         assert overfitting(level, is_first_epoch=False) is None
 
@@ -91,7 +91,7 @@ class TestHighRate:
         share = learning_rate_factor(steps, schedule, steps)
         assert high_rate(share, steps, steps, schedule) is None
 
-    def test_a_constant_rate_is_told_of(self):
+    def test_a_constant_rate_is_reported(self):
         line = high_rate(1.0, 520, 520, ScheduleSettings(name="constant"))
         assert line is not None and "100% of its peak" in line and "cosine or linear" in line
 
@@ -111,7 +111,7 @@ class TestHighRate:
 
 
 class TestSmallVocabulary:
-    def test_says_the_cap_and_a_size(self):
+    def test_names_the_cap_and_a_size(self):
         line = small_vocabulary([0.5, 0.3, 0.2], coverage=0.9, size=256, larger=1024)
         assert line is not None
         for part in ("256 draft tokens cover 90.0%", "about 3.44 of 4", "costs up to 0.20", "draft_vocab_size 1024"):
@@ -161,7 +161,7 @@ def test_one_value_has_no_known_error():
     assert mean_and_error(torch.tensor([1.0, 3.0, 9.0])) == (3.0, math.inf)
 
 
-def test_a_resumed_run_knows_what_was_found():
+def test_a_resumed_run_keeps_its_validations_and_advice():
     before, after = Advice(), Advice()
     before.load_state_dict(
         {"validations": [(8, 1.5, 2.0, 3.0, math.inf)], "said": ["overfitting"], "losses": [2.0, 5.0, 13.0]}

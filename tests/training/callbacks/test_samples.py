@@ -58,7 +58,7 @@ def test_tokens_of_the_draft_are_bold_and_the_verifiers_plain(tokenizer):
     sample = Sample(tokenizer.encode("Say it."), text, rounds=[2, 0, 3], steps=4)
     heading, marked = shown(to_markdown(sample, tokenizer))
     assert marked == "a⟦bc⟧de⟦fgh⟧i"
-    assert heading.startswith("2.67 tokens a pass of the verifier: 8 tokens in 3 rounds that draft 4")
+    assert heading.startswith("2.67 tokens per verifier forward pass: 8 tokens in 3 rounds that draft 4")
 
 
 SPECIAL = (
@@ -68,7 +68,7 @@ SPECIAL = (
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zs", "Zl", "Zp", "Cf"]), min_size=2))
 @example(SPECIAL)
-def test_nothing_in_a_text_is_read_as_markup(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+def test_no_text_is_read_as_markup(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     tokens = tokenizer.encode(text)[:RESPONSE_TOKENS]
     said = tokenizer.decode(tokens)
     _, marked = shown(to_markdown(Sample([], tokens, [0] * (len(tokens) - 1), 1), tokenizer))

@@ -1,4 +1,4 @@
-"""Errors of a run that mean that something was lost, told from errors of its own."""
+"""Errors caused by lost processes or memory, distinguished from the run's own errors."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from specforge.training.callbacks.stopping import explain_lost
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a process that loads batches"),
-        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "a process that loads batches"),
-        (torch.OutOfMemoryError("CUDA out of memory.\nMore"), "memory ran out: CUDA out of memory"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a DataLoader worker"),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "a DataLoader worker"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nMore"), "out of memory: CUDA out of memory"),
     ],
 )
-def test_what_was_lost_is_told(error: RuntimeError, told: str) -> None:
+def test_the_loss_is_explained(error: RuntimeError, told: str) -> None:
     assert told in str(explain_lost(error))
 
 
-def test_an_error_in_a_loading_process_is_not_taken_for_its_loss() -> None:
+def test_an_error_in_a_dataloader_worker_is_not_taken_for_its_loss() -> None:
     text = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n..."
     assert explain_lost(RuntimeError(text)) is None
 
 
-def test_a_loss_that_arises_while_figures_are_logged_is_told_too() -> None:
+def test_a_loss_during_logging_is_reported_too() -> None:
     wrapped = ValueError("you tried to log 0.5 which is currently not supported")
     assert explain_lost(wrapped) is None
     wrapped.__cause__ = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    assert "a process that loads batches" in str(explain_lost(wrapped))
+    assert "a DataLoader worker" in str(explain_lost(wrapped))

@@ -79,7 +79,7 @@ class TestMerging:
         config = printed("--config", file, *BASE[2:], "--model.ttt_steps", "4")
         assert config["model"]["draft"]["num_layers"] == 2
 
-    def test_an_objective_of_a_later_place_replaces_the_earlier(self, printed, tmp_path):
+    def test_a_later_objective_replaces_the_earlier(self, printed, tmp_path):
         file = write(tmp_path / "a.yaml", {"algorithm": "eagle3", "model": {"objective": {"jsd": 2.0}}})
         assert printed("--config", file, *BASE[2:])["model"]["objective"] == {"jsd": 2.0}
         config = printed("--config", file, *BASE[2:], "--model.objective", '{"lk_alpha": 1.0}')

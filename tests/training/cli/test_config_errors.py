@@ -207,7 +207,7 @@ def test_wrong_value_on_the_command_line(base, refusal, tmp_path, key, value, pa
 
 @pytest.mark.parametrize(("key", "value", "named", "parts"), BUILT, ids=name)
 @pytest.mark.parametrize("place", ["file", "flag"])
-def test_values_that_do_not_go_with_the_rest(base, refusal, tmp_path, place, key, value, named, parts):
+def test_conflicting_values(base, refusal, tmp_path, place, key, value, named, parts):
     if place == "file":
         words = ["--config", str(write(tmp_path / "run.yaml", with_value(base, key, value)))]
     else:

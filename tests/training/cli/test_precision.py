@@ -1,4 +1,4 @@
-"""In which types a draft trains right: gradients, metrics, recomputed steps, and the mean of an optimizer step."""
+"""Precisions that train a draft correctly: gradients, metrics, recomputed steps, means of optimizer steps."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_other_precisions_are_refused_with_what_to_set(
         words = runs.words("refused", "eagle3", f"--trainer.precision={precision}", *more)
         assert main([command, *words[1:]]) == 2
         error = capsys.readouterr().err
-        assert f"trainer.precision: {precision} does not train drafts" in error and "Set bf16-mixed" in error
+        assert f"trainer.precision: {precision} cannot train drafts" in error and "Set bf16-mixed" in error
     assert not (runs.folder / "refused").exists()
 
 
@@ -153,7 +153,7 @@ def test_a_plugin_of_the_trainer_cannot_set_them_either(
     plugin = {"class_path": "lightning.pytorch.plugins.MixedPrecision", "init_args": settings}
     (tmp_path / "plugin.json").write_text(json.dumps({"trainer": {"plugins": [plugin]}}))
     assert main([*runs.words("refused", "eagle3"), "--config", str(tmp_path / "plugin.json")]) == 2
-    assert "16-mixed does not train drafts" in capsys.readouterr().err
+    assert "16-mixed cannot train drafts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [None, 32, "32", 64, "64", "bf16", "32-true", "64-true", "bf16-mixed"])
@@ -163,7 +163,7 @@ def test_other_spellings_of_the_right_ones_are_read(given: Any) -> None:
         check_precision(16)
 
 
-def test_metrics_keep_their_type_whatever_the_module_is_cast_to() -> None:
+def test_metrics_keep_their_dtype_if_the_module_is_cast() -> None:
     """A mean over 600 batches would be rounded to two digits in bfloat16."""
     module = nn.Module()
     module.means, module.length = StepMeans(("kl",), 2), AcceptanceLength(2)

@@ -68,14 +68,14 @@ def test_some_are_left_out_and_replaced(callbacks, tmp_path):
     assert (found["MySamples"].title, found["MySamples"].texts) == ("mine", 3)
 
 
-def test_a_trial_run_shows_its_progress_only(callbacks):
+def test_a_trial_run_only_shows_its_progress(callbacks):
     assert {"Summary", "ProgressBar"} == callbacks("--trainer.fast_dev_run=true").keys() - {"ModelCheckpoint"}
 
 
 @pytest.mark.parametrize(
     ("word", "parts"),
     [
-        ("--callbacks.best_checkpoint=null", ["callbacks.best_checkpoint: null is none of its values"]),
+        ("--callbacks.best_checkpoint=null", ["callbacks.best_checkpoint: null is not allowed"]),
         (
             "--callbacks.best_checkpoint.mode=most",
             ["callbacks.best_checkpoint", "mode: expected max or min, got 'most'"],
@@ -88,7 +88,7 @@ def test_a_trial_run_shows_its_progress_only(callbacks):
         ("--callbacks.last_checkpoint.init_args.every_n_steps=3", ["every_n_steps", "save_every_n_steps"]),
     ],
 )
-def test_what_is_wrong_is_named(word, parts, capsys):
+def test_faults_are_named(word, parts, capsys):
     assert main(["fit", *BASE, "--data.train=rows.jsonl", word]) == 2
     message = capsys.readouterr().err
     assert "Traceback" not in message

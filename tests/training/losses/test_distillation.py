@@ -268,7 +268,7 @@ def test_losses_are_compiled_once_for_batches_of_any_size(compile_by: Callable[[
     assert counter.frame_count == 2
 
 
-def test_losses_are_told_the_verifiers_most_probable_token() -> None:
+def test_losses_get_the_verifiers_most_probable_token() -> None:
     """Some of these are no draft tokens."""
     problem = make_problem()
 
@@ -480,7 +480,7 @@ def widen(problem: Problem, width: int) -> Problem:
     )
 
 
-def test_the_verifiers_distribution_is_formed_once_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verifiers_distribution_is_computed_once_per_target(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     problem = make_problem(steps=3, rows=40)
     problem.teacher.parts.lm_head.register_forward_hook(lambda _, __, output: rows.append(output.shape[0]))

@@ -58,6 +58,6 @@ def test_statistics_read_the_text_and_the_verifiers_best_token() -> None:
     assert agreement(rows).tolist() == [1.0, 0.0, 0.0]
 
 
-def test_an_unknown_name_is_refused_with_those_that_there_are() -> None:
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"model\.weighting: .*'vatt'.*dpace, vat.*vat"):
         chain_weighting("vatt")

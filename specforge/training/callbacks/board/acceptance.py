@@ -1,4 +1,4 @@
-"""The figure of acceptance by position: one curve for each validation, so that the whole run is in one picture."""
+"""The figure of acceptance by position: one curve per validation, so that one picture shows the whole run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Curve = tuple[int, list[float], list[float]]
 
 
 class AcceptanceFigure(Callback):
-    """Draws acceptance by position after each validation, beside the curves of those before it."""
+    """Draws acceptance by position after each validation, with the curves of earlier validations."""
 
     def __init__(self) -> None:
         self._curves: list[Curve] = []
@@ -41,20 +41,20 @@ class AcceptanceFigure(Callback):
             writer.add_image("val/acceptance_by_position", image, trainer.global_step, dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the curves with the checkpoint."""
+        """Return the curves, for the checkpoint."""
         return {"curves": self._curves}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the curves of the run so far."""
+        """Restore the curves of the run so far."""
         self._curves = list(state_dict["curves"])
 
 
 def accept_rates(trainer: Trainer, pl_module: LightningModule, kind: Literal["pos", "cond"]) -> list[float]:
-    """Return what the last validation found for the positions 1, 2, ... of the longest greedy chain.
+    """Return the last validation's acceptance rates at positions 1, 2, ... of the longest greedy chain.
 
     Args:
-        trainer: It keeps the figures.
-        pl_module: The module that measured them.
+        trainer: The trainer, which holds the metrics.
+        pl_module: The module that logged them.
         kind: ``"pos"`` for the share of the rounds that accept at least k tokens, ``"cond"`` for the share among those
             that accept k - 1.
     """
@@ -67,7 +67,7 @@ def draw_acceptance(curves: list[Curve]) -> npt.NDArray[np.uint8]:
     """Draw acceptance by position, later curves darker.
 
     Args:
-        curves: In order; of many, some are drawn, evenly spread, the last among them.
+        curves: The curves in order; of many, some are drawn, evenly spaced and including the last.
 
     Returns:
         The picture, [height, width, 3].
@@ -80,15 +80,15 @@ def draw_acceptance(curves: list[Curve]) -> npt.NDArray[np.uint8]:
 
         # One above the other: TensorBoard's cards are narrow.
         figure = Figure(figsize=(4.6, 5.8), dpi=110, facecolor="white")
-        # Margins that fit; to have them computed takes as long as the drawing.
+        # Fixed margins: computing them takes as long as the drawing.
         margins = {"left": 0.13, "right": 0.97, "top": 0.95, "bottom": 0.09, "hspace": 0.15}
         joint, conditional = figure.subplots(2, 1, sharex=True, gridspec_kw=margins)
         for number, (steps, *rates) in enumerate(shown, start=1):
             color = colormaps["viridis_r"](number / len(shown))
             for axes, values in zip((joint, conditional), rates, strict=True):
                 axes.plot(range(1, len(values) + 1), values, color=color, marker="o", markersize=4, label=f"{steps:,}")
-        _describe(joint, "Accepted, of all drafts")
-        _describe(conditional, "Accepted, where all before it were")
+        _describe(joint, "Accepted in all rounds")
+        _describe(conditional, "Accepted if all before it were")
         conditional.set_xlabel("Position in the draft")
         joint.legend(title="after steps", loc="upper right", ncols=2, frameon=False)
         canvas = FigureCanvasAgg(figure)

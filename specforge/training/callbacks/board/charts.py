@@ -1,4 +1,4 @@
-"""Which scalars TensorBoard shows together, under Custom Scalars."""
+"""The charts that TensorBoard shows under Custom Scalars."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ScalarCharts(Callback):
     """Writes the layout of the Custom Scalars tab when a run starts."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write it; tags that come up later are found by the patterns."""
+        """Write the layout; its patterns also match tags that appear later."""
         groups = chart_groups(cast(DraftModule, pl_module).term_weights)
         for writer in writers(trainer):
             writer.add_custom_scalars(
@@ -34,11 +34,11 @@ def chart_groups(losses: Iterable[str]) -> dict[str, Charts]:
     """Return the charts of each group.
 
     Args:
-        losses: Names of the summands of the loss.
+        losses: Names of the terms of the loss.
     """
     return {
         "Acceptance length": {
-            "Tokens a pass of the verifier": [r"val/acceptance_length(_sampled)?(_proxy)?$"],
+            "Tokens per verifier forward pass": [r"val/acceptance_length(_sampled)?(_proxy)?$"],
             "With shorter chains of K tokens": [r"val/acceptance_length_at_\d+(_sampled)?(_proxy)?$"],
         },
         "Acceptance by position": {
@@ -48,7 +48,7 @@ def chart_groups(losses: Iterable[str]) -> dict[str, Charts]:
             "Acceptance at each draft step, validation": [r"val/acceptance/step_\d+$"],
         },
         "Losses": {
-            "What is minimised": [r"(train|val)/loss$"],
+            "The training objective": [r"(train|val)/loss$"],
             **{
                 f"{loss} at each draft step, {stage}": [rf"{tag}/{re.escape(loss)}/step_\d+$"]
                 for loss in losses
@@ -56,9 +56,9 @@ def chart_groups(losses: Iterable[str]) -> dict[str, Charts]:
             },
         },
         "Speed and memory": {
-            "Tokens a second": [r"train/tokens_per_second$"],
+            "Tokens per second": [r"train/tokens_per_second$"],
             "Share of the time that training waits for data": [r"train/idle_share$"],
-            "Most memory so far, GB": [r"train/peak_memory_gb$"],
+            "Peak memory so far, GB": [r"train/peak_memory_gb$"],
         },
         "Learning rate": {"Of the first parameter group": [r"train/learning_rate$"]},
     }

@@ -1,4 +1,4 @@
-"""The table of runs, under HParams: what each run was set to beside what it reached."""
+"""The table of runs under HParams: the settings and results of each run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from specforge.training.callbacks.board.writers import writers
 from specforge.training.callbacks.configuration import settings_of_run
 from specforge.training.module import DraftModule
 
-# Of the trainer's settings, those that change what a run learns or takes.
+# The trainer's settings that change a run's result or cost.
 TRAINER = (
     "accumulate_grad_batches",
     "devices",
@@ -28,34 +28,34 @@ TRAINER = (
     "precision",
     "strategy",
 )
-# What says where things are, not what they are.
+# Settings that are locations.
 PLACES = ("output_dir", "run_name", "ckpt_path", "save_every_n_steps", "data.cache_dir")
-# What shows and stores a run, and changes nothing of what it learns.
+# Settings of display and storage, which do not change the result.
 SHOWING = "callbacks"
 
 
 class Hyperparameters(Callback):
-    """Writes a run's settings for its loggers, and at its end the figures to compare it by.
+    """Writes a run's settings for its loggers, and at its end the results to compare runs by.
 
-    TensorBoard makes its table of all runs in a folder, settings that differ first. It takes every scalar's last value
-    for a result and shows the first five by name: ``best/...``, ``epoch`` and ``final/...``.
+    TensorBoard builds a table of all runs in a folder, with settings that differ first. It takes every scalar's last
+    value as a result and shows the first five by name: ``best/...``, ``epoch`` and ``final/...``.
     """
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the settings."""
         settings = compared_settings(settings_of_run(trainer, pl_module))
-        # The first would fix the columns of the table to those of this run.
+        # The first summary would fix the columns of the table to those of this run.
         _, start, self._end = hparams(settings, {})
         for logger in trainer.loggers:
-            if not isinstance(logger, TensorBoardLogger):  # which would add a result that nobody measured
+            if not isinstance(logger, TensorBoardLogger):  # it would add a result that was not measured
                 logger.log_hyperparams(settings)
         for writer in writers(trainer):
             add_summary(writer, start)
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last results, and that the run is over."""
+        """Write the last results and the end of the run."""
         log_results("final", trainer, pl_module)
         for writer in writers(trainer):
             add_summary(writer, self._end)
@@ -67,12 +67,12 @@ class Hyperparameters(Callback):
 
 
 def log_results(group: str, trainer: Trainer, pl_module: LightningModule) -> None:
-    """Log acceptance length and loss of the last validation, if there was one, once more under another name.
+    """Log acceptance length and loss of the last validation, if there was one, again under another name.
 
     Args:
-        group: What stands before the slash.
-        trainer: It keeps the figures.
-        pl_module: The module that measured them.
+        group: The part of the name before the slash.
+        trainer: The trainer, which holds the metrics.
+        pl_module: The module that logged them.
     """
     found = trainer.callback_metrics
     if "val/loss" not in found:
@@ -88,7 +88,7 @@ def log_results(group: str, trainer: Trainer, pl_module: LightningModule) -> Non
 def compared_settings(config: Mapping[str, Any]) -> dict[str, str | int | float]:
     """Return the settings that runs are compared by, by the path of their keys.
 
-    Numbers and texts are what they are, all others what JSON writes for them.
+    Numbers and strings stay as they are; other values become JSON.
 
     Args:
         config: The resolved configuration.

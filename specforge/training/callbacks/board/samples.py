@@ -1,7 +1,7 @@
-"""Texts of the validation rows, with what the draft would have drafted of them.
+"""Texts of the validation rows, with the tokens that the draft would have drafted.
 
-Validation replays decoding on recorded text, so that which tokens of it a greedy chain would have got accepted is known
-without decoding anything (see ``specforge.decoding.replay``).
+Validation replays decoding on recorded text, so it is known without decoding which tokens of a greedy chain would be
+accepted (see ``specforge.decoding.replay``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLES = 2
-PROMPT_TOKENS, RESPONSE_TOKENS = 40, 120  # most that are shown of each
+PROMPT_TOKENS, RESPONSE_TOKENS = 40, 120  # maximum shown of each
 
 
 class Source(Enum):
@@ -40,13 +40,13 @@ class Source(Enum):
 
 @dataclass(frozen=True)
 class Sample:
-    """A turn of a text, as rounds of decoding would go through it.
+    """A turn of a text, divided into rounds of decoding.
 
     Attributes:
         prompt: Last tokens before the response.
         response: The response's tokens.
-        rounds: How many drafted tokens each round accepts; the verifier's own token follows them.
-        steps: Most tokens that a round drafts.
+        rounds: Number of drafted tokens that each round accepts; the verifier's own token follows them.
+        steps: Maximum number of tokens that a round drafts.
     """
 
     prompt: list[int]
@@ -56,7 +56,7 @@ class Sample:
 
     @property
     def sources(self) -> list[Source]:
-        """Where each token of the response comes from; the first is said by the prompt's own pass."""
+        """Source of each token of the response; the first comes from the prompt's forward pass."""
         drafted = [[Source.DRAFT] * accepted + [Source.VERIFIER] for accepted in self.rounds]
         return [Source.VERIFIER, *(source for one in drafted for source in one)]
 
@@ -65,7 +65,7 @@ class SampleTexts(Callback):
     """Shows a few texts at each validation, accepted tokens marked.
 
     Args:
-        texts: How many; always the same ones.
+        texts: Number of texts, always the same ones.
     """
 
     def __init__(self, texts: int = SAMPLES) -> None:
@@ -74,7 +74,7 @@ class SampleTexts(Callback):
         self._shown = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the tokenizer; where rows hold tokens there need not be one, and nothing is shown."""
+        """Find the tokenizer; nothing is shown without one, which is possible if rows hold tokens."""
         if writers(trainer):
             try:
                 self._tokenizer = data_of(trainer).tokenizer
@@ -82,7 +82,7 @@ class SampleTexts(Callback):
                 self._tokenizer = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with the first text."""
+        """Start with the first text."""
         self._shown = 0
 
     def on_validation_batch_end(
@@ -94,7 +94,7 @@ class SampleTexts(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Show the texts of the batch, as long as some are missing."""
+        """Show the texts of the batch until enough are shown."""
         if self._tokenizer is None or outputs is None or not is_fitting(trainer) or self._shown >= self.texts:
             return
         for sample in samples_of(batch, outputs["draft_steps"], self.texts - self._shown):
@@ -109,8 +109,8 @@ def samples_of(batch: Mapping[str, Tensor], outcome: DraftSteps, most: int) -> l
 
     Args:
         batch: ``input_ids``, ``document_ids`` and ``position_ids``, [B, T] each.
-        outcome: What the draft did on it in validation.
-        most: How many to return at most.
+        outcome: The draft's validation results on it.
+        most: Maximum number of samples to return.
     """
     shape = batch["input_ids"].shape
     reachable = outcome.supervised[0].view(shape)
@@ -123,7 +123,7 @@ def samples_of(batch: Mapping[str, Tensor], outcome: DraftSteps, most: int) -> l
             continue
         if len(samples) == most:
             break
-        first = column + 1  # the round at row t begins behind token t + 1
+        first = column + 1  # the round at row t starts after token t + 1
         begin = column - int(batch["position_ids"][row, column])
         tokens = batch["input_ids"][row]
         matches = outcome.matches[:, start : start + length]
@@ -143,7 +143,7 @@ def accepted_by_round(matches: Tensor) -> list[int]:
         matches: Whether step i at anchor j drafts the text's token, [S, N].
 
     Returns:
-        Accepted tokens of each round; with one more each, of the verifier, they make the turn's N tokens.
+        Accepted tokens of each round; with one verifier token per round, they add up to the turn's N tokens.
     """
     anchors = matches.shape[1]
     agreeing = matches.cumprod(0).sum(0).long()
@@ -157,16 +157,16 @@ def accepted_by_round(matches: Tensor) -> list[int]:
 
 
 def to_markdown(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Write a sample as TensorBoard shows it: accepted drafted tokens bold, the prompt in italics.
+    """Write a sample as Markdown for TensorBoard: accepted drafted tokens bold, the prompt in italics.
 
     Args:
-        sample: What to write.
-        tokenizer: The verifier's.
+        sample: The sample.
+        tokenizer: The verifier's tokenizer.
     """
     tokens, rounds = len(sample.response) - 1, len(sample.rounds)
     heading = (
-        f"**{tokens / rounds:.2f} tokens a pass of the verifier**: {tokens} tokens in {rounds} rounds that draft "
-        f"{sample.steps}. Bold tokens were drafted and accepted, each plain one took a pass."
+        f"**{tokens / rounds:.2f} tokens per verifier forward pass**: {tokens} tokens in {rounds} rounds that draft "
+        f"{sample.steps}. Bold tokens were drafted and accepted; each plain one took a forward pass."
     )
     return "\n\n".join([heading, "".join(_marked(sample, tokenizer))])
 
@@ -183,5 +183,5 @@ def _marked(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]
 
 
 def _escaped(text: str) -> str:
-    """Write a text so that neither Markdown nor HTML reads anything into it."""
+    """Escape a text so that neither Markdown nor HTML interprets it."""
     return "".join("↵<br>" if one == "\n" else one if one.isalnum() or one == " " else f"&#{ord(one)};" for one in text)

@@ -1,4 +1,4 @@
-"""Where a run writes for TensorBoard."""
+"""TensorBoard writers of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 def writers(trainer: Trainer) -> list[SummaryWriter]:
-    """Return the writers of TensorBoard: in the first process alone, and none where other loggers are chosen."""
+    """Return the TensorBoard writers: only in the first process, and none if other loggers are chosen."""
     if not trainer.is_global_zero:
         return []
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
