@@ -168,7 +168,7 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
         "names the verifier owner/other",
     ),
     "tensor missing": ("eagle3/vllm", tensor("norm.weight", None), r"missing: norm\.weight"),
-    "extra tensor": ("eagle3/vllm", added("verifier_lm_head.weight", torch.ones(2, 2)), "the verifier's own"),
+    "extra tensor": ("eagle3/vllm", added("verifier_lm_head.weight", torch.ones(2, 2)), "which is the verifier's"),
     "extra layer": ("eagle3/vllm", added("layers.1.norm.weight", torch.ones(2)), r"unknown: layers\.1"),
     "tensor cut": ("eagle3/vllm", tensor("lm_head.weight", lambda one: one[:-1]), r"lm_head\.weight is \["),
     "tensor transposed": (
@@ -208,7 +208,7 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
     # EAGLE-3 for SGLang.
     "names of vLLM": ("eagle3/sglang", renamed("midlayer.", "layers.0."), r"no tensor begins with midlayer\."),
     "ids in the sense of vLLM": ("eagle3/sglang", setting("eagle_config", {IDS: [3, 4, 5]}), IDS),
-    "ids at the top": ("eagle3/sglang", setting(IDS, [2, 4, 5]), "where SGLang does not read it"),
+    "ids at the top": ("eagle3/sglang", setting(IDS, [2, 4, 5]), "where SGLang ignores it"),
     "an option of vLLM": ("eagle3/sglang", setting("fc_norm", True), "does not support fc_norm"),
     "unused embeddings": (
         "eagle3/sglang",
@@ -217,7 +217,7 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
     ),
     "another architecture": ("eagle3/sglang", setting("architectures", ["LlamaForCausalLM"]), "architectures is"),
     # EAGLE-1.
-    "bias for vLLM": ("eagle/vllm", added("fc.bias", torch.ones(64)), "fc.bias, which vLLM leaves out"),
+    "bias for vLLM": ("eagle/vllm", added("fc.bias", torch.ones(64)), "fc.bias, which vLLM silently ignores"),
     "bias dropped for SGLang": ("eagle/sglang", tensor("fc.bias", None), "no fc.bias: SGLang always has one"),
     "bias set but missing": ("eagle/eagle", setting("bias", True), '"bias" is true'),
     "bias not set": ("eagle/eagle", setting("bias", ...), '"bias" is true or not set'),
