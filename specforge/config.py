@@ -321,7 +321,8 @@ def config_class(algorithm: str) -> type[SpeculatorModelConfig]:
     """
     descriptor = installed().find(Algorithm, algorithm)
     found: type[SpeculatorModelConfig] = installed().load(descriptor, "config")
-    if found.model_type_name != algorithm:
+    # Another installed algorithm's configuration may be used: its plugin then reads the checkpoints.
+    if found.model_type_name not in installed().all(Algorithm):
         raise UsageError(
             f"the plugin of the algorithm {algorithm!r} is inconsistent: model_type_name of {descriptor.config} is "
             f"{found.model_type_name!r}; its checkpoints would not be found again"

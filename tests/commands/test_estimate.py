@@ -83,7 +83,7 @@ class TestOutput:
         values = yaml.safe_load(config.read_text()) | {"algorithm": "mlp", "model": {"stage_two": {"begin": 0.5}}}
         config.write_text(yaml.safe_dump(values))
         out = estimated(capsys, "--config", str(config), *GIVEN)
-        assert "the verifier writes up to 256 tokens" in " ".join(out.split())
+        assert "The verifier's generation of up to 256 tokens" in " ".join(out.split())
 
     def test_help(self, capsys):
         out = estimated(capsys, "--help")

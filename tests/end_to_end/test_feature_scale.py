@@ -99,7 +99,7 @@ def test_a_checkpoint_of_raw_features_is_not_resumed_with_scaled_ones(
     [
         (
             "[1,2]",
-            r"model\.draft\.feature_scale has 2 numbers; give one for each of: layer 2, layer 4, layer 5",
+            r"model\.draft\.feature_scale has 2 numbers; give one for each of layer 2, layer 4, layer 5",
         ),
         ("[1,2,-3]", "greater than 0"),
         ("[1,2,nan]", "feature_scale"),
@@ -119,7 +119,7 @@ def test_an_invalid_scale_is_refused(
 def test_numbers_and_a_norm_contradict_each_other(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--model.draft.feature_scale=[1,2,3]", "--model.draft.fc_norm=true")
     assert main(["fit", *workshop.words("runs", *flags)]) == 2
-    assert "feature_scale has no effect where" in capsys.readouterr().err
+    assert "feature_scale has no effect if" in capsys.readouterr().err
 
 
 def test_evaluation_and_export_are_not_affected(fit: Callable[..., Path], tmp_path: Path) -> None:

@@ -65,10 +65,10 @@ def test_an_unsupported_rotation_is_a_fault() -> None:
     (found,) = faults(partial_rotary_factor=0.5)
     assert "rotate 8 of 8 dimensions: engines would rotate 4" in found
     (found,) = faults(mrope_section=[1, 1, 2])
-    assert "three directions" in found
+    assert "three-dimensional positions" in found
     layers["model_type"] = "no-such-type"
     (found,) = faults(partial_rotary_factor=0.5)
-    assert "not understood" in found
+    assert "cannot be computed" in found
     # A head in a plain decoder's layout, with the old names.
     old = LlamaConfig(hidden_size=32, num_attention_heads=4, head_dim=8).to_dict() | {"partial_rotary_factor": 0.5}
     assert len(list(rotation_faults(old))) == 1

@@ -64,17 +64,15 @@ class FusedDraftModule(FeatureScaledModule):
 
     Args:
         draft: The draft network.
-        num_steps: Number of draft steps that are trained.
     """
 
     network: ClassVar[type[Eagle3DraftModel]] = Eagle3DraftModel
     draft: Eagle3DraftModel
     scaled_layer = "fc"
 
-    def __init__(self, draft: FusedDraftSettings, num_steps: int, **kwargs: Any) -> None:
+    def __init__(self, draft: FusedDraftSettings, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.settings = draft
-        self._num_steps = num_steps
         verifier = self.teacher.config.get_text_config()
         try:
             chosen = draft.aux_layers
@@ -96,11 +94,6 @@ class FusedDraftModule(FeatureScaledModule):
         """Ids of the verifier layers that features are taken from, ascending."""
         return self._aux_layers
 
-    @property
-    def num_steps(self) -> int:
-        """Number of draft steps."""
-        return self._num_steps
-
     def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> Eagle3DraftModel:
         """Create the network: head and embeddings start as the verifier's, the rest at random."""
         settings = self.settings
@@ -116,7 +109,7 @@ class FusedDraftModule(FeatureScaledModule):
             aux_layer_ids=self._aux_layers,
             norm_before_residual=settings.norm_before_residual,
             norm_before_fc=settings.norm_before_fc,
-            ttt_steps=self._num_steps,
+            ttt_steps=self.num_steps,
             t2d=None if vocabulary is None else vocabulary.t2d,
             **self.network_options(data),
         )

@@ -55,7 +55,8 @@ class Eagle3Module(FusedDraftModule):
         supervision: Supervision = "exact",
         **kwargs: Any,
     ) -> None:
-        super().__init__(draft=draft, num_steps=ttt_steps, **kwargs)
+        super().__init__(draft=draft, **kwargs)
+        self.ttt_steps = ttt_steps
         self.supervision = supervision
         self._options = {
             "fc_norm": draft.fc_norm,
@@ -65,6 +66,11 @@ class Eagle3Module(FusedDraftModule):
         self._terms_in_vocabulary = [
             replace(term, function=partial(_in_vocabulary, term.function)) for term in self.terms
         ]
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps of training-time test."""
+        return self.ttt_steps
 
     def network_options(self, data: DraftDataModule) -> dict[str, Any]:
         """Return the arguments of the network that only this algorithm has."""

@@ -54,7 +54,8 @@ class PEagleModule(FusedDraftModule):
         step_decay: Decay = 1.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(draft=draft, num_steps=depths, step_decay=step_decay, **kwargs)
+        super().__init__(draft=draft, step_decay=step_decay, **kwargs)
+        self.depths = depths
         self.mask_token_id = draft.mask_token_id
         self.down_sample_ratio = down_sample_ratio
         self.down_sample_ratio_min = down_sample_ratio_min
@@ -66,6 +67,11 @@ class PEagleModule(FusedDraftModule):
                     f"model.draft.mask_token_id is {draft.mask_token_id}, the verifier's padding token, whose "
                     "embedding others do not train; choose another one that no text holds"
                 )
+
+    @property
+    def num_steps(self) -> int:
+        """Number of depths."""
+        return self.depths
 
     def network_options(self, data: DraftDataModule) -> dict[str, Any]:
         """Return the arguments of the network that only this algorithm has."""

@@ -156,5 +156,5 @@ def test_sampled_text_has_the_verifiers_distribution(kind: str, verifier_of: Ver
 
 def test_a_chain_longer_than_a_block_is_refused(verifier_of: VerifierOf) -> None:
     verifier = verifier_of("llama")
-    with pytest.raises(UsageError, match="greedy proposes 5 tokens ahead, but this draft can do 4 at most"):
+    with pytest.raises(UsageError, match="greedy proposes 5 tokens ahead, but this draft supports at most 4"):
         Decoder(verifier, random_draft(verifier, "dflash"), GreedyTokenProposalConfig(speculative_tokens=5))

@@ -114,7 +114,7 @@ TRAPS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "no positions": (
         "dflash",
         lambda config: [config["transformer_layer_config"].pop(name) for name in ("rope_parameters", "rope_theta")],
-        "the rotary positions are not said",
+        "the rotary embeddings are not set",
     ),
     "other layers": (
         "dflash",

@@ -122,7 +122,7 @@ def test_a_draft_without_a_confidence_says_so(verifier_of: VerifierOf) -> None:
 
 def test_other_drafts_do_not_serve_it(verifier_of: VerifierOf) -> None:
     verifier = verifier_of("llama")
-    with pytest.raises(UsageError, match="drafts of dflash do not serve the proposal method 'confident_chain'"):
+    with pytest.raises(UsageError, match="dflash drafts do not support the proposal method 'confident_chain'"):
         decode(verifier, random_draft(verifier, "dflash"), ConfidentChainTokenProposalConfig())
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specforge import SpeculatorModel
 from specforge.__main__ import main
-from specforge.checkpoints.export import Order, export
+from specforge.checkpoints.export import ExportRequest, export
 from specforge.training.module import DraftModule
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart"
@@ -193,7 +193,7 @@ def test_the_draft_can_be_started_from(runs: RunsFolder, whole: Callable[..., An
 def test_an_export_is_a_model_of_transformers(whole: Callable[..., Any], tmp_path: Path) -> None:
     """With equal logits; read by plain transformers, as its assistant model too, and verified as it was written."""
     run = whole("layers")[0]
-    done = export(Order(str(run), "transformers", tmp_path / "export"))
+    done = export(ExportRequest(str(run), "transformers", tmp_path / "export"))
     assert done.agreement.rounds > 10 and not done.agreement.differing
     assert '--speculative-config \'{"method": "draft_model"' in done.serving
     plain, report = AutoModelForCausalLM.from_pretrained(
@@ -223,7 +223,7 @@ def test_an_export_is_a_model_of_transformers(whole: Callable[..., Any], tmp_pat
 def test_a_changed_export_is_told(
     whole: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    export(Order(str(whole("layers")[0]), "transformers", tmp_path / "export", runs_verifier=False))
+    export(ExportRequest(str(whole("layers")[0]), "transformers", tmp_path / "export", runs_verifier=False))
     path = tmp_path / "export" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}))

@@ -129,7 +129,7 @@ def test_each_reader_gets_the_bias_that_it_expects(
         assert config_of(tmp_path / reader)["bias"] is True
         assert torch.equal(read(f"eagle/{reader}", tmp_path / reader).fusion_fc.bias, draft.fusion_fc.bias)
     if value:
-        with pytest.raises(UsageError, match=r"vLLM would leave out.*fusion_bias false.*--format sglang"):
+        with pytest.raises(UsageError, match=r"vLLM would silently ignore.*fusion_bias false.*--format sglang"):
             write("eagle/vllm", draft, tmp_path / "vllm")
         assert not (tmp_path / "vllm").exists()
     else:
