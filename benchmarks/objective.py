@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from specforge.sampling import Sampling
 from specforge.training.losses.distillation import Labels, Teacher, distill
-from specforge.training.module import objective_terms
+from specforge.training.losses.named import objective_terms
 from specforge.verifier.parts import VerifierParts
 
 ROUNDS = 3

@@ -22,19 +22,17 @@ from specforge.data.features.manifest import FeatureNeeds
 from specforge.data.host_masks import HostMasks
 from specforge.data.module import DraftDataModule, data_of
 from specforge.errors import SpecforgeError, UsageError
-from specforge.hookspecs import Objective, Weighting
 from specforge.models.chain.alignment import Alignment, align
 from specforge.models.draft_rows import DraftRows
 from specforge.models.speculator import SpeculatorModel
 from specforge.moving import moved
 from specforge.private.lightning import has_trainer, is_accumulating, make_loadable
-from specforge.registry import installed
 from specforge.sampling import Sampling
 from specforge.training.identity import Identity, different_tensors, draft_in, start_from
 from specforge.training.length import RunLength
 from specforge.training.losses.comparison import Term
 from specforge.training.losses.distillation import DraftSteps, Labels, Teacher, distill
-from specforge.training.losses.weightings import ChainWeighting
+from specforge.training.losses.named import chain_weighting, objective_terms
 from specforge.training.metrics import StageMetrics, step_sums
 from specforge.training.optimizers import OptimizerSettings, build_optimizer
 from specforge.training.schedules import ScheduleSettings, build_schedule
@@ -593,44 +591,3 @@ class DraftModule(LightningModule, ABC):
         tau = f"acceptance_length{metrics.suffix}"
         self.log(f"{stage}/{tau}", replayed.pop(tau), prog_bar=True)
         self.log_dict({f"{stage}/{name}": value for name, value in {**means, **replayed}.items()})
-
-
-def objective_terms(objective: Mapping[str, float]) -> list[Term]:
-    """Look up the losses of an objective.
-
-    Args:
-        objective: Weights by name.
-
-    Raises:
-        UsageError: The objective is empty, a name is unknown, or a weight is not positive.
-    """
-    if not objective:
-        raise UsageError("model.objective is empty; give at least one loss, for example {kl: 1.0}")
-    terms = []
-    for name, weight in objective.items():
-        if not 0 < weight <= 1e6:
-            raise UsageError(f"model.objective.{name} must be positive, and at most 1e6, got {weight}")
-        try:
-            descriptor = installed().find(Objective, name)
-        except UsageError as error:
-            raise UsageError(f"model.objective: {error}") from None
-        function = installed().load(descriptor, "function")
-        terms.append(Term(name, weight, function, descriptor.uses_mean_acceptance, descriptor.uses_text))
-    return terms
-
-
-def chain_weighting(name: str) -> ChainWeighting:
-    """Look up a weighting.
-
-    Args:
-        name: Its name.
-
-    Raises:
-        UsageError: The name is unknown.
-    """
-    try:
-        descriptor = installed().find(Weighting, name)
-    except UsageError as error:
-        raise UsageError(f"model.weighting: {error}") from None
-    function, statistic = (installed().load(descriptor, one) for one in ("function", "statistic"))
-    return ChainWeighting(function, statistic, descriptor.uses_text)

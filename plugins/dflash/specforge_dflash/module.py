@@ -13,8 +13,8 @@ from specforge.data.module import DraftDataModule, data_of
 from specforge.errors import UsageError
 from specforge.models.block.anchors import draw_anchors
 from specforge.models.chain.alignment import Alignment
-from specforge.models.vocabulary import DraftVocabulary
 from specforge.private.lightning import has_trainer
+from specforge.training.draft_vocabulary import check_size, chosen_vocabulary, coverage_text
 from specforge.training.mask_token import check_in_table, unused_token
 from specforge.training.module import Batch, DraftModule
 from specforge.training.totals import processes
@@ -56,11 +56,7 @@ class DFlashModule(DraftModule):
         # Until the texts have been looked at, any will do.
         self._mask_token = draft.mask_token_id or 0
         check_in_table(self._mask_token, verifier.vocab_size)
-        if draft.draft_vocab_size is not None and draft.draft_vocab_size > verifier.vocab_size:
-            raise UsageError(
-                f"model.draft.draft_vocab_size is {draft.draft_vocab_size}, but the verifier has only "
-                f"{verifier.vocab_size} tokens; give at most that, or null for all of them"
-            )
+        check_size(draft.draft_vocab_size, verifier.vocab_size)
 
     @property
     def aux_layers(self) -> list[int]:
@@ -108,9 +104,8 @@ class DFlashModule(DraftModule):
 
     def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> DFlashDraftModel:
         """Create the network, at random; its final norm and its head are the verifier's."""
-        settings, vocabulary = self.settings, None
-        if settings.draft_vocab_size not in (None, parts.config.vocab_size):
-            vocabulary = DraftVocabulary.most_frequent(data.vocabulary_counts(), settings.draft_vocab_size)
+        settings = self.settings
+        vocabulary = chosen_vocabulary(settings.draft_vocab_size, parts.config.vocab_size, data)
         draft = self.network.from_training_args(
             self.teacher.config,
             verifier_name_or_path=self.teacher.stored_name,
@@ -128,14 +123,9 @@ class DFlashModule(DraftModule):
         return draft
 
     def summary_text(self) -> str:
-        """Return a few lines for a person, with the coverage of the draft vocabulary."""
+        """Return the summary, with the coverage of a pruned draft vocabulary."""
         text = super().summary_text()
-        if self.draft.draft_ids is None:
-            return text
-        counts = data_of(self.trainer).vocabulary_counts()
-        coverage = DraftVocabulary.from_t2d(self.draft.t2d.cpu()).coverage(counts)
-        size = self.draft.config.draft_vocab_size
-        return f"{text}\n  {size:,} draft tokens cover {coverage:.1%} of the supervised ones"
+        return text if self.draft.draft_ids is None else f"{text}\n  {coverage_text(self.draft, data_of(self.trainer))}"
 
     def alignment(self, batch: Batch) -> Alignment:
         """Return targets and counted slots; in training, of the anchors that are drawn for the optimizer step."""

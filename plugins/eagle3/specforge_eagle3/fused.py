@@ -12,7 +12,7 @@ from specforge.bounds import Count, Layers, Width
 from specforge.data.module import DraftDataModule, data_of
 from specforge.errors import UsageError
 from specforge.models.base_components import LayerType
-from specforge.models.vocabulary import DraftVocabulary
+from specforge.training.draft_vocabulary import check_size, chosen_vocabulary, coverage_text
 from specforge.training.feature_scale import FeatureScale, FeatureScaledModule, check_feature_scale
 from specforge.training.module import Batch
 from specforge.training.saying import say
@@ -83,11 +83,7 @@ class FusedDraftModule(FeatureScaledModule):
         self.scaled_inputs = [f"layer {layer}" for layer in self._aux_layers]
         self.feature_scale = "none" if draft.norms_features else draft.feature_scale
         check_feature_scale(self.feature_scale, self.scaled_inputs)
-        if draft.draft_vocab_size is not None and draft.draft_vocab_size > verifier.vocab_size:
-            raise UsageError(
-                f"model.draft.draft_vocab_size is {draft.draft_vocab_size}, but the verifier has only "
-                f"{verifier.vocab_size} tokens; give at most that, or null for all of them"
-            )
+        check_size(draft.draft_vocab_size, verifier.vocab_size)
 
     @property
     def aux_layers(self) -> list[int]:
@@ -97,9 +93,7 @@ class FusedDraftModule(FeatureScaledModule):
     def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> Eagle3DraftModel:
         """Create the network: head and embeddings start as the verifier's, the rest at random."""
         settings = self.settings
-        vocabulary = None
-        if settings.draft_vocab_size not in (None, parts.config.vocab_size):
-            vocabulary = DraftVocabulary.most_frequent(data.vocabulary_counts(), settings.draft_vocab_size)
+        vocabulary = chosen_vocabulary(settings.draft_vocab_size, parts.config.vocab_size, data)
         draft = self.network.from_training_args(
             self.teacher.config,
             verifier_name_or_path=self.teacher.stored_name,
@@ -147,9 +141,5 @@ class FusedDraftModule(FeatureScaledModule):
         handle = self.draft.layers[0].register_forward_hook(tell)
 
     def summary_text(self) -> str:
-        """Return a few lines for a person, with the coverage of the draft vocabulary."""
-        pruned = self.draft.draft_ids is not None
-        counts = data_of(self.trainer).vocabulary_counts()
-        coverage = DraftVocabulary.from_t2d(self.draft.t2d.cpu()).coverage(counts) if pruned else 1.0
-        size = self.draft.lm_head.out_features
-        return f"{super().summary_text()}\n  {size:,} draft tokens cover {coverage:.1%} of the supervised ones"
+        """Return the summary, with the coverage of the draft vocabulary."""
+        return f"{super().summary_text()}\n  {coverage_text(self.draft, data_of(self.trainer))}"

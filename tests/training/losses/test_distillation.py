@@ -20,8 +20,8 @@ from specforge.sampling import Sampling
 from specforge.training.losses import chunks
 from specforge.training.losses.comparison import Term, compiled_compare
 from specforge.training.losses.distillation import DraftSteps, Labels, Teacher, distill
+from specforge.training.losses.named import chain_weighting, objective_terms
 from specforge.training.losses.objectives import Distributions
-from specforge.training.module import chain_weighting, objective_terms
 from specforge.verifier.parts import VerifierParts
 
 H, V = 5, 13

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from specforge.errors import UsageError
+from specforge.training.losses.named import chain_weighting
 from specforge.training.losses.objectives import Distributions
 from specforge.training.losses.weightings import agreement, confidence, dpace, vat
-from specforge.training.module import chain_weighting
 
 EVERY = torch.ones(4, 1, dtype=torch.bool)
 
