@@ -25,7 +25,7 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Calibration:
-    """What came of it.
+    """The result of a calibration.
 
     Attributes:
         temperatures: Of each slot, [S].

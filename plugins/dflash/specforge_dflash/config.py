@@ -128,7 +128,7 @@ class DSparkSpeculatorConfig(DFlashSpeculatorConfig):
         markov_rank: Width of the Markov head's embeddings.
         markov_head_type: ``"vanilla"``: the token before, embedded; ``"gated"``: times a gate that reads the slot's
             state; ``"rnn"``: a recurrence along the block.
-        enable_confidence_head: Whether the draft says how probable it is that each token is accepted.
+        enable_confidence_head: Whether the draft predicts the probability that each token is accepted.
         confidence_head_with_markov: Whether that reads the token before, embedded, beside the slot's state.
         confidence_temperatures: What each slot's confidence, in log-odds, is divided by; 1 for all where none are
             given. The last validation found them.

@@ -85,7 +85,7 @@ class DFlash2Module(DFlashModule):
 
 
 def with_target(candidates: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Put targets in the place of the last candidate where they are missing; return where they are, int64 [m].
+    """Replace the last candidate by the target if that is missing; return candidates and the target's index, int64 [m].
 
     Args:
         candidates: The most probable tokens, best first, int64 [m, K].

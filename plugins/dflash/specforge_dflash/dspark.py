@@ -89,7 +89,7 @@ class DSparkDraftModel(DFlashDraftModel):
         return DSparkDrafter(self, batch_size, self.fc.weight.device)
 
     def _biased(self, logits: Tensor, latents: Tensor) -> Tensor:
-        # Where a stand-in for the verifier has only some of its tokens, so do the logits.
+        # A stand-in for the verifier has only some of its tokens, and so have the logits.
         return logits + self.markov_head.bias(latents)[..., : logits.shape[-1]]
 
     def _confidence(self, states: Tensor, embedded: Tensor) -> Tensor:

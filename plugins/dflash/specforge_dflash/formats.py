@@ -33,7 +33,7 @@ class BlockSpeculatorsLayout(SpeculatorsLayout):
         stored.config[LAYERS]["tie_word_embeddings"] = False
         stored.config.pop(TEMPERATURES, None)
         if SLIDING not in kinds_of(stored.config[LAYERS]):
-            # It says nothing of such layers, but vLLM makes them causal without.
+            # The flag does not concern such layers, but vLLM makes them causal without it.
             stored.config[WHOLE_BLOCKS] = True
         return stored
 

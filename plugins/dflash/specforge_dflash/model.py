@@ -150,7 +150,7 @@ class DFlashDraftModel(SpeculatorModel):
 
     @property
     def mask_token(self) -> int:
-        """The mask token; where a stand-in for the verifier has only some of its tokens, the last one of those."""
+        """The mask token; the last token of a stand-in for the verifier that does not have it."""
         return min(self.config.mask_token_id, self.verifier_parts.embed_tokens.num_embeddings - 1)
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def mask_token_faults(token: Any, size: int | None) -> Iterator[str]:
     """Yield what is wrong with the mask token.
 
     Args:
-        token: Its id, as ``config.json`` says.
+        token: Its id in ``config.json``.
         size: Number V of the verifier's ids; None where it is not known.
     """
     if not isinstance(token, int):

@@ -27,7 +27,7 @@ class DFlashDraftSettings(BaseModel):
     mask_token_id: int | None = Field(
         default=None,
         ge=0,
-        description="Token that stands for those to be drafted, which no text holds; null: the first id of the "
+        description="Token in the slots to be drafted, which no text holds; null: the first id of the "
         "verifier that its tokenizer does not use.",
     )
 

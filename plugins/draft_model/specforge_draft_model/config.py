@@ -45,6 +45,6 @@ class DraftModelConfig(SpeculatorModelConfig):
 
     @field_serializer("language_model")
     def serialize_language_model(self, value: PreTrainedConfig) -> dict[str, Any]:
-        """Store the whole configuration, without what concerns transformers alone."""
+        """Store the whole configuration, without the settings that only transformers uses."""
         general = PreTrainedConfig().to_dict().keys() - {"model_type"}
         return {name: one for name, one in value.to_dict().items() if name not in general}

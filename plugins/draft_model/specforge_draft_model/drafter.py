@@ -54,7 +54,7 @@ class ModelDrafter(Drafter):
 
         Args:
             tokens: The verifier's ids, int64 [B, Q].
-            counts: How many of the Q are real in each row; the others stand behind them, int64 [B].
+            counts: Number of real tokens in each row, which come first, int64 [B].
         """
         self._passes.cache.drop()
         states = self._passes.begin(self._network.known(tokens))
@@ -66,7 +66,7 @@ class ModelDrafter(Drafter):
         return self._network.logits(self._passes.run(self._network.known(tokens), parents))
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some of the sequences."""
+        """Continue with some of the sequences."""
         self._first = self._first[rows]
         self._passes.cache.drop()
         self._passes.cache.select(rows)

@@ -1,6 +1,6 @@
 """A causal language model of transformers as a draft.
 
-It reads the text alone, nothing of the verifier's states. The state that predicts x_{t+2+k}, which row t drafts at step
+It reads only the text, not the verifier's states. The state that predicts x_{t+2+k}, which row t drafts at step
 k (see ``specforge.models.chain.alignment``), is the model's own at token t + 1 + k, whatever t and k are: one pass over
 the text gives the states of all steps.
 
@@ -57,7 +57,7 @@ class DraftModel(SpeculatorModel):
         attend_by_documents(model)
         head = model.get_output_embeddings()
         if head.bias is not None:
-            # Distillation has gradients for heads' matrices alone.
+            # Distillation computes gradients only for heads' matrices.
             head.bias.requires_grad_(False)
         elif head.weight is model.get_input_embeddings().weight:
             # Held once, as it is stored.
@@ -98,7 +98,7 @@ class DraftModel(SpeculatorModel):
         return torch.arange(self.vocabulary_size, device=self.head_weights.device)
 
     def known(self, tokens: Tensor) -> Tensor:
-        """Return tokens [...] with the last of its own in the place of those that it does not know."""
+        """Return tokens [...], with ids beyond its table replaced by its last one."""
         return tokens.clamp(max=self.vocabulary_size - 1)
 
     def train(self, mode: bool = True) -> Self:

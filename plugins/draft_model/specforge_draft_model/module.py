@@ -28,7 +28,7 @@ class DraftModelModule(DraftModule):
     Args:
         draft: The draft network, and what it begins with.
         measured_steps: Draft steps that validation runs, for the acceptance length of chains of so many tokens.
-        on_policy: What the draft writes itself while it is trained; null trains on the rows alone.
+        on_policy: Text that the draft generates during training; null trains only on the rows.
     """
 
     draft: DraftModel
@@ -50,7 +50,7 @@ class DraftModelModule(DraftModule):
 
     @property
     def aux_layers(self) -> list[int]:
-        """None: the draft reads the text alone."""
+        """None: the draft reads only the text."""
         return []
 
     @property

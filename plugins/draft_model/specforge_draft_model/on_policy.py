@@ -1,8 +1,8 @@
-"""Text that the draft writes while it is trained (on-policy distillation, https://arxiv.org/abs/2310.08461).
+"""Text that the draft generates during training (on-policy distillation, https://arxiv.org/abs/2310.08461).
 
-A draft is asked what follows its own tokens, which are not always the verifier's. In some batches it therefore writes a
-stretch of each document itself, and is trained towards what the verifier says of that text, token by token. A stretch
-takes the place of as many tokens of a response, so that everything else of the batch stays as it is.
+In decoding, a draft continues its own tokens, which are not always the verifier's. In some batches it therefore
+generates a span of each document, and is trained towards the verifier's distributions over that text. A span replaces
+the same number of response tokens, so the rest of the batch does not change.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from specforge.bounds import Amount, Count, Portion
+from specforge.data.host_masks import HostMasks
 from specforge.sampling import RandomSource, Sampling
 from specforge_draft_model.model import DraftModel
 
@@ -37,7 +38,7 @@ class OnPolicySettings(BaseModel):
 
 @torch.no_grad()
 def rewritten(draft: DraftModel, batch: Mapping[str, Tensor], settings: OnPolicySettings, seed: int) -> Tensor:
-    """Let the draft write a stretch of a response in each document; where it begins is drawn.
+    """Let the draft generate a span of a response in each document, from a random token on.
 
     Args:
         draft: The draft.
@@ -49,22 +50,23 @@ def rewritten(draft: DraftModel, batch: Mapping[str, Tensor], settings: OnPolicy
         The tokens with those of the draft in them, int64 [B, T].
     """
     tokens = batch["input_ids"]
-    stretches = _stretches(batch["loss_mask"].cpu(), batch["document_ids"].cpu(), settings.new_tokens, seed)
-    if not stretches:
+    masks = HostMasks.of(batch).masks
+    spans = _spans(masks["loss_mask"], masks["document_ids"], settings.new_tokens, seed)
+    if not spans:
         return tokens
-    prompts = [tokens[row, begin:at] for row, begin, at, _ in stretches]
+    prompts = [tokens[row, begin:at] for row, begin, at, _ in spans]
     rng = RandomSource(torch.Generator(tokens.device).manual_seed(seed))
-    longest = max(end - at for _, _, at, end in stretches)
+    longest = max(end - at for _, _, at, end in spans)
     written = continued(draft, prompts, longest, Sampling(temperature=settings.temperature), rng)
     found = tokens.clone()
-    for (row, _, at, end), own in zip(stretches, written, strict=True):
+    for (row, _, at, end), own in zip(spans, written, strict=True):
         found[row, at:end] = own[: end - at]
     return found
 
 
 @torch.no_grad()
 def continued(draft: DraftModel, prompts: list[Tensor], number: int, sampling: Sampling, rng: RandomSource) -> Tensor:
-    """Let a draft go on from prompts.
+    """Let a draft continue prompts.
 
     Args:
         draft: The draft.
@@ -86,11 +88,11 @@ def continued(draft: DraftModel, prompts: list[Tensor], number: int, sampling: S
     return torch.stack(written, dim=1)
 
 
-def _stretches(loss_mask: Tensor, document_ids: Tensor, new_tokens: int, seed: int) -> list[tuple[int, int, int, int]]:
+def _spans(loss_mask: Tensor, document_ids: Tensor, new_tokens: int, seed: int) -> list[tuple[int, int, int, int]]:
     """Choose what the draft writes of each document that has a response.
 
     Returns:
-        Row, and where the document, the stretch and what follows it begin in the row.
+        Row, and the indices in it at which the document, the span and the text after it begin.
     """
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -99,10 +101,10 @@ def _stretches(loss_mask: Tensor, document_ids: Tensor, new_tokens: int, seed: i
             own = (documents == document).nonzero()[:, 0]
             begin, after = int(own[0]), int(own[-1]) + 1
             # The draft cannot begin without a token.
-            places = begin + 1 + mask[begin + 1 : after].nonzero()[:, 0]
-            if not len(places):
+            starts = begin + 1 + mask[begin + 1 : after].nonzero()[:, 0]
+            if not len(starts):
                 continue
-            at = int(places[torch.randint(len(places), (), generator=generator)])
+            at = int(starts[torch.randint(len(starts), (), generator=generator)])
             others = (~mask[at:after]).nonzero()[:, 0]
             end = at + int(others[0]) if len(others) else after
             found.append((row, begin, at, min(end, at + new_tokens)))

@@ -135,7 +135,7 @@ def _config_of(model: str, verifier: PreTrainedConfig, name: str, loading: Verif
     if own < longest and not getattr(config, "rope_parameters", None):
         raise UsageError(f"{model} has learnt {own:,} positions, and the verifier's texts may have {longest:,}")
     if own < longest:
-        # Rotary positions have no end; engines stop to draft where a configuration says so.
+        # Rotary positions have no end; engines stop drafting at the length that a configuration gives.
         config.max_position_embeddings = longest
     return config
 
@@ -185,7 +185,7 @@ def _stored_model(name: str) -> PreTrainedModel:
         whole, begun = (model(one).logits[:, :4] for one in (tokens, tokens[:, :4]))
     # Some encoders are listed among the causal language models of transformers.
     if not torch.allclose(whole, begun, atol=1e-4 * float(whole.abs().max()), rtol=0):
-        raise UsageError(f"{name} is no causal language model: what it says of a token depends on later ones")
+        raise UsageError(f"{name} is no causal language model: its prediction at a token depends on later tokens")
     check_logits(model)
     return model
 

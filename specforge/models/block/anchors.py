@@ -1,7 +1,7 @@
-"""Anchors: the rows of a batch that a block is drafted from in training, drawn anew at each optimizer step.
+"""Anchors: the rows of a batch that a block is drafted from in training, drawn again at each optimizer step.
 
-A draw depends on its seed and on where a row stands among the candidates of its document, and on nothing else. So a
-resumed run repeats it, and it does not matter which process, or which batch of an accumulated step, holds a document.
+A draw depends only on its seed and on the index of a row among the candidates of its document. So a resumed run repeats
+it, and it does not matter which process, or which batch of an accumulated step, holds a document.
 """
 
 from __future__ import annotations

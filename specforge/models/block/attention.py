@@ -148,7 +148,7 @@ class CachedContext:
     def attend(
         self, query: Tensor, context: KeysAndValues, own: KeysAndValues, scale: float, window: int | None
     ) -> Tensor:
-        """Attend in one layer; the context is [B, key-value heads, L, D] each, padded behind each sequence's rows."""
+        """Attend in one layer; the context is [B, key-value heads, L, D] each, padded after each sequence's rows."""
         batch = len(self.lengths)
         key, value = (
             torch.cat([before, block.unflatten(0, (batch, -1)).transpose(1, 2).to(before.dtype)], dim=2)

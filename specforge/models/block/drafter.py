@@ -52,7 +52,7 @@ class BlockNetwork(Protocol):
         """Let slots know the token before the one that they predict.
 
         Args:
-            logits: What ``slot_logits`` said, [B, W, D].
+            logits: Result of ``slot_logits``, [B, W, D].
             states: Of the slots, [B, W, H].
             tokens: The token before, the verifier's ids, int64 [B, W].
             memory: What the slots before carried on, [B, W, R]; zeros at the first slot.
@@ -83,10 +83,10 @@ class BlockDrafter(Drafter):
     @torch.no_grad()
     def commit(self, tokens: Tensor, features: Features, counts: Tensor) -> None:
         """Add the new context, and run the block that begins with the last decided token."""
-        places = self._lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        new = self._network.context_states(features, places)
+        positions = self._lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        new = self._network.context_states(features, positions)
         self._lengths = self._lengths + counts
-        self._context = _grown(self._context, new, places, int(self._lengths.max()))
+        self._context = _grown(self._context, new, positions, int(self._lengths.max()))
         anchors = tokens.gather(1, counts[:, None] - 1)
         attention = CachedContext(self._lengths, self._network.causal_windows)
         self.states = self._network.run_blocks(anchors[:, 0], self._lengths, self._context, attention)
@@ -117,16 +117,18 @@ class BlockDrafter(Drafter):
         return self._network.conditioned(self._logits[rows, depths], self.states[rows, depths], tokens, memory)
 
 
-def _grown(known: list[KeysAndValues], new: list[KeysAndValues], places: Tensor, longest: int) -> list[KeysAndValues]:
-    """Write new keys and values [B, T, heads, D] at their places [B, T] into known ones, [B, heads, L, D]."""
+def _grown(
+    known: list[KeysAndValues], new: list[KeysAndValues], positions: Tensor, longest: int
+) -> list[KeysAndValues]:
+    """Write new keys and values [B, T, heads, D] at their positions [B, T] into known ones, [B, heads, L, D]."""
     if not known:
         return [(key.transpose(1, 2), value.transpose(1, 2)) for key, value in new]
-    rows = torch.arange(len(places), device=places.device)[:, None]
-    needed = int(places.max()) + 1
+    rows = torch.arange(len(positions), device=positions.device)[:, None]
+    needed = int(positions.max()) + 1
 
     def joined(before: Tensor, added: Tensor) -> Tensor:
         room = F.pad(before, (0, 0, 0, needed - before.shape[2]))
-        room[rows, :, places] = added.to(room.dtype)
+        room[rows, :, positions] = added.to(room.dtype)
         return room[:, :, :longest]
 
     return [

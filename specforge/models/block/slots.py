@@ -1,8 +1,8 @@
 """The slots of blocks that a batch runs, and those whose states are wanted.
 
-Row t drafts from anchor t + 1, the token that its block begins with. Slot k of the block stands at the position of
-token t + 1 + k. Step s of ``specforge.models.chain.alignment`` is slot s where the anchor's own slot predicts, and slot
-s + 1 where it does not: in both, it is compared with the verifier's state of row t + 1 + s.
+Row t drafts from anchor t + 1, the token that its block begins with. Slot k of the block has the position of
+token t + 1 + k. Step s of ``specforge.models.chain.alignment`` is slot s if the anchor's own slot predicts, and slot
+s + 1 otherwise: in both cases it is compared with the verifier's state of row t + 1 + s.
 
 Letters in shapes: A blocks, K slots a block, S steps, P pairs of row and step, Q slots that are wanted.
 """

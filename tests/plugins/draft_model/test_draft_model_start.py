@@ -162,7 +162,7 @@ REFUSED: dict[str, Any] = {
                 ),
             )
         },
-        r"model\.draft\.init_model: .* is no causal language model: what it says of a token depends on later ones",
+        r"model\.draft\.init_model: .* is no causal language model: its prediction at a token depends on later tokens",
     ),
     "no folder": (lambda folder: {"init_model": "/nowhere"}, r"model\.draft\.init_model: /nowhere is not a folder"),
     "a layer that is missing": (
