@@ -80,6 +80,8 @@ def assert_same_values(first: Any, second: Any) -> None:
 
 
 def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
-    """Return step and value of everything a run logged under a tag, over all its event files."""
+    """Return step and value of everything a run logged under a tag, over all event files, as it was logged."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    return [(one.step, one.value) for one in events.Scalars(tag)]
+    # Files of one second are read in the order of their names, in which 10 comes before 9.
+    logged = sorted(events.Scalars(tag), key=lambda one: one.wall_time)
+    return [(one.step, one.value) for one in logged]
