@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if name.startswith("-"):
             raise UsageError(f"unknown option {name!r}.{nearest_name(name, OPTIONS)} See: {PROGRAM} --help")
-        with interrupts.raising_keyboard_interrupt():
+        with interrupts.raising_keyboard_interrupt(f"{PROGRAM} {name}"):
             command = installed().find(Command, name)
             program = f"{PROGRAM} {name}"
             quiet.configure_verbosity(verbose)
@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{' '.join(filter(None, (program, error.subcommand)))}: error: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
+        print(interrupts.message(program), file=sys.stderr)
+        return interrupts.STATUS
     except BrokenPipeError:
         # The reader (`| head`) has closed the pipe; without this, the flush at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -26,6 +26,14 @@ def swallow():
     except KeyboardInterrupt:
         raise {error} from None
 """
+NATIVE = """
+import os, signal
+
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    os.abort()
+"""
 # Tests that run in the background of a script inherit an ignored Ctrl-C.
 START = """
 import signal, sys
@@ -52,20 +60,30 @@ def test_an_error_that_a_library_raises_instead(toys, error, where):
     assert (done.returncode, done.stderr) == (130, "specforge toy: interrupted\n")
 
 
+@pytest.mark.parametrize("import_time", ["import native", "def run(words): import native"])
+def test_a_library_that_aborts_while_it_is_imported(toys, import_time):
+    """As an extension module does whose start an exception passes through."""
+    toys.install("toy-plugin", PLUGIN)
+    toys.write("native.py", NATIVE)
+    toys.write("late.py", import_time)
+    done = toys.python("-c", START)
+    assert (done.returncode, done.stderr) == (130, "specforge toy: interrupted\n")
+
+
 def test_other_errors_are_unchanged():
-    with pytest.raises(ValueError, match="own"), interrupts.raising_keyboard_interrupt():
+    with pytest.raises(ValueError, match="own"), interrupts.raising_keyboard_interrupt("specforge toy"):
         raise ValueError("own")
 
 
 def test_the_default_handler_is_restored():
-    with pytest.raises(KeyboardInterrupt), interrupts.raising_keyboard_interrupt():
+    with pytest.raises(KeyboardInterrupt), interrupts.raising_keyboard_interrupt("specforge toy"):
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_custom_handler_is_kept():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with interrupts.raising_keyboard_interrupt():
+    with interrupts.raising_keyboard_interrupt("specforge toy"):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
@@ -74,7 +92,7 @@ def test_other_threads_run_without_a_handler():
     ran = []
 
     def work() -> None:
-        with interrupts.raising_keyboard_interrupt():
+        with interrupts.raising_keyboard_interrupt("specforge toy"):
             ran.append(True)
 
     thread = threading.Thread(target=work)
