@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from specforge.config import (
@@ -91,9 +92,7 @@ def draft_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     Args:
         checkpoint: Content of the file.
     """
-    prefix = "draft."
-    saved: dict[str, Tensor] = checkpoint["state_dict"]
-    return folded({name.removeprefix(prefix): one for name, one in saved.items() if name.startswith(prefix)})
+    return folded(_draft_state(checkpoint))
 
 
 def draft_in(checkpoint: Mapping[str, Any]) -> SpeculatorModel:
@@ -112,6 +111,34 @@ def draft_in(checkpoint: Mapping[str, Any]) -> SpeculatorModel:
         )
     config = SpeculatorModelConfig.from_dict(checkpoint["draft_config"], where="the checkpoint's draft_config")
     return network_of(config).from_state(config, draft_weights(checkpoint), where="the checkpoint")
+
+
+def refuse_another_draft(checkpoint: Mapping[str, Any], path: str, draft: SpeculatorModel, training: bool) -> None:
+    """Refuse a training checkpoint of another draft.
+
+    Args:
+        checkpoint: Content of the file.
+        path: The file, for messages.
+        draft: The draft of this run.
+        training: Whether the run resumes, so that the trained parameters must be the same, too.
+
+    Raises:
+        UsageError: Names the differences.
+    """
+    own, different = Identity.of(draft), list[str]()
+    if "identity" in checkpoint:
+        stored = Identity(**checkpoint["identity"])
+        different = stored.differences(own)
+        if training and stored.trained != own.trained:
+            names = sorted({*stored.trained} ^ {*own.trained})
+            different.append(f"trainable parameters differ: {', '.join(names[:3])}")
+    else:
+        rank_zero_warn(f"{path}, of an earlier version, does not name its draft and verifier")
+    if different := different or different_tensors(_draft_state(checkpoint), draft.state_dict()):
+        raise UsageError(
+            f"{path} does not match this run: {'; '.join(different)}. Resume with the settings that it was trained "
+            "with, or begin a new run without --ckpt_path"
+        )
 
 
 def start_from(draft: SpeculatorModel, given: SpeculatorModel | str) -> None:
@@ -141,6 +168,12 @@ def start_from(draft: SpeculatorModel, given: SpeculatorModel | str) -> None:
             )
         raise UsageError(f"{name} does not match this run: {'; '.join(different)}. {what_to_do}")
     draft.load_state_dict(stored.state_dict())
+
+
+def _draft_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    prefix = "draft."
+    saved: dict[str, Tensor] = checkpoint["state_dict"]
+    return {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
 
 
 def _network(draft: SpeculatorModel) -> dict[str, Any]:

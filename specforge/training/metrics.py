@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class StepMeans(Sums):
 
     def __init__(self, terms: Sequence[str], steps: int) -> None:
         super().__init__()
-        self.quantities = (*terms, "acceptance", "agreement")
+        self.quantities = quantities(terms)
         self.add_sum("sums", len(self.quantities), steps)
         self.add_sum("counts", steps)
 
@@ -109,6 +109,15 @@ class StageMetrics(nn.Module):
         self.by_step.reset()
         for metric in self.chains.values():
             metric.reset()
+
+
+def quantities(terms: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of what ``step_sums`` sums.
+
+    Args:
+        terms: Names of the objectives.
+    """
+    return (*terms, "acceptance", "agreement")
 
 
 def step_sums(outcome: DraftSteps) -> Tensor:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -28,17 +27,19 @@ from specforge.models.speculator import SpeculatorModel
 from specforge.moving import moved
 from specforge.private.lightning import has_trainer, is_accumulating, make_loadable
 from specforge.sampling import Sampling
-from specforge.training.identity import Identity, different_tensors, draft_in, start_from
+from specforge.training.denominator import Denominator, Kind
+from specforge.training.figures import StepFigures
+from specforge.training.identity import Identity, draft_in, refuse_another_draft, start_from
 from specforge.training.length import RunLength
 from specforge.training.losses.comparison import Term
 from specforge.training.losses.distillation import DraftSteps, Labels, Teacher, distill
 from specforge.training.losses.named import chain_weighting, objective_terms
-from specforge.training.metrics import StageMetrics, step_sums
+from specforge.training.metrics import StageMetrics
 from specforge.training.optimizers import OptimizerSettings, build_optimizer
 from specforge.training.schedules import ScheduleSettings, build_schedule
 from specforge.training.steps import prepare_steps
 from specforge.training.teacher import FrozenVerifier
-from specforge.training.totals import begin_total, processes, total
+from specforge.training.totals import processes
 from specforge.verifier.features import Features
 from specforge.verifier.loading import VerifierLoading, VerifierType
 from specforge.verifier.parts import VerifierParts
@@ -108,7 +109,7 @@ class DraftModule(LightningModule, ABC):
         objective: dict[str, float] = {"kl": 1.0},  # noqa: B006  (never changed; shown as the default in --help)
         step_decay: Decay = 0.8,
         weighting: str | None = None,
-        denominator: Literal["valid", "all"] = "valid",
+        denominator: Kind = "valid",
         optimizer: OptimizerSettings = OptimizerSettings(),
         schedule: ScheduleSettings = ScheduleSettings(),
         init_from: str | None = None,
@@ -123,7 +124,7 @@ class DraftModule(LightningModule, ABC):
         self.terms = objective_terms(objective)
         self.step_decay = step_decay
         self.weighting = None if weighting is None else chain_weighting(weighting)
-        self.denominator = denominator
+        self.denominator = Denominator(denominator)
         self.optimizer_settings = optimizer
         self.schedule_settings = schedule
         self.init_from = init_from
@@ -131,12 +132,7 @@ class DraftModule(LightningModule, ABC):
         """Description of the weights that the draft was initialised with; None if they are new."""
         self.activation_checkpointing = activation_checkpointing
         self.compile_steps = compile
-        # Which positions count in all batches of the current optimizer step; None if it has only one batch.
-        self._window: Tensor | None = None
-        # Waits for the number of positions that count in all processes together.
-        self._counted: Callable[[], Tensor] | None = None
-        # Loss, sums and counts of the optimizer step's batches so far.
-        self._so_far: tuple[Tensor, ...] | None = None
+        self._figures = StepFigures()
         # States of a batch that were read before its step.
         self._next_features: Features | None = None
 
@@ -184,7 +180,7 @@ class DraftModule(LightningModule, ABC):
         host, device = HostMasks.of(batch), features.last.device
         alignment = self.alignment(host.masks)
         targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
-        self._counted = begin_total(self._counts(supervised))
+        self.denominator.begin(supervised, self.device)
         rows = DraftRows.needed(supervised, host.documents)
         drafted = Drafted(self.states(batch, features, rows.to(device)), rows.places(), targets, supervised)
         weights = self.pair_weights(supervised).to(device, non_blocking=True)
@@ -401,9 +397,6 @@ class DraftModule(LightningModule, ABC):
     def step_weights(self, supervised: Tensor) -> Tensor:
         """Return the weight of each step's sum of losses, [S]: decay divided by the denominator.
 
-        The denominator counts the batches of all processes and of the whole optimizer step, so that the mean loss
-        equals that of a single process with all these rows in one batch.
-
         Args:
             supervised: Which positions count, bool [S, N], on the CPU.
         """
@@ -425,14 +418,7 @@ class DraftModule(LightningModule, ABC):
         Args:
             supervised: Which positions count, bool [S, N], on the CPU.
         """
-        begun, self._counted = self._counted, None
-        return begun() if begun else total(self._counts(supervised))
-
-    def _counts(self, supervised: Tensor) -> Tensor:
-        """Return this process's share of the denominator of each step, [S]."""
-        counted = supervised if self._window is None or not self.training else self._window
-        counts = counted.sum(1) if self.denominator == "valid" else torch.full((len(counted),), counted.shape[1])
-        return moved(counts, self.device)
+        return self.denominator.counts(supervised, self.device)
 
     def on_train_start(self) -> None:
         """Keep DDP from broadcasting the draft's buffers before every step: they never change."""
@@ -442,22 +428,22 @@ class DraftModule(LightningModule, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Run one batch and return the loss, with which Lightning updates the draft."""
         host = HostMasks.of(batch)
-        self._window = self.alignment(host.window).supervised.flatten(1) if host.window else None
+        self.denominator.window = self.alignment(host.window).supervised.flatten(1) if host.window else None
         features, self._next_features = self._next_features or self.features(batch), None
         outcome = self.draft_steps(batch, features)
+        self.denominator.window = None  # a validation batch is divided by its own count
         if host.window and not torch.equal(outcome.supervised.cpu(), self.alignment(host.masks).supervised.flatten(1)):
             raise SpecforgeError(
                 f"{type(self).__name__} counts other positions than its alignment(batch), by which trainer."
                 "accumulate_grad_batches divides; override alignment in the plugin"
             )
-        loss, sums, counts = self._over_window(*self._over_processes(outcome))
+        loss, means = self._figures.add(outcome, more_follow=is_accumulating(self.trainer))
         if not torch.isfinite(loss):
             self.teacher.check(features)
             raise SpecforgeError(
                 f"the training loss is {loss.item()} at step {self.trainer.global_step}, before it reached the "
                 "weights. Try a lower model.optimizer.lr, a longer warmup or trainer.gradient_clip_val"
             )
-        means = dict(zip(self.means["val"].by_step.quantities, sums / counts.clamp(min=1), strict=True))
         self.log("train/loss", loss)
         self.log_dict(
             {
@@ -471,21 +457,6 @@ class DraftModule(LightningModule, ABC):
         self.log("accept", means["acceptance"][0], prog_bar=True, logger=False)
         # Lightning divides by this, as if each batch had its own mean; our weights are those of the whole step.
         return outcome.loss * self.trainer.accumulate_grad_batches
-
-    def _over_window(self, *figures: Tensor) -> tuple[Tensor, ...]:
-        """Add the figures to those of the optimizer step's earlier batches."""
-        if self._so_far is not None:
-            figures = tuple(before + one for before, one in zip(self._so_far, figures, strict=True))
-        self._so_far = figures if is_accumulating(self.trainer) else None
-        return figures
-
-    def _over_processes(self, outcome: DraftSteps) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss, the sums by quantity and step, and the counts by step, of all processes together."""
-        sums, counts = step_sums(outcome), outcome.supervised.sum(1)
-        shares = outcome.loss.detach() / processes()
-        every = total(torch.cat([shares[None], counts.to(sums.dtype), sums.flatten()]))
-        loss, counts, flat = every.split([1, counts.numel(), sums.numel()])
-        return loss[0], flat.view_as(sums), counts
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, DraftSteps]:
         """Add a batch to the validation metrics; callbacks get the draft's results as ``draft_steps``."""
@@ -530,21 +501,7 @@ class DraftModule(LightningModule, ABC):
             self.draft = draft_in(checkpoint)
             checkpoint["state_dict"] = {f"draft.{name}": one for name, one in self.draft.state_dict().items()}
             return
-        own, path = Identity.of(self.draft), self.trainer.ckpt_path
-        different: list[str] = []
-        if "identity" in checkpoint:
-            stored = Identity(**checkpoint["identity"])
-            different = stored.differences(own)
-            if self.trainer.training and stored.trained != own.trained:
-                names = sorted({*stored.trained} ^ {*own.trained})
-                different.append(f"trainable parameters differ: {', '.join(names[:3])}")
-        else:
-            rank_zero_warn(f"{path}, of an earlier version, does not name its draft and verifier")
-        if different := different or different_tensors(checkpoint["state_dict"], self.state_dict()):
-            raise UsageError(
-                f"{path} does not match this run: {'; '.join(different)}. Resume with the settings that it was trained "
-                "with, or begin a new run without --ckpt_path"
-            )
+        refuse_another_draft(checkpoint, str(self.trainer.ckpt_path), self.draft, self.trainer.training)
         name = checkpoint.get("optimizer_name")
         if self.trainer.training and name != self.optimizer_settings.name:
             raise UsageError(
