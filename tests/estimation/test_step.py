@@ -26,8 +26,10 @@ from specforge.training.optimizers import OptimizerSettings
 from specforge.verifier.loading import load_verifier
 from specforge.verifier.parts import VerifierParts
 from specforge_dflash.settings import DFlash2DraftSettings, DFlashDraftSettings, DSparkDraftSettings
+from specforge_draft_model.start import DraftModelSettings
 from specforge_eagle3.module import Eagle3DraftSettings
 from specforge_mlp.module import MLPDraftSettings
+from specforge_peagle.module import PEagleDraftSettings
 
 VERIFIER_FOLDER = str(Path(__file__).parents[2] / "configs" / "quickstart" / "verifier")
 MUON = OptimizerSettings(name="muon", lr=1e-2)
@@ -55,6 +57,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "dspark",
         {"anchors": 8, "draft": DSparkDraftSettings(num_layers=2), "activation_checkpointing": True},
     ),
+    "peagle": (
+        "peagle",
+        {"depths": 3, "draft": PEagleDraftSettings(num_layers=1, draft_vocab_size=512), "down_sample_ratio": 1.0},
+    ),
+    "draft model": ("draft_model", {"draft": DraftModelSettings(init_layers=[0, 7])}),
     "mlp untied": ("mlp", {"draft": MLPDraftSettings(num_layers=2, tie_weights=False), "optimizer": MUON}),
 }
 

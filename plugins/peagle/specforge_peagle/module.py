@@ -10,9 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from specforge.bounds import Decay, Layers, Portion, Steps, Width
-from specforge.data.module import DraftDataModule
+from specforge.data.module import DraftDataModule, data_of
 from specforge.errors import UsageError
 from specforge.models.chain.alignment import Alignment
+from specforge.private.lightning import has_trainer
 from specforge.training.mask_token import check_in_table, unused_token
 from specforge.training.module import Batch
 from specforge.training.totals import processes
@@ -56,26 +57,31 @@ class PEagleModule(FusedDraftModule):
     ) -> None:
         super().__init__(draft=draft, step_decay=step_decay, **kwargs)
         self.depths = depths
-        self.mask_token_id = draft.mask_token_id
+        self._mask_token = draft.mask_token_id or 0
         self.down_sample_ratio = down_sample_ratio
         self.down_sample_ratio_min = down_sample_ratio_min
         verifier = self.teacher.config.get_text_config()
-        if draft.mask_token_id is not None:
-            check_in_table(draft.mask_token_id, verifier.vocab_size)
-            if draft.mask_token_id == verifier.pad_token_id:
-                raise UsageError(
-                    f"model.draft.mask_token_id is {draft.mask_token_id}, the verifier's padding token, whose "
-                    "embedding others do not train; choose another one that no text holds"
-                )
+        check_in_table(self._mask_token, verifier.vocab_size)
+        if draft.mask_token_id is not None and draft.mask_token_id == verifier.pad_token_id:
+            raise UsageError(
+                f"model.draft.mask_token_id is {draft.mask_token_id}, the verifier's padding token, whose "
+                "embedding others do not train; choose another one that no text holds"
+            )
 
     @property
     def num_steps(self) -> int:
         """Number of depths."""
         return self.depths
 
+    def configure_model(self) -> None:
+        """Find a mask token that no text holds, load the verifier and create the draft, once."""
+        if not self.teacher.is_held and has_trainer(self):
+            self._mask_token = unused_token(self.settings.mask_token_id, data_of(self.trainer))
+        super().configure_model()
+
     def network_options(self, data: DraftDataModule) -> dict[str, Any]:
         """Return the arguments of the network that only this algorithm has."""
-        return {"mask_token_id": unused_token(self.mask_token_id, data)}
+        return {"mask_token_id": self._mask_token}
 
     def alignment(self, batch: Batch) -> Alignment:
         """Return targets and counted rows; in training, those that each depth trains in this optimizer step."""
