@@ -19,8 +19,8 @@ class HostMasks:
     Reading a mask on a GPU means waiting until it has done everything that it was given before.
 
     Args:
-        batch: ``loss_mask`` and ``document_ids``, [B, T] each, and perhaps those of the optimizer step (see
-            ``specforge.data.packing.window_of``).
+        batch: ``document_ids`` and, where rows are trained, ``loss_mask``, [B, T] each, and perhaps those of the
+            optimizer step (see ``specforge.data.packing.window_of``).
 
     Attributes:
         masks: The batch's ``loss_mask`` and ``document_ids``.
@@ -28,7 +28,7 @@ class HostMasks:
     """
 
     def __init__(self, batch: Mapping[str, Any]) -> None:
-        self.masks = {name: batch[name].cpu() for name in ("loss_mask", "document_ids")}
+        self.masks = {name: batch[name].cpu() for name in ("loss_mask", "document_ids") if name in batch}
         self.window = {name: one.cpu() for name, one in window_in(batch).items()}
 
     @classmethod

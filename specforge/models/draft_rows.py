@@ -26,11 +26,13 @@ class DraftRows:
         order: All rows, int64 [N], by the number of steps that run them, descending.
         counts: Number of rows that each of the S steps runs, the first ones of ``order``; never increasing.
         documents: The documents of the rows in this order, on the CPU.
+        host_order: ``order`` on the CPU, for indices that are computed there.
     """
 
     order: Tensor
     counts: tuple[int, ...]
     documents: DocumentLayout
+    host_order: Tensor
 
     @classmethod
     def needed(cls, supervised: Tensor, documents: DocumentLayout) -> Self:
@@ -46,7 +48,7 @@ class DraftRows:
         # If nothing counts, one row still runs: other processes would wait for the missing gradients.
         counts = (depth > steps).sum(1).clamp(min=1).tolist()
         order = depth.argsort(descending=True, stable=True)
-        return cls(order, tuple(counts), documents.reordered(order))
+        return cls(order, tuple(counts), documents.reordered(order), order)
 
     @classmethod
     def all(cls, steps: int, rows: int, documents: DocumentLayout) -> Self:
@@ -58,7 +60,7 @@ class DraftRows:
             documents: The documents of the batch.
         """
         order = torch.arange(rows)
-        return cls(order, (rows,) * steps, documents.reordered(order))
+        return cls(order, (rows,) * steps, documents.reordered(order), order)
 
     def to(self, device: torch.device) -> Self:
         """Return the same rows with ``order`` on a device, to index tensors there; call it with rows on the CPU."""

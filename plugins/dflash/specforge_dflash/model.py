@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
+from specforge.data.host_masks import HostMasks
 from specforge.models.base_components import Family, draft_layer_config, family, norm_scale, start_norm
 from specforge.models.block.attention import BlockAttention, CachedContext, KeysAndValues, PackedBlocks
 from specforge.models.block.drafter import BlockDrafter
@@ -26,6 +27,7 @@ from specforge.models.draft_rows import DraftRows
 from specforge.models.lean_blocks import use_memory_saving_blocks
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.vocabulary import DraftVocabulary, map_faults
+from specforge.moving import moved
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features
 from specforge_dflash.aux_layers import usual_aux_layers
@@ -246,6 +248,7 @@ class DFlashDraftModel(SpeculatorModel):
         slots = BlockSlots.of(rows, size, first, self.first_wanted)
         # An anchor follows its row; at the end of a document nothing is supervised.
         anchors, positions = batch["input_ids"].flatten().roll(-1), batch["position_ids"].flatten() + 1
+        document_ids, device = HostMasks.of(batch).masks["document_ids"], anchors.device
         context = [
             (key.flatten(0, 1), value.flatten(0, 1))
             for key, value in self.context_states(features, batch["position_ids"])
@@ -253,11 +256,12 @@ class DFlashDraftModel(SpeculatorModel):
         found = []
         for part in slots.parts(len(slots.rows) if torch.is_grad_enabled() else BLOCKS_AT_ONCE):
             attention, of_wanted = (
-                PackedBlocks(batch["document_ids"], part.rows, size, chosen, self.causal_windows)
+                PackedBlocks(document_ids, part.rows, size, chosen, self.causal_windows, device)
                 for chosen in (None, part.wanted)
             )
-            found.append(self.run(anchors[part.rows], positions[part.rows], context, attention, part.wanted, of_wanted))
-        return torch.cat(found)[slots.of_pairs]
+            rows_there, wanted = moved((part.rows, part.wanted), device)
+            found.append(self.run(anchors[rows_there], positions[rows_there], context, attention, wanted, of_wanted))
+        return torch.cat(found)[moved(slots.of_pairs, device)]
 
     @property
     def head_weights(self) -> Tensor:

@@ -45,6 +45,7 @@ class PEagleModule(FusedDraftModule):
 
     network = PEagleDraftModel
     draft: PEagleDraftModel
+    settings: PEagleDraftSettings
 
     def __init__(
         self,

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from specforge.models.block.documents import document_starts
-from specforge.models.chain.masked_attention import masked_attention
+from specforge.models.masked_attention import masked_attention
+from specforge.moving import moved
 
 # On a CPU: small enough that few keys are looked at in vain, large enough that each product is a large one.
 QUERIES_PER_MASK = 256
@@ -68,30 +69,38 @@ class PackedBlocks:
     """Attention of blocks of a packed batch, some slots at a time: no mask of all slots and rows is ever made.
 
     Args:
-        document_ids: Which document a row belongs to, -1 for padding, [B, T].
-        rows: Row t of each block, ascending, int64 [A].
+        document_ids: Which document a row belongs to, -1 for padding, [B, T], on the CPU.
+        rows: Row t of each block, ascending, int64 [A], on the CPU.
         size: Number K of slots a block.
-        slots: The slots that attend, ascending, int64 [Q]; None for all of them.
+        slots: The slots that attend, ascending, int64 [Q], on the CPU; None for all of them.
         causal_windows: Whether layers with a sliding window are causal within a block.
+        device: Where the slots attend.
     """
 
     def __init__(
-        self, document_ids: Tensor, rows: Tensor, size: int, slots: Tensor | None, causal_windows: bool
+        self,
+        document_ids: Tensor,
+        rows: Tensor,
+        size: int,
+        slots: Tensor | None,
+        causal_windows: bool,
+        device: torch.device,
     ) -> None:
-        self.rows = rows
-        self.starts = document_starts(document_ids)[rows]
+        starts = document_starts(document_ids)[rows]
+        slots = torch.arange(len(rows) * size) if slots is None else slots
+        number = QUERIES_PER_MASK if device.type == "cpu" else QUERIES_PER_MASK_OF_ACCELERATORS
+        self._parts = self._split(rows, starts, slots, size, number)
+        self.rows, self.starts, self.slots = moved((rows, starts, slots), device)
         self.size = size
-        self.slots = torch.arange(len(rows) * size, device=rows.device) if slots is None else slots
         self.causal_windows = causal_windows
-        self._parts = self._split()
 
-    def _split(self) -> list[_Part]:
-        number = QUERIES_PER_MASK if self.rows.device.type == "cpu" else QUERIES_PER_MASK_OF_ACCELERATORS
-        first = torch.arange(0, len(self.slots), number, device=self.slots.device)
-        last = (first + number - 1).clamp(max=len(self.slots) - 1)
-        begin, end = self.slots[first] // self.size, self.slots[last] // self.size
+    @staticmethod
+    def _split(rows: Tensor, starts: Tensor, slots: Tensor, size: int, number: int) -> list[_Part]:
+        first = torch.arange(0, len(slots), number)
+        last = (first + number - 1).clamp(max=len(slots) - 1)
+        begin, end = slots[first] // size, slots[last] // size
         # Rows ascend, so that the first block's document begins first.
-        bounds = torch.stack([self.starts[begin], self.rows[end] + 1, begin * self.size, (end + 1) * self.size], dim=1)
+        bounds = torch.stack([starts[begin], rows[end] + 1, begin * size, (end + 1) * size], dim=1)
         return [
             _Part(slice(index * number, (index + 1) * number), slice(low, high), slice(own_low, own_high))
             for index, (low, high, own_low, own_high) in enumerate(bounds.tolist())

@@ -21,7 +21,7 @@ from specforge.models.draft_rows import DraftRows
 
 @dataclass(frozen=True)
 class BlockSlots:
-    """Blocks in the order of their rows; their slots are numbered through, K for each block.
+    """Blocks in the order of their rows; their slots are numbered through, K for each block. All is on the CPU.
 
     Attributes:
         rows: Row t of each block, ascending, int64 [A].
@@ -45,11 +45,11 @@ class BlockSlots:
             first: The slot of step 0.
             begin: The first slot of each block that is wanted, ``first`` or one before it.
         """
-        ascending, order = rows.order[: rows.counts[0]].sort()
+        ascending, order = rows.host_order[: rows.counts[0]].sort()
         block = order.argsort()
         pairs = torch.cat([block[:count] * size + first + step for step, count in enumerate(rows.counts)])
-        before = torch.arange(begin, first, device=pairs.device)
-        others = (torch.arange(len(ascending), device=pairs.device)[:, None] * size + before).flatten()
+        before = torch.arange(begin, first)
+        others = (torch.arange(len(ascending))[:, None] * size + before).flatten()
         wanted, places = torch.cat([pairs, others]).sort()
         return cls(ascending, size, wanted, places.argsort()[: len(pairs)])
 
@@ -57,12 +57,12 @@ class BlockSlots:
         """Split the blocks, so many at a time; ``of_pairs`` of a part is that of its wanted slots in their order."""
         if len(self.rows) <= number:
             return [self]
-        bounds = torch.arange(0, len(self.rows) + number, number, device=self.wanted.device) * self.size
+        bounds = torch.arange(0, len(self.rows) + number, number) * self.size
         ends = torch.searchsorted(self.wanted, bounds).tolist()
         cls = type(self)
         found = []
         for index, (begin, end) in enumerate(pairwise(ends)):
             wanted = self.wanted[begin:end] - index * number * self.size
-            own = torch.arange(end - begin, device=wanted.device)
+            own = torch.arange(end - begin)
             found.append(cls(self.rows[index * number : (index + 1) * number], self.size, wanted, own))
         return found

@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specforge.documents import Groups
-from specforge.models.chain.masked_attention import masked_attention
 from specforge.models.chain.queries import Queries
 from specforge.models.draft_attention import DraftAttention
 from specforge.models.draft_rows import DraftRows
+from specforge.models.masked_attention import masked_attention
 from specforge.moving import moved
 
 # On a CPU: small enough that few masked keys are computed, large enough for efficient matrix products.

@@ -14,6 +14,7 @@ from specforge.models.block.slots import BlockSlots
 from specforge.models.draft_rows import DraftRows
 
 HEADS, GROUPS, WIDTH, SIZE, SCALE = 4, 2, 8, 3, 0.4
+CPU = torch.device("cpu")
 DOCUMENTS = torch.tensor([[0] * 8 + [1] * 5 + [-1] * 3, [4] * 16])
 ROWS = torch.tensor([0, 3, 7, 8, 12, 16, 17, 30])
 
@@ -55,7 +56,7 @@ def test_outputs_and_gradients_are_those_of_the_slow_reference(
     reference = slow_reference(query, context, own, window, causal)
     for slots in (None, wanted):
         chosen = slice(None) if slots is None else slots
-        packed = PackedBlocks(DOCUMENTS, ROWS, SIZE, slots, causal)
+        packed = PackedBlocks(DOCUMENTS, ROWS, SIZE, slots, causal, CPU)
         found = packed.attend(query[chosen], context, own, SCALE, window)
         torch.testing.assert_close(found, reference[chosen])
         tensors, upstream = [query, *context, *own], torch.randn_like(found)
@@ -78,7 +79,7 @@ def test_no_mask_is_larger_than_a_few_slots_and_the_rows_that_they_see(monkeypat
     monkeypatch.setattr(attention, "QUERIES_PER_MASK", 6)
     documents = torch.arange(64).repeat_interleave(8)[None]
     rows = torch.arange(4, 512, 8)
-    packed = PackedBlocks(documents, rows, SIZE, None, True)
+    packed = PackedBlocks(documents, rows, SIZE, None, True, CPU)
     keys = random(512, GROUPS, WIDTH)
     own = random(len(rows) * SIZE, GROUPS, WIDTH)
     packed.attend(random(len(rows) * SIZE, HEADS, WIDTH), (keys, keys), (own, own), SCALE, None)

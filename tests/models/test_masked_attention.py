@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specforge.models.chain.masked_attention import masked_attention
+from specforge.models.masked_attention import masked_attention
 
 
 def inputs(dtype: torch.dtype) -> list[Tensor]:
