@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from specforge.__main__ import main
 
 install()
 
+UNUSED = "--model.draft.mask_token_id=3"  # no text of the quickstart holds it
 FIT: dict[str, tuple[dict[str, Any], list[str]]] = {
     "eagle3": ({}, []),
     "eagle3, other settings": (
@@ -39,6 +41,12 @@ FIT: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"algorithm": "mlp", "model": {"draft": {"num_layers": 2, "intermediate_size": 64}}},
         ["--model.stage_two.begin=0.5", "--model.stage_two.new_tokens=4", "--model.stage_two.prompt_length=8"],
     ),
+    "dspark": ({"algorithm": "dspark", "model": {"anchors": 4}}, ["--model.draft.num_layers=1", UNUSED]),
+    "peagle": (
+        {"algorithm": "peagle", "model": {"depths": 3}},
+        ["--model.draft.num_layers=1", "--model.draft.draft_vocab_size=200", UNUSED],
+    ),
+    "draft_model": ({"algorithm": "draft_model", "model": {}}, ["--model.draft.init_layers=[0, 7]"]),
 }
 
 
@@ -125,8 +133,13 @@ def test_prepared_features_are_the_same_and_are_trained_on(workshop: Workshop) -
 WAITS = {"live": {waits.VALUE: 6, waits.TO_DEVICE: 1}, "stored": {waits.VALUE: 5, waits.TO_DEVICE: 1}}
 
 
-@pytest.mark.parametrize("features", WAITS)
-@pytest.mark.parametrize("name", ["eagle3", "hass"])
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [
+        *(("eagle3", features) for features in WAITS),
+        *((name, "live") for name in ("hass", "dspark", "peagle", "draft_model")),
+    ],
+)
 def test_a_training_step_hardly_waits_for_the_device(name: str, features: str, workshop: Workshop) -> None:
     workshop.values |= FIT[name][0]
     counted = {"class_path": "waits.CountedStep", "init_args": {"step": 3}}
@@ -139,7 +152,10 @@ def test_a_training_step_hardly_waits_for_the_device(name: str, features: str, w
             assert main(["prepare", "features", *workshop.words("there"), "--output", store, "--dtype=float32"]) == 0
             words.append(f"--data.features={store}")
         assert main(["fit", *words]) == 0
-    over = {kind: times for kind, times in waits.by_kind().items() if times > WAITS[features].get(kind, 0)}
+    allowed = Counter(WAITS[features])
+    if name == "draft_model":
+        allowed[waits.VALUE] += 1  # transformers looks for packed rows here, too
+    over = {kind: times for kind, times in waits.by_kind().items() if times > allowed[kind]}
     assert waits.found and not over, f"a step waits more often than it may:\n{waits.calls()}"
 
 

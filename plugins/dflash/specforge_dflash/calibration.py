@@ -76,7 +76,7 @@ class ConfidenceRecord:
             best = int(by_choice[:-1].argmin()) if number else GRID.index(1.0)
             temperatures.append(GRID[best])
             predicted = tried[best]
-            errors.append(by_choice[[best, -1]])
+            errors.append(torch.stack([by_choice[best], by_choice[-1]]))
             numbers.append(number)
         weights = torch.stack(numbers)
         error, raw_error = ((torch.stack(errors).T * weights).sum(1) / weights.sum().clamp(min=1)).tolist()

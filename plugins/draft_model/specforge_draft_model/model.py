@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
+from specforge.data.host_masks import HostMasks
 from specforge.decoding.verifier import why_no_trees
 from specforge.documents import DocumentLayout
 from specforge.errors import UsageError
@@ -142,17 +143,20 @@ class DraftModel(SpeculatorModel):
         # A tied head has no tensors of its own, and one of another family perhaps no bias.
         self.language_model.get_output_embeddings().load_state_dict(parts.lm_head.state_dict(), strict=False)
 
-    def advance(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+    def advance(self, tokens: Tensor, position_ids: Tensor, documents: DocumentLayout | None = None) -> Tensor:
         """Run the language model's decoder over packed rows.
 
         Args:
             tokens: The verifier's ids, [B, T].
             position_ids: Positions, which restart at 0 with each document, [B, T].
+            documents: Where the documents are. By default they begin where positions do not increase by 1, and a device
+                waits until that is found.
 
         Returns:
             What the head reads, [B, T, H].
         """
-        with attending_to(DocumentLayout.of(document_numbers(position_ids)), tokens.device):
+        documents = DocumentLayout.of(document_numbers(position_ids)) if documents is None else documents
+        with attending_to(documents, tokens.device):
             output = decoder(self.language_model)(
                 input_ids=self.known(tokens), position_ids=position_ids, use_cache=False
             )
@@ -160,7 +164,8 @@ class DraftModel(SpeculatorModel):
 
     def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
         """Run the language model once; the verifier's states are not looked at."""
-        states = self.advance(batch["input_ids"], batch["position_ids"]).flatten(0, 1)
+        documents = HostMasks.of(batch).documents
+        states = self.advance(batch["input_ids"], batch["position_ids"], documents).flatten(0, 1)
         last = len(states) - 1
         # Rows at the end of the batch read past it, and never count there.
         taken = [(rows.order[:count] + 1 + step).clamp(max=last) for step, count in enumerate(rows.counts)]
