@@ -165,7 +165,7 @@ def compared(case: BlockCase, name: str, draft: Any) -> tuple[Drafted, DraftStep
     terms, weighting = OBJECTIVES[name]
     rows = DraftRows.needed(case.supervised, DocumentLayout.of(case.batch["document_ids"]))
     targets = align(case.batch["loss_mask"], case.batch["document_ids"], draft.num_drafted).targets.flatten(1)
-    drafted = Drafted(draft.states(case.batch, case.features, rows), rows.places(), targets, case.supervised)
+    drafted = Drafted(draft.states(case.batch, case.features, rows), rows.state_index(), targets, case.supervised)
     weights = weights_of(case, weighting)
     outcome = distill(
         draft.before_head(drafted.states)[:, : width(case)]
@@ -177,7 +177,7 @@ def compared(case: BlockCase, name: str, draft: Any) -> tuple[Drafted, DraftStep
         case.supervised,
         terms,
         weights,
-        places=drafted.places,
+        state_index=drafted.state_index,
         weighting=weighting,
         further_head=draft.further_head,
         candidates=getattr(draft.config, "selector_top_k", 0),
@@ -223,12 +223,12 @@ def test_the_selector(case: BlockCase) -> None:
     blocks[case.rows] = torch.arange(len(case.rows))
     for name in losses_of(case):
         drafted, outcome, weights = compared(case, name, case.draft)
-        pairs = drafted.places[counted]
-        candidates, place = with_target(outcome.candidates[pairs], outcome.verifier_tops[pairs])
+        pairs = drafted.state_index[counted]
+        candidates, index = with_target(outcome.candidates[pairs], outcome.verifier_tops[pairs])
         at = blocks[counted[1]], counted[0]
         assert torch.equal(candidates.sort().values, case.recorded("training_candidate_ids")[at].sort().values)
         log_q = case.draft.candidate_scores(drafted.states[pairs], candidates).log_softmax(-1)
-        losses = torch.zeros(case.supervised.shape).index_put(counted, -log_q.gather(1, place[:, None])[:, 0])
+        losses = torch.zeros(case.supervised.shape).index_put(counted, -log_q.gather(1, index[:, None])[:, 0])
         factors = torch.ones(losses.shape)
         if OBJECTIVES[name][1] is not None:
             factors = dpace((-losses.detach()).exp(), case.supervised)

@@ -91,7 +91,7 @@ def test_the_loss_of_the_sampled_pairs(case: DepthsCase) -> None:
         supervised,
         [Term("kl", 1.0, forward_kl)],
         weights,
-        places=rows.places(),
+        state_index=rows.state_index(),
     )
     torch.testing.assert_close(outcome.loss, case.expected["loss_cod"], **case.tolerance)
     outcome.loss.backward()

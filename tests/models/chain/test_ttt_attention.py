@@ -118,7 +118,7 @@ def test_outputs_and_gradients_are_those_of_a_dense_mask(
     flat = [leaf for step in leaves for leaf in step]
     supervised = torch.rand(steps, documents.numel(), generator=torch.Generator().manual_seed(seed)) < share
     rows = DraftRows.needed(supervised, DocumentLayout.of(documents))
-    run = (rows.places() >= 0).unflatten(1, documents.shape)
+    run = (rows.state_index() >= 0).unflatten(1, documents.shape)
     real = ((documents >= 0) & run)[:, :, None, :, None]
     mine, reference = ours(documents, leaves, window, rows=rows), dense(documents, leaves, window)
     torch.testing.assert_close(mine, reference * real, atol=1e-6, rtol=1e-6)

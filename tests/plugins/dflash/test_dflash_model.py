@@ -71,7 +71,7 @@ def test_rows_that_are_needed_have_the_states_and_gradients_that_all_have(
     found = []
     documents = DocumentLayout.of(batch["document_ids"])
     for rows in (DraftRows.needed(supervised, documents), DraftRows.all(*supervised.shape, documents)):
-        states = draft.states(batch, features, rows)[rows.places()[supervised]]
+        states = draft.states(batch, features, rows)[rows.state_index()[supervised]]
         gradients = torch.autograd.grad(states.square().sum(), list(draft.parameters()), allow_unused=True)
         found.append([states.detach(), *(one for one in gradients if one is not None)])
     for ours, expected in zip(*found, strict=True):
@@ -79,7 +79,7 @@ def test_rows_that_are_needed_have_the_states_and_gradients_that_all_have(
     monkeypatch.setattr(model, "BLOCKS_AT_ONCE", 3)
     with torch.no_grad():
         rows = DraftRows.needed(supervised, documents)
-        torch.testing.assert_close(draft.states(batch, features, rows)[rows.places()[supervised]], found[0][0])
+        torch.testing.assert_close(draft.states(batch, features, rows)[rows.state_index()[supervised]], found[0][0])
 
 
 def test_slots_that_are_not_wanted_cost_nothing_after_the_last_keys(verifier_of: VerifierOf) -> None:

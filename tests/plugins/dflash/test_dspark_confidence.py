@@ -34,10 +34,10 @@ def record(sharpness: list[float], parts: int = 1) -> tuple[ConfidenceRecord, Te
     made = ConfidenceRecord()
     for part in torch.arange(ROWS).chunk(parts):
         own = counted[:, part]
-        places = torch.full(own.shape, -1)
-        places[own] = torch.arange(int(own.sum()))
+        state_index = torch.full(own.shape, -1)
+        state_index[own] = torch.arange(int(own.sum()))
         states = torch.stack([torch.zeros(int(own.sum())), log_odds[:, part][own]], dim=1)
-        made.add(Drafted(states, places, places, own), accepted[:, part])
+        made.add(Drafted(states, state_index, state_index, own), accepted[:, part])
     return made, log_odds, accepted, counted
 
 

@@ -41,10 +41,10 @@ def test_row_t_at_step_k_says_what_the_model_says_after_token_t_plus_1_plus_k(
                 expected[step, 14 * row + t] = logits[t + 1 + step - begin]
                 counts[step, 14 * row + t] = True
     rows = DraftRows.needed(counts, DocumentLayout.of(batch["document_ids"]))
-    states, places = draft.states(batch, last_only(last), rows), rows.places()
+    states, state_index = draft.states(batch, last_only(last), rows), rows.state_index()
     for step in range(3):
         own = counts[step]
-        torch.testing.assert_close(draft.logits(states[places[step, own]], step), expected[step, own], **ROUNDED)
+        torch.testing.assert_close(draft.logits(states[state_index[step, own]], step), expected[step, own], **ROUNDED)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
