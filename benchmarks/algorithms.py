@@ -138,14 +138,14 @@ def main() -> None:
         contenders.append(Contender("prompt lookup/0", choose_proposal("prompt_lookup", None)))
         settings = Settings(Sampling(temperature=temperature), Verification(), arguments.max_new_tokens, 32, seed=0)
         Measuring(verifier, template, contenders, settings).run("validation", conversations, lambda _: None)
-        for one in contenders:
-            length = one.tallies["validation"].measurement("validation").acceptance_length
-            lengths.setdefault((one.name.split("/")[0], temperature, method), []).append(length)
+        for contender in contenders:
+            length = contender.tallies["validation"].measurement("validation").acceptance_length
+            lengths.setdefault((contender.name.split("/")[0], temperature, method), []).append(length)
     heads = [f"{method}, T = {temperature:g}" for temperature, method in columns]
     print(f"| algorithm | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
     for recipe in [*arguments.recipes, "prompt lookup"]:
         cells = [lengths[recipe, temperature, method] for temperature, method in columns]
-        shown = [f"{sum(one) / len(one):.3f} ({min(one):.2f} to {max(one):.2f})" for one in cells]
+        shown = [f"{sum(cell) / len(cell):.3f} ({min(cell):.2f} to {max(cell):.2f})" for cell in cells]
         print(f"| {recipe} | {' | '.join(shown)} |")
 
 

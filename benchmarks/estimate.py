@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
         fit.trainer.callbacks.append(measure)
         fit.run()
     found = estimate(EstimateCLI(algorithm, arguments, "estimate"))
-    shortest, longest = (one / found.tokens_per_step * 1e3 for one in found.seconds_per_step())
+    shortest, longest = (seconds / found.tokens_per_step * 1e3 for seconds in found.seconds_per_step())
     rate = measure.flops / measure.counted_tokens * measure.tokens / measure.seconds
     print(f"operations a token: {found.total_flops:,.0f}, counted {measure.flops / measure.counted_tokens:,.0f}")
     print(f"memory: {in_units(found.memory.peak, 'B')}, measured {in_units(measure.memory, 'B')}")

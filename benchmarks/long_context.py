@@ -45,15 +45,17 @@ def main() -> None:
     arguments = parser.parse_args()
     lengths = sorted(arguments.lengths)
     print(
-        "| what | row | " + " | ".join(f"{one:,}" for one in lengths) + " | fit: a token | fit: share of the square |"
+        "| what | row | "
+        + " | ".join(f"{length:,}" for length in lengths)
+        + " | fit: a token | fit: share of the square |"
     )
     print("|---|---|" + "---|" * (len(lengths) + 2))
     for name in arguments.measure:
         for document in (None, DOCUMENT):
             row = "one document" if document is None else f"documents of {document}"
-            grown = [peak_growth(name, one, document or one) for one in lengths]
+            grown = [peak_growth(name, length, document or length) for length in lengths]
             token, square = fit(lengths, grown)
-            figures = " | ".join(f"{one:,.0f} MiB" for one in grown)
+            figures = " | ".join(f"{growth:,.0f} MiB" for growth in grown)
             print(f"| {name} | {row} | {figures} | {token * 1024:,.0f} KiB | {square:.0%} |", flush=True)
 
 

@@ -71,7 +71,7 @@ def train(rows: Path, steps: int, log: Path) -> tuple[float, float]:
         shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         log.write_text(shown, encoding="utf-8")
     shown = log.read_text(encoding="utf-8")
-    lengths = [float(one) for one in re.findall(r"acceptance_length (\d\.\d+)", shown)]
+    lengths = [float(length) for length in re.findall(r"acceptance_length (\d\.\d+)", shown)]
     batches = int(re.findall(r"an epoch has ([\d,]+) batches", shown)[0].replace(",", ""))
     return max(lengths), steps / batches
 

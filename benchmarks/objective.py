@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[8192, 32_768], help="Of draft and verifier.")
     parser.add_argument("--output", type=Path, help="JSON file for every figure.")
     arguments = parser.parse_args()
-    there = {name: one for name, one in CONTESTANTS.items() if name in available()}
+    there = {name: contestant for name, contestant in CONTESTANTS.items() if name in available()}
     every = []
     print("| loss | vocabulary | rows × steps | contestant | CPU | of ours | memory | of ours |")
     print("|---|---|---|---|---|---|---|---|")
@@ -169,16 +169,16 @@ def main() -> None:
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     found[name] = pool.apply(measure, (name, objective, sizes))
         own = found[OURS]
-        for name, one in found.items():
-            if not math.isclose(one["loss"], own["loss"], rel_tol=1e-4):
-                sys.exit(f"{name} computes {one['loss']}, ours {own['loss']}")
+        for name, cost in found.items():
+            if not math.isclose(cost["loss"], own["loss"], rel_tol=1e-4):
+                sys.exit(f"{name} computes {cost['loss']}, ours {own['loss']}")
             print(
-                f"| {objective} | {vocabulary:,} | {rows:,} × {arguments.steps} | {name} | {one['seconds']:.2f} s | "
-                f"{one['seconds'] / own['seconds']:.2f} | {one['memory'] / 2**20:,.0f} MiB | "
-                f"{one['memory'] / own['memory']:.2f} |",
+                f"| {objective} | {vocabulary:,} | {rows:,} × {arguments.steps} | {name} | {cost['seconds']:.2f} s | "
+                f"{cost['seconds'] / own['seconds']:.2f} | {cost['memory'] / 2**20:,.0f} MiB | "
+                f"{cost['memory'] / own['memory']:.2f} |",
                 flush=True,
             )
-            every.append({"objective": objective, "sizes": sizes, "contestant": name, **one})
+            every.append({"objective": objective, "sizes": sizes, "contestant": name, **cost})
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(every, indent=1))
 

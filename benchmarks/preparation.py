@@ -106,7 +106,7 @@ def measure(folder: Path, number: int, arguments: argparse.Namespace) -> str:
     tokens = sum(split["tokens"] for split in splits)
     parent = peaks.pop(process.pid)
     workers = {name: max((peak[name] for peak in peaks.values()), default=0) for name in FIELDS}
-    sizes = " | ".join(f"{one['RssAnon'] / 1024:.0f} ({one['VmHWM'] / 1024:.0f}) MiB" for one in (parent, workers))
+    sizes = " | ".join(f"{peak['RssAnon'] / 1024:.0f} ({peak['VmHWM'] / 1024:.0f}) MiB" for peak in (parent, workers))
     return (
         f"| {number:,} | {source.stat().st_size / 2**20:.0f} MiB | {tokens / 1e6:.1f} M | {wall:.0f} s | "
         f"{processor:.0f} s | {number / wall:,.0f} | {again:.1f} s | {sizes} |"

@@ -140,7 +140,9 @@ def _extract(archive: Path, target: Path) -> None:
             wheel.extractall(target, [name for name in wheel.namelist() if name.endswith(wanted)])
     else:
         with tarfile.open(archive) as tar:
-            tar.extractall(target, [one for one in tar.getmembers() if one.name.endswith(wanted)], filter="data")
+            tar.extractall(
+                target, [member for member in tar.getmembers() if member.name.endswith(wanted)], filter="data"
+            )
 
 
 # Control tokens as families write them. Some templates put them together: '<|' + message['role'] + '|>'.
@@ -208,7 +210,12 @@ def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
     words = [word for word in ("<think>", "</think>", "<tool_call>", "</tool_call>") if word in text]
     backend.add_tokens([AddedToken(word, normalized=False) for word in words])
     bos = next(
-        (one for one in ("<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>", "[gMASK]") if one in control), "<s>"
+        (
+            candidate
+            for candidate in ("<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>", "[gMASK]")
+            if candidate in control
+        ),
+        "<s>",
     )
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=ends[0], chat_template=text)
 

@@ -43,11 +43,11 @@ def main() -> None:
             run("evaluate", str(draft), *sets, "--output", str(report), "--baselines", "--proposal", *PROPOSALS)
             results = Results.model_validate_json((report / "results.json").read_text())
             for contender in results.contenders:
-                one = contender.all_sets
-                share = one.other_milliseconds / one.verifier_milliseconds
+                measured = contender.all_sets
+                share = measured.other_milliseconds / measured.verifier_milliseconds
                 print(
-                    f"| {temperature} | {contender.name} | {one.draft_milliseconds:.2f} ms | "
-                    f"{one.verifier_milliseconds:.2f} ms | {one.other_milliseconds:.2f} ms | {share:.1%} |",
+                    f"| {temperature} | {contender.name} | {measured.draft_milliseconds:.2f} ms | "
+                    f"{measured.verifier_milliseconds:.2f} ms | {measured.other_milliseconds:.2f} ms | {share:.1%} |",
                     flush=True,
                 )
 

@@ -43,19 +43,21 @@ class Counted:
 
 def replayed(prompts: list[Counted], chain: int) -> float:
     """The exact figure."""
-    found = [replay(one.acceptance.T[None], torch.tensor([one.acceptance.shape[1]])) for one in prompts]
-    return float(sum(one.tokens for one in found) / sum(one.rounds[chain - 1] for one in found))
+    found = [replay(prompt.acceptance.T[None], torch.tensor([prompt.acceptance.shape[1]])) for prompt in prompts]
+    return float(sum(result.tokens for result in found) / sum(result.rounds[chain - 1] for result in found))
 
 
 def real(prompts: list[Counted], chain: int) -> float:
     """What decoding yields."""
-    return sum(one.tokens for one in prompts) / sum(one.rounds for one in prompts)
+    return sum(prompt.tokens for prompt in prompts) / sum(prompt.rounds for prompt in prompts)
 
 
 def anchors(prompts: list[Counted], chain: int) -> Tensor:
     """Anchors from which the whole chain lies inside the response, [K, N]."""
-    whole = [max(one.acceptance.shape[1] - chain + 1, 0) for one in prompts]
-    return torch.cat([one.acceptance[:chain, :number] for one, number in zip(prompts, whole, strict=True)], dim=1)
+    whole = [max(prompt.acceptance.shape[1] - chain + 1, 0) for prompt in prompts]
+    return torch.cat(
+        [counted.acceptance[:chain, :number] for counted, number in zip(prompts, whole, strict=True)], dim=1
+    )
 
 
 def mean_over_anchors(prompts: list[Counted], chain: int) -> float:
@@ -128,7 +130,7 @@ def main() -> None:
     print(f"|---|---|{'---|' * len(FIGURES)}---|")
     for source in arguments.prompts:
         conversations = read_prompts(source, limit=arguments.limit)
-        prompts = [torch.tensor(one.prompt(0, [], template)) for one in conversations]
+        prompts = [torch.tensor(conversation.prompt(0, [], template)) for conversation in conversations]
         counted: dict[str, list[Counted]] = {kind: [] for kind in methods}
         alone = Decoder(verifier, sampling=sampling)
         decoders = {kind: Decoder(verifier, draft, method, sampling) for kind, method in methods.items()}
@@ -155,14 +157,14 @@ def measure(
 ) -> None:
     """Answer a batch of prompts alone and with each kind of chain, and add what was counted."""
     said: list[list[int]] = [[] for _ in batch]
-    for one in alone.decode(batch, arguments.max_new_tokens, seed):
-        said[one.sequence] += one.tokens
+    for emission in alone.decode(batch, arguments.max_new_tokens, seed):
+        said[emission.sequence] += emission.tokens
     rounds = {kind: [[0, 0] for _ in batch] for kind in decoders}
     for number, (kind, decoder) in enumerate(decoders.items()):
-        for one in decoder.decode(batch, arguments.max_new_tokens, seed + 1 + number):
-            if one.drafted is not None:
-                rounds[kind][one.sequence][0] += 1
-                rounds[kind][one.sequence][1] += len(one.tokens)
+        for emission in decoder.decode(batch, arguments.max_new_tokens, seed + 1 + number):
+            if emission.drafted is not None:
+                rounds[kind][emission.sequence][0] += 1
+                rounds[kind][emission.sequence][1] += len(emission.tokens)
     for row, (prompt, response) in enumerate(zip(batch, said, strict=True)):
         if len(response) < 2:
             continue

@@ -110,4 +110,4 @@ CHATS: Mapping[str, list[Message]] = {
 def row(name: str) -> Row:
     """Return a conversation as a row of a data set, with tools where it calls one."""
     chat = CHATS[name]
-    return {"messages": chat} | ({"tools": TOOLS} if any("tool_calls" in one for one in chat) else {})
+    return {"messages": chat} | ({"tools": TOOLS} if any("tool_calls" in message for message in chat) else {})

@@ -211,7 +211,7 @@ def build(name: str, shape: Shape, device: str, dtype: torch.dtype) -> tuple[Any
         "aux": torch.randn(1, shape.length, len(module.aux_layers), width, dtype=dtype),
         "last": torch.randn(1, shape.length, width, dtype=dtype),
     }
-    return module, {key: one.to(device) for key, one in batch.items()}
+    return module, {key: tensor.to(device) for key, tensor in batch.items()}
 
 
 def attribute_of(what: str) -> str:
@@ -245,7 +245,9 @@ def plot(found: dict[str, list[tuple[str, Shape, Cost]]], file: Path) -> None:
         for column, (what, costs) in enumerate(found.items()):
             attribute = attribute_of(what)
             for color, name in zip(COLORS, (*ALGORITHMS, COMPILED), strict=False):
-                own = [(getattr(shape, attribute), shape, cost) for one, shape, cost in costs if one == name]
+                own = [
+                    (getattr(shape, attribute), shape, cost) for algorithm, shape, cost in costs if algorithm == name
+                ]
                 if not own:
                     continue
                 places = [place for place, *_ in own]

@@ -33,7 +33,7 @@ settings.load_profile("tests")
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Use up to four cores; a file or a test that is named runs in this process, which begins sooner."""
-    return 0 if any(".py" in one for one in config.args) else min(4, os.cpu_count() or 1)
+    return 0 if any(".py" in arg for arg in config.args) else min(4, os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ def write_rows(run: Run, folder: Path) -> Rows:
     config = parts.config.to_dict() | {"tie_word_embeddings": False, "dtype": "float32"}
     # safetensors refuses to store one tensor under two names, such as a head that is tied to the embeddings.
     rows.write_verifier(
-        config, *(one.weight.float().clone() for one in (parts.embed_tokens, parts.norm, parts.lm_head))
+        config, *(part.weight.float().clone() for part in (parts.embed_tokens, parts.norm, parts.lm_head))
     )
     # If the run read stored states, the peers read the same.
     data.use_features(run.needs(verifier, rows.aux_layers), "fit")

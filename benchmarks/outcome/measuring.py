@@ -38,7 +38,7 @@ def replayed(drafts: Sequence[Path], verifier: PreTrainedModel, rows: TokenRows,
     Returns:
         For each draft, the figures of ``specforge.decoding.replay.figures``.
     """
-    models = [SpeculatorModel.from_pretrained(one, verifier=verifier) for one in drafts]
+    models = [SpeculatorModel.from_pretrained(draft, verifier=verifier) for draft in drafts]
     metrics = [AcceptanceLength(chain) for _ in models]
     parts = VerifierParts.of(verifier)
     for index in range(len(rows)):
@@ -46,7 +46,7 @@ def replayed(drafts: Sequence[Path], verifier: PreTrainedModel, rows: TokenRows,
         positions = torch.arange(len(row["input_ids"]))[None]
         # All drafts of a comparison read the same layers.
         features = capture(verifier, row["input_ids"][None], positions, models[0].aux_layers)
-        for begin, length in zip(*(one.tolist() for one in find_turns(row["loss_mask"][None])), strict=True):
+        for begin, length in zip(*(bounds.tolist() for bounds in find_turns(row["loss_mask"][None])), strict=True):
             end = begin + length
             text, seen = row["input_ids"][:end], Features(features.aux[:, :end], features.last[:, :end])
             for model, metric in zip(models, metrics, strict=True):

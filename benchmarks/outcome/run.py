@@ -57,25 +57,25 @@ def main() -> None:
     sets = arguments.sets or [run.settings["data"]["validation"]]
     figures = replay(tried, run, sets)
     best = best_of_each(figures, prompt_set_name(sets[0]))
-    again = replay([workshop.train(one.key, one.rate, seed) for one in best for seed in more], run, sets)
-    figures = sorted(figures + again, key=lambda one: (list(NAMES).index(one.trained.key), one.trained.rate))
+    again = replay([workshop.train(trained.key, trained.rate, seed) for trained in best for seed in more], run, sets)
+    figures = sorted(figures + again, key=lambda figure: (list(NAMES).index(figure.trained.key), figure.trained.rate))
     print("\n".join(trained_table(figures, run.chain)), flush=True)
-    chosen = [one for one in figures if one.trained in best]
-    shapes = [SHAPES[one].format(chain=run.chain) for one in arguments.shapes]
+    chosen = [figure for figure in figures if figure.trained in best]
+    shapes = [SHAPES[shape].format(chain=run.chain) for shape in arguments.shapes]
     decoding = [
         decoded(
             [two.draft for two in best],
             run.verifier_name,
             sets,
             shapes,
-            one,
+            temperature,
             arguments.limit,
-            arguments.output / f"decoding-{one:g}",
+            arguments.output / f"decoding-{temperature:g}",
         )
-        for one in arguments.temperatures
+        for temperature in arguments.temperatures
     ]
     print("\n" + "\n".join(decoded_table(chosen, decoding)))
-    everything = [asdict(one) for one in figures]
+    everything = [asdict(figure) for figure in figures]
     (arguments.output / "outcome.json").write_text(json.dumps(everything, indent=1, default=str))
 
 
@@ -111,19 +111,22 @@ def replay(drafts: Sequence[Trained], run: Run, sets: Sequence[str]) -> list[Fig
     """Replay drafts on sets of rows."""
     if not drafts:
         return []
-    verifier, data, folders = run.verifier(), run.data(), [one.draft for one in drafts]
-    by_set = {prompt_set_name(one): replayed(folders, verifier, data.rows_of(one), run.chain) for one in sets}
-    return [Figures(one, {name: found[number] for name, found in by_set.items()}) for number, one in enumerate(drafts)]
+    verifier, data, folders = run.verifier(), run.data(), [draft.draft for draft in drafts]
+    by_set = {prompt_set_name(source): replayed(folders, verifier, data.rows_of(source), run.chain) for source in sets}
+    return [
+        Figures(trained, {name: found[number] for name, found in by_set.items()})
+        for number, trained in enumerate(drafts)
+    ]
 
 
 def best_of_each(figures: Sequence[Figures], rows: str) -> list[Trained]:
     """Return the draft of each trainer that is best on a set of rows."""
     best: dict[str, Figures] = {}
-    for one in figures:
-        other = best.setdefault(one.trained.key, one)
-        if one.length(rows) > other.length(rows):
-            best[one.trained.key] = one
-    return [one.trained for one in best.values()]
+    for figure in figures:
+        other = best.setdefault(figure.trained.key, figure)
+        if figure.length(rows) > other.length(rows):
+            best[figure.trained.key] = figure
+    return [figure.trained for figure in best.values()]
 
 
 if __name__ == "__main__":

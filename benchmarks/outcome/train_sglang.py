@@ -39,16 +39,16 @@ class SGLang(Learner):
         def padded(tensors: Iterable[Tensor]) -> Tensor:
             return pad_sequence(list(tensors), batch_first=True)
 
-        mask = padded(one["loss_mask"][:-1].long() for one in documents)
+        mask = padded(document["loss_mask"][:-1].long() for document in documents)
         batch = TrainBatch(
             [str(number) for number in range(len(documents))],
             "eagle3",
             {
-                "input_ids": padded(one["input_ids"] for one in documents),
-                "attention_mask": padded(torch.ones_like(one["input_ids"]) for one in documents),
+                "input_ids": padded(document["input_ids"] for document in documents),
+                "attention_mask": padded(torch.ones_like(document["input_ids"]) for document in documents),
                 "loss_mask": torch.nn.functional.pad(mask, (0, 1)),
-                "hidden_state": padded(one["aux"].flatten(1) for one in documents),
-                "target": padded(self.norm(one["last"]) for one in documents),
+                "hidden_state": padded(document["aux"].flatten(1) for document in documents),
+                "target": padded(self.norm(document["last"]) for document in documents),
             },
             {"target_repr": "hidden_state"},
         )
@@ -61,7 +61,7 @@ class SGLang(Learner):
 
     def save(self, folder: Path) -> None:
         """Write it as its export for SGLang does, without the verifier's embeddings."""
-        weights = {name: one for name, one in self.draft.state_dict().items() if "embed" not in name}
+        weights = {name: tensor for name, tensor in self.draft.state_dict().items() if "embed" not in name}
         self.draft.save_pretrained(folder, state_dict=weights)
 
 

@@ -44,20 +44,22 @@ class Speculators(Learner):
         self.arguments, _ = Eagle3DraftModel.get_trainer_kwargs(**vars(settings))
         self.optimizers = build_optimizers(self.model, settings)
         total = len(rows.order)
-        self.schedules = [get_linear_schedule_with_warmup(one, total // 100, total) for one in self.optimizers]
+        self.schedules = [
+            get_linear_schedule_with_warmup(optimizer, total // 100, total) for optimizer in self.optimizers
+        ]
 
     def loss(self, documents: list[dict[str, Tensor]]) -> Tensor:
         """Pack the documents into one row."""
         names = ("input_ids", "aux", "last", "loss_mask")
-        batch = batch_of([document(*(one[name] for name in names)) for one in documents])
+        batch = batch_of([document(*(fields[name] for name in names)) for fields in documents])
         _, value, _ = self.model(**batch, **self.arguments)
         return value
 
     def update(self) -> None:
         """Step all optimizers and their schedules."""
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_GRADIENT)
-        for one in (*self.optimizers, *self.schedules):
-            one.step()
+        for part in (*self.optimizers, *self.schedules):
+            part.step()
         self.model.zero_grad()
 
     def save(self, folder: Path) -> None:

@@ -61,7 +61,7 @@ def serve(build: Callable[[Task], Trainer]) -> None:
     def gradients(file: str) -> dict[str, Any]:
         value = loss()
         value.backward()
-        save_file({name: one.grad.contiguous() for name, one in weights.items() if one.grad is not None}, file)
+        save_file({name: weight.grad.contiguous() for name, weight in weights.items() if weight.grad is not None}, file)
         optimizer.zero_grad()
         return {"loss": value.item()}
 
@@ -72,7 +72,7 @@ def serve(build: Callable[[Task], Trainer]) -> None:
         return {"bytes": resident("VmHWM") - before}
 
     commands: dict[str, Callable[..., dict[str, Any]]] = {"step": step, "gradients": gradients, "memory": memory}
-    print(json.dumps({"trained": sum(one.numel() for one in weights.values())}), file=answers)
+    print(json.dumps({"trained": sum(weight.numel() for weight in weights.values())}), file=answers)
     for line in sys.stdin:
         name, *arguments = line.split()
         print(json.dumps(commands[name](*arguments)), file=answers)

@@ -52,7 +52,7 @@ def build(task: Task) -> Trainer:
         step_sums(outcome)
         return outcome.loss
 
-    return loss, {name: one for name, one in module.draft.named_parameters() if one.requires_grad}
+    return loss, {name: parameter for name, parameter in module.draft.named_parameters() if parameter.requires_grad}
 
 
 if __name__ == "__main__":

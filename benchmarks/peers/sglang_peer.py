@@ -38,7 +38,7 @@ from specforge.training.strategies.base import Eagle3TrainStrategy
 def build(task: Task) -> Trainer:
     """Build the draft, the strategy around it, and its batch."""
     draft = draft_of(task)
-    draft.load_state_dict({published(name): one for name, one in task.draft.items()}, strict=False)
+    draft.load_state_dict({published(name): tensor for name, tensor in task.draft.items()}, strict=False)
     strategy = strategy_of(task, draft, ploss_decay=STEP_DECAY, compact_teacher="compact" in sys.argv[2:])
     tensors = task.tensors
     # The mask is that of the token whose next state is the target.
@@ -60,7 +60,7 @@ def build(task: Task) -> Trainer:
         value: Tensor = strategy.forward_loss(batch).loss
         return value
 
-    trained = {ours(name): one for name, one in draft.named_parameters() if one.requires_grad}
+    trained = {ours(name): parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}
     return loss, trained
 
 

@@ -145,7 +145,7 @@ def difference(peer: str, ours: First, theirs: First) -> dict[str, float]:
     if ours.gradients.keys() != theirs.gradients.keys():
         sys.exit(f"{peer} trains other weights: {sorted(ours.gradients.keys() ^ theirs.gradients.keys())}")
     loss = abs(theirs.loss / ours.loss - 1)
-    gradient = max(float((theirs.gradients[name] - one).norm() / one.norm()) for name, one in ours.gradients.items())
+    gradient = max(float((theirs.gradients[name] - own).norm() / own.norm()) for name, own in ours.gradients.items())
     if loss > SAME_LOSS or gradient > SAME_GRADIENTS:
         sys.exit(
             f"{peer} does not compute what ours does: its loss is {theirs.loss}, ours {ours.loss}; gradients differ by "
@@ -156,7 +156,7 @@ def difference(peer: str, ours: First, theirs: First) -> dict[str, float]:
 
 def measure(task: Task, environments: Path, rounds: int) -> dict[str, Any]:
     """Compare the contestants on a task, measure their memory, and let them take steps in turn."""
-    ours = {one: first_step(OURS, task, environments, one) for one in ("all", "valid")}
+    ours = {denominator: first_step(OURS, task, environments, denominator) for denominator in ("all", "valid")}
     firsts = {OURS.name: ours[OURS.denominator]}
     firsts |= {peer.name: first_step(peer, task, environments, peer.denominator) for peer in PEERS}
     same = {peer.name: difference(peer.name, ours[peer.denominator], firsts[peer.name]) for peer in PEERS}
@@ -176,7 +176,7 @@ def in_turn(
 ) -> Iterator[tuple[Contestant, dict[str, Any]]]:
     """Yield the steps of all contestants, one after the other, after one of each that does not count."""
     with ExitStack() as stack:
-        processes = [(one, stack.enter_context(running(one, task, environments))) for one in contestants]
+        processes = [(each, stack.enter_context(running(each, task, environments))) for each in contestants]
         for _, process in processes:
             process.ask("step")
         for number in range(rounds):
@@ -199,7 +199,7 @@ def table(result: dict[str, Any]) -> Iterator[str]:
     for name, values in figures.items():
         cells = [name]
         for what, unit in (("cpu", "{:.3f} s"), ("wall", "{:.3f} s"), ("memory", "{:,.0f} MiB")):
-            value, ours = (statistics.median(one[what]) for one in (values, figures[OURS.name]))
+            value, ours = (statistics.median(costs[what]) for costs in (values, figures[OURS.name]))
             cells += [unit.format(value), f"{value / ours:.2f}"]
         apart = result["same"].get(name)
         cells.append(f"{apart['loss']:.0e}, {apart['gradients']:.0e}" if apart else "")
@@ -209,7 +209,7 @@ def table(result: dict[str, Any]) -> Iterator[str]:
 
 def shape(text: str) -> tuple[int, int, int, int]:
     """Read the sizes of verifier, draft and batch."""
-    hidden, vocabulary, draft_vocabulary, length = (int(one) for one in text.split(","))
+    hidden, vocabulary, draft_vocabulary, length = (int(word) for word in text.split(","))
     if hidden % 256:
         raise ValueError
     return hidden, vocabulary, draft_vocabulary, length

@@ -52,7 +52,7 @@ def build(task: Task) -> Trainer:
         _, value, _ = model(**batch, **arguments)
         return value
 
-    return loss, {name: one for name, one in model.named_parameters() if one.requires_grad}
+    return loss, {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def document(input_ids: Tensor, aux: Tensor, last: Tensor, counts: Tensor) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ def document(input_ids: Tensor, aux: Tensor, last: Tensor, counts: Tensor) -> di
 
 def batch_of(documents: list[dict[str, Tensor]]) -> dict[str, Any]:
     """Pack documents into one row without padding, shifted as its Trainer has them."""
-    tokens = sum(len(one["input_ids"]) - 1 for one in documents)
+    tokens = sum(len(fields["input_ids"]) - 1 for fields in documents)
     width = documents[0]["verifier_last_hidden_states"].shape[1]
     batch = CollateFn(tokens, width, dtype=torch.float32, preprocess=shift_batch)(documents)
     batch.pop("error_records")

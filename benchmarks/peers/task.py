@@ -73,7 +73,7 @@ class Task(Drafting):
     @property
     def draft(self) -> dict[str, Tensor]:
         """The draft's weights by their names."""
-        return {name.removeprefix(DRAFT): one for name, one in self.tensors.items() if name.startswith(DRAFT)}
+        return {name.removeprefix(DRAFT): tensor for name, tensor in self.tensors.items() if name.startswith(DRAFT)}
 
     @property
     def draft_ids(self) -> Tensor:
@@ -129,7 +129,9 @@ class Task(Drafting):
             "counts": torch.arange(self.length) >= first,
             "draft_ids": draft_ids,
         }
-        save_file({**{DRAFT + name: one for name, one in draft.items()}, **batch}, f"{self.folder}/task.safetensors")
+        save_file(
+            {**{DRAFT + name: tensor for name, tensor in draft.items()}, **batch}, f"{self.folder}/task.safetensors"
+        )
         self.write_settings()
 
     def write_settings(self) -> None:

@@ -101,7 +101,7 @@ def test_fit_validate_and_resuming(name: str, workshop: Workshop) -> None:
         expected = scalars(on_cpu, tag)
         assert scalars(there, tag) == [(step, pytest.approx(value, rel=1e-3)) for step, value in expected] and expected
     trained = weights(there / "checkpoints" / "last.ckpt")
-    assert not any(one.device == DEVICE for one in trained.values())
+    assert not any(weight.device == DEVICE for weight in trained.values())
     for place, expected in weights(on_cpu / "checkpoints" / "last.ckpt").items():
         torch.testing.assert_close(trained[place], expected, rtol=1e-2, atol=1e-2, msg=place)
 
@@ -185,7 +185,7 @@ def test_other_commands(workshop: Workshop, capfd: pytest.CaptureFixture[str]) -
         found = json.loads((folder / "evaluation" / "results.json").read_text())
         return [
             (folder / "responses" / "responses.jsonl").read_text(),
-            [one["sets"][0]["num_accepted_tokens"] for one in found["contenders"]],
+            [contender["sets"][0]["num_accepted_tokens"] for contender in found["contenders"]],
         ]
 
     on_cpu, there = on_both(run)

@@ -83,7 +83,7 @@ def _kind(function: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
         return VALUE
     if name in COUNTING:
         return name
-    if function in pretended.INDEXING and any(isinstance(one, Tensor) and one.dtype == torch.bool for one in args[1]):
+    if function in pretended.INDEXING and any(isinstance(arg, Tensor) and arg.dtype == torch.bool for arg in args[1]):
         return INDEXING
     return None
 
@@ -95,6 +95,6 @@ def _kind_of_copy(goes_there: bool, non_blocking: bool) -> str | None:
 
 
 def _caller() -> str:
-    frames = [one for one in traceback.extract_stack() if any(part in one.filename for part in CALLERS)]
+    frames = [frame for frame in traceback.extract_stack() if any(part in frame.filename for part in CALLERS)]
     # Gradients are computed in a thread of torch's own.
     return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "the backward pass"

@@ -118,8 +118,8 @@ class Hub:
             return 200, json.dumps({"errors": [], "warnings": []})
         if "/preupload/" in path:
             files = [
-                {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for one in json.loads(body)["files"]
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
             ]
             return 200, json.dumps({"files": files})
         if "/commit/" in path:

@@ -65,7 +65,7 @@ def offered(script: Path, words: list[str]) -> set[str]:
 
 
 def test_every_command_of_the_core_has_a_parser():
-    for command in next(one for one in installed().plugins if one.name == "core").descriptors:
+    for command in next(plugin for plugin in installed().plugins if plugin.name == "core").descriptors:
         if isinstance(command, Command):
             assert installed().load(command, "parser")().format_help()
 

@@ -57,7 +57,7 @@ class TestInProcess:
         assert len(rows) >= 7
         replies: dict[tuple[str, ...], str] = {}
         for row in rows:
-            asked = tuple(one["content"] for one in row["messages"][::2])
+            asked = tuple(message["content"] for message in row["messages"][::2])
             replies[asked] = row["messages"][-1]["content"]
             supervised = [token for token, own in zip(row["input_ids"], row["loss_mask"], strict=True) if own]
             written = tokenizer.decode(supervised, skip_special_tokens=True)

@@ -19,7 +19,7 @@ from specforge.registry import installed
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
 PROMPTS = str(ROOT / "configs" / "quickstart" / "validation.jsonl")
-ALGORITHMS = [name for name, one in installed().all(Algorithm).items() if one.module is not None]
+ALGORITHMS = [name for name, algorithm in installed().all(Algorithm).items() if algorithm.module is not None]
 HELP = [
     [],
     *([name] for name in installed().all(Command) if name != "fit"),

@@ -216,15 +216,21 @@ def test_public_functions_and_classes_have_docstrings_and_annotations(path):
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             if not ast.get_docstring(node):
                 wrong.append(f"{node.name} has no docstring")
-            methods = [one for one in node.body if isinstance(one, ast.FunctionDef) and not one.name.startswith("_")]
-            wrong += [f"{node.name}.{one.name} {fault}" for one in methods for fault in _faults(one)]
+            methods = [
+                part for part in node.body if isinstance(part, ast.FunctionDef) and not part.name.startswith("_")
+            ]
+            wrong += [f"{node.name}.{method.name} {fault}" for method in methods for fault in _faults(method)]
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
             wrong += [f"{node.name} {fault}" for fault in _faults(node)]
     assert not wrong
 
 
 def _faults(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
-    overloads = [one for one in function.decorator_list if isinstance(one, ast.Name) and one.id == "overload"]
+    overloads = [
+        decorator
+        for decorator in function.decorator_list
+        if isinstance(decorator, ast.Name) and decorator.id == "overload"
+    ]
     if not ast.get_docstring(function) and not overloads:
         yield "has no docstring"
     given = function.args

@@ -42,7 +42,9 @@ def signature(named: type | object) -> str:
 def hooks() -> list[object]:
     """Every function that pluggy recognises as a hook."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
-    return [one for name, one in vars(hookspecs).items() if manager.parse_hookspec_opts(hookspecs, name) is not None]
+    return [
+        value for name, value in vars(hookspecs).items() if manager.parse_hookspec_opts(hookspecs, name) is not None
+    ]
 
 
 def test_signatures():
@@ -51,7 +53,7 @@ def test_signatures():
 
 
 def test_every_dataclass_of_the_contract_is_covered():
-    declared = [one for one in vars(hookspecs).values() if inspect.isclass(one) and is_dataclass(one)]
+    declared = [value for value in vars(hookspecs).values() if inspect.isclass(value) and is_dataclass(value)]
     assert set(declared) == set(DESCRIPTORS) == set(registry.KINDS.values())
 
 

@@ -123,7 +123,7 @@ def test_another_number_of_ranks_resumes_with_the_remaining_items(
     for rank in range(ranks[0]):
         stopped = loader(number, rank=rank, world_size=ranks[0], batch_size=ranks[1])
         stopped.sampler.set_epoch(2)
-        seen += [one for batch in indices(islice(stopped, batches)) for one in batch]
+        seen += [index for batch in indices(islice(stopped, batches)) for index in batch]
         states.append(stopped.state_dict())
     if batches == 0:  # nothing has been read, so no rank knows the epoch yet
         states = [state | {"epoch": 2} for state in states]
@@ -132,7 +132,7 @@ def test_another_number_of_ranks_resumes_with_the_remaining_items(
         resumed = loader(number, rank=rank, world_size=other[0], batch_size=other[1])
         resumed.load_state_dict(states[0])
         rest = indices(resumed)
-        seen += [one for batch in rest for one in batch]
+        seen += [index for batch in rest for index in batch]
         assert resumed.batches_before(states[0]) + len(rest) == len(resumed)
     # The items that fill the last batches, at most one per rank, come twice.
     assert set(seen) == set(range(number)) and len(seen) < number + ranks[0] + other[0]
@@ -157,4 +157,4 @@ def test_after_a_whole_epoch_any_settings_are_accepted() -> None:
     resumed = loader(batch_size=3, seed=9)
     resumed.load_state_dict(loader_state(1, 24, 2, of=24))
     resumed.sampler.set_epoch(2)
-    assert sorted(one for batch in indices(resumed) for one in batch) == list(range(11))
+    assert sorted(index for batch in indices(resumed) for index in batch) == list(range(11))

@@ -33,7 +33,7 @@ def prompts() -> list[tuple[int, ...]]:
     made = [torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in (1, 2, 4, 7, 11)]
     repeated = [3, 4, 5, 6] * 3
     full = torch.randint(1, VOCABULARY, (CONTEXT,), generator=generator).tolist()
-    return [tuple(one) for one in [*made, repeated, full[:-1], full[:-3]]]
+    return [tuple(prompt) for prompt in [*made, repeated, full[:-1], full[:-3]]]
 
 
 @pytest.fixture(scope="session")

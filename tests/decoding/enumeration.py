@@ -43,7 +43,7 @@ class DecidedSource(RandomSource):
         chances = probability.double().nan_to_num(0.0).clamp(0, 1).flatten().tolist()
         # Certain outcomes are not decisions.
         return torch.tensor(
-            [self._decide([1 - one, one]) == 1 if 0 < one < 1 else one == 1 for one in chances]
+            [self._decide([1 - chance, chance]) == 1 if 0 < chance < 1 else chance == 1 for chance in chances]
         ).view_as(probability)
 
     def categorical(self, probabilities: Tensor) -> Tensor:

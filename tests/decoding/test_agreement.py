@@ -36,10 +36,10 @@ def decode(verifier, draft, prompts) -> list[tuple[Tensor, list[int]]]:
     """Text and accepted tokens of each round with greedy chains; plain decoding without a draft."""
     proposal = None if draft is None else GreedyTokenProposalConfig(speculative_tokens=CHAIN)
     found = [(prompt.tolist(), []) for prompt in prompts]
-    for one in Decoder(verifier, draft, proposal, stop_tokens=[7]).decode(prompts, NEW):
-        text, accepted = found[one.sequence]
-        text += one.tokens
-        accepted += [] if one.drafted is None else [one.accepted]
+    for emission in Decoder(verifier, draft, proposal, stop_tokens=[7]).decode(prompts, NEW):
+        text, accepted = found[emission.sequence]
+        text += emission.tokens
+        accepted += [] if emission.drafted is None else [emission.accepted]
     return [(torch.tensor(text), accepted) for text, accepted in found]
 
 

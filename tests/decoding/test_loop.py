@@ -54,8 +54,8 @@ def oracle(prompts: Any, full_answer: Any) -> Oracle:
 
 def by_sequence(all_emissions: list[Emission]) -> dict[int, list[Emission]]:
     sorted_out = defaultdict(list)
-    for one in all_emissions:
-        sorted_out[one.sequence].append(one)
+    for emission in all_emissions:
+        sorted_out[emission.sequence].append(emission)
     return sorted_out
 
 
@@ -79,16 +79,16 @@ def test_a_round_yields_one_token_more_than_it_accepts(
     assert every.keys() == set(range(6))
     lengths = []
     for number, own in every.items():
-        output = [token for one in own for token in one.tokens]
+        output = [token for emission in own for token in emission.tokens]
         assert output == full_answer("llama", batch[number])[:15]
         first, *rounds = own
         # The first token comes from the prefill.
         assert (first.drafted, first.path, first.accepted) == (None, 0, 0)
-        for one in rounds:
-            assert one.accepted == len(one.tokens) - 1 >= 0
-            assert one.drafted is not None and one.accepted <= one.drafted <= most
+        for emission in rounds:
+            assert emission.accepted == len(emission.tokens) - 1 >= 0
+            assert emission.drafted is not None and emission.accepted <= emission.drafted <= most
         # Nothing is cut here: no stop token is known, and nothing is proposed beyond the room.
-        assert all(one.path == one.accepted for one in rounds)
+        assert all(emission.path == emission.accepted for emission in rounds)
         lengths.append(len(rounds))
     assert decoder.times.rounds == max(lengths)
     assert (sum(lengths) < 6 * 14) == (config is not None)
@@ -102,9 +102,9 @@ def test_every_round_emits_once_for_each_unfinished_sequence(
     output = defaultdict(int)
     while left:
         now = every[index : index + len(left)]
-        assert [one.sequence for one in now] == left
-        for one in now:
-            output[one.sequence] += len(one.tokens)
+        assert [emission.sequence for emission in now] == left
+        for emission in now:
+            output[emission.sequence] += len(emission.tokens)
         index += len(left)
         left = [number for number in left if output[number] < min(12, CONTEXT - len(prompts[number]))]
     assert index == len(every)
@@ -135,9 +135,9 @@ def test_nothing_is_proposed_beyond_the_room(verifier: PreTrainedModel, oracle: 
     ):
         for own in by_sequence(emissions(Decoder(verifier, oracle, config), prompts[:6], 8)).values():
             left = 8 - len(own[0].tokens)
-            for one in own[1:]:
-                assert one.drafted is not None and one.drafted <= left - 1
-                left -= len(one.tokens)
+            for emission in own[1:]:
+                assert emission.drafted is not None and emission.drafted <= left - 1
+                left -= len(emission.tokens)
             assert left == 0
 
 
@@ -166,8 +166,8 @@ class RecordingDrafter(OracleDrafter):
         super().commit(tokens, features, counts)
         for row, (number, count) in enumerate(zip(self.numbers, counts.tolist(), strict=True)):
             for index in range(count):
-                one = (int(tokens[row, index]), features.aux[row, index], features.last[row, index])
-                self.received[number].append(one)
+                pair = (int(tokens[row, index]), features.aux[row, index], features.last[row, index])
+                self.received[number].append(pair)
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
@@ -229,10 +229,10 @@ def test_a_seed_determines_the_output(config: Any, sampling: Sampling, verifier:
 def test_without_a_seed_the_default_generator_is_used(verifier: PreTrainedModel, prompts: Any) -> None:
     decoder = Decoder(verifier, sampling=WARM)
     torch.manual_seed(5)
-    one = decoded(decoder, prompts[:3], 12)
+    first = decoded(decoder, prompts[:3], 12)
     other = decoded(decoder, prompts[:3], 12)
     torch.manual_seed(5)
-    assert one == decoded(decoder, prompts[:3], 12) != other
+    assert first == decoded(decoder, prompts[:3], 12) != other
     # A seed does not change the default generator.
     state = torch.get_rng_state()
     decoded(decoder, prompts[:3], 3, seed=0)
@@ -322,7 +322,7 @@ def test_prompts_that_cannot_be_continued_are_rejected(verifier: PreTrainedModel
         ([[1], [*full, 1]], f"prompt 2 of 2 has {CONTEXT + 1} tokens"),
     ]:
         with pytest.raises(UsageError, match=message):
-            list(decoder.decode([torch.tensor(one, dtype=torch.int64) for one in batch], 5))
+            list(decoder.decode([torch.tensor(prompt, dtype=torch.int64) for prompt in batch], 5))
     assert len(decoded(decoder, [full[:-1]], 5)[0]) == 1
 
 
@@ -330,7 +330,7 @@ def test_no_prompts_or_no_room_give_no_emissions(verifier: PreTrainedModel, orac
     decoder = Decoder(verifier, oracle, GREEDY_CHAIN)
     assert emissions(decoder, [], 5) == []
     assert decoded(decoder, [[1, 2]], 0) == [[]]
-    assert all(one.accepted >= 0 for one in emissions(decoder, [[1, 2]], 0))
+    assert all(emission.accepted >= 0 for emission in emissions(decoder, [[1, 2]], 0))
 
 
 def test_a_draft_of_another_verifier_is_refused(verifier: PreTrainedModel) -> None:

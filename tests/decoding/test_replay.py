@@ -44,7 +44,7 @@ def simulated(acceptance: torch.Tensor, chain: int, runs: int) -> tuple[float, l
             for position in range(accepted):
                 reached[position] += 1
             index += accepted + 1
-    return rounds / runs, [one / runs for one in reached]
+    return rounds / runs, [result / runs for result in reached]
 
 
 @given(st.integers(0, 2**31 - 1), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 5))
@@ -54,8 +54,8 @@ def test_rounds_are_those_of_the_renewal_equation(seed, lengths, steps):
     acceptance[torch.rand(acceptance.shape, generator=generator) < 0.2] = 1.0
     found = replay(acceptance, torch.tensor(lengths))
     for chain in range(1, steps + 1):
-        turns = [one[:length].tolist() for one, length in zip(acceptance, lengths, strict=True)]
-        assert float(found.rounds[chain - 1]) == pytest.approx(sum(slow_rounds(one, chain) for one in turns))
+        turns = [row[:length].tolist() for row, length in zip(acceptance, lengths, strict=True)]
+        assert float(found.rounds[chain - 1]) == pytest.approx(sum(slow_rounds(turn, chain) for turn in turns))
     assert int(found.tokens) == sum(lengths)
 
 

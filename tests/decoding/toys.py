@@ -192,19 +192,19 @@ class Rounds:
     def _all(self, context: tuple[int, int]) -> Iterator[tuple[Round, float]]:
         for proposal, drawn in all_runs(partial(self.propose, context)):
             logits = self.toy.logits(proposal, context)
-            for one, probability in all_runs(partial(self.verify, proposal, logits)):
-                yield one, drawn * probability
+            for outcome, probability in all_runs(partial(self.verify, proposal, logits)):
+                yield outcome, drawn * probability
 
     def expected_accepted(self, context: tuple[int, int]) -> float:
-        return sum(len(one.nodes) * probability for one, probability in self.everything(context))
+        return sum(len(outcome.nodes) * probability for outcome, probability in self.everything(context))
 
     def distribution(self, context: tuple[int, int], length: int, rounds: int = 1) -> Distribution:
         """The distribution of the next tokens after ``rounds`` rounds, completed by the verifier without a draft."""
         if rounds == 0:
             return self.toy.distribution(context, length, self.sampling)
         emitted: Distribution = defaultdict(float)
-        for one, probability in self.everything(context):
-            emitted[one.tokens[:length]] += probability
+        for outcome, probability in self.everything(context):
+            emitted[outcome.tokens[:length]] += probability
         distribution: Distribution = defaultdict(float)
         for tokens, probability in emitted.items():
             rest = self.distribution(after(context, tokens), length - len(tokens), rounds - 1)
@@ -213,8 +213,8 @@ class Rounds:
         return distribution
 
 
-def largest_difference(one: Distribution, other: Distribution) -> float:
-    return max(abs(one.get(tokens, 0.0) - other.get(tokens, 0.0)) for tokens in {*one, *other})
+def largest_difference(first: Distribution, second: Distribution) -> float:
+    return max(abs(first.get(tokens, 0.0) - second.get(tokens, 0.0)) for tokens in {*first, *second})
 
 
 def make_toy(seed: int, size: int, kind: str, sharpness: float = 1.5, draft_size: int | None = None) -> Toy:

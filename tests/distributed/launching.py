@@ -65,11 +65,11 @@ def _start(command: list[str], tasks: list[Task], environment: dict[str, str]) -
 def _wait_for(started: list[subprocess.Popen[str]]) -> None:
     """Show the output of failed processes; end those that wait for dead ones."""
     try:
-        outputs = [one.communicate(timeout=600)[0] for one in started]
+        outputs = [process.communicate(timeout=600)[0] for process in started]
     finally:
-        for one in started:
-            one.kill()
-    failed = [output for one, output in zip(started, outputs, strict=True) if one.returncode]
+        for process in started:
+            process.kill()
+    failed = [output for process, output in zip(started, outputs, strict=True) if process.returncode]
     assert not failed, failed[0][-4000:]
 
 

@@ -41,7 +41,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
     made = SmallRuns(tmp_path_factory.mktemp("equality"), tiny_verifiers["llama"].folder, values)
     for split, number in (("train", 24), ("validation", 5)):
         lengths = [draw.randint(8, 40) for _ in range(number)]
-        made.write(split, [([draw.randrange(3, 61) for _ in range(one)], [0] * 3 + [1] * (one - 3)) for one in lengths])
+        made.write(
+            split,
+            [([draw.randrange(3, 61) for _ in range(length)], [0] * 3 + [1] * (length - 3)) for length in lengths],
+        )
     few, half = "--trainer.max_steps=4", f"--trainer.max_steps={STEPS // 2}"
     muon, by_value = "--model.optimizer.name=muon", "--trainer.gradient_clip_algorithm=value"
     bf16 = "--trainer.precision=bf16-mixed"
@@ -69,7 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
             task(made, "half-fsdp2", "eagle3", "fsdp2", half),
             task(made, "resumed-by-fsdp2", "eagle3", "fsdp2", f"--ckpt_path={made.last('half-one')}"),
             ("run_with_one_reduction", counted),
-            ("captures_the_same", {name: str(one.folder) for name, one in tiny_verifiers.items()}),
+            ("captures_the_same", {name: str(verifier.folder) for name, verifier in tiny_verifiers.items()}),
         ],
     )
     assert main(made.words("resumed-by-one", "eagle3", f"--ckpt_path={made.last('half-fsdp2')}")) == 0
@@ -92,12 +95,12 @@ def test_losses_metrics_and_weights_are_those_of_one_process(runs: SmallRuns, al
 def test_the_draft_is_written_unsharded_and_once(runs: SmallRuns, name: str, like: str) -> None:
     """Without any validation it is the last draft, which lies in shards until then."""
     run = runs.run(name)
-    assert sorted(one.name for one in (run / "draft").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (run / "draft").iterdir()) == ["config.json", "model.safetensors"]
     assert (run / "checkpoints" / "best.ckpt").exists() == (like == "best")
     trained = folded(weights(run / "checkpoints" / f"{like}.ckpt"))
     draft = SpeculatorModel.from_pretrained(run / "draft").state_dict()
-    assert {f"draft.{one}" for one in draft} == trained.keys()
-    assert all(torch.equal(tensor, trained[f"draft.{one}"]) for one, tensor in draft.items())
+    assert {f"draft.{key}" for key in draft} == trained.keys()
+    assert all(torch.equal(tensor, trained[f"draft.{name}"]) for name, tensor in draft.items())
 
 
 @pytest.mark.parametrize("spread", SPREADS)
@@ -106,8 +109,8 @@ def test_mixed_precision_stays_close_with_masters_in_float32(runs: SmallRuns, sp
     assert mixed == pytest.approx(full, rel=0.03) and mixed != pytest.approx(full, rel=1e-6)
     stored = torch.load(runs.last(f"bf16-{spread}"), weights_only=True)
     states = [value for of_one in stored["optimizer_states"][0]["state"].values() for value in of_one.values()]
-    assert {one.dtype for one in states} == {torch.float32}
-    assert {one.dtype for one in stored["state_dict"].values() if one.is_floating_point()} == {torch.float32}
+    assert {state.dtype for state in states} == {torch.float32}
+    assert {tensor.dtype for tensor in stored["state_dict"].values() if tensor.is_floating_point()} == {torch.float32}
 
 
 @pytest.mark.parametrize("spread", SPREADS)

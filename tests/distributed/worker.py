@@ -72,7 +72,7 @@ def captures_the_same(verifiers: Mapping[str, str]) -> None:
         whole = load_verifier(folder)
         sharded = load_sharded_verifier(folder, VerifierLoading(), torch.device("cpu"))
         check_logits(sharded)
-        assert not any(one.requires_grad for one in sharded.parameters())
+        assert not any(weight.requires_grad for weight in sharded.parameters())
         # Each process has rows of its own, of its own length.
         tokens = (torch.arange(14 + rank) * (7 + rank)).remainder(60)[None]
         positions = torch.cat([torch.arange(6), torch.arange(8 + rank)])[None]
@@ -89,7 +89,7 @@ def captures_the_same(verifiers: Mapping[str, str]) -> None:
 
 
 TASKS: dict[str, Callable[[Any], None]] = {
-    one.__name__: one for one in (run, run_with_one_reduction, captures_the_same)
+    function.__name__: function for function in (run, run_with_one_reduction, captures_the_same)
 }
 
 if __name__ == "__main__":

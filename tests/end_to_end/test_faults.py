@@ -101,10 +101,10 @@ def progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def assert_same_outcome(run: Path, whole: Path) -> None:
-    first, second = (torch.load(one / "checkpoints" / "last.ckpt", weights_only=True) for one in (run, whole))
+    first, second = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (run, whole))
     for key in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
         assert_same_values(first[key], second[key])
-    first, second = (load_file(one / "draft" / "model.safetensors") for one in (run, whole))
+    first, second = (load_file(folder / "draft" / "model.safetensors") for folder in (run, whole))
     assert_same_weights(first, second)
 
 
@@ -129,7 +129,7 @@ def test_a_run_reaches_the_same_weights_after_any_fault(workshop: Workshop, prog
     shutil.rmtree(cache / "features", ignore_errors=True)
 
     chance = random.Random(number)
-    faults = [KINDS[one % len(KINDS)] for one in range(number, FAULTS, len(RUNS))]
+    faults = [KINDS[index % len(KINDS)] for index in range(number, FAULTS, len(RUNS))]
     while faults:
         log.unlink()
         progress.unlink(missing_ok=True)

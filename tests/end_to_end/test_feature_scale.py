@@ -40,9 +40,9 @@ def test_the_draft_that_is_written_is_the_published_network(
     found = re.search(r"they are divided by ([\d.]+), ([\d.]+), ([\d.]+)", shown)
     assert found is not None and "its first layer adds" in shown
     scale = scale_of(run)
-    assert [float(one) for one in found.groups()] == pytest.approx(scale.tolist(), rel=1e-2)
+    assert [float(group) for group in found.groups()] == pytest.approx(scale.tolist(), rel=1e-2)
     # Root mean squares of the states before layers 2, 4 and 5 are 22 to 30 here; the sum of three has the size of one.
-    assert all(20 * 3**0.5 * 0.8 < one < 30 * 3**0.5 * 1.2 for one in scale.tolist())
+    assert all(20 * 3**0.5 * 0.8 < factor < 30 * 3**0.5 * 1.2 for factor in scale.tolist())
     stored = load_file(run / "draft" / "model.safetensors")
     trained = {name.removeprefix("draft."): tensor for name, tensor in state_of(run).items()}
     assert "fc.input_scale" not in stored

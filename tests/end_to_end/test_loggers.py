@@ -58,7 +58,7 @@ def test_mlflow(workshop, fit, monkeypatch):
     assert logged.info.status == "FINISHED"
     assert logged.data.params["model.optimizer.lr"] == "0.004"
     assert logged.data.metrics["final/loss"] == logged.data.metrics["val/loss"]
-    assert [one.step for one in client.get_metric_history(logged.info.run_id, "train/loss")] == [0, 1, 2]
+    assert [metric.step for metric in client.get_metric_history(logged.info.run_id, "train/loss")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,8 @@ def test_one_that_cannot_be_made_is_one_message(workshop, capfd, logger, reason)
 def test_two_at_once(workshop, fit):
     folder = str(workshop.folder / "logs")
     workshop.values["trainer"]["logger"] = [
-        {"class_path": one, "init_args": {"save_dir": folder, "name": one}}
-        for one in ("TensorBoardLogger", "CSVLogger")
+        {"class_path": logger, "init_args": {"save_dir": folder, "name": logger}}
+        for logger in ("TensorBoardLogger", "CSVLogger")
     ]
     run = fit("runs", *WORDS)
     assert "config.yaml" in files(run) and not any("events" in name for name in files(run))

@@ -63,10 +63,10 @@ def test_peers_get_what_every_step_of_our_run_read(rows, seen):
         documents, real = rows.documents(step), batch["document_ids"] >= 0
         for name, ours in (*batch.items(), ("aux", features.aux), ("last", features.last)):
             if name in documents[0]:
-                theirs = torch.cat([one[name] for one in documents])
+                theirs = torch.cat([document[name] for document in documents])
                 torch.testing.assert_close(theirs, ours[real], rtol=1e-4, atol=1e-4)
         starts = (batch["position_ids"][real] == 0).nonzero().flatten().tolist()
-        lengths = [len(one["input_ids"]) for one in documents]
+        lengths = [len(document["input_ids"]) for document in documents]
         assert starts == [sum(lengths[:number]) for number in range(len(lengths))]
 
 
@@ -100,7 +100,7 @@ def test_a_peer_takes_every_step_and_writes_its_draft(rows, monkeypatch, tmp_pat
             self.weight, self.rate, self.tokens = torch.zeros((), requires_grad=True), rate, []
 
         def loss(self, documents):
-            self.tokens.append(sum(len(one["input_ids"]) for one in documents))
+            self.tokens.append(sum(len(document["input_ids"]) for document in documents))
             return self.weight * self.tokens[-1]
 
         def update(self):
@@ -113,7 +113,7 @@ def test_a_peer_takes_every_step_and_writes_its_draft(rows, monkeypatch, tmp_pat
     words = ["script", rows.folder, "--rate", "2", "--seed", "1", "--output", str(tmp_path / "draft")]
     monkeypatch.setattr("sys.argv", words)
     learn(Counting)
-    tokens = sum(len(one["input_ids"]) for step in range(STEPS) for one in rows.documents(step))
+    tokens = sum(len(document["input_ids"]) for step in range(STEPS) for document in rows.documents(step))
     assert (tmp_path / "draft").read_text() == f"{-2 * tokens} {STEPS}"
 
 

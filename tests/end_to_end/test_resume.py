@@ -376,7 +376,7 @@ class TestRealProcess:
         assert goes_on.returncode == 0, shown
         assert torch.load(last, weights_only=True)["global_step"] == 40
         assert [path.name for path in run.parent.iterdir()] == ["version_0"]
-        logged = [one for one, _ in scalars(run, "train/loss")]
+        logged = [step for step, _ in scalars(run, "train/loss")]
         assert logged == sorted(set(logged)) and (logged[0], logged[-1]) == (0, 39)
 
     def test_second_ctrl_c_stops_at_once(self, workshop):

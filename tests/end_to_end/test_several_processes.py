@@ -128,7 +128,7 @@ def test_resuming_with_others(workshop, straight, rows_seen, first, then, same_m
 def test_a_process_that_dies_ends_the_other(workshop, straight, rank, act, cause):
     status = run(workshop, "runs", "2 processes", "--save_every_n_steps=2", before=at_step(4, act, rank))
     assert status != 0
-    dead, other = ((workshop.folder / f"rank{one}.log").read_text(encoding="utf-8") for one in (rank, 1 - rank))
+    dead, other = ((workshop.folder / f"rank{number}.log").read_text(encoding="utf-8") for number in (rank, 1 - rank))
     assert cause in dead and "Traceback" not in other
     assert not other.count("error:") or f"specforge fit: error: rank {1 - rank} stopped at step 3" in other
     last = workshop.run_folder("runs") / "checkpoints" / "last.ckpt"

@@ -89,12 +89,12 @@ def test_the_losses_equal_those_with_a_live_verifier(shared, workshop, fit, stor
 def test_compat_supervision_reads_one_state_more(shared, workshop, fit, stores):
     # The rows end in tokens that are not supervised.
     for name in ("train", "validation"):
-        cut = [{**one, "loss_mask": one["loss_mask"][:-6] + [0] * 6} for one in rows(f"{name}.jsonl", 12)]
+        cut = [{**row, "loss_mask": row["loss_mask"][:-6] + [0] * 6} for row in rows(f"{name}.jsonl", 12)]
         workshop.values["data"][name] = str(write_rows(workshop.folder / f"{name}.jsonl", cut))
     store = prepare(workshop, "store", "--dtype", "float32")
     tokens = sum(shard.tokens for shard in FeatureStore(store).manifest.shards)
     assert tokens == sum(
-        len(one["input_ids"]) - 5 for name in ("train", "validation") for one in rows(f"{name}.jsonl", 12)
+        len(row["input_ids"]) - 5 for name in ("train", "validation") for row in rows(f"{name}.jsonl", 12)
     )
     for words in (["--model.supervision=compat"], []):
         live, stored = (
@@ -187,7 +187,7 @@ class TestRefusals:
 
     def test_missing_validation_rows_are_captured(self, shared, fit, stores, workshop, captured, capfd):
         workshop.values["data"] = {**shared.values["data"], "validation": workshop.values["data"]["validation"]}
-        changed = [{**one, "input_ids": [*one["input_ids"][:-1], 7]} for one in rows("validation.jsonl", 8)]
+        changed = [{**row, "input_ids": [*row["input_ids"][:-1], 7]} for row in rows("validation.jsonl", 8)]
         write_rows(Path(workshop.values["data"]["validation"]), changed)
         fit("runs", STEPS, VALIDATE, f"--data.features={stores['float32']}")
         assert "8 of the 8 validation rows are missing: the verifier runs on them" in capfd.readouterr().out

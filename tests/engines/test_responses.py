@@ -43,7 +43,7 @@ class TestRowsOf:
         assert [(row["input_ids"], row["loss_mask"]) for row in rows] == [
             ([1, 2, 3, 4, 9, 9, 5], [0, 0, 1, 1, 0, 0, 1])
         ]
-        assert [one["content"] for one in rows[0]["messages"]] == ["ask 0", "3 4", "ask 1", "5"]
+        assert [message["content"] for message in rows[0]["messages"]] == ["ask 0", "3 4", "ask 1", "5"]
 
     def test_a_turn_with_other_prompt_tokens_begins_a_row(self):
         rows = rows_of(conversation(2), [reply([1, 2], [3, 4]), reply([1, 2, 7, 9, 9], [5])])
@@ -79,9 +79,9 @@ class TestRowsOf:
             if row["loss_mask"][index]
         ]
         expected = [
-            (one.prompt_ids + one.token_ids[:index], token)
-            for one in replies
-            for index, token in enumerate(one.token_ids)
+            (answer.prompt_ids + answer.token_ids[:index], token)
+            for answer in replies
+            for index, token in enumerate(answer.token_ids)
         ]
         assert found == expected
 
@@ -96,7 +96,7 @@ class TestPrompts:
 
     def test_indices_count_over_all_sources(self, write_lines):
         sources = [write_lines([{"prompt": "x"}] * 3, f"{name}.jsonl") for name in "ab"]
-        assert [one.index for one in iter_prompts(sources, limit=5)] == [0, 1, 2, 3, 4]
+        assert [prompt.index for prompt in iter_prompts(sources, limit=5)] == [0, 1, 2, 3, 4]
 
     def test_seeds_differ_by_index_and_turn(self):
         generation = GenerationSettings(Sampling(), 5, seed=3)

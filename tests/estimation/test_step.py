@@ -134,14 +134,14 @@ def test_the_step_is_the_real_one(case, batch):
     assert sum(cost.flops.values()) == counted.get_total_flops()
 
     draft, verifier = real.module.draft, real.module.teacher.model
-    trained = [one for one in draft.parameters() if one.requires_grad]
-    assert cost.trained == sum(one.numel() for one in trained)
-    assert cost.memory.draft == sum(one.nbytes for one in [*draft.parameters(), *draft.buffers()])
-    assert cost.memory.verifier == sum(one.nbytes for one in [*verifier.parameters(), *verifier.buffers()])
-    assert cost.memory.gradients == sum(one.grad.nbytes for one in trained if one.grad is not None)
+    trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
+    assert cost.trained == sum(parameter.numel() for parameter in trained)
+    assert cost.memory.draft == sum(tensor.nbytes for tensor in [*draft.parameters(), *draft.buffers()])
+    assert cost.memory.verifier == sum(tensor.nbytes for tensor in [*verifier.parameters(), *verifier.buffers()])
+    assert cost.memory.gradients == sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
     states = list(real.optimizer.state.values())
-    moments = [one for state in states for one in state.values() if isinstance(one, torch.Tensor)]
-    assert cost.memory.optimizer == sum(one.nbytes for one in moments)
+    moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    assert cost.memory.optimizer == sum(moment.nbytes for moment in moments)
 
     standing = cost.memory.verifier + cost.memory.draft + cost.memory.gradients + cost.memory.optimizer
     # Gradients of tensors without values are never accumulated in place, so a little more is counted.

@@ -155,7 +155,7 @@ def test_a_run_gives_complete_rows_or_one_message(seed: int, tmp_path: Path) -> 
             for line in (output / "responses.jsonl").read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
                 ids = row.get("input_ids", [1, 2])
-                assert len(ids) > 1 and all(type(one) is int and 0 <= one < VOCABULARY for one in ids)
+                assert len(ids) > 1 and all(type(token) is int and 0 <= token < VOCABULARY for token in ids)
                 assert "input_ids" in row or row["messages"][-1]["content"].strip()
     assert 0 < kept < TRIALS
 

@@ -241,7 +241,7 @@ def test_written_as_read(case: BlockCase, tmp_path: Path) -> None:
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, case.folder / "draft"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-    config, read = (json.loads((one / "config.json").read_text()) for one in (tmp_path, case.folder / "draft"))
+    config, read = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, case.folder / "draft"))
     assert {name: config[name] for name in read} == read
 
 
@@ -319,8 +319,8 @@ def test_real_decoding(decoded: BlockCase) -> None:
     proposal = GreedyTokenProposalConfig(speculative_tokens=draft.num_drafted)
     decoder = Decoder(verifier, draft, proposal, stop_tokens=[])
     emissions = list(decoder.decode([prompt], len(expected["text"]) - len(prompt)))
-    assert [token for one in emissions for token in one.tokens] == expected["text"][len(prompt) :].tolist()
-    accepted = [one.accepted for one in emissions if one.drafted is not None]
+    assert [token for emission in emissions for token in emission.tokens] == expected["text"][len(prompt) :].tolist()
+    accepted = [emission.accepted for emission in emissions if emission.drafted is not None]
     assert accepted == expected["accepted"][: len(accepted)].tolist() and len(accepted) >= len(expected["accepted"]) - 1
 
 

@@ -104,7 +104,7 @@ def test_a_norm_starts_at_a_scale(kind: type[torch.nn.Module]) -> None:
     torch.nn.init.normal_(norm.weight)
     start_norm(norm, scale)
     torch.testing.assert_close(norm_scale(norm, 6), scale, atol=1e-4, rtol=0)
-    assert not any(one.any() for name, one in norm.named_parameters() if name == "bias")
+    assert not any(parameter.any() for name, parameter in norm.named_parameters() if name == "bias")
 
 
 def test_the_families_are_those_that_are_known() -> None:

@@ -53,9 +53,9 @@ def test_outputs_and_gradients_are_those_of_transformers(build: Callable[[], nn.
     states, upstream = torch.randn(3, 7, 16), torch.randn(3, 7, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         mine, reference = run(lean, states, upstream), run(plain, states, upstream)
-    for one, wanted in zip(mine, reference, strict=True):
-        assert one.dtype == wanted.dtype
-        torch.testing.assert_close(one, wanted, **({"rtol": 2e-2, "atol": 1e-1} if autocast else {}))
+    for found, wanted in zip(mine, reference, strict=True):
+        assert found.dtype == wanted.dtype
+        torch.testing.assert_close(found, wanted, **({"rtol": 2e-2, "atol": 1e-1} if autocast else {}))
 
 
 @pytest.mark.parametrize("build", BLOCKS)
@@ -63,9 +63,9 @@ def test_in_bfloat16_they_are_as_close_to_exact_ones_as_those_of_transformers(bu
     plain, lean = pair(build, torch.bfloat16)
     states, upstream = torch.randn(50, 16).bfloat16(), torch.randn(50, 16).bfloat16()
     exact = run(copy.deepcopy(plain).float(), states.float(), upstream.float())
-    for one, theirs, wanted in zip(run(lean, states, upstream), run(plain, states, upstream), exact, strict=True):
-        assert one.dtype == theirs.dtype == torch.bfloat16
-        error, of_theirs = ((each.float() - wanted).norm() for each in (one, theirs))
+    for found, theirs, wanted in zip(run(lean, states, upstream), run(plain, states, upstream), exact, strict=True):
+        assert found.dtype == theirs.dtype == torch.bfloat16
+        error, of_theirs = ((each.float() - wanted).norm() for each in (found, theirs))
         assert error <= 1.5 * of_theirs
 
 
@@ -99,7 +99,7 @@ def kept_bytes(block: nn.Module) -> int:
     weights = {weight.untyped_storage().data_ptr() for weight in block.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         block(torch.randn(64, 16, requires_grad=True))
-    return sum(one.untyped_storage().nbytes() for place, one in kept.items() if place not in weights)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
 
 
 def test_weights_keep_their_names_and_inner_norms_are_found() -> None:

@@ -109,8 +109,8 @@ def test_weights_of_several_types_become_one_without_loss(
     state = small.state_dict()
     state["first.bias"] = state["first.bias"].to(other)
     again = Small.from_state(SmallConfig(), state).state_dict()
-    assert {one.dtype for one in again.values()} == {widest}
-    assert all(torch.equal(one, state[name].to(widest)) for name, one in again.items())
+    assert {tensor.dtype for tensor in again.values()} == {widest}
+    assert all(torch.equal(tensor, state[name].to(widest)) for name, tensor in again.items())
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn, torch.complex64, torch.bool])
@@ -219,11 +219,11 @@ def test_the_verifier_is_not_part_of_the_draft(mode: Any, tiny_verifiers: Mappin
     assert (draft.verifier is None) == (mode == "train_only") == isinstance(attached, VerifierParts)
     parts = draft.verifier_parts
     modules = (parts.embed_tokens, parts.norm, parts.lm_head)
-    borrowed = {id(one) for module in modules for one in module.parameters()}
-    assert not any(one.requires_grad for module in modules for one in module.parameters())
+    borrowed = {id(parameter) for module in modules for parameter in module.parameters()}
+    assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
     assert draft.state_dict().keys() == names
-    assert not borrowed & {id(one) for one in draft.parameters()}
-    assert not {*map(id, modules)} & {id(one) for one in draft.modules()}
+    assert not borrowed & {id(parameter) for parameter in draft.parameters()}
+    assert not {*map(id, modules)} & {id(part) for part in draft.modules()}
     draft.double()
     draft.requires_grad_(True)
     assert parts.embed_tokens.weight.dtype == torch.float32
@@ -261,7 +261,7 @@ def test_casting_on_load_leaves_the_rotary_frequencies(tiny_verifiers: Mapping[s
     draft = tiny_eagle3(tiny_verifiers)
     draft.save_pretrained(tmp_path / "draft")
     again = SpeculatorModel.from_pretrained(tmp_path / "draft", dtype=torch.bfloat16)
-    assert {one.dtype for one in again.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
     assert torch.equal(again.rotary_emb.inv_freq.float(), draft.rotary_emb.inv_freq)
 
 

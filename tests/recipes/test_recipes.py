@@ -61,9 +61,9 @@ def test_builds_draft_and_data(recipe, rows, tmp_path):
 
     cli.trainer.fit_loop.epoch_loop.max_steps = 100_000  # a schedule is laid out over steps
     DryRun(cli.model, cli.trainer, torch.bfloat16)
-    weights = sum(one.numel() for one in cli.model.teacher.model.parameters())
+    weights = sum(parameter.numel() for parameter in cli.model.teacher.model.parameters())
     assert weights / 1e9 == pytest.approx(PUBLISHED[verifier_of(recipe)], abs=0.01)
-    trained = sum(one.numel() for one in cli.model.draft.parameters() if one.requires_grad)
+    trained = sum(parameter.numel() for parameter in cli.model.draft.parameters() if parameter.requires_grad)
     assert re.search(rf"`{re.escape(recipe.name)}` \| {trained / 1e6:,.0f} M \|", PAGE), (recipe.name, trained)
 
 
@@ -74,4 +74,4 @@ def test_prints_its_usage(recipe):
 
 
 def test_every_verifier_has_a_recipe():
-    assert {verifier_of(recipe) for recipe in RECIPES} == set(PUBLISHED) == {one.name for one in VERIFIERS.iterdir()}
+    assert {verifier_of(recipe) for recipe in RECIPES} == set(PUBLISHED) == {path.name for path in VERIFIERS.iterdir()}

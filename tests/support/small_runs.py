@@ -75,7 +75,7 @@ class SmallRuns:
 
     def run(self, name: str) -> Path:
         """Return the folder of a run; there is only one, however many processes started it."""
-        assert [one.name for one in (self.folder / name).iterdir()] == ["version_0"]
+        assert [path.name for path in (self.folder / name).iterdir()] == ["version_0"]
         return self.folder / name / "version_0"
 
     def last(self, name: str) -> Path:
@@ -102,4 +102,4 @@ def logged(run: Path) -> dict[str, list[float]]:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     resources = {f"train/{name}" for name in ("tokens_per_second", "idle_share", "peak_memory_gb")}
     tags = [tag for tag in events.Tags()["scalars"] if tag not in resources]
-    return {tag: [one.value for one in events.Scalars(tag)] for tag in tags}
+    return {tag: [scalar.value for scalar in events.Scalars(tag)] for tag in tags}

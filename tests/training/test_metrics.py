@@ -30,7 +30,7 @@ def direct_means(values: list[dict[str, Tensor]], steps: int) -> dict[str, float
     means = {}
     for name in (*TERMS, "acceptance", "agreement"):
         for step in range(steps):
-            kept = torch.cat([one[name][step][one["supervised"][step]] for one in values])
+            kept = torch.cat([value[name][step][value["supervised"][step]] for value in values])
             if kept.numel():
                 means[f"{name}/step_{step}"] = float(kept.double().mean())
     return means

@@ -40,7 +40,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
     made = SmallRuns(tmp_path_factory.mktemp("plain"), tiny_verifiers["llama"].folder, values)
     for split, number in (("train", 12), ("validation", 3)):
         lengths = [draw.randint(8, 40) for _ in range(number)]
-        made.write(split, [([draw.randrange(3, 61) for _ in range(one)], [0] * 3 + [1] * (one - 3)) for one in lengths])
+        made.write(
+            split,
+            [([draw.randrange(3, 61) for _ in range(length)], [0] * 3 + [1] * (length - 3)) for length in lengths],
+        )
     assert main(made.words("command", "eagle3")) == 0
     return made
 
@@ -144,7 +147,7 @@ def test_callbacks_can_be_set_and_left_out(runs, tmp_path, capsys):
     own.last_checkpoint.every_n_steps = 2
     trainer = trainer_in(tmp_path, callbacks=own.present(), limit_val_batches=1)
     trainer.fit(*module_and_data(runs))
-    assert not {"Summary", "DraftWriter"} & {type(one).__name__ for one in trainer.callbacks}
+    assert not {"Summary", "DraftWriter"} & {type(callback).__name__ for callback in trainer.callbacks}
     run = tmp_path / "lightning_logs" / "version_0"
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     assert not (run / "draft").exists() and "draft:" not in capsys.readouterr().out
@@ -155,7 +158,7 @@ def test_a_given_callback_replaces_its_default(runs, tmp_path):
     mine = LastCheckpoint(every_n_steps=1)
     trainer = trainer_in(tmp_path, callbacks=[mine], max_steps=1, limit_val_batches=0, logger=False)
     trainer.fit(*module_and_data(runs))
-    kinds = [type(one) for one in trainer.callbacks]
+    kinds = [type(callback) for callback in trainer.callbacks]
     assert kinds.count(LastCheckpoint) == 1 and mine in trainer.callbacks
     assert ModelCheckpoint not in kinds  # Lightning's own default
     assert isinstance(trainer.strategy.checkpoint_io, WholeCheckpointIO)

@@ -67,7 +67,7 @@ def trained(name: str, tiny_verifiers: Mapping[str, Any], **options: bool) -> tu
         if isinstance(linear, torch.nn.Linear) and not options["compiled"]:  # a hook would be compiled as well
             linear.register_forward_hook(lambda *_: runs.append(1))
     module.draft_steps(BATCH, module.features(BATCH)).loss.backward()
-    return {one: parameter.grad for one, parameter in module.draft.named_parameters()}, len(runs)
+    return {key: parameter.grad for key, parameter in module.draft.named_parameters()}, len(runs)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -75,8 +75,8 @@ def test_checkpointing_runs_steps_twice_and_changes_nothing(name: str, tiny_veri
     plain, once = trained(name, tiny_verifiers, activation_checkpointing=False, compiled=False)
     again, twice = trained(name, tiny_verifiers, activation_checkpointing=True, compiled=False)
     assert again.keys() == plain.keys()
-    assert all(torch.equal(again[one], gradient) for one, gradient in plain.items())
-    assert max(float(one.abs().max()) for one in plain.values()) > 1e-3
+    assert all(torch.equal(again[key], gradient) for key, gradient in plain.items())
+    assert max(float(gradient.abs().max()) for gradient in plain.values()) > 1e-3
     assert twice >= once + STEPS
 
 
@@ -118,5 +118,5 @@ def test_compiled_steps_have_the_same_gradients(
     plain, _ = trained(name, tiny_verifiers, activation_checkpointing=False, compiled=False)
     compiled, _ = trained(name, tiny_verifiers, activation_checkpointing=checkpointing, compiled=True)
     assert compiled.keys() == plain.keys()
-    for one, gradient in plain.items():
-        torch.testing.assert_close(compiled[one], gradient, rtol=1e-4, atol=1e-6)
+    for key, gradient in plain.items():
+        torch.testing.assert_close(compiled[key], gradient, rtol=1e-4, atol=1e-6)

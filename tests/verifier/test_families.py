@@ -76,9 +76,10 @@ def assert_it_learns(draft: SpeculatorModel, verifier: Any) -> None:
     positions, documents = torch.tensor([[*range(7), *range(5)]]), torch.tensor([[0] * 7 + [1] * 5])
     features = capture(verifier, tokens, positions, draft.aux_layers)
     logits = [
-        draft.logits(one, step) for step, one in enumerate(draft.unroll(tokens, features, positions, documents, 3))
+        draft.logits(states, step)
+        for step, states in enumerate(draft.unroll(tokens, features, positions, documents, 3))
     ]
-    torch.stack([one.float().logsumexp(-1).sum() for one in logits]).sum().backward()
+    torch.stack([logit.float().logsumexp(-1).sum() for logit in logits]).sum().backward()
     for name, parameter in draft.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name

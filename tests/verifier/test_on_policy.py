@@ -80,7 +80,7 @@ def test_the_statistics_match_their_definition(tiny_verifiers, written):
 
 def test_the_standard_error_is_calibrated(tiny_verifiers, written):
     checks = [check_policy(tiny_verifiers["llama"].model, [row]) for row in written("llama", 1.0, number=200)]
-    scores = torch.tensor([(one.log_prob - one.expected) / one.standard_error for one in checks])
+    scores = torch.tensor([(check.log_prob - check.expected) / check.standard_error for check in checks])
     assert abs(scores.mean()) < 4 / 200**0.5
     assert 0.8 < scores.std() < 1.2
 

@@ -42,7 +42,7 @@ def test_bad_rows_are_counted_by_reason_with_the_first_of_each(build, write_line
     summary = build(str(source)).summary
     assert summary.rows == 97 and summary.bad_rows == 3
     assert summary.bad["no messages"] == BadRows(1, f"{source}:41: 'messages' holds no messages")
-    assert [one.first.split(":")[1] for one in summary.bad.values()] == ["41", "99", "100"]
+    assert [reason.first.split(":")[1] for reason in summary.bad.values()] == ["41", "99", "100"]
 
 
 def test_too_many_bad_rows_end_the_run_and_refuse_allows_none(build, write_lines: Write, chat) -> None:

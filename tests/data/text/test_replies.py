@@ -31,7 +31,7 @@ CALLS = (
 
 def dialogue(*contents: str, **extra: Any) -> Chat:
     roles = ("user", "assistant")
-    messages = [{"role": roles[n % 2], "content": one} for n, one in enumerate(contents)]
+    messages = [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
     messages[-1] |= extra
     chat = read_chat(Record({"messages": messages}, "here"))
     assert isinstance(chat, Chat)
@@ -100,7 +100,7 @@ def test_it_is_supervised_if_earlier_thinking_is_dropped(finder) -> None:
     chat = dialogue(*TALK, reasoning_content="so")
     chat.messages[1]["reasoning_content"] = "why"
     texts = finder(template).find(chat, "here").texts
-    assert [supervised(one) for one in texts] == [["<think>why</think>two<|im_end|>"], ["<think>so</think>four"]]
+    assert [supervised(text) for text in texts] == [["<think>why</think>two<|im_end|>"], ["<think>so</think>four"]]
     assert "A: two<|im_end|>three" in texts[1].text
 
 
@@ -361,5 +361,5 @@ def test_random_templates_supervise_the_same_text_as_a_loop_over_turns(plain, pa
             finder.find(chat, "here")
         return
     texts = finder.find(chat, "here").texts
-    assert [one for text in texts for one in supervised(text)] == parts.supervised(chat)
+    assert [reply for text in texts for reply in supervised(text)] == parts.supervised(chat)
     assert len(texts) <= 1 or parts.drops_thinking

@@ -107,7 +107,7 @@ FIRST, SECOND = "The product is 56.<|im_end|>", "That makes 81.<|im_end|>"
 def test_each_kind_of_fault_is_detected(rows: Sequence[Callable[[str], Pieces]], kinds: tuple[str, ...]) -> None:
     chat = row("two turns")
     whole = make_tokenizer(CHATML).apply_chat_template(chat["messages"], tokenize=False)
-    made = [one(whole) for one in rows]
+    made = [make(whole) for make in rows]
     if kinds == ("context is not serving's",):
         made[1] = [(text.replace("56", "57"), supervised) for text, supervised in made[1]]
     verdict = judged(CHATML, chat, Encoded(made))
@@ -162,7 +162,7 @@ def test_templates_are_read_from_files_and_modules_once(tmp_path: Path) -> None:
         (folder / name).write_text(CHATML)
     (folder / "chat_templates.py").write_text(f"NAME = {NEXT_HEADER!r}\nOTHER = 'no template'\n")
     read = read_templates(tmp_path, (package,))
-    assert [(one.package, one.name, one.text) for one in read] == [
+    assert [(template.package, template.name, template.text) for template in read] == [
         ("some", "NAME", NEXT_HEADER),
         ("some", "one", CHATML),
     ]
@@ -171,8 +171,8 @@ def test_templates_are_read_from_files_and_modules_once(tmp_path: Path) -> None:
 def test_the_page_counts_and_lists_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("templates.CHATS", {name: CHATS[name] for name in ("one turn", "two turns")})
     texts = {"plain": CHATML, "closed": CLOSED_THINKING, "glm": NEXT_HEADER}
-    results = [one for name, text in texts.items() for one in try_template(Template("trl", name, text))]
-    assert [dict(one.arguments) for one in results[2:6]] == [
+    results = [result for name, text in texts.items() for result in try_template(Template("trl", name, text))]
+    assert [dict(result.arguments) for result in results[2:6]] == [
         {},
         {},
         {"enable_thinking": False},

@@ -35,8 +35,8 @@ def slow_reference(
         if window is not None:
             seen = [other for other in seen if other > row - window]
             block = [other for other in block if other <= slot] if causal else block
-        keys, values = (torch.cat([one[seen], two[block]]) for one, two in zip(context, own, strict=True))
-        keys, values = (one.repeat_interleave(HEADS // GROUPS, dim=1) for one in (keys, values))
+        keys, values = (torch.cat([before[seen], two[block]]) for before, two in zip(context, own, strict=True))
+        keys, values = (tensor.repeat_interleave(HEADS // GROUPS, dim=1) for tensor in (keys, values))
         weights = (torch.einsum("hd,khd->hk", query[slot], keys) * SCALE).softmax(-1)
         outputs.append(torch.einsum("hk,khd->hd", weights, values))
     return torch.stack(outputs)
@@ -60,7 +60,7 @@ def test_outputs_and_gradients_are_those_of_the_slow_reference(
         torch.testing.assert_close(found, reference[chosen])
         tensors, upstream = [query, *context, *own], torch.randn_like(found)
         gradients = (
-            torch.autograd.grad(one, tensors, upstream, retain_graph=True) for one in (found, reference[chosen])
+            torch.autograd.grad(output, tensors, upstream, retain_graph=True) for output in (found, reference[chosen])
         )
         for gradient, expected in zip(*gradients, strict=True):
             torch.testing.assert_close(gradient, expected)
@@ -94,7 +94,7 @@ def test_a_cached_context_lets_blocks_see_the_same(window: int | None, causal: b
     starts = document_starts(DOCUMENTS)[ROWS]
     lengths = ROWS + 1 - starts
     padded = starts[:, None] + torch.arange(int(lengths.max()) + 2)
-    cached = [one[padded.clamp(max=31)].transpose(1, 2) for one in context]
+    cached = [tensor[padded.clamp(max=31)].transpose(1, 2) for tensor in context]
     found = CachedContext(lengths, causal).attend(query, (cached[0], cached[1]), own, SCALE, window)
     torch.testing.assert_close(found, slow_reference(query, context, own, window, causal))
 

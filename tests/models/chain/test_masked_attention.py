@@ -27,7 +27,7 @@ def test_outputs_and_gradients_are_those_of_torch(dtype: torch.dtype) -> None:
     reference = F.scaled_dot_product_attention(*tensors, attn_mask=visible(), scale=0.3, enable_gqa=True)
     torch.testing.assert_close(mine, reference)
     upstream = torch.randn_like(reference)
-    gradients = (torch.autograd.grad(one, tensors, upstream) for one in (mine, reference))
+    gradients = (torch.autograd.grad(output, tensors, upstream) for output in (mine, reference))
     for gradient, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(gradient, wanted)
 
@@ -51,4 +51,4 @@ def test_no_mask_is_kept() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         masked_attention(query, key, value, lambda: torch.ones(1, 1, 300, 300, dtype=torch.bool).tril(), 1.0)
-    assert kept and max(one.numel() for one in kept) == query.numel()
+    assert kept and max(tensor.numel() for tensor in kept) == query.numel()

@@ -55,10 +55,10 @@ def ours(
     attention = TrainingTimeTest(rows)
     outputs = []
     for step, (tensors, count) in enumerate(zip(steps, rows.counts, strict=True)):
-        ordered = [one.transpose(1, 2).flatten(0, 1)[rows.order].transpose(0, 1)[None] for one in tensors]
+        ordered = [tensor.transpose(1, 2).flatten(0, 1)[rows.order].transpose(0, 1)[None] for tensor in tensors]
         if step == 0:
-            attention.record_others(0, *(one[:, :, count:] for one in ordered[1:]))
-        output = attention.at(step).attend(0, *(one[:, :, :count] for one in ordered), scale, window)
+            attention.record_others(0, *(tensor[:, :, count:] for tensor in ordered[1:]))
+        output = attention.at(step).attend(0, *(tensor[:, :, :count] for tensor in ordered), scale, window)
         flat = output.new_zeros(documents.numel(), *output[0, :, 0].shape)
         flat = flat.index_copy(0, rows.order[:count], output[0].transpose(0, 1))
         outputs.append(flat.unflatten(0, documents.shape).transpose(1, 2))

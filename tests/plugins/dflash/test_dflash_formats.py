@@ -132,12 +132,12 @@ PLAIN_TRAPS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "two block sizes": ("dspark", lambda config: config.update(block_size=9), "block_size is 9 at the top and 4 in"),
     "ids one too high": (
         "dflash",
-        lambda config: [one.update(target_layer_ids=[2, 4, 7]) for one in (config, config["dflash_config"])],
+        lambda config: [part.update(target_layer_ids=[2, 4, 7]) for part in (config, config["dflash_config"])],
         "features are taken after the last layer, 8",
     ),
     "the embeddings": (
         "dflash",
-        lambda config: [one.update(target_layer_ids=[-1, 4]) for one in (config, config["dflash_config"])],
+        lambda config: [part.update(target_layer_ids=[-1, 4]) for part in (config, config["dflash_config"])],
         "target_layer_ids has -1, the embeddings",
     ),
     "causality": ("dflash2", lambda config: config.pop("is_causal"), "is_causal and dflash_config.causal must be"),
@@ -172,11 +172,11 @@ def test_a_draft_vocabulary_without_its_head_is_told() -> None:
     assert faults_of("dflash", "vllm", stored) == []
     del stored.tensors["lm_head.weight"]
     assert any(
-        "lm_head.weight, the head of the draft vocabulary, is missing" in one
-        for one in faults_of("dflash", "vllm", stored)
+        "lm_head.weight, the head of the draft vocabulary, is missing" in fault
+        for fault in faults_of("dflash", "vllm", stored)
     )
     stored.tensors["embed_tokens.weight"] = torch.zeros(1)
-    assert any("the verifier's own embeddings or head" in one for one in faults_of("dflash", "vllm", stored))
+    assert any("the verifier's own embeddings or head" in fault for fault in faults_of("dflash", "vllm", stored))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_a_published_draft_is_converted_and_measured_like_the_one_it_was(
     """In z-lab's form of old, with all settings nested; the draft computes what it did."""
     draft = make(algorithm)
     stored = layout(f"{algorithm}/plain").write(draft)
-    published = {name: one for name, one in stored.config.items() if name not in stored.config["dflash_config"]}
+    published = {name: value for name, value in stored.config.items() if name not in stored.config["dflash_config"]}
     write_checkpoint(tmp_path / "published", published, stored.tensors)
     words = ["convert", str(tmp_path / "published"), "--verifier", str(VERIFIER), "--output", str(tmp_path / "here")]
     assert main(words) == 0

@@ -34,7 +34,7 @@ def rows_of_text(seed: int = 0) -> tuple[dict[str, Tensor], Features]:
 
 def part(batch: dict[str, Tensor], features: Features, chosen: slice) -> tuple[dict[str, Tensor], Features]:
     """A part of a document as a batch of its own."""
-    own = {name: one[:, chosen] for name, one in batch.items()}
+    own = {name: tensor[:, chosen] for name, tensor in batch.items()}
     own["document_ids"] = torch.zeros_like(own["document_ids"])
     return own, Features(features.aux[:, chosen].clone(), features.last[:, chosen])
 
@@ -73,7 +73,7 @@ def test_rows_that_are_needed_have_the_states_and_gradients_that_all_have(
     for rows in (DraftRows.needed(supervised, documents), DraftRows.all(*supervised.shape, documents)):
         states = draft.states(batch, features, rows)[rows.state_index()[supervised]]
         gradients = torch.autograd.grad(states.square().sum(), list(draft.parameters()), allow_unused=True)
-        found.append([states.detach(), *(one for one in gradients if one is not None)])
+        found.append([states.detach(), *(gradient for gradient in gradients if gradient is not None)])
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected)
     monkeypatch.setattr(model, "BLOCKS_AT_ONCE", 3)
@@ -133,7 +133,9 @@ def test_a_draft_is_read_as_it_was_written(kind: str, verifier_of: VerifierOf, t
     again = type(draft).from_pretrained(tmp_path)
     again.attach_verifier(draft.verifier_parts)
     batch, features = rows_of_text()
-    states = [one.unroll(batch["input_ids"], features, batch["position_ids"], DOCUMENTS, 3) for one in (draft, again)]
+    states = [
+        network.unroll(batch["input_ids"], features, batch["position_ids"], DOCUMENTS, 3) for network in (draft, again)
+    ]
     torch.testing.assert_close(*states, rtol=1e-6, atol=1e-6)
     assert not any(name.startswith(("embed", "verifier")) for name in again.state_dict())
 

@@ -131,8 +131,8 @@ def test_anchors_are_drawn_in_training_and_all_rows_are_in_validation(tiny_verif
 def test_batches_of_an_accumulated_step_draw_what_one_large_batch_draws(tiny_verifiers: Mapping[str, Any]) -> None:
     module = make_module("dflash", tiny_verifiers, anchors=2)
     whole = module.alignment(BATCH).supervised
-    parts = [module.alignment({name: one[row : row + 1] for name, one in BATCH.items()}) for row in (0, 1)]
-    assert torch.equal(torch.cat([one.supervised for one in parts], dim=1), whole)
+    parts = [module.alignment({name: tensor[row : row + 1] for name, tensor in BATCH.items()}) for row in (0, 1)]
+    assert torch.equal(torch.cat([part.supervised for part in parts], dim=1), whole)
 
 
 def test_the_selector_decides_what_validation_measures(tiny_verifiers: Mapping[str, Any]) -> None:
@@ -165,7 +165,7 @@ def test_a_weighting_weighs_the_selector_by_its_own_chain(weighting: str, tiny_v
         make_module("dflash2", tiny_verifiers, weighting=name, step_decay=1.0) for name in (None, weighting)
     )
     features = plain.features(BATCH)
-    losses = [one.draft_steps(BATCH, features).terms["selector"] for one in (plain, weighted)]
+    losses = [module.draft_steps(BATCH, features).terms["selector"] for module in (plain, weighted)]
     assert not torch.equal(*losses) and bool((losses[1] > 0).all())
 
 
@@ -224,5 +224,5 @@ def test_gradients_of_the_selector_do_not_hang_on_how_many_pairs_go_at_once(
 
     whole = gradients()
     monkeypatch.setattr("specforge_dflash.dflash2.PAIRS_AT_ONCE", 4)
-    for one, expected in zip(gradients(), whole, strict=True):
-        torch.testing.assert_close(one, expected)
+    for gradient, expected in zip(gradients(), whole, strict=True):
+        torch.testing.assert_close(gradient, expected)

@@ -50,7 +50,7 @@ def slow_error(log_odds: Tensor, accepted: Tensor, counted: Tensor, temperatures
         chosen = [pair for pair, counts in zip(pairs, counted[step].tolist(), strict=True) if counts]
         for number in range(15):
             inside = [pair for pair in chosen if min(int(pair[0] * 15), 14) == number]
-            gaps += abs(sum(one for one, _ in inside) - sum(other for _, other in inside))
+            gaps += abs(sum(chance for chance, _ in inside) - sum(other for _, other in inside))
     return gaps / int(counted.sum())
 
 
@@ -79,7 +79,10 @@ def decode(verifier: PreTrainedModel, *speculation: Any, sampling: Sampling | No
 
 
 def said(emissions: list[Emission]) -> list[list[int]]:
-    return [[token for one in emissions if one.sequence == number for token in one.tokens] for number in (0, 1)]
+    return [
+        [token for emission in emissions if emission.sequence == number for token in emission.tokens]
+        for number in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["dspark", "dspark, gated", "dspark, rnn"])
@@ -93,7 +96,7 @@ def test_the_chain_is_cut_and_the_text_stays_the_verifiers(kind: str, verifier_o
         emissions = decode(verifier, draft, proposal)
         assert said(emissions) == expected
         assert len(said(decode(verifier, draft, proposal, sampling=Sampling(temperature=1.0)))[0]) == 20
-        drafted.append(sum(one.drafted for one in emissions if one.drafted is not None))
+        drafted.append(sum(emission.drafted for emission in emissions if emission.drafted is not None))
     assert drafted[0] > drafted[1] > drafted[2] == 0
 
 

@@ -142,8 +142,10 @@ def test_a_draft_that_is_the_verifier_is_always_right(verifier_of: VerifierOf) -
         {name: verifier.state_dict()[name] for name in draft.language_model.state_dict()}
     )
     decoder = Decoder(verifier, draft, GreedyTokenProposalConfig(speculative_tokens=4))
-    rounds = [one for one in decoder.decode([torch.tensor([4]), torch.tensor([3, 9, 2])], 21) if one.drafted]
-    assert rounds and all(len(one.tokens) == 5 for one in rounds)
+    rounds = [
+        emission for emission in decoder.decode([torch.tensor([4]), torch.tensor([3, 9, 2])], 21) if emission.drafted
+    ]
+    assert rounds and all(len(emission.tokens) == 5 for emission in rounds)
 
 
 @torch.no_grad()
@@ -153,26 +155,26 @@ def test_replay_takes_the_rounds_of_real_decoding(verifier_of: VerifierOf) -> No
     draft = random_draft(verifier, "llama", layers=3)
     # Right now and then: the verifier's own weights, and some noise.
     generator = torch.Generator().manual_seed(3)
-    for name, one in draft.language_model.state_dict().items():
-        one.copy_(verifier.state_dict()[name] + 0.02 * torch.randn(one.shape, generator=generator))
+    for name, tensor in draft.language_model.state_dict().items():
+        tensor.copy_(verifier.state_dict()[name] + 0.02 * torch.randn(tensor.shape, generator=generator))
     prompts = [torch.tensor([4, 9, 2, 17]), torch.tensor([8]), torch.tensor([3, 3, 30, 1, 5])]
     tree = DynamicTreeTokenProposalConfig(speculative_tokens=9, expansion_factor=3, depth=4)
     for proposal in (GreedyTokenProposalConfig(speculative_tokens=3), tree):
         decoder = Decoder(verifier, draft, proposal)
         emissions = list(decoder.decode(prompts, 40))
         for number, prompt in enumerate(prompts):
-            own = [one for one in emissions if one.sequence == number]
-            text = torch.cat([prompt, torch.tensor([token for one in own for token in one.tokens])])
-            accepted = [one.accepted for one in own if one.drafted is not None]
+            own = [emission for emission in emissions if emission.sequence == number]
+            text = torch.cat([prompt, torch.tensor([token for emission in own for token in emission.tokens])])
+            accepted = [emission.accepted for emission in own if emission.drafted is not None]
             positions = torch.arange(len(text))[None]
             features = capture(verifier, text[None], positions, [])
             if proposal is tree:
                 proposer = DynamicTreeProposer(tree, Sampling(), RandomSource())
                 found = replay_text(proposer, draft.drafter(1), text, features, len(prompt))
-                assert [one for _, one in found] == accepted
+                assert [count for _, count in found] == accepted
                 continue
             greedy, _ = chain_acceptance(draft, decoder.parts, text, features, len(prompt), 3, Sampling())
             replayed = replay(greedy.T[None], torch.tensor([greedy.shape[1]]))
             assert float(replayed.rounds[2]) == len(accepted) and max(accepted) > 0
             for count in range(1, 4):
-                assert float(replayed.accepted[2, count - 1]) == sum(one >= count for one in accepted)
+                assert float(replayed.accepted[2, count - 1]) == sum(length >= count for length in accepted)

@@ -91,7 +91,7 @@ def whole(
 
             def step(self: DraftModule, batch: Any, batch_idx: int) -> Any:
                 seen[variant].append(
-                    {name: one.clone() for name, one in batch.items() if isinstance(one, torch.Tensor)}
+                    {name: tensor.clone() for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
                 )
                 return original(self, batch, batch_idx)
 
@@ -178,7 +178,7 @@ def test_a_run_that_is_resumed_is_the_same(
         ours, theirs = checkpoint(run, name), checkpoint(straight, name)
         for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
             assert_same_values(ours[part], theirs[part])
-    assert_same_values(*(load_file(one / "draft" / "model.safetensors") for one in (run, straight)))
+    assert_same_values(*(load_file(folder / "draft" / "model.safetensors") for folder in (run, straight)))
 
 
 def test_the_draft_can_be_started_from(runs: RunsFolder, whole: Callable[..., Any]) -> None:
@@ -217,7 +217,7 @@ def test_an_export_is_a_model_of_transformers(whole: Callable[..., Any], tmp_pat
     # Read as a draft again, it is the one that was trained.
     words = [str(tmp_path / "export"), "--verifier", str(VERIFIER), "--output", str(tmp_path / "again")]
     assert main(["convert", *words]) == 0
-    assert_same_values(*(load_file(one / "model.safetensors") for one in (run / "draft", tmp_path / "again")))
+    assert_same_values(*(load_file(folder / "model.safetensors") for folder in (run / "draft", tmp_path / "again")))
 
 
 def test_a_changed_export_is_told(

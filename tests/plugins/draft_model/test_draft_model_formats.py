@@ -68,5 +68,5 @@ def test_other_drafts_are_not_taken_for_language_models(changes: dict[str, Any],
     stored = layout.write(random_draft(verifier_of("llama"), "llama"))
     assert layout.recognises(stored) and not layout.recognises(StoredDraft(stored.config | changes, stored.tensors))
     # Published heads call themselves after the verifier's class, and have layers alone.
-    inner = {name.removeprefix("model."): one for name, one in stored.tensors.items()}
+    inner = {name.removeprefix("model."): tensor for name, tensor in stored.tensors.items()}
     assert not layout.recognises(StoredDraft(stored.config, inner))

@@ -58,7 +58,7 @@ def test_gradients_are_those_of_the_plain_model(family: str, verifier_of: Verifi
     draft.requires_grad_(True)
     hidden = draft.unroll(tokens, last_only(last), positions, torch.zeros_like(positions), 1)
     draft.logits(hidden[0, 0, :-1]).square().sum().backward()
-    expected = {name: one.grad for name, one in plain.named_parameters()}
+    expected = {name: weight.grad for name, weight in plain.named_parameters()}
     found = dict(draft.language_model.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in found.items():
@@ -71,7 +71,7 @@ def test_a_smaller_table_reads_and_says_the_ids_that_it_has(verifier_of: Verifie
     tokens, last = random_rows(1, 9)
     positions, same = torch.arange(9)[None], tokens.clamp(max=19)
     hidden, known = (
-        draft.unroll(one, last_only(last), positions, torch.zeros_like(positions), 2) for one in (tokens, same)
+        draft.unroll(ids, last_only(last), positions, torch.zeros_like(positions), 2) for ids in (tokens, same)
     )
     assert torch.equal(hidden, known) and draft.logits(hidden).shape == (2, 1, 9, 20)
     assert random_draft(verifier_of("llama"), "llama").draft_ids is None
@@ -87,12 +87,14 @@ def test_what_is_written_is_read_again(family: str, verifier_of: VerifierOf, tmp
     assert isinstance(again, DraftModel) and again.dtype == torch.float64
     tokens, last = random_rows(2, 9)
     positions = torch.arange(9).expand(2, -1)
-    said = [one.unroll(tokens, last_only(last), positions, torch.zeros_like(positions), 2) for one in (draft, again)]
+    said = [
+        model.unroll(tokens, last_only(last), positions, torch.zeros_like(positions), 2) for model in (draft, again)
+    ]
     assert torch.equal(*said)
     # A type that is short leaves frequencies exact.
     constants = dict(again.named_buffers())
     again.cast(torch.bfloat16)
-    assert all(torch.equal(one, constants[name]) for name, one in again.named_buffers())
+    assert all(torch.equal(buffer, constants[name]) for name, buffer in again.named_buffers())
 
 
 def test_nothing_is_dropped_out_in_training(verifier_of: VerifierOf) -> None:

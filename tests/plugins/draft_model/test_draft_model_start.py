@@ -52,7 +52,7 @@ def test_all_layers_of_the_verifier_are_the_verifier(tiny_verifiers: Mapping[str
 
 def test_a_head_with_a_bias_is_taken_whole(tmp_path: Path) -> None:
     sizes = {**SHAPE, "num_hidden_layers": 2, "num_key_value_heads": 4, "partial_rotary_factor": 0.5}
-    verifier = random_verifier(PhiConfig(**{name: one for name, one in sizes.items() if name != "head_dim"}), seed=5)
+    verifier = random_verifier(PhiConfig(**{name: size for name, size in sizes.items() if name != "head_dim"}), seed=5)
     verifier.save_pretrained(tmp_path)
     torch.testing.assert_close(
         logits(started(tmp_path, init_layers=[0, 1])), verifier(TOKENS).logits, atol=1e-4, rtol=1e-4

@@ -264,7 +264,7 @@ def test_only_the_draft_gets_gradients(family: str, name: str, verifier_of: Veri
     draft(*random_rows(BATCH, LENGTH)).logits.square().sum().backward()
     for parameter, tensor in draft.named_parameters():
         assert tensor.grad is not None and tensor.grad.isfinite().all() and tensor.grad.any(), parameter
-    assert not any(one.grad is not None for one in verifier_of(family).parameters())
+    assert not any(weight.grad is not None for weight in verifier_of(family).parameters())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

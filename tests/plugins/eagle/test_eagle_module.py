@@ -94,8 +94,8 @@ def test_every_weight_of_the_draft_gets_a_gradient_and_no_other(tiny_verifiers):
     module = make_module(tiny_verifiers, alignment_steps=3)
     batch = make_batch()
     module.draft_steps(batch, module.features(batch)).loss.backward()
-    assert all(one.grad is not None and one.grad.abs().sum() > 0 for one in module.draft.parameters())
-    assert all(one.grad is None for one in module.teacher.model.parameters())
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.draft.parameters())
+    assert all(parameter.grad is None for parameter in module.teacher.model.parameters())
     assert not any("embed_tokens" in name or "lm_head" in name for name in module.state_dict())
 
 
@@ -157,7 +157,7 @@ def run(request, tmp_path_factory):
 
 def scalars(folder: Path, tag: str) -> list[float]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return [one.value for one in events.Scalars(tag)]
+    return [scalar.value for scalar in events.Scalars(tag)]
 
 
 def test_a_run_learns(run):
@@ -172,13 +172,13 @@ def test_the_acceptance_length_is_that_of_real_decoding(run):
     prompts = [torch.tensor(row["input_ids"][: row["loss_mask"].index(1)]) for row in rows]
     decoder = Decoder(draft.verifier, draft, GreedyTokenProposalConfig(speculative_tokens=4))
     rounds, said = [], [[] for _ in prompts]
-    for one in decoder.decode(prompts, 96):
-        said[one.sequence] += one.tokens
-        rounds += [one] if one.drafted is not None else []
+    for emission in decoder.decode(prompts, 96):
+        said[emission.sequence] += emission.tokens
+        rounds += [emission] if emission.drafted is not None else []
     assert [prompt.tolist() + new for prompt, new in zip(prompts, said, strict=True)] == [
         row["input_ids"] for row in rows
     ]
-    measured = sum(len(one.tokens) for one in rounds) / len(rounds)
+    measured = sum(len(emission.tokens) for emission in rounds) / len(rounds)
     assert measured == pytest.approx(max(scalars(run[0], "val/acceptance_length")), rel=1e-5)
 
 

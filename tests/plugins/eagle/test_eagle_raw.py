@@ -63,8 +63,8 @@ def test_round_trip(name: str, tiny_verifiers: Mapping[str, Any], tmp_path: Path
         assert torch.equal(again.state_dict()[key], tensor), key
     stored = again.config.speculators_config.verifier
     assert (stored.name_or_path, stored.architectures) == (verifier, tiny_verifiers[name].model.config.architectures)
-    for one in (draft, again):
-        one.attach_verifier(verifier, "train_only")
+    for model in (draft, again):
+        model.attach_verifier(verifier, "train_only")
     tokens, states = torch.tensor([[3, 4, 5]]), torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again(tokens, states).logits, draft(tokens, states).logits)
 
@@ -192,7 +192,7 @@ def test_embeddings_in_the_file_are_written_back_and_nowhere_else(
     assert SpeculatorModel.from_pretrained(tmp_path / "ours").stored_embeddings is None
     draft.to(torch.bfloat16)
     write(LAYOUT, draft, tmp_path / "short")
-    assert {one.dtype for one in load_file(tmp_path / "short" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "short" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("reader", ["vllm", "sglang"])

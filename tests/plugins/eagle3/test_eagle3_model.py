@@ -74,7 +74,7 @@ def test_every_trainable_parameter_gets_a_gradient(name: str, tiny_verifiers: Ma
     draft.lm_head(hidden)[:, :, :10].square().sum().backward()
     for parameter, tensor in draft.named_parameters():
         assert tensor.grad is not None and tensor.grad.isfinite().all() and tensor.grad.any(), parameter
-    assert not any(one.grad is not None for one in draft.verifier_parts.embed_tokens.parameters())
+    assert not any(weight.grad is not None for weight in draft.verifier_parts.embed_tokens.parameters())
 
 
 @pytest.mark.parametrize("flag", ["norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"])

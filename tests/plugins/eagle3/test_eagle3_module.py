@@ -74,8 +74,10 @@ def test_the_loss_of_a_packed_batch(supervision: Any, size: int | None, tiny_ver
     assert float(outcome.loss) == pytest.approx(expected, rel=1e-4)
     assert expected > 0.1
     outcome.loss.backward()
-    assert all(one.grad is not None and one.grad.isfinite().all() for one in module.draft.parameters())
-    assert not any(one.requires_grad for one in module.teacher.parts.lm_head.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all() for parameter in module.draft.parameters()
+    )
+    assert not any(parameter.requires_grad for parameter in module.teacher.parts.lm_head.parameters())
 
 
 def test_denominators(tiny_verifiers: Mapping[str, Any]) -> None:

@@ -87,7 +87,9 @@ def test_round_trip(reader: str, tiny_verifiers: Mapping[str, Any], tmp_path: Pa
 def test_names_of_each_reader(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
     for reader in ("midlayer", "sglang", "vllm"):
         write(f"eagle3/{reader}", make_draft(tiny_verifiers), tmp_path / reader)
-    names = {one: load_file(tmp_path / one / "model.safetensors").keys() for one in ("midlayer", "sglang", "vllm")}
+    names = {
+        layout: load_file(tmp_path / layout / "model.safetensors").keys() for layout in ("midlayer", "sglang", "vllm")
+    }
     assert "midlayer.self_attn.q_proj.weight" in names["sglang"] == names["midlayer"]
     assert "layers.0.self_attn.q_proj.weight" in names["vllm"]
     assert not any("embed" in name for kind in names.values() for name in kind)

@@ -45,7 +45,7 @@ def slow_heads(
         return weights[f"{kind}.{head}.{rest}"]
 
     def mean_square(vector: Tensor) -> float:
-        return sum(float(one) ** 2 for one in vector) / len(vector) + 1e-6
+        return sum(float(value) ** 2 for value in vector) / len(vector) + 1e-6
 
     inner = config.intermediate_size or config.hidden_size
     state_weight = 0.5 ** (0.5 / config.num_layers)
@@ -56,7 +56,7 @@ def slow_heads(
     for head, token in enumerate(tokens):
         state = of("proj", head) @ state + embedding_weight / state_weight * of("emb", head)[token]
         state = state / math.sqrt(mean_square(state)) * of("ln", head) + of("ln", head, "bias")
-        activated = [0.5 * one * (1 + math.erf(one / math.sqrt(2))) for one in state.tolist()]
+        activated = [0.5 * value * (1 + math.erf(value / math.sqrt(2))) for value in state.tolist()]
         state = torch.tensor(activated, dtype=state.dtype)
         logits.append(of("head", head) @ state)
     return logits

@@ -79,8 +79,8 @@ def best_paths(drafter: RandomDrafter, row: int, widths: Sequence[int], candidat
         score = 0.0
         for rank in ranks:
             logits = drafter.logits_after(row, path).tolist()
-            normaliser = math.log(sum(math.exp(one) for one in logits))
-            token = sorted(range(len(logits)), key=lambda one: -logits[one])[rank]
+            normaliser = math.log(sum(math.exp(logit) for logit in logits))
+            token = sorted(range(len(logits)), key=lambda token: -logits[token])[rank]
             score += logits[token] - normaliser
             path = (*path, ids[token])
         scored.append((score, path))

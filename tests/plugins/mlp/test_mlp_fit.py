@@ -60,7 +60,7 @@ def workshop(tmp_path: Path, row_cache: Path) -> Workshop:
 
 
 def words(workshop: Workshop, variant: str, *more: str) -> list[str]:
-    own = [one.replace("=prepared", f"={workshop.folder}/prepared") for one in VARIANTS[variant]]
+    own = [option.replace("=prepared", f"={workshop.folder}/prepared") for option in VARIANTS[variant]]
     return workshop.words(variant, *own, *more)
 
 
@@ -76,7 +76,7 @@ def whole(shared: Workshop) -> Iterator[Callable[[str], tuple[Path, Batches]]]:
             seen[variant] = []
 
             def step(self: DraftModule, batch: Any, batch_idx: int) -> Any:
-                seen[variant].append({n: one.clone() for n, one in batch.items() if isinstance(one, Tensor)})
+                seen[variant].append({n: tensor.clone() for n, tensor in batch.items() if isinstance(tensor, Tensor)})
                 return original(self, batch, batch_idx)
 
             with pytest.MonkeyPatch.context() as monkeypatch:
@@ -111,7 +111,7 @@ def documents(batch: dict[str, Tensor]) -> list[list[int]]:
     """The documents of a batch, of all rows."""
     found = []
     for tokens, ids in zip(batch["input_ids"], batch["document_ids"], strict=True):
-        found += [tokens[ids == one].tolist() for one in ids[ids >= 0].unique()]
+        found += [tokens[ids == number].tolist() for number in ids[ids >= 0].unique()]
     return found
 
 
@@ -219,7 +219,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         ours, theirs = checkpoint(run, name), checkpoint(straight, name)
         for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
             assert_same_values(ours[part], theirs[part])
-    assert_same_values(*(load_file(one / "draft" / "model.safetensors") for one in (run, straight)))
+    assert_same_values(*(load_file(folder / "draft" / "model.safetensors") for folder in (run, straight)))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_the_run_writes_a_draft_in_our_layout(whole: Callable[..., tuple[Path, B
     assert stored["speculators_config"]["verifier"]["name_or_path"] == str(VERIFIER)
     best = checkpoint(run, "best")["state_dict"]
     written = load_file(run / "draft" / "model.safetensors")
-    assert_same_values({f"draft.{name}": one for name, one in written.items()}, dict(best))
+    assert_same_values({f"draft.{name}": tensor for name, tensor in written.items()}, dict(best))
     draft = SpeculatorModel.from_pretrained(run / "draft", verifier=str(VERIFIER))
     assert draft.config.num_layers == HEADS
 
@@ -306,7 +306,7 @@ def test_evaluate_measures_the_draft(
     choices = ["--proposal", "greedy", "candidate_tree", "--max_new_tokens", "12", "--output", str(tmp_path / "out")]
     assert main(["evaluate", str(draft), "--prompts", str(prompts), *choices]) == 0
     measured = json.loads((tmp_path / "out" / "results.json").read_text())
-    methods = [one["proposal"]["proposal_type"] for one in measured["contenders"] if one["draft"]]
+    methods = [contender["proposal"]["proposal_type"] for contender in measured["contenders"] if contender["draft"]]
     assert methods == ["greedy", "candidate_tree"]
 
 

@@ -138,7 +138,7 @@ def publish(folder: Path, name: str, copies: bool = False) -> dict[str, Tensor]:
     """Write random weights under the published names; return those that the equations read."""
     values, shapes = RELEASED[name]
     generator = torch.Generator().manual_seed(3)
-    weights = {one: torch.randn(shape, generator=generator, dtype=torch.float64) for one, shape in shapes.items()}
+    weights = {key: torch.randn(shape, generator=generator, dtype=torch.float64) for key, shape in shapes.items()}
     stored = dict(weights)
     if copies:
         for head in range(1, values["n_predict"]):
@@ -146,7 +146,7 @@ def publish(folder: Path, name: str, copies: bool = False) -> dict[str, Tensor]:
                 stored[f"{kind}.{head}.{part}"] = weights[f"{kind}.0.{part}"].clone()
             stored[f"proj.{head}.weight"] = weights["proj.1.weight"].clone()
     folder.mkdir(exist_ok=True)
-    save_file({f"speculator.{one}": tensor for one, tensor in stored.items()}, folder / "model.safetensors")
+    save_file({f"speculator.{key}": tensor for key, tensor in stored.items()}, folder / "model.safetensors")
     config = {"model_type": "mlp_speculator", "vocab_size": V, "torch_dtype": "float64", "remark": "kept", **values}
     (folder / "config.json").write_text(json.dumps(config))
     return weights
@@ -155,7 +155,7 @@ def publish(folder: Path, name: str, copies: bool = False) -> dict[str, Tensor]:
 def change(folder: Path, changes: Mapping[str, Tensor | None]) -> None:
     """Replace tensors of a checkpoint; None removes one."""
     tensors = {**load_file(folder / "model.safetensors"), **changes}
-    save_file({name: one for name, one in tensors.items() if one is not None}, folder / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -163,7 +163,9 @@ def change(folder: Path, changes: Mapping[str, Tensor | None]) -> None:
 def test_released_drafts_are_read(name: str, tmp_path: Path) -> None:
     weights = publish(tmp_path, name)
     draft = read(LAYOUT, tmp_path, None)
-    assert sum(one.numel() for one in draft.parameters()) == sum(one.numel() for one in weights.values())
+    assert sum(parameter.numel() for parameter in draft.parameters()) == sum(
+        weight.numel() for weight in weights.values()
+    )
     tokens = torch.randint(V, (1, 8), generator=torch.Generator().manual_seed(0))
     states = random_rows(1, 3, width=H)[1]
     assert_as_the_equations_say(draft, weights, tokens, states)
@@ -173,13 +175,13 @@ def test_released_drafts_are_read(name: str, tmp_path: Path) -> None:
 def test_written_as_released(name: str, tmp_path: Path) -> None:
     publish(tmp_path / "theirs", name)
     write(LAYOUT, read(LAYOUT, tmp_path / "theirs", None), tmp_path / "ours")
-    theirs, ours = (load_file(tmp_path / one / "model.safetensors") for one in ("theirs", "ours"))
+    theirs, ours = (load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "ours"))
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[one], theirs[one]) and ours[one].dtype == theirs[one].dtype for one in ours)
+    assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours)
     stored = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert stored["architectures"] == ["MLPSpeculatorPreTrainedModel"] and stored["remark"] == "kept"
     assert stored["dtype"] == "float64" and len(stored["top_k_tokens_per_head"]) == stored["n_predict"]
-    assert {one: stored[one] for one in RELEASED[name][0]} == RELEASED[name][0]
+    assert {key: stored[key] for key in RELEASED[name][0]} == RELEASED[name][0]
 
 
 @torch.no_grad()
@@ -224,7 +226,7 @@ def test_mismatching_tensors_are_named(
     draft: str, changes: Mapping[str, Tensor | None], message: str, tmp_path: Path
 ) -> None:
     publish(tmp_path, draft)
-    change(tmp_path, {f"speculator.{name}": one for name, one in changes.items()})
+    change(tmp_path, {f"speculator.{name}": tensor for name, tensor in changes.items()})
     with pytest.raises(UsageError, match=re.escape(str(tmp_path)) + ".*" + re.escape(message)):
         read(LAYOUT, tmp_path, None)
 

@@ -78,8 +78,10 @@ def plain_loss(module: MLPModule, batch: dict[str, Tensor], supervised_all: bool
                     by_name = {"text": -log_q[x[t + 2 + head]], "kl": (log_p.exp() * (log_p - log_q)).sum()}
                     losses[head].append(sum(weight * by_name[name] for name, weight in terms.items()))
     # Factors are numbers of float32, whatever the type of the draft.
-    factors = module.step_decay ** torch.arange(heads) / torch.tensor([max(1, len(one)) for one in losses])
-    return sum(factor * torch.stack(one).sum() for factor, one in zip(factors.double(), losses, strict=True) if one)
+    factors = module.step_decay ** torch.arange(heads) / torch.tensor([max(1, len(loss)) for loss in losses])
+    return sum(
+        factor * torch.stack(values).sum() for factor, values in zip(factors.double(), losses, strict=True) if values
+    )
 
 
 @pytest.mark.parametrize("supervision", ["responses", "all"])
@@ -123,7 +125,7 @@ def test_the_verifier_is_not_changed(tiny_verifiers: Mapping[str, Any]) -> None:
     module = make_module(tiny_verifiers)
     batch = make_batch()
     module.draft_steps(batch, module.features(batch)).loss.backward()
-    assert all(one.grad is None for one in module.teacher.model.parameters())
+    assert all(parameter.grad is None for parameter in module.teacher.model.parameters())
     assert module.state_dict().keys() == {f"draft.{name}" for name in module.draft.state_dict()}
 
 
@@ -191,9 +193,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
-        for one in output if isinstance(output, tuple | list) else (output,):
-            if isinstance(one, Tensor):
-                self.elements = max(self.elements, one.numel())
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
         return output
 
 

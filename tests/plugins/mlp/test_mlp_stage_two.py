@@ -35,7 +35,7 @@ def batch_of(rows: list[list[int]], padding: int = 0) -> Batch:
 
 def test_a_remainder_is_dropped_but_a_short_document_is_a_prompt() -> None:
     prompts = cut_prompts(batch_of([[10, 3], [4]], padding=2), 4)
-    assert [one.tolist() for one in prompts] == [
+    assert [prompt.tolist() for prompt in prompts] == [
         [1, 2, 3, 4],
         [5, 6, 7, 8],
         [11, 12, 13],
@@ -56,7 +56,7 @@ def test_prompts_are_cut_document_by_document(rows: list[list[int]], length: int
             whole = list(range(first, first + size))
             expected += [whole[at : at + length] for at in range(0, size - length + 1, length)] or [whole]
             first += size
-    assert [one.tolist() for one in cut_prompts(batch_of(rows, padding), length)] == expected
+    assert [cut_prompt.tolist() for cut_prompt in cut_prompts(batch_of(rows, padding), length)] == expected
 
 
 PROMPTS = [torch.tensor([4, 9, 2, 17]), torch.tensor([8]), torch.tensor([3, 3, 30, 1, 5])]
@@ -116,18 +116,18 @@ def test_an_answer_that_ends_is_shorter(verifier_of: VerifierOf, monkeypatch: py
 
 
 def numbered(number: int) -> Iterator[tuple[int, Batch]]:
-    return ((one, {"input_ids": torch.tensor(one)}) for one in range(number))
+    return ((index, {"input_ids": torch.tensor(index)}) for index in range(number))
 
 
 @pytest.mark.parametrize("buffer", [1, 2, 5])
 @pytest.mark.parametrize("number", [0, 1, 4])
 def test_prefetched_batches_keep_their_order(number: int, buffer: int) -> None:
-    def make(one: int, batch: Batch) -> Batch:
-        return {"made": batch["input_ids"] * 10 + one, "by": torch.tensor(threading.get_ident())}
+    def make(index: int, batch: Batch) -> Batch:
+        return {"made": batch["input_ids"] * 10 + index, "by": torch.tensor(threading.get_ident())}
 
     made = list(prefetch(make, numbered(number), buffer))
-    assert [int(one["made"]) for one in made] == [11 * one for one in range(number)]
-    assert not any(int(one["by"]) == threading.get_ident() for one in made)
+    assert [int(batch["made"]) for batch in made] == [11 * index for index in range(number)]
+    assert not any(int(batch["by"]) == threading.get_ident() for batch in made)
 
 
 @pytest.mark.parametrize("buffer", [1, 3])
@@ -135,14 +135,14 @@ def test_no_more_batches_are_prefetched_than_requested(buffer: int) -> None:
     made: list[int] = []
     read: list[int] = []
 
-    def make(one: int, batch: Batch) -> Batch:
-        made.append(one)
+    def make(index: int, batch: Batch) -> Batch:
+        made.append(index)
         return batch
 
     def source() -> Iterator[tuple[int, Batch]]:
-        for one, batch in numbered(20):
-            read.append(one)
-            yield one, batch
+        for index, batch in numbered(20):
+            read.append(index)
+            yield index, batch
 
     batches = prefetch(make, source(), buffer)
     assert not read and not made
@@ -154,12 +154,12 @@ def test_no_more_batches_are_prefetched_than_requested(buffer: int) -> None:
     # Closing waits for the thread.
     at_the_end = len(made)
     assert at_the_end <= 5 + buffer and len(read) == 5 + buffer
-    assert not [one for one in threading.enumerate() if one.name.startswith("stage-two")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stage-two")]
 
 
 def test_errors_of_prefetching_are_raised_in_the_consumer() -> None:
-    def make(one: int, batch: Batch) -> Batch:
-        if one == 2:
+    def make(index: int, batch: Batch) -> Batch:
+        if index == 2:
             raise UsageError("cannot write this")
         return batch
 
@@ -167,7 +167,7 @@ def test_errors_of_prefetching_are_raised_in_the_consumer() -> None:
     assert [int(next(batches)["input_ids"]) for _ in range(2)] == [0, 1]
     with pytest.raises(UsageError, match="cannot write this"):
         next(batches)
-    assert not [one for one in threading.enumerate() if one.name.startswith("stage-two")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stage-two")]
 
 
 def test_lengths_are_checked_against_the_context() -> None:
@@ -203,7 +203,7 @@ def test_two_threads_capture_from_one_verifier(verifier_of: VerifierOf) -> None:
     barrier = threading.Barrier(2, timeout=20)
     with ThreadPoolExecutor(2) as threads:
         running = [threads.submit(captured, number, barrier, 25) for number in range(2)]
-        together = [one.result() for one in running]
+        together = [future.result() for future in running]
     for own, expected in zip(together, alone, strict=True):
         for aux, last in own:
             assert torch.equal(aux, expected[0]) and torch.equal(last, expected[1])

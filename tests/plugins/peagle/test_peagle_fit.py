@@ -72,7 +72,7 @@ def test_a_resumed_run_trains_the_same_rows(runs: RunsFolder) -> None:
     fit(runs, "stopped", DRAFT, *words, "--trainer.max_steps=2")
     resumed = fit(runs, "stopped", DRAFT, *words, "--ckpt_path=last")
     assert scalars(resumed, "train/loss")[-4:] == scalars(straight, "train/loss")[-4:]
-    first, second = (SpeculatorModel.from_pretrained(one / "draft").state_dict() for one in (straight, resumed))
+    first, second = (SpeculatorModel.from_pretrained(folder / "draft").state_dict() for folder in (straight, resumed))
     assert_same_weights(first, second)
 
 
@@ -80,7 +80,7 @@ def test_it_starts_from_an_eagle3_draft(runs: RunsFolder) -> None:
     eagle = fit(runs, "eagle3", {"num_layers": 1, "draft_vocab_size": 200}, "--algorithm=eagle3", "--model.ttt_steps=2")
     words = ("--algorithm=peagle", f"--model.init_from={eagle / 'draft'}", "--trainer.max_steps=1")
     started = fit(runs, "started", DRAFT, *words, "--model.optimizer.lr=1e-9", "--model.depths=4")
-    before, after = (SpeculatorModel.from_pretrained(one / "draft").state_dict() for one in (eagle, started))
+    before, after = (SpeculatorModel.from_pretrained(folder / "draft").state_dict() for folder in (eagle, started))
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=0)
     assert after.keys() - before.keys() <= {"mask_hidden", "embed_tokens.weight"}

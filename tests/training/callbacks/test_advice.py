@@ -30,7 +30,7 @@ validations = st.lists(st.builds(Validation, st.integers(1, 999), lengths, losse
 
 def run(*figures: tuple[float, float, float], error: float = 0.01) -> list[Validation]:
     """Validations every 100 steps, of (acceptance length, validation loss, training loss)."""
-    return [Validation(100 * number, *one, error) for number, one in enumerate(figures, start=1)]
+    return [Validation(100 * number, *figure, error) for number, figure in enumerate(figures, start=1)]
 
 
 OVERFITTING = run((1.5, 5.0, 6.0), (2.0, 4.0, 4.5), (1.99, 4.0, 4.0), (1.98, 4.1, 3.6))
@@ -69,13 +69,13 @@ class TestOverfitting:
 
     @given(validations)
     def test_no_advice_while_acceptance_length_rises(self, before):
-        best = max(one.acceptance_length for one in before)
+        best = max(validation.acceptance_length for validation in before)
         risen = replace(before[-1], acceptance_length=best * (1 + 2 * NOISE))
         assert overfitting([*before, risen], is_first_epoch=False) is None
 
     @given(validations)
     def test_no_advice_while_the_training_loss_stays(self, before):
-        level = [replace(one, train_loss=before[0].train_loss) for one in before]
+        level = [replace(validation, train_loss=before[0].train_loss) for validation in before]
         assert overfitting(level, is_first_epoch=False) is None
 
 

@@ -49,7 +49,7 @@ def test_rounds_are_those_that_the_acceptance_length_counts(rows: list[list[bool
     assert len(rounds) == float(expected.rounds[-1])
     assert sum(rounds) + len(rounds) == len(rows)
     steps = matches.shape[1]
-    reached = [sum(one >= k for one in rounds) for k in range(1, steps + 1)]
+    reached = [sum(accepted >= k for accepted in rounds) for k in range(1, steps + 1)]
     assert reached == expected.accepted[-1].tolist()
 
 

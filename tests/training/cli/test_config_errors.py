@@ -70,8 +70,8 @@ def with_value(base: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     changed = json.loads(json.dumps(base))
     *parents, last = path.split(".")
     inner = changed
-    for one in parents:
-        inner = inner.setdefault(one, {})
+    for parent in parents:
+        inner = inner.setdefault(parent, {})
     inner[last] = value
     return changed
 

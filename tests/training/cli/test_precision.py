@@ -42,7 +42,9 @@ class KeepGradients(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         parameters = module.draft.named_parameters()
-        self.steps.append({name: one.grad.double() for name, one in parameters if one.grad is not None})
+        self.steps.append(
+            {name: parameter.grad.double() for name, parameter in parameters if parameter.grad is not None}
+        )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
     made = SmallRuns(tmp_path_factory.mktemp("precision"), tiny_verifiers["llama"].folder, values)
     for split, number in (("train", 10), ("validation", 2)):
         lengths = [draw.randint(8, 40) for _ in range(number)]
-        made.write(split, [([draw.randrange(3, 61) for _ in range(one)], [0] * 3 + [1] * (one - 3)) for one in lengths])
+        made.write(
+            split,
+            [([draw.randrange(3, 61) for _ in range(length)], [0] * 3 + [1] * (length - 3)) for length in lengths],
+        )
     return made
 
 
@@ -75,10 +80,12 @@ def fit(runs: SmallRuns) -> Callable[..., Gradients]:
 
 def worst(found: Gradients, expected: Gradients) -> float:
     """Return the largest distance of any tensor's gradient, as a share of its norm."""
-    assert len(found) == len(expected) == 3 and all(one.keys() == expected[0].keys() for one in (*found, *expected))
+    assert len(found) == len(expected) == 3 and all(
+        gradients.keys() == expected[0].keys() for gradients in (*found, *expected)
+    )
     return max(
-        float((one[name] - other[name]).norm() / other[name].norm())
-        for one, other in zip(found, expected, strict=True)
+        float((ours[name] - other[name]).norm() / other[name].norm())
+        for ours, other in zip(found, expected, strict=True)
         for name in other
     )
 
@@ -176,6 +183,6 @@ def test_metrics_keep_their_dtype_if_the_module_is_cast() -> None:
             module.length.update(acceptance, reachable)
         module.means.reset()
         states = (module.means.sums, module.means.counts, module.length.tokens, module.length.rounds)
-        assert {one.dtype for one in states} == {torch.float64}
+        assert {state.dtype for state in states} == {torch.float64}
     assert module.length.compute()[2] == pytest.approx(expected[2], rel=1e-9)
     assert module.to("meta").length.rounds.is_meta

@@ -36,7 +36,7 @@ def callbacks(tmp_path: Path):
         folder = ["--data.train", str(rows), "--output_dir", str(tmp_path / "runs")]
         cli = TrainingCLI(installed().find(Algorithm, "eagle3"), [*BASE, *folder, *words], subcommand)
         cli._claims.close()
-        return {type(one).__name__: one for one in cli.trainer.callbacks}
+        return {type(callback).__name__: callback for callback in cli.trainer.callbacks}
 
     return build
 
@@ -50,7 +50,7 @@ def test_print_config_shows_each(capsys):
         "init_args": {"texts": 2},
     }
     names = ["Advice", "BestCheckpoint", "LastCheckpoint", "DraftWriter", "ResumedSettings", "ProgressBar"]
-    assert set(names) <= {one["class_path"].rpartition(".")[2] for one in shown.values()}
+    assert set(names) <= {callback["class_path"].rpartition(".")[2] for callback in shown.values()}
 
 
 def test_each_is_given_to_the_trainer(callbacks):

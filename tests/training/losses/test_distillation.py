@@ -345,11 +345,11 @@ def test_each_step_may_have_its_own_head(chunk: int, monkeypatch: pytest.MonkeyP
         run(replace(problem, head=head, supervised=supervised), objective)
         for head, supervised in zip(heads, alone, strict=True)
     ]
-    theirs = torch.autograd.grad(torch.stack([one.loss for one in each]).sum(), [problem.hidden, *heads])
+    theirs = torch.autograd.grad(torch.stack([outcome.loss for outcome in each]).sum(), [problem.hidden, *heads])
     for gradient, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(gradient, wanted)
-    torch.testing.assert_close(joint.acceptance, torch.stack([one.acceptance for one in each]).sum(0))
-    torch.testing.assert_close(joint.terms["kl"], torch.stack([one.terms["kl"] for one in each]).sum(0))
+    torch.testing.assert_close(joint.acceptance, torch.stack([outcome.acceptance for outcome in each]).sum(0))
+    torch.testing.assert_close(joint.terms["kl"], torch.stack([outcome.terms["kl"] for outcome in each]).sum(0))
 
 
 @pytest.mark.parametrize("chunk", [1, 10_000])
@@ -372,7 +372,7 @@ def test_a_further_head_adds_its_logits_and_leaves_the_first_alone(chunk: int, m
             by_pair(problem),
             further_head=heads[1],
         )
-        trained = [one for one in (hidden, *heads) if one is not None and one.requires_grad]
+        trained = [tensor for tensor in (hidden, *heads) if tensor is not None and tensor.requires_grad]
         return [outcome.loss.detach(), outcome.acceptance, *torch.autograd.grad(outcome.loss, trained)]
 
     loss, accepted, of_hidden, of_further = gradients(head, further)
@@ -437,10 +437,10 @@ class Rows(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
-        for one in output if isinstance(output, tuple | list) else (output,):
-            if isinstance(one, Tensor) and one.ndim and one.shape[-1] in self.sizes:
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape[-1] in self.sizes:
                 self.seen += 1
-                self.most = max(self.most, one.numel() // one.shape[-1])
+                self.most = max(self.most, tensor.numel() // tensor.shape[-1])
         return output
 
 

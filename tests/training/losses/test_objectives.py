@@ -40,20 +40,20 @@ def distributions(draw: st.DrawFn, pruned: bool | None = None) -> Distributions:
 
 def test_all_losses_of_the_core_are_known() -> None:
     core = next(plugin for plugin in installed().plugins if plugin.name == "core")
-    losses = {one.name: one for one in core.descriptors if isinstance(one, Objective)}
+    losses = {descriptor.name: descriptor for descriptor in core.descriptors if isinstance(descriptor, Objective)}
     assert sorted(losses) == sorted(NAMES)
-    needs_mean = [name for name, one in losses.items() if one.uses_mean_acceptance]
+    needs_mean = [name for name, loss in losses.items() if loss.uses_mean_acceptance]
     assert needs_mean == ["lk_lambda"]
-    assert [name for name, one in losses.items() if one.uses_text] == ["text"]
+    assert [name for name, loss in losses.items() if loss.uses_text] == ["text"]
 
 
 @given(rows=distributions())
 def test_values_follow_the_definitions(rows: Distributions) -> None:
     for number in range(rows.log_q.shape[0]):
-        q = [math.exp(one) for one in rows.log_q[number].tolist()]
+        q = [math.exp(log_prob) for log_prob in rows.log_q[number].tolist()]
         log_q, log_p = rows.log_q[number].tolist(), rows.log_p[number].tolist()
-        p = [math.exp(one) for one in log_p]
-        full = [math.exp(one) for one in rows.log_p_full[number].tolist()]
+        p = [math.exp(log_prob) for log_prob in log_p]
+        full = [math.exp(log_prob) for log_prob in rows.log_p_full[number].tolist()]
         accepted = sum(map(min, full, q))
         kl = sum(a * (b - c) for a, b, c in zip(p, log_p, log_q, strict=True))
         middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
