@@ -1,4 +1,4 @@
-"""The plugin API as text. Changing it breaks or extends a promise: docs/versioning.md says which number to raise."""
+"""The plugin API as text. A change breaks or extends a promise; docs/versioning.md states which number to raise."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def hooks() -> list[object]:
 
 def test_signatures():
     found = sorted(map(signature, [*DESCRIPTORS, *hooks()]))
-    assert found == SIGNATURES.splitlines(), "the plugin API has changed: docs/versioning.md says what to do"
+    assert found == SIGNATURES.splitlines(), "the plugin API has changed, see docs/versioning.md"
 
 
 def test_every_dataclass_of_the_contract_is_covered():

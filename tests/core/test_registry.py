@@ -173,7 +173,7 @@ class ToyDraft: ...
 """
 
     @pytest.mark.parametrize("target", ["toy:ToyConfg", "toy_heavyy:ToyConfig", "toy.deep.er:ToyConfig", "toy", "toy:"])
-    def test_are_shown_by_plugins(self, toys, target):
+    def test_are_listed_by_plugins(self, toys, target):
         toys.install("toy-package", HOOKS + self.ALGORITHM.format(target=target))
         done = toys.run("plugins")
         assert done.returncode == 0

@@ -22,7 +22,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "algorithm": "eagle3",
         "model": {"ttt_steps": 3, "draft": {"draft_vocab_size": 40}, "objective": {"kl": 0.5, "lk_lambda": 0.5}},
     },
-    # Its anchors are drawn anew at each step.
+    # Its anchors are drawn again at each step.
     "dspark": {
         "algorithm": "dspark",
         "model": {
@@ -74,7 +74,7 @@ class SmallRuns:
         return ["fit", "--config", str(path), *more]
 
     def run(self, name: str) -> Path:
-        """Return the folder of a run; there is only one, however many processes started it."""
+        """Return the folder of a run, a single one for any number of processes."""
         assert [path.name for path in (self.folder / name).iterdir()] == ["version_0"]
         return self.folder / name / "version_0"
 

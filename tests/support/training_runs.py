@@ -80,8 +80,8 @@ def assert_same_values(first: Any, second: Any) -> None:
 
 
 def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
-    """Return step and value of everything a run logged under a tag, over all event files, as it was logged."""
+    """Return step and value of everything a run logged under a tag, over all event files, in the order of logging."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    # Files of one second are read in the order of their names, in which 10 comes before 9.
+    # Files of the same second are read in the order of their names, where 10 comes before 9.
     logged = sorted(events.Scalars(tag), key=lambda event: event.wall_time)
     return [(event.step, event.value) for event in logged]
