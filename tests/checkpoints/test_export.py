@@ -62,11 +62,11 @@ def test_weights_are_cast_and_the_config_has_the_dtype(
     dtype: str, exported: Callable[..., Path], draft_of: Callable[..., Path]
 ) -> None:
     folder = exported("eagle3/vllm", "--dtype", dtype, "--skip_verifier")
-    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    expected = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     tensors, trained = load_file(folder / "model.safetensors"), SpeculatorModel.from_pretrained(draft_of("eagle3"))
     for name, tensor in trained.state_dict().items():
-        assert torch.equal(tensors[name], tensor.to(wanted) if tensor.is_floating_point() else tensor), name
-    assert getattr(torch, config_of(folder)["dtype"]) == wanted
+        assert torch.equal(tensors[name], tensor.to(expected) if tensor.is_floating_point() else tensor), name
+    assert getattr(torch, config_of(folder)["dtype"]) == expected
 
 
 def test_values_beyond_a_dtypes_range_are_rejected(

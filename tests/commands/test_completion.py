@@ -60,8 +60,8 @@ def test_it_offers_every_command(script):
 
 
 def offered(script: Path, words: list[str]) -> set[str]:
-    asked = ["bash", "-c", ASK, "ask", script, "specforge", *words]
-    return set(subprocess.run(asked, check=True, capture_output=True, text=True).stdout.split())
+    command = ["bash", "-c", ASK, "ask", script, "specforge", *words]
+    return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
 
 
 def test_every_command_of_the_core_has_a_parser():

@@ -524,7 +524,7 @@ class TestWriting:
         assert Results.read(tmp_path / "new" / "folder" / "results.json") == what
         assert (tmp_path / "new" / "folder" / "report.html").read_text(encoding="utf-8") == page(what)
 
-    def test_a_file_in_the_folders_place(self, tmp_path):
+    def test_a_file_instead_of_the_folder(self, tmp_path):
         (tmp_path / "report").write_text("mine")
         with pytest.raises(SpecforgeError) as caught:
             write_report(bare(), tmp_path / "report")

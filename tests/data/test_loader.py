@@ -75,38 +75,38 @@ def test_epochs_are_shuffled_differently_and_repeatably() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_epoch_equals_the_rest_of_an_uninterrupted_one(workers: int) -> None:
-    whole, stopped, resumed = loader(), loader(workers=workers), loader(workers=workers)
-    for each in (whole, stopped):
+    full, stopped, resumed = loader(), loader(workers=workers), loader(workers=workers)
+    for each in (full, stopped):
         each.sampler.set_epoch(1)
     first = indices(islice(stopped, 2))
     state = stopped.state_dict()
     assert state == loader_state(1, 4, 2, of=11)
     resumed.load_state_dict(state)
     rest = indices(resumed)
-    assert first + rest == indices(whole)
+    assert first + rest == indices(full)
     assert resumed.state_dict() == loader_state(1, 11, 2, of=11)
     assert len(resumed) == 6
-    for each in (whole, resumed):
+    for each in (full, resumed):
         each.sampler.set_epoch(2)
-    assert indices(resumed) == indices(whole)
+    assert indices(resumed) == indices(full)
 
 
 @given(batches=st.integers(0, 6))
 def test_an_epoch_can_be_resumed_after_any_batch(batches: int) -> None:
     resumed = loader(rank=1, world_size=2, number=24)
     resumed.load_state_dict(loader_state(4, 4 * batches, 4, of=24))
-    whole = loader(rank=1, world_size=2, number=24)
-    whole.sampler.set_epoch(4)
-    assert indices(resumed) == indices(whole)[batches:]
+    full = loader(rank=1, world_size=2, number=24)
+    full.sampler.set_epoch(4)
+    assert indices(resumed) == indices(full)[batches:]
 
 
 def test_the_state_of_a_finished_epoch_starts_the_next_from_its_beginning() -> None:
-    finished, resumed, whole = loader(), loader(), loader()
+    finished, resumed, full = loader(), loader(), loader()
     list(finished)
     resumed.load_state_dict(finished.state_dict())
-    for each in (resumed, whole):
+    for each in (resumed, full):
         each.sampler.set_epoch(1)
-    assert indices(resumed) == indices(whole)
+    assert indices(resumed) == indices(full)
 
 
 @given(

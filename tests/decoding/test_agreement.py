@@ -1,4 +1,4 @@
-"""Real decoding against a replay of its own text: the same rounds, or the drafter is wrong."""
+"""Real decoding against a replay of its text: equal rounds, unless the drafter is wrong."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def agreement(verifier, draft, prompts) -> Agreement:
 @pytest.fixture(scope="module")
 def learned(verifier, prompts):
     """A draft overfitted on the texts, so that most of its tokens are accepted."""
-    made = random_draft(verifier, seed=2)
-    learn(made, verifier, [text for text, _ in decode(verifier, None, prompts)], updates=25)
-    return made
+    draft = random_draft(verifier, seed=2)
+    learn(draft, verifier, [text for text, _ in decode(verifier, None, prompts)], updates=25)
+    return draft
 
 
 @pytest.fixture(scope="module", params=["learned", "pruned"])

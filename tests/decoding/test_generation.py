@@ -83,7 +83,7 @@ def test_a_streamer_gets_the_prompt_then_the_new_tokens(draft):
         draft.generate(ids.repeat(2, 1), streamer=streamer)
 
 
-def test_needs_the_whole_verifier(verifier):
+def test_needs_the_complete_verifier(verifier):
     draft = random_draft(verifier)
     draft.attach_verifier(verifier, mode="train_only")
     with pytest.raises(ValueError, match="needs the whole verifier; call attach_verifier"):

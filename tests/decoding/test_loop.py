@@ -87,7 +87,7 @@ def test_a_round_yields_one_token_more_than_it_accepts(
         for emission in rounds:
             assert emission.accepted == len(emission.tokens) - 1 >= 0
             assert emission.drafted is not None and emission.accepted <= emission.drafted <= most
-        # Nothing is cut here: no stop token is known, and nothing is proposed beyond the room.
+        # Nothing is cut here: there is no stop token, and no proposal exceeds the remaining length.
         assert all(emission.path == emission.accepted for emission in rounds)
         lengths.append(len(rounds))
     assert decoder.times.rounds == max(lengths)
@@ -110,7 +110,7 @@ def test_every_round_emits_once_for_each_unfinished_sequence(
     assert index == len(every)
 
 
-def test_a_proposed_stop_token_counts_as_the_verifiers_own(
+def test_a_proposed_stop_token_ends_the_text_like_the_verifiers(
     verifier: PreTrainedModel, prompts: Any, full_answer: Any
 ) -> None:
     output = full_answer("llama", prompts[3])
@@ -128,7 +128,7 @@ def test_a_proposed_stop_token_counts_as_the_verifiers_own(
     assert only.accepted == index - 1
 
 
-def test_nothing_is_proposed_beyond_the_room(verifier: PreTrainedModel, oracle: Oracle, prompts: Any) -> None:
+def test_nothing_is_proposed_beyond_the_length_limit(verifier: PreTrainedModel, oracle: Oracle, prompts: Any) -> None:
     for config in (
         GreedyTokenProposalConfig(speculative_tokens=20),
         PromptLookupTokenProposalConfig(speculative_tokens=20),
@@ -189,17 +189,17 @@ def test_all_decided_tokens_and_their_features_are_committed_to_the_draft(
 ) -> None:
     """Sequences end at different times, and each token is paired with the states of the one before it."""
     verifier, batch = verifier_named(family), prompts[:6]
-    whole = [[*prompt, *full_answer(family, prompt)] for prompt in batch]
-    oracle = RecordingOracle(whole, VOCABULARY)
+    texts = [[*prompt, *full_answer(family, prompt)] for prompt in batch]
+    oracle = RecordingOracle(texts, VOCABULARY)
     decoded(Decoder(verifier, oracle, config), batch, 1000)
     assert oracle.last_drafter.first == [prompt[0] for prompt in batch]
     assert oracle.last_drafter.received.keys() == set(range(len(batch)))
     for number, received in oracle.last_drafter.received.items():
         tokens, aux, last = zip(*received, strict=True)
         # The end of a sequence is not committed.
-        assert len(batch[number]) <= len(tokens) < len(whole[number])
-        assert list(tokens) == whole[number][1 : 1 + len(tokens)]
-        read = torch.tensor([whole[number][: len(tokens)]])
+        assert len(batch[number]) <= len(tokens) < len(texts[number])
+        assert list(tokens) == texts[number][1 : 1 + len(tokens)]
+        read = torch.tensor([texts[number][: len(tokens)]])
         expected = capture(verifier, read, torch.arange(len(tokens))[None], [1, 2])
         torch.testing.assert_close(torch.stack(aux), expected.aux[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(torch.stack(last), expected.last[0], atol=1e-4, rtol=1e-4)
@@ -239,7 +239,7 @@ def test_without_a_seed_the_default_generator_is_used(verifier: PreTrainedModel,
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_times_are_accounted(verifier: PreTrainedModel, oracle: Oracle, prompts: Any) -> None:
+def test_times_are_measured(verifier: PreTrainedModel, oracle: Oracle, prompts: Any) -> None:
     decoder = Decoder(verifier, oracle, GREEDY_CHAIN)
     assert astuple(decoder.times) == astuple(Times())
     rounds = len(emissions(decoder, prompts[2:3], 10)) - 1
@@ -250,13 +250,13 @@ def test_times_are_accounted(verifier: PreTrainedModel, oracle: Oracle, prompts:
     # Each decoding starts from zero.
     assert emissions(decoder, prompts[2:3], 1) and decoder.times.rounds == 0
     assert decoder.times.verifier == decoder.times.total == 0
-    alone = Decoder(verifier)
-    emissions(alone, prompts[2:3], 10)
-    assert alone.times.rounds == 9 and alone.times.verifier > 0
+    fresh = Decoder(verifier)
+    emissions(fresh, prompts[2:3], 10)
+    assert fresh.times.rounds == 9 and fresh.times.verifier > 0
 
 
 @pytest.mark.parametrize("timed", [False, True])
-def test_the_device_is_waited_for_only_if_times_are_wanted(
+def test_the_device_is_synchronised_only_if_times_are_measured(
     timed: bool, verifier: PreTrainedModel, oracle: Oracle, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[int] = []
@@ -326,7 +326,7 @@ def test_prompts_that_cannot_be_continued_are_rejected(verifier: PreTrainedModel
     assert len(decoded(decoder, [full[:-1]], 5)[0]) == 1
 
 
-def test_no_prompts_or_no_room_give_no_emissions(verifier: PreTrainedModel, oracle: Oracle) -> None:
+def test_no_prompts_or_a_limit_of_0_give_no_emissions(verifier: PreTrainedModel, oracle: Oracle) -> None:
     decoder = Decoder(verifier, oracle, GREEDY_CHAIN)
     assert emissions(decoder, [], 5) == []
     assert decoded(decoder, [[1, 2]], 0) == [[]]
@@ -341,7 +341,7 @@ def test_a_draft_of_another_verifier_is_refused(verifier: PreTrainedModel) -> No
         other = random_model(LlamaConfig(**{**SHAPE, **change}))
         with pytest.raises(UsageError, match=f"the draft was made for a verifier with a {message}"):
             Decoder(verifier, random_draft(other), GREEDY_CHAIN)
-    # Methods that do not use it do not mind.
+    # Methods without a draft ignore it.
     Decoder(verifier, random_draft(other), PromptLookupTokenProposalConfig())
 
 

@@ -86,21 +86,21 @@ def draft_for(
     verifier_named: NamedVerifiers, prompts: list[Prompt], full_answer: FullAnswer
 ) -> Callable[[str, str], SpeculatorModel]:
     """Drafts for a verifier: untrained, with a pruned vocabulary, overfitted on the answers, and an oracle."""
-    made: dict[tuple[str, str], SpeculatorModel] = {}
+    cache: dict[tuple[str, str], SpeculatorModel] = {}
 
     def draft(name: str, kind: str) -> SpeculatorModel:
-        if (name, kind) in made:
-            return made[name, kind]
+        if (name, kind) in cache:
+            return cache[name, kind]
         verifier = verifier_named(name)
         texts = [[*prompt, *full_answer(name, prompt)] for prompt in prompts]
         if kind == "oracle":
-            made[name, kind] = Oracle(texts, VOCABULARY)
+            cache[name, kind] = Oracle(texts, VOCABULARY)
         elif kind == "learnt":
-            made[name, kind] = random_draft(verifier, fc_norm=True)
-            learn(made[name, kind], verifier, [torch.tensor(text) for text in texts])
+            cache[name, kind] = random_draft(verifier, fc_norm=True)
+            learn(cache[name, kind], verifier, [torch.tensor(text) for text in texts])
         else:
-            made[name, kind] = random_draft(verifier, size=7 if kind == "pruned" else None, num_layers=2)
-        return made[name, kind]
+            cache[name, kind] = random_draft(verifier, size=7 if kind == "pruned" else None, num_layers=2)
+        return cache[name, kind]
 
     return draft
 
@@ -123,11 +123,11 @@ def test_output_is_the_verifiers_own_token_for_token(
     draft = None if name in WITHOUT_DRAFT else draft_for(family, kind)
     batch = data.draw(st.lists(st.sampled_from(prompts), min_size=1, max_size=4), label="prompts")
     most = data.draw(st.integers(1, CONTEXT), label="max_new_tokens")
-    whole = [full_answer(family, prompt) for prompt in batch]
+    texts = [full_answer(family, prompt) for prompt in batch]
     # Stop tokens that occur in the output.
-    stop = data.draw(st.lists(st.sampled_from([token for text in whole for token in text]), max_size=2), label="stop")
+    stop = data.draw(st.lists(st.sampled_from([token for text in texts for token in text]), max_size=2), label="stop")
     decoder = Decoder(verifier_named(family), draft, config, verification=verification, stop_tokens=stop)
-    assert decoded(decoder, batch, most) == [cut(text, stop, most) for text in whole]
+    assert decoded(decoder, batch, most) == [cut(text, stop, most) for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def sampled_surprises(decoder: Decoder) -> list[float]:
 
 
 def good_draft(verifier: PreTrainedModel, size: int | None) -> SpeculatorModel:
-    """A draft that is right often enough for every branch to be taken."""
+    """A draft that is right often enough for every branch to be reached."""
     draft = random_draft(verifier, seed=2, size=size)
     draft.lm_head.weight.data *= 0.3
     return draft

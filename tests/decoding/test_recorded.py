@@ -44,12 +44,12 @@ def verifier_texts(verifier, prompts, sampling, seed=0):
     return [torch.tensor(text) for text in texts]
 
 
-@pytest.fixture(scope="module", params=[None, 12], ids=["whole vocabulary", "pruned"])
+@pytest.fixture(scope="module", params=[None, 12], ids=["full vocabulary", "pruned"])
 def draft(request, verifier, prompts):
-    made = random_draft(verifier, seed=2, size=request.param)
+    draft = random_draft(verifier, seed=2, size=request.param)
     if request.param is None:
-        learn(made, verifier, verifier_texts(verifier, prompts, Sampling()), updates=25)
-    return made
+        learn(draft, verifier, verifier_texts(verifier, prompts, Sampling()), updates=25)
+    return draft
 
 
 def features_of(verifier, draft, text):

@@ -112,14 +112,14 @@ def test_batches_add_up():
     generator = torch.Generator().manual_seed(5)
     acceptance = torch.rand(3, 4, 12, generator=generator)
     reachable = torch.rand(4, 12, generator=generator) < 0.7
-    whole, parts = AcceptanceLength(3), [AcceptanceLength(3), AcceptanceLength(3)]
-    whole.update(acceptance, reachable)
+    full, parts = AcceptanceLength(3), [AcceptanceLength(3), AcceptanceLength(3)]
+    full.update(acceptance, reachable)
     parts[0].update(acceptance[:, :1], reachable[:1])
     parts[1].update(acceptance[:, 1:], reachable[1:])
     # As torchmetrics does across ranks with summed states.
     for name in ("tokens", "rounds", "accepted"):
         setattr(parts[0], name, getattr(parts[0], name) + getattr(parts[1], name))
-    for chain, expected in whole.compute().items():
+    for chain, expected in full.compute().items():
         assert parts[0].compute()[chain] == pytest.approx(expected)
 
 
@@ -159,9 +159,9 @@ def _example() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(3, 2, 12, generator=generator), torch.rand(2, 12, generator=generator) < 0.8
 
 
-def test_two_processes_agree_on_the_whole(tmp_path):
+def test_two_processes_agree_on_the_total(tmp_path):
     torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    whole = AcceptanceLength(3)
-    whole.update(*_example())
+    full = AcceptanceLength(3)
+    full.update(*_example())
     for rank in (0, 1):
-        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == whole.compute()
+        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == full.compute()

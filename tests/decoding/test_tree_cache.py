@@ -120,7 +120,7 @@ class Mirror:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "mistral", "llama, eager", "gemma3, eager"])
 @settings(max_examples=10)
 @given(data=st.data())
-def test_a_node_sees_what_its_path_alone_would(
+def test_a_node_sees_only_its_path(
     name: str, data: st.DataObject, verifier_named: Callable[[str], PreTrainedModel]
 ) -> None:
     token = st.integers(0, VOCABULARY - 1)
@@ -144,7 +144,7 @@ def test_a_node_sees_what_its_path_alone_would(
             mirror.select(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=rows, unique=True)))
 
 
-def test_gaps_behind_short_sequences_stay_unseen(verifier_named: Callable[[str], PreTrainedModel]) -> None:
+def test_gaps_after_short_sequences_stay_unseen(verifier_named: Callable[[str], PreTrainedModel]) -> None:
     """The short row's slots between its own tokens and the longest row's end hold leftovers of every round."""
     mirror = Mirror(verifier_named("gemma3"), [[5, 6, 7, 8, 9, 10], [11]])
     for token in range(4):

@@ -401,20 +401,20 @@ def test_rows_of_a_batch_do_not_disturb_each_other(
     limits = torch.tensor([9, 1, 2, 0, 9])
     proposer = Rounds(toy, config, sampling, verification).proposer
     rng = RandomSource(torch.Generator().manual_seed(seed))
-    whole = proposer(config, sampling, rng).propose([], toy.drafter(*contexts)).within(limits)
-    logits = toy.logits(whole, *contexts)
-    verdict = verify(whole, logits, sampling, verification, Steady(bar))
+    batch = proposer(config, sampling, rng).propose([], toy.drafter(*contexts)).within(limits)
+    logits = toy.logits(batch, *contexts)
+    verdict = verify(batch, logits, sampling, verification, Steady(bar))
     for row in range(len(contexts)):
         # Padding after a row's own nodes is left out.
-        count = max(1, int(whole.counts[row]))
-        alone = Proposal(
-            whole.tokens[[row], :count],
-            whole.parents[[row], :count],
-            whole.counts[[row]],
-            None if whole.log_q is None else whole.log_q[[row]],
-            whole.draft_ids,
+        count = max(1, int(batch.counts[row]))
+        separate = Proposal(
+            batch.tokens[[row], :count],
+            batch.parents[[row], :count],
+            batch.counts[[row]],
+            None if batch.log_q is None else batch.log_q[[row]],
+            batch.draft_ids,
         )
-        own = verify(alone, logits[[row], : 1 + count], sampling, verification, Steady(bar))
+        own = verify(separate, logits[[row], : 1 + count], sampling, verification, Steady(bar))
         assert accepted_nodes(verdict, row) == accepted_nodes(own, 0)
         assert verdict.next_tokens[row] == own.next_tokens[0]
 

@@ -61,8 +61,8 @@ class Toy:
     Attributes:
         verifier: Logits, [V, V, V].
         draft: Logits, [V, V, D].
-        draft_ids: The verifier's ids of the draft tokens; None for the whole vocabulary.
-        recipe: What it was made from, for messages.
+        draft_ids: The verifier's ids of the draft tokens; None for the full vocabulary.
+        recipe: The arguments of ``make_toy``, for messages.
     """
 
     verifier: Tensor = field(repr=False)
@@ -132,13 +132,13 @@ def filtered(logits: Sequence[float], sampling: Sampling) -> list[float]:
     weights = [math.exp((logit - max(logits)) / sampling.temperature) for logit in logits]
     kept = order[: sampling.top_k] if sampling.top_k else order
     if sampling.top_p < 1:
-        whole, held, nucleus = sum(weights[token] for token in kept), 0.0, []
+        mass, so_far, nucleus = sum(weights[token] for token in kept), 0.0, []
         for token in kept:
             # The fewest tokens with this much probability.
-            if held >= sampling.top_p:
+            if so_far >= sampling.top_p:
                 break
             nucleus.append(token)
-            held += weights[token] / whole
+            so_far += weights[token] / mass
         kept = nucleus
     total = sum(weights[token] for token in kept)
     return [weights[token] / total if token in kept else 0.0 for token in range(len(logits))]

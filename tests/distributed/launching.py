@@ -1,4 +1,4 @@
-"""Tasks in several processes that train together, on the CPU, started as a cluster would."""
+"""Tasks in several processes that train together on the CPU, started as on a cluster."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def by_torchrun(nodes: int, processes: int, tasks: list[Task]) -> None:
 
 
 def documented(start: str) -> list[str]:
-    """Return the words of the first command of docs/clusters.md with a given beginning."""
+    """Return the words of the first command of docs/clusters.md with a given start."""
     lines = PAGE.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     return shlex.split(next(line for line in lines if line.startswith(f"{start} ")))
 

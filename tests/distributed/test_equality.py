@@ -16,13 +16,13 @@ from specforge.models import SpeculatorModel
 from specforge.models.scaled_linear import folded
 
 STEPS = 16
-# Rounding differs where sums are split, and AdamW takes a full step however small a gradient is.
+# Split sums are rounded differently, and AdamW takes a full step for any size of gradient.
 SAME_FIGURES = {"rel": 2e-5, "abs": 1e-6}
 SAME_WEIGHTS = {"rtol": 1e-4, "atol": 5e-5}
-# One that reads no mean over the batch.
+# An objective that reads no mean over the batch.
 KL = ["--model.objective={kl: 1.0}"]
 SPREADS = ("ddp", "fsdp2")
-"""Two processes with batches of 1; beside them, one process has batches of 2."""
+"""For two processes with batches of 1; one process has batches of 2."""
 
 
 def task(runs: SmallRuns, name: str, algorithm: str, strategy: str, *more: str) -> Task:
@@ -33,7 +33,7 @@ def task(runs: SmallRuns, name: str, algorithm: str, strategy: str, *more: str) 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, Any]) -> SmallRuns:
-    """All runs: two processes do theirs in sequence, because starting them takes longest."""
+    """All runs: two processes run theirs in sequence, because starting processes takes longest."""
     draw = random.Random(0)
     trainer = {"accelerator": "cpu", "max_steps": STEPS, "max_epochs": 9, "log_every_n_steps": 1}
     trainer |= {"gradient_clip_val": 1.0, "enable_progress_bar": False, "check_val_every_n_epoch": 1}
@@ -93,7 +93,7 @@ def test_losses_metrics_and_weights_are_those_of_one_process(runs: SmallRuns, al
 
 @pytest.mark.parametrize(("name", "like"), [("eagle-ddp", "best"), ("eagle3-fsdp2", "best"), ("muon-fsdp2", "last")])
 def test_the_draft_is_written_unsharded_and_once(runs: SmallRuns, name: str, like: str) -> None:
-    """Without any validation it is the last draft, which lies in shards until then."""
+    """Without validation it is the last draft, which is sharded until then."""
     run = runs.run(name)
     assert sorted(path.name for path in (run / "draft").iterdir()) == ["config.json", "model.safetensors"]
     assert (run / "checkpoints" / "best.ckpt").exists() == (like == "best")
@@ -124,13 +124,13 @@ def test_accumulated_batches_of_two_processes_are_one_large_batch(runs: SmallRun
 
 
 def test_a_sharded_verifier_trains_the_same_draft(runs: SmallRuns) -> None:
-    """And nothing of it is trained or saved; that its states are the same is tested where the processes are."""
-    whole = logged(runs.run("eagle3-ddp"))["train/loss"][:4]
-    assert logged(runs.run("sharded-verifier"))["train/loss"] == whole
+    """Nothing of it is trained or saved; the processes compare its states."""
+    unsharded = logged(runs.run("eagle3-ddp"))["train/loss"][:4]
+    assert logged(runs.run("sharded-verifier"))["train/loss"] == unsharded
     assert weights(runs.last("sharded-verifier")).keys() == weights(runs.last("eagle3-one")).keys()
 
 
-def test_muon_sees_whole_matrices(runs: SmallRuns) -> None:
+def test_muon_sees_complete_matrices(runs: SmallRuns) -> None:
     """It iterates in bfloat16, so the rounding of sums shows."""
     assert_close(runs.last("muon-one"), runs.last("muon-fsdp2"), rtol=0, atol=1e-3)
 
@@ -140,5 +140,5 @@ def test_gradients_are_clipped_by_value(runs: SmallRuns) -> None:
 
 
 @pytest.mark.parametrize("name", ["resumed-by-one", "resumed-by-fsdp2"])
-def test_either_number_of_processes_resumes_the_others_checkpoint(runs: SmallRuns, name: str) -> None:
+def test_a_checkpoint_is_resumed_with_another_number_of_processes(runs: SmallRuns, name: str) -> None:
     assert_close(runs.last("eagle3-one"), runs.last(name), **SAME_WEIGHTS)

@@ -1,4 +1,4 @@
-"""What a run writes for TensorBoard, read back from its files."""
+"""A run's TensorBoard files, read back."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TestLayout:
         groups = ["Acceptance length", "Acceptance by position", "Losses", "Speed and memory", "Learning rate"]
         assert [category.title for category in layout.category] == groups
 
-    def test_every_chart_shows_something_and_every_curve_of_the_draft_is_in_one(self, layout, events):
+    def test_no_chart_is_empty_and_every_curve_of_the_draft_is_in_a_chart(self, layout, events):
         tags = set(events.Tags()["scalars"])
         shown = set()
         for chart in (chart for group in layout.category for chart in group.chart):
@@ -116,7 +116,7 @@ MODELS: dict[str, dict[str, Any]] = {
 class TestSamples:
     @pytest.mark.parametrize("algorithm", MODELS)
     def test_show_the_rounds_that_the_draft_takes_through_the_text(self, workshop, fit, algorithm):
-        """Each text is decoded again by the draft that the run wrote, and has to be marked in the same way."""
+        """Each text is decoded again with the written draft, and must be marked in the same way."""
         model = {**MODELS[algorithm], "optimizer": {"name": "muon", "lr": 2e-2}}
         workshop.values |= {"algorithm": algorithm, "model": model}
         run = fit("runs", "--trainer.max_steps=12", "--callbacks.samples.texts=3", *ONE_VALIDATION)
@@ -136,7 +136,7 @@ class TestSamples:
         found = [texts(events_of(run), f"val/sample_{number}") for number in range(3)]
         assert all(list(texts_of_step) == [12] and texts_of_step[12] in expected for texts_of_step in found)
         assert found[0] != found[1]
-        assert "<strong>" in "".join(expected)  # otherwise nothing has been learnt, and nothing is tested
+        assert "<strong>" in "".join(expected)  # otherwise the draft has learnt nothing and the test is void
 
     def test_are_the_same_texts_at_each_validation(self, events):
         for number in range(SAMPLES):
@@ -145,7 +145,7 @@ class TestSamples:
             bodies = {re.sub("</?strong>", "", text.partition("\n\n")[2]) for text in shown.values()}
             assert len(bodies) == 1
 
-    def test_rows_of_tokens_without_a_tokenizer_go_without(self, workshop, fit, monkeypatch):
+    def test_token_rows_without_a_tokenizer_have_no_samples(self, workshop, fit, monkeypatch):
         def missing(*words: Any, **options: Any) -> None:
             raise OSError("no tokenizer here")
 

@@ -1,4 +1,4 @@
-"""A run from the configuration to the draft on disk, and measuring it."""
+"""A run from the configuration to the draft on disk, and its measurement."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TestFiles:
             assert all(key.startswith("draft.") for key in saved["state_dict"])
             embeddings = [key for key in saved["state_dict"] if "embed" in key]
             assert not embeddings
-        assert saved["global_step"] == 8  # the one validation, at the end of the first epoch
+        assert saved["global_step"] == 8  # the only validation is at the end of the first epoch
         assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 12
 
     def test_the_stored_draft_is_that_of_the_best_checkpoint(self, run):
@@ -116,7 +116,7 @@ class TestFiles:
         assert (t2d.dtype, d2t.dtype) == (torch.bool, torch.int64)
         assert torch.equal(d2t + torch.arange(256), t2d.nonzero().flatten())
 
-    def test_config_yaml_is_the_whole_configuration(self, run, shared):
+    def test_config_yaml_is_the_complete_configuration(self, run, shared):
         stored = yaml.safe_load((run / "config.yaml").read_text())
         assert stored["ckpt_path"] is None
         assert stored["model"]["draft"]["draft_vocab_size"] == 256
@@ -148,7 +148,7 @@ class TestEvents:
         losses = [scalar.value for scalar in events.Scalars("train/loss")]
         assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
-    def test_values_are_possible(self, events):
+    def test_values_are_in_range(self, events):
         for stage in ("train", "val"):
             for step in STEPS:
                 for name in ("acceptance", "agreement"):
@@ -158,10 +158,10 @@ class TestEvents:
 
     def test_loss_is_the_decayed_sum_of_the_steps(self, events):
         for stage in ("train", "val"):
-            whole = [scalar.value for scalar in events.Scalars(f"{stage}/loss")]
+            total = [scalar.value for scalar in events.Scalars(f"{stage}/loss")]
             parts = [[scalar.value for scalar in events.Scalars(f"{stage}/kl/step_{step}")] for step in STEPS]
-            summed = [sum(0.8**step * part[at] for step, part in enumerate(parts)) for at in range(len(whole))]
-            assert whole == pytest.approx(summed, rel=1e-4)
+            summed = [sum(0.8**step * part[at] for step, part in enumerate(parts)) for at in range(len(total))]
+            assert total == pytest.approx(summed, rel=1e-4)
 
     def test_learning_rate_warms_up_and_falls_to_nearly_zero(self, events):
         rates = [scalar.value for scalar in events.Scalars("train/learning_rate")]
@@ -298,7 +298,7 @@ def test_conversations_go_through_the_chat_template(workshop, fit):
         [{"input_ids": row["input_ids"], "loss_mask": row["loss_mask"]} for row in rows("train.jsonl", 12)],
     )
     same = fit("tokens", "--data.train", str(tokens), "--trainer.max_steps=2")
-    # The stored tokens are those of the template, so both ways give the same run.
+    # The stored tokens are those of the template, so both sources give the same run.
     assert scalars(run, "train/loss") == scalars(same, "train/loss")
 
 
@@ -362,7 +362,7 @@ def test_the_process_is_not_changed(workshop, fit):
 
 class TestInitFrom:
     def test_starts_with_the_weights_of_a_stored_draft(self, run, workshop, fit):
-        # So low a learning rate leaves the weights as they were given.
+        # Such a low learning rate leaves the weights unchanged.
         words = ["--model.init_from", str(run / "draft"), "--model.optimizer.lr=1e-12", "--trainer.max_steps=8"]
         again = fit("runs", *words)
         first, second = (load_file(folder / "draft" / "model.safetensors") for folder in (run, again))

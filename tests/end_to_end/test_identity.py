@@ -19,7 +19,7 @@ ALGORITHMS = {
     "eagle3": ["--algorithm=eagle3"],
     "eagle": ["--algorithm=eagle", "--model.measured_steps=2", "--model.draft={}", "--model.schedule.warmup=0"],
 }
-# What makes another network or another verifier, and what the message has to say of it.
+# Settings that change the network or the verifier, and the expected parts of the message.
 OTHERS = {
     "aux layers": ("eagle3", ["--model.draft.aux_layers=[1,3,6]"], "aux_layers is [2, 4, 5] there and [1, 3, 6] here"),
     "norm": ("eagle3", ["--model.draft.norm_output=true"], "norm_output is False there and True here"),
@@ -34,7 +34,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def verifiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The quickstart's verifier, trained a little further, and with another base of its rotary positions."""
+    """Copies of the quickstart's verifier: trained a little further, and with another rotary base."""
     root = tmp_path_factory.mktemp("other")
     for name in ("TUNED", "OTHER_ROPE"):
         shutil.copytree(VERIFIER, root / name)
@@ -79,7 +79,7 @@ def chosen(more: list[str], verifiers: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_something_else_is_not_resumed(runs, words, verifiers, capfd, case):
+def test_another_network_or_verifier_is_not_resumed(runs, words, verifiers, capfd, case):
     algorithm, more, message = OTHERS[case]
     last = runs[algorithm] / "checkpoints" / "last.ckpt"
     more = [*chosen(more, verifiers), f"--ckpt_path={last}", "--trainer.max_steps=6"]
@@ -89,7 +89,7 @@ def test_something_else_is_not_resumed(runs, words, verifiers, capfd, case):
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_something_else_is_not_started_from(runs, words, verifiers, capfd, case):
+def test_a_draft_of_another_network_or_verifier_is_not_started_from(runs, words, verifiers, capfd, case):
     algorithm, more, message = OTHERS[case]
     more = [*chosen(more, verifiers), f"--model.init_from={runs[algorithm] / 'draft'}"]
     assert main(["fit", *words(algorithm, "refused", *more)]) == 2

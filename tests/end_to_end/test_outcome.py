@@ -48,7 +48,7 @@ def rows(run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def length(run):
-    """What the run reported of the draft that it wrote."""
+    """The acceptance length that the run reported for its draft."""
     return max(value for _, value in scalars(run.draft.parent, "val/acceptance_length"))
 
 
@@ -80,8 +80,8 @@ def test_peers_get_the_states_that_a_run_read_from_a_store(run, rows, tmp_path):
     # No state after the last supervised token is stored.
     read = int(live["loss_mask"].nonzero().max()) + 1
     for name in ("aux", "last"):
-        apart = (theirs[name][:read] - live[name][:read]).abs().max() / live[name][:read].abs().max()
-        assert 0 < apart < 1 / 127
+        difference = (theirs[name][:read] - live[name][:read]).abs().max() / live[name][:read].abs().max()
+        assert 0 < difference < 1 / 127
 
 
 def test_peers_get_the_draft_vocabulary_and_the_verifiers_parts(run, rows):
@@ -117,7 +117,7 @@ def test_a_peer_takes_every_step_and_writes_its_draft(rows, monkeypatch, tmp_pat
     assert (tmp_path / "draft").read_text() == f"{-2 * tokens} {STEPS}"
 
 
-def test_replay_is_what_the_run_reported(run, length):
+def test_replay_equals_the_runs_figure(run, length):
     validation = run.data().validation_rows
     once, again = replayed([run.draft, run.draft], run.verifier(), validation, TTT_STEPS)
     assert once == again

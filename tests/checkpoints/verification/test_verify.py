@@ -332,5 +332,5 @@ def test_a_damaged_probe_is_named(
 
 
 def test_a_probe_is_small(exported: Callable[..., Path]) -> None:
-    """It stores no logits of whole vocabularies."""
+    """It does not store logits of the complete vocabulary."""
     assert all((exported(key) / "specforge_probe.json").stat().st_size < 50_000 for key in FORMATS)

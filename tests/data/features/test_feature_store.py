@@ -197,7 +197,7 @@ class TestReading:
         items = PackedRows(other, [[0, 2], [1]])
         assert read_from(store, NEEDS, items).tolist() == [False, True, False]
         assert "aux" in items[0] and "aux" not in items[1]
-        assert "aux" not in collate([items[0], items[1]]), "a batch is either read or captured as a whole"
+        assert "aux" not in collate([items[0], items[1]]), "all rows of a batch are read, or all are captured"
 
     @given(numbers=st.lists(st.integers(0, 119), min_size=1, max_size=8))
     def test_rows_are_found_by_their_tokens(self, numbers, prepare, make_rows, tmp_path):

@@ -117,12 +117,12 @@ def test_a_resumed_run_keeps_its_date(make_verifier, write_lines: Write, chat, t
         return (tmp_path / name / "train" / "rows.arrow").read_bytes()
 
     monkeypatch.setattr("specforge.data.text.template.Date", FixedDay("2024-02-29"))
-    whole, encode, done = prepare("whole"), RowMaker.make, []
+    expected, encode, done = prepare("whole"), RowMaker.make, []
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RowMaker, "make", lambda *a: done.append(0) or (encode(*a) if len(done) < 3 else interrupt()))
         prepare("out")
     monkeypatch.setattr("specforge.data.text.template.Date", FixedDay("2025-01-01"))
-    assert prepare("out") == whole
+    assert prepare("out") == expected
     stored = json.loads((tmp_path / "out" / "train" / "summary.json").read_text())
     assert "2024-02-29" in json.dumps(stored)
 

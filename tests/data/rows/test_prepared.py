@@ -340,7 +340,7 @@ class TestFit:
         with pytest.raises(UsageError, match="max_length is 8; raise it to"):
             self.ready(verifier, prepared, max_length=8)
 
-    def test_names_the_splits_of_the_whole_folder(self, verifier, prepared):
+    def test_names_the_splits_of_a_folder(self, verifier, prepared):
         with pytest.raises(UsageError, match=r"data.train: .*several sets of rows; name one of .*out/train"):
             self.ready(verifier, prepared, train=str(prepared))
 
