@@ -1,4 +1,4 @@
-"""What the networks compute for packed rows is what they compute for each document and block alone."""
+"""The networks compute the same for packed rows as for each document and block separately."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rows_of_text(seed: int = 0) -> tuple[dict[str, Tensor], Features]:
 
 
 def part(batch: dict[str, Tensor], features: Features, chosen: slice) -> tuple[dict[str, Tensor], Features]:
-    """A part of a document as a batch of its own."""
+    """A part of a document as a separate batch."""
     own = {name: tensor[:, chosen] for name, tensor in batch.items()}
     own["document_ids"] = torch.zeros_like(own["document_ids"])
     return own, Features(features.aux[:, chosen].clone(), features.last[:, chosen])
@@ -41,8 +41,8 @@ def part(batch: dict[str, Tensor], features: Features, chosen: slice) -> tuple[d
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_block_depends_on_its_document_up_to_its_row_only(kind: str, verifier_of: VerifierOf) -> None:
-    """The states of row t in a packed batch are those of a text that ends with its anchor and the tokens drafted."""
+def test_a_block_depends_only_on_its_document_up_to_its_row(kind: str, verifier_of: VerifierOf) -> None:
+    """The states of row t in a packed batch equal those of a text that ends with its anchor and the drafted tokens."""
     draft = random_draft(verifier_of("qwen3"), kind)
     batch, features = rows_of_text()
     steps = draft.num_drafted
@@ -52,15 +52,15 @@ def test_a_block_depends_on_its_document_up_to_its_row_only(kind: str, verifier_
         for row in range(length - steps - 1):
             cut = slice(begin, begin + row + steps + 1)
             own, states = part(batch, features, cut)
-            # Features after the row are not looked at.
+            # Features after the row are not read.
             states.aux[:, row + 1 :] = 5.0
-            alone = draft.unroll(own["input_ids"], states, own["position_ids"], own["document_ids"], steps)
-            torch.testing.assert_close(alone[:, 0, row], packed[:, begin + row])
+            separate = draft.unroll(own["input_ids"], states, own["position_ids"], own["document_ids"], steps)
+            torch.testing.assert_close(separate[:, 0, row], packed[:, begin + row])
         begin += length
 
 
 @pytest.mark.parametrize("kind", ["dflash", "dflash2, three taps", "dspark, rnn"])
-def test_rows_that_are_needed_have_the_states_and_gradients_that_all_have(
+def test_the_needed_rows_have_the_same_states_and_gradients_as_if_all_ran(
     kind: str, verifier_of: VerifierOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = random_draft(verifier_of("llama"), kind)
@@ -82,7 +82,7 @@ def test_rows_that_are_needed_have_the_states_and_gradients_that_all_have(
         torch.testing.assert_close(draft.states(batch, features, rows)[rows.state_index()[supervised]], found[0][0])
 
 
-def test_slots_that_are_not_wanted_cost_nothing_after_the_last_keys(verifier_of: VerifierOf) -> None:
+def test_unneeded_slots_cost_nothing_after_the_last_keys(verifier_of: VerifierOf) -> None:
     draft = random_draft(verifier_of("llama"), "dflash")
     batch, features = rows_of_text()
     supervised = torch.zeros(draft.num_drafted, 17, dtype=torch.bool)
@@ -95,7 +95,7 @@ def test_slots_that_are_not_wanted_cost_nothing_after_the_last_keys(verifier_of:
         )
     draft.states(batch, features, DraftRows.needed(supervised, DocumentLayout.of(batch["document_ids"])))
     size = draft.config.block_size
-    # The context's 17 rows have keys, too.
+    # The 17 rows of the context have keys, too.
     assert ran == {
         "layers.0.mlp": [2 * size],
         "layers.1.mlp": [5],
@@ -140,7 +140,7 @@ def test_a_draft_is_read_as_it_was_written(kind: str, verifier_of: VerifierOf, t
     assert not any(name.startswith(("embed", "verifier")) for name in again.state_dict())
 
 
-def test_published_drafts_read_layers_that_are_spread_evenly() -> None:
+def test_default_layers_are_spread_evenly_as_in_published_drafts() -> None:
     # z-lab's Qwen3-8B draft lists outputs from 0: 1, 9, 17, 25, 33.
     assert spread_aux_layers(36, 5) == [2, 10, 18, 26, 34]
     assert spread_aux_layers(30, 1) == [16]
@@ -150,7 +150,7 @@ def test_published_drafts_read_layers_that_are_spread_evenly() -> None:
 
 
 def test_embeddings_are_the_verifiers_raw_table(verifier_of: VerifierOf) -> None:
-    """As engines have it: Gemma multiplies its own by a constant."""
+    """As in engines: Gemma multiplies its embeddings by a constant."""
     verifier = verifier_of("gemma3")
     draft = random_draft(verifier, "dflash")
     tokens = torch.arange(VOCABULARY)

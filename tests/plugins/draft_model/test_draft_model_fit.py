@@ -1,4 +1,4 @@
-"""Whole runs, on rows and on text of the draft's own, stopped and continued; and what can be done with the draft."""
+"""Complete runs on rows and on the draft's own text, stopped and resumed; and uses of the draft."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ VARIANTS: dict[str, list[str]] = {
 
 
 class Crash(Exception):
-    """Something that no part of the program expects."""
+    """An exception that the program does not handle."""
 
 
 def rows(name: str, number: int) -> list[dict[str, Any]]:
@@ -105,7 +105,7 @@ def whole(
 
 @pytest.fixture
 def crash_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Make the n-th batch from now on the last one that is begun; none with -1."""
+    """Crash at the n-th batch from now on; never with -1."""
     original = DraftModule.training_step
 
     def arm(number: int) -> None:
@@ -147,10 +147,10 @@ def test_a_run_on_its_own_text_changes_responses_in_every_second_batch(whole: Ca
         assert all(torch.equal(batch[name], other[name]) for name in batch if name != "input_ids")
 
 
-def test_stored_states_are_not_those_of_what_the_draft_writes(whole: Callable[..., Any]) -> None:
+def test_stored_states_are_not_used_for_text_of_the_draft(whole: Callable[..., Any]) -> None:
     batches = whole("accumulated")[1]
     stored = ["last" in batch for batch in batches]
-    # In the first epoch none are stored, and none ever of a text that the draft has written in.
+    # None are stored in the first epoch, and never those of a text that the draft changed.
     assert len(batches) > 10 and not any(stored[:5]) and not any(stored[1::2]) and any(stored[::2])
 
 
@@ -158,7 +158,7 @@ CRASHES = [("on policy", 4, 3), ("accumulated", 6, 3)]
 
 
 @pytest.mark.parametrize(("variant", "batch", "saved"), CRASHES)
-def test_a_run_that_is_resumed_is_the_same(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     variant: str,
     batch: int,
     saved: int,
@@ -185,13 +185,13 @@ def test_the_draft_can_be_started_from(runs: RunsFolder, whole: Callable[..., An
     draft = whole("layers")[0] / "draft"
     more = [LAYERS, "--model.init_from", str(draft), "--trainer.max_steps=1", "--model.optimizer.lr=1e-9"]
     assert main(["fit", *runs.words("runs", *more)]) == 0
-    stored, begun = load_file(draft / "model.safetensors"), checkpoint(runs.run_folder("runs"))["state_dict"]
+    stored, start = load_file(draft / "model.safetensors"), checkpoint(runs.run_folder("runs"))["state_dict"]
     for name, tensor in stored.items():
-        torch.testing.assert_close(begun[f"draft.{name}"], tensor, atol=1e-6, rtol=0)
+        torch.testing.assert_close(start[f"draft.{name}"], tensor, atol=1e-6, rtol=0)
 
 
 def test_an_export_is_a_model_of_transformers(whole: Callable[..., Any], tmp_path: Path) -> None:
-    """With equal logits; read by plain transformers, as its assistant model too, and verified as it was written."""
+    """With equal logits; transformers loads it, also as an assistant model, and ``verify`` accepts it."""
     run = whole("layers")[0]
     done = export(ExportRequest(str(run), "transformers", tmp_path / "export"))
     assert done.agreement.rounds > 10 and not done.agreement.differing
@@ -214,13 +214,13 @@ def test_an_export_is_a_model_of_transformers(whole: Callable[..., Any], tmp_pat
     ]
     assert torch.equal(*texts)
     assert main(["verify", str(tmp_path / "export"), "--verifier", str(VERIFIER)]) == 0
-    # Read as a draft again, it is the one that was trained.
+    # Read again as a draft, it equals the trained one.
     words = [str(tmp_path / "export"), "--verifier", str(VERIFIER), "--output", str(tmp_path / "again")]
     assert main(["convert", *words]) == 0
     assert_same_values(*(load_file(folder / "model.safetensors") for folder in (run / "draft", tmp_path / "again")))
 
 
-def test_a_changed_export_is_told(
+def test_a_changed_export_is_detected(
     whole: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export(ExportRequest(str(whole("layers")[0]), "transformers", tmp_path / "export", runs_verifier=False))
@@ -231,7 +231,7 @@ def test_a_changed_export_is_told(
     assert "language_model.rope_parameters.rope_theta" in capsys.readouterr().out
 
 
-def test_generate_says_what_the_verifier_says(whole: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_generated_text_is_the_verifiers(whole: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     prompt = ["--prompt", "How many days are 3 weeks?", "--max_new_tokens", "16"]
     assert main(["generate", str(whole("layers")[0] / "draft"), *prompt, "--proposal", "dynamic_tree"]) == 0
     ours = capsys.readouterr().out.strip()
@@ -249,10 +249,10 @@ def test_generate_says_what_the_verifier_says(whole: Callable[..., Any], capsys:
         (["--model.on_policy.new_tokens=0"], "new_tokens"),
     ],
 )
-def test_wrong_settings_are_told_in_one_line(
+def test_wrong_settings_are_one_line(
     more: list[str], message: str, runs: RunsFolder, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", *runs.words("runs", *more)]) == 2
     shown = capfd.readouterr().err
-    told = [line for line in shown.splitlines() if "error: " in line]
-    assert len(told) == 1 and message in told[0] and "Traceback" not in shown
+    errors = [line for line in shown.splitlines() if "error: " in line]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in shown

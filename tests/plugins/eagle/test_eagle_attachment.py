@@ -1,4 +1,4 @@
-"""What a draft borrows from its verifier, and what it is stored with."""
+"""The parts that a draft borrows from its verifier, and its stored tensors."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def borrowed(draft: EagleSpeculator) -> list[nn.Module | None]:
     return [getattr(draft, name) for name in BORROWED]
 
 
-def modules_behind(*roots: Any) -> set[str]:
-    """Class names of everything that can be reached by references, classes and functions left out."""
+def reachable_modules(*roots: Any) -> set[str]:
+    """Class names of all modules that can be reached by references, except through classes and functions."""
     seen: dict[int, Any] = {}
     waiting = list(roots)
     while waiting:
@@ -86,17 +86,17 @@ def test_from_files_only_what_is_needed_is_read(name: str, tiny_verifiers: Mappi
     assert draft.verifier is None and None not in borrowed(draft)
     assert not any(weight.requires_grad for weight in (draft.embed_tokens.weight, draft.lm_head.weight))
     rows = random_rows(2, 5)
-    alone = draft(rows[0], rows[1].float()).logits
+    separate = draft(rows[0], rows[1].float()).logits
     draft.attach_verifier(made.model)
-    torch.testing.assert_close(draft(rows[0], rows[1].float()).logits, alone)
+    torch.testing.assert_close(draft(rows[0], rows[1].float()).logits, separate)
 
 
 def test_train_only_holds_no_decoder_layers(verifier_of: VerifierOf, detached: EagleSpeculator) -> None:
     detached.attach_verifier(verifier_of("qwen3"))
-    assert "Qwen3DecoderLayer" in modules_behind(detached)
+    assert "Qwen3DecoderLayer" in reachable_modules(detached)
     detached.attach_verifier(verifier_of("qwen3"), "train_only")
-    assert not {"Qwen3DecoderLayer", "Qwen3ForCausalLM"} & modules_behind(detached)
-    assert {"Qwen3RotaryEmbedding", "Qwen3RMSNorm"} <= modules_behind(detached)
+    assert not {"Qwen3DecoderLayer", "Qwen3ForCausalLM"} & reachable_modules(detached)
+    assert {"Qwen3RotaryEmbedding", "Qwen3RMSNorm"} <= reachable_modules(detached)
 
 
 def test_train_only_cannot_generate(verifier_of: VerifierOf, detached: EagleSpeculator) -> None:
@@ -207,7 +207,9 @@ def test_a_named_layer_is_listed_again_when_it_is_read(verifier_of: VerifierOf, 
     assert again.config.architectures == draft.config.architectures == ["EagleSpeculator", "LlamaDecoderLayer"]
 
 
-def test_loading_attaches_what_is_asked_for(verifier_of: VerifierOf, detached: EagleSpeculator, tmp_path: Path) -> None:
+def test_loading_attaches_the_requested_verifier(
+    verifier_of: VerifierOf, detached: EagleSpeculator, tmp_path: Path
+) -> None:
     detached.save_pretrained(tmp_path)
     verifier = verifier_of("llama")
     load = EagleSpeculator.from_pretrained
@@ -281,7 +283,7 @@ def test_any_layer_can_draft_for_any_verifier(name: str, family: str, verifier_o
 
 
 def test_experts_start_at_random_too() -> None:
-    """Weights of other shapes than a linear layer's must not be left as the memory happened to be."""
+    """Weights of other shapes than a linear layer's must not stay uninitialised."""
     layers = MixtralConfig(**SHAPE, num_local_experts=3, initializer_range=0.1)
     draft = EagleSpeculator.from_training_args(layers, fusion_bias=True)
     experts = [parameter for parameter in draft.parameters() if parameter.ndim == 3]

@@ -42,8 +42,8 @@ def reference_loss(module: Eagle3Module, batch: dict[str, Tensor], size: int, co
     model, steps = module.teacher.model, module.num_steps
     sums, counts = [0.0] * steps, [0] * steps
     for document in (0, 1):
-        places = (batch["document_ids"][0] == document).nonzero().squeeze(1)
-        x, mask = batch["input_ids"][0, places], batch["loss_mask"][0, places].tolist()
+        indices = (batch["document_ids"][0] == document).nonzero().squeeze(1)
+        x, mask = batch["input_ids"][0, indices], batch["loss_mask"][0, indices].tolist()
         with torch.no_grad():
             output = model(x[None], output_hidden_states=True)
             aux = torch.stack([output.hidden_states[layer] for layer in module.aux_layers], dim=2)

@@ -1,4 +1,4 @@
-"""MLP speculators for random verifiers, and what those compute by the equations, number by number."""
+"""MLP speculators for random verifiers, and their logits computed from the equations in plain Python."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def random_draft(verifier: PreTrainedModel, seed: int = 1, num_layers: int = 4, 
 def slow_heads(
     weights: Mapping[str, Tensor], config: MLPSpeculatorConfig, state: Tensor, tokens: Sequence[int]
 ) -> list[Tensor]:
-    """Logits [V] of the first heads at one position, which has a state [H] and the tokens that follow it.
+    """Logits [V] of the first heads at one position, from its state [H] and the tokens that follow it.
 
-    By the published equations, with the tensors of a checkpoint; where weights are tied, those that are stored once.
+    By the published equations, with the tensors of a checkpoint; tied weights are stored once.
     """
 
     def of(kind: str, head: int, rest: str = "weight") -> Tensor:

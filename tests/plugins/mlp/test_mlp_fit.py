@@ -1,4 +1,4 @@
-"""Whole runs in one stage and in two, stopped and resumed, and uses of the draft."""
+"""Complete runs in one and in two stages, stopped and resumed, and uses of the draft."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VARIANTS: dict[str, list[str]] = {
 
 
 class Crash(Exception):
-    """An exception that no part of the program expects."""
+    """An exception that the program does not handle."""
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def make_workshop(folder: Path, cache: Path) -> Workshop:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, row_cache: Path) -> Workshop:
-    """A workshop whose runs all tests look at."""
+    """A folder of runs shared by all tests."""
     return make_workshop(tmp_path_factory.mktemp("shared"), row_cache)
 
 
@@ -89,7 +89,7 @@ def whole(shared: Workshop) -> Iterator[Callable[[str], tuple[Path, Batches]]]:
 
 @pytest.fixture
 def crash_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Make the n-th batch from now on the last one that is begun; none with -1."""
+    """Crash at the n-th batch from now on; never with -1."""
     original = DraftModule.training_step
 
     def arm(number: int) -> None:
@@ -149,10 +149,10 @@ def test_stage_two_trains_on_the_verifiers_text(whole: Callable[..., tuple[Path,
         ):
             length = int((ids >= 0).sum())
             assert tokens[: len(prompt)].tolist() == prompt and len(prompt) < length <= len(prompt) + NEW
-            assert mask.tolist() == [len(prompt) <= place < length for place in range(len(tokens))]
+            assert mask.tolist() == [len(prompt) <= position < length for position in range(len(tokens))]
             logits = verifier(tokens[None, :length]).logits[0]
-            for place in range(len(prompt), length):
-                assert int((logits[place - 1] > logits[place - 1, tokens[place]] + 1e-4).sum()) < 10
+            for position in range(len(prompt), length):
+                assert int((logits[position - 1] > logits[position - 1, tokens[position]] + 1e-4).sum()) < 10
     rates = [rate for _, rate in scalars(run, "train/learning_rate")]
     assert rates == pytest.approx([1e-2 * two_stage_factor(step, BEGIN, STEPS) for step in range(STEPS)])
 
@@ -174,11 +174,11 @@ def test_stage_two_may_be_prepared(whole: Callable[..., tuple[Path, Batches]]) -
     prepared = known("train.jsonl", 7, skip=100)
     read = [document for batch in batches[BEGIN:] for document in documents(batch)]
     assert all(document in prepared for document in read)
-    # They are few, and gone through again and again.
+    # They are few and repeated.
     assert all(document in read for document in prepared) and len(read) > len(prepared)
 
 
-def test_stage_two_begins_by_optimizer_steps(whole: Callable[..., tuple[Path, Batches]]) -> None:
+def test_the_start_of_stage_two_counts_optimizer_steps(whole: Callable[..., tuple[Path, Batches]]) -> None:
     run, batches = whole("accumulated")
     # Steps have 2, 2 and 1 batches, then 2 and 2 of the next epoch; the fourth one is the first of stage 2.
     rows = known("train.jsonl", 11)
@@ -234,15 +234,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         (["--model.stage_two.buffers=3"], "buffers"),
         (["--model.draft.num_layers=0"], "num_layers"),
     ],
-    ids=["begin behind the end", "begin at once", "overfit", "context", "missing file", "begin", "unknown", "no heads"],
+    ids=["begin after the end", "begin at once", "overfit", "context", "missing file", "begin", "unknown", "no heads"],
 )
 def test_invalid_settings_are_reported_in_one_line(
     more: list[str], message: str, workshop: Workshop, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", *workshop.words("runs", *more)]) == 2
     shown = capfd.readouterr().err
-    told = [line for line in shown.splitlines() if "error: " in line]
-    assert len(told) == 1 and message in told[0] and "Traceback" not in shown
+    errors = [line for line in shown.splitlines() if "error: " in line]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in shown
 
 
 def test_another_schedule_may_be_chosen(workshop: Workshop) -> None:
@@ -320,7 +320,7 @@ def test_the_draft_can_be_started_from(workshop: Workshop, whole: Callable[..., 
 
 
 def test_stage_two_trains_only_on_generated_text(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As published, whatever counts in stage 1: a row stands where the verifier wrote a token."""
+    """As published, independent of stage 1: a row counts where the verifier generated a token."""
     counted: list[tuple[int, int]] = []
     original = MLPModule.draft_steps
 

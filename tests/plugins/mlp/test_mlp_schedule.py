@@ -33,7 +33,7 @@ def test_the_published_run() -> None:
         300, abs=25
     )
     assert stage_one[-1] == pytest.approx(0.1, abs=1e-6) and stage_two[-1] == pytest.approx(0.01, abs=1e-6)
-    # Half way between peak and end in the middle of a stage.
+    # Halfway between peak and end in the middle of a stage.
     assert stage_one[7_500] == pytest.approx(0.55) and stage_two[3_000] == pytest.approx(0.055)
     for step in (0, 1, 99, 374, 600):
         assert stage_one[step] == pytest.approx(1 - (1 - (step + 1) / 750) ** 2)

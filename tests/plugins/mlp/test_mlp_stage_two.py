@@ -98,9 +98,9 @@ def test_tokens_are_sampled_from_the_most_probable_ones(verifier_of: VerifierOf)
     for row, prompt in enumerate(PROMPTS * 4):
         size = len(prompt) + 12
         logits = verifier(batch["input_ids"][row, None, :size]).logits[0]
-        for place in range(len(prompt), size):
-            order = logits[place - 1].argsort(descending=True).tolist()
-            ranks.add(order.index(int(batch["input_ids"][row, place])))
+        for position in range(len(prompt), size):
+            order = logits[position - 1].argsort(descending=True).tolist()
+            ranks.add(order.index(int(batch["input_ids"][row, position])))
     assert ranks == {0, 1, 2}
 
 
@@ -146,10 +146,10 @@ def test_no_more_batches_are_prefetched_than_requested(buffer: int) -> None:
 
     batches = prefetch(make, source(), buffer)
     assert not read and not made
-    for taken in range(1, 6):
+    for consumed in range(1, 6):
         next(batches)
-        assert len(read) == taken + buffer
-        assert taken <= len(made) <= taken + buffer
+        assert len(read) == consumed + buffer
+        assert consumed <= len(made) <= consumed + buffer
     batches.close()
     # Closing waits for the thread.
     at_the_end = len(made)
@@ -178,7 +178,7 @@ def test_lengths_are_checked_against_the_context() -> None:
 
 
 def test_two_threads_capture_from_one_verifier(verifier_of: VerifierOf) -> None:
-    """Each gets the states of its own pass, though the hooks of both are there at the same time."""
+    """Each gets the states of its own pass, although the hooks of both are registered at the same time."""
     verifier = verifier_of("llama")
     inputs = [
         (torch.randint(1, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(length)), layers)
@@ -190,7 +190,7 @@ def test_two_threads_capture_from_one_verifier(verifier_of: VerifierOf) -> None:
         positions = torch.arange(tokens.shape[1]).expand(2, -1)
         found = []
         if together is not None:
-            # Both are between the layers at the same time, once at least.
+            # At least once, both are between the layers at the same time.
             once = verifier.model.layers[1].register_forward_hook(_meet(together, threading.get_ident()))
         for _ in range(times):
             features = capture(verifier, tokens, positions, layers)
@@ -199,12 +199,12 @@ def test_two_threads_capture_from_one_verifier(verifier_of: VerifierOf) -> None:
             once.remove()
         return found
 
-    alone = [captured(number, None, 1)[0] for number in range(2)]
+    separate = [captured(number, None, 1)[0] for number in range(2)]
     barrier = threading.Barrier(2, timeout=20)
     with ThreadPoolExecutor(2) as threads:
         running = [threads.submit(captured, number, barrier, 25) for number in range(2)]
         together = [future.result() for future in running]
-    for own, expected in zip(together, alone, strict=True):
+    for own, expected in zip(together, separate, strict=True):
         for aux, last in own:
             assert torch.equal(aux, expected[0]) and torch.equal(last, expected[1])
 

@@ -1,4 +1,4 @@
-"""P-EAGLE trained, decoded with, started from EAGLE-3, resumed and exported; and what it refuses."""
+"""P-EAGLE: training, decoding, start from EAGLE-3, resuming and export; and refusals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specforge.__main__ import main
 from specforge.commands.plugin_check import check_algorithm
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart"
-UNUSED = 3  # no text of the quickstart holds it
+UNUSED = 3  # it occurs in no text of the quickstart
 DRAFT = {"num_layers": 1, "draft_vocab_size": 200, "mask_token_id": UNUSED}
 
 
@@ -58,7 +58,7 @@ def test_it_trains_drafts_and_decodes() -> None:
     assert len(found) == 9 and not [fault for fault in found.values() if fault is not None], found
 
 
-def test_a_run_leaves_a_draft_whose_figures_are_exact(run: Path) -> None:
+def test_a_run_writes_a_draft_with_exact_figures(run: Path) -> None:
     losses = [value for _, value in scalars(run, "train/loss")]
     assert losses[-1] < losses[0]
     assert 1 <= scalars(run, "val/acceptance_length")[-1][1] <= 5
@@ -111,7 +111,7 @@ def test_an_export_is_written_verified_and_refused(run: Path, tmp_path: Path, ca
         ({"num_layers": 1, "draft_vocab_size": 200}, "has no free token"),
     ],
 )
-def test_mask_tokens_that_cannot_be_right(
+def test_impossible_mask_tokens_are_refused(
     runs: RunsFolder, draft: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", *runs.words("refused", "--algorithm=peagle", f"--model.draft={json.dumps(draft)}")]) == 2
