@@ -169,7 +169,7 @@ def test_parts_of_a_step_add_up_by_hand(batch):
     width, inner = config.hidden_size, config.intermediate_size
     heads, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer = width * (2 * heads + 2 * shared) + 3 * width * inner
-    # Each document attends to itself, padded to the longest in its group.
+    # Each document attends to itself, padded to the longest of its group.
     pairs = sum(group.shape[0] * group.shape[1] ** 2 for group in DocumentLayout.of(batch["document_ids"]).groups)
     scores = 2 * pairs * 2 * heads
     verifier = config.num_hidden_layers * (2 * positions * layer + scores)

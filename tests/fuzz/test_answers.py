@@ -56,18 +56,18 @@ class Server:
 
     Attributes:
         answers: Status and body by path.
-        asked: Number of chat requests so far; the first is the probe, which is answered correctly.
+        requested: Number of chat requests so far; the first is the probe, which is answered correctly.
     """
 
     def __init__(self) -> None:
         self.url = ""
         self.answers: dict[str, tuple[int, bytes]] = {}
-        self.asked = 0
+        self.requested = 0
 
     def answer(self, path: str) -> tuple[int, bytes]:
         """Return status and body."""
-        self.asked += path == "/v1/chat/completions"
-        if path == "/v1/chat/completions" and self.asked == 1:
+        self.requested += path == "/v1/chat/completions"
+        if path == "/v1/chat/completions" and self.requested == 1:
             return 200, json.dumps(COMPLETION).encode()
         return self.answers.get(path, (404, b"{}"))
 

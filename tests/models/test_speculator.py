@@ -103,7 +103,7 @@ def test_many_mismatching_tensors_are_counted(small: Small) -> None:
 
 
 @pytest.mark.parametrize(("other", "widest"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
-def test_weights_of_several_types_become_one_without_loss(
+def test_weights_of_several_dtypes_are_widened_without_loss(
     other: torch.dtype, widest: torch.dtype, small: Small
 ) -> None:
     state = small.state_dict()
@@ -121,7 +121,7 @@ def test_non_weights_are_refused_by_name(kind: torch.dtype, small: Small) -> Non
         Small.from_state(SmallConfig(), state)
 
 
-def test_settings_from_which_no_network_can_be_built_are_named(small: Small) -> None:
+def test_settings_that_fit_no_network_are_named(small: Small) -> None:
     with pytest.raises(UsageError, match="weights: cannot build Small from its configuration"):
         Small.from_state(SmallConfig(width=-1), small.state_dict())
 
@@ -236,7 +236,7 @@ def test_the_verifier_is_not_part_of_the_draft(mode: Any, tiny_verifiers: Mappin
         draft.embed(torch.zeros(1, dtype=torch.int64))
 
 
-def test_loading_attaches_what_is_asked_for(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
+def test_loading_attaches_the_requested_verifier(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
     made = tiny_verifiers["llama"]
     tiny_eagle3(tiny_verifiers).save_pretrained(tmp_path / "draft")
 
@@ -257,7 +257,7 @@ def test_loading_attaches_what_is_asked_for(tiny_verifiers: Mapping[str, Any], t
 
 
 def test_casting_on_load_leaves_the_rotary_frequencies(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
-    """Frequencies in a short type would turn every position."""
+    """Frequencies in a short dtype would change the rotation at every position."""
     draft = tiny_eagle3(tiny_verifiers)
     draft.save_pretrained(tmp_path / "draft")
     again = SpeculatorModel.from_pretrained(tmp_path / "draft", dtype=torch.bfloat16)
@@ -265,7 +265,7 @@ def test_casting_on_load_leaves_the_rotary_frequencies(tiny_verifiers: Mapping[s
     assert torch.equal(again.rotary_emb.inv_freq.float(), draft.rotary_emb.inv_freq)
 
 
-def test_the_stored_type_is_that_of_the_weights(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
+def test_the_stored_dtype_is_that_of_the_weights(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
     tiny_eagle3(tiny_verifiers).to(torch.bfloat16).save_pretrained(tmp_path / "draft")
     assert json.loads((tmp_path / "draft" / "config.json").read_text())["dtype"] == "bfloat16"
 

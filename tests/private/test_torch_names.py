@@ -19,7 +19,7 @@ from specforge.private.torchmetrics import UncastMetric
 
 
 class Calls(private.TorchDispatchMode):
-    """Keeps the operations that are run."""
+    """Records the operations."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "algorithm": "eagle",
         "model": {"noise": 0, "alignment_steps": 3, "objective": {"cross_entropy": 0.1, "top_k": 1.0}},
     },
-    # Its objective uses the mean acceptance over the whole batch.
+    # Its objective uses the mean acceptance over the complete batch.
     "eagle3": {
         "algorithm": "eagle3",
         "model": {"ttt_steps": 3, "draft": {"draft_vocab_size": 40}, "objective": {"kl": 0.5, "lk_lambda": 0.5}},

@@ -43,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
 
 
 def load(path: Path, algorithm: str, **changed: Any) -> tuple[DraftModule, DraftDataModule]:
-    """Return what Lightning makes of a checkpoint."""
+    """Load module and data with Lightning."""
     descriptor = installed().find(Algorithm, ALGORITHMS[algorithm]["algorithm"])
     module, data = (installed().load(descriptor, kind) for kind in ("module", "data"))
     return module.load_from_checkpoint(path, **changed), data.load_from_checkpoint(path)

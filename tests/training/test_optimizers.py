@@ -190,7 +190,7 @@ def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("betas", [(1.5, 0.9), (0.9, -0.1)])
 def test_impossible_betas_are_refused(betas: tuple[float, float]) -> None:
-    """Before anything is loaded, not by torch when the run has begun."""
+    """Before anything is loaded, not by torch during the run."""
     with pytest.raises(ValidationError):
         OptimizerSettings(betas=betas)
 
@@ -204,7 +204,7 @@ def test_any_optimizer_can_be_given_by_its_class_path() -> None:
     matrices, vectors = optimizer.param_groups
     assert (matrices["lr"], matrices["momentum"], matrices["weight_decay"]) == (0.1, 0.5, 0.2)
     assert vectors["weight_decay"] == 0.0
-    # One that knows of no weight decay is not given one.
+    # An optimizer without weight decay gets none.
     assert isinstance(build_optimizer(network, OptimizerSettings(name="torch.optim.Rprop")), torch.optim.Rprop)
 
 
@@ -219,7 +219,7 @@ def test_any_optimizer_can_be_given_by_its_class_path() -> None:
         ("muon", {"momentum": 0.9}, "options are for an optimizer given by its class path"),
     ],
 )
-def test_classes_that_are_no_optimizers_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+def test_classes_that_are_not_optimizers_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         OptimizerSettings(name=name, options=options)
 

@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
 
 
 def module_and_data(runs: SmallRuns) -> tuple[Eagle3Module, DraftDataModule]:
-    """Return what the command built, built in Python."""
+    """Build in Python what the command builds."""
     seed_everything(42, verbose=False)
     module = Eagle3Module(
         verifier=str(runs.verifier),
@@ -67,14 +67,14 @@ def module_and_data(runs: SmallRuns) -> tuple[Eagle3Module, DraftDataModule]:
 
 
 def trainer_in(folder: Path, **settings: Any) -> Trainer:
-    """Return a Trainer with its own defaults, but for what costs time."""
+    """Return a Trainer with its defaults, except those that cost time."""
     few = {"accelerator": "cpu", "max_steps": STEPS, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
     return Trainer(default_root_dir=folder, enable_progress_bar=False, **(few | settings))
 
 
 @pytest.fixture(scope="module")
 def plain(runs: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that a Trainer made of the same settings, as Lightning numbers it."""
+    """The folder of a run by a Trainer with the same settings, as numbered by Lightning."""
     root = tmp_path_factory.mktemp("python")
     trainer_in(root).fit(*module_and_data(runs))
     return root / "lightning_logs" / "version_0"
@@ -107,7 +107,7 @@ class TestAsTheCommand:
 
 
 class InterruptAt(Callback):
-    """Sends what Ctrl-C sends, in a batch."""
+    """Sends the signal of Ctrl-C in a batch."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -124,7 +124,7 @@ def test_an_interrupted_run_prints_how_to_resume_and_ends_with_the_same_weights(
     last = tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
     assert f"trainer.fit(module, datamodule=data, ckpt_path='{last}')" in capsys.readouterr().out
     module, data = module_and_data(runs)
-    # The same folder, as a logger of this version writes there.
+    # The same folder, through a logger with this version.
     again = TensorBoardLogger(tmp_path, version=0)
     trainer_in(tmp_path, logger=again, max_epochs=5).fit(module, datamodule=data, ckpt_path=str(last))
     assert "resumed with other settings: trainer.max_epochs" in capsys.readouterr().out
@@ -142,7 +142,7 @@ def test_the_same_trainer_resumes(runs, plain, tmp_path):
     assert_close(plain / "checkpoints" / "last.ckpt", last, rtol=0, atol=0)
 
 
-def test_callbacks_can_be_set_and_left_out(runs, tmp_path, capsys):
+def test_callbacks_can_be_set_and_omitted(runs, tmp_path, capsys):
     own = RunCallbacks(progress_bar=None, summary=None, draft_writer=None, acceptance_figure=None)
     own.last_checkpoint.every_n_steps = 2
     trainer = trainer_in(tmp_path, callbacks=own.present(), limit_val_batches=1)

@@ -130,9 +130,9 @@ class TestDamaged:
         assert all(str(path) in caplog.text for path in damaged)
 
     def test_leftovers_of_a_killed_save_are_not_a_checkpoint(self, tmp_path):
-        whole = checkpoint(tmp_path, 1)
-        whole.with_name(".last.ckpt.0a1b2c3d").write_bytes(b"half")
-        assert resolve_checkpoint("last", tmp_path) == whole
+        complete = checkpoint(tmp_path, 1)
+        complete.with_name(".last.ckpt.0a1b2c3d").write_bytes(b"half")
+        assert resolve_checkpoint("last", tmp_path) == complete
 
 
 def test_auto_starts_a_new_run_if_there_is_none(tmp_path):

@@ -97,7 +97,7 @@ class Trial:
         )
 
     def stored(self) -> str:
-        """Store the states, check each row's against a run of that row only, and train on them."""
+        """Store the states, check each row's against a separate run of the row, and train on them."""
         features = self.folder / "features"
         outcome = command(
             "prepare", "features", *self._words("eagle3"), "--output", str(features), "--dtype", "float32"

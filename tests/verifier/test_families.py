@@ -24,7 +24,7 @@ from specforge_eagle.model import EagleSpeculator
 from specforge_eagle3.model import Eagle3DraftModel
 from specforge_mlp.model import MLPSpeculator
 
-# One of each kind, and whether it packs: attention sinks, recurrent layers, no attention, convolutions, chunks, learnt
+# One of each kind, with whether it packs: attention sinks, recurrent layers, no attention, convolutions, chunks, learnt
 # positions, widths that differ by layer, latent attention, a scaled head, partly rotated heads, several modalities.
 KINDS = {
     "gpt_oss": False,

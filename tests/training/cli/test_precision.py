@@ -25,7 +25,7 @@ from specforge.training.cli.command_line import TrainingCLI
 from specforge.training.cli.precision import check_precision
 from specforge.training.metrics import StepMeans
 
-# Rounding of the type, over some layers; as a share of a gradient's norm.
+# Rounding error of the dtype over some layers, relative to a gradient's norm.
 CLOSE = {"32-true": 1e-5, "bf16-mixed": 0.15}
 NO_VALIDATION = "--trainer.limit_val_batches=0"
 # An objective that reads no mean over the batch, and one stage.
@@ -35,7 +35,7 @@ Gradients = list[dict[str, Tensor]]
 
 
 class KeepGradients(Callback):
-    """Keeps the gradients of each optimizer step."""
+    """Records the gradients of each optimizer step."""
 
     def __init__(self) -> None:
         self.steps: Gradients = []
@@ -49,7 +49,7 @@ class KeepGradients(Callback):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, Any]) -> SmallRuns:
-    """Ten rows of different length: steps of four of them, and a last one of two."""
+    """Ten rows of different length, in steps of 4, 4 and 2."""
     draw = random.Random(0)
     trainer = {"accelerator": "cpu", "max_epochs": 1, "log_every_n_steps": 1, "enable_progress_bar": False}
     values = {"trainer": trainer, "data": {"max_length": 48, "batch_size": 4, "packing": False}}
@@ -79,7 +79,7 @@ def fit(runs: SmallRuns) -> Callable[..., Gradients]:
 
 
 def worst(found: Gradients, expected: Gradients) -> float:
-    """Return the largest distance of any tensor's gradient, as a share of its norm."""
+    """Return the largest relative error of a tensor's gradient."""
     assert len(found) == len(expected) == 3 and all(
         gradients.keys() == expected[0].keys() for gradients in (*found, *expected)
     )
@@ -92,7 +92,7 @@ def worst(found: Gradients, expected: Gradients) -> float:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_gradients_of_each_precision(runs: SmallRuns, fit: Callable[..., Gradients], algorithm: str) -> None:
-    """From the same weights, those of 64-true up to the rounding of the type; so are losses and metrics."""
+    """From the same weights, equal to those of 64-true up to the rounding of the dtype; losses and metrics too."""
     fit(f"{algorithm}-first", algorithm, NO_VALIDATION)
     start = f"--model.init_from={runs.run(f'{algorithm}-first') / 'draft'}"
     exact = fit(f"{algorithm}-64", algorithm, start, "--trainer.precision=64-true")
@@ -126,7 +126,7 @@ def test_accumulated_batches_are_one_large_batch(
 def test_recomputed_steps_draw_the_same_random_numbers(
     fit: Callable[..., Gradients], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A layer with dropout has the same gradients whether its activations are kept or computed again."""
+    """A layer with dropout has the same gradients if its activations are kept or recomputed."""
     from specforge_eagle3.module import Eagle3Module
 
     build = Eagle3Module.build_draft
@@ -142,7 +142,7 @@ def test_recomputed_steps_draw_the_same_random_numbers(
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "16-mixed", "16", "transformer-engine"])
-def test_other_precisions_are_refused_with_what_to_set(
+def test_other_precisions_are_refused_with_the_alternatives(
     runs: SmallRuns, precision: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command, more in (("fit", []), ("estimate", ["--tokens=1000"])):

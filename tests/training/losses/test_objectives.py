@@ -38,7 +38,7 @@ def distributions(draw: st.DrawFn, pruned: bool | None = None) -> Distributions:
     return Distributions(log_probabilities(size), full.log_softmax(-1), full, mean, text)
 
 
-def test_all_losses_of_the_core_are_known() -> None:
+def test_all_losses_of_the_core_are_tested() -> None:
     core = next(plugin for plugin in installed().plugins if plugin.name == "core")
     losses = {descriptor.name: descriptor for descriptor in core.descriptors if isinstance(descriptor, Objective)}
     assert sorted(losses) == sorted(NAMES)
@@ -86,7 +86,7 @@ def test_bounds(rows: Distributions) -> None:
     accepted = objectives.acceptance(rows)
     assert accepted.shape == rows.log_q.shape[:1]
     assert (accepted >= 0).all() and (accepted <= 1 + tolerance).all()
-    # What the verifier gives to tokens outside the draft vocabulary is lost.
+    # The verifier's probability of tokens outside the draft vocabulary is lost.
     assert (accepted <= rows.log_p_full.exp().sum(-1) + tolerance).all()
     torch.testing.assert_close(objectives.total_variation(rows), 1 - accepted)
     for name in ("kl", "reverse_kl", "jsd", "cross_entropy"):
@@ -97,7 +97,7 @@ def test_bounds(rows: Distributions) -> None:
 
 
 @given(rows=distributions(pruned=False))
-def test_losses_vanish_where_the_draft_is_the_verifier(rows: Distributions) -> None:
+def test_losses_vanish_if_the_draft_equals_the_verifier(rows: Distributions) -> None:
     same = replace(rows, log_q=rows.log_p)
     for name in NAMES[:-2]:  # the last two are cross-entropies with one token
         value = function_of(name)(same)
