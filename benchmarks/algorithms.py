@@ -27,7 +27,7 @@ from specforge.proposals.choice import choose_proposal
 from specforge.sampling import Sampling
 from specforge.verifier.loading import load_verifier
 
-# The rows are greedy: their own tokens are what a greedy round accepts.
+# The rows are greedy: a greedy round accepts their own tokens.
 HASS = {"alignment_steps": 3, "objective": {"cross_entropy": 0.1, "top_k": 1.0, "text": 0.5}}
 EAGLE3 = {"ttt_steps": 5, "step_decay": 0.6, "objective": {"kl": 1.0, "text": 0.5}}
 STAGE_TWO = {"begin": 0.7, "prompt_length": 32, "new_tokens": 64}
@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "EAGLE-1": {"algorithm": "eagle", "model": {}},
     "HASS": {"algorithm": "eagle", "model": HASS},
     "EAGLE-3": {"algorithm": "eagle3", "model": {**EAGLE3, "draft": {"draft_vocab_size": None}}},
-    "EAGLE-3, for vLLM alone": {
+    "EAGLE-3, for vLLM only": {
         "algorithm": "eagle3",
         "model": {**EAGLE3, "draft": {"draft_vocab_size": None, "layer_type": "qwen3", "norm_output": True}},
     },
@@ -61,7 +61,7 @@ METHODS = {
 
 
 def train(arguments: argparse.Namespace, recipe: str, seed: int) -> Path:
-    """Train one draft, unless it is there, and return its folder."""
+    """Train a draft unless it exists; return its folder."""
     folder = arguments.output / f"{recipe.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
     chosen = RECIPES[recipe]
     values = {
@@ -100,7 +100,7 @@ def train(arguments: argparse.Namespace, recipe: str, seed: int) -> Path:
 
 
 def proposal(method: str, draft: SpeculatorModel) -> TokenProposalConfig:
-    """Chains of 5 and trees 6 deep, or what the draft can do."""
+    """Chains of 5 and trees of depth 6, or the draft's maximum."""
     most = draft.drafter(1).max_depth or 6
     return choose_proposal(METHODS[method].format(chain=min(5, most), depth=min(6, most)), None)
 
@@ -128,7 +128,7 @@ def main() -> None:
     verifier, template = load_verifier(arguments.verifier), VerifierTokenizer(arguments.verifier).template
     conversations = read_prompts(arguments.validation, limit=arguments.limit)
     columns = [(temperature, method) for temperature in (0.0, 1.0) for method in METHODS]
-    columns.remove((0.0, "sampling"))  # the greedy chain once more
+    columns.remove((0.0, "sampling"))  # the greedy chain again
     lengths: dict[tuple[str, float, str], list[float]] = {}
     for temperature, method in columns:
         contenders = []

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 Row = dict[str, Any]
-Pair = tuple[str, str]  # the context of a reply in serving, and the reply
+Pair = tuple[str, str]  # a reply's context in serving, and the reply
 
 EXACT, REFUSED, NEEDLESS, WRONG = "exact", "refused", "needlessly refused", "silently wrong"
 STATUSES = (EXACT, REFUSED, NEEDLESS, WRONG)
@@ -128,7 +128,7 @@ class Reference:
         try:
             prompt = self._render(form[:index], tools, add_generation_prompt=True)
             through = self._render(form[: index + 1], tools)
-        except Exception as error:  # templates may raise anything
+        except Exception as error:  # templates may raise any exception
             return [], f"raises: {error}"
         if not through.startswith(prompt):
             return [], _difference(prompt, through)
@@ -175,7 +175,7 @@ def own_words(message: Message) -> list[str]:
 
 
 def fault(message: Message, text: str) -> str:
-    """Return what of a reply is missing in a text or in a form that no verifier writes; empty if nothing is."""
+    """Return the parts of a reply that are missing in a text or in a form that no verifier writes."""
     if not all(words.strip() in text for words in _content(message)):
         return "content lost"
     if "{'type': 'text'" in text:
@@ -276,22 +276,24 @@ def _diagnose(
     row: Row, turns: Sequence[Turn], pieces: Sequence[tuple[str, bool]], context: str, text: str
 ) -> tuple[str, Turn | None]:
     """Return the fault of a supervised run and the turn that it probably belongs to."""
-    whole = "".join(piece for piece, _ in pieces)
+    rendered = "".join(piece for piece, _ in pieces)
     start, stop = len(context), len(context) + len(text)
     for turn in turns:
         for before, reply in turn.pairs:
             first, last = len(before), len(before) + len(reply)
-            if not whole.startswith(before) or stop <= first or start >= last:
+            if not rendered.startswith(before) or stop <= first or start >= last:
                 continue
             if start < first:
                 return "prompt or header supervised", turn
-            if kind := fault(turn.message, whole[first:stop]):
+            if kind := fault(turn.message, rendered[first:stop]):
                 return kind, turn
             if start > first:
                 return "beginning of the reply not supervised", turn
             if stop > last:
                 return "text after the end token supervised", turn
-            return ("end token not supervised" if (before + reply).startswith(whole[:stop]) else "reply differs"), turn
+            return (
+                "end token not supervised" if (before + reply).startswith(rendered[:stop]) else "reply differs"
+            ), turn
     if any(word in text for word in _prompt_words(row["messages"])):
         return "prompt or header supervised", None
     for turn in turns:
@@ -378,5 +380,5 @@ def _difference(prompt: str, through: str) -> str:
 
 
 def _shared(left: str, right: str) -> int:
-    """Return how many characters two texts begin with in common."""
+    """Return the length of the common prefix of two texts."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))

@@ -61,7 +61,7 @@ class Run:
         return data
 
     def needs(self, verifier: PreTrainedModel, aux_layers: list[int]) -> FeatureNeeds:
-        """Return what it reads of the verifier's states."""
+        """Return which of the verifier's states the run reads."""
         config = verifier.config.get_text_config()
         mark = fingerprint(self.verifier_name, self.loading)
         sizes = config.num_hidden_layers, config.hidden_size
@@ -121,7 +121,7 @@ def write_rows(run: Run, folder: Path) -> Rows:
 
 
 def states_of(item: Mapping[str, Tensor], verifier: PreTrainedModel, aux_layers: list[int]) -> Features:
-    """Return the verifier's states over a packed row in float32, as they are stored or else captured."""
+    """Return the verifier's states over a packed row in float32, stored or else captured."""
     if "last" in item:
         stored = (decode(item[name], item.get(f"{name}_scales"), torch.float32) for name in ("aux", "last"))
         return Features(*stored)

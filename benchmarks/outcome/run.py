@@ -1,25 +1,25 @@
-r"""The draft that a recipe trains beside those of two published trainers, on the same rows and states of the verifier.
+r"""A recipe's draft against those of two published trainers, on the same rows and states of the verifier.
 
     benchmarks/peers/install .venv-peers
     python benchmarks/outcome/run.py --environments .venv-peers
     python benchmarks/outcome/run.py --environments .venv-peers --config configs/smollm2-eagle3.yaml \
         --output runs/outcome-smollm2 -- --data.train train.jsonl --data.validation validation.jsonl
 
-Ours is the draft of ``specforge fit --config CONFIG``; what follows ``--`` is passed to it as well. The packed rows of
+Ours is the draft of ``specforge fit --config CONFIG``; arguments after ``--`` are passed on to it. The packed rows of
 that run, in its order, and the verifier's states over them are then written, in float32, and each peer is trained on
 them in its own environment: the same optimizer steps, draft vocabulary, test-time steps and aux layers, and one layer.
-All else is the peer's own default: network, loss, optimizer and schedule (``train_speculators.py`` and
-``train_sglang.py`` list them, and what had to be replaced on a CPU). speculators packs documents as we do. SGLang's
+All other settings are the peer's defaults: network, loss, optimizer and schedule (``train_speculators.py`` and
+``train_sglang.py`` list them, and the replacements for a CPU). speculators packs documents as we do. SGLang's
 package does not: it takes the documents of a packed row as a padded batch.
 
-Every learning rate is tried with the first seed, and the best, by the acceptance length on the first set of rows, with
-the others too. The seed is that of the weights: all take the rows in the same order. The peers' drafts are converted,
-and all are measured alike: every one by exact replay of greedy chains on all rows of the sets, which are to be the
-verifier's own text at temperature 0; the best one of the first seed by decoding their prompts, with chains and trees.
-Chains are as long, and trees as deep, as there are test-time steps.
+Every learning rate is tried with the first seed, and the best, by the acceptance length on the first set of rows, also
+with the other seeds. The seed sets only the weights: all read the rows in the same order. The peers' drafts are
+converted, and all are measured in the same way: every draft by exact replay of greedy chains on all rows of the sets,
+which must be the verifier's own text at temperature 0; the best draft of the first seed also by decoding the prompts,
+with chains and trees. The length of chains and the depth of trees is the number of test-time steps.
 
-CPU is that of the whole training process: ours with the verifier's passes and validation, a peer's with neither. What
-has been trained is found in ``--output`` and not trained again; ``outcome.json`` there holds the figures.
+CPU is the time of the complete training process: ours with the verifier's passes and validation, a peer's without them.
+Drafts that exist in ``--output`` are not trained again; ``outcome.json`` there holds the figures.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-# What is shared with the side by side of a step.
+# Shared with the comparison of a training step.
 sys.path.append(str(Path(__file__).parents[1] / "peers"))
 
 from capturing import Run
@@ -46,7 +46,7 @@ RATES = {"speculators": (1e-2, 2e-2, 4e-2), "sglang": (5e-3, 2e-2)}
 
 
 def main() -> None:
-    """Train what is missing, measure everything, and print the tables."""
+    """Train missing drafts, measure all, and print the tables."""
     arguments = parse()
     first, *more = arguments.seeds
     words = ["--config", arguments.config, *arguments.fit]
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Read the command line, and make sure that the output is of the same recipe."""
+    """Read the command line; check that the output is of the same recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--environments", type=Path, default=DEFAULT, help="Folder given to peers/install.")

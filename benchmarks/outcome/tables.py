@@ -1,4 +1,4 @@
-"""The tables of what was trained and measured, in Markdown."""
+"""Markdown tables of the trained drafts and their measurements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Figures:
 
     Attributes:
         trained: The draft.
-        replay: By the name of a set of rows, the figures of ``specforge.decoding.replay.figures``.
+        replay: The figures of ``specforge.decoding.replay.figures`` by the name of a set of rows.
     """
 
     trained: Trained
@@ -31,7 +31,7 @@ class Figures:
 
 
 def trained_table(figures: Sequence[Figures], chain: int) -> Iterator[str]:
-    """Yield the lines of a table of every draft, by replay; rates are those of the first set of rows."""
+    """Yield the lines of a table of all drafts, by replay; rates are those of the first set of rows."""
     sets = list(figures[0].replay)
     heads = [f"replay, {rows}" for rows in sets]
     yield f"| draft | learning rate | seed | {' | '.join(heads)} | rounds that accept at least 1 to {chain} | CPU |"
