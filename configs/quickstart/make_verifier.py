@@ -60,7 +60,7 @@ half of them are tasks of the package reasoning-gym (Apache-2.0) |
 {matrix_learning_rate:g} for the matrices of the layers, AdamW at {learning_rate:g} for the rest, cosine schedule |
 | Time | {seconds:.0f} seconds in float32, {threads} CPU thread(s) |
 | Validation loss | {validation_loss:.3f} nats per token on {validation_problems:,} unseen problems, with the weights \
-rounded to bfloat16; {answer_loss:.3f} on the tokens of the answers alone |
+rounded to bfloat16; {answer_loss:.3f} on only the tokens of the answers |
 | Licence | Apache-2.0 |
 
 Made by `python configs/quickstart/make_verifier.py`.

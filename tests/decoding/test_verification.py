@@ -405,7 +405,7 @@ def test_rows_of_a_batch_do_not_disturb_each_other(
     logits = toy.logits(batch, *contexts)
     verdict = verify(batch, logits, sampling, verification, Steady(bar))
     for row in range(len(contexts)):
-        # Padding after a row's own nodes is left out.
+        # Padding after a row's nodes is omitted.
         count = max(1, int(batch.counts[row]))
         separate = Proposal(
             batch.tokens[[row], :count],

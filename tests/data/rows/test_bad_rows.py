@@ -1,4 +1,4 @@
-"""Bad rows are left out and counted; template date and arguments are part of a row's identity."""
+"""Bad rows are omitted and counted; template date and arguments are part of a row's identity."""
 
 from __future__ import annotations
 

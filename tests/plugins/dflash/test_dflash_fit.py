@@ -83,7 +83,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     algorithm: str, fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It draws the same anchors."""
-    whole = fit(algorithm)
+    straight = fit(algorithm)
     right, seen = DraftModule.training_step, []
 
     def step(self: DraftModule, batch: Any, batch_idx: int) -> Any:
@@ -96,7 +96,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     with pytest.raises(SystemExit):
         fit(algorithm, f"{algorithm} again")
     resumed = fit(algorithm, f"{algorithm} again", "--ckpt_path=last")
-    first, second = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (resumed, whole))
+    first, second = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (resumed, straight))
     assert first["global_step"] == second["global_step"] == STEPS
     assert_same_values(first["state_dict"], second["state_dict"])
     assert_same_values(first["optimizer_states"], second["optimizer_states"])

@@ -72,7 +72,7 @@ TRAPS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         lambda config: config.pop("sliding_window_non_causal"),
         "sliding_window_non_causal is not set",
     ),
-    "sliding layers see the whole block": (
+    "sliding layers see the complete block": (
         "dspark",
         lambda config: config["transformer_layer_config"].update(
             layer_types=["sliding_attention"] * 2, sliding_window=9

@@ -120,10 +120,10 @@ def test_fewer_steps_are_the_first_ones_of_the_trained_block(verifier_of: Verifi
     draft = random_draft(verifier_of("llama"), "dspark")
     batch, features = rows_of_text()
     with torch.no_grad():
-        whole, few = (
+        all_steps, few = (
             draft.unroll(batch["input_ids"], features, batch["position_ids"], DOCUMENTS, steps) for steps in (4, 2)
         )
-    torch.testing.assert_close(few, whole[:2])
+    torch.testing.assert_close(few, all_steps[:2])
 
 
 @pytest.mark.parametrize("kind", KINDS)

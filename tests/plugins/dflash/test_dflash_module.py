@@ -128,9 +128,9 @@ def test_anchors_are_drawn_in_training_and_all_rows_are_in_validation(tiny_verif
 
 def test_accumulated_batches_draw_the_anchors_of_one_large_batch(tiny_verifiers: Mapping[str, Any]) -> None:
     module = make_module("dflash", tiny_verifiers, anchors=2)
-    whole = module.alignment(BATCH).supervised
+    at_once = module.alignment(BATCH).supervised
     parts = [module.alignment({name: tensor[row : row + 1] for name, tensor in BATCH.items()}) for row in (0, 1)]
-    assert torch.equal(torch.cat([part.supervised for part in parts], dim=1), whole)
+    assert torch.equal(torch.cat([part.supervised for part in parts], dim=1), at_once)
 
 
 def test_validation_measures_the_selectors_choice(tiny_verifiers: Mapping[str, Any]) -> None:
@@ -220,7 +220,7 @@ def test_gradients_of_the_selector_do_not_depend_on_the_number_of_pairs_at_a_tim
         module.draft_steps(BATCH, module.features(BATCH)).loss.backward()
         return [parameter.grad for parameter in module.draft.parameters()]
 
-    whole = gradients()
+    at_once = gradients()
     monkeypatch.setattr("specforge_dflash.dflash2.PAIRS_AT_ONCE", 4)
-    for gradient, expected in zip(gradients(), whole, strict=True):
+    for gradient, expected in zip(gradients(), at_once, strict=True):
         torch.testing.assert_close(gradient, expected)

@@ -65,8 +65,8 @@ def test_temperatures_correct_a_confidence_that_is_too_sharp() -> None:
 
 
 def test_batches_add_up_and_slots_without_data_keep_their_confidence() -> None:
-    whole, parts = (record([2.0, 1.0, 1.0], parts)[0].calibrated() for parts in (1, 7))
-    assert whole == parts
+    at_once, parts = (record([2.0, 1.0, 1.0], parts)[0].calibrated() for parts in (1, 7))
+    assert at_once == parts
     empty = ConfidenceRecord()
     nothing = torch.zeros(STEPS, 5, dtype=torch.bool)
     empty.add(Drafted(torch.zeros(1, 2), torch.zeros(STEPS, 5, dtype=torch.int64), nothing, nothing), nothing.float())

@@ -78,7 +78,7 @@ def runs(tmp_path: Path, row_cache: Path) -> RunsFolder:
 
 
 @pytest.fixture(scope="module")
-def whole(
+def trained(
     tmp_path_factory: pytest.TempPathFactory, row_cache: Path
 ) -> Iterator[Callable[[str], tuple[Path, list[dict[str, Any]]]]]:
     """Run a variant without a stop, once; its folder, and the batches that it was trained on."""
@@ -129,8 +129,8 @@ def checkpoint(run: Path, name: str = "last") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("variant", ["layers", "fresh"])
-def test_training_lowers_the_loss(variant: str, whole: Callable[..., Any]) -> None:
-    run, batches = whole(variant)
+def test_training_lowers_the_loss(variant: str, trained: Callable[..., Any]) -> None:
+    run, batches = trained(variant)
     losses = [loss for _, loss in scalars(run, "train/loss")]
     assert len(batches) == STEPS and min(losses[-2:]) < 0.95 * losses[0]
     assert scalars(run, "val/acceptance_length")
@@ -138,8 +138,8 @@ def test_training_lowers_the_loss(variant: str, whole: Callable[..., Any]) -> No
     assert scalars(run, "val/acceptance/step_4")
 
 
-def test_a_run_on_its_own_text_changes_responses_in_every_second_batch(whole: Callable[..., Any]) -> None:
-    plain, own = whole("layers")[1], whole("on policy")[1]
+def test_a_run_on_its_own_text_changes_responses_in_every_second_batch(trained: Callable[..., Any]) -> None:
+    plain, own = trained("layers")[1], trained("on policy")[1]
     for number, (batch, other) in enumerate(zip(own, plain, strict=True)):
         changed = batch["input_ids"] != other["input_ids"]
         assert bool(changed.any()) == bool(number % 2)
@@ -147,8 +147,8 @@ def test_a_run_on_its_own_text_changes_responses_in_every_second_batch(whole: Ca
         assert all(torch.equal(batch[name], other[name]) for name in batch if name != "input_ids")
 
 
-def test_stored_states_are_not_used_for_text_of_the_draft(whole: Callable[..., Any]) -> None:
-    batches = whole("accumulated")[1]
+def test_stored_states_are_not_used_for_text_of_the_draft(trained: Callable[..., Any]) -> None:
+    batches = trained("accumulated")[1]
     stored = ["last" in batch for batch in batches]
     # None are stored in the first epoch, and never those of a text that the draft changed.
     assert len(batches) > 10 and not any(stored[:5]) and not any(stored[1::2]) and any(stored[::2])
@@ -163,10 +163,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     batch: int,
     saved: int,
     runs: RunsFolder,
-    whole: Callable[..., Any],
+    trained: Callable[..., Any],
     crash_at: Callable[[int], None],
 ) -> None:
-    straight, own = whole(variant)[0], [*VARIANTS[variant], "--save_every_n_steps=1"]
+    straight, own = trained(variant)[0], [*VARIANTS[variant], "--save_every_n_steps=1"]
     crash_at(batch)
     with pytest.raises(Crash):
         main(["fit", *runs.words(variant, *own)])
@@ -181,8 +181,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert_same_values(*(load_file(folder / "draft" / "model.safetensors") for folder in (run, straight)))
 
 
-def test_the_draft_can_be_started_from(runs: RunsFolder, whole: Callable[..., Any]) -> None:
-    draft = whole("layers")[0] / "draft"
+def test_the_draft_can_be_started_from(runs: RunsFolder, trained: Callable[..., Any]) -> None:
+    draft = trained("layers")[0] / "draft"
     more = [LAYERS, "--model.init_from", str(draft), "--trainer.max_steps=1", "--model.optimizer.lr=1e-9"]
     assert main(["fit", *runs.words("runs", *more)]) == 0
     stored, start = load_file(draft / "model.safetensors"), checkpoint(runs.run_folder("runs"))["state_dict"]
@@ -190,9 +190,9 @@ def test_the_draft_can_be_started_from(runs: RunsFolder, whole: Callable[..., An
         torch.testing.assert_close(start[f"draft.{name}"], tensor, atol=1e-6, rtol=0)
 
 
-def test_an_export_is_a_model_of_transformers(whole: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_export_is_a_model_of_transformers(trained: Callable[..., Any], tmp_path: Path) -> None:
     """With equal logits; transformers loads it, also as an assistant model, and ``verify`` accepts it."""
-    run = whole("layers")[0]
+    run = trained("layers")[0]
     done = export(ExportRequest(str(run), "transformers", tmp_path / "export"))
     assert done.agreement.rounds > 10 and not done.agreement.differing
     assert '--speculative-config \'{"method": "draft_model"' in done.serving
@@ -221,9 +221,9 @@ def test_an_export_is_a_model_of_transformers(whole: Callable[..., Any], tmp_pat
 
 
 def test_a_changed_export_is_detected(
-    whole: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    export(ExportRequest(str(whole("layers")[0]), "transformers", tmp_path / "export", runs_verifier=False))
+    export(ExportRequest(str(trained("layers")[0]), "transformers", tmp_path / "export", runs_verifier=False))
     path = tmp_path / "export" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}))
@@ -231,9 +231,9 @@ def test_a_changed_export_is_detected(
     assert "language_model.rope_parameters.rope_theta" in capsys.readouterr().out
 
 
-def test_generated_text_is_the_verifiers(whole: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_generated_text_is_the_verifiers(trained: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     prompt = ["--prompt", "How many days are 3 weeks?", "--max_new_tokens", "16"]
-    assert main(["generate", str(whole("layers")[0] / "draft"), *prompt, "--proposal", "dynamic_tree"]) == 0
+    assert main(["generate", str(trained("layers")[0] / "draft"), *prompt, "--proposal", "dynamic_tree"]) == 0
     ours = capsys.readouterr().out.strip()
     assert main(["generate", "--verifier", str(VERIFIER), "--proposal", "prompt_lookup", *prompt]) == 0
     assert ours and ours == capsys.readouterr().out.strip()

@@ -134,11 +134,11 @@ def test_gradients_flow_through_what_is_fed_back_unless_detached(detached: bool,
     predictions: list[Tensor] = []
     draft.transformer.register_forward_hook(lambda _, __, output: predictions.append(output))
     given = tokens, feature, positions, torch.zeros_like(positions)
-    whole = chain_of_all(draft, *given, steps=2, detached=detached)
-    (gradient,) = torch.autograd.grad(whole[1, 0, 3].sum(), predictions[0])
+    chain = chain_of_all(draft, *given, steps=2, detached=detached)
+    (gradient,) = torch.autograd.grad(chain[1, 0, 3].sum(), predictions[0])
     if detached:
         assert not gradient.any()
     else:
         # Only the prediction that row 3 reads again.
         assert (gradient[0].abs().sum(-1) > 0).tolist() == [False, False, False, True, False, False]
-    assert torch.equal(whole.detach(), chain_of_all(draft, *given, steps=2).detach())
+    assert torch.equal(chain.detach(), chain_of_all(draft, *given, steps=2).detach())

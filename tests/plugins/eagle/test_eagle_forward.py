@@ -181,7 +181,7 @@ def test_pieces_with_padding_are_one_pass(draft: EagleSpeculator, rows: tuple[Te
     mask = torch.ones(BATCH, LENGTH, dtype=torch.int64)
     mask[0, :2] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    whole = logits_of(draft, *rows, attention_mask=mask, position_ids=positions)
+    one_pass = logits_of(draft, *rows, attention_mask=mask, position_ids=positions)
     cache = DynamicCache()
     for part in (slice(0, 5), slice(5, LENGTH)):
         logits = logits_of(
@@ -193,7 +193,7 @@ def test_pieces_with_padding_are_one_pass(draft: EagleSpeculator, rows: tuple[Te
             past_key_values=cache,
         )
         real = mask[:, part].bool()
-        torch.testing.assert_close(logits[real], whole[:, part][real])
+        torch.testing.assert_close(logits[real], one_pass[:, part][real])
 
 
 def test_a_cache_is_returned_on_request(draft: EagleSpeculator, rows: tuple[Tensor, Tensor]) -> None:

@@ -125,7 +125,7 @@ def test_documents_of_a_packed_row_do_not_see_each_other(tiny_verifiers):
     documents = torch.tensor([[0] * 6 + [1] * 5])
     packed = chain_of_all(draft, tokens, features, positions, documents, steps=3, detached=True)[:, 0]
     for begin, (own, true) in ((0, first), (6, second)):
-        alone = chained(draft, own, true, 3)
+        separate = chained(draft, own, true, 3)
         for step in range(3):
             rows = len(own) - 1 - step
-            torch.testing.assert_close(packed[step, begin : begin + rows], alone[step, :rows])
+            torch.testing.assert_close(packed[step, begin : begin + rows], separate[step, :rows])

@@ -65,7 +65,7 @@ def words(workshop: Workshop, variant: str, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(shared: Workshop) -> Iterator[Callable[[str], tuple[Path, Batches]]]:
+def trained(shared: Workshop) -> Iterator[Callable[[str], tuple[Path, Batches]]]:
     """Run a variant without a stop, once; its folder, and the batches that it was trained on."""
     original = DraftModule.training_step
     seen: dict[str, Batches] = {}
@@ -119,8 +119,8 @@ def known(name: str, number: int, skip: int = 0) -> list[list[int]]:
     return [row["input_ids"][:128] for row in quickstart_rows(name, number, skip)]
 
 
-def test_one_stage_trains_on_the_rows(whole: Callable[..., tuple[Path, Batches]]) -> None:
-    run, batches = whole("one stage")
+def test_one_stage_trains_on_the_rows(trained: Callable[..., tuple[Path, Batches]]) -> None:
+    run, batches = trained("one stage")
     rows = known("train.jsonl", 11)
     assert len(batches) == STEPS
     assert all(document in rows for batch in batches for document in documents(batch))
@@ -130,9 +130,9 @@ def test_one_stage_trains_on_the_rows(whole: Callable[..., tuple[Path, Batches]]
     assert losses[-1] < 0.95 * losses[0] and scalars(run, "val/acceptance_length")
 
 
-def test_stage_two_trains_on_the_verifiers_text(whole: Callable[..., tuple[Path, Batches]]) -> None:
-    plain = whole("one stage")[1]
-    run, batches = whole("two stages")
+def test_stage_two_trains_on_the_verifiers_text(trained: Callable[..., tuple[Path, Batches]]) -> None:
+    plain = trained("one stage")[1]
+    run, batches = trained("two stages")
     assert len(batches) == STEPS
     verifier = AutoModelForCausalLM.from_pretrained(VERIFIER, dtype=torch.float32)
     for number, (batch, rows) in enumerate(zip(batches, plain, strict=True)):
@@ -157,9 +157,9 @@ def test_stage_two_trains_on_the_verifiers_text(whole: Callable[..., tuple[Path,
     assert rates == pytest.approx([1e-2 * two_stage_factor(step, BEGIN, STEPS) for step in range(STEPS)])
 
 
-def test_the_rows_of_another_epoch_get_other_text(whole: Callable[..., tuple[Path, Batches]]) -> None:
+def test_the_rows_of_another_epoch_get_other_text(trained: Callable[..., tuple[Path, Batches]]) -> None:
     texts: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    for batch in whole("two stages")[1][BEGIN:]:
+    for batch in trained("two stages")[1][BEGIN:]:
         for tokens, mask in zip(batch["input_ids"], batch["loss_mask"], strict=True):
             prompt = tuple(tokens[: int(mask.int().argmax())].tolist())
             texts.setdefault(prompt, []).append(tuple(tokens[mask].tolist()))
@@ -167,8 +167,8 @@ def test_the_rows_of_another_epoch_get_other_text(whole: Callable[..., tuple[Pat
     assert repeated and any(len(set(written)) > 1 for written in repeated)
 
 
-def test_stage_two_may_be_prepared(whole: Callable[..., tuple[Path, Batches]]) -> None:
-    plain, batches = whole("one stage")[1], whole("prepared")[1]
+def test_stage_two_may_be_prepared(trained: Callable[..., tuple[Path, Batches]]) -> None:
+    plain, batches = trained("one stage")[1], trained("prepared")[1]
     for batch, rows in zip(batches[:BEGIN], plain, strict=False):
         assert_same_values(batch, rows)
     prepared = known("train.jsonl", 7, skip=100)
@@ -178,8 +178,8 @@ def test_stage_two_may_be_prepared(whole: Callable[..., tuple[Path, Batches]]) -
     assert all(document in read for document in prepared) and len(read) > len(prepared)
 
 
-def test_the_start_of_stage_two_counts_optimizer_steps(whole: Callable[..., tuple[Path, Batches]]) -> None:
-    run, batches = whole("accumulated")
+def test_the_start_of_stage_two_counts_optimizer_steps(trained: Callable[..., tuple[Path, Batches]]) -> None:
+    run, batches = trained("accumulated")
     # Steps have 2, 2 and 1 batches, then 2 and 2 of the next epoch; the fourth one is the first of stage 2.
     rows = known("train.jsonl", 11)
     assert [all(document in rows for document in documents(batch)) for batch in batches] == [True] * 5 + [False] * 4
@@ -204,10 +204,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     batch: int,
     saved: int,
     workshop: Workshop,
-    whole: Callable[..., tuple[Path, Batches]],
+    trained: Callable[..., tuple[Path, Batches]],
     crash_at: Callable[[int], None],
 ) -> None:
-    straight = whole(variant)[0]
+    straight = trained(variant)[0]
     crash_at(batch)
     with pytest.raises(Crash):
         main(["fit", *words(workshop, variant, "--save_every_n_steps=1")])
@@ -266,8 +266,8 @@ def test_errors_of_generation_end_the_run(workshop: Workshop, monkeypatch: pytes
         main(["fit", *workshop.words("runs", *TWO_STAGES)])
 
 
-def test_the_run_writes_a_draft_in_our_layout(whole: Callable[..., tuple[Path, Batches]]) -> None:
-    run = whole("two stages")[0]
+def test_the_run_writes_a_draft_in_our_layout(trained: Callable[..., tuple[Path, Batches]]) -> None:
+    run = trained("two stages")[0]
     stored = json.loads((run / "draft" / "config.json").read_text())
     assert stored["speculators_model_type"] == stored["speculators_config"]["algorithm"] == "mlp"
     assert (stored["num_layers"], stored["intermediate_size"], stored["hidden_size"]) == (HEADS, 48, 64)
@@ -280,28 +280,28 @@ def test_the_run_writes_a_draft_in_our_layout(whole: Callable[..., tuple[Path, B
 
 
 def test_validate_reports_the_acceptance_length(
-    shared: Workshop, whole: Callable[..., tuple[Path, Batches]], capfd: pytest.CaptureFixture[str]
+    shared: Workshop, trained: Callable[..., tuple[Path, Batches]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    whole("two stages")
+    trained("two stages")
     assert main(["validate", *words(shared, "two stages")]) == 0
     assert "val/acceptance_length" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("proposal", ["greedy", "candidate_tree"])
 def test_generate_gives_the_verifiers_own_text(
-    proposal: str, whole: Callable[..., tuple[Path, Batches]], capsys: pytest.CaptureFixture[str]
+    proposal: str, trained: Callable[..., tuple[Path, Batches]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompt = ["--prompt", "How many days are 3 weeks?", "--max_new_tokens", "16"]
-    assert main(["generate", str(whole("two stages")[0] / "draft"), *prompt, "--proposal", proposal]) == 0
+    assert main(["generate", str(trained("two stages")[0] / "draft"), *prompt, "--proposal", proposal]) == 0
     ours = capsys.readouterr().out.strip()
     assert main(["generate", "--verifier", str(VERIFIER), "--proposal", "prompt_lookup", *prompt]) == 0
     assert ours and ours == capsys.readouterr().out.strip()
 
 
 def test_evaluate_measures_the_draft(
-    shared: Workshop, whole: Callable[..., tuple[Path, Batches]], tmp_path: Path
+    shared: Workshop, trained: Callable[..., tuple[Path, Batches]], tmp_path: Path
 ) -> None:
-    draft = whole("two stages")[0] / "draft"
+    draft = trained("two stages")[0] / "draft"
     prompts = shared.folder / "validation.jsonl"
     choices = ["--proposal", "greedy", "candidate_tree", "--max_new_tokens", "12", "--output", str(tmp_path / "out")]
     assert main(["evaluate", str(draft), "--prompts", str(prompts), *choices]) == 0
@@ -310,8 +310,8 @@ def test_evaluate_measures_the_draft(
     assert methods == ["greedy", "candidate_tree"]
 
 
-def test_the_draft_can_be_started_from(workshop: Workshop, whole: Callable[..., tuple[Path, Batches]]) -> None:
-    draft = whole("one stage")[0] / "draft"
+def test_the_draft_can_be_started_from(workshop: Workshop, trained: Callable[..., tuple[Path, Batches]]) -> None:
+    draft = trained("one stage")[0] / "draft"
     more = ["--model.init_from", str(draft), "--trainer.max_steps=1", "--model.optimizer.lr=1e-9"]
     assert main(["fit", *workshop.words("runs", *more)]) == 0
     stored, started = load_file(draft / "model.safetensors"), checkpoint(workshop.run_folder("runs"))["state_dict"]

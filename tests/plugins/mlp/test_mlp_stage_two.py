@@ -53,8 +53,8 @@ def test_prompts_are_cut_document_by_document(rows: list[list[int]], length: int
     for number, lengths in enumerate(rows):
         first = 1000 * number + 1
         for size in lengths:
-            whole = list(range(first, first + size))
-            expected += [whole[at : at + length] for at in range(0, size - length + 1, length)] or [whole]
+            full = list(range(first, first + size))
+            expected += [full[at : at + length] for at in range(0, size - length + 1, length)] or [full]
             first += size
     assert [cut_prompt.tolist() for cut_prompt in cut_prompts(batch_of(rows, padding), length)] == expected
 
@@ -107,11 +107,11 @@ def test_tokens_are_sampled_from_the_most_probable_ones(verifier_of: VerifierOf)
 def test_an_answer_that_ends_is_shorter(verifier_of: VerifierOf, monkeypatch: pytest.MonkeyPatch) -> None:
     verifier = verifier_of("llama")
     settings = StageTwoSettings(temperature=0, new_tokens=9)
-    whole = generate_batch(verifier, PROMPTS[:1], settings, seed=1)["input_ids"][0].tolist()
-    stop = whole[4 + 2]
+    full = generate_batch(verifier, PROMPTS[:1], settings, seed=1)["input_ids"][0].tolist()
+    stop = full[4 + 2]
     monkeypatch.setattr(verifier.generation_config, "eos_token_id", stop)
     batch = generate_batch(verifier, PROMPTS[:1], settings, seed=1)
-    assert batch["input_ids"][0].tolist() == whole[: whole.index(stop, 4) + 1]
+    assert batch["input_ids"][0].tolist() == full[: full.index(stop, 4) + 1]
     assert int(batch["loss_mask"].sum()) == len(batch["input_ids"][0]) - 4
 
 
