@@ -34,7 +34,7 @@ from specforge.registry import installed
 from specforge.sampling import Sampling
 from specforge.verifier.loading import load_verifier
 
-# The rows are greedy: their own tokens are what a greedy round accepts.
+# The rows are greedy: a greedy round accepts their own tokens.
 TEXT = {"objective": {"kl": 1.0, "text": 0.5}}
 BLOCKS = {**TEXT, "step_decay": 0.8, "anchors": 64}
 HASS = {"alignment_steps": 3, "objective": {"cross_entropy": 0.1, "top_k": 1.0, "text": 0.5}}
@@ -44,7 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "EAGLE-1": {"algorithm": "eagle", "model": {}},
     "HASS": {"algorithm": "eagle", "model": HASS},
     "EAGLE-3": {"algorithm": "eagle3", "model": {**EAGLE3, "draft": {"draft_vocab_size": None}}},
-    "EAGLE-3, for vLLM alone": {
+    "EAGLE-3, for vLLM only": {
         "algorithm": "eagle3",
         "model": {**EAGLE3, "draft": {"draft_vocab_size": None, "layer_type": "qwen3", "norm_output": True}},
     },
@@ -154,7 +154,7 @@ def train(path: Path) -> Path:
 
 
 def proposal(method: str, draft: SpeculatorModel) -> TokenProposalConfig:
-    """Chains of 5 and trees 6 deep, or what the draft can do."""
+    """Chains of 5 and trees of depth 6, or the draft's maximum."""
     most = draft.drafter(1).max_depth or 6
     return choose_proposal(METHODS[method].format(chain=min(5, most), depth=min(6, most)), None)
 
@@ -196,7 +196,7 @@ def main() -> None:
     verifier, template = load_verifier(arguments.verifier), VerifierTokenizer(arguments.verifier).template
     conversations = read_prompts(arguments.validation, limit=arguments.limit)
     columns = [(temperature, method) for temperature in (0.0, 1.0) for method in METHODS]
-    columns.remove((0.0, "sampling"))  # the greedy chain once more
+    columns.remove((0.0, "sampling"))  # the greedy chain again
     lengths: dict[tuple[str, float, str], list[float]] = {}
     times: dict[str, list[float]] = {}
     for temperature, method in columns:
@@ -207,8 +207,8 @@ def main() -> None:
         contenders.append(Contender("prompt lookup/0", choose_proposal("prompt_lookup", None)))
         settings = Settings(Sampling(temperature=temperature), Verification(), arguments.max_new_tokens, 32, seed=0)
         Measuring(verifier, template, contenders, settings).run("validation", conversations, lambda _: None)
-        for one in contenders:
-            recipe, measured = one.name.split("/")[0], one.tallies["validation"].measurement("validation")
+        for contender in contenders:
+            recipe, measured = contender.name.split("/")[0], contender.tallies["validation"].measurement("validation")
             lengths.setdefault((recipe, temperature, method), []).append(measured.acceptance_length)
             if (temperature, method) == columns[0]:
                 times.setdefault(recipe, []).append(measured.draft_milliseconds)
@@ -216,7 +216,7 @@ def main() -> None:
     print(f"\n| algorithm | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
     for recipe in [*arguments.recipes, "prompt lookup"]:
         cells = [lengths[recipe, temperature, method] for temperature, method in columns]
-        shown = [f"{sum(one) / len(one):.3f} ({min(one):.2f} to {max(one):.2f})" for one in cells]
+        shown = [f"{sum(cell) / len(cell):.3f} ({min(cell):.2f} to {max(cell):.2f})" for cell in cells]
         print(f"| {recipe} | {' | '.join(shown)} | {min(times[recipe]):.2f} |")
 
 

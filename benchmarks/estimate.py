@@ -1,12 +1,12 @@
 """Compare ``specforge estimate`` with real training steps: operations, memory and time, on the CPU with one thread.
 
-Takes the words of ``specforge fit``. Rows are printed for ``docs/estimate.md``::
+Takes the arguments of ``specforge fit``. Rows are printed for ``docs/estimate.md``::
 
     OMP_NUM_THREADS=1 python benchmarks/estimate.py --config configs/quickstart.yaml
 
-Eight steps are timed, by processor time of this process, so that others on the machine do not count; over them, the
-most memory that the process has is read, less what it has before verifier and draft are made. Eight more are counted
-by torch's ``FlopCounterMode``. Needs Linux, where the most memory so far can be forgotten.
+Eight steps are timed by the processor time of this process, so that other processes do not count. Memory is the peak
+over these steps, less the memory before verifier and draft are created. Torch's ``FlopCounterMode`` counts eight
+further steps. Needs Linux, where the peak can be reset.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FIT_ONLY = [
 
 
 class Measure(Callback):
-    """Measures time and memory over some steps, then counts the operations of as many."""
+    """Measures time and memory over some steps, then counts the operations of the same number of steps."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -44,11 +44,11 @@ class Measure(Callback):
         self._counter = FlopCounterMode(display=False, custom_mapping=MORE_FORMULAS)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note what the process has before the models are made."""
+        """Record the memory before the models are created."""
         self.base = _status("VmRSS")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin to measure, or to count."""
+        """Start measuring or counting."""
         tokens = int((batch["document_ids"] >= 0).sum())
         if batch_idx == WARMUP:
             Path("/proc/self/clear_refs").write_text("5")
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
         fit.trainer.callbacks.append(measure)
         fit.run()
     found = estimate(EstimateCLI(algorithm, arguments, "estimate"))
-    shortest, longest = (one / found.tokens_per_step * 1e3 for one in found.seconds_per_step())
+    shortest, longest = (seconds / found.tokens_per_step * 1e3 for seconds in found.seconds_per_step())
     rate = measure.flops / measure.counted_tokens * measure.tokens / measure.seconds
     print(f"operations a token: {found.total_flops:,.0f}, counted {measure.flops / measure.counted_tokens:,.0f}")
     print(f"memory: {in_units(found.memory.peak, 'B')}, measured {in_units(measure.memory, 'B')}")

@@ -1,10 +1,10 @@
-r"""Peak memory of training by the length of a row: does it grow with the length, or with its square?
+r"""Peak memory of training by row length: is the growth linear or quadratic?
 
     python benchmarks/long_context.py --lengths 1024 2048 4096 8192
 
 Each figure is the growth of a fresh process's peak resident memory over one step on one row, by `specforge fit`: the
 verifier's pass, the draft's steps, losses, gradients and update. A row is one document, or documents of 512 tokens.
-Beside them stands the verifier's pass alone, and as transformers runs it, with masks. The verifier is a random one.
+For comparison, only the verifier's pass is measured, also with masks, as transformers runs it. The verifier is random.
 """
 
 from __future__ import annotations
@@ -45,33 +45,35 @@ def main() -> None:
     arguments = parser.parse_args()
     lengths = sorted(arguments.lengths)
     print(
-        "| what | row | " + " | ".join(f"{one:,}" for one in lengths) + " | fit: a token | fit: share of the square |"
+        "| what | row | "
+        + " | ".join(f"{length:,}" for length in lengths)
+        + " | fit: per token | fit: share of the square |"
     )
     print("|---|---|" + "---|" * (len(lengths) + 2))
     for name in arguments.measure:
         for document in (None, DOCUMENT):
             row = "one document" if document is None else f"documents of {document}"
-            grown = [peak_growth(name, one, document or one) for one in lengths]
+            grown = [peak_growth(name, length, document or length) for length in lengths]
             token, square = fit(lengths, grown)
-            figures = " | ".join(f"{one:,.0f} MiB" for one in grown)
+            figures = " | ".join(f"{growth:,.0f} MiB" for growth in grown)
             print(f"| {name} | {row} | {figures} | {token * 1024:,.0f} KiB | {square:.0%} |", flush=True)
 
 
 def fit(lengths: list[int], grown: list[float]) -> tuple[float, float]:
-    """Fit a constant, a linear and a quadratic part; return MiB a token and the square's share at the longest row."""
+    """Fit a constant, a linear and a quadratic part; return MiB per token and the last's share at the longest row."""
     terms = np.array([[1.0, length, length**2] for length in lengths])
     (_, token, square), *_ = np.linalg.lstsq(terms, np.array(grown), rcond=None)
     return float(token), float(square * lengths[-1] ** 2 / grown[-1])
 
 
 def peak_growth(name: str, length: int, document: int) -> float:
-    """Measure in a process of its own by how much its peak memory grows, in MiB."""
+    """Measure the growth of peak memory in a separate process, in MiB."""
     with multiprocessing.get_context("spawn").Pool(1) as pool, tempfile.TemporaryDirectory() as folder:
         return float(pool.apply(measure, (name, length, document, Path(folder))))
 
 
 def measure(name: str, length: int, document: int, folder: Path) -> float:
-    """Return the growth of this process's peak memory over a step or a pass of the verifier, in MiB."""
+    """Return the growth of this process's peak memory over a step or a verifier forward pass, in MiB."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

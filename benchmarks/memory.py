@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes, on Linux."""
+"""Memory of a function call, on Linux."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def growth_of_peak(work: Callable[[], Any]) -> int:
-    """Return by how much the peak of this process's resident memory grows while something is done, in bytes."""
+    """Return the growth of this process's peak resident memory during a call, in bytes."""
     libc = ctypes.CDLL("libc.so.6")
-    # Large blocks go back to the system at once, so that the peak is that of what is in use.
+    # Large blocks are returned to the system at once, so that the peak is that of memory in use.
     libc.mallopt(M_MMAP_THRESHOLD, 2**16)
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -23,6 +23,6 @@ def growth_of_peak(work: Callable[[], Any]) -> int:
 
 
 def resident(what: str) -> int:
-    """Return an entry of this process's status, in bytes: ``VmRSS`` is resident now, ``VmHWM`` was at most."""
+    """Return an entry of this process's status, in bytes: ``VmRSS`` is resident memory, ``VmHWM`` its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{what}:"))

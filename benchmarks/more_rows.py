@@ -1,11 +1,11 @@
-r"""What more rows bring: acceptance length against training tokens, on the quickstart's verifier.
+r"""The effect of more rows: acceptance length against training tokens, on the quickstart's verifier.
 
     pip install reasoning-gym
     python benchmarks/more_rows.py --folder FOLDER
 
 Draws problems that are not among the quickstart's, lets its verifier answer them, and trains the quickstart's recipe on
 the first 500, 1,000, ... rows for equal numbers of steps. All are validated on the quickstart's validation rows. Prints
-a Markdown table; what lies in FOLDER is not made again.
+a Markdown table; existing files in FOLDER are not written again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def write_rows(path: Path, number: int) -> None:
-    """Let the verifier answer problems; a few more are drawn, since those cut at the limit are left out."""
+    """Let the verifier answer problems; a few more are drawn, since responses cut at the limit are omitted."""
     sys.path.insert(0, str(QUICKSTART))
     from problems import generate
     from write_responses import load_verifier, write_split
@@ -52,7 +52,7 @@ def write_rows(path: Path, number: int) -> None:
 
 
 def first_rows(source: Path, number: int) -> Path:
-    """Write the first rows of a file to one of their own."""
+    """Write the first rows of a file to a new file."""
     path = source.with_name(f"rows-{number}.jsonl")
     with source.open(encoding="utf-8") as lines:
         path.write_text("".join(islice(lines, number)), encoding="utf-8")
@@ -71,7 +71,7 @@ def train(rows: Path, steps: int, log: Path) -> tuple[float, float]:
         shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         log.write_text(shown, encoding="utf-8")
     shown = log.read_text(encoding="utf-8")
-    lengths = [float(one) for one in re.findall(r"acceptance_length (\d\.\d+)", shown)]
+    lengths = [float(length) for length in re.findall(r"acceptance_length (\d\.\d+)", shown)]
     batches = int(re.findall(r"an epoch has ([\d,]+) batches", shown)[0].replace(",", ""))
     return max(lengths), steps / batches
 

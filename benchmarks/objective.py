@@ -1,15 +1,15 @@
-r"""Losses and gradients of a step alone: ours beside the formula as written, torch's and Liger's chunked losses.
+r"""Only the losses and gradients of a step: ours against the plain formula, and torch's and Liger's chunked losses.
 
-    pip install --no-deps liger-kernel triton   # for its line; left out where it is not installed
+    pip install --no-deps liger-kernel triton   # optional, for its line
     python benchmarks/objective.py --output objective.json
 
 All compute the loss from hidden states and heads, and the gradients of the draft's states and head, in float32 with
-one thread, each in a process of its own. `kl` is the divergence from the verifier's distribution, whose logits all form
-too; `text` is the cross-entropy with the text. Ours forms a target's distribution once for all draft steps, and also
-returns acceptance probabilities and top-1 agreement, with any loss; "compiled" is with `model.compile: true`. Liger's
-Triton kernels need an accelerator; its chunked Jensen-Shannon loss, at beta 0 the same divergence, is plain torch, here
-without torch.compile. torch's ``linear_cross_entropy`` takes classes (or stored probabilities, which are what is to be
-avoided).
+one thread, each in a separate process. `kl` is the divergence from the verifier's distribution, whose logits all
+compute too; `text` is the cross-entropy with the text. Ours forms a target's distribution once for all draft steps, and
+also returns acceptance probabilities and top-1 agreement, with any loss; "compiled" is with `model.compile: true`.
+Liger's Triton kernels need an accelerator; its chunked Jensen-Shannon loss, at beta 0 the same divergence, is plain
+torch, here without torch.compile. torch's ``linear_cross_entropy`` takes classes (or stored probabilities, which the
+comparison avoids).
 
 The losses must agree. Time is the processor's, the median of three; memory is the growth of the peak over weights and
 inputs.
@@ -51,9 +51,9 @@ class Problem:
 
     Args:
         steps: Draft steps.
-        rows: Rows of each, all supervised.
-        width: Of the states.
-        vocabulary: Of draft and verifier.
+        rows: Rows of each step, all supervised.
+        width: Width of the states.
+        vocabulary: Vocabulary size of draft and verifier.
     """
 
     def __init__(self, steps: int, rows: int, width: int, vocabulary: int) -> None:
@@ -70,7 +70,7 @@ class Problem:
 
     @property
     def normalised(self) -> Tensor:
-        """What the verifier's head reads, once for each step and row, [S * N, H]."""
+        """Input of the verifier's head, for each step and row, [S * N, H]."""
         return self.teacher.parts.norm(self.teacher.last)[self.targets.flatten()]
 
     @property
@@ -96,7 +96,7 @@ def ours(problem: Problem, objective: str, compiled: bool = False) -> Tensor:
 
 
 def plain(problem: Problem, objective: str) -> Tensor:
-    """Return the loss as the formula is written: logits of all steps in one tensor."""
+    """Return the loss by the plain formula: logits of all steps in one tensor."""
     logits = problem.hidden.flatten(0, 1) @ problem.head.T
     if objective == "text":
         return F.cross_entropy(logits, problem.classes)
@@ -105,7 +105,7 @@ def plain(problem: Problem, objective: str) -> Tensor:
 
 
 def of_torch(problem: Problem, objective: str) -> Tensor:
-    """Return torch's chunked loss, from 2.13."""
+    """Return torch's chunked loss, new in 2.13."""
     chunks = nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(problem.hidden.flatten(0, 1), problem.head, problem.classes, options=chunks)
 
@@ -157,34 +157,34 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[8192, 32_768], help="Of draft and verifier.")
     parser.add_argument("--output", type=Path, help="JSON file for every figure.")
     arguments = parser.parse_args()
-    there = {name: one for name, one in CONTESTANTS.items() if name in available()}
+    contestants = {name: contestant for name, contestant in CONTESTANTS.items() if name in available()}
     every = []
     print("| loss | vocabulary | rows × steps | contestant | CPU | of ours | memory | of ours |")
     print("|---|---|---|---|---|---|---|---|")
     for objective, vocabulary, rows in itertools.product(("kl", "text"), arguments.vocabulary, arguments.rows):
         sizes = (arguments.steps, rows, arguments.width, vocabulary)
         found: dict[str, dict[str, float]] = {}
-        for name, (_, objectives) in there.items():
+        for name, (_, objectives) in contestants.items():
             if objective in objectives:
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     found[name] = pool.apply(measure, (name, objective, sizes))
         own = found[OURS]
-        for name, one in found.items():
-            if not math.isclose(one["loss"], own["loss"], rel_tol=1e-4):
-                sys.exit(f"{name} computes {one['loss']}, ours {own['loss']}")
+        for name, cost in found.items():
+            if not math.isclose(cost["loss"], own["loss"], rel_tol=1e-4):
+                sys.exit(f"{name} computes {cost['loss']}, ours {own['loss']}")
             print(
-                f"| {objective} | {vocabulary:,} | {rows:,} × {arguments.steps} | {name} | {one['seconds']:.2f} s | "
-                f"{one['seconds'] / own['seconds']:.2f} | {one['memory'] / 2**20:,.0f} MiB | "
-                f"{one['memory'] / own['memory']:.2f} |",
+                f"| {objective} | {vocabulary:,} | {rows:,} × {arguments.steps} | {name} | {cost['seconds']:.2f} s | "
+                f"{cost['seconds'] / own['seconds']:.2f} | {cost['memory'] / 2**20:,.0f} MiB | "
+                f"{cost['memory'] / own['memory']:.2f} |",
                 flush=True,
             )
-            every.append({"objective": objective, "sizes": sizes, "contestant": name, **one})
+            every.append({"objective": objective, "sizes": sizes, "contestant": name, **cost})
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(every, indent=1))
 
 
 def available() -> list[str]:
-    """Return the contestants that this environment has."""
+    """Return the contestants available in this environment."""
     missing = set()
     if not hasattr(F, "linear_cross_entropy"):
         missing.add("torch's linear_cross_entropy")

@@ -1,10 +1,10 @@
-r"""How fast `specforge prepare rows` is, and that its memory does not grow with the source.
+r"""The speed of `specforge prepare rows`, and its memory, which must not grow with the source.
 
     python benchmarks/preparation.py --verifier VERIFIER --rows 10000 100000 --workers 2
 
-Writes so many synthetic ShareGPT chats, prepares each set in a process of its own, and prints a Markdown table: wall
-time, processor time of all processes together, and the peak memory of the parent and of the largest worker. Memory that
-belongs to a process alone (RssAnon) stands beside all that is resident (VmHWM), which counts mapped files too.
+Writes synthetic ShareGPT chats, prepares each set in a separate process, and prints a Markdown table: wall time,
+processor time of all processes, and the peak memory of the parent and of the largest worker: private memory (RssAnon)
+and all resident memory (VmHWM), which includes mapped files.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def watch(process: subprocess.Popen[bytes]) -> tuple[dict[int, dict[str, int]], 
 
 
 def memory(pid: int) -> dict[str, int]:
-    """Return what the kernel says of a process's memory in KiB; nothing of one that has ended."""
+    """Return a process's memory in KiB, as reported by the kernel; nothing if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def measure(folder: Path, number: int, arguments: argparse.Namespace) -> str:
-    """Prepare so many rows; return a line of the table."""
+    """Prepare a number of rows; return a line of the table."""
     source = folder / "chats.jsonl"
     with source.open("w") as file:
         for chat in chats(number, arguments.seed):
@@ -106,7 +106,7 @@ def measure(folder: Path, number: int, arguments: argparse.Namespace) -> str:
     tokens = sum(split["tokens"] for split in splits)
     parent = peaks.pop(process.pid)
     workers = {name: max((peak[name] for peak in peaks.values()), default=0) for name in FIELDS}
-    sizes = " | ".join(f"{one['RssAnon'] / 1024:.0f} ({one['VmHWM'] / 1024:.0f}) MiB" for one in (parent, workers))
+    sizes = " | ".join(f"{peak['RssAnon'] / 1024:.0f} ({peak['VmHWM'] / 1024:.0f}) MiB" for peak in (parent, workers))
     return (
         f"| {number:,} | {source.stat().st_size / 2**20:.0f} MiB | {tokens / 1e6:.1f} M | {wall:.0f} s | "
         f"{processor:.0f} s | {number / wall:,.0f} | {again:.1f} s | {sizes} |"

@@ -1,6 +1,6 @@
 """The chat templates inside published packages, and a tokenizer for each.
 
-Nothing of them is kept in the repository but names and digests.
+The repository stores only their names and digests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-# Templates of rerankers and embedders in these folders are no chats.
+# These folders hold templates of rerankers and embedders, which are not chat templates.
 _NO_CHATS = re.compile(r"/(pooling|embed|score)/|(rerank|/template_basic|/template_blip2|_ocr|_audio)[^/]*$")
 
 
@@ -29,10 +29,10 @@ class Package:
     """A package with chat templates.
 
     Attributes:
-        requirement: What pip downloads.
+        requirement: Requirement for pip.
         source: Whether the templates are in the source package only.
-        variables: Environment in which its build tells its own version.
-        needs: Packages with which its build does so; pip would fetch all that compiles it.
+        variables: Environment variables for its build to report its version.
+        needs: Packages that its build needs for that; pip would install all build requirements.
     """
 
     requirement: str
@@ -46,7 +46,7 @@ class Package:
         return self.requirement.partition("==")[0]
 
     def unpack(self, folder: Path) -> Path:
-        """Download it into a folder, unless it is there, and return where it is unpacked."""
+        """Download it into a folder unless it exists; return where it is unpacked."""
         target = folder / self.requirement
         if not target.exists():
             archives = folder / "archives" / self.requirement
@@ -101,7 +101,7 @@ class Template:
 
 
 def read_templates(folder: Path, packages: tuple[Package, ...] = PACKAGES) -> list[Template]:
-    """Return the distinct chat templates of some packages, which are downloaded into a folder where they lack."""
+    """Return the distinct chat templates of some packages, which are downloaded into a folder if missing."""
     found: dict[str, Template] = {}
     for package in packages:
         root = package.unpack(folder)
@@ -133,24 +133,27 @@ def _constants(source: str) -> Iterator[tuple[str, str]]:
 
 
 def _extract(archive: Path, target: Path) -> None:
-    """Unpack what may hold templates."""
-    wanted = (".jinja", "chat_templates.py")
+    """Unpack the files that may hold templates."""
+    endings = (".jinja", "chat_templates.py")
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
-            wheel.extractall(target, [name for name in wheel.namelist() if name.endswith(wanted)])
+            wheel.extractall(target, [name for name in wheel.namelist() if name.endswith(endings)])
     else:
         with tarfile.open(archive) as tar:
-            tar.extractall(target, [one for one in tar.getmembers() if one.name.endswith(wanted)], filter="data")
+            tar.extractall(
+                target, [member for member in tar.getmembers() if member.name.endswith(endings)], filter="data"
+            )
 
 
-# Control tokens as families write them. Some templates put them together: '<|' + message['role'] + '|>'.
+# Control tokens of the families. Some templates concatenate them: '<|' + message['role'] + '|>'.
 _CONTROL = re.compile(
     r"<\|[^|<>\s'\"{}]+\|?>|<[a-z_]+\|>|<｜[^｜<>'\"{}]+｜>|\[/?[A-Z_]{2,}\]|\[\|[a-z]+\|\]|</?s>|</?[a-z]+:[a-z_]+>"
     r"|<(?:start|end|begin)_of_\w+>|<SPECIAL_\d+>|<sep>|</assistant>|\]~!?b?\[|\[e~\[|\]~b\]|<unused\d+>"
 )
 _PUT_TOGETHER = re.compile(r"'<\|'|\"<\|\"|<\|\{\{")
 _ROLES = ("system", "user", "assistant", "observation", "tool", "developer")
-# The end tokens of each family's generation configuration; those count whose first is in the template, in this order.
+# The end tokens of each family's generation configuration; the first entry whose first token is in the template
+# applies.
 _END_TOKENS: tuple[tuple[str, ...], ...] = (
     ("<|return|>", "<|call|>", "<|endoftext|>"),
     ("<|observation|>", "<|user|>", "<|endoftext|>"),
@@ -181,8 +184,8 @@ _END_TOKENS: tuple[tuple[str, ...], ...] = (
     ("<sep>",),
     ("<|endoftext|>",),
 )
-_HUNYUAN = "<｜hy_eos:opensource｜>"  # its template puts the names of its tokens together
-# Words that a tokenizer learns its pieces from, so that pieces are longer than a byte and may straddle a boundary.
+_HUNYUAN = "<｜hy_eos:opensource｜>"  # its template concatenates the names of its tokens
+# Training words for a tokenizer, so that its tokens are longer than a byte and may straddle a boundary.
 _CORPUS = [
     "What is seven times eight? The product is 56.\n\n",
     "```python\nprint(1)\n```\n\n\n",
@@ -208,7 +211,12 @@ def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
     words = [word for word in ("<think>", "</think>", "<tool_call>", "</tool_call>") if word in text]
     backend.add_tokens([AddedToken(word, normalized=False) for word in words])
     bos = next(
-        (one for one in ("<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>", "[gMASK]") if one in control), "<s>"
+        (
+            candidate
+            for candidate in ("<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>", "[gMASK]")
+            if candidate in control
+        ),
+        "<s>",
     )
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=ends[0], chat_template=text)
 

@@ -1,10 +1,10 @@
-r"""The quickstart from end to end: how long training waits for data, and what the decoding loop adds to the models.
+r"""The quickstart from end to end: the time training waits for data, and the overhead of the decoding loop.
 
     python benchmarks/quickstart.py
 
-Trains it twice, the verifier running along and from stored states, and reads throughput and ``train/idle_share`` as the
-runs logged them, the median of the logged intervals; then decodes with the draft and takes the loop's own time a round
-from ``specforge evaluate``.
+Trains it twice, with a live verifier and from stored states, and reads the logged throughput and ``train/idle_share``,
+the median over the logged intervals; then decodes with the draft and takes the loop's time per round from ``specforge
+evaluate``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run("prepare", "features", "--config", CONFIG, "--output", f"{folder}/features")
-        print("| states of the verifier | tokens/s | share of the time that waits for data | most |\n|---|---|---|---|")
-        for states, given in (("it runs along", "live"), ("stored", f"{folder}/features")):
+        print("| states of the verifier | tokens/s | share of time waiting for data | maximum |\n|---|---|---|---|")
+        for states, given in (("live", "live"), ("stored", f"{folder}/features")):
             output = folder / states.replace(" ", "-")
             run("fit", "--config", CONFIG, "--data.features", given, "--output_dir", str(output))
             print(idle_row(states, output / "version_0"), flush=True)
@@ -43,17 +43,17 @@ def main() -> None:
             run("evaluate", str(draft), *sets, "--output", str(report), "--baselines", "--proposal", *PROPOSALS)
             results = Results.model_validate_json((report / "results.json").read_text())
             for contender in results.contenders:
-                one = contender.all_sets
-                share = one.other_milliseconds / one.verifier_milliseconds
+                measured = contender.all_sets
+                share = measured.other_milliseconds / measured.verifier_milliseconds
                 print(
-                    f"| {temperature} | {contender.name} | {one.draft_milliseconds:.2f} ms | "
-                    f"{one.verifier_milliseconds:.2f} ms | {one.other_milliseconds:.2f} ms | {share:.1%} |",
+                    f"| {temperature} | {contender.name} | {measured.draft_milliseconds:.2f} ms | "
+                    f"{measured.verifier_milliseconds:.2f} ms | {measured.other_milliseconds:.2f} ms | {share:.1%} |",
                     flush=True,
                 )
 
 
 def run(*arguments: str) -> None:
-    """Run a command of specforge; what it says stays out of the tables."""
+    """Run a command of specforge; its output is not printed among the tables."""
     with contextlib.redirect_stdout(sys.stderr):
         assert specforge(list(arguments)) == 0
 

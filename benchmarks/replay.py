@@ -1,9 +1,9 @@
-"""Replay beside real decoding and beside the estimates of other tools, on the same data.
+"""Replay against real decoding and the estimates of other tools, on the same data.
 
     python benchmarks/replay.py DRAFT --prompts PROMPTS.jsonl [...] [--verifier VERIFIER] [--temperature 1]
 
-The verifier answers each prompt alone; replay and the estimates read those answers. Then the draft's chains are decoded
-for real, with other random numbers above temperature 0. Standard errors come from resampling prompts.
+The verifier answers each prompt without a draft; replay and the estimates read these answers. Then the draft's chains
+are really decoded, with other random numbers above temperature 0. Standard errors come from resampling prompts.
 """
 
 from __future__ import annotations
@@ -43,23 +43,25 @@ class Counted:
 
 def replayed(prompts: list[Counted], chain: int) -> float:
     """The exact figure."""
-    found = [replay(one.acceptance.T[None], torch.tensor([one.acceptance.shape[1]])) for one in prompts]
-    return float(sum(one.tokens for one in found) / sum(one.rounds[chain - 1] for one in found))
+    found = [replay(prompt.acceptance.T[None], torch.tensor([prompt.acceptance.shape[1]])) for prompt in prompts]
+    return float(sum(result.tokens for result in found) / sum(result.rounds[chain - 1] for result in found))
 
 
 def real(prompts: list[Counted], chain: int) -> float:
-    """What decoding yields."""
-    return sum(one.tokens for one in prompts) / sum(one.rounds for one in prompts)
+    """The figure of real decoding."""
+    return sum(prompt.tokens for prompt in prompts) / sum(prompt.rounds for prompt in prompts)
 
 
 def anchors(prompts: list[Counted], chain: int) -> Tensor:
-    """Anchors from which the whole chain lies inside the response, [K, N]."""
-    whole = [max(one.acceptance.shape[1] - chain + 1, 0) for one in prompts]
-    return torch.cat([one.acceptance[:chain, :number] for one, number in zip(prompts, whole, strict=True)], dim=1)
+    """Anchors from which the complete chain is inside the response, [K, N]."""
+    counts = [max(prompt.acceptance.shape[1] - chain + 1, 0) for prompt in prompts]
+    return torch.cat(
+        [counted.acceptance[:chain, :number] for counted, number in zip(prompts, counts, strict=True)], dim=1
+    )
 
 
 def mean_over_anchors(prompts: list[Counted], chain: int) -> float:
-    """1 + mean over all anchors of the accepted tokens: what the sum of prefix accuracies says (speculators)."""
+    """1 + mean over all anchors of the accepted tokens, the sum of prefix accuracies (speculators)."""
     return float(1 + anchors(prompts, chain).cumprod(0).sum(0).mean())
 
 
@@ -69,7 +71,7 @@ def product_of_means(prompts: list[Counted], chain: int) -> float:
 
 
 def without_bonus(prompts: list[Counted], chain: int) -> float:
-    """The same without the verifier's own token (SpecForge of sgl-project: eval/simulated_acc_len)."""
+    """The same without the bonus token (SpecForge of sgl-project: eval/simulated_acc_len)."""
     return product_of_means(prompts, chain) - 1
 
 
@@ -128,14 +130,14 @@ def main() -> None:
     print(f"|---|---|{'---|' * len(FIGURES)}---|")
     for source in arguments.prompts:
         conversations = read_prompts(source, limit=arguments.limit)
-        prompts = [torch.tensor(one.prompt(0, [], template)) for one in conversations]
+        prompts = [torch.tensor(conversation.prompt(0, [], template)) for conversation in conversations]
         counted: dict[str, list[Counted]] = {kind: [] for kind in methods}
-        alone = Decoder(verifier, sampling=sampling)
+        plain = Decoder(verifier, sampling=sampling)
         decoders = {kind: Decoder(verifier, draft, method, sampling) for kind, method in methods.items()}
         for sample in range(1 if sampling.is_greedy else arguments.samples):
             for first in tqdm(range(0, len(prompts), arguments.batch_size), desc=source, disable=None):
                 batch = prompts[first : first + arguments.batch_size]
-                measure(batch, alone, decoders, draft, arguments, counted, seed=10 * sample)
+                measure(batch, plain, decoders, draft, arguments, counted, seed=10 * sample)
         for kind, found in counted.items():
             values = " | ".join(f"{figure(found, arguments.chain):.3f}" for figure in FIGURES.values())
             error = standard_errors(found, arguments.chain)
@@ -146,30 +148,30 @@ def main() -> None:
 
 def measure(
     batch: list[Tensor],
-    alone: Decoder,
+    plain: Decoder,
     decoders: dict[str, Decoder],
     draft: SpeculatorModel,
     arguments: argparse.Namespace,
     counted: dict[str, list[Counted]],
     seed: int,
 ) -> None:
-    """Answer a batch of prompts alone and with each kind of chain, and add what was counted."""
-    said: list[list[int]] = [[] for _ in batch]
-    for one in alone.decode(batch, arguments.max_new_tokens, seed):
-        said[one.sequence] += one.tokens
+    """Answer a batch of prompts without a draft and with each kind of chain; add the counts."""
+    responses: list[list[int]] = [[] for _ in batch]
+    for emission in plain.decode(batch, arguments.max_new_tokens, seed):
+        responses[emission.sequence] += emission.tokens
     rounds = {kind: [[0, 0] for _ in batch] for kind in decoders}
     for number, (kind, decoder) in enumerate(decoders.items()):
-        for one in decoder.decode(batch, arguments.max_new_tokens, seed + 1 + number):
-            if one.drafted is not None:
-                rounds[kind][one.sequence][0] += 1
-                rounds[kind][one.sequence][1] += len(one.tokens)
-    for row, (prompt, response) in enumerate(zip(batch, said, strict=True)):
+        for emission in decoder.decode(batch, arguments.max_new_tokens, seed + 1 + number):
+            if emission.drafted is not None:
+                rounds[kind][emission.sequence][0] += 1
+                rounds[kind][emission.sequence][1] += len(emission.tokens)
+    for row, (prompt, response) in enumerate(zip(batch, responses, strict=True)):
         if len(response) < 2:
             continue
         text = torch.cat([prompt, torch.tensor(response)])
-        features = capture(alone.verifier, text[None], torch.arange(len(text))[None], draft.aux_layers)
+        features = capture(plain.verifier, text[None], torch.arange(len(text))[None], draft.aux_layers)
         greedy, drawn = chain_acceptance(
-            draft, alone.parts, text, features, len(prompt), arguments.chain, alone.sampling
+            draft, plain.parts, text, features, len(prompt), arguments.chain, plain.sampling
         )
         for kind in decoders:
             acceptance = (greedy if kind == "greedy" else drawn).double()

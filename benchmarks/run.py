@@ -1,10 +1,10 @@
-r"""Run the benchmarks of speed and write what they print to ``benchmarks/RESULTS.md``, each into its own section.
+r"""Run the speed benchmarks and write their output to ``benchmarks/RESULTS.md``, a section for each.
 
     python benchmarks/run.py                                          # all that this environment can run
     python benchmarks/run.py training_step objective                  # some of them
     benchmarks/peers/install .venv-peers && python benchmarks/run.py peers --environments .venv-peers
 
-The machine should have nothing else to do. A section says when, on what and by which versions it was measured.
+The machine should be idle otherwise. A section states date, machine and versions of its measurement.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Part:
     """A benchmark.
 
     Attributes:
-        title: Of its section.
-        command: Its file, and what it is told.
+        title: Title of its section.
+        command: Its file and arguments.
     """
 
     title: str
@@ -44,8 +44,8 @@ PARTS = {
         "A training step by length, draft steps and vocabulary",
         ("training_step.py", "--plot", str(PLOTS / "training-step.svg")),
     ),
-    "peers": Part("A training step beside two published packages", ("peers/side_by_side.py",)),
-    "objective": Part("Losses and gradients alone", ("objective.py",)),
+    "peers": Part("A training step against two published packages", ("peers/side_by_side.py",)),
+    "objective": Part("Only losses and gradients", ("objective.py",)),
     "preparation": Part(
         "Preparing rows", ("preparation.py", "--verifier", "configs/quickstart/verifier", "--rows", "10000")
     ),
@@ -54,7 +54,7 @@ PARTS = {
 
 
 def main() -> None:
-    """Run the parts that were asked for."""
+    """Run the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"Some of: {', '.join(PARTS)}; all by default.")
     parser.add_argument("--environments", type=Path, help="Folder of the peers' environments (peers/install).")
@@ -75,12 +75,12 @@ def main() -> None:
 
 
 def tables(lines: Iterable[str]) -> str:
-    """Leave out what commands say beside their tables."""
+    """Keep only the tables of a command's output."""
     return "\n".join(line for line in lines if not line or line.startswith("|") or line.endswith("trained")).strip()
 
 
 def write_section(name: str, part: Part, text: str) -> None:
-    """Put a section into the page, in the place of the one that was there."""
+    """Write a section into the page; replace an earlier one."""
     when = datetime.date.today().isoformat()
     versions = f"Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}"
     image = f"\n![{part.title}](../docs/images/{name.replace('_', '-')}.svg)\n" if "--plot" in part.command else ""
@@ -91,9 +91,9 @@ def write_section(name: str, part: Part, text: str) -> None:
     page = RESULTS.read_text()
     old = re.compile(rf"<!-- {name} -->.*?<!-- end of {name} -->\n", re.DOTALL)
     page = old.sub(lambda _: section, page) if old.search(page) else f"{page.rstrip()}\n\n{section}"
-    beside = RESULTS.with_suffix(".new")
-    beside.write_text(page)
-    beside.replace(RESULTS)
+    temporary = RESULTS.with_suffix(".new")
+    temporary.write_text(page)
+    temporary.replace(RESULTS)
 
 
 def processor() -> str:

@@ -1,4 +1,4 @@
-"""Conversations as people publish them, one for each way in which a chat template can go wrong."""
+"""Conversations in published forms, one for each known fault of chat templates."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def call(arguments: Any = ARGUMENTS, content: Any = None, number: int = 1) -> Me
 
 
 def result(content: str = '{"sky": "clear"}', number: int = 0) -> Message:
-    """What the tool answers."""
+    """The tool's answer."""
     return {"role": "tool", "tool_call_id": f"callnr{number:03}", "name": "find_weather", "content": content}
 
 
@@ -108,6 +108,6 @@ CHATS: Mapping[str, list[Message]] = {
 
 
 def row(name: str) -> Row:
-    """Return a conversation as a row of a data set, with tools where it calls one."""
+    """Return a conversation as a row of a data set, with tools if it calls one."""
     chat = CHATS[name]
-    return {"messages": chat} | ({"tools": TOOLS} if any("tool_calls" in one for one in chat) else {})
+    return {"messages": chat} | ({"tools": TOOLS} if any("tool_calls" in message for message in chat) else {})

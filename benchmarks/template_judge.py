@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 Row = dict[str, Any]
-Pair = tuple[str, str]  # the context of a reply in serving, and the reply
+Pair = tuple[str, str]  # a reply's context in serving, and the reply
 
 EXACT, REFUSED, NEEDLESS, WRONG = "exact", "refused", "needlessly refused", "silently wrong"
 STATUSES = (EXACT, REFUSED, NEEDLESS, WRONG)
@@ -118,7 +118,7 @@ class Reference:
             located, why = self._locate(form, index, message, row.get("tools"))
             pairs += [pair for pair in located if pair not in pairs]
             causes += [why] if why else []
-        answers = any(one["role"] == "user" for one in row["messages"][:index])
+        answers = any(earlier["role"] == "user" for earlier in row["messages"][:index])
         why = "" if pairs else min(causes, key=lambda cause: cause.startswith("raises"))
         ends = any(self._end.search(reply) for _, reply in pairs)
         return Turn(index, message, pairs, why, answers and bool(own_words(message)), ends)
@@ -128,7 +128,7 @@ class Reference:
         try:
             prompt = self._render(form[:index], tools, add_generation_prompt=True)
             through = self._render(form[: index + 1], tools)
-        except Exception as error:  # templates may raise anything
+        except Exception as error:  # templates may raise any exception
             return [], f"raises: {error}"
         if not through.startswith(prompt):
             return [], _difference(prompt, through)
@@ -141,7 +141,7 @@ class Reference:
             return [], kind
         if any(word in reply for word in _prompt_words(form[:index])):
             return [], "the reply holds text of its prompt"
-        return [(prompt, one) for one in replies], ""
+        return [(prompt, candidate) for candidate in replies], ""
 
     def _endings(self, form: list[Message], index: int, tools: Any, through: str) -> list[str]:
         """Return possible ends of a reply without an end token: the next message's header if it is one, or nothing."""
@@ -167,31 +167,31 @@ class Reference:
 
 def own_words(message: Message) -> list[str]:
     """Return the stripped texts that a reply must hold: thinking, content and each call."""
-    calls = [one["function"] for one in message.get("tool_calls") or ()]
-    arguments = [_as_object(one["arguments"]) for one in calls]
-    texts = [*_thinking(message), *_content(message), *(one["name"] for one in calls)]
-    texts += [text for one in arguments for text in map(str, _leaves(one))]
+    calls = [tool_call["function"] for tool_call in message.get("tool_calls") or ()]
+    arguments = [_as_object(call["arguments"]) for call in calls]
+    texts = [*_thinking(message), *_content(message), *(call["name"] for call in calls)]
+    texts += [text for argument in arguments for text in map(str, _leaves(argument))]
     return [text.strip() for text in texts if text.strip()]
 
 
 def fault(message: Message, text: str) -> str:
-    """Return what of a reply is missing in a text or in a form that no verifier writes; empty if nothing is."""
-    if not all(one.strip() in text for one in _content(message)):
+    """Return the parts of a reply that are missing in a text or in a form that no verifier writes."""
+    if not all(words.strip() in text for words in _content(message)):
         return "content lost"
     if "{'type': 'text'" in text:
         return "content as Python writes it"
-    if not all(one.strip() in text for one in _thinking(message)):
+    if not all(words.strip() in text for words in _thinking(message)):
         return "thinking lost"
-    calls = [one["function"] for one in message.get("tool_calls") or ()]
+    calls = [tool_call["function"] for tool_call in message.get("tool_calls") or ()]
     for call in calls:
-        if text.count(call["name"]) < sum(one["name"] == call["name"] for one in calls):
+        if text.count(call["name"]) < sum(other["name"] == call["name"] for other in calls):
             return "call lost"
         arguments = _as_object(call["arguments"])
         if any(f'\\"{key}' in text for key in arguments):
             return "arguments encoded twice"
         if any(f"{{'{key}'" in text for key in arguments):
             return "arguments as Python writes them"
-        if not all(any(one in text for one in _spellings(leaf)) for leaf in _leaves(arguments)):
+        if not all(any(spelling in text for spelling in _spellings(leaf)) for leaf in _leaves(arguments)):
             return "call lost"
     return ""
 
@@ -199,12 +199,12 @@ def fault(message: Message, text: str) -> str:
 def _leaves(value: Any) -> Iterator[Any]:
     """Yield the keys and scalar values of nested arguments."""
     if isinstance(value, dict):
-        for key, one in value.items():
+        for key, item in value.items():
             yield key
-            yield from _leaves(one)
+            yield from _leaves(item)
     elif isinstance(value, list):
-        for one in value:
-            yield from _leaves(one)
+        for item in value:
+            yield from _leaves(item)
     else:
         yield value
 
@@ -276,22 +276,24 @@ def _diagnose(
     row: Row, turns: Sequence[Turn], pieces: Sequence[tuple[str, bool]], context: str, text: str
 ) -> tuple[str, Turn | None]:
     """Return the fault of a supervised run and the turn that it probably belongs to."""
-    whole = "".join(piece for piece, _ in pieces)
+    rendered = "".join(piece for piece, _ in pieces)
     start, stop = len(context), len(context) + len(text)
     for turn in turns:
         for before, reply in turn.pairs:
             first, last = len(before), len(before) + len(reply)
-            if not whole.startswith(before) or stop <= first or start >= last:
+            if not rendered.startswith(before) or stop <= first or start >= last:
                 continue
             if start < first:
                 return "prompt or header supervised", turn
-            if kind := fault(turn.message, whole[first:stop]):
+            if kind := fault(turn.message, rendered[first:stop]):
                 return kind, turn
             if start > first:
                 return "beginning of the reply not supervised", turn
             if stop > last:
                 return "text after the end token supervised", turn
-            return ("end token not supervised" if (before + reply).startswith(whole[:stop]) else "reply differs"), turn
+            return (
+                "end token not supervised" if (before + reply).startswith(rendered[:stop]) else "reply differs"
+            ), turn
     if any(word in text for word in _prompt_words(row["messages"])):
         return "prompt or header supervised", None
     for turn in turns:
@@ -304,7 +306,7 @@ def _diagnose(
 
 def _prompt_words(messages: Sequence[Message]) -> list[str]:
     """Return the texts of a chat that none of its replies holds."""
-    texts = [text.strip() for one in messages if one["role"] != "assistant" for text in _content(one)]
+    texts = [text.strip() for message in messages if message["role"] != "assistant" for text in _content(message)]
     return [text for text in texts if len(text) >= _SHORTEST]
 
 
@@ -343,9 +345,9 @@ def _as_given(arguments: Any) -> Any:
 def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
     if not message.get("tool_calls"):
         return message
-    functions = [one["function"] for one in message["tool_calls"]]
-    changed = [one | {"arguments": change(one["arguments"])} for one in functions]
-    calls = [one | {"function": new} for one, new in zip(message["tool_calls"], changed, strict=True)]
+    functions = [tool_call["function"] for tool_call in message["tool_calls"]]
+    changed = [function | {"arguments": change(function["arguments"])} for function in functions]
+    calls = [old | {"function": new} for old, new in zip(message["tool_calls"], changed, strict=True)]
     return message | {"tool_calls": calls}
 
 
@@ -378,5 +380,5 @@ def _difference(prompt: str, through: str) -> str:
 
 
 def _shared(left: str, right: str) -> int:
-    """Return how many characters two texts begin with in common."""
+    """Return the length of the common prefix of two texts."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))

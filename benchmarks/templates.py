@@ -69,7 +69,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, ends: Sequence[str], arguments: A
         encoded = encoder.encode([Record(value, "row")])[0]
         if isinstance(encoded, BadRow):
             return Encoded(refusal=encoded.explanation)
-        return Encoded([pieces(tokenizer, one.input_ids.tolist(), one.loss_mask.tolist()) for one in encoded])
+        return Encoded([pieces(tokenizer, tokens.input_ids.tolist(), tokens.loss_mask.tolist()) for tokens in encoded])
 
     return encode_row
 
@@ -84,7 +84,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mask: Sequenc
 def try_template(template: Template) -> Iterator[Result]:
     """Judge every conversation with a template, and with arguments if a plain reply cannot be located without."""
     tokenizer, ends = make_tokenizer(template.text), end_tokens(template.text)
-    located = [one for one in TRIED if Reference(tokenizer, ends, one).turns(row(ONE))[0].pairs]
+    located = [given for given in TRIED if Reference(tokenizer, ends, given).turns(row(ONE))[0].pairs]
     for arguments in dict.fromkeys([0, TRIED.index(located[0]) if located else 0]):
         reference = Reference(tokenizer, ends, TRIED[arguments])
         encode_row = encode(tokenizer, ends, TRIED[arguments])
@@ -100,22 +100,22 @@ class Matrix:
     def __init__(self, results: Iterable[Result]) -> None:
         self.results = list(results)
         self._by_template: dict[str, list[Result]] = defaultdict(list)
-        for one in self.results:
-            self._by_template[one.template.digest].append(one)
+        for result in self.results:
+            self._by_template[result.template.digest].append(result)
         self.templates = [found[0].template for found in self._by_template.values()]
-        self._names = Counter((one.package, one.name) for one in self.templates)
+        self._names = Counter((template.package, template.name) for template in self.templates)
 
     @property
     def wrong(self) -> list[Result]:
         """The silently wrong rows."""
-        return [one for one in self.results if one.verdict.status == WRONG]
+        return [result for result in self.results if result.verdict.status == WRONG]
 
     def page(self, seconds: float) -> str:
         """Return the page."""
-        packages = ", ".join(f"{one.name} {one.requirement.rpartition('=')[2]}" for one in PACKAGES)
+        packages = ", ".join(f"{package.name} {package.requirement.rpartition('=')[2]}" for package in PACKAGES)
         programs = ", ".join(f"{name} {version(name)}" for name in ("transformers", "jinja2", "tokenizers"))
-        exact = sum(self._is_exact(one) for one in self.templates)
-        with_argument = sum(bool(self._argument(one)) for one in self.templates)
+        exact = sum(self._is_exact(template) for template in self.templates)
+        with_argument = sum(bool(self._argument(template)) for template in self.templates)
         return _PAGE.format(
             templates=len(self.templates),
             chats=len(CHATS),
@@ -127,7 +127,7 @@ class Matrix:
             exact=exact,
             row_a_turn=sum(map(self._splits_turns, self.templates)),
             with_argument=with_argument,
-            unlocated=sum(self._is_not_located(one) for one in self.templates),
+            unlocated=sum(self._is_not_located(template) for template in self.templates),
             wrong=f"{len(self.wrong)} rows" if self.wrong else "none",
             by_package=self._by_package(),
             by_chat=self._by_chat(),
@@ -136,14 +136,14 @@ class Matrix:
             untold_templates=self._unlocated_templates(),
             refused=self._refused(),
             row_a_turn_names=self._list(filter(self._splits_turns, self.templates)),
-            no_end=self._list(one for one in self.templates if self._shows_end(one) == (False, False)),
-            later_end=self._list(one for one in self.templates if self._shows_end(one) == (True, False)),
-            dated=sum("strftime_now" in one.text for one in self.templates),
+            no_end=self._list(template for template in self.templates if self._shows_end(template) == (False, False)),
+            later_end=self._list(template for template in self.templates if self._shows_end(template) == (True, False)),
+            dated=sum("strftime_now" in template.text for template in self.templates),
         )
 
     def _result(self, template: Template, chat: str, arguments: Arguments) -> Result:
         found = self._by_template[template.digest]
-        return next(one for one in found if one.chat == chat and one.arguments == arguments)
+        return next(result for result in found if result.chat == chat and result.arguments == arguments)
 
     def _argument(self, template: Template) -> Arguments:
         """Return the arguments that a template needs for a plain reply; none if it needs none, or none helps."""
@@ -151,7 +151,7 @@ class Matrix:
 
     def _is_exact(self, template: Template) -> bool:
         plain = [self._result(template, chat, {}) for chat in (ONE, TWO)]
-        return all(one.verdict.status == EXACT for one in plain)
+        return all(result.verdict.status == EXACT for result in plain)
 
     def _splits_turns(self, template: Template) -> bool:
         return self._result(template, TWO, self._argument(template)).verdict.rows > 1
@@ -167,8 +167,8 @@ class Matrix:
     def _by_package(self) -> str:
         rows = []
         for package in PACKAGES:
-            own = [one for one in self.templates if one.package == package.name]
-            mine = [one for one in self.wrong if one.template.package == package.name]
+            own = [template for template in self.templates if template.package == package.name]
+            mine = [result for result in self.wrong if result.template.package == package.name]
             counts = (self._is_exact, self._splits_turns, self._argument, self._is_not_located)
             numbers = [len(own), *(sum(map(bool, map(count, own))) for count in counts)]
             rows.append([package.name, package.requirement.rpartition("=")[2], *numbers, len(mine)])
@@ -176,14 +176,16 @@ class Matrix:
         return _table([*head, "need an argument", "cannot be located", "silently wrong rows"], rows)
 
     def _by_chat(self) -> str:
-        counts = Counter((one.chat, one.verdict.status) for one in self.results if not one.arguments)
-        return _table(["conversation", *STATUSES], [[chat, *(counts[chat, one] for one in STATUSES)] for chat in CHATS])
+        counts = Counter((result.chat, result.verdict.status) for result in self.results if not result.arguments)
+        return _table(
+            ["conversation", *STATUSES], [[chat, *(counts[chat, status] for status in STATUSES)] for chat in CHATS]
+        )
 
     def _wrong_rows(self) -> str:
         groups: dict[tuple[str, str], list[str]] = defaultdict(list)
-        for one in self.wrong:
-            for kind in one.verdict.kinds:
-                groups[kind, self._name(one.template)].append(one.chat)
+        for result in self.wrong:
+            for kind in result.verdict.kinds:
+                groups[kind, self._name(result.template)].append(result.chat)
         if not groups:
             return "None."
         return _table(
@@ -192,9 +194,9 @@ class Matrix:
 
     def _needless_rows(self) -> str:
         groups: dict[str, list[str]] = defaultdict(list)
-        for one in self.results:
-            if one.verdict.status == NEEDLESS:
-                groups[self._name(one.template)].append(one.chat)
+        for result in self.results:
+            if result.verdict.status == NEEDLESS:
+                groups[self._name(result.template)].append(result.chat)
         if not groups:
             return "None."
         rows = [[name, len(chats), "; ".join(chats[:3])] for name, chats in groups.items()]
@@ -205,7 +207,7 @@ class Matrix:
         for template in self.templates:
             why = self._result(template, ONE, {}).turns[0].why
             if why:
-                works = ", ".join(f"`{key}: {json.dumps(one)}`" for key, one in self._argument(template).items())
+                works = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in self._argument(template).items())
                 groups[_generic(why), works or "-"].append(template)
         ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
         rows = [[why, works, len(found), self._list(found)] for (why, works), found in ordered]
@@ -214,10 +216,10 @@ class Matrix:
     def _refused(self) -> str:
         causes: dict[str, set[str]] = defaultdict(set)
         rows: Counter[str] = Counter()
-        for one in self.results:
-            if not one.arguments:
-                for cause in {_cause(why) for why in one.verdict.unlocated}:
-                    causes[cause].add(one.template.digest)
+        for result in self.results:
+            if not result.arguments:
+                for cause in {_cause(why) for why in result.verdict.unlocated}:
+                    causes[cause].add(result.template.digest)
                     rows[cause] += 1
         ordered = sorted(causes.items(), key=lambda cause: -len(cause[1]))
         return _table(["why", "templates", "rows"], [[cause, len(found), rows[cause]] for cause, found in ordered])
@@ -323,10 +325,11 @@ def main() -> int:
     arguments = parser.parse_args()
     templates = read_templates(arguments.folder)
     begin = time.monotonic()
-    matrix = Matrix(one for template in tqdm(templates, disable=None) for one in try_template(template))
+    matrix = Matrix(result for template in tqdm(templates, disable=None) for result in try_template(template))
     arguments.output.write_text(matrix.page(time.monotonic() - begin), encoding="utf-8")
-    for one in matrix.wrong:
-        print(f"{one.template.package}: {one.template.name}, {one.chat}, {dict(one.arguments)}: {one.verdict}")
+    for result in matrix.wrong:
+        title = f"{result.template.package}: {result.template.name}"
+        print(f"{title}, {result.chat}, {dict(result.arguments)}: {result.verdict}")
     return int(bool(matrix.wrong))
 
 

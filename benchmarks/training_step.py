@@ -2,16 +2,16 @@ r"""A training step of every algorithm: time, memory and operations, by length, 
 
     OMP_NUM_THREADS=1 python benchmarks/training_step.py --output step.json --plot step.svg
 
-Each figure is of a process of its own with one thread, in float32. A step is what `specforge fit` repeats on stored
-states: draft steps, losses, gradients and AdamW, of the algorithm's own module. Rows hold documents of 512 tokens (or
-one document), of which the last 30 % are supervised; sizes beside the one that varies are those of ``SHAPE``.
+Each figure is of a separate process with one thread, in float32. A step is that of `specforge fit` on stored states:
+draft steps, losses, gradients and AdamW, of the algorithm's module. Rows hold documents of 512 tokens (or one
+document), of which the last 30 % are supervised; sizes that do not vary are those of ``SHAPE``.
 
-Time is the processor's, the median of five steps. Memory is how much the peak of what is resident grows in a step, over
+Time is the processor's, the median of five steps. Memory is the growth of the peak resident memory in a step, over
 weights, optimizer and batch. Operations are counted by torch; their rate is divided by that of a matrix product,
 measured in the same process. "Compiled" is with `model.compile: true`.
 
-Where there is a CUDA device, EAGLE-3 for an 8B verifier is measured on it instead, in bfloat16 with float32 weights;
-time is then that of the clock, and memory that of the device's tensors.
+With a CUDA device, EAGLE-3 for an 8B verifier is measured on it instead, in bfloat16 with float32 weights; time is then
+wall time, and memory that of the device's tensors.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Shape:
-    """What a step works on.
+    """The sizes of a step.
 
     Attributes:
         length: Tokens of the batch's one row.
         document: Tokens of a document.
         steps: Draft steps, or heads.
-        vocabulary: Of the verifier.
-        share: Of the vocabulary that EAGLE-3 drafts; the others draft all.
-        width: Of verifier and draft; the draft's MLP is 3.5 times as wide.
+        vocabulary: Vocabulary size of the verifier.
+        share: Share of the vocabulary that EAGLE-3 drafts; the others draft all of it.
+        width: Width of verifier and draft; the draft's MLP is 3.5 times as wide.
     """
 
     length: int = 2048
@@ -72,13 +72,13 @@ SHAPE = Shape()
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step takes.
+    """The cost of a step.
 
     Attributes:
-        seconds: Of the processor, or of the clock on an accelerator.
+        seconds: Processor time, or wall time on an accelerator.
         memory: Bytes over weights, optimizer and batch.
         flops: Operations.
-        share: Of the rate of a matrix product.
+        share: Share of the rate of a matrix product.
     """
 
     seconds: float
@@ -88,7 +88,7 @@ class Cost:
 
 
 def series(device: str) -> Iterator[tuple[str, str, Shape]]:
-    """Yield what is measured: a table's name, an algorithm and a shape."""
+    """Yield the measurements: a table's name, an algorithm and a shape."""
     if device != "cpu":
         for share, name, length in itertools.product((0.25, 1.0), ("EAGLE-3", COMPILED), (2048, 4096, 8192)):
             real = Shape(length, min(length, 2048), steps=7, vocabulary=128_000, share=share, width=4096)
@@ -150,7 +150,7 @@ def measure(name: str, shape: Shape, device: str) -> Cost:
 
 
 def growth_on_device(step: Callable[[], None]) -> int:
-    """Return by how much the peak of a CUDA device's tensors grows in a step, in bytes."""
+    """Return the growth of the peak of a CUDA device's tensors in a step, in bytes."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
@@ -211,18 +211,18 @@ def build(name: str, shape: Shape, device: str, dtype: torch.dtype) -> tuple[Any
         "aux": torch.randn(1, shape.length, len(module.aux_layers), width, dtype=dtype),
         "last": torch.randn(1, shape.length, width, dtype=dtype),
     }
-    return module, {key: one.to(device) for key, one in batch.items()}
+    return module, {key: tensor.to(device) for key, tensor in batch.items()}
 
 
 def attribute_of(what: str) -> str:
-    """Return which of a shape's sizes varies in a table."""
+    """Return the size of a shape that varies in a table."""
     return "steps" if what == "draft steps" else re.split(r"\W", what)[0]
 
 
 def table(what: str, costs: list[tuple[str, Shape, Cost]]) -> Iterator[str]:
     """Yield the lines of a Markdown table."""
     attribute = attribute_of(what)
-    yield f"| algorithm | {what} | tokens/s | ms a token | memory | operations a token | share of the rate |"
+    yield f"| algorithm | {what} | tokens/s | ms per token | memory | operations per token | share of the rate |"
     yield "|---|---|---|---|---|---|---|"
     for name, shape, cost in costs:
         yield (
@@ -234,7 +234,7 @@ def table(what: str, costs: list[tuple[str, Shape, Cost]]) -> Iterator[str]:
 
 
 def plot(found: dict[str, list[tuple[str, Shape, Cost]]], file: Path) -> None:
-    """Draw milliseconds a token and memory against what varies."""
+    """Draw milliseconds per token and memory against the varying size."""
     from matplotlib.figure import Figure
 
     from specforge.drawing import COLORS, plot_style
@@ -245,17 +245,19 @@ def plot(found: dict[str, list[tuple[str, Shape, Cost]]], file: Path) -> None:
         for column, (what, costs) in enumerate(found.items()):
             attribute = attribute_of(what)
             for color, name in zip(COLORS, (*ALGORITHMS, COMPILED), strict=False):
-                own = [(getattr(shape, attribute), shape, cost) for one, shape, cost in costs if one == name]
+                own = [
+                    (getattr(shape, attribute), shape, cost) for algorithm, shape, cost in costs if algorithm == name
+                ]
                 if not own:
                     continue
-                places = [place for place, *_ in own]
+                sizes = [size for size, *_ in own]
                 milliseconds = [cost.seconds / shape.length * 1e3 for _, shape, cost in own]
-                axes[0, column].plot(places, milliseconds, "o-", color=color, label=name)
+                axes[0, column].plot(sizes, milliseconds, "o-", color=color, label=name)
                 memory = [cost.memory / 2**20 for *_, cost in own]
-                axes[1, column].plot(places, memory, "o-", color=color, label=name)
+                axes[1, column].plot(sizes, memory, "o-", color=color, label=name)
             for row in (0, 1):
                 axes[row, column].set(xlabel=what, ylim=0)
-        axes[0, 0].set_ylabel("ms a token")
+        axes[0, 0].set_ylabel("ms per token")
         axes[1, 0].set_ylabel("memory of a step, MiB")
         axes[0, 0].legend(loc="lower left")
         figure.savefig(file)

@@ -1,6 +1,6 @@
-"""What all tests share: no network, one thread, as many processes as pay, and tiny random verifiers on disk.
+"""Shared setup: no network, one thread, up to four processes, and tiny random verifiers on disk.
 
-Nothing heavy is imported here: the process that hands the tests out to others runs none of them.
+Nothing heavy is imported here: the process that distributes the tests runs none of them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Threads that wait for each other cost these sizes a hundred times what they compute.
+# At these sizes, synchronising threads takes a hundred times as long as computing.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable, Mapping
@@ -32,8 +32,8 @@ settings.load_profile("tests")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Use up to four cores; a file or a test that is named runs in this process, which begins sooner."""
-    return 0 if any(".py" in one for one in config.args) else min(4, os.cpu_count() or 1)
+    """Use up to four cores; a named file or test runs in this process, which starts sooner."""
+    return 0 if any(".py" in arg for arg in config.args) else min(4, os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")

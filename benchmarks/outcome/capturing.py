@@ -61,7 +61,7 @@ class Run:
         return data
 
     def needs(self, verifier: PreTrainedModel, aux_layers: list[int]) -> FeatureNeeds:
-        """Return what it reads of the verifier's states."""
+        """Return which of the verifier's states the run reads."""
         config = verifier.config.get_text_config()
         mark = fingerprint(self.verifier_name, self.loading)
         sizes = config.num_hidden_layers, config.hidden_size
@@ -97,7 +97,7 @@ def write_rows(run: Run, folder: Path) -> Rows:
     config = parts.config.to_dict() | {"tie_word_embeddings": False, "dtype": "float32"}
     # safetensors refuses to store one tensor under two names, such as a head that is tied to the embeddings.
     rows.write_verifier(
-        config, *(one.weight.float().clone() for one in (parts.embed_tokens, parts.norm, parts.lm_head))
+        config, *(part.weight.float().clone() for part in (parts.embed_tokens, parts.norm, parts.lm_head))
     )
     # If the run read stored states, the peers read the same.
     data.use_features(run.needs(verifier, rows.aux_layers), "fit")
@@ -121,7 +121,7 @@ def write_rows(run: Run, folder: Path) -> Rows:
 
 
 def states_of(item: Mapping[str, Tensor], verifier: PreTrainedModel, aux_layers: list[int]) -> Features:
-    """Return the verifier's states over a packed row in float32, as they are stored or else captured."""
+    """Return the verifier's states over a packed row in float32, stored or else captured."""
     if "last" in item:
         stored = (decode(item[name], item.get(f"{name}_scales"), torch.float32) for name in ("aux", "last"))
         return Features(*stored)

@@ -1,7 +1,7 @@
-"""How a peer is trained: its own model, loss and optimizer in a loop of ours, since its own wants an accelerator.
+"""Training of a peer: its model, loss and optimizer in our loop, since its own loop requires an accelerator.
 
-A script of a peer is started as ``SCRIPT ROWS --rate RATE --seed SEED --output FOLDER`` in the peer's environment and
-writes its draft there, as the package itself would.
+A peer's script is started as ``SCRIPT ROWS --rate RATE --seed SEED --output FOLDER`` in the peer's environment and
+writes its draft there in the package's layout.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from rows import Rows
 from torch import Tensor
 
-# Steps between two lines about the loss.
+# Steps between two log lines.
 REPORTS = 50
 
 
 class Learner(ABC):
-    """A peer's draft while it is trained."""
+    """A peer's draft in training."""
 
     @abstractmethod
     def loss(self, documents: list[dict[str, Tensor]]) -> Tensor:

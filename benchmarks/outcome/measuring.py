@@ -20,7 +20,7 @@ from specforge.sampling import Sampling
 from specforge.verifier.features import Features, capture
 from specforge.verifier.parts import VerifierParts
 
-# Responses that are decoded side by side.
+# Number of responses decoded in a batch.
 BATCH = 32
 SHAPES = {"chain": "greedy:speculative_tokens={chain}", "tree": "dynamic_tree:depth={chain}"}
 
@@ -32,13 +32,13 @@ def replayed(drafts: Sequence[Path], verifier: PreTrainedModel, rows: TokenRows,
     Args:
         drafts: Folders of the drafts.
         verifier: The verifier.
-        rows: What it wrote at temperature 0.
+        rows: Its responses at temperature 0.
         chain: Length of the chains.
 
     Returns:
         For each draft, the figures of ``specforge.decoding.replay.figures``.
     """
-    models = [SpeculatorModel.from_pretrained(one, verifier=verifier) for one in drafts]
+    models = [SpeculatorModel.from_pretrained(draft, verifier=verifier) for draft in drafts]
     metrics = [AcceptanceLength(chain) for _ in models]
     parts = VerifierParts.of(verifier)
     for index in range(len(rows)):
@@ -46,11 +46,11 @@ def replayed(drafts: Sequence[Path], verifier: PreTrainedModel, rows: TokenRows,
         positions = torch.arange(len(row["input_ids"]))[None]
         # All drafts of a comparison read the same layers.
         features = capture(verifier, row["input_ids"][None], positions, models[0].aux_layers)
-        for begin, length in zip(*(one.tolist() for one in find_turns(row["loss_mask"][None])), strict=True):
+        for begin, length in zip(*(bounds.tolist() for bounds in find_turns(row["loss_mask"][None])), strict=True):
             end = begin + length
             text, seen = row["input_ids"][:end], Features(features.aux[:, :end], features.last[:, :end])
             for model, metric in zip(models, metrics, strict=True):
-                # A row's first token has no state before it that a draft could start from.
+                # There is no state before a row's first token, so a draft cannot start there.
                 accepted, _ = chain_acceptance(model, parts, text, seen, max(begin, 1), chain, Sampling())
                 metric.update(accepted[:, None], torch.ones(1, accepted.shape[1], dtype=torch.bool))
     return [metric.compute()[chain] for metric in metrics]
@@ -72,7 +72,7 @@ def decoded(
         verifier: Folder or hub id of the verifier.
         sets: Files of prompts.
         shapes: Proposal methods with their settings.
-        temperature: That of the verifier.
+        temperature: Temperature of the verifier.
         limit: Prompts of each set; None for all.
         output: Folder of the report.
     """

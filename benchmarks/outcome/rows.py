@@ -53,7 +53,7 @@ class Rows(Drafting):
             row = load_file(self._file(number))
             lengths = row.pop("lengths").tolist()
             columns = [tensor.split(lengths) for tensor in row.values()]
-            found += [dict(zip(row, one, strict=True)) for one in zip(*columns, strict=True)]
+            found += [dict(zip(row, values, strict=True)) for values in zip(*columns, strict=True)]
         return found
 
     @classmethod

@@ -1,25 +1,25 @@
-r"""The draft that a recipe trains beside those of two published trainers, on the same rows and states of the verifier.
+r"""A recipe's draft against those of two published trainers, on the same rows and states of the verifier.
 
     benchmarks/peers/install .venv-peers
     python benchmarks/outcome/run.py --environments .venv-peers
     python benchmarks/outcome/run.py --environments .venv-peers --config configs/smollm2-eagle3.yaml \
         --output runs/outcome-smollm2 -- --data.train train.jsonl --data.validation validation.jsonl
 
-Ours is the draft of ``specforge fit --config CONFIG``; what follows ``--`` is passed to it as well. The packed rows of
+Ours is the draft of ``specforge fit --config CONFIG``; arguments after ``--`` are passed on to it. The packed rows of
 that run, in its order, and the verifier's states over them are then written, in float32, and each peer is trained on
 them in its own environment: the same optimizer steps, draft vocabulary, test-time steps and aux layers, and one layer.
-All else is the peer's own default: network, loss, optimizer and schedule (``train_speculators.py`` and
-``train_sglang.py`` list them, and what had to be replaced on a CPU). speculators packs documents as we do. SGLang's
+All other settings are the peer's defaults: network, loss, optimizer and schedule (``train_speculators.py`` and
+``train_sglang.py`` list them, and the replacements for a CPU). speculators packs documents as we do. SGLang's
 package does not: it takes the documents of a packed row as a padded batch.
 
-Every learning rate is tried with the first seed, and the best, by the acceptance length on the first set of rows, with
-the others too. The seed is that of the weights: all take the rows in the same order. The peers' drafts are converted,
-and all are measured alike: every one by exact replay of greedy chains on all rows of the sets, which are to be the
-verifier's own text at temperature 0; the best one of the first seed by decoding their prompts, with chains and trees.
-Chains are as long, and trees as deep, as there are test-time steps.
+Every learning rate is tried with the first seed, and the best, by the acceptance length on the first set of rows, also
+with the other seeds. The seed sets only the weights: all read the rows in the same order. The peers' drafts are
+converted, and all are measured in the same way: every draft by exact replay of greedy chains on all rows of the sets,
+which must be the verifier's own text at temperature 0; the best draft of the first seed also by decoding the prompts,
+with chains and trees. The length of chains and the depth of trees is the number of test-time steps.
 
-CPU is that of the whole training process: ours with the verifier's passes and validation, a peer's with neither. What
-has been trained is found in ``--output`` and not trained again; ``outcome.json`` there holds the figures.
+CPU is the time of the complete training process: ours with the verifier's passes and validation, a peer's without them.
+Drafts that exist in ``--output`` are not trained again; ``outcome.json`` there holds the figures.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-# What is shared with the side by side of a step.
+# Shared with the comparison of a training step.
 sys.path.append(str(Path(__file__).parents[1] / "peers"))
 
 from capturing import Run
@@ -46,7 +46,7 @@ RATES = {"speculators": (1e-2, 2e-2, 4e-2), "sglang": (5e-3, 2e-2)}
 
 
 def main() -> None:
-    """Train what is missing, measure everything, and print the tables."""
+    """Train missing drafts, measure all, and print the tables."""
     arguments = parse()
     first, *more = arguments.seeds
     words = ["--config", arguments.config, *arguments.fit]
@@ -57,30 +57,30 @@ def main() -> None:
     sets = arguments.sets or [run.settings["data"]["validation"]]
     figures = replay(tried, run, sets)
     best = best_of_each(figures, prompt_set_name(sets[0]))
-    again = replay([workshop.train(one.key, one.rate, seed) for one in best for seed in more], run, sets)
-    figures = sorted(figures + again, key=lambda one: (list(NAMES).index(one.trained.key), one.trained.rate))
+    again = replay([workshop.train(trained.key, trained.rate, seed) for trained in best for seed in more], run, sets)
+    figures = sorted(figures + again, key=lambda figure: (list(NAMES).index(figure.trained.key), figure.trained.rate))
     print("\n".join(trained_table(figures, run.chain)), flush=True)
-    chosen = [one for one in figures if one.trained in best]
-    shapes = [SHAPES[one].format(chain=run.chain) for one in arguments.shapes]
+    chosen = [figure for figure in figures if figure.trained in best]
+    shapes = [SHAPES[shape].format(chain=run.chain) for shape in arguments.shapes]
     decoding = [
         decoded(
             [two.draft for two in best],
             run.verifier_name,
             sets,
             shapes,
-            one,
+            temperature,
             arguments.limit,
-            arguments.output / f"decoding-{one:g}",
+            arguments.output / f"decoding-{temperature:g}",
         )
-        for one in arguments.temperatures
+        for temperature in arguments.temperatures
     ]
     print("\n" + "\n".join(decoded_table(chosen, decoding)))
-    everything = [asdict(one) for one in figures]
+    everything = [asdict(figure) for figure in figures]
     (arguments.output / "outcome.json").write_text(json.dumps(everything, indent=1, default=str))
 
 
 def parse() -> argparse.Namespace:
-    """Read the command line, and make sure that the output is of the same recipe."""
+    """Read the command line; check that the output is of the same recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--environments", type=Path, default=DEFAULT, help="Folder given to peers/install.")
@@ -111,19 +111,22 @@ def replay(drafts: Sequence[Trained], run: Run, sets: Sequence[str]) -> list[Fig
     """Replay drafts on sets of rows."""
     if not drafts:
         return []
-    verifier, data, folders = run.verifier(), run.data(), [one.draft for one in drafts]
-    by_set = {prompt_set_name(one): replayed(folders, verifier, data.rows_of(one), run.chain) for one in sets}
-    return [Figures(one, {name: found[number] for name, found in by_set.items()}) for number, one in enumerate(drafts)]
+    verifier, data, folders = run.verifier(), run.data(), [draft.draft for draft in drafts]
+    by_set = {prompt_set_name(source): replayed(folders, verifier, data.rows_of(source), run.chain) for source in sets}
+    return [
+        Figures(trained, {name: found[number] for name, found in by_set.items()})
+        for number, trained in enumerate(drafts)
+    ]
 
 
 def best_of_each(figures: Sequence[Figures], rows: str) -> list[Trained]:
     """Return the draft of each trainer that is best on a set of rows."""
     best: dict[str, Figures] = {}
-    for one in figures:
-        other = best.setdefault(one.trained.key, one)
-        if one.length(rows) > other.length(rows):
-            best[one.trained.key] = one
-    return [one.trained for one in best.values()]
+    for figure in figures:
+        other = best.setdefault(figure.trained.key, figure)
+        if figure.length(rows) > other.length(rows):
+            best[figure.trained.key] = figure
+    return [figure.trained for figure in best.values()]
 
 
 if __name__ == "__main__":

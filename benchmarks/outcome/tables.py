@@ -1,4 +1,4 @@
-"""The tables of what was trained and measured, in Markdown."""
+"""Markdown tables of the trained drafts and their measurements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Figures:
 
     Attributes:
         trained: The draft.
-        replay: By the name of a set of rows, the figures of ``specforge.decoding.replay.figures``.
+        replay: The figures of ``specforge.decoding.replay.figures`` by the name of a set of rows.
     """
 
     trained: Trained
@@ -31,14 +31,14 @@ class Figures:
 
 
 def trained_table(figures: Sequence[Figures], chain: int) -> Iterator[str]:
-    """Yield the lines of a table of every draft, by replay; rates are those of the first set of rows."""
+    """Yield the lines of a table of all drafts, by replay; rates are those of the first set of rows."""
     sets = list(figures[0].replay)
-    heads = [f"replay, {one}" for one in sets]
+    heads = [f"replay, {rows}" for rows in sets]
     yield f"| draft | learning rate | seed | {' | '.join(heads)} | rounds that accept at least 1 to {chain} | CPU |"
     yield f"|---|---|---|{'---|' * len(sets)}---|---|"
-    for one in figures:
-        about, first = one.trained, one.replay[sets[0]]
-        cells = [NAMES[about.key], f"{about.rate:g}", str(about.seed), *(f"{one.length(name):.3f}" for name in sets)]
+    for figure in figures:
+        about, first = figure.trained, figure.replay[sets[0]]
+        cells = [NAMES[about.key], f"{about.rate:g}", str(about.seed), *(f"{figure.length(name):.3f}" for name in sets)]
         cells.append(" ".join(f"{first[f'accept_rate_pos_{position}']:.3f}" for position in range(1, chain + 1)))
         yield f"| {' | '.join([*cells, f'{about.seconds:.0f} s'])} |"
 
@@ -53,27 +53,31 @@ def decoded_table(figures: Sequence[Figures], decoding: Sequence[Results]) -> It
     columns = [
         (results, method)
         for results in decoding
-        for method in dict.fromkeys(one.proposal["proposal_type"] for one in results.contenders)
+        for method in dict.fromkeys(contender.proposal["proposal_type"] for contender in results.contenders)
     ]
     heads = [f"{SHAPES[method]}, T = {results.sampling.temperature:g}" for results, method in columns]
     yield f"| draft | learning rate | set | replay | {' | '.join(heads)} | identical at T = 0 |"
     yield f"|---|---|---|---|{'---|' * len(heads)}---|"
-    for one in figures:
-        about = one.trained
-        for rows in one.replay:
+    for figure in figures:
+        about = figure.trained
+        for rows in figure.replay:
             found = [_measurement(results, method, str(about.draft), rows) for results, method in columns]
-            lengths = [one.length(rows), *(cell.acceptance_length for cell in found)]
+            lengths = [figure.length(rows), *(cell.acceptance_length for cell in found)]
             cells = [NAMES[about.key], f"{about.rate:g}", rows, *(f"{length:.2f}" for length in lengths)]
             yield f"| {' | '.join([*cells, _identical(found)])} |"
 
 
 def _measurement(results: Results, method: str, draft: str, rows: str) -> Measurement:
     """Return the measurement of a draft and a method on a set."""
-    (contender,) = [one for one in results.contenders if one.draft == draft and one.proposal["proposal_type"] == method]
-    return next(one for one in contender.sets if one.prompt_set == rows)
+    (contender,) = [
+        candidate
+        for candidate in results.contenders
+        if candidate.draft == draft and candidate.proposal["proposal_type"] == method
+    ]
+    return next(measurement for measurement in contender.sets if measurement.prompt_set == rows)
 
 
 def _identical(measurements: Sequence[Measurement]) -> str:
-    compared = [one for one in measurements if one.identical_responses is not None]
-    identical = sum(one.identical_responses or 0 for one in compared)
-    return f"{identical:,} of {sum(one.responses for one in compared):,}"
+    compared = [measurement for measurement in measurements if measurement.identical_responses is not None]
+    identical = sum(measurement.identical_responses or 0 for measurement in compared)
+    return f"{identical:,} of {sum(measurement.responses for measurement in compared):,}"

@@ -1,8 +1,8 @@
 """SGLang's `specforge` 0.2.0 on our rows: its draft, ``Eagle3TrainStrategy`` and ``BF16Optimizer`` by their defaults.
 
 AdamW, a cosine after 1.5 % of warmup, clipping at 0.5, a trained head, no norms, losses that decay by 0.8 a step. It
-does not pack: the documents of an optimizer step are the rows of a padded batch, so that it sees what the others see.
-Its mask is not shifted, and leaves out a document's last token, as in its data set. Changed for a CPU: its loss and
+does not pack: the documents of an optimizer step are the rows of a padded batch, so it reads the same data as the
+others. Its mask is not shifted, and omits a document's last token, as in its data set. Changed for a CPU: its loss and
 attention (see ``sglang_peer``); nothing is compiled; float32.
 """
 
@@ -21,11 +21,11 @@ from torch.nn.utils.rnn import pad_sequence
 from specforge.optimizer import BF16Optimizer
 from specforge.runtime.contracts import TrainBatch
 
-torch._dynamo.config.disable = True  # lengths differ from step to step: each would be compiled again
+torch._dynamo.config.disable = True  # lengths differ from step to step, and each would be compiled
 
 
 class SGLang(Learner):
-    """Its draft, trained as its backend does."""
+    """Its draft, trained as by its backend."""
 
     def __init__(self, rows: Rows, rate: float) -> None:
         self.draft = draft_of(rows)
@@ -39,16 +39,16 @@ class SGLang(Learner):
         def padded(tensors: Iterable[Tensor]) -> Tensor:
             return pad_sequence(list(tensors), batch_first=True)
 
-        mask = padded(one["loss_mask"][:-1].long() for one in documents)
+        mask = padded(document["loss_mask"][:-1].long() for document in documents)
         batch = TrainBatch(
             [str(number) for number in range(len(documents))],
             "eagle3",
             {
-                "input_ids": padded(one["input_ids"] for one in documents),
-                "attention_mask": padded(torch.ones_like(one["input_ids"]) for one in documents),
+                "input_ids": padded(document["input_ids"] for document in documents),
+                "attention_mask": padded(torch.ones_like(document["input_ids"]) for document in documents),
                 "loss_mask": torch.nn.functional.pad(mask, (0, 1)),
-                "hidden_state": padded(one["aux"].flatten(1) for one in documents),
-                "target": padded(self.norm(one["last"]) for one in documents),
+                "hidden_state": padded(document["aux"].flatten(1) for document in documents),
+                "target": padded(self.norm(document["last"]) for document in documents),
             },
             {"target_repr": "hidden_state"},
         )
@@ -56,12 +56,12 @@ class SGLang(Learner):
         return value
 
     def update(self) -> None:
-        """Step the optimizer, which clips and has the schedule."""
+        """Step the optimizer, which includes clipping and the schedule."""
         self.optimizer.step()
 
     def save(self, folder: Path) -> None:
-        """Write it as its export for SGLang does, without the verifier's embeddings."""
-        weights = {name: one for name, one in self.draft.state_dict().items() if "embed" not in name}
+        """Write it in its export layout for SGLang, without the verifier's embeddings."""
+        weights = {name: tensor for name, tensor in self.draft.state_dict().items() if "embed" not in name}
         self.draft.save_pretrained(folder, state_dict=weights)
 
 

@@ -1,4 +1,4 @@
-"""Training each contestant in a process of its own: ours by ``specforge fit``, a peer by its script."""
+"""Training each contestant in a separate process: ours by ``specforge fit``, a peer by its script."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from specforge.checkpoints.convert import convert
 
 HERE = Path(__file__).parent
 OURS = "ours"
-# What the tables call them; those of the peers are the names of their environments.
+# Names in the tables; keys of peers are the names of their environments.
 PEERS = {"speculators": "speculators 0.9.0", "sglang": "SGLang's specforge 0.2.0"}
 NAMES = {OURS: "specforge (this project)", **PEERS}
 
@@ -28,11 +28,11 @@ class Trained:
     """A draft that was trained.
 
     Attributes:
-        key: Of its trainer, in ``NAMES``.
+        key: Key of its trainer in ``NAMES``.
         rate: Learning rate.
         seed: Seed of its weights.
         draft: Its folder, in our layout.
-        seconds: CPU time of the whole process that trained it.
+        seconds: CPU time of the complete training process.
     """
 
     key: str
@@ -67,7 +67,7 @@ class Workshop:
         """Train a draft.
 
         Args:
-            key: Of its trainer, in ``NAMES``.
+            key: Key of its trainer in ``NAMES``.
             rate: Learning rate; ours is the recipe's.
             seed: Seed of its weights.
         """
@@ -97,12 +97,12 @@ class Workshop:
 
 
 def run_once(command: Sequence[str], environment: str | None, folder: Path) -> float:
-    """Run a command that writes a folder, unless it has been run to its end.
+    """Run a command that writes a folder, unless it has been completed.
 
     Args:
         command: The command.
-        environment: Name of its environment; None for that of this process.
-        folder: The folder; what an interrupted command left in it is removed.
+        environment: Name of its environment; None for this process's.
+        folder: The folder; files of an interrupted command are removed.
 
     Returns:
         Its CPU time, in seconds.

@@ -1,13 +1,13 @@
-"""What each contestant is: a process that trains a draft step by step, as it is told line by line.
+"""A contestant: a process that trains a draft step by step, by commands on standard input.
 
-It is started with the folder of a task (see ``task``) and reads commands, one a line:
+It is started with the folder of a task (see ``task``) and reads one command per line:
 
-* ``step``: one training step, which is the forward pass of all draft steps, loss, backward pass and AdamW.
-* ``gradients FILE``: forward and backward pass alone; the gradients are written to a safetensors file.
-* ``memory``: a step, and then another one whose memory is measured.
+* ``step``: one training step: the forward pass of all draft steps, loss, backward pass and AdamW.
+* ``gradients FILE``: only forward and backward pass; the gradients are written to a safetensors file.
+* ``memory``: two steps; the memory of the second is measured.
 
-The answer is a line of JSON. This file, ``task`` and ``drafting`` are all that the packages' environments share: they
-need torch, safetensors and the standard library.
+The answer is a line of JSON. The packages' environments share only this file, ``task`` and ``drafting``, which need
+torch, safetensors and the standard library.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from torch import Tensor, nn
 LEARNING_RATE = 1e-4
 BETAS = (0.9, 0.95)
 
-# The loss of one batch, and the weights that are trained, by the names that the task has for them.
+# The loss of the batch, and the trained weights by the task's names.
 Trainer = tuple[Callable[[], Tensor], Mapping[str, nn.Parameter]]
 
 
 def serve(build: Callable[[Task], Trainer]) -> None:
-    """Answer commands until there are no more.
+    """Answer commands until the input ends.
 
     Args:
-        build: Makes the package's own model and batch of a task.
+        build: Creates the package's model and batch of a task.
     """
-    # What packages print must not get among the answers.
+    # Output of packages must not mix with the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     torch.set_num_threads(1)
@@ -61,7 +61,7 @@ def serve(build: Callable[[Task], Trainer]) -> None:
     def gradients(file: str) -> dict[str, Any]:
         value = loss()
         value.backward()
-        save_file({name: one.grad.contiguous() for name, one in weights.items() if one.grad is not None}, file)
+        save_file({name: weight.grad.contiguous() for name, weight in weights.items() if weight.grad is not None}, file)
         optimizer.zero_grad()
         return {"loss": value.item()}
 
@@ -72,14 +72,14 @@ def serve(build: Callable[[Task], Trainer]) -> None:
         return {"bytes": resident("VmHWM") - before}
 
     commands: dict[str, Callable[..., dict[str, Any]]] = {"step": step, "gradients": gradients, "memory": memory}
-    print(json.dumps({"trained": sum(one.numel() for one in weights.values())}), file=answers)
+    print(json.dumps({"trained": sum(weight.numel() for weight in weights.values())}), file=answers)
     for line in sys.stdin:
         name, *arguments = line.split()
         print(json.dumps(commands[name](*arguments)), file=answers)
 
 
 def start_of_peak() -> int:
-    """Give freed memory back, let the peak start from here, and return what is resident, in bytes."""
+    """Release freed memory, reset the peak, and return the resident memory, in bytes."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return resident("VmRSS")

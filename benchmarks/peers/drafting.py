@@ -1,4 +1,4 @@
-"""What every task of the peers has: a folder with the verifier's parts, the draft's vocabulary and its steps."""
+"""The common parts of the peers' tasks: a folder with the verifier's parts, the draft's vocabulary and its steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Drafting(ABC):
-    """A draft towards a verifier whose parts are in a folder.
+    """A draft for a verifier whose parts are in a folder.
 
     Attributes:
         folder: Folder of the task.
@@ -51,7 +51,7 @@ class Drafting(ABC):
         return self.draft_ids - torch.arange(len(self.draft_ids))
 
     def write_verifier(self, config: Mapping[str, Any], embeddings: Tensor, norm: Tensor, head: Tensor) -> None:
-        """Write the verifier's folder, with its parts in one file and the index that one package asks for.
+        """Write the verifier's folder, with its parts in one file and the index that one package requires.
 
         Args:
             config: Its ``config.json``.

@@ -1,4 +1,4 @@
-"""The environments of the published trainers, as ``install`` makes them, and what runs in them."""
+"""The environments of the published trainers, as created by ``install``, and the processes in them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def missing(environments: Path) -> str | None:
 
 
 def interpreter(environments: Path, name: str | None) -> str:
-    """Return the Python of an environment; that of this process for None."""
+    """Return the Python of an environment; for None, this process's."""
     return sys.executable if name is None else str(environments.absolute() / name / "bin" / "python")
 
 
@@ -26,11 +26,12 @@ def variables(name: str | None, **more: str) -> dict[str, str]:
     """Return the variables of a process in an environment: one thread, no network.
 
     Args:
-        name: The environment; None for that of this process.
-        **more: Set besides.
+        name: The environment; None for this process's.
+        **more: Further variables.
     """
     found = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if name is not None:
-        # Files of the peers find each other through it. Ours may be found so too, and one package has our import name.
+        # Files of the peers import each other through it. Ours must not be found, since one package has our import
+        # name.
         found["PYTHONPATH"] = str(HERE)
     return {**found, **more}

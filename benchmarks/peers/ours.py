@@ -1,8 +1,8 @@
 """Our EAGLE-3 as `specforge fit` trains it: the module's own ``draft_steps`` on stored states, and its metrics' sums.
 
-The module is built by its own functions, without Lightning's trainer around it. Positions are counted as the published
-trainers do (``supervision: compat``). Each step forms the verifier's logits of the targets, in chunks, and also the
-acceptance probability of every supervised row.
+The module is built by its own functions, without Lightning's trainer around it. Positions are counted as in the
+published trainers (``supervision: compat``). Each step forms the verifier's logits of the targets, in chunks, and also
+the acceptance probability of every supervised row.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def build(task: Task) -> Trainer:
     module.create_draft(data)
     module.draft.load_state_dict(task.draft, strict=False)
     tensors = task.tensors
-    # A row counts at step k if the state k + 1 tokens on does, and compat looks k tokens on.
+    # A row counts at step k if the state k + 1 tokens later does; compat checks the token k later.
     counts = torch.cat([tensors["counts"][1:], torch.tensor([False])])
     batch = {
         "input_ids": tensors["input_ids"][None],
@@ -52,7 +52,7 @@ def build(task: Task) -> Trainer:
         step_sums(outcome)
         return outcome.loss
 
-    return loss, {name: one for name, one in module.draft.named_parameters() if one.requires_grad}
+    return loss, {name: parameter for name, parameter in module.draft.named_parameters() if parameter.requires_grad}
 
 
 if __name__ == "__main__":

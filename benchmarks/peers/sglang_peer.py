@@ -1,13 +1,13 @@
 """SGLang's `specforge` 0.2.0: ``Eagle3TrainStrategy.forward_loss`` on stored states, as its trainer calls it.
 
-Its step reads states after the final norm, so it never applies the norm. It forms the verifier's logits over the whole
+Its step reads states after the final norm, so it never applies the norm. It forms the verifier's logits over the full
 vocabulary for every row, their probabilities over the draft vocabulary, and the draft's logits, losses, accuracies and
-acceptance rates of every row at every step, which a mask thins out. With ``compact`` as a second argument, the
-verifier's logits are reduced in slices of the vocabulary, as its option ``compact_teacher`` does.
+acceptance rates of every row at every step, before a mask selects some. With ``compact`` as a second argument, the
+verifier's logits are reduced in slices of the vocabulary, as by its option ``compact_teacher``.
 
 Changed for a CPU: its Triton kernel of the loss is replaced by its own reference of the same formula in torch, compiled
-as the package has it (as its norms and rotary embeddings are; a C++ compiler is needed). Attention is its ``sdpa``,
-which is the package's own formula with all weights of the first block, not flex attention, which has no backward pass
+as in the package (like its norms and rotary embeddings; a C++ compiler is needed). Attention is its ``sdpa``,
+the package's own formula with all weights of the first block, instead of flex attention, which has no backward pass
 on a CPU. Changed for equal work: torch's AdamW without the second copy of weights that its own optimizer keeps for
 bfloat16; float32 instead of bfloat16.
 """
@@ -38,7 +38,7 @@ from specforge.training.strategies.base import Eagle3TrainStrategy
 def build(task: Task) -> Trainer:
     """Build the draft, the strategy around it, and its batch."""
     draft = draft_of(task)
-    draft.load_state_dict({published(name): one for name, one in task.draft.items()}, strict=False)
+    draft.load_state_dict({published(name): tensor for name, tensor in task.draft.items()}, strict=False)
     strategy = strategy_of(task, draft, ploss_decay=STEP_DECAY, compact_teacher="compact" in sys.argv[2:])
     tensors = task.tensors
     # The mask is that of the token whose next state is the target.
@@ -60,7 +60,7 @@ def build(task: Task) -> Trainer:
         value: Tensor = strategy.forward_loss(batch).loss
         return value
 
-    trained = {ours(name): one for name, one in draft.named_parameters() if one.requires_grad}
+    trained = {ours(name): parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}
     return loss, trained
 
 
@@ -78,7 +78,7 @@ def draft_of(task: Drafting) -> LlamaForCausalLMEagle3:
 
 
 def strategy_of(task: Drafting, draft: LlamaForCausalLMEagle3, **settings: Any) -> Eagle3TrainStrategy:
-    """Build the strategy that trains a draft towards the verifier's head."""
+    """Build the strategy that trains a draft against the verifier's head."""
     eagle3.LogSoftmaxLoss = SimpleNamespace(apply=_compute_loss)
     head = TargetHead(str(task.verifier))
     head.load_weights(str(task.verifier))

@@ -1,19 +1,19 @@
-r"""A training step of EAGLE-3 beside those of two published packages: CPU time, wall time and peak memory.
+r"""A training step of EAGLE-3 against those of two published packages: CPU time, wall time and peak memory.
 
     benchmarks/peers/install .venv-peers
     python benchmarks/peers/side_by_side.py --environments .venv-peers --output peers.json
 
-Contestants are processes of one thread that run one at a time, in turn, in one run: ``ours.py``,
-``speculators_peer.py`` and ``sglang_peer.py``, which say what each computes and what had to be replaced on a CPU. All
-train the same draft with the same weights on the same stored states of a verifier, in float32: one decoder layer, its
-fusion of three layers' states, its norms and its head. The batch is one document, a prompt and then a response, since
-SGLang's package does not pack; the rows that count are the same. Every step updates the weights by AdamW.
+Contestants are processes of one thread, which take turns within one run: ``ours.py``,
+``speculators_peer.py`` and ``sglang_peer.py``, which describe the computation of each and the replacements for a CPU.
+All train the same draft with the same weights on the same stored states of a verifier, in float32: one decoder layer,
+its fusion of three layers' states, its norms and its head. The batch is one document, a prompt and then a response,
+since SGLang's package does not pack; the rows that count are the same. Every step updates the weights by AdamW.
 
 Before anything is measured, each peer's loss and gradients are compared with ours. The packages divide a step's loss by
-different numbers of rows, and one omits the verifier's entropy, a constant; ours is then asked for the same.
+different numbers of rows, and one omits the verifier's entropy, a constant; ours then does the same.
 
-A figure is the median of the rounds, after a step that does not count. Memory is how much the peak of what is resident
-grows during a step, in another process, over weights, optimizer states and batch: gradients, activations, logits.
+A figure is the median of the rounds, after a step that does not count. Memory is the growth of the peak resident memory
+during a step, in another process, over weights, optimizer states and batch: gradients, activations, logits.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from torch import Tensor
 
 # Relative differences in float32, of the loss and of a weight's gradients.
 SAME_LOSS, SAME_GRADIENTS = 1e-5, 1e-3
-# Large blocks go back to the system at once, so that the peak is that of what is in use.
+# Large blocks are returned to the system at once, so that the peak is that of memory in use.
 MEMORY_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
@@ -49,10 +49,10 @@ class Contestant:
     """A package.
 
     Attributes:
-        name: What the tables call it.
+        name: Name in the tables.
         environment: Folder of its environment within ``--environments``; None for the one that runs this file.
-        command: Its file, and what it is told besides the task.
-        denominator: What it divides a step's loss by (see ``Task``).
+        command: Its file, and arguments in addition to the task.
+        denominator: Divisor of a step's loss (see ``Task``).
     """
 
     name: str
@@ -87,8 +87,8 @@ class Running:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            said = "\n".join(self._log.read_text().splitlines()[-20:])
-            sys.exit(f"{self._log.stem} has ended:\n{said}")
+            output = "\n".join(self._log.read_text().splitlines()[-20:])
+            sys.exit(f"{self._log.stem} has ended:\n{output}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -119,7 +119,7 @@ def running(contestant: Contestant, task: Task, environments: Path, **more: str)
 
 @dataclass(frozen=True)
 class First:
-    """What a contestant did first: loss, gradients by weight, and the memory of a step, in MiB."""
+    """First results of a contestant: loss, gradients by weight, and the memory of a step, in MiB."""
 
     trained: int
     loss: float
@@ -128,7 +128,7 @@ class First:
 
 
 def first_step(contestant: Contestant, task: Task, environments: Path, denominator: str) -> First:
-    """Let a contestant find loss and gradients of the first step, and measure its memory, in a process of its own."""
+    """Get a contestant's loss and gradients of the first step, and its memory, in a separate process."""
     replace(task, denominator=denominator).write_settings()
     file = Path(task.folder) / "gradients.safetensors"
     with running(contestant, task, environments, **MEMORY_SETTINGS) as process:
@@ -137,7 +137,7 @@ def first_step(contestant: Contestant, task: Task, environments: Path, denominat
 
 
 def difference(peer: str, ours: First, theirs: First) -> dict[str, float]:
-    """Compare loss and gradients of the first step with ours; end the program where they differ.
+    """Compare loss and gradients of the first step with ours; end the program if they differ.
 
     Returns:
         The relative difference of the loss, and the largest of a weight's gradients.
@@ -145,7 +145,7 @@ def difference(peer: str, ours: First, theirs: First) -> dict[str, float]:
     if ours.gradients.keys() != theirs.gradients.keys():
         sys.exit(f"{peer} trains other weights: {sorted(ours.gradients.keys() ^ theirs.gradients.keys())}")
     loss = abs(theirs.loss / ours.loss - 1)
-    gradient = max(float((theirs.gradients[name] - one).norm() / one.norm()) for name, one in ours.gradients.items())
+    gradient = max(float((theirs.gradients[name] - own).norm() / own.norm()) for name, own in ours.gradients.items())
     if loss > SAME_LOSS or gradient > SAME_GRADIENTS:
         sys.exit(
             f"{peer} does not compute what ours does: its loss is {theirs.loss}, ours {ours.loss}; gradients differ by "
@@ -156,7 +156,7 @@ def difference(peer: str, ours: First, theirs: First) -> dict[str, float]:
 
 def measure(task: Task, environments: Path, rounds: int) -> dict[str, Any]:
     """Compare the contestants on a task, measure their memory, and let them take steps in turn."""
-    ours = {one: first_step(OURS, task, environments, one) for one in ("all", "valid")}
+    ours = {denominator: first_step(OURS, task, environments, denominator) for denominator in ("all", "valid")}
     firsts = {OURS.name: ours[OURS.denominator]}
     firsts |= {peer.name: first_step(peer, task, environments, peer.denominator) for peer in PEERS}
     same = {peer.name: difference(peer.name, ours[peer.denominator], firsts[peer.name]) for peer in PEERS}
@@ -174,9 +174,9 @@ def measure(task: Task, environments: Path, rounds: int) -> dict[str, Any]:
 def in_turn(
     contestants: tuple[Contestant, ...], task: Task, environments: Path, rounds: int
 ) -> Iterator[tuple[Contestant, dict[str, Any]]]:
-    """Yield the steps of all contestants, one after the other, after one of each that does not count."""
+    """Yield the steps of all contestants in turn, after a first step of each that does not count."""
     with ExitStack() as stack:
-        processes = [(one, stack.enter_context(running(one, task, environments))) for one in contestants]
+        processes = [(each, stack.enter_context(running(each, task, environments))) for each in contestants]
         for _, process in processes:
             process.ask("step")
         for number in range(rounds):
@@ -186,7 +186,7 @@ def in_turn(
 
 
 def table(result: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of a Markdown table of one task, with a line above it that says which."""
+    """Yield the lines of a Markdown table of one task, after a line that describes it."""
     task, figures = Task(**result["task"]), result["figures"]
     trained = figures[OURS.name]["trained"] / 1e6
     yield (
@@ -194,22 +194,22 @@ def table(result: dict[str, Any]) -> Iterator[str]:
         f"draft vocabulary {task.draft_vocabulary:,}, {task.length:,} tokens; {trained:.2f} M trained"
     )
     yield ""
-    yield "| contestant | CPU a step | of ours | wall a step | of ours | memory | of ours | loss, gradients apart |"
+    yield "| contestant | CPU per step | of ours | wall per step | of ours | memory | of ours | loss, gradient errors |"
     yield "|---|---|---|---|---|---|---|---|"
     for name, values in figures.items():
         cells = [name]
         for what, unit in (("cpu", "{:.3f} s"), ("wall", "{:.3f} s"), ("memory", "{:,.0f} MiB")):
-            value, ours = (statistics.median(one[what]) for one in (values, figures[OURS.name]))
+            value, ours = (statistics.median(costs[what]) for costs in (values, figures[OURS.name]))
             cells += [unit.format(value), f"{value / ours:.2f}"]
-        apart = result["same"].get(name)
-        cells.append(f"{apart['loss']:.0e}, {apart['gradients']:.0e}" if apart else "")
+        errors = result["same"].get(name)
+        cells.append(f"{errors['loss']:.0e}, {errors['gradients']:.0e}" if errors else "")
         yield f"| {' | '.join(cells)} |"
     yield ""
 
 
 def shape(text: str) -> tuple[int, int, int, int]:
     """Read the sizes of verifier, draft and batch."""
-    hidden, vocabulary, draft_vocabulary, length = (int(one) for one in text.split(","))
+    hidden, vocabulary, draft_vocabulary, length = (int(word) for word in text.split(","))
     if hidden % 256:
         raise ValueError
     return hidden, vocabulary, draft_vocabulary, length

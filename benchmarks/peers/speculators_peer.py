@@ -1,8 +1,8 @@
 """`speculators` 0.9.0: ``Eagle3DraftModel`` built by ``from_training_args``, called as its Trainer calls it.
 
-Its step reads states before the final norm and forms the verifier's logits over the draft vocabulary alone, for every
-row of the batch; then the draft's logits, losses and accuracies of every row at every step, which a mask thins out.
-It never needs the verifier's whole vocabulary, since it counts rows whose most probable token is no draft token too.
+Its step reads states before the final norm and computes the verifier's logits over only the draft vocabulary, for every
+row of the batch; then the draft's logits, losses and accuracies of every row at every step, before a mask selects some.
+It never needs the verifier's full vocabulary, since it also counts rows whose most probable token is no draft token.
 
 Changed for a CPU: attention by ``sdpa`` with a dense mask instead of flex attention, and its own ``eager`` losses
 instead of its Triton kernels; both are options of its command line. Its Trainer does not start without an accelerator,
@@ -52,16 +52,16 @@ def build(task: Task) -> Trainer:
         _, value, _ = model(**batch, **arguments)
         return value
 
-    return loss, {name: one for name, one in model.named_parameters() if one.requires_grad}
+    return loss, {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def document(input_ids: Tensor, aux: Tensor, last: Tensor, counts: Tensor) -> dict[str, Tensor]:
-    """Return a document as its data set gives it out.
+    """Return a document in the form of its data set.
 
     Args:
         input_ids: Tokens, int64 [T].
         aux: The verifier's states at the aux layers, [T, n, H].
-        last: Those before its final norm, [T, H].
+        last: Its states before the final norm, [T, H].
         counts: Which tokens are supervised, bool [T].
     """
     return {
@@ -75,8 +75,8 @@ def document(input_ids: Tensor, aux: Tensor, last: Tensor, counts: Tensor) -> di
 
 
 def batch_of(documents: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """Pack documents into one row without padding, shifted as its Trainer has them."""
-    tokens = sum(len(one["input_ids"]) - 1 for one in documents)
+    """Pack documents into one row without padding, shifted as in its Trainer."""
+    tokens = sum(len(fields["input_ids"]) - 1 for fields in documents)
     width = documents[0]["verifier_last_hidden_states"].shape[1]
     batch = CollateFn(tokens, width, dtype=torch.float32, preprocess=shift_batch)(documents)
     batch.pop("error_records")

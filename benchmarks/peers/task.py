@@ -1,4 +1,4 @@
-"""The task that every contestant is given: a verifier, a draft, and one batch with the verifier's states.
+"""The task of every contestant: a verifier, a draft, and one batch with the verifier's states.
 
 A task is a folder: ``verifier`` holds a configuration and the token embeddings, final norm and head; ``task.json`` the
 settings below; ``task.safetensors`` the draft's weights by the names of the ``speculators`` layout, and the batch.
@@ -18,25 +18,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 AUX_LAYERS = (2, 4, 5)
-# The decay of the draft steps' losses: that of the paper and of two of the three packages.
+# The decay of the draft steps' losses in the paper and in two of the three packages.
 STEP_DECAY = 0.8
 DRAFT = "draft."
 
 
 @dataclass(frozen=True)
 class Task(Drafting):
-    """Sizes of a task, and where it lies.
+    """Sizes and folder of a task.
 
     Attributes:
-        folder: Where it lies.
+        folder: Folder of the task.
         hidden: Width H of verifier and draft.
         vocabulary: Size V of the verifier's vocabulary.
-        draft_vocabulary: Size D of the draft's.
+        draft_vocabulary: Size D of the draft's vocabulary.
         length: Tokens T of the one document that is the batch.
         steps: Draft steps of training-time test.
-        supervised: Share of the document that is response, at its end.
-        denominator: What a step's loss is divided by: ``valid``, its supervised rows, or ``all`` rows. The packages
-            differ in it, ours knows both.
+        supervised: Share of the response, at the document's end.
+        denominator: Divisor of a step's loss: the number of its supervised rows (``valid``) or of ``all`` rows. The
+            packages differ; ours supports both.
     """
 
     folder: str
@@ -65,7 +65,7 @@ class Task(Drafting):
 
         * ``input_ids`` int64 [T];
         * ``aux`` [T, 3, H] and ``last`` [T, H], the verifier's states, the latter before its final norm;
-        * ``counts`` bool [T]: whether a draft step is trained towards the verifier's state of that token;
+        * ``counts`` bool [T]: whether a draft step is trained on the verifier's state of that token;
         * ``draft_ids`` int64 [D], ascending: the verifier's ids of the draft's tokens.
         """
         return load_file(Path(self.folder) / "task.safetensors")
@@ -73,7 +73,7 @@ class Task(Drafting):
     @property
     def draft(self) -> dict[str, Tensor]:
         """The draft's weights by their names."""
-        return {name.removeprefix(DRAFT): one for name, one in self.tensors.items() if name.startswith(DRAFT)}
+        return {name.removeprefix(DRAFT): tensor for name, tensor in self.tensors.items() if name.startswith(DRAFT)}
 
     @property
     def draft_ids(self) -> Tensor:
@@ -101,7 +101,7 @@ class Task(Drafting):
         width, key_value = self.hidden, self.heads // 4 * 64
         draft_ids = torch.randperm(self.vocabulary, generator=random)[: self.draft_vocabulary].sort().values
         head = 3 * linear(self.vocabulary, width)
-        # The most probable token is always one of the draft's: packages differ in what they do with others.
+        # The most probable token is always in the draft vocabulary, since packages treat others differently.
         head.mul_(0.2).index_copy_(0, draft_ids, head[draft_ids] * 5)
         self.write_verifier(self._verifier_config(), normal(self.vocabulary, width), norm(), head)
         layer = "layers.0."
@@ -120,7 +120,7 @@ class Task(Drafting):
             "norm.weight": norm(),
             "lm_head.weight": linear(self.draft_vocabulary, width),
         }
-        # Token 0 has no state before it that could be trained towards its own.
+        # There is no state before token 0, so no row is trained on its state.
         first = max(1, self.length - round(self.supervised * self.length))
         batch = {
             "input_ids": torch.randint(self.vocabulary, (self.length,), generator=random),
@@ -129,11 +129,13 @@ class Task(Drafting):
             "counts": torch.arange(self.length) >= first,
             "draft_ids": draft_ids,
         }
-        save_file({**{DRAFT + name: one for name, one in draft.items()}, **batch}, f"{self.folder}/task.safetensors")
+        save_file(
+            {**{DRAFT + name: tensor for name, tensor in draft.items()}, **batch}, f"{self.folder}/task.safetensors"
+        )
         self.write_settings()
 
     def write_settings(self) -> None:
-        """Write the settings alone."""
+        """Write only the settings."""
         (Path(self.folder) / "task.json").write_text(json.dumps(asdict(self)))
 
     def _verifier_config(self) -> dict[str, object]:

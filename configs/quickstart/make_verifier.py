@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY_SIZE = 1280
 MAX_POSITIONS = 512
-IGNORED = -100  # the label that the loss of transformers leaves out
+IGNORED = -100  # the label that the loss of transformers ignores
 END_OF_TURN = "<|im_end|>"
 PADDING = "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -60,7 +60,7 @@ half of them are tasks of the package reasoning-gym (Apache-2.0) |
 {matrix_learning_rate:g} for the matrices of the layers, AdamW at {learning_rate:g} for the rest, cosine schedule |
 | Time | {seconds:.0f} seconds in float32, {threads} CPU thread(s) |
 | Validation loss | {validation_loss:.3f} nats per token on {validation_problems:,} unseen problems, with the weights \
-rounded to bfloat16; {answer_loss:.3f} on the tokens of the answers alone |
+rounded to bfloat16; {answer_loss:.3f} on only the tokens of the answers |
 | Licence | Apache-2.0 |
 
 Made by `python configs/quickstart/make_verifier.py`.
@@ -72,8 +72,8 @@ class Conversation:
     """One tokenized problem with its answer.
 
     Attributes:
-        input_ids: The tokens of the whole conversation.
-        prompt_length: How many of them come before the answer.
+        input_ids: The tokens of the complete conversation.
+        prompt_length: Number of tokens before the answer.
     """
 
     input_ids: list[int]
@@ -138,7 +138,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
 
 
 def collate(conversations: list[Conversation], padding_id: int) -> dict[str, Tensor]:
-    """Pads conversations on the right, where causal attention never looks, and leaves padding out of the loss."""
+    """Pads conversations on the right, which causal attention never sees, and excludes padding from the loss."""
     length = max(len(conversation.input_ids) for conversation in conversations)
     rows = [conversation.input_ids for conversation in conversations]
     lengths = torch.tensor([len(row) for row in rows])
@@ -173,9 +173,9 @@ def evaluate(
 
     Args:
         model: The model to measure.
-        conversations: What it is measured on.
-        padding_id: Token that fills up shorter conversations.
-        batch_size: How many conversations run at once.
+        conversations: The conversations to measure on.
+        padding_id: Token that pads shorter conversations.
+        batch_size: Number of conversations that run at once.
 
     Returns:
         The mean over all tokens and the mean over the tokens of the answers.
@@ -204,8 +204,8 @@ def train(
     padding_id: int,
     arguments: argparse.Namespace,
 ) -> None:
-    """Trains the model in place on the loss of all tokens and reports the losses on the way."""
-    # Muon learns the matrices inside the layers in fewer steps than AdamW, which keeps the embeddings and norms.
+    """Trains the model in place on the loss of all tokens and reports the losses during training."""
+    # Muon learns the matrices of the layers in fewer steps than AdamW, which updates embeddings and norms.
     matrices = [parameter for name, parameter in model.named_parameters() if "proj" in name]
     others = [parameter for name, parameter in model.named_parameters() if "proj" not in name]
     optimizers = [
@@ -238,7 +238,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     model.generation_config.do_sample = False
     model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # Versions of transformers before 5 and most serving engines know the class of the tokenizer by this name only.
+    # Versions of transformers before 5 and most serving engines know the tokenizer's class only by this name.
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(settings, indent=2) + "\n")
@@ -276,7 +276,7 @@ def main() -> None:
     train(model, training, validation, padding_id, arguments)
     seconds = time.perf_counter() - started
     save(model, tokenizer, arguments.out)
-    # The card states the loss of the weights that were saved, not of the more exact ones they were rounded from.
+    # The card states the loss of the saved weights, not of those before rounding.
     validation_loss, answer_loss = evaluate(model.float(), validation, padding_id)
     card = MODEL_CARD.format(
         parameters=model.num_parameters(),

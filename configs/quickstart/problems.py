@@ -285,7 +285,7 @@ def wages(random: Random) -> tuple[str, str]:
     return question, answer + f"${rate} an hour."
 
 
-# Tasks of reasoning-gym: each function turns one entry into a question with a worked answer, or None where the entry
+# Tasks of reasoning-gym: each function turns one entry into a question with a worked answer, or None if the entry
 # is too long for the quickstart or has no worked answer.
 
 
@@ -331,7 +331,7 @@ def word_simple_equations(entry: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def word_time_intervals(entry: dict[str, Any]) -> tuple[str, str]:
-    """Says how many hours and minutes lie between two times of the day."""
+    """Computes the hours and minutes between two times of the day."""
     start, end = (entry["metadata"][key][11:16] for key in ("start_time", "end_time"))
     hours, minutes = map(int, entry["answer"].split(":"))
     question = entry["question"].partition("?")[0] + "?"
@@ -386,7 +386,7 @@ TASKS: dict[str, tuple[Callable[[dict[str, Any]], tuple[str, str] | None], dict[
     "syllogism": (word_syllogism, {}),
 }
 WEIGHTS = {"gsm_symbolic": 6}  # dozens of templates in one task, so it is drawn more often than the others
-SEED_STRIDE = 10_000_000  # reasoning-gym seeds entry i with seed + i, so the seeds of two sets have to lie far apart
+SEED_STRIDE = 10_000_000  # reasoning-gym seeds entry i with seed + i, so the seeds of two sets must be far apart
 
 
 def task_problems(task: str, seed: int) -> Iterator[Problem]:
@@ -410,7 +410,7 @@ def generate(count: int, seed: int, exclude: Collection[str] = frozenset()) -> l
     """Draws problems from all sources.
 
     Args:
-        count: How many problems to return.
+        count: Number of problems to return.
         seed: Names the set of problems; different seeds give independent sets.
         exclude: Questions that must not occur, for example those of another set.
 

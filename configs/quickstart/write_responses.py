@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from specforge.verifier.fingerprint import fingerprint
 
 HERE = Path(__file__).parent
-SEEDS = {"train": 101, "validation": 102}  # far from the seeds that the verifier was trained and validated on
+SEEDS = {"train": 101, "validation": 102}  # far from the seeds of the verifier's training and validation problems
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def load_verifier(folder: Path) -> Verifier:
     """Loads the verifier in float32, in which greedy choices do not depend on how prompts are batched."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    # With it, specforge knows that acceptance lengths on these rows are exact for this verifier.
+    # It shows specforge that acceptance lengths on these rows are exact for this verifier.
     origin = {"model": "specforge quickstart", "fingerprint": fingerprint(str(folder)), "temperature": 0.0}
     return Verifier(model, tokenizer, origin)
 
@@ -67,7 +67,7 @@ def make_row(
         source: Name of the task or template that the question comes from.
         question: The message of the user.
         prompt: The tokens that the verifier read, without padding.
-        response: The tokens that it wrote, with whatever follows the end of its turn.
+        response: The tokens that it wrote, including those after the end of its turn.
 
     Returns:
         The row; its loss mask is 1 exactly on the tokens that the verifier wrote.
@@ -86,7 +86,7 @@ def make_row(
 
 
 def is_faithful(verifier: Verifier, row: dict[str, Any]) -> bool:
-    """Tells whether a response has ended and whether its text stands for the very tokens that were written."""
+    """Tells whether a response has ended and whether its text is tokenised into exactly the written tokens."""
     rendered = render(verifier, row["messages"], is_open=False)
     ended = row["input_ids"][-1] == verifier.tokenizer.eos_token_id
     return ended and rendered[: len(row["input_ids"])] == row["input_ids"]
@@ -96,7 +96,7 @@ def write_split(
     verifier: Verifier, problems: list[Problem], path: Path, max_new_tokens: int, batch_size: int = 32
 ) -> None:
     """Answers the problems and writes the rows, one JSON object a line, except those that are not faithful."""
-    # Prompts of similar length go together, so that little of a batch is padding.
+    # Prompts of similar length share a batch, which needs little padding.
     order = sorted(range(len(problems)), key=lambda position: len(problems[position].question))
     rows: dict[int, dict[str, Any]] = {}
     for start in tqdm(range(0, len(order), batch_size), desc=path.stem, unit="batch"):

@@ -66,14 +66,14 @@ class DraftRows:
         """Return the same rows with ``order`` on a device, to index tensors there; call it with rows on the CPU."""
         return replace(self, order=moved(self.order, device))
 
-    def places(self) -> Tensor:
+    def state_index(self) -> Tensor:
         """Return the index of each row's and step's state among the P states, concatenated step by step.
 
         Returns:
             Indices, int64 [S, N]; -1 if the row is not run.
         """
-        places = torch.full((len(self.counts), len(self.order)), -1, device=self.order.device)
+        state_index = torch.full((len(self.counts), len(self.order)), -1, device=self.order.device)
         numbers = torch.arange(sum(self.counts), device=self.order.device).split(self.counts)
-        for of_step, count, own in zip(places, self.counts, numbers, strict=True):
+        for of_step, count, own in zip(state_index, self.counts, numbers, strict=True):
             of_step[self.order[:count]] = own
-        return places
+        return state_index

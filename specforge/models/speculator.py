@@ -117,7 +117,7 @@ class SpeculatorModel(nn.Module):
             rows: The rows that each step runs.
 
         Returns:
-            The states of these rows, concatenated step by step, [P, H] (see ``DraftRows.places``). Row t at step k
+            The states of these rows, concatenated step by step, [P, H] (see ``DraftRows.state_index``). Row t at step k
             predicts x_{t+2+k}, unless the algorithm's alignment differs.
 
         Raises:

@@ -61,12 +61,12 @@ class TreeCache(DynamicCache):
         Returns:
             Index of each token in its sequence, int64 [B, Q].
         """
-        places = torch.arange(length, device=self.lengths.device).expand(len(self.lengths), -1)
+        indices = torch.arange(length, device=self.lengths.device).expand(len(self.lengths), -1)
         if self._slots:
-            return self.append(places - 1)
+            return self.append(indices - 1)
         # Prompts may be long; plain causal attention covers them without [Q, Q] tensors.
-        self._ancestors, self._depths, self._new = None, places, length
-        return places
+        self._ancestors, self._depths, self._new = None, indices, length
+        return indices
 
     def append(self, parents: Tensor) -> Tensor:
         """Announce nodes whose keys and values the next forward pass computes.
@@ -130,9 +130,9 @@ class TreeCache(DynamicCache):
             nodes: Pending nodes of each row from the top down, int64 [B, A].
             counts: Number of them that each row commits, int64 [B].
         """
-        places = torch.arange(nodes.shape[1], device=nodes.device)
-        wanted = places < counts[:, None]
-        source, target = self._slots + nodes, self.lengths[:, None] + places
+        index = torch.arange(nodes.shape[1], device=nodes.device)
+        wanted = index < counts[:, None]
+        source, target = self._slots + nodes, self.lengths[:, None] + index
         rows, columns = ((source != target) & wanted).nonzero(as_tuple=True)
         self.lengths = self.lengths + counts
         self._slots = int(self.lengths.max())

@@ -53,21 +53,21 @@ class Drafted:
 
     Attributes:
         states: The draft's states at the pairs of row and step that were run, [P, H].
-        places: Index of each row's and step's state, int64 [S, N], on the CPU; -1 if it was not run. Move indices to a
-            device with ``specforge.moving.moved``.
+        state_index: Index of each row's and step's state, int64 [S, N], on the CPU; -1 if it was not run. Move indices
+            to a device with ``specforge.moving.moved``.
         targets: Row of the verifier's states that each row and step is compared with, int64 [S, N], on the CPU.
         supervised: Which of them count, bool [S, N], on the CPU.
     """
 
     states: Tensor
-    places: Tensor
+    state_index: Tensor
     targets: Tensor
     supervised: Tensor
 
     def counted(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return step, row, state and target of the pairs that count, int64 [m] each, on the device of the states."""
         steps, rows = self.supervised.nonzero(as_tuple=True)
-        return moved((steps, rows, self.places[steps, rows], self.targets[steps, rows]), self.states.device)
+        return moved((steps, rows, self.state_index[steps, rows], self.targets[steps, rows]), self.states.device)
 
 
 class DraftModule(LightningModule, ABC):
@@ -182,7 +182,7 @@ class DraftModule(LightningModule, ABC):
         targets, supervised = alignment.targets.flatten(1), alignment.supervised.flatten(1)
         self.denominator.begin(supervised, self.device)
         rows = DraftRows.needed(supervised, host.documents)
-        drafted = Drafted(self.states(batch, features, rows.to(device)), rows.places(), targets, supervised)
+        drafted = Drafted(self.states(batch, features, rows.to(device)), rows.state_index(), targets, supervised)
         weights = self.pair_weights(supervised).to(device, non_blocking=True)
         outcome = distill(
             self.draft.before_head(drafted.states),
@@ -194,7 +194,7 @@ class DraftModule(LightningModule, ABC):
             weights,
             labels=self.labels(batch),
             finish=self.draft.finish,
-            places=drafted.places,
+            state_index=drafted.state_index,
             compiled=self.compile_steps,
             weighting=self.weighting if self.training else None,
             further_head=self.draft.further_head,

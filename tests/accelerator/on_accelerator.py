@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import waits
-from pretended import DEVICE, install, pretended
 from quickstart_runs import VERIFIER, Workshop
+from simulated_device import DEVICE, install, simulated
 from small_models import CONFIGS, random_draft, random_model
 from training_runs import scalars, weights
 
@@ -58,7 +58,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workshop(tmp_path: Path, cache: Path) -> Workshop:
     made = Workshop(tmp_path, cache)
-    made.values["verifier_dtype"] = "float32"  # by default, accelerators take the stored one
+    made.values["verifier_dtype"] = "float32"  # accelerators use the stored dtype by default
     made.values["trainer"] = {
         **{"max_steps": 2, "max_epochs": 9, "log_every_n_steps": 1},
         **{"val_check_interval": 2, "limit_val_batches": 1},
@@ -67,14 +67,14 @@ def workshop(tmp_path: Path, cache: Path) -> Workshop:
 
 
 def on_both(run: Callable[[str], Any]) -> tuple[Any, Any]:
-    """Run something on the CPU and on the simulated accelerator."""
+    """Run on the CPU and on the simulated accelerator."""
     on_cpu = run("cpu")
-    with pretended():
+    with simulated():
         return on_cpu, run(DEVICE.type)
 
 
 def test_the_two_devices_do_not_mix() -> None:
-    with pretended():
+    with simulated():
         here, there = torch.ones(3), torch.ones(3, device=DEVICE)
         assert (there + there).tolist() == [2, 2, 2] and (there * torch.tensor(2.0)).tolist() == [2, 2, 2]
         assert there[torch.tensor([True, False, True])].device == DEVICE
@@ -90,7 +90,7 @@ def test_the_two_devices_do_not_mix() -> None:
 
 
 @pytest.mark.parametrize("name", FIT)
-def test_fit_validate_and_resuming(name: str, workshop: Workshop) -> None:
+def test_fit_validate_and_resume(name: str, workshop: Workshop) -> None:
     values, options = FIT[name]
     workshop.values |= values
 
@@ -100,7 +100,7 @@ def test_fit_validate_and_resuming(name: str, workshop: Workshop) -> None:
             words.append(f"--data.cache_dir={workshop.folder / device / 'cache'}")
         assert main(["fit", *words]) == 0
         assert main(["fit", *words, "--trainer.max_steps=3", "--ckpt_path=last"]) == 0
-        # It logs nothing to compare: that it runs on the accelerator is what counts.
+        # It logs nothing to compare; it only has to run on the accelerator.
         assert device == "cpu" or main(["validate", *words, "--ckpt_path=last"]) == 0
         return workshop.run_folder(device)
 
@@ -109,9 +109,9 @@ def test_fit_validate_and_resuming(name: str, workshop: Workshop) -> None:
         expected = scalars(on_cpu, tag)
         assert scalars(there, tag) == [(step, pytest.approx(value, rel=1e-3)) for step, value in expected] and expected
     trained = weights(there / "checkpoints" / "last.ckpt")
-    assert not any(one.device == DEVICE for one in trained.values())
-    for place, expected in weights(on_cpu / "checkpoints" / "last.ckpt").items():
-        torch.testing.assert_close(trained[place], expected, rtol=1e-2, atol=1e-2, msg=place)
+    assert not any(weight.device == DEVICE for weight in trained.values())
+    for name, expected in weights(on_cpu / "checkpoints" / "last.ckpt").items():
+        torch.testing.assert_close(trained[name], expected, rtol=1e-2, atol=1e-2, msg=name)
 
 
 def test_prepared_features_are_the_same_and_are_trained_on(workshop: Workshop) -> None:
@@ -128,8 +128,8 @@ def test_prepared_features_are_the_same_and_are_trained_on(workshop: Workshop) -
 
 
 # How often the host may wait for the device in a step that logs nothing to a file, by kind and features.
-# Values: two of the progress bar, which Lightning reads twice, and one that tells whether the loss is finite. Live,
-# transformers looks for packed rows. The learning rate is copied to the device to be logged.
+# Values: two for the progress bar, which Lightning reads twice, and one for the check for a finite loss. Live,
+# transformers checks for packed rows. The learning rate is copied to the device to be logged.
 WAITS = {"live": {waits.VALUE: 6, waits.TO_DEVICE: 1}, "stored": {waits.VALUE: 5, waits.TO_DEVICE: 1}}
 
 
@@ -146,7 +146,7 @@ def test_a_training_step_hardly_waits_for_the_device(name: str, features: str, w
     workshop.values["trainer"] |= {"max_steps": 3, "log_every_n_steps": 50, "val_check_interval": 8}
     workshop.values["trainer"] |= {"callbacks": [counted], "gradient_clip_val": 1.0}
     words = workshop.words("there", f"--trainer.accelerator={DEVICE.type}", *FIT[name][1])
-    with pretended():
+    with simulated():
         if features == "stored":
             store = str(workshop.folder / "features")
             assert main(["prepare", "features", *workshop.words("there"), "--output", store, "--dtype=float32"]) == 0
@@ -155,8 +155,8 @@ def test_a_training_step_hardly_waits_for_the_device(name: str, features: str, w
     allowed = Counter(WAITS[features])
     if name == "draft_model":
         allowed[waits.VALUE] += 1  # transformers looks for packed rows here, too
-    over = {kind: times for kind, times in waits.by_kind().items() if times > allowed[kind]}
-    assert waits.found and not over, f"a step waits more often than it may:\n{waits.calls()}"
+    excess = {kind: times for kind, times in waits.by_kind().items() if times > allowed[kind]}
+    assert waits.found and not excess, f"a step waits more often than allowed:\n{waits.calls()}"
 
 
 @pytest.mark.parametrize(
@@ -197,11 +197,11 @@ def test_other_commands(workshop: Workshop, capfd: pytest.CaptureFixture[str]) -
             capfd.readouterr()
             length = ["--max_new_tokens=4"] if words[0] in ("evaluate", "prepare") else []
             assert main([*words, *length]) == 0
-        assert ("pretended" in capfd.readouterr().out) == (device == DEVICE.type)
+        assert (DEVICE.type in capfd.readouterr().out) == (device == DEVICE.type)
         found = json.loads((folder / "evaluation" / "results.json").read_text())
         return [
             (folder / "responses" / "responses.jsonl").read_text(),
-            [one["sets"][0]["num_accepted_tokens"] for one in found["contenders"]],
+            [contender["sets"][0]["num_accepted_tokens"] for contender in found["contenders"]],
         ]
 
     on_cpu, there = on_both(run)

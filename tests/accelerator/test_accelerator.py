@@ -1,4 +1,4 @@
-"""Nothing of a run mixes the CPU and the device that it runs on, and what comes out is the same: on a simulated one."""
+"""No command mixes tensors of the CPU and the accelerator, and results are equal; on a simulated accelerator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts what a training step makes the host wait for, on the simulated device: by kind, and where it is called."""
+"""Counts how often a training step makes the host wait for the simulated device, by kind and caller."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pretended
+import simulated_device
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from pretended import DEVICE, There
+from simulated_device import DEVICE, DeviceTensor
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 CALLERS = (f"{ROOT}/specforge", f"{ROOT}/plugins", "/lightning/pytorch/", "/torch/optim/", "/torch/nn/utils/")
 INDEXING, VALUES, VALUE, TO_HOST, TO_DEVICE = (
-    *("boolean indexing", ".tolist()", ".item()", "copy to the host", "copy to the device that is waited for"),
+    *("boolean indexing", ".tolist()", ".item()", "copy to the host", "blocking copy to the device"),
 )
-# How many there are depends on values, so torch looks at them.
+# The size of their output depends on values, so torch reads them.
 COUNTING = {
     *("nonzero", "_unique2", "unique_dim", "unique_consecutive", "masked_select", "bincount", "equal"),
     *("repeat_interleave", "is_nonzero"),
@@ -29,7 +29,7 @@ found: Counter[tuple[str, str]] = Counter()
 
 
 class CountedStep(Callback):
-    """Counts in one training step, from the end of the step before it to its own: with its batch and its logging.
+    """Counts in one training step, from the end of the step before it to its own end, including its batch and logging.
 
     Args:
         step: Number of the step, counted from 1.
@@ -39,12 +39,12 @@ class CountedStep(Callback):
         self.step = step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Begin or end."""
+        """Start or stop counting."""
         if trainer.global_step == self.step - 1:
             found.clear()
-            pretended.LISTENERS.append(_listen)
+            simulated_device.LISTENERS.append(_listen)
         elif trainer.global_step == self.step:
-            pretended.LISTENERS.remove(_listen)
+            simulated_device.LISTENERS.remove(_listen)
 
 
 def by_kind() -> dict[str, int]:
@@ -56,7 +56,7 @@ def by_kind() -> dict[str, int]:
 
 
 def calls() -> str:
-    """Return every call and how often it is made, a line each."""
+    """Return each call with its count, one per line."""
     return "\n".join(f"{times:4} {kind}: {call}" for (kind, call), times in sorted(found.items()))
 
 
@@ -67,15 +67,16 @@ def _listen(function: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 def _kind(function: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
     """Return why the host waits for an operation; None if it does not."""
-    name = "tolist" if function is There.tolist else function._schema.name.partition("::")[2]
-    first, is_there = args[0] if args else None, bool(args) and isinstance(args[0], There)
-    asked = kwargs.get("device")
-    goes_there = asked is not None and torch.device(asked).type == DEVICE.type
-    if name == "_to_copy" and is_there != goes_there and asked is not None:
-        return _kind_of_copy(goes_there, kwargs.get("non_blocking", False))
-    if name == "copy_" and isinstance(args[1], There) != is_there and isinstance(first, Tensor) and args[1].ndim:
-        return _kind_of_copy(is_there, (args[2:] or [kwargs.get("non_blocking", False)])[0])
-    if not is_there:
+    name = "tolist" if function is DeviceTensor.tolist else function._schema.name.partition("::")[2]
+    first, on_device = args[0] if args else None, bool(args) and isinstance(args[0], DeviceTensor)
+    requested = kwargs.get("device")
+    to_device = requested is not None and torch.device(requested).type == DEVICE.type
+    if name == "_to_copy" and on_device != to_device and requested is not None:
+        return _kind_of_copy(to_device, kwargs.get("non_blocking", False))
+    copies = name == "copy_" and isinstance(first, Tensor) and args[1].ndim
+    if copies and isinstance(args[1], DeviceTensor) != on_device:
+        return _kind_of_copy(on_device, (args[2:] or [kwargs.get("non_blocking", False)])[0])
+    if not on_device:
         return None
     if name == "tolist":
         return VALUES
@@ -83,18 +84,20 @@ def _kind(function: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
         return VALUE
     if name in COUNTING:
         return name
-    if function in pretended.INDEXING and any(isinstance(one, Tensor) and one.dtype == torch.bool for one in args[1]):
+    if function in simulated_device.INDEXING and any(
+        isinstance(arg, Tensor) and arg.dtype == torch.bool for arg in args[1]
+    ):
         return INDEXING
     return None
 
 
-def _kind_of_copy(goes_there: bool, non_blocking: bool) -> str | None:
-    if not goes_there:
+def _kind_of_copy(to_device: bool, non_blocking: bool) -> str | None:
+    if not to_device:
         return TO_HOST
     return None if non_blocking else TO_DEVICE
 
 
 def _caller() -> str:
-    frames = [one for one in traceback.extract_stack() if any(part in one.filename for part in CALLERS)]
-    # Gradients are computed in a thread of torch's own.
+    frames = [frame for frame in traceback.extract_stack() if any(part in frame.filename for part in CALLERS)]
+    # Gradients are computed in a thread of torch.
     return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "the backward pass"

@@ -60,14 +60,14 @@ class Engine:
     def __init__(self, kind: str, accepted: list[int]) -> None:
         self.kind = kind
         self.accepted = accepted
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, str]:
         """Answer as an engine."""
         if path == "/v1/models":
             return 200, json.dumps({"object": "list", "data": [{"id": "served", "object": "model"}]})
         if path == "/v1/completions":
-            self.asked.append(json.loads(body))
+            self.requests.append(json.loads(body))
             choice = {"index": 0, "text": "", "finish_reason": "length", "logprobs": None}
             return 200, json.dumps(
                 {"id": "1", "object": "text_completion", "created": 0, "model": "served", "choices": [choice]}
@@ -78,18 +78,18 @@ class Engine:
             return 200, "process_cpu_seconds_total 1.0\n"
         if path == "/get_server_info" and self.kind == "sglang":
             length = 1 + sum(self.accepted) / 10
-            state = {"avg_spec_accept_length": length if self.asked else None, "last_gen_throughput": 3.0}
+            state = {"avg_spec_accept_length": length if self.requests else None, "last_gen_throughput": 3.0}
             return 200, json.dumps({"speculative_num_steps": len(self.accepted), "internal_states": [state]})
         return 404, "{}"
 
     def _metrics(self) -> str:
         """Return two engines' counters; one has served other requests before."""
-        rounds = 10 * len(self.asked)
+        rounds = 10 * len(self.requests)
         lines = ["# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.", "vllm:other_total 5.0"]
         for name, count in (
             ("drafts", rounds),
             ("draft_tokens", rounds * len(self.accepted)),
-            ("accepted_tokens", sum(self.accepted) * len(self.asked)),
+            ("accepted_tokens", sum(self.accepted) * len(self.requests)),
         ):
             lines.append(f'vllm:spec_decode_num_{name}_total{{engine="0",model_name="served"}} {1000.0}')
             lines.append(f'vllm:spec_decode_num_{name}_total{{engine="1",model_name="served"}} {float(count)}')
@@ -97,7 +97,7 @@ class Engine:
         for position, count in enumerate(self.accepted):
             labels = f'engine="1",model_name="served",position="{position}"'
             lines.append(
-                f"vllm:spec_decode_num_accepted_tokens_per_pos_total{{{labels}}} {float(count * len(self.asked))}"
+                f"vllm:spec_decode_num_accepted_tokens_per_pos_total{{{labels}}} {float(count * len(self.requests))}"
             )
         return "\n".join(lines) + "\n"
 
@@ -118,8 +118,8 @@ class Hub:
             return 200, json.dumps({"errors": [], "warnings": []})
         if "/preupload/" in path:
             files = [
-                {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for one in json.loads(body)["files"]
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
             ]
             return 200, json.dumps({"files": files})
         if "/commit/" in path:

@@ -52,7 +52,7 @@ def in_bin(folder: Path, shards: int = 1) -> None:
         return
     weight_map = {name: f"pytorch_model-{index % shards}.bin" for index, name in enumerate(tensors)}
     for file in set(weight_map.values()):
-        torch.save({name: one for name, one in tensors.items() if weight_map[name] == file}, folder / file)
+        torch.save({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, folder / file)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -61,7 +61,7 @@ def in_shards(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     weight_map = {name: f"model-{index % 2}.safetensors" for index, name in enumerate(tensors)}
     for file in set(weight_map.values()):
-        save_file({name: one for name, one in tensors.items() if weight_map[name] == file}, folder / file)
+        save_file({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -86,7 +86,7 @@ def test_every_kind_of_file_is_read(
     files(folder)
     convert(str(folder), str(VERIFIER), tmp_path / "ours")
     trained = SpeculatorModel.from_pretrained(draft_of("eagle")).state_dict()
-    assert all(torch.equal(one, trained[name]) for name, one in load_file(tmp_path / "ours" / WEIGHTS).items())
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in load_file(tmp_path / "ours" / WEIGHTS).items())
 
 
 def test_a_bin_file_runs_no_code(published: Callable[[str], Path], tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_no_tensor_is_filled_in_or_dropped(
 ) -> None:
     folder = published(key)
     tensors = load_file(folder / WEIGHTS)
-    name = max(one for one, tensor in tensors.items() if tensor.ndim == 2 and tensor.is_floating_point())
+    name = max(candidate for candidate, tensor in tensors.items() if tensor.ndim == 2 and tensor.is_floating_point())
     ours = next(part for part in reversed(name.split(".")) if not part.isdigit() and part != "weight")
     if change == "missing":
         del tensors[name]
@@ -188,12 +188,12 @@ def test_ambiguous_layer_ids_require_a_format(published: Callable[[str], Path], 
 def change_config(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     stored = json.loads(path.read_text()) | values
-    path.write_text(json.dumps({name: one for name, one in stored.items() if one is not ...}))
+    path.write_text(json.dumps({name: value for name, value in stored.items() if value is not ...}))
 
 
 def change_tensors(folder: Path, **tensors: Any) -> None:
     stored = load_file(folder / WEIGHTS) | tensors
-    save_file({name: one for name, one in stored.items() if one is not None}, folder / WEIGHTS)
+    save_file({name: tensor for name, tensor in stored.items() if tensor is not None}, folder / WEIGHTS)
 
 
 @pytest.mark.parametrize("theta", [..., None])

@@ -62,11 +62,11 @@ def test_weights_are_cast_and_the_config_has_the_dtype(
     dtype: str, exported: Callable[..., Path], draft_of: Callable[..., Path]
 ) -> None:
     folder = exported("eagle3/vllm", "--dtype", dtype, "--skip_verifier")
-    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    expected = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     tensors, trained = load_file(folder / "model.safetensors"), SpeculatorModel.from_pretrained(draft_of("eagle3"))
     for name, tensor in trained.state_dict().items():
-        assert torch.equal(tensors[name], tensor.to(wanted) if tensor.is_floating_point() else tensor), name
-    assert getattr(torch, config_of(folder)["dtype"]) == wanted
+        assert torch.equal(tensors[name], tensor.to(expected) if tensor.is_floating_point() else tensor), name
+    assert getattr(torch, config_of(folder)["dtype"]) == expected
 
 
 def test_values_beyond_a_dtypes_range_are_rejected(
@@ -85,7 +85,7 @@ def test_values_beyond_a_dtypes_range_are_rejected(
 def test_no_other_file_of_an_export_is_loaded_as_weights(exported: Callable[..., Path]) -> None:
     """Engines load every safetensors, bin and pt file of a folder."""
     names = {path.name for path in exported("eagle3/vllm").iterdir()}
-    assert [one for one in names if Path(one).suffix in (".safetensors", ".bin", ".pt")] == ["model.safetensors"]
+    assert [name for name in names if Path(name).suffix in (".safetensors", ".bin", ".pt")] == ["model.safetensors"]
 
 
 def test_the_verifiers_length_is_written(draft_of: Callable[..., Path], tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_card_describes_the_run(draft_of: Callable[..., Path], tmp_path: Pat
     assert f"vllm serve {VERIFIER} --speculative-config" in card and '"method": "eagle3"' in card
     # The probe uses the run's validation prompts.
     texts = Probe.load(run / "draft-vllm").served.texts
-    assert len(texts) == 4 and len({tuple(one.tokens[: one.begin]) for one in texts}) == 4
+    assert len(texts) == 4 and len({tuple(text.tokens[: text.begin]) for text in texts}) == 4
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", None], ids=["empty", "cut", "something else"])
@@ -259,9 +259,9 @@ def test_the_expected_acceptance_equals_that_of_decoding(exported: Callable[...,
     assert probe.served is not None and sorted(probe.served.acceptance_length) == list(range(1, 9))
     draft = SpeculatorModel.from_pretrained(exported("eagle/speculators"), verifier=str(VERIFIER))
     decoder = Decoder(draft.verifier, draft, GreedyTokenProposalConfig(speculative_tokens=3))
-    prompts = [torch.tensor(one.tokens[: one.begin]) for one in probe.served.texts]
-    emissions = [one for one in decoder.decode(prompts, 64) if one.drafted is not None]
-    measured = sum(len(one.tokens) for one in emissions) / len(emissions)
+    prompts = [torch.tensor(text.tokens[: text.begin]) for text in probe.served.texts]
+    emissions = [emission for emission in decoder.decode(prompts, 64) if emission.drafted is not None]
+    measured = sum(len(emission.tokens) for emission in emissions) / len(emissions)
     assert measured == pytest.approx(probe.served.acceptance_length[3], abs=1e-6)
 
 

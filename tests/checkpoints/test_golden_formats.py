@@ -25,10 +25,10 @@ from specforge_eagle3.config import default_aux_layers
 
 ALGORITHMS = {case: json.loads((case / "case.json").read_text())["algorithm"] for case in CASES}
 PAIRS = [
-    pytest.param(case, one.name, id=f"{case.relative_to(ROOT)}-{one.name}")
+    pytest.param(case, format_.name, id=f"{case.relative_to(ROOT)}-{format_.name}")
     for case in CASES
-    for one in installed().all(CheckpointFormat).values()
-    if one.algorithm == ALGORITHMS[case]
+    for format_ in installed().all(CheckpointFormat).values()
+    if format_.algorithm == ALGORITHMS[case]
 ]
 
 

@@ -60,12 +60,12 @@ def test_it_offers_every_command(script):
 
 
 def offered(script: Path, words: list[str]) -> set[str]:
-    asked = ["bash", "-c", ASK, "ask", script, "specforge", *words]
-    return set(subprocess.run(asked, check=True, capture_output=True, text=True).stdout.split())
+    command = ["bash", "-c", ASK, "ask", script, "specforge", *words]
+    return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
 
 
 def test_every_command_of_the_core_has_a_parser():
-    for command in next(one for one in installed().plugins if one.name == "core").descriptors:
+    for command in next(plugin for plugin in installed().plugins if plugin.name == "core").descriptors:
         if isinstance(command, Command):
             assert installed().load(command, "parser")().format_help()
 

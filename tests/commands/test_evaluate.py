@@ -39,12 +39,12 @@ def measured(draft_folder, prompts, tmp_path_factory):
 
 
 def by_name(results: Results, part: str):
-    return next(one for one in results.contenders if part in one.name)
+    return next(contender for contender in results.contenders if part in contender.name)
 
 
 def test_every_contender_is_measured_on_every_set(measured):
     results = measured[1]
-    names = [one.name for one in results.contenders]
+    names = [contender.name for contender in results.contenders]
     assert names == [
         "poor greedy:speculative_tokens=3",
         "poor greedy:speculative_tokens=2",
@@ -52,22 +52,22 @@ def test_every_contender_is_measured_on_every_set(measured):
         "prompt_lookup",
         "bigram",
     ]
-    for one in results.contenders:
-        assert [each.prompt_set for each in one.sets] == ["problems", "chats"]
-        assert [each.responses for each in one.sets] == [LIMIT, 4]
-        assert one.all_sets.responses == LIMIT + 4
-        assert one.is_baseline == (one.draft is None) == (one.name in ("prompt_lookup", "bigram"))
+    for contender in results.contenders:
+        assert [each.prompt_set for each in contender.sets] == ["problems", "chats"]
+        assert [each.responses for each in contender.sets] == [LIMIT, 4]
+        assert contender.all_sets.responses == LIMIT + 4
+        assert contender.is_baseline == (contender.draft is None) == (contender.name in ("prompt_lookup", "bigram"))
 
 
 def test_responses_are_the_verifiers_own(measured):
-    for one in measured[1].contenders:
-        assert not one.is_lossy
-        assert one.all_sets.identical_responses == one.all_sets.responses
+    for contender in measured[1].contenders:
+        assert not contender.is_lossy
+        assert contender.all_sets.identical_responses == contender.all_sets.responses
 
 
 def test_figures_agree_with_each_other(measured):
-    for one in measured[1].contenders:
-        for each in (*one.sets, one.all_sets):
+    for contender in measured[1].contenders:
+        for each in (*contender.sets, contender.all_sets):
             assert each.acceptance_length == pytest.approx(1 + each.num_accepted_tokens / each.num_drafts)
             assert each.acceptance_length == pytest.approx(1 + sum(each.accept_rate_pos))
             assert each.tokens == each.num_drafts + each.num_accepted_tokens + each.responses
@@ -78,7 +78,7 @@ def test_figures_agree_with_each_other(measured):
             assert low <= each.acceptance_length <= high
             assert each.speedup == pytest.approx(each.tokens_per_second / each.tokens_per_second_alone)
             assert each.verifier_milliseconds > 0 and each.draft_milliseconds > 0
-            assert each.compared_rounds == (each.num_drafts if " greedy" in one.name else 0)
+            assert each.compared_rounds == (each.num_drafts if " greedy" in contender.name else 0)
             assert each.differing_rounds == 0 and not each.difference
 
 
@@ -123,7 +123,7 @@ def test_above_temperature_zero_the_draft_samples_and_nothing_is_compared(draft_
     words += ["--temperature", 1, "--max_new_tokens", 12, "--output", tmp_path / "out"]
     assert evaluate(draft_folder, *words) == 0
     results = Results.read(tmp_path / "out" / "results.json")
-    assert [one.name for one in results.contenders] == ["poor sampling"]
+    assert [contender.name for contender in results.contenders] == ["poor sampling"]
     measurement = results.contenders[0].all_sets
     assert measurement.identical_responses is None and measurement.acceptance_length >= 1
     assert len(measurement.by_chain_length) == 8 and not results.contenders[0].is_lossy
@@ -192,7 +192,11 @@ def test_flags_may_be_in_a_file(draft_folder, prompts, tmp_path):
     words = ["--config", config, "--prompts", prompts[0], "--limit", 1, "--max_new_tokens", 4]
     assert evaluate(draft_folder, *words, "--output", tmp_path / "out") == 0
     results = Results.read(tmp_path / "out" / "results.json")
-    assert [one.proposal["proposal_type"] for one in results.contenders] == ["greedy", "dynamic_tree", "prompt_lookup"]
+    assert [contender.proposal["proposal_type"] for contender in results.contenders] == [
+        "greedy",
+        "dynamic_tree",
+        "prompt_lookup",
+    ]
     assert results.max_new_tokens == 4
 
 

@@ -115,7 +115,7 @@ def test_a_drafter_that_is_one_off_is_found_by_check(tmp_path):
     assert "1 of the checks above" in ran.stderr and "Traceback" not in ran.stderr
 
 
-def test_check_refuses_what_cannot_be_tried(capsys):
+def test_check_refuses_what_it_cannot_run(capsys):
     assert main(["plugins", "check", "nosuch"]) == 2
     assert "no installed plugin provides the algorithm 'nosuch'" in capsys.readouterr().err
 

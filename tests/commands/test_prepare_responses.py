@@ -57,13 +57,13 @@ class TestInProcess:
         assert len(rows) >= 7
         replies: dict[tuple[str, ...], str] = {}
         for row in rows:
-            asked = tuple(one["content"] for one in row["messages"][::2])
-            replies[asked] = row["messages"][-1]["content"]
+            questions = tuple(message["content"] for message in row["messages"][::2])
+            replies[questions] = row["messages"][-1]["content"]
             supervised = [token for token, own in zip(row["input_ids"], row["loss_mask"], strict=True) if own]
             written = tokenizer.decode(supervised, skip_special_tokens=True)
-            assert written.endswith(replies[asked]) and row["input_ids"][-len(supervised) :][-1] == supervised[-1]
-        for asked, answer in replies.items():
-            assert answer == reply(*asked, max_new_tokens=20)
+            assert written.endswith(replies[questions]) and row["input_ids"][-len(supervised) :][-1] == supervised[-1]
+        for questions, answer in replies.items():
+            assert answer == reply(*questions, max_new_tokens=20)
         shown = capsys.readouterr().out
         assert "they can be the verifier's own" in shown
         assert shown.strip().endswith(
@@ -114,11 +114,11 @@ class TestInProcess:
     def test_replies_of_another_model_are_detected(self, chats, tmp_path, capsys, monkeypatch):
         stranger = "specforge.commands.prepare.in_process.InProcessAnswerer._reply"
 
-        def noise(self: Any, asked: Any, turn: int) -> Any:
+        def noise(self: Any, prompts: Any, turn: int) -> Any:
             from specforge.engines.generation import Reply
 
             generator = torch.Generator().manual_seed(turn)
-            for prompt, tokens in asked:
+            for prompt, tokens in prompts:
                 produced = torch.randint(300, 1200, (12,), generator=generator).tolist()
                 yield prompt, Reply("noise", "stop", 12, tokens, produced)
 
@@ -200,8 +200,8 @@ class TestCheck:
         assert main(["prepare", "check", str(tmp_path / "rows" / "train"), "--verifier", str(VERIFIER)]) == 0
 
     def test_text_of_another_source_fails(self, write_rows, capsys):
-        asked = {"role": "user", "content": QUESTIONS[0]}
-        messages = [asked, {"role": "assistant", "content": "Shall I compare thee?"}]
+        question = {"role": "user", "content": QUESTIONS[0]}
+        messages = [question, {"role": "assistant", "content": "Shall I compare thee?"}]
         source = write_rows("foreign.jsonl", [{"messages": messages}] * 4)
         assert main(["prepare", "check", str(source), "--verifier", str(VERIFIER)]) == 1
         assert "THEY ARE NOT THE VERIFIER'S OWN" in capsys.readouterr().out

@@ -34,8 +34,8 @@ def measurement(prompt_set: str, rate: float, depth: int = 5, drafts: int = 1234
     rng = random.Random(f"{prompt_set} {rate} {depth}")
     conditional = [rate * rng.uniform(0.9, 1.0) for _ in range(depth)]
     joint = [1.0]
-    for one in conditional:
-        joint.append(joint[-1] * one)
+    for value in conditional:
+        joint.append(joint[-1] * value)
     length = sum(joint)
     accepted = round(drafts * (length - 1))
     return Measurement(
@@ -73,7 +73,7 @@ def contender(name: str, rate: float, sets: tuple[str, ...], depth: int = 5, bas
         proposal={"proposal_type": "chain", "speculative_tokens": depth},
         is_baseline=baseline,
         is_lossy=False,
-        sets=[measurement(one, rate, depth) for one in sets],
+        sets=[measurement(prompt_set, rate, depth) for prompt_set in sets],
         all_sets=measurement("all", rate, depth, drafts=3702),
     )
 
@@ -89,7 +89,7 @@ def results(*contenders: ContenderResult) -> Results:
         seed=987,
         machine="cpu, 1 thread, float32",
         versions={"torch": "2.11.0", "transformers": "5.16.1"},
-        prompt_sets=[one.prompt_set for one in contenders[0].sets] if contenders else [],
+        prompt_sets=[result.prompt_set for result in contenders[0].sets] if contenders else [],
         contenders=list(contenders),
     )
 
@@ -107,13 +107,14 @@ def usual() -> Results:
 
 def bare() -> Results:
     """One contender on one prompt set, without optional figures."""
-    one = contender("only", 0.5, ("chat",), depth=1)
-    for each in (one.all_sets, *one.sets):
+
+    only = contender("only", 0.5, ("chat",), depth=1)
+    for each in (only.all_sets, *only.sets):
         each.confidence_interval = None
         each.identical_responses = None
         each.by_stretch = []
         each.by_chain_length = []
-    return results(one)
+    return results(only)
 
 
 def without_drafts() -> Results:
@@ -232,8 +233,12 @@ class TestPage:
         rows = {(row[0], index): row[1:] for index, row in enumerate(Page(made_up_page(kind)).rows)}
         tables = [index for name, index in rows if name == "Figure"]
         assert len(tables) == len(what.contenders)
-        for one, begin in zip(what.contenders, tables, strict=True):
-            measured = one.sets if len(one.sets) == 1 else [*one.sets, one.all_sets]
+        for each_contender, begin in zip(what.contenders, tables, strict=True):
+            measured = (
+                each_contender.sets
+                if len(each_contender.sets) == 1
+                else [*each_contender.sets, each_contender.all_sets]
+            )
             assert rows["Figure", begin] == [each.prompt_set for each in measured]
             # Tables come one after the other, so the next row of a name is this contender's.
             own = {name: cells for (name, index), cells in reversed(rows.items()) if index > begin}
@@ -264,7 +269,8 @@ class TestPage:
             "Speedup": f"{each.speedup:.3f}×",
             "Identical responses": "–" if same is None else f"{same} of {each.responses}",
             "Acceptance length by position in the response (drafts)": "\n".join(
-                f"{one.begin}–{one.end - 1}: {one.acceptance_length:.2f} ({one.drafts})" for one in each.by_stretch
+                f"{stretch.begin}–{stretch.end - 1}: {stretch.acceptance_length:.2f} ({stretch.drafts})"
+                for stretch in each.by_stretch
             )
             or "–",
             "Acceptance length with chains of K = 1, 2, …": series(each.by_chain_length, 3) or "–",
@@ -341,7 +347,7 @@ class TestPlots:
             "Time per round",
         ]
         assert made_up_page("usual").count("<svg") == len(drawn)
-        names = [one.name for one in usual().contenders]
+        names = [each.name for each in usual().contenders]
         assert all([mark.name for mark in plot.legend] == names for plot in drawn[:-1])
         assert [mark.name for mark in drawn[-1].legend] == ["draft", "verifier", "other"]
 
@@ -367,8 +373,8 @@ class TestPlots:
     def test_bars_have_lengths_and_names(self):
         what = usual()
         svg = made_up_page("usual")
-        for one in what.contenders:
-            for each in (*one.sets, one.all_sets):
+        for measured in what.contenders:
+            for each in (*measured.sets, measured.all_sets):
                 assert f">{each.acceptance_length:.2f}<" in svg
         assert all(f">{name}<" in svg for name in (*what.prompt_sets, "all"))
 
@@ -393,8 +399,8 @@ class TestWarnings:
         shown = re.search(r'<ul class="warnings">(.*?)</ul>', html, re.DOTALL)
         listed = [] if shown is None else re.findall(r"<li>(.*?)</li>", shown[1])
         assert text.count("WARNING: ") == len(listed)
-        for one in listed:
-            assert f"WARNING: {one}".replace("&#39;", "'") in text
+        for item in listed:
+            assert f"WARNING: {item}".replace("&#39;", "'") in text
         return listed, html
 
     @pytest.mark.parametrize("kind", MADE_UP)
@@ -449,8 +455,8 @@ class TestTable:
     def test_nothing_of_a_row_is_cut_off_at_80_columns(self, kind):
         what = MADE_UP[kind]()
         lines = iter(printed(what).splitlines())
-        for one in what.contenders:
-            for each in one.sets if len(one.sets) == 1 else [*one.sets, one.all_sets]:
+        for measured in what.contenders:
+            for each in measured.sets if len(measured.sets) == 1 else [*measured.sets, measured.all_sets]:
                 interval = each.confidence_interval
                 length = f"{each.acceptance_length:.2f}"
                 length += "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
@@ -518,7 +524,7 @@ class TestWriting:
         assert Results.read(tmp_path / "new" / "folder" / "results.json") == what
         assert (tmp_path / "new" / "folder" / "report.html").read_text(encoding="utf-8") == page(what)
 
-    def test_a_file_in_the_folders_place(self, tmp_path):
+    def test_a_file_instead_of_the_folder(self, tmp_path):
         (tmp_path / "report").write_text("mine")
         with pytest.raises(SpecforgeError) as caught:
             write_report(bare(), tmp_path / "report")

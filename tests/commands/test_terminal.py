@@ -19,7 +19,7 @@ from specforge.registry import installed
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
 PROMPTS = str(ROOT / "configs" / "quickstart" / "validation.jsonl")
-ALGORITHMS = [name for name, one in installed().all(Algorithm).items() if one.module is not None]
+ALGORITHMS = [name for name, algorithm in installed().all(Algorithm).items() if algorithm.module is not None]
 HELP = [
     [],
     *([name] for name in installed().all(Command) if name != "fit"),
@@ -86,7 +86,7 @@ def test_tables_fit(words, draft_folder, tmp_path, capsys, monkeypatch):
     if "estimate" in words:
         words += ["--verifier", str(VERIFIER)]
     text = output_of(words, capsys)
-    # Sentences are wrapped by the terminal; commands are kept whole for copying.
+    # The terminal wraps sentences; commands are not wrapped, for copying.
     tables = [line for line in text.splitlines() if ": " not in line and "specforge " not in line]
     assert len(tables) > 3 and not too_wide("\n".join(tables))
     assert "\x1b[" not in text

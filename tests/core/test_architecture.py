@@ -27,7 +27,7 @@ ROWS = {"data/text", "data/rows"}
 DATA = ROWS | {"data", "data/features"}
 TRAINING = {"training", "training/losses", "training/callbacks", "training/cli"}
 CHECKPOINTS = {"checkpoints", "checkpoints/verification"}
-# Each room, and the other rooms that it may import. A subfolder is its own room only if it is listed here.
+# Allowed imports between rooms. A subfolder is a separate room only if it is listed here.
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     "builtin": {"hookspecs"},
@@ -58,11 +58,10 @@ MAY_IMPORT = {
 # Rooms that a room may import only inside functions: a draft's ``generate`` uses decoding, and a module configures the
 # callbacks of its trainer; both are higher rooms.
 MAY_IMPORT_LAZILY = {"models": {"decoding"}, "training": {"training/callbacks"}}
-# Words that may start an entry of a docstring in lower case.
 
 
 def relative(path: Path) -> str:
-    """Name a file in messages."""
+    """Return a file's name for messages."""
     return str(path.relative_to(ROOT))
 
 
@@ -132,7 +131,7 @@ def test_the_core_imports_no_plugin():
     assert not wrong
 
 
-# A plugin whose paper changes another's: its network is that one's subclass.
+# A plugin whose paper modifies another's network, as a subclass.
 BUILT_ON = {"specforge_peagle": "specforge_eagle3"}
 
 
@@ -174,7 +173,7 @@ def test_private_names_of_other_packages_are_touched_in_one_room():
         for line, name in private_names(tree)
         if name not in ours
     ]
-    assert not wrong, "each stands in specforge/private, with a test of its own"
+    assert not wrong, "move them to specforge/private and test them there"
 
 
 def test_a_plugin_init_imports_only_the_contract():
@@ -187,26 +186,26 @@ def test_a_plugin_init_imports_only_the_contract():
             assert not wrong, relative(path)
 
 
-def names_asked_for(tree: ast.Module, names: Container[str]) -> Iterator[int]:
-    """Yield the lines where a module compares with one of some names, looks it up or has it in a table."""
+def lines_with_names(tree: ast.Module, names: Container[str]) -> Iterator[int]:
+    """Yield the lines where some names are string constants: in comparisons, lookups or tables."""
     yield from (node.lineno for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in names)
 
 
-def test_the_core_asks_no_algorithms_name():
-    """Prose may name them: what decides is the registry."""
+def test_the_core_names_no_algorithm():
+    """Prose may name them."""
     names = set(installed().all(Algorithm))
     trees = ((path, ast.parse(path.read_text())) for path in CORE)
-    wrong = [f"{relative(path)}:{line}" for path, tree in trees for line in names_asked_for(tree, names)]
+    wrong = [f"{relative(path)}:{line}" for path, tree in trees for line in lines_with_names(tree, names)]
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_question_for_a_name_would_be_found():
+def test_a_comparison_with_a_name_is_found():
     source = """
     '''As in EAGLE-3 and mlp.'''
     if algorithm == "mlp" or algorithm in {"eagle": 1}:
         print("no mlp here")
     """
-    assert list(names_asked_for(ast.parse(dedent(source)), {"mlp", "eagle"})) == [3, 3]
+    assert list(lines_with_names(ast.parse(dedent(source)), {"mlp", "eagle"})) == [3, 3]
 
 
 @pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=relative)
@@ -216,15 +215,21 @@ def test_public_functions_and_classes_have_docstrings_and_annotations(path):
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             if not ast.get_docstring(node):
                 wrong.append(f"{node.name} has no docstring")
-            methods = [one for one in node.body if isinstance(one, ast.FunctionDef) and not one.name.startswith("_")]
-            wrong += [f"{node.name}.{one.name} {fault}" for one in methods for fault in _faults(one)]
+            methods = [
+                part for part in node.body if isinstance(part, ast.FunctionDef) and not part.name.startswith("_")
+            ]
+            wrong += [f"{node.name}.{method.name} {fault}" for method in methods for fault in _faults(method)]
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
             wrong += [f"{node.name} {fault}" for fault in _faults(node)]
     assert not wrong
 
 
 def _faults(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
-    overloads = [one for one in function.decorator_list if isinstance(one, ast.Name) and one.id == "overload"]
+    overloads = [
+        decorator
+        for decorator in function.decorator_list
+        if isinstance(decorator, ast.Name) and decorator.id == "overload"
+    ]
     if not ast.get_docstring(function) and not overloads:
         yield "has no docstring"
     given = function.args
@@ -246,8 +251,8 @@ def docstrings(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, dedent(" " * node.col_offset + node.value.value)
 
 
-def dialect_faults(text: str) -> Iterator[str]:
-    """Yield what breaks the dialect of docstrings: Google style, double backticks, sentences with capital and stop."""
+def style_faults(text: str) -> Iterator[str]:
+    """Yield style faults: Google style, double backticks, sentences with a capital and a full stop."""
     if re.search(r"(?<![`\\])`(?![`<])[^`\n]+`(?!`)", text):
         yield "single backticks"
     section, entry = "", ""
@@ -264,12 +269,12 @@ def dialect_faults(text: str) -> Iterator[str]:
             entry = stripped
 
 
-def test_docstrings_keep_one_dialect() -> None:
+def test_docstrings_have_one_style() -> None:
     every = [*CORE, *PLUGINS, *sorted((ROOT / "examples").rglob("*.py"))]
     found = [
         f"{relative(path)}:{line}: {fault}"
         for path in every
         for line, text in docstrings(path)
-        for fault in dialect_faults(text)
+        for fault in style_faults(text)
     ]
     assert not found, "\n".join(found)

@@ -25,7 +25,7 @@ SPECULATORS: dict[str, Any] = {
     "default_proposal_method": "greedy",
     "verifier": {"name_or_path": "owner/name", "architectures": ["LlamaForCausalLM"]},
 }
-WHOLE: dict[str, Any] = {
+COMPLETE: dict[str, Any] = {
     "speculators_model_type": "eagle3",
     "draft_vocab_size": 32,
     "transformer_layer_config": LAYERS,
@@ -56,7 +56,7 @@ def file(tmp_path: Path) -> Callable[[str], Path]:
 
 def changed(**values: Any) -> dict[str, Any]:
     """Return a valid configuration with some values replaced."""
-    return {**json.loads(json.dumps(WHOLE)), **values}
+    return {**json.loads(json.dumps(COMPLETE)), **values}
 
 
 class TestImports:
@@ -222,7 +222,7 @@ class TestRoundTrip:
         assert first == second and first.endswith(b"}\n")
 
     def test_saving_leaves_no_other_files(self, tmp_path):
-        Eagle3SpeculatorConfig.from_dict(WHOLE).save_pretrained(tmp_path / "a" / "b")
+        Eagle3SpeculatorConfig.from_dict(COMPLETE).save_pretrained(tmp_path / "a" / "b")
         assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["config.json"]
 
     def test_the_given_values_are_not_changed(self):
@@ -382,7 +382,7 @@ class TestEagle3:
 
 class TestHub:
     def test_a_hub_id_goes_through_the_hub_client(self, file, monkeypatch):
-        folder = file(json.dumps(WHOLE))
+        folder = file(json.dumps(COMPLETE))
         asked = []
 
         def download(repository: str, name: str, **options: Any) -> str:
@@ -407,7 +407,7 @@ class TestHub:
 
     def test_a_local_folder_takes_precedence(self, tmp_path, monkeypatch):
         (tmp_path / "owner" / "draft").mkdir(parents=True)
-        (tmp_path / "owner" / "draft" / "config.json").write_text(json.dumps(WHOLE))
+        (tmp_path / "owner" / "draft" / "config.json").write_text(json.dumps(COMPLETE))
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *words, **options: pytest.fail("asked the hub"))
         assert SpeculatorModelConfig.from_pretrained("owner/draft").draft_vocab_size == 32

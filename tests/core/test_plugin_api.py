@@ -1,4 +1,4 @@
-"""The plugin API as text. Changing it breaks or extends a promise: docs/versioning.md says which number to raise."""
+"""The plugin API as text. A change breaks or extends a promise; docs/versioning.md states which number to raise."""
 
 from __future__ import annotations
 
@@ -42,16 +42,18 @@ def signature(named: type | object) -> str:
 def hooks() -> list[object]:
     """Every function that pluggy recognises as a hook."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
-    return [one for name, one in vars(hookspecs).items() if manager.parse_hookspec_opts(hookspecs, name) is not None]
+    return [
+        value for name, value in vars(hookspecs).items() if manager.parse_hookspec_opts(hookspecs, name) is not None
+    ]
 
 
 def test_signatures():
     found = sorted(map(signature, [*DESCRIPTORS, *hooks()]))
-    assert found == SIGNATURES.splitlines(), "the plugin API has changed: docs/versioning.md says what to do"
+    assert found == SIGNATURES.splitlines(), "the plugin API has changed, see docs/versioning.md"
 
 
 def test_every_dataclass_of_the_contract_is_covered():
-    declared = [one for one in vars(hookspecs).values() if inspect.isclass(one) and is_dataclass(one)]
+    declared = [value for value in vars(hookspecs).values() if inspect.isclass(value) and is_dataclass(value)]
     assert set(declared) == set(DESCRIPTORS) == set(registry.KINDS.values())
 
 

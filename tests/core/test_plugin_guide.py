@@ -1,4 +1,4 @@
-"""The plugin guide shows the example's own code, and the example uses only what any plugin may use of the core."""
+"""The plugin guide shows the example's own code, and the example uses only the public parts of the core."""
 
 from __future__ import annotations
 

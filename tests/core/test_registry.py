@@ -68,7 +68,7 @@ TWICE = """
 def specforge_commands():
     return [Command("hello", "one", "toy:one"), Command("hello", "two", "toy:two")]
 
-def one(arguments): return 0
+def run(arguments): return 0
 def two(arguments): return 0
 """
 
@@ -76,7 +76,7 @@ def two(arguments): return 0
 def section(listing: str, head: str) -> list[str]:
     """Return the lines that ``specforge plugins`` prints for one plugin, without the heading."""
     lines = listing.splitlines()
-    return [line.strip() for line in takewhile(lambda one: one.startswith("  "), lines[lines.index(head) + 1 :])]
+    return [line.strip() for line in takewhile(lambda line: line.startswith("  "), lines[lines.index(head) + 1 :])]
 
 
 class TestGoodPlugin:
@@ -173,7 +173,7 @@ class ToyDraft: ...
 """
 
     @pytest.mark.parametrize("target", ["toy:ToyConfg", "toy_heavyy:ToyConfig", "toy.deep.er:ToyConfig", "toy", "toy:"])
-    def test_are_shown_by_plugins(self, toys, target):
+    def test_are_listed_by_plugins(self, toys, target):
         toys.install("toy-package", HOOKS + self.ALGORITHM.format(target=target))
         done = toys.run("plugins")
         assert done.returncode == 0
@@ -221,7 +221,7 @@ class ToyDraft: ...
 
     def _check_only_hello_fails(self, toys):
         others = [toys.run("--help"), toys.run("plugins")]
-        assert [one.returncode for one in others] == [0, 0], others[0].stderr
+        assert [other.returncode for other in others] == [0, 0], others[0].stderr
         done = toys.run("hello")
         assert done.returncode == 2
         assert "toy-package" in done.stderr and "broken" in done.stderr
@@ -289,7 +289,7 @@ from dataclasses import replace
 @hookimpl(wrapper=True)
 def specforge_commands():
     answers = yield
-    return [[replace(one, name=one.name.replace("hello", "bonjour")) for one in answer] for answer in answers]
+    return [[replace(item, name=item.name.replace("hello", "bonjour")) for item in answer] for answer in answers]
 """
         toys.install("french", HOOKS + wrapper, module="french", plugin=name)
         toys.install("toy-package", HOOKS + HELLO.format(name="hello", module="toy"))

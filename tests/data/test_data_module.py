@@ -198,13 +198,13 @@ def fit(module: DraftDataModule, folder: Path, checkpoint: Path | None = None, *
 
 def test_lightning_resumes_in_the_middle_of_an_epoch(verifier: Path, train: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"validation_share": 0, "batch_size": 2, "max_length": 64}
-    whole = fit(DraftDataModule(str(verifier), train, **options), tmp_path / "whole").seen
-    steps = len(whole) // 2
+    expected = fit(DraftDataModule(str(verifier), train, **options), tmp_path / "whole").seen
+    steps = len(expected) // 2
     assert steps > 3
     for done in (2, steps, steps + 1):
         checkpoint = tmp_path / "whole" / f"step={done}.ckpt"
         resumed = fit(DraftDataModule(str(verifier), train, **options), tmp_path / "resumed", checkpoint)
-        assert resumed.seen == whole[done:]
+        assert resumed.seen == expected[done:]
 
 
 def test_overfitting_a_few_batches_repeats_them(verifier: Path, train: str, tmp_path: Path) -> None:

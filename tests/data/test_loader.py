@@ -75,38 +75,38 @@ def test_epochs_are_shuffled_differently_and_repeatably() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_epoch_equals_the_rest_of_an_uninterrupted_one(workers: int) -> None:
-    whole, stopped, resumed = loader(), loader(workers=workers), loader(workers=workers)
-    for each in (whole, stopped):
+    full, stopped, resumed = loader(), loader(workers=workers), loader(workers=workers)
+    for each in (full, stopped):
         each.sampler.set_epoch(1)
     first = indices(islice(stopped, 2))
     state = stopped.state_dict()
     assert state == loader_state(1, 4, 2, of=11)
     resumed.load_state_dict(state)
     rest = indices(resumed)
-    assert first + rest == indices(whole)
+    assert first + rest == indices(full)
     assert resumed.state_dict() == loader_state(1, 11, 2, of=11)
     assert len(resumed) == 6
-    for each in (whole, resumed):
+    for each in (full, resumed):
         each.sampler.set_epoch(2)
-    assert indices(resumed) == indices(whole)
+    assert indices(resumed) == indices(full)
 
 
 @given(batches=st.integers(0, 6))
 def test_an_epoch_can_be_resumed_after_any_batch(batches: int) -> None:
     resumed = loader(rank=1, world_size=2, number=24)
     resumed.load_state_dict(loader_state(4, 4 * batches, 4, of=24))
-    whole = loader(rank=1, world_size=2, number=24)
-    whole.sampler.set_epoch(4)
-    assert indices(resumed) == indices(whole)[batches:]
+    full = loader(rank=1, world_size=2, number=24)
+    full.sampler.set_epoch(4)
+    assert indices(resumed) == indices(full)[batches:]
 
 
 def test_the_state_of_a_finished_epoch_starts_the_next_from_its_beginning() -> None:
-    finished, resumed, whole = loader(), loader(), loader()
+    finished, resumed, full = loader(), loader(), loader()
     list(finished)
     resumed.load_state_dict(finished.state_dict())
-    for each in (resumed, whole):
+    for each in (resumed, full):
         each.sampler.set_epoch(1)
-    assert indices(resumed) == indices(whole)
+    assert indices(resumed) == indices(full)
 
 
 @given(
@@ -123,7 +123,7 @@ def test_another_number_of_ranks_resumes_with_the_remaining_items(
     for rank in range(ranks[0]):
         stopped = loader(number, rank=rank, world_size=ranks[0], batch_size=ranks[1])
         stopped.sampler.set_epoch(2)
-        seen += [one for batch in indices(islice(stopped, batches)) for one in batch]
+        seen += [index for batch in indices(islice(stopped, batches)) for index in batch]
         states.append(stopped.state_dict())
     if batches == 0:  # nothing has been read, so no rank knows the epoch yet
         states = [state | {"epoch": 2} for state in states]
@@ -132,7 +132,7 @@ def test_another_number_of_ranks_resumes_with_the_remaining_items(
         resumed = loader(number, rank=rank, world_size=other[0], batch_size=other[1])
         resumed.load_state_dict(states[0])
         rest = indices(resumed)
-        seen += [one for batch in rest for one in batch]
+        seen += [index for batch in rest for index in batch]
         assert resumed.batches_before(states[0]) + len(rest) == len(resumed)
     # The items that fill the last batches, at most one per rank, come twice.
     assert set(seen) == set(range(number)) and len(seen) < number + ranks[0] + other[0]
@@ -157,4 +157,4 @@ def test_after_a_whole_epoch_any_settings_are_accepted() -> None:
     resumed = loader(batch_size=3, seed=9)
     resumed.load_state_dict(loader_state(1, 24, 2, of=24))
     resumed.sampler.set_epoch(2)
-    assert sorted(one for batch in indices(resumed) for one in batch) == list(range(11))
+    assert sorted(index for batch in indices(resumed) for index in batch) == list(range(11))

@@ -28,12 +28,12 @@ def verifier_named() -> Callable[[str], PreTrainedModel]:
 
 @pytest.fixture(scope="session")
 def prompts() -> list[tuple[int, ...]]:
-    """Prompts of many lengths: one token, repetition to look up, longer than any window, nearly the whole context."""
+    """Prompts of many lengths: one token, repetition to look up, longer than any window, nearly the full context."""
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in (1, 2, 4, 7, 11)]
+    varied = [torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in (1, 2, 4, 7, 11)]
     repeated = [3, 4, 5, 6] * 3
     full = torch.randint(1, VOCABULARY, (CONTEXT,), generator=generator).tolist()
-    return [tuple(one) for one in [*made, repeated, full[:-1], full[:-3]]]
+    return [tuple(prompt) for prompt in [*varied, repeated, full[:-1], full[:-3]]]
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from specforge.sampling import RandomSource
 
 
 class DecidedSource(RandomSource):
-    """One run with given decisions; after them the first possible outcome is taken and the others are recorded.
+    """One run with given decisions; after them the first possible outcome is chosen and the others are recorded.
 
     Attributes:
         probability: Probability of this run.
@@ -22,20 +22,20 @@ class DecidedSource(RandomSource):
     def __init__(self, decisions: list[int]) -> None:
         super().__init__()
         self.decisions = decisions
-        self.taken: list[int] = []
+        self.chosen: list[int] = []
         self.probability = 1.0
         self.forks: list[list[int]] = []
 
     def _decide(self, probabilities: list[float]) -> int:
         possible = [outcome for outcome, probability in enumerate(probabilities) if probability > 0]
         assert possible, "all probabilities are 0"
-        index = len(self.taken)
+        index = len(self.chosen)
         if index < len(self.decisions):
             outcome = self.decisions[index]
         else:
             outcome, *others = possible
-            self.forks += [[*self.taken, other] for other in others]
-        self.taken.append(outcome)
+            self.forks += [[*self.chosen, other] for other in others]
+        self.chosen.append(outcome)
         self.probability *= probabilities[outcome]
         return outcome
 
@@ -43,7 +43,7 @@ class DecidedSource(RandomSource):
         chances = probability.double().nan_to_num(0.0).clamp(0, 1).flatten().tolist()
         # Certain outcomes are not decisions.
         return torch.tensor(
-            [self._decide([1 - one, one]) == 1 if 0 < one < 1 else one == 1 for one in chances]
+            [self._decide([1 - chance, chance]) == 1 if 0 < chance < 1 else chance == 1 for chance in chances]
         ).view_as(probability)
 
     def categorical(self, probabilities: Tensor) -> Tensor:

@@ -116,7 +116,9 @@ class Oracle(SpeculatorModel):
     def logits_after(self, path: tuple[int, ...]) -> Tensor:
         generator = torch.Generator().manual_seed(hash(path) % 2**31)
         logits = torch.randn(self.vocabulary, generator=generator, dtype=torch.float64)
-        right = next((one[len(path)] for one in self.known if one[: len(path)] == path and len(one) > len(path)), None)
+        right = next(
+            (text[len(path)] for text in self.known if text[: len(path)] == path and len(text) > len(path)), None
+        )
         if right is not None:
             # Second or third if it is not first: a tree may still hold it.
             logits[right] = 9.0 if torch.rand((), generator=generator) < self.share else logits.max() - 0.5
@@ -170,7 +172,7 @@ def decoded(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: 
 def emissions(
     decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any
 ) -> list[Emission]:
-    return list(decoder.decode([torch.tensor(list(one)) for one in prompts], max_new_tokens, **options))
+    return list(decoder.decode([torch.tensor(list(prompt)) for prompt in prompts], max_new_tokens, **options))
 
 
 def uncached_logits(verifier: PreTrainedModel, text: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Real decoding against a replay of its own text: the same rounds, or the drafter is wrong."""
+"""Real decoding against a replay of its text: equal rounds, unless the drafter is wrong."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def decode(verifier, draft, prompts) -> list[tuple[Tensor, list[int]]]:
     """Text and accepted tokens of each round with greedy chains; plain decoding without a draft."""
     proposal = None if draft is None else GreedyTokenProposalConfig(speculative_tokens=CHAIN)
     found = [(prompt.tolist(), []) for prompt in prompts]
-    for one in Decoder(verifier, draft, proposal, stop_tokens=[7]).decode(prompts, NEW):
-        text, accepted = found[one.sequence]
-        text += one.tokens
-        accepted += [] if one.drafted is None else [one.accepted]
+    for emission in Decoder(verifier, draft, proposal, stop_tokens=[7]).decode(prompts, NEW):
+        text, accepted = found[emission.sequence]
+        text += emission.tokens
+        accepted += [] if emission.drafted is None else [emission.accepted]
     return [(torch.tensor(text), accepted) for text, accepted in found]
 
 
@@ -54,9 +54,9 @@ def agreement(verifier, draft, prompts) -> Agreement:
 @pytest.fixture(scope="module")
 def learned(verifier, prompts):
     """A draft overfitted on the texts, so that most of its tokens are accepted."""
-    made = random_draft(verifier, seed=2)
-    learn(made, verifier, [text for text, _ in decode(verifier, None, prompts)], updates=25)
-    return made
+    draft = random_draft(verifier, seed=2)
+    learn(draft, verifier, [text for text, _ in decode(verifier, None, prompts)], updates=25)
+    return draft
 
 
 @pytest.fixture(scope="module", params=["learned", "pruned"])

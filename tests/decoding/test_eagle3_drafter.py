@@ -200,5 +200,5 @@ def test_draft_tokens_are_translated(verifier_named: NamedVerifiers) -> None:
         [int(draft.draft_ids[0]), int(draft.draft_ids[8])],
         [int(draft.draft_ids[3])] * 2,
     ]
-    whole = random_draft(verifier_named("untied llama")).drafter(2)
-    assert whole.to_verifier(torch.tensor([5])).tolist() == [5]
+    unpruned = random_draft(verifier_named("untied llama")).drafter(2)
+    assert unpruned.to_verifier(torch.tensor([5])).tolist() == [5]

@@ -83,7 +83,7 @@ def test_a_streamer_gets_the_prompt_then_the_new_tokens(draft):
         draft.generate(ids.repeat(2, 1), streamer=streamer)
 
 
-def test_needs_the_whole_verifier(verifier):
+def test_needs_the_complete_verifier(verifier):
     draft = random_draft(verifier)
     draft.attach_verifier(verifier, mode="train_only")
     with pytest.raises(ValueError, match="needs the whole verifier; call attach_verifier"):
@@ -129,8 +129,8 @@ def test_common_arguments_of_transformers_are_accepted(verifier, draft, batch):
     with pytest.warns(UserWarning, match=r"temperature=0\.7 is ignored"):
         assert torch.equal(draft.generate(ids, mask, max_new_tokens=8, do_sample=False, temperature=0.7), greedy)
     sampled = {"max_new_tokens": 8, "proposal": "sampling", "seed": 3}
-    one = draft.generate(ids, mask, do_sample=True, **sampled)
-    assert torch.equal(one, draft.generate(ids, mask, temperature=1.0, **sampled)) and not torch.equal(one, greedy)
+    drawn = draft.generate(ids, mask, do_sample=True, **sampled)
+    assert torch.equal(drawn, draft.generate(ids, mask, temperature=1.0, **sampled)) and not torch.equal(drawn, greedy)
     assert torch.equal(draft.generate(ids, mask, max_new_tokens=0), ids)
 
 
@@ -176,7 +176,7 @@ def test_a_dictionary_holds_rounds_acceptance_and_time(verifier, draft, batch):
         ({"input_ids": torch.tensor([[4, VOCABULARY]])}, ValueError, f"ids from 4 to {VOCABULARY}"),
         ({"attention_mask": torch.ones(1, 5)}, ValueError, r"attention_mask has shape \[1, 5\]"),
     ],
-    ids=lambda one: next(iter(one)) if isinstance(one, dict) else None,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_other_arguments_are_rejected_with_advice(draft, options, error, message):
     with pytest.raises(error, match=message):

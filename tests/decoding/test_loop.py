@@ -54,8 +54,8 @@ def oracle(prompts: Any, full_answer: Any) -> Oracle:
 
 def by_sequence(all_emissions: list[Emission]) -> dict[int, list[Emission]]:
     sorted_out = defaultdict(list)
-    for one in all_emissions:
-        sorted_out[one.sequence].append(one)
+    for emission in all_emissions:
+        sorted_out[emission.sequence].append(emission)
     return sorted_out
 
 
@@ -79,16 +79,16 @@ def test_a_round_yields_one_token_more_than_it_accepts(
     assert every.keys() == set(range(6))
     lengths = []
     for number, own in every.items():
-        output = [token for one in own for token in one.tokens]
+        output = [token for emission in own for token in emission.tokens]
         assert output == full_answer("llama", batch[number])[:15]
         first, *rounds = own
         # The first token comes from the prefill.
         assert (first.drafted, first.path, first.accepted) == (None, 0, 0)
-        for one in rounds:
-            assert one.accepted == len(one.tokens) - 1 >= 0
-            assert one.drafted is not None and one.accepted <= one.drafted <= most
-        # Nothing is cut here: no stop token is known, and nothing is proposed beyond the room.
-        assert all(one.path == one.accepted for one in rounds)
+        for emission in rounds:
+            assert emission.accepted == len(emission.tokens) - 1 >= 0
+            assert emission.drafted is not None and emission.accepted <= emission.drafted <= most
+        # Nothing is cut here: there is no stop token, and no proposal exceeds the remaining length.
+        assert all(emission.path == emission.accepted for emission in rounds)
         lengths.append(len(rounds))
     assert decoder.times.rounds == max(lengths)
     assert (sum(lengths) < 6 * 14) == (config is not None)
@@ -102,15 +102,15 @@ def test_every_round_emits_once_for_each_unfinished_sequence(
     output = defaultdict(int)
     while left:
         now = every[index : index + len(left)]
-        assert [one.sequence for one in now] == left
-        for one in now:
-            output[one.sequence] += len(one.tokens)
+        assert [emission.sequence for emission in now] == left
+        for emission in now:
+            output[emission.sequence] += len(emission.tokens)
         index += len(left)
         left = [number for number in left if output[number] < min(12, CONTEXT - len(prompts[number]))]
     assert index == len(every)
 
 
-def test_a_proposed_stop_token_counts_as_the_verifiers_own(
+def test_a_proposed_stop_token_ends_the_text_like_the_verifiers(
     verifier: PreTrainedModel, prompts: Any, full_answer: Any
 ) -> None:
     output = full_answer("llama", prompts[3])
@@ -128,16 +128,16 @@ def test_a_proposed_stop_token_counts_as_the_verifiers_own(
     assert only.accepted == index - 1
 
 
-def test_nothing_is_proposed_beyond_the_room(verifier: PreTrainedModel, oracle: Oracle, prompts: Any) -> None:
+def test_nothing_is_proposed_beyond_the_length_limit(verifier: PreTrainedModel, oracle: Oracle, prompts: Any) -> None:
     for config in (
         GreedyTokenProposalConfig(speculative_tokens=20),
         PromptLookupTokenProposalConfig(speculative_tokens=20),
     ):
         for own in by_sequence(emissions(Decoder(verifier, oracle, config), prompts[:6], 8)).values():
             left = 8 - len(own[0].tokens)
-            for one in own[1:]:
-                assert one.drafted is not None and one.drafted <= left - 1
-                left -= len(one.tokens)
+            for emission in own[1:]:
+                assert emission.drafted is not None and emission.drafted <= left - 1
+                left -= len(emission.tokens)
             assert left == 0
 
 
@@ -166,8 +166,8 @@ class RecordingDrafter(OracleDrafter):
         super().commit(tokens, features, counts)
         for row, (number, count) in enumerate(zip(self.numbers, counts.tolist(), strict=True)):
             for index in range(count):
-                one = (int(tokens[row, index]), features.aux[row, index], features.last[row, index])
-                self.received[number].append(one)
+                pair = (int(tokens[row, index]), features.aux[row, index], features.last[row, index])
+                self.received[number].append(pair)
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
@@ -189,17 +189,17 @@ def test_all_decided_tokens_and_their_features_are_committed_to_the_draft(
 ) -> None:
     """Sequences end at different times, and each token is paired with the states of the one before it."""
     verifier, batch = verifier_named(family), prompts[:6]
-    whole = [[*prompt, *full_answer(family, prompt)] for prompt in batch]
-    oracle = RecordingOracle(whole, VOCABULARY)
+    texts = [[*prompt, *full_answer(family, prompt)] for prompt in batch]
+    oracle = RecordingOracle(texts, VOCABULARY)
     decoded(Decoder(verifier, oracle, config), batch, 1000)
     assert oracle.last_drafter.first == [prompt[0] for prompt in batch]
     assert oracle.last_drafter.received.keys() == set(range(len(batch)))
     for number, received in oracle.last_drafter.received.items():
         tokens, aux, last = zip(*received, strict=True)
         # The end of a sequence is not committed.
-        assert len(batch[number]) <= len(tokens) < len(whole[number])
-        assert list(tokens) == whole[number][1 : 1 + len(tokens)]
-        read = torch.tensor([whole[number][: len(tokens)]])
+        assert len(batch[number]) <= len(tokens) < len(texts[number])
+        assert list(tokens) == texts[number][1 : 1 + len(tokens)]
+        read = torch.tensor([texts[number][: len(tokens)]])
         expected = capture(verifier, read, torch.arange(len(tokens))[None], [1, 2])
         torch.testing.assert_close(torch.stack(aux), expected.aux[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(torch.stack(last), expected.last[0], atol=1e-4, rtol=1e-4)
@@ -229,17 +229,17 @@ def test_a_seed_determines_the_output(config: Any, sampling: Sampling, verifier:
 def test_without_a_seed_the_default_generator_is_used(verifier: PreTrainedModel, prompts: Any) -> None:
     decoder = Decoder(verifier, sampling=WARM)
     torch.manual_seed(5)
-    one = decoded(decoder, prompts[:3], 12)
+    first = decoded(decoder, prompts[:3], 12)
     other = decoded(decoder, prompts[:3], 12)
     torch.manual_seed(5)
-    assert one == decoded(decoder, prompts[:3], 12) != other
+    assert first == decoded(decoder, prompts[:3], 12) != other
     # A seed does not change the default generator.
     state = torch.get_rng_state()
     decoded(decoder, prompts[:3], 3, seed=0)
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_times_are_accounted(verifier: PreTrainedModel, oracle: Oracle, prompts: Any) -> None:
+def test_times_are_measured(verifier: PreTrainedModel, oracle: Oracle, prompts: Any) -> None:
     decoder = Decoder(verifier, oracle, GREEDY_CHAIN)
     assert astuple(decoder.times) == astuple(Times())
     rounds = len(emissions(decoder, prompts[2:3], 10)) - 1
@@ -250,13 +250,13 @@ def test_times_are_accounted(verifier: PreTrainedModel, oracle: Oracle, prompts:
     # Each decoding starts from zero.
     assert emissions(decoder, prompts[2:3], 1) and decoder.times.rounds == 0
     assert decoder.times.verifier == decoder.times.total == 0
-    alone = Decoder(verifier)
-    emissions(alone, prompts[2:3], 10)
-    assert alone.times.rounds == 9 and alone.times.verifier > 0
+    fresh = Decoder(verifier)
+    emissions(fresh, prompts[2:3], 10)
+    assert fresh.times.rounds == 9 and fresh.times.verifier > 0
 
 
 @pytest.mark.parametrize("timed", [False, True])
-def test_the_device_is_waited_for_only_if_times_are_wanted(
+def test_the_device_is_synchronised_only_if_times_are_measured(
     timed: bool, verifier: PreTrainedModel, oracle: Oracle, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[int] = []
@@ -322,15 +322,15 @@ def test_prompts_that_cannot_be_continued_are_rejected(verifier: PreTrainedModel
         ([[1], [*full, 1]], f"prompt 2 of 2 has {CONTEXT + 1} tokens"),
     ]:
         with pytest.raises(UsageError, match=message):
-            list(decoder.decode([torch.tensor(one, dtype=torch.int64) for one in batch], 5))
+            list(decoder.decode([torch.tensor(prompt, dtype=torch.int64) for prompt in batch], 5))
     assert len(decoded(decoder, [full[:-1]], 5)[0]) == 1
 
 
-def test_no_prompts_or_no_room_give_no_emissions(verifier: PreTrainedModel, oracle: Oracle) -> None:
+def test_no_prompts_or_a_limit_of_0_give_no_emissions(verifier: PreTrainedModel, oracle: Oracle) -> None:
     decoder = Decoder(verifier, oracle, GREEDY_CHAIN)
     assert emissions(decoder, [], 5) == []
     assert decoded(decoder, [[1, 2]], 0) == [[]]
-    assert all(one.accepted >= 0 for one in emissions(decoder, [[1, 2]], 0))
+    assert all(emission.accepted >= 0 for emission in emissions(decoder, [[1, 2]], 0))
 
 
 def test_a_draft_of_another_verifier_is_refused(verifier: PreTrainedModel) -> None:
@@ -341,7 +341,7 @@ def test_a_draft_of_another_verifier_is_refused(verifier: PreTrainedModel) -> No
         other = random_model(LlamaConfig(**{**SHAPE, **change}))
         with pytest.raises(UsageError, match=f"the draft was made for a verifier with a {message}"):
             Decoder(verifier, random_draft(other), GREEDY_CHAIN)
-    # Methods that do not use it do not mind.
+    # Methods without a draft ignore it.
     Decoder(verifier, random_draft(other), PromptLookupTokenProposalConfig())
 
 

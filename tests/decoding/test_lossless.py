@@ -86,21 +86,21 @@ def draft_for(
     verifier_named: NamedVerifiers, prompts: list[Prompt], full_answer: FullAnswer
 ) -> Callable[[str, str], SpeculatorModel]:
     """Drafts for a verifier: untrained, with a pruned vocabulary, overfitted on the answers, and an oracle."""
-    made: dict[tuple[str, str], SpeculatorModel] = {}
+    cache: dict[tuple[str, str], SpeculatorModel] = {}
 
     def draft(name: str, kind: str) -> SpeculatorModel:
-        if (name, kind) in made:
-            return made[name, kind]
+        if (name, kind) in cache:
+            return cache[name, kind]
         verifier = verifier_named(name)
         texts = [[*prompt, *full_answer(name, prompt)] for prompt in prompts]
         if kind == "oracle":
-            made[name, kind] = Oracle(texts, VOCABULARY)
+            cache[name, kind] = Oracle(texts, VOCABULARY)
         elif kind == "learnt":
-            made[name, kind] = random_draft(verifier, fc_norm=True)
-            learn(made[name, kind], verifier, [torch.tensor(text) for text in texts])
+            cache[name, kind] = random_draft(verifier, fc_norm=True)
+            learn(cache[name, kind], verifier, [torch.tensor(text) for text in texts])
         else:
-            made[name, kind] = random_draft(verifier, size=7 if kind == "pruned" else None, num_layers=2)
-        return made[name, kind]
+            cache[name, kind] = random_draft(verifier, size=7 if kind == "pruned" else None, num_layers=2)
+        return cache[name, kind]
 
     return draft
 
@@ -123,11 +123,11 @@ def test_output_is_the_verifiers_own_token_for_token(
     draft = None if name in WITHOUT_DRAFT else draft_for(family, kind)
     batch = data.draw(st.lists(st.sampled_from(prompts), min_size=1, max_size=4), label="prompts")
     most = data.draw(st.integers(1, CONTEXT), label="max_new_tokens")
-    whole = [full_answer(family, prompt) for prompt in batch]
+    texts = [full_answer(family, prompt) for prompt in batch]
     # Stop tokens that occur in the output.
-    stop = data.draw(st.lists(st.sampled_from([token for one in whole for token in one]), max_size=2), label="stop")
+    stop = data.draw(st.lists(st.sampled_from([token for text in texts for token in text]), max_size=2), label="stop")
     decoder = Decoder(verifier_named(family), draft, config, verification=verification, stop_tokens=stop)
-    assert decoded(decoder, batch, most) == [cut(one, stop, most) for one in whole]
+    assert decoded(decoder, batch, most) == [cut(text, stop, most) for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_every_method_fills_the_context(
     decoder = Decoder(verifier_named("gemma3"), draft, config, verification=verification)
     output = decoded(decoder, prompts, 10 * CONTEXT)
     assert output == [full_answer("gemma3", prompt) for prompt in prompts]
-    assert [len(one) + len(prompt) for one, prompt in zip(output, prompts, strict=True)] == [CONTEXT] * len(prompts)
+    assert [len(text) + len(prompt) for text, prompt in zip(output, prompts, strict=True)] == [CONTEXT] * len(prompts)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -164,8 +164,8 @@ def test_a_draft_trained_on_the_answers_is_mostly_accepted(
         config, verification = METHODS[name]
         decoder = Decoder(verifier_named(family), draft_for(family, "learnt"), config, verification=verification)
         assert decoded(decoder, batch, CONTEXT) == [full_answer(family, prompt) for prompt in batch]
-        rounds = [one for one in emissions(decoder, batch, CONTEXT) if one.drafted is not None]
-        assert sum(len(one.tokens) for one in rounds) > 2.5 * len(rounds), name
+        rounds = [emission for emission in emissions(decoder, batch, CONTEXT) if emission.drafted is not None]
+        assert sum(len(emission.tokens) for emission in rounds) > 2.5 * len(rounds), name
 
 
 def test_a_stop_token_within_an_accepted_path_ends_the_text(
@@ -198,7 +198,7 @@ def test_sequences_that_end_with_their_first_token_do_not_stop_the_others(
     output = [full_answer("llama", prompt) for prompt in batch]
     draft = random_draft(verifier)
     decoder = Decoder(verifier, draft, METHODS[name][0], stop_tokens=[output[1][0]])
-    assert decoded(decoder, batch, 9) == [cut(one, [output[1][0]], 9) for one in output]
+    assert decoded(decoder, batch, 9) == [cut(text, [output[1][0]], 9) for text in output]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -212,7 +212,7 @@ def test_every_limit_of_new_tokens_is_kept(
     decoder = Decoder(verifier, draft, config, Sampling(temperature=temperature), verification)
     for most in range(1, 5):
         output = decoded(decoder, [prompts[2], prompts[-1]], most, seed=0)
-        assert [len(one) for one in output] == [most, min(most, 3)]
+        assert [len(text) for text in output] == [most, min(most, 3)]
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma3, eager", "mistral, eager", "llama, eager"])
@@ -286,7 +286,9 @@ def assert_greedy_up_to_ties(verifier: PreTrainedModel, prompt: Prompt, output: 
     logits = uncached_logits(verifier, [*prompt, *output])[len(prompt) - 1 : -1]
     gap_to_best = logits.max(-1).values - logits.gather(1, torch.tensor(output)[:, None]).squeeze(1)
     assert gap_to_best.max() < 1e-9
-    index = next((one for one, (ours, other) in enumerate(zip(output, expected, strict=True)) if ours != other), None)
+    index = next(
+        (position for position, (ours, other) in enumerate(zip(output, expected, strict=True)) if ours != other), None
+    )
     if index is not None:
         best = logits[index].topk(2).values
         assert best[0] - best[1] < 1e-9
@@ -354,8 +356,8 @@ def sampled_surprises(decoder: Decoder) -> list[float]:
     for seed in range(SEEDS):
         # More tokens than are compared, and trees deeper than that.
         output = decoded(decoder, CLOSE_PROMPTS * COPIES, LENGTH + 2, seed=seed)
-        for number, one in enumerate(output):
-            counts[number % len(CLOSE_PROMPTS)][tuple(one[:LENGTH])] += 1
+        for number, text in enumerate(output):
+            counts[number % len(CLOSE_PROMPTS)][tuple(text[:LENGTH])] += 1
     return [
         surprise(own, exact_distribution(decoder.verifier, prompt, decoder.sampling))
         for own, prompt in zip(counts, CLOSE_PROMPTS, strict=True)
@@ -363,7 +365,7 @@ def sampled_surprises(decoder: Decoder) -> list[float]:
 
 
 def good_draft(verifier: PreTrainedModel, size: int | None) -> SpeculatorModel:
-    """A draft that is right often enough for every branch to be taken."""
+    """A draft that is right often enough for every branch to be reached."""
     draft = random_draft(verifier, seed=2, size=size)
     draft.lm_head.weight.data *= 0.3
     return draft
@@ -413,7 +415,7 @@ def test_another_distribution_would_be_noticed() -> None:
     warmer = Decoder(verifier, sampling=Sampling(temperature=1.0))
     counts: Counter[Prompt] = Counter()
     for seed in range(SEEDS):
-        counts.update(tuple(one[:LENGTH]) for one in decoded(warmer, [CLOSE_PROMPTS[0]] * COPIES, LENGTH, seed=seed))
+        counts.update(tuple(text[:LENGTH]) for text in decoded(warmer, [CLOSE_PROMPTS[0]] * COPIES, LENGTH, seed=seed))
     assert surprise(counts, exact_distribution(verifier, CLOSE_PROMPTS[0], Sampling(temperature=1.3))) > 6
 
 

@@ -74,9 +74,9 @@ def test_indices_of_probability_0_are_drawn_last() -> None:
 def test_a_seed_determines_all_draws() -> None:
     probabilities = torch.rand(50, 9, generator=torch.Generator().manual_seed(0))
     for draw in (
-        lambda one: one.bernoulli(probabilities),
-        lambda one: one.categorical(probabilities),
-        lambda one: one.draw_without_replacement(probabilities.log(), 3),
+        lambda source: source.bernoulli(probabilities),
+        lambda source: source.categorical(probabilities),
+        lambda source: source.draw_without_replacement(probabilities.log(), 3),
     ):
         assert torch.equal(draw(rng(1)), draw(rng(1)))
         assert not torch.equal(draw(rng(1)), draw(rng(2)))

@@ -39,17 +39,17 @@ def prompts():
 def verifier_texts(verifier, prompts, sampling, seed=0):
     """Each prompt with the verifier's own output."""
     texts = [prompt.tolist() for prompt in prompts]
-    for one in Decoder(verifier, sampling=sampling).decode(prompts, NEW, seed):
-        texts[one.sequence] += one.tokens
+    for emission in Decoder(verifier, sampling=sampling).decode(prompts, NEW, seed):
+        texts[emission.sequence] += emission.tokens
     return [torch.tensor(text) for text in texts]
 
 
-@pytest.fixture(scope="module", params=[None, 12], ids=["whole vocabulary", "pruned"])
+@pytest.fixture(scope="module", params=[None, 12], ids=["full vocabulary", "pruned"])
 def draft(request, verifier, prompts):
-    made = random_draft(verifier, seed=2, size=request.param)
+    draft = random_draft(verifier, seed=2, size=request.param)
     if request.param is None:
-        learn(made, verifier, verifier_texts(verifier, prompts, Sampling()), updates=25)
-    return made
+        learn(draft, verifier, verifier_texts(verifier, prompts, Sampling()), updates=25)
+    return draft
 
 
 def features_of(verifier, draft, text):
@@ -59,9 +59,9 @@ def features_of(verifier, draft, text):
 def rounds_of(decoder, prompts):
     """Rounds of each sequence of a real decoding, as proposed and accepted tokens."""
     found = [[] for _ in prompts]
-    for one in decoder.decode(prompts, NEW):
-        if one.drafted is not None:
-            found[one.sequence].append((one.drafted, one.accepted))
+    for emission in decoder.decode(prompts, NEW):
+        if emission.drafted is not None:
+            found[emission.sequence].append((emission.drafted, emission.accepted))
     return found
 
 
@@ -78,7 +78,7 @@ def test_greedy_chains_take_the_rounds_of_real_decoding(verifier, draft, prompts
         assert int(found.tokens) == sum(1 + accepted for _, accepted in rounds)
         assert float(found.rounds[chain - 1]) == len(rounds)
         for position in range(1, chain + 1):
-            assert float(found.accepted[chain - 1, position - 1]) == sum(one >= position for _, one in rounds)
+            assert float(found.accepted[chain - 1, position - 1]) == sum(count >= position for _, count in rounds)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_greedy_chains_take_the_rounds_of_real_decoding(verifier, draft, prompts
         DynamicTreeTokenProposalConfig(speculative_tokens=9, expansion_factor=3, depth=4),
         PromptLookupTokenProposalConfig(),
     ],
-    ids=lambda one: one.proposal_type,
+    ids=lambda config: config.proposal_type,
 )
 def test_every_fixed_method_takes_the_rounds_of_real_decoding(verifier, draft, prompts, proposal):
     decoder = Decoder(verifier, draft, proposal)
@@ -136,7 +136,7 @@ def test_replay_of_sampled_text_equals_sampled_decoding(verifier, draft):
     sampling = Sampling(temperature=0.9)
     decoder = Decoder(verifier, draft, SamplingTokenProposalConfig(speculative_tokens=3), sampling)
     copies = [torch.tensor([7, 3, 11])] * 200
-    real = torch.tensor([len(one) for one in rounds_of(decoder, copies)], dtype=torch.float64)
+    real = torch.tensor([len(rounds) for rounds in rounds_of(decoder, copies)], dtype=torch.float64)
     replayed = []
     for text in verifier_texts(verifier, copies, sampling, seed=9):
         _, drawn = chain_acceptance(draft, decoder.parts, text, features_of(verifier, draft, text), 3, 3, sampling)

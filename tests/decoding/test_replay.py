@@ -44,7 +44,7 @@ def simulated(acceptance: torch.Tensor, chain: int, runs: int) -> tuple[float, l
             for position in range(accepted):
                 reached[position] += 1
             index += accepted + 1
-    return rounds / runs, [one / runs for one in reached]
+    return rounds / runs, [result / runs for result in reached]
 
 
 @given(st.integers(0, 2**31 - 1), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 5))
@@ -54,8 +54,8 @@ def test_rounds_are_those_of_the_renewal_equation(seed, lengths, steps):
     acceptance[torch.rand(acceptance.shape, generator=generator) < 0.2] = 1.0
     found = replay(acceptance, torch.tensor(lengths))
     for chain in range(1, steps + 1):
-        turns = [one[:length].tolist() for one, length in zip(acceptance, lengths, strict=True)]
-        assert float(found.rounds[chain - 1]) == pytest.approx(sum(slow_rounds(one, chain) for one in turns))
+        turns = [row[:length].tolist() for row, length in zip(acceptance, lengths, strict=True)]
+        assert float(found.rounds[chain - 1]) == pytest.approx(sum(slow_rounds(turn, chain) for turn in turns))
     assert int(found.tokens) == sum(lengths)
 
 
@@ -112,14 +112,14 @@ def test_batches_add_up():
     generator = torch.Generator().manual_seed(5)
     acceptance = torch.rand(3, 4, 12, generator=generator)
     reachable = torch.rand(4, 12, generator=generator) < 0.7
-    whole, parts = AcceptanceLength(3), [AcceptanceLength(3), AcceptanceLength(3)]
-    whole.update(acceptance, reachable)
+    full, parts = AcceptanceLength(3), [AcceptanceLength(3), AcceptanceLength(3)]
+    full.update(acceptance, reachable)
     parts[0].update(acceptance[:, :1], reachable[:1])
     parts[1].update(acceptance[:, 1:], reachable[1:])
     # As torchmetrics does across ranks with summed states.
     for name in ("tokens", "rounds", "accepted"):
         setattr(parts[0], name, getattr(parts[0], name) + getattr(parts[1], name))
-    for chain, expected in whole.compute().items():
+    for chain, expected in full.compute().items():
         assert parts[0].compute()[chain] == pytest.approx(expected)
 
 
@@ -159,9 +159,9 @@ def _example() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(3, 2, 12, generator=generator), torch.rand(2, 12, generator=generator) < 0.8
 
 
-def test_two_processes_agree_on_the_whole(tmp_path):
+def test_two_processes_agree_on_the_total(tmp_path):
     torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    whole = AcceptanceLength(3)
-    whole.update(*_example())
+    full = AcceptanceLength(3)
+    full.update(*_example())
     for rank in (0, 1):
-        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == whole.compute()
+        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == full.compute()

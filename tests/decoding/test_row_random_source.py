@@ -38,19 +38,19 @@ def test_draws_of_a_row_differ():
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6, unique=True))
 def test_kept_rows_continue_with_their_own_draws(kept):
     p = torch.full((6, 1000), 1e-3)
-    whole, some = RowRandomSource(range(6), 3, CPU), RowRandomSource(range(6), 3, CPU)
-    whole.categorical(p), some.categorical(p)
+    all_rows, some = RowRandomSource(range(6), 3, CPU), RowRandomSource(range(6), 3, CPU)
+    all_rows.categorical(p), some.categorical(p)
     rows = torch.tensor(kept)
     some.keep_rows(rows)
-    assert torch.equal(some.categorical(p[rows]), whole.categorical(p)[rows])
+    assert torch.equal(some.categorical(p[rows]), all_rows.categorical(p)[rows])
 
 
 def test_a_text_does_not_depend_on_the_batch(verifier_named):
     decoder = Decoder(verifier_named("llama"), sampling=Sampling(temperature=1.0), stop_tokens=[7, 8, 9])
     prompts = [torch.arange(3, 5 + number % 4) for number in range(8)]
     together = answers(decoder, prompts, list(range(8)))
-    alone = [answers(decoder, [prompt], [seed])[0] for seed, prompt in enumerate(prompts)]
-    assert together == alone and len({len(text) for text in together}) > 1
+    separate = [answers(decoder, [prompt], [seed])[0] for seed, prompt in enumerate(prompts)]
+    assert together == separate and len({len(text) for text in together}) > 1
     assert answers(decoder, prompts, list(range(1, 9))) != together
 
 

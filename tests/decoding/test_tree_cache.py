@@ -80,7 +80,7 @@ class Mirror:
                 self._compare(features, row, slice(index, index + 1), text, slice(-1, None))
 
     def path(self, row: int, node: int) -> list[int]:
-        return [self.tokens[row][one] for one in path_of(self.parents[row], node)]
+        return [self.tokens[row][index] for index in path_of(self.parents[row], node)]
 
     def keep(self, nodes: list[int]) -> None:
         """Keep the path to a node of each row, -1 for nothing; values after a path in the batch are arbitrary."""
@@ -120,12 +120,14 @@ class Mirror:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "mistral", "llama, eager", "gemma3, eager"])
 @settings(max_examples=10)
 @given(data=st.data())
-def test_a_node_sees_what_its_path_alone_would(
+def test_a_node_sees_only_its_path(
     name: str, data: st.DataObject, verifier_named: Callable[[str], PreTrainedModel]
 ) -> None:
     token = st.integers(0, VOCABULARY - 1)
     lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3), label="lengths")
-    mirror = Mirror(verifier_named(name), [data.draw(st.lists(token, min_size=one, max_size=one)) for one in lengths])
+    mirror = Mirror(
+        verifier_named(name), [data.draw(st.lists(token, min_size=length, max_size=length)) for length in lengths]
+    )
     for _ in range(data.draw(st.integers(1, 3), label="rounds")):
         rows = len(mirror.committed)
         for _ in range(data.draw(st.integers(1, 2), label="passes")):
@@ -142,7 +144,7 @@ def test_a_node_sees_what_its_path_alone_would(
             mirror.select(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=rows, unique=True)))
 
 
-def test_gaps_behind_short_sequences_stay_unseen(verifier_named: Callable[[str], PreTrainedModel]) -> None:
+def test_gaps_after_short_sequences_stay_unseen(verifier_named: Callable[[str], PreTrainedModel]) -> None:
     """The short row's slots between its own tokens and the longest row's end hold leftovers of every round."""
     mirror = Mirror(verifier_named("gemma3"), [[5, 6, 7, 8, 9, 10], [11]])
     for token in range(4):
@@ -161,8 +163,8 @@ def reference(keys: list[Tensor], values: list[Tensor], query: Tensor, scale: fl
     near_values = values[-window:] if window else values
     repeats = query.shape[0] // keys[0].shape[0]
     output = []
-    for head, one in enumerate(query):
-        logits = torch.stack([key[head // repeats] @ one for key in near]) * scale
+    for head, head_query in enumerate(query):
+        logits = torch.stack([key[head // repeats] @ head_query for key in near]) * scale
         output.append(logits.softmax(0) @ torch.stack([value[head // repeats] for value in near_values]))
     return torch.stack(output)
 
@@ -204,7 +206,9 @@ def test_attention_is_that_of_a_path(data: st.DataObject | None, window: int | N
         for node in range(nodes):
             path = path_of(own, node)
             assert index[row, node] == len(committed[row]) + len(path) - 1
-            keys, values = zip(*committed[row], *((key[row, :, one], value[row, :, one]) for one in path), strict=True)
+            keys, values = zip(
+                *committed[row], *((key[row, :, slot], value[row, :, slot]) for slot in path), strict=True
+            )
             expected = reference(list(keys), list(values), query[row, :, node], scale, window)
             torch.testing.assert_close(output[row, :, node], expected)
 

@@ -124,13 +124,13 @@ def test_methods_without_a_draft_have_the_verifiers_own_distribution(sampling: S
 def test_at_temperature_0_a_round_follows_the_verifier(toy: Toy, name: str) -> None:
     config, verification, _ = PROPOSALS[name]
     for context in all_contexts(toy)[:4]:
-        ((one, probability),) = Rounds(toy, config, GREEDY, verification).everything(context)
+        ((outcome, probability),) = Rounds(toy, config, GREEDY, verification).everything(context)
         assert probability == 1
         expected: tuple[int, ...] = ()
-        for _ in one.tokens:
+        for _ in outcome.tokens:
             index = after(context, expected)
             expected += (int(toy.verifier[index].argmax()),)
-        assert one.tokens == expected
+        assert outcome.tokens == expected
 
 
 def test_at_temperature_0_the_deepest_possible_path_is_accepted() -> None:
@@ -142,8 +142,8 @@ def test_at_temperature_0_the_deepest_possible_path_is_accepted() -> None:
         (tree(2, 2, 3, sampled=True), 3),
         (dynamic(8, 2, 3), 3),
     ]:
-        ((one, _),) = Rounds(toy, config, GREEDY, TOKEN).everything(CONTEXT)
-        assert len(one.nodes) == depth
+        ((outcome, _),) = Rounds(toy, config, GREEDY, TOKEN).everything(CONTEXT)
+        assert len(outcome.nodes) == depth
 
 
 @pytest.mark.parametrize(
@@ -169,8 +169,8 @@ def test_expected_lengths_of_chains_are_those_of_the_formulas(toy: Toy, sampling
     for index in range(1, length + 1):
         for path in product(range(toy.size), repeat=index):
             both = [
-                (toy.p(after(CONTEXT, path[:at]), sampling)[one], toy.q(after(CONTEXT, path[:at]), sampling)[one])
-                for at, one in enumerate(path)
+                (toy.p(after(CONTEXT, path[:at]), sampling)[token], toy.q(after(CONTEXT, path[:at]), sampling)[token])
+                for at, token in enumerate(path)
             ]
             token_length += math.prod(min(p, q) for p, q in both)
             # Block verification: q of the path times the paper's p_i, the probability of getting here.
@@ -190,7 +190,9 @@ def test_expected_lengths_of_chains_are_those_of_the_formulas(toy: Toy, sampling
 def test_block_verification_can_accept_more() -> None:
     toy = make_toy(0, 3, "random")
     config = SamplingTokenProposalConfig(speculative_tokens=3)
-    by_token, by_block = (Rounds(toy, config, WARM, one).expected_accepted(CONTEXT) for one in (TOKEN, BLOCK))
+    by_token, by_block = (
+        Rounds(toy, config, WARM, verification).expected_accepted(CONTEXT) for verification in (TOKEN, BLOCK)
+    )
     assert by_block > by_token + 0.01
 
 
@@ -206,11 +208,11 @@ def test_fixed_trees_are_accepted_as_far_as_the_verifier_goes(toy: Toy, sampling
     rounds = Rounds(toy, config, sampling, TOKEN)
     everything = rounds.everything(CONTEXT)
     proposal = everything[0][0].proposal
-    for one, _ in everything:
-        assert torch.equal(one.proposal.tokens, proposal.tokens), "nothing is drawn"
+    for outcome, _ in everything:
+        assert torch.equal(outcome.proposal.tokens, proposal.tokens), "nothing is drawn"
     paths = [path_to(proposal, node) for node in range(proposal.tokens.shape[1])]
     expected = sum(toy.path_probability(CONTEXT, path, sampling) for path in paths)
-    assert sum(len(one.nodes) * weight for one, weight in everything) == pytest.approx(expected, abs=EXACT)
+    assert sum(len(outcome.nodes) * weight for outcome, weight in everything) == pytest.approx(expected, abs=EXACT)
 
 
 @settings(max_examples=6)
@@ -225,17 +227,17 @@ def test_siblings_drawn_without_replacement_are_accepted_as_in_recursive_rejecti
         if tries == 0 or not any(q):
             return 0.0
         here = sum(map(min, r, q))
-        left = [max(0.0, one - other) for one, other in zip(r, q, strict=True)]
+        left = [max(0.0, ours - other) for ours, other in zip(r, q, strict=True)]
         if not sum(left):
             return here
-        left = [one / sum(left) for one in left]
+        left = [weight / sum(left) for weight in left]
         total = here
         for token, drawn in enumerate(q):
             rejected = max(0.0, drawn - r[token])
             if rejected <= 0:
                 continue
-            others = [0.0 if index == token else one for index, one in enumerate(q)]
-            others = [one / sum(others) for one in others] if any(others) else others
+            others = [0.0 if index == token else share for index, share in enumerate(q)]
+            others = [weight / sum(others) for weight in others] if any(others) else others
             total += rejected * accepted(left, others, tries - 1)
         return total
 
@@ -279,16 +281,16 @@ def test_typical_acceptance_is_as_defined(
 
     def fits(context: tuple[int, int], token: int) -> bool:
         p = toy.p(context, sampling)
-        entropy = -sum(one * math.log(one) for one in p if one)
+        entropy = -sum(probability * math.log(probability) for probability in p if probability)
         return p[token] > min(epsilon, alpha * math.exp(-entropy))
 
     everything = Rounds(toy, config, sampling, verification).everything(CONTEXT)
     allowed = accepted_paths(toy, everything[0][0].proposal, fits)
     next_tokens = [0.0] * toy.size
-    for one, probability in everything:
-        assert one.nodes in allowed
-        assert one.nodes == everything[0][0].nodes
-        next_tokens[one.tokens[-1]] += probability
+    for outcome, probability in everything:
+        assert outcome.nodes in allowed
+        assert outcome.nodes == everything[0][0].nodes
+        next_tokens[outcome.tokens[-1]] += probability
     expected = toy.p(after(CONTEXT, everything[0][0].tokens[:-1]), sampling)
     assert next_tokens == pytest.approx(expected, abs=EXACT)
 
@@ -305,9 +307,9 @@ def test_typical_acceptance_is_exact_at_temperature_0() -> None:
     config = GreedyTokenProposalConfig(speculative_tokens=3)
     typical = Verification(method="typical", posterior_threshold=1e-9)
     for context in all_contexts(toy):
-        ((one, _),) = Rounds(toy, config, GREEDY, typical).everything(context)
+        ((outcome, _),) = Rounds(toy, config, GREEDY, typical).everything(context)
         ((other, _),) = Rounds(toy, config, GREEDY, TOKEN).everything(context)
-        assert one.tokens == other.tokens
+        assert outcome.tokens == other.tokens
 
 
 @settings(max_examples=20)
@@ -321,13 +323,13 @@ def test_tolerance_is_as_defined(toy: Toy, accept_k: int, tolerance: float) -> N
     config = GreedyTokenProposalConfig(speculative_tokens=3, verifier_accept_k=accept_k, accept_tolerance=tolerance)
 
     def fits(context: tuple[int, int], token: int) -> bool:
-        log_p = [math.log(one) for one in filtered(toy.verifier[context].tolist(), WARM)]
-        rank = sum(one > log_p[token] for one in log_p)
+        log_p = [math.log(probability) for probability in filtered(toy.verifier[context].tolist(), WARM)]
+        rank = sum(each > log_p[token] for each in log_p)
         return rank < accept_k or max(log_p) - log_p[token] <= tolerance
 
-    ((one, _),) = Rounds(toy, config, GREEDY, TOKEN).everything(CONTEXT)
-    assert one.nodes in accepted_paths(toy, one.proposal, fits)
-    assert one.tokens[-1] == int(toy.verifier[after(CONTEXT, one.tokens[:-1])].argmax())
+    ((outcome, _),) = Rounds(toy, config, GREEDY, TOKEN).everything(CONTEXT)
+    assert outcome.nodes in accepted_paths(toy, outcome.proposal, fits)
+    assert outcome.tokens[-1] == int(toy.verifier[after(CONTEXT, outcome.tokens[:-1])].argmax())
 
 
 def test_tolerance_accepts_more_tokens_of_a_bad_draft() -> None:
@@ -335,7 +337,9 @@ def test_tolerance_accepts_more_tokens_of_a_bad_draft() -> None:
 
     def accepted(**tolerance: Any) -> int:
         config = GreedyTokenProposalConfig(speculative_tokens=3, **tolerance)
-        return sum(len(Rounds(toy, config, GREEDY, TOKEN).everything(one)[0][0].nodes) for one in all_contexts(toy))
+        return sum(
+            len(Rounds(toy, config, GREEDY, TOKEN).everything(context)[0][0].nodes) for context in all_contexts(toy)
+        )
 
     assert accepted() < accepted(verifier_accept_k=2) < accepted(verifier_accept_k=5) == 3 * 25
     assert accepted() < accepted(accept_tolerance=1.0) < accepted(accept_tolerance=99.0) == 3 * 25
@@ -397,20 +401,20 @@ def test_rows_of_a_batch_do_not_disturb_each_other(
     limits = torch.tensor([9, 1, 2, 0, 9])
     proposer = Rounds(toy, config, sampling, verification).proposer
     rng = RandomSource(torch.Generator().manual_seed(seed))
-    whole = proposer(config, sampling, rng).propose([], toy.drafter(*contexts)).within(limits)
-    logits = toy.logits(whole, *contexts)
-    verdict = verify(whole, logits, sampling, verification, Steady(bar))
+    batch = proposer(config, sampling, rng).propose([], toy.drafter(*contexts)).within(limits)
+    logits = toy.logits(batch, *contexts)
+    verdict = verify(batch, logits, sampling, verification, Steady(bar))
     for row in range(len(contexts)):
-        # Padding after a row's own nodes is left out.
-        count = max(1, int(whole.counts[row]))
-        alone = Proposal(
-            whole.tokens[[row], :count],
-            whole.parents[[row], :count],
-            whole.counts[[row]],
-            None if whole.log_q is None else whole.log_q[[row]],
-            whole.draft_ids,
+        # Padding after a row's nodes is omitted.
+        count = max(1, int(batch.counts[row]))
+        separate = Proposal(
+            batch.tokens[[row], :count],
+            batch.parents[[row], :count],
+            batch.counts[[row]],
+            None if batch.log_q is None else batch.log_q[[row]],
+            batch.draft_ids,
         )
-        own = verify(alone, logits[[row], : 1 + count], sampling, verification, Steady(bar))
+        own = verify(separate, logits[[row], : 1 + count], sampling, verification, Steady(bar))
         assert accepted_nodes(verdict, row) == accepted_nodes(own, 0)
         assert verdict.next_tokens[row] == own.next_tokens[0]
 

@@ -61,8 +61,8 @@ class Toy:
     Attributes:
         verifier: Logits, [V, V, V].
         draft: Logits, [V, V, D].
-        draft_ids: The verifier's ids of the draft tokens; None for the whole vocabulary.
-        recipe: What it was made from, for messages.
+        draft_ids: The verifier's ids of the draft tokens; None for the full vocabulary.
+        recipe: The arguments of ``make_toy``, for messages.
     """
 
     verifier: Tensor = field(repr=False)
@@ -132,13 +132,13 @@ def filtered(logits: Sequence[float], sampling: Sampling) -> list[float]:
     weights = [math.exp((logit - max(logits)) / sampling.temperature) for logit in logits]
     kept = order[: sampling.top_k] if sampling.top_k else order
     if sampling.top_p < 1:
-        whole, held, nucleus = sum(weights[token] for token in kept), 0.0, []
+        mass, so_far, nucleus = sum(weights[token] for token in kept), 0.0, []
         for token in kept:
             # The fewest tokens with this much probability.
-            if held >= sampling.top_p:
+            if so_far >= sampling.top_p:
                 break
             nucleus.append(token)
-            held += weights[token] / whole
+            so_far += weights[token] / mass
         kept = nucleus
     total = sum(weights[token] for token in kept)
     return [weights[token] / total if token in kept else 0.0 for token in range(len(logits))]
@@ -192,19 +192,19 @@ class Rounds:
     def _all(self, context: tuple[int, int]) -> Iterator[tuple[Round, float]]:
         for proposal, drawn in all_runs(partial(self.propose, context)):
             logits = self.toy.logits(proposal, context)
-            for one, probability in all_runs(partial(self.verify, proposal, logits)):
-                yield one, drawn * probability
+            for outcome, probability in all_runs(partial(self.verify, proposal, logits)):
+                yield outcome, drawn * probability
 
     def expected_accepted(self, context: tuple[int, int]) -> float:
-        return sum(len(one.nodes) * probability for one, probability in self.everything(context))
+        return sum(len(outcome.nodes) * probability for outcome, probability in self.everything(context))
 
     def distribution(self, context: tuple[int, int], length: int, rounds: int = 1) -> Distribution:
         """The distribution of the next tokens after ``rounds`` rounds, completed by the verifier without a draft."""
         if rounds == 0:
             return self.toy.distribution(context, length, self.sampling)
         emitted: Distribution = defaultdict(float)
-        for one, probability in self.everything(context):
-            emitted[one.tokens[:length]] += probability
+        for outcome, probability in self.everything(context):
+            emitted[outcome.tokens[:length]] += probability
         distribution: Distribution = defaultdict(float)
         for tokens, probability in emitted.items():
             rest = self.distribution(after(context, tokens), length - len(tokens), rounds - 1)
@@ -213,8 +213,8 @@ class Rounds:
         return distribution
 
 
-def largest_difference(one: Distribution, other: Distribution) -> float:
-    return max(abs(one.get(tokens, 0.0) - other.get(tokens, 0.0)) for tokens in {*one, *other})
+def largest_difference(first: Distribution, second: Distribution) -> float:
+    return max(abs(first.get(tokens, 0.0) - second.get(tokens, 0.0)) for tokens in {*first, *second})
 
 
 def make_toy(seed: int, size: int, kind: str, sharpness: float = 1.5, draft_size: int | None = None) -> Toy:

@@ -1,4 +1,4 @@
-"""Tasks in several processes that train together, on the CPU, started as a cluster would."""
+"""Tasks in several processes that train together on the CPU, started as on a cluster."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def by_torchrun(nodes: int, processes: int, tasks: list[Task]) -> None:
 
 
 def documented(start: str) -> list[str]:
-    """Return the words of the first command of docs/clusters.md with a given beginning."""
+    """Return the words of the first command of docs/clusters.md with a given start."""
     lines = PAGE.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     return shlex.split(next(line for line in lines if line.startswith(f"{start} ")))
 
@@ -65,11 +65,11 @@ def _start(command: list[str], tasks: list[Task], environment: dict[str, str]) -
 def _wait_for(started: list[subprocess.Popen[str]]) -> None:
     """Show the output of failed processes; end those that wait for dead ones."""
     try:
-        outputs = [one.communicate(timeout=600)[0] for one in started]
+        outputs = [process.communicate(timeout=600)[0] for process in started]
     finally:
-        for one in started:
-            one.kill()
-    failed = [output for one, output in zip(started, outputs, strict=True) if one.returncode]
+        for process in started:
+            process.kill()
+    failed = [output for process, output in zip(started, outputs, strict=True) if process.returncode]
     assert not failed, failed[0][-4000:]
 
 

@@ -16,13 +16,13 @@ from specforge.models import SpeculatorModel
 from specforge.models.scaled_linear import folded
 
 STEPS = 16
-# Rounding differs where sums are split, and AdamW takes a full step however small a gradient is.
+# Split sums are rounded differently, and AdamW takes a full step for any size of gradient.
 SAME_FIGURES = {"rel": 2e-5, "abs": 1e-6}
 SAME_WEIGHTS = {"rtol": 1e-4, "atol": 5e-5}
-# One that reads no mean over the batch.
+# An objective that reads no mean over the batch.
 KL = ["--model.objective={kl: 1.0}"]
 SPREADS = ("ddp", "fsdp2")
-"""Two processes with batches of 1; beside them, one process has batches of 2."""
+"""For two processes with batches of 1; one process has batches of 2."""
 
 
 def task(runs: SmallRuns, name: str, algorithm: str, strategy: str, *more: str) -> Task:
@@ -33,7 +33,7 @@ def task(runs: SmallRuns, name: str, algorithm: str, strategy: str, *more: str) 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, Any]) -> SmallRuns:
-    """All runs: two processes do theirs in sequence, because starting them takes longest."""
+    """All runs: two processes run theirs in sequence, because starting processes takes longest."""
     draw = random.Random(0)
     trainer = {"accelerator": "cpu", "max_steps": STEPS, "max_epochs": 9, "log_every_n_steps": 1}
     trainer |= {"gradient_clip_val": 1.0, "enable_progress_bar": False, "check_val_every_n_epoch": 1}
@@ -41,7 +41,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
     made = SmallRuns(tmp_path_factory.mktemp("equality"), tiny_verifiers["llama"].folder, values)
     for split, number in (("train", 24), ("validation", 5)):
         lengths = [draw.randint(8, 40) for _ in range(number)]
-        made.write(split, [([draw.randrange(3, 61) for _ in range(one)], [0] * 3 + [1] * (one - 3)) for one in lengths])
+        made.write(
+            split,
+            [([draw.randrange(3, 61) for _ in range(length)], [0] * 3 + [1] * (length - 3)) for length in lengths],
+        )
     few, half = "--trainer.max_steps=4", f"--trainer.max_steps={STEPS // 2}"
     muon, by_value = "--model.optimizer.name=muon", "--trainer.gradient_clip_algorithm=value"
     bf16 = "--trainer.precision=bf16-mixed"
@@ -69,7 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
             task(made, "half-fsdp2", "eagle3", "fsdp2", half),
             task(made, "resumed-by-fsdp2", "eagle3", "fsdp2", f"--ckpt_path={made.last('half-one')}"),
             ("run_with_one_reduction", counted),
-            ("captures_the_same", {name: str(one.folder) for name, one in tiny_verifiers.items()}),
+            ("captures_the_same", {name: str(verifier.folder) for name, verifier in tiny_verifiers.items()}),
         ],
     )
     assert main(made.words("resumed-by-one", "eagle3", f"--ckpt_path={made.last('half-fsdp2')}")) == 0
@@ -90,14 +93,14 @@ def test_losses_metrics_and_weights_are_those_of_one_process(runs: SmallRuns, al
 
 @pytest.mark.parametrize(("name", "like"), [("eagle-ddp", "best"), ("eagle3-fsdp2", "best"), ("muon-fsdp2", "last")])
 def test_the_draft_is_written_unsharded_and_once(runs: SmallRuns, name: str, like: str) -> None:
-    """Without any validation it is the last draft, which lies in shards until then."""
+    """Without validation it is the last draft, which is sharded until then."""
     run = runs.run(name)
-    assert sorted(one.name for one in (run / "draft").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (run / "draft").iterdir()) == ["config.json", "model.safetensors"]
     assert (run / "checkpoints" / "best.ckpt").exists() == (like == "best")
     trained = folded(weights(run / "checkpoints" / f"{like}.ckpt"))
     draft = SpeculatorModel.from_pretrained(run / "draft").state_dict()
-    assert {f"draft.{one}" for one in draft} == trained.keys()
-    assert all(torch.equal(tensor, trained[f"draft.{one}"]) for one, tensor in draft.items())
+    assert {f"draft.{key}" for key in draft} == trained.keys()
+    assert all(torch.equal(tensor, trained[f"draft.{name}"]) for name, tensor in draft.items())
 
 
 @pytest.mark.parametrize("spread", SPREADS)
@@ -106,8 +109,8 @@ def test_mixed_precision_stays_close_with_masters_in_float32(runs: SmallRuns, sp
     assert mixed == pytest.approx(full, rel=0.03) and mixed != pytest.approx(full, rel=1e-6)
     stored = torch.load(runs.last(f"bf16-{spread}"), weights_only=True)
     states = [value for of_one in stored["optimizer_states"][0]["state"].values() for value in of_one.values()]
-    assert {one.dtype for one in states} == {torch.float32}
-    assert {one.dtype for one in stored["state_dict"].values() if one.is_floating_point()} == {torch.float32}
+    assert {state.dtype for state in states} == {torch.float32}
+    assert {tensor.dtype for tensor in stored["state_dict"].values() if tensor.is_floating_point()} == {torch.float32}
 
 
 @pytest.mark.parametrize("spread", SPREADS)
@@ -121,13 +124,13 @@ def test_accumulated_batches_of_two_processes_are_one_large_batch(runs: SmallRun
 
 
 def test_a_sharded_verifier_trains_the_same_draft(runs: SmallRuns) -> None:
-    """And nothing of it is trained or saved; that its states are the same is tested where the processes are."""
-    whole = logged(runs.run("eagle3-ddp"))["train/loss"][:4]
-    assert logged(runs.run("sharded-verifier"))["train/loss"] == whole
+    """Nothing of it is trained or saved; the processes compare its states."""
+    unsharded = logged(runs.run("eagle3-ddp"))["train/loss"][:4]
+    assert logged(runs.run("sharded-verifier"))["train/loss"] == unsharded
     assert weights(runs.last("sharded-verifier")).keys() == weights(runs.last("eagle3-one")).keys()
 
 
-def test_muon_sees_whole_matrices(runs: SmallRuns) -> None:
+def test_muon_sees_complete_matrices(runs: SmallRuns) -> None:
     """It iterates in bfloat16, so the rounding of sums shows."""
     assert_close(runs.last("muon-one"), runs.last("muon-fsdp2"), rtol=0, atol=1e-3)
 
@@ -137,5 +140,5 @@ def test_gradients_are_clipped_by_value(runs: SmallRuns) -> None:
 
 
 @pytest.mark.parametrize("name", ["resumed-by-one", "resumed-by-fsdp2"])
-def test_either_number_of_processes_resumes_the_others_checkpoint(runs: SmallRuns, name: str) -> None:
+def test_a_checkpoint_is_resumed_with_another_number_of_processes(runs: SmallRuns, name: str) -> None:
     assert_close(runs.last("eagle3-one"), runs.last(name), **SAME_WEIGHTS)

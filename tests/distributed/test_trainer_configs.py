@@ -1,4 +1,4 @@
-"""The ready files for machines go over every recipe, and the commands of docs/clusters.md are what they seem."""
+"""The trainer files can be combined with every recipe, and the commands of docs/clusters.md work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RECIPES = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if "algori
 
 
 def resolved(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """Return the whole configuration that a command would run with."""
+    """Return the complete configuration of a command."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as left:
         main([*words, "--print_config"])
@@ -40,13 +40,13 @@ def test_there_is_a_file_for_each_and_several_recipes():
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_trainer_files_override_every_recipe(recipe: Path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    alone = resolved(["fit", "--config", str(recipe)], capsys)
+    unchanged = resolved(["fit", "--config", str(recipe)], capsys)
     for name, expected in TRAINERS.items():
         merged = resolved(["fit", "--config", str(recipe), "--config", f"configs/trainer/{name}.yaml"], capsys)
         changed = {**expected, "accelerator": "gpu", "precision": "bf16-mixed"}
-        assert merged["trainer"] == {**alone["trainer"], **changed}
+        assert merged["trainer"] == {**unchanged["trainer"], **changed}
         assert {key: merged[key] for key in merged if key != "trainer"} == {
-            key: alone[key] for key in alone if key != "trainer"
+            key: unchanged[key] for key in unchanged if key != "trainer"
         }
 
 
@@ -61,7 +61,7 @@ def test_documented_commands_are_accepted(start: str, capsys, monkeypatch):
     assert values["trainer"]["precision"] == "bf16-mixed"
 
 
-def test_the_batch_script_is_one():
+def test_the_batch_script_is_valid():
     blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
     script = next(block for block in blocks if "#SBATCH" in block)
     assert script.startswith("#!/bin/bash\n#SBATCH")

@@ -1,4 +1,4 @@
-"""Processes that hold different numbers of supervised tokens, or none, add up to one process over the same rows."""
+"""Processes with different numbers of supervised tokens, or none, give the results of one process on the same rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specforge.__main__ import main
 
 PROCESSES = 4
 RUNS = {"eagle3": "ddp", "hass": "fsdp2"}
-# Supervised tokens of the rows: a draft begins behind the first one, so that 1 leaves nothing to train on.
+# Supervised tokens of the rows: a draft starts after the first one, so 1 leaves nothing to train on.
 TRAINING = [1, 1, 1, 20, 1, 5, 1, 33]
 VALIDATION = [1, 1, 24, 1, 1, 9]
 

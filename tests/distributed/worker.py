@@ -1,4 +1,4 @@
-"""One of several processes that do tasks together; started by ``launching.py``."""
+"""One of several processes that run tasks together; started by ``launching.py``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from specforge.verifier.loading import VerifierLoading, load_verifier
 from specforge.verifier.parts import VerifierParts
 from specforge.verifier.sharding import load_sharded_verifier
 
-# What waits for the other processes, unless it is asynchronous.
+# Calls that wait for the other processes unless they are asynchronous.
 COLLECTIVES = (
     *("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "barrier"),
     *("all_gather_object", "broadcast_object_list", "gather_object"),
@@ -33,9 +33,9 @@ def run(words: list[str]) -> None:
 
 
 def run_with_one_reduction(words: list[str]) -> None:
-    """Run a command, and make sure that no step waits for the other processes twice, beside the gradients' reduction.
+    """Run a command; check that a step waits for other processes at most once, besides the reduction of gradients.
 
-    Gradients are reduced by torch below Python. The first step prepares, and the last one saves.
+    Gradients are reduced by torch below Python. The first step prepares and the last one saves, so they are excluded.
     """
     calls: list[list[str]] = []
     step, patched = DraftModule.training_step, {}
@@ -66,22 +66,22 @@ def run_with_one_reduction(words: list[str]) -> None:
 
 
 def captures_the_same(verifiers: Mapping[str, str]) -> None:
-    """Compare a sharded verifier with a whole one, bit for bit, for a folder of each model family; after a run."""
+    """Compare a sharded verifier with an unsharded one, bit for bit, for each model family; run it after a command."""
     rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for family, folder in verifiers.items():
-        whole = load_verifier(folder)
+        unsharded = load_verifier(folder)
         sharded = load_sharded_verifier(folder, VerifierLoading(), torch.device("cpu"))
         check_logits(sharded)
-        assert not any(one.requires_grad for one in sharded.parameters())
-        # Each process has rows of its own, of its own length.
+        assert not any(weight.requires_grad for weight in sharded.parameters())
+        # Each process has different rows, of different lengths.
         tokens = (torch.arange(14 + rank) * (7 + rank)).remainder(60)[None]
         positions = torch.cat([torch.arange(6), torch.arange(8 + rank)])[None]
         aux_layers = [0, 3, 5]
-        expected = capture(whole, tokens, positions, aux_layers)
+        expected = capture(unsharded, tokens, positions, aux_layers)
         found = capture(sharded, tokens, positions, aux_layers)
         assert torch.equal(found.aux, expected.aux) and torch.equal(found.last, expected.last), family
         logits = VerifierParts.of(sharded).logits(found.last)
-        assert torch.equal(logits, VerifierParts.of(whole).logits(expected.last)), family
+        assert torch.equal(logits, VerifierParts.of(unsharded).logits(expected.last)), family
         for layer in decoder_layers(sharded):
             for name, parameter in layer.named_parameters():
                 assert isinstance(parameter, DTensor), (family, name)
@@ -89,7 +89,7 @@ def captures_the_same(verifiers: Mapping[str, str]) -> None:
 
 
 TASKS: dict[str, Callable[[Any], None]] = {
-    one.__name__: one for one in (run, run_with_one_reduction, captures_the_same)
+    function.__name__: function for function in (run, run_with_one_reduction, captures_the_same)
 }
 
 if __name__ == "__main__":

@@ -31,13 +31,13 @@ def _quiet_and_single() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, row_cache: Path) -> Workshop:
-    """A workshop whose runs all tests of a module look at."""
+    """A folder of runs shared by the tests of a module."""
     return Workshop(tmp_path_factory.mktemp("shared"), row_cache)
 
 
 @pytest.fixture
 def workshop(tmp_path: Path, row_cache: Path) -> Workshop:
-    """A workshop of one test."""
+    """A folder of runs for one test."""
     return Workshop(tmp_path, row_cache)
 
 
@@ -54,7 +54,7 @@ def fit(workshop: Workshop) -> Callable[..., Path]:
 
 @pytest.fixture
 def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make a signal arrive while the n-th batch from now on is under way, of training or of another stage."""
+    """Send a signal during the n-th batch from now on, of training or of another stage."""
     from specforge.training.module import DraftModule
 
     originals = {name: getattr(DraftModule, name) for name in ("training_step", "validation_step")}

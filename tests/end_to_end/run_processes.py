@@ -1,4 +1,4 @@
-"""Training runs in processes forked from this one, which has everything imported, so they start at once."""
+"""Training runs in forked processes, which start quickly because all modules are imported."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class Process:
 
     Attributes:
         child: The process's id.
-        log: Where its output goes.
+        log: File of its output.
     """
 
     child: int
     log: Path
 
     def send(self, number: int) -> None:
-        """Send a signal, unless it has ended."""
+        """Send a signal if it is still running."""
         with suppress(ProcessLookupError):
             os.kill(self.child, number)
 
     def wait(self) -> int:
-        """Return its exit status, or minus the signal that killed it; one that hangs is killed, and the test fails."""
+        """Return its exit status, or minus the signal that killed it; kill one that hangs and fail."""
         for _ in range(SECONDS * 100):
             ended, status = os.waitpid(self.child, os.WNOHANG)
             if ended:
@@ -54,27 +54,27 @@ class Process:
 
     @property
     def shown(self) -> str:
-        """All that it has printed so far."""
+        """Its output so far."""
         return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
 
 
 def begin(work: Callable[[], int], log: Path) -> Process:
-    """Work in a child process, with the signal handlers of a new one.
+    """Work in a child process with default signal handlers.
 
     Args:
         work: Returns the exit status.
-        log: File for what is printed, which is added to.
+        log: File that the output is appended to.
     """
     child = os.fork()
     if child:
         return Process(child, log)
     status = 70
     try:
-        os.setpgid(0, 0)  # with its own children, so that none is left behind where it hangs
+        os.setpgid(0, 0)  # a process group, so that its children are killed with it
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         print_to(log)
-        torch.set_num_threads(1)  # a fork loses torch's threads, which it notices in one thread at a time only
+        torch.set_num_threads(1)  # a fork loses torch's threads
         status = work()
     except SystemExit as error:
         status = int(error.code or 0)
@@ -85,13 +85,13 @@ def begin(work: Callable[[], int], log: Path) -> Process:
 
 
 def print_to(log: Path) -> None:
-    """Append everything that this process prints to a file."""
+    """Append this process's output to a file."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(file, number)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    logging.getLogger().handlers.clear()  # those of pytest
+    logging.getLogger().handlers.clear()  # pytest's
 
 
 def begin_torchrun(words: list[str], folder: Path, processes: int, before: Callable[[int], Any] = int) -> Process:
@@ -99,8 +99,8 @@ def begin_torchrun(words: list[str], folder: Path, processes: int, before: Calla
 
     Args:
         words: The words after ``specforge``.
-        folder: For the outputs: agent.log, and rank0.log and so on; they are emptied.
-        processes: How many.
+        folder: Folder of the outputs agent.log, rank0.log, ...; they are truncated first.
+        processes: Number of processes.
         before: Called first in each, with its rank.
     """
 

@@ -23,16 +23,16 @@ def run(shared):
     return shared.run_folder("runs")
 
 
-def test_is_what_real_decoding_of_the_written_draft_yields(run):
+def test_equals_that_of_real_decoding_with_the_written_draft(run):
     draft = SpeculatorModel.from_pretrained(run / "draft", verifier=str(VERIFIER))
     prompts = []
     for row in rows("validation.jsonl", VALIDATION_ROWS):
         prompts.append(torch.tensor(row["input_ids"][: row["loss_mask"].index(1)]))
     for chain, tag in ((TTT_STEPS, "val/acceptance_length"), (2, "val/acceptance_length_at_2")):
         decoder = Decoder(draft.verifier, draft, GreedyTokenProposalConfig(speculative_tokens=chain))
-        rounds = [one for one in decoder.decode(prompts, max_new_tokens=96) if one.drafted is not None]
-        measured = sum(len(one.tokens) for one in rounds) / len(rounds)
-        best = max(scalars(run, "val/acceptance_length"), key=lambda one: one[1])
+        rounds = [emission for emission in decoder.decode(prompts, max_new_tokens=96) if emission.drafted is not None]
+        measured = sum(len(emission.tokens) for emission in rounds) / len(rounds)
+        best = max(scalars(run, "val/acceptance_length"), key=lambda step_and_value: step_and_value[1])
         reported = dict(scalars(run, tag))[best[0]]
         assert measured == pytest.approx(reported, rel=1e-5)
 
@@ -41,14 +41,14 @@ def test_rates_by_position_add_up_to_it(run):
     rates = [dict(scalars(run, f"val/accept_rate_pos_{position}")) for position in range(1, TTT_STEPS + 1)]
     conditional = [dict(scalars(run, f"val/accept_rate_cond_{position}")) for position in range(1, TTT_STEPS + 1)]
     for step, tau in scalars(run, "val/acceptance_length"):
-        assert 1 + sum(one[step] for one in rates) == pytest.approx(tau, rel=1e-5)
+        assert 1 + sum(rate[step] for rate in rates) == pytest.approx(tau, rel=1e-5)
         assert conditional[0][step] == pytest.approx(rates[0][step])
         assert conditional[1][step] * rates[0][step] == pytest.approx(rates[1][step], abs=1e-6)
 
 
 def test_best_checkpoint_has_the_longest(run):
-    best = max(scalars(run, "val/acceptance_length"), key=lambda one: one[1])
-    # TensorBoard counts steps from 0, a checkpoint the steps that were made.
+    best = max(scalars(run, "val/acceptance_length"), key=lambda step_and_value: step_and_value[1])
+    # TensorBoard counts steps from 0; a checkpoint stores the number of completed steps.
     assert torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == best[0] + 1
 
 
@@ -74,7 +74,7 @@ def test_is_a_proxy_on_rows_of_other_origin(workshop, fit, capfd, origin):
 
 
 def test_drawn_chains_are_reported_on_sampled_rows(workshop, fit):
-    # The rows were not really sampled at this temperature: what is tested is which figures they lead to.
+    # The rows were not sampled at this temperature; only the names of the figures are tested.
     changed = rows("validation.jsonl", VALIDATION_ROWS)
     for row in changed:
         row["origin"] = {**row["origin"], "temperature": 0.8, "top_k": 40}
@@ -99,7 +99,7 @@ def test_early_stopping_can_watch_it(workshop, fit):
     workshop.values["trainer"]["callbacks"] = [
         {
             "class_path": "lightning.pytorch.callbacks.EarlyStopping",
-            # No acceptance length gets that much better in a validation: the first one that does not stops the run.
+            # No validation improves by that much, so the second one stops the run.
             "init_args": {"monitor": "val/acceptance_length", "mode": "max", "patience": 1, "min_delta": 9.0},
         }
     ]

@@ -1,4 +1,4 @@
-"""What a run writes for TensorBoard, read back from its files."""
+"""A run's TensorBoard files, read back."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def events(run) -> EventAccumulator:
 def texts(events: EventAccumulator, tag: str) -> dict[int, str]:
     """Return the texts of a tag by step."""
     found = events.Tensors(f"{tag}/text_summary")
-    return {one.step: one.tensor_proto.string_val[0].decode() for one in found}
+    return {event.step: event.tensor_proto.string_val[0].decode() for event in found}
 
 
 class TestLayout:
@@ -62,9 +62,9 @@ class TestLayout:
 
     def test_groups(self, layout):
         groups = ["Acceptance length", "Acceptance by position", "Losses", "Speed and memory", "Learning rate"]
-        assert [one.title for one in layout.category] == groups
+        assert [category.title for category in layout.category] == groups
 
-    def test_every_chart_shows_something_and_every_curve_of_the_draft_is_in_one(self, layout, events):
+    def test_no_chart_is_empty_and_every_curve_of_the_draft_is_in_a_chart(self, layout, events):
         tags = set(events.Tags()["scalars"])
         shown = set()
         for chart in (chart for group in layout.category for chart in group.chart):
@@ -79,9 +79,12 @@ class TestLayout:
 class TestFigure:
     def test_one_more_curve_at_each_validation(self, events):
         images = events.Images("val/acceptance_by_position")
-        assert [one.step for one in images] == [4, 8, 12]
-        pictures = [Image.open(io.BytesIO(one.encoded_image_string)).convert("RGB") for one in images]
-        colors = [len({pixel for _, pixel in one.getcolors(2**20) if max(pixel) - min(pixel) > 60}) for one in pictures]
+        assert [image.step for image in images] == [4, 8, 12]
+        pictures = [Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB") for image in images]
+        colors = [
+            len({pixel for _, pixel in picture.getcolors(2**20) if max(pixel) - min(pixel) > 60})
+            for picture in pictures
+        ]
         assert 0 < colors[0] < colors[1] < colors[2]
 
     def test_of_many_curves_some_are_drawn(self):
@@ -113,7 +116,7 @@ MODELS: dict[str, dict[str, Any]] = {
 class TestSamples:
     @pytest.mark.parametrize("algorithm", MODELS)
     def test_show_the_rounds_that_the_draft_takes_through_the_text(self, workshop, fit, algorithm):
-        """Each text is decoded again by the draft that the run wrote, and has to be marked in the same way."""
+        """Each text is decoded again with the written draft, and must be marked in the same way."""
         model = {**MODELS[algorithm], "optimizer": {"name": "muon", "lr": 2e-2}}
         workshop.values |= {"algorithm": algorithm, "model": model}
         run = fit("runs", "--trainer.max_steps=12", "--callbacks.samples.texts=3", *ONE_VALIDATION)
@@ -131,9 +134,9 @@ class TestSamples:
             accepted = [number for _, number in rounds]
             expected.append(to_markdown(Sample(prompt, row["input_ids"][begin:], accepted, steps), tokenizer))
         found = [texts(events_of(run), f"val/sample_{number}") for number in range(3)]
-        assert all(list(one) == [12] and one[12] in expected for one in found)
+        assert all(list(texts_of_step) == [12] and texts_of_step[12] in expected for texts_of_step in found)
         assert found[0] != found[1]
-        assert "<strong>" in "".join(expected)  # otherwise nothing has been learnt, and nothing is tested
+        assert "<strong>" in "".join(expected)  # otherwise the draft has learnt nothing and the test is void
 
     def test_are_the_same_texts_at_each_validation(self, events):
         for number in range(SAMPLES):
@@ -142,7 +145,7 @@ class TestSamples:
             bodies = {re.sub("</?strong>", "", text.partition("\n\n")[2]) for text in shown.values()}
             assert len(bodies) == 1
 
-    def test_rows_of_tokens_without_a_tokenizer_go_without(self, workshop, fit, monkeypatch):
+    def test_token_rows_without_a_tokenizer_have_no_samples(self, workshop, fit, monkeypatch):
         def missing(*words: Any, **options: Any) -> None:
             raise OSError("no tokenizer here")
 
@@ -175,7 +178,7 @@ class TestHyperparameters:
 
     def test_results_of_a_finished_run(self, run, events):
         lengths, losses = scalars(run, "val/acceptance_length"), dict(scalars(run, "val/loss"))
-        step, best = max(lengths, key=lambda one: one[1])
+        step, best = max(lengths, key=lambda step_and_value: step_and_value[1])
         assert scalars(run, "best/acceptance_length")[-1] == (step + 1, best)
         assert scalars(run, "best/loss")[-1] == (step + 1, losses[step])
         assert scalars(run, "final/acceptance_length") == [(12, lengths[-1][1])]
@@ -206,5 +209,5 @@ def test_the_page_lists_exactly_the_logged_tags(events):
         patterns = {name: pattern.replace(placeholder, values) for name, pattern in patterns.items()}
     tags = {tag for kind in ("scalars", "images") for tag in events.Tags()[kind]}
     tags |= {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"] if tag.endswith("/text_summary")}
-    assert not {tag for tag in tags if not any(re.fullmatch(one, tag) for one in patterns.values())}
-    assert not {name for name, one in patterns.items() if not any(re.fullmatch(one, tag) for tag in tags)}
+    assert not {tag for tag in tags if not any(re.fullmatch(expression, tag) for expression in patterns.values())}
+    assert not {name for name, expression in patterns.items() if not any(re.fullmatch(expression, tag) for tag in tags)}

@@ -1,6 +1,6 @@
-"""Runs that are repeatedly ended at random moments always reach the same weights.
+"""Runs that are repeatedly interrupted at random moments reach the same weights.
 
-SPECFORGE_FAULTS=50 says how often; with -s, each is shown.
+SPECFORGE_FAULTS=50 sets the number of interruptions; -s shows each.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def kill(process: Process, chance: random.Random, last: Path) -> set[int]:
     return {-signal.SIGKILL}
 
 
-def ask_to_stop(process: Process, chance: random.Random, last: Path) -> set[int]:
+def terminate(process: Process, chance: random.Random, last: Path) -> set[int]:
     process.send(signal.SIGTERM)
-    return {128 + signal.SIGTERM, -signal.SIGTERM}  # the second before training has begun
+    return {128 + signal.SIGTERM, -signal.SIGTERM}  # the second before training starts
 
 
 def fill_the_disk(process: Process, chance: random.Random, last: Path) -> set[int]:
@@ -71,22 +71,22 @@ def kill_and_damage(process: Process, chance: random.Random, last: Path) -> set[
     ended = os.waitid(os.P_PID, process.child, os.WEXITED | os.WNOWAIT)
     if ended is not None and ended.si_code == os.CLD_KILLED and last.exists():
         content = bytearray(last.read_bytes())
-        place = chance.randrange(len(content))
+        position = chance.randrange(len(content))
         how = chance.choice(["cut", "changed", "foreign"])
-        content[place] ^= 1 << chance.randrange(8)
-        last.write_bytes({"cut": content[:place], "changed": content, "foreign": b"hello"}[how])
+        content[position] ^= 1 << chance.randrange(8)
+        last.write_bytes({"cut": content[:position], "changed": content, "foreign": b"hello"}[how])
     return {-signal.SIGKILL}
 
 
-KINDS = [kill, ask_to_stop, fill_the_disk, kill_and_damage]
-# What the run itself says, where it can say something.
-SAID = {128 + signal.SIGTERM: "To resume:  specforge fit", 1: "cannot be written"}
+KINDS = [kill, terminate, fill_the_disk, kill_and_damage]
+# The run's message, if it can print one.
+MESSAGES = {128 + signal.SIGTERM: "To resume:  specforge fit", 1: "cannot be written"}
 SAVE_EVERY = 2
 
 
 @pytest.fixture(autouse=True)
 def progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that says how many steps are done; what is recorded is written at once."""
+    """A file with the number of completed steps; recorded states are written at once."""
     file = tmp_path / "step"
     original = DraftModule.training_step
 
@@ -100,11 +100,11 @@ def progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def assert_same_outcome(run: Path, whole: Path) -> None:
-    first, second = (torch.load(one / "checkpoints" / "last.ckpt", weights_only=True) for one in (run, whole))
+def assert_same_outcome(run: Path, straight: Path) -> None:
+    first, second = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (run, straight))
     for key in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
         assert_same_values(first[key], second[key])
-    first, second = (load_file(one / "draft" / "model.safetensors") for one in (run, whole))
+    first, second = (load_file(folder / "draft" / "model.safetensors") for folder in (run, straight))
     assert_same_weights(first, second)
 
 
@@ -117,19 +117,19 @@ def test_a_run_reaches_the_same_weights_after_any_fault(workshop: Workshop, prog
     for key, value in RUNS[name].items():
         own = workshop.values[key]
         workshop.values[key] = value if key == "model" or isinstance(value, str) else own | value
-    # What a run records is its own: the next finds nothing recorded.
+    # Recorded states are stored per run: the next run finds none.
     output, cache = workshop.folder / "runs", workshop.folder / "cache"
     words = ["fit", *workshop.words("runs", QUIET, f"--save_every_n_steps={SAVE_EVERY}", "--ckpt_path=auto")]
     words.append(f"--data.cache_dir={cache}")
     log = workshop.folder / "output.log"
-    begun = time.monotonic()
+    start = time.monotonic()
     assert begin(lambda: main(words), log).wait() == 0, log.read_text(encoding="utf-8")
-    seconds = time.monotonic() - begun
-    whole = output.rename(workshop.folder / "whole") / "version_0"
+    seconds = time.monotonic() - start
+    straight = output.rename(workshop.folder / "whole") / "version_0"
     shutil.rmtree(cache / "features", ignore_errors=True)
 
     chance = random.Random(number)
-    faults = [KINDS[one % len(KINDS)] for one in range(number, FAULTS, len(RUNS))]
+    faults = [KINDS[index % len(KINDS)] for index in range(number, FAULTS, len(RUNS))]
     while faults:
         log.unlink()
         progress.unlink(missing_ok=True)
@@ -137,20 +137,20 @@ def test_a_run_reaches_the_same_weights_after_any_fault(workshop: Workshop, prog
         time.sleep(chance.uniform(0, seconds))
         expected = faults[0](process, chance, newest(output) / "checkpoints" / "last.ckpt")
         status = process.wait()
-        if status == 0:  # the fault came too late, which does not count
-            assert_same_outcome(newest(output), whole)
+        if status == 0:  # the run had already finished; do not count it
+            assert_same_outcome(newest(output), straight)
             shutil.rmtree(output)
             shutil.rmtree(cache / "features", ignore_errors=True)
             continue
         assert status in expected, process.shown
-        assert "Traceback" not in process.shown and SAID.get(status, "") in process.shown, process.shown
-        # At most what came after the last checkpoint is done again; after the one before, if the last is damaged.
+        assert "Traceback" not in process.shown and MESSAGES.get(status, "") in process.shown, process.shown
+        # At most the steps after the last checkpoint are repeated; after the previous one if the last is damaged.
         found = resolve_checkpoint("auto", output)
         saved = torch.load(found, weights_only=True)["global_step"] if found else 0
         steps = progress.read_text(encoding="utf-8").split() if progress.exists() else []
         done = int(steps[-1]) if steps else saved
-        again = max(0, done - saved)  # asked to stop, a run finishes and saves one step more
+        again = max(0, done - saved)  # a run that is stopped finishes and saves one more step
         assert again <= 2 * SAVE_EVERY
         print(f"fault | {name} | {faults.pop(0).__name__} | {status} | {bool(steps)} | {done} | {again}")
     assert begin(lambda: main(words), log).wait() == 0, log.read_text(encoding="utf-8")
-    assert_same_outcome(newest(output), whole)
+    assert_same_outcome(newest(output), straight)

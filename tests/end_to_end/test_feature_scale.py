@@ -1,4 +1,4 @@
-"""Drafts trained on scaled features: the scale, the written draft, and everything that must not change."""
+"""Drafts trained on scaled features: the scale, the written draft, and what must not change."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def test_the_draft_that_is_written_is_the_published_network(
     found = re.search(r"they are divided by ([\d.]+), ([\d.]+), ([\d.]+)", shown)
     assert found is not None and "its first layer adds" in shown
     scale = scale_of(run)
-    assert [float(one) for one in found.groups()] == pytest.approx(scale.tolist(), rel=1e-2)
-    # Root mean squares of the states before layers 2, 4 and 5 are 22 to 30 here; the sum of three has the size of one.
-    assert all(20 * 3**0.5 * 0.8 < one < 30 * 3**0.5 * 1.2 for one in scale.tolist())
+    assert [float(group) for group in found.groups()] == pytest.approx(scale.tolist(), rel=1e-2)
+    # Root mean squares of the states before layers 2, 4 and 5 are 22 to 30 here; their sum has the size of one of them.
+    assert all(20 * 3**0.5 * 0.8 < factor < 30 * 3**0.5 * 1.2 for factor in scale.tolist())
     stored = load_file(run / "draft" / "model.safetensors")
     trained = {name.removeprefix("draft."): tensor for name, tensor in state_of(run).items()}
     assert "fc.input_scale" not in stored
@@ -75,7 +75,7 @@ def test_features_that_are_normalised_need_no_scale(norm: str, fit: Callable[...
 
 def test_training_starts_from_a_stored_draft_unchanged(fit: Callable[..., Path]) -> None:
     start = fit("start", *SHORT, NONE) / "draft"
-    # A rate at which nothing moves shows what the first step computes.
+    # At a learning rate of almost 0, the first step shows what the loaded draft computes.
     still = ("--model.optimizer.lr=1e-12", f"--model.init_from={start}", *SHORT)
     run = fit("on", *still)
     assert min(scale_of(run).tolist()) > 10
@@ -146,7 +146,7 @@ def test_eagle_1_is_written_as_the_published_network(
     run = fit("runs", *SHORT, f"--model.draft.layernorms={layernorms}")
     trained = {name.removeprefix("draft."): tensor for name, tensor in state_of(run).items()}
     embedding, feature = trained["fusion_fc.input_scale"].view(2, -1)[:, 0].tolist()
-    # Embeddings have a root mean square of 0.22 and features one of 1.95 here.
+    # Here the root mean square of embeddings is 0.22, that of features 1.95.
     assert embedding == pytest.approx(2**0.5 if layernorms else 0.22 * 2**0.5, rel=0.2)
     assert feature == pytest.approx(1.95 * 2**0.5, rel=0.2)
     stored = load_file(run / "draft" / "model.safetensors")

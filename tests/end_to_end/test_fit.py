@@ -1,4 +1,4 @@
-"""A run from the configuration to the draft on disk, and measuring it."""
+"""A run from the configuration to the draft on disk, and its measurement."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TestFiles:
             assert all(key.startswith("draft.") for key in saved["state_dict"])
             embeddings = [key for key in saved["state_dict"] if "embed" in key]
             assert not embeddings
-        assert saved["global_step"] == 8  # the one validation, at the end of the first epoch
+        assert saved["global_step"] == 8  # the only validation is at the end of the first epoch
         assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 12
 
     def test_the_stored_draft_is_that_of_the_best_checkpoint(self, run):
@@ -116,7 +116,7 @@ class TestFiles:
         assert (t2d.dtype, d2t.dtype) == (torch.bool, torch.int64)
         assert torch.equal(d2t + torch.arange(256), t2d.nonzero().flatten())
 
-    def test_config_yaml_is_the_whole_configuration(self, run, shared):
+    def test_config_yaml_is_the_complete_configuration(self, run, shared):
         stored = yaml.safe_load((run / "config.yaml").read_text())
         assert stored["ckpt_path"] is None
         assert stored["model"]["draft"]["draft_vocab_size"] == 256
@@ -141,30 +141,30 @@ class TestEvents:
 
     def test_one_value_per_step(self, events):
         for tag in ("train/loss", "train/kl/step_0", "train/learning_rate"):
-            assert [one.step for one in events.Scalars(tag)] == list(range(12))
-        assert [one.step for one in events.Scalars("val/loss")] == [7]
+            assert [scalar.step for scalar in events.Scalars(tag)] == list(range(12))
+        assert [scalar.step for scalar in events.Scalars("val/loss")] == [7]
 
     def test_loss_falls(self, events):
-        losses = [one.value for one in events.Scalars("train/loss")]
+        losses = [scalar.value for scalar in events.Scalars("train/loss")]
         assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
-    def test_values_are_possible(self, events):
+    def test_values_are_in_range(self, events):
         for stage in ("train", "val"):
             for step in STEPS:
                 for name in ("acceptance", "agreement"):
-                    assert all(0 <= one.value <= 1 for one in events.Scalars(f"{stage}/{name}/step_{step}"))
-                assert all(one.value > 0 for one in events.Scalars(f"{stage}/kl/step_{step}"))
-        assert all(one.value > 0 for one in events.Scalars("train/tokens_per_second"))
+                    assert all(0 <= scalar.value <= 1 for scalar in events.Scalars(f"{stage}/{name}/step_{step}"))
+                assert all(scalar.value > 0 for scalar in events.Scalars(f"{stage}/kl/step_{step}"))
+        assert all(scalar.value > 0 for scalar in events.Scalars("train/tokens_per_second"))
 
     def test_loss_is_the_decayed_sum_of_the_steps(self, events):
         for stage in ("train", "val"):
-            whole = [one.value for one in events.Scalars(f"{stage}/loss")]
-            parts = [[one.value for one in events.Scalars(f"{stage}/kl/step_{step}")] for step in STEPS]
-            summed = [sum(0.8**step * part[at] for step, part in enumerate(parts)) for at in range(len(whole))]
-            assert whole == pytest.approx(summed, rel=1e-4)
+            total = [scalar.value for scalar in events.Scalars(f"{stage}/loss")]
+            parts = [[scalar.value for scalar in events.Scalars(f"{stage}/kl/step_{step}")] for step in STEPS]
+            summed = [sum(0.8**step * part[at] for step, part in enumerate(parts)) for at in range(len(total))]
+            assert total == pytest.approx(summed, rel=1e-4)
 
     def test_learning_rate_warms_up_and_falls_to_nearly_zero(self, events):
-        rates = [one.value for one in events.Scalars("train/learning_rate")]
+        rates = [scalar.value for scalar in events.Scalars("train/learning_rate")]
         assert rates[:4] == pytest.approx([1e-3, 2e-3, 3e-3, 4e-3])
         assert rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] < 0.1 * 4e-3
 
@@ -192,7 +192,7 @@ def test_measuring(shared, run, capfd, command, stage, checkpoint):
     data = ["--data.test", shared.values["data"]["validation"]]
     assert main([command, *shared.words("runs", "--ckpt_path", checkpoint, *data)]) == 0
     shown = capfd.readouterr().out
-    for name in ["loss", *(f"{one}/step_{step}" for one in ("acceptance", "agreement", "kl") for step in STEPS)]:
+    for name in ["loss", *(f"{metric}/step_{step}" for metric in ("acceptance", "agreement", "kl") for step in STEPS)]:
         assert f"{stage}/{name}" in shown
     if checkpoint == "best":
         logged = scalars(run, "val/loss")[-1][1]
@@ -290,15 +290,15 @@ def test_a_head_that_is_not_trained_stays_the_verifiers(workshop, fit):
 
 
 def test_conversations_go_through_the_chat_template(workshop, fit):
-    chats = [{"messages": one["messages"]} for one in rows("train.jsonl", 12)]
+    chats = [{"messages": row["messages"]} for row in rows("train.jsonl", 12)]
     source = write_rows(workshop.folder / "chats.jsonl", chats)
     run = fit("runs", "--data.train", str(source), "--trainer.max_steps=2")
     tokens = write_rows(
         workshop.folder / "tokens.jsonl",
-        [{"input_ids": one["input_ids"], "loss_mask": one["loss_mask"]} for one in rows("train.jsonl", 12)],
+        [{"input_ids": row["input_ids"], "loss_mask": row["loss_mask"]} for row in rows("train.jsonl", 12)],
     )
     same = fit("tokens", "--data.train", str(tokens), "--trainer.max_steps=2")
-    # The stored tokens are those of the template, so both ways give the same run.
+    # The stored tokens are those of the template, so both sources give the same run.
     assert scalars(run, "train/loss") == scalars(same, "train/loss")
 
 
@@ -318,7 +318,7 @@ class TestWithoutValidation:
         assert not (run / "checkpoints" / "best.ckpt").exists()
         assert "--ckpt_path best" not in closing
         assert_same_weights(
-            {f"draft.{name}": one for name, one in load_file(run / "draft" / "model.safetensors").items()},
+            {f"draft.{name}": tensor for name, tensor in load_file(run / "draft" / "model.safetensors").items()},
             weights(run / "checkpoints" / "last.ckpt"),
         )
 
@@ -362,10 +362,10 @@ def test_the_process_is_not_changed(workshop, fit):
 
 class TestInitFrom:
     def test_starts_with_the_weights_of_a_stored_draft(self, run, workshop, fit):
-        # So low a learning rate leaves the weights as they were given.
+        # Such a low learning rate leaves the weights unchanged.
         words = ["--model.init_from", str(run / "draft"), "--model.optimizer.lr=1e-12", "--trainer.max_steps=8"]
         again = fit("runs", *words)
-        first, second = (load_file(one / "draft" / "model.safetensors") for one in (run, again))
+        first, second = (load_file(folder / "draft" / "model.safetensors") for folder in (run, again))
         assert first.keys() == second.keys()
         assert all(torch.allclose(first[name].float(), second[name].float(), atol=1e-7) for name in first)
 

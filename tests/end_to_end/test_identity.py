@@ -19,7 +19,7 @@ ALGORITHMS = {
     "eagle3": ["--algorithm=eagle3"],
     "eagle": ["--algorithm=eagle", "--model.measured_steps=2", "--model.draft={}", "--model.schedule.warmup=0"],
 }
-# What makes another network or another verifier, and what the message has to say of it.
+# Settings that change the network or the verifier, and the expected parts of the message.
 OTHERS = {
     "aux layers": ("eagle3", ["--model.draft.aux_layers=[1,3,6]"], "aux_layers is [2, 4, 5] there and [1, 3, 6] here"),
     "norm": ("eagle3", ["--model.draft.norm_output=true"], "norm_output is False there and True here"),
@@ -34,14 +34,14 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def verifiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The quickstart's verifier, trained a little further, and with another base of its rotary positions."""
+    """Copies of the quickstart's verifier: trained a little further, and with another rotary base."""
     root = tmp_path_factory.mktemp("other")
     for name in ("TUNED", "OTHER_ROPE"):
         shutil.copytree(VERIFIER, root / name)
     generator = torch.Generator().manual_seed(0)
     weights = load_file(VERIFIER / "model.safetensors")
-    for one in weights.values():
-        one += 0.01 * one.std() * torch.randn(one.shape, generator=generator).to(one.dtype)
+    for weight in weights.values():
+        weight += 0.01 * weight.std() * torch.randn(weight.shape, generator=generator).to(weight.dtype)
     save_file(weights, root / "TUNED" / "model.safetensors", {"format": "pt"})
     config = json.loads((VERIFIER / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 1e6
@@ -73,11 +73,13 @@ def runs(shared: Workshop, words: Callable[..., list[str]]) -> dict[str, Path]:
 
 
 def chosen(more: list[str], verifiers: dict[str, str]) -> list[str]:
-    return [one.replace("TUNED", verifiers["TUNED"]).replace("OTHER_ROPE", verifiers["OTHER_ROPE"]) for one in more]
+    return [
+        option.replace("TUNED", verifiers["TUNED"]).replace("OTHER_ROPE", verifiers["OTHER_ROPE"]) for option in more
+    ]
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_something_else_is_not_resumed(runs, words, verifiers, capfd, case):
+def test_another_network_or_verifier_is_not_resumed(runs, words, verifiers, capfd, case):
     algorithm, more, message = OTHERS[case]
     last = runs[algorithm] / "checkpoints" / "last.ckpt"
     more = [*chosen(more, verifiers), f"--ckpt_path={last}", "--trainer.max_steps=6"]
@@ -87,7 +89,7 @@ def test_something_else_is_not_resumed(runs, words, verifiers, capfd, case):
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_something_else_is_not_started_from(runs, words, verifiers, capfd, case):
+def test_a_draft_of_another_network_or_verifier_is_not_started_from(runs, words, verifiers, capfd, case):
     algorithm, more, message = OTHERS[case]
     more = [*chosen(more, verifiers), f"--model.init_from={runs[algorithm] / 'draft'}"]
     assert main(["fit", *words(algorithm, "refused", *more)]) == 2
@@ -126,7 +128,7 @@ def test_changed_settings_are_reported_and_take_effect(runs, words, shared, capf
     ]
     assert main(["fit", *words("eagle3", "changed", *more, "--model.objective={cross_entropy: 1.0}")]) == 0
     shown = capfd.readouterr().out
-    line = next(one for one in shown.splitlines() if one.startswith("resumed with other settings: "))
+    line = next(each for each in shown.splitlines() if each.startswith("resumed with other settings: "))
     for change in ("trainer.max_steps 4 -> 8", "model.optimizer.lr 0.004 -> 0.001", "model.objective.kl 1.0 -> None"):
         assert change in line
     assert "the learning rate continues at 0.001 instead of 0, following the current schedule at step 4" in shown
@@ -148,7 +150,7 @@ def test_another_chat_template_is_reported(runs, words, capfd, tmp_path):
     more = [f"--verifier={tmp_path / 'verifier'}", f"--ckpt_path={runs['eagle'] / 'checkpoints' / 'last.ckpt'}"]
     assert main(["fit", *words("eagle", "template", *more, "--trainer.max_steps=5")]) == 0
     shown = capfd.readouterr().out
-    line = next(one for one in shown.splitlines() if one.startswith("resumed with other settings: "))
+    line = next(each for each in shown.splitlines() if each.startswith("resumed with other settings: "))
     assert "settings: tokenizer " in line and ", verifier " in line
 
 

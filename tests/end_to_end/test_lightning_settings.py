@@ -1,4 +1,4 @@
-"""The trainer's keys work as in Lightning or are refused in one message; and how a run that cannot continue ends."""
+"""The trainer's keys work as in Lightning or are refused in one message; and the end of runs that cannot continue."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training_runs import scalars
 from specforge.__main__ import main
 from specforge.training.module import DraftModule
 
-BATCHES = 8  # of an epoch of the workshop's rows
+BATCHES = 8  # steps of an epoch of the workshop's rows
 MONITOR = {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}
 
 
@@ -39,12 +39,12 @@ def test_max_epochs_before_max_steps_ends_the_schedule_too(workshop, fit, capfd)
 
 def test_max_time_saves_the_last_step_and_is_reported(workshop, fit, capfd):
     run = fit("runs", "--trainer.max_time={seconds: 1}", "--trainer.max_steps=5000", "--trainer.max_epochs=-1")
-    said = capfd.readouterr().out
+    output = capfd.readouterr().out
     step = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    assert f"Ended at step {step:,} of 5,000: trainer.max_time is over" in said
+    assert f"Ended at step {step:,} of 5,000: trainer.max_time is over" in output
 
 
-def test_nothing_is_stored_of_a_bare_run(workshop, capfd):
+def test_a_bare_run_stores_nothing(workshop, capfd):
     del workshop.values["trainer"]["log_every_n_steps"]
     words = workshop.words("runs", "--trainer.barebones=true", "--trainer.max_steps=1")
     assert main(["fit", *words]) == 0
@@ -69,7 +69,7 @@ def test_one_callback_needs_no_list_and_logging_can_be_off(workshop, fit):
         ({"logger": [{"class_path": "nowhere.Thing"}]}, ["trainer.logger", "'nowhere'", "install the package"]),
     ],
 )
-def test_what_is_refused_is_one_message(workshop, capfd, trainer, parts):
+def test_refusals_are_one_message(workshop, capfd, trainer, parts):
     workshop.values["trainer"] |= trainer
     assert main(["fit", *workshop.words("runs")]) == 2
     message = capfd.readouterr().err
@@ -96,7 +96,7 @@ def test_in_a_thread_that_is_not_the_main_one(workshop):
 
 
 class TestEnds:
-    """Runs of their own process, which something ends at the third batch."""
+    """Runs in separate processes that are ended at the third batch."""
 
     @pytest.fixture
     def ended(self, workshop: Workshop, monkeypatch: pytest.MonkeyPatch):
@@ -133,7 +133,7 @@ class TestEnds:
         status, shown = ended(kill_children, "--data.num_workers=1")
         assert status == 1 and "a DataLoader worker was lost" in shown and "data.num_workers" in shown
 
-    def test_rows_are_cut_while_they_are_mapped(self, ended, workshop):
+    def test_rows_are_truncated_while_they_are_mapped(self, ended, workshop):
         cache = workshop.folder / "cache"
 
         def cut() -> None:
@@ -142,6 +142,6 @@ class TestEnds:
 
         more = ["--data.num_workers=1", f"--data.cache_dir={cache}", "--trainer.max_epochs=9"]
         status, shown = ended(cut, *more, "--trainer.max_steps=70")
-        # The file's name is told unless the cut falls between the look at its size and the read.
+        # The message names the file unless it is truncated between the check of its size and the read.
         assert status == 1
         assert "rows.arrow was truncated while in use" in shown or "ended by a bus error: a file of rows" in shown

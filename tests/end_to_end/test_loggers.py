@@ -1,4 +1,4 @@
-"""Other loggers than TensorBoard: files of the run stay in the run's folder, whatever is logged where."""
+"""Other loggers than TensorBoard: the run's files stay in its folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_csv(workshop, fit, capfd):
     (tau,) = (float(line["val/acceptance_length"]) for line in lines if line["val/acceptance_length"])
     assert [float(line["final/acceptance_length"]) for line in lines if line["final/acceptance_length"]] == [tau]
     assert yaml.safe_load((logged / "hparams.yaml").read_text())["model.optimizer.lr"] == 4e-3
-    # The run is found again, and goes on in its own folder.
+    # The run is found and resumes in its folder.
     words = [word.replace("max_steps=3", "max_steps=5") for word in WORDS]
     assert fit("runs", *words, "--ckpt_path=last") == run
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
@@ -46,7 +46,7 @@ def test_mlflow(workshop, fit, monkeypatch):
     pytest.importorskip("mlflow")
     from mlflow.tracking import MlflowClient
 
-    # Its databases need more packages than the small distribution brings.
+    # Its databases need more packages than the small distribution installs.
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     init = {"tracking_uri": f"file:{workshop.folder / 'mlflow'}", "experiment_name": "drafts"}
@@ -58,7 +58,7 @@ def test_mlflow(workshop, fit, monkeypatch):
     assert logged.info.status == "FINISHED"
     assert logged.data.params["model.optimizer.lr"] == "0.004"
     assert logged.data.metrics["final/loss"] == logged.data.metrics["val/loss"]
-    assert [one.step for one in client.get_metric_history(logged.info.run_id, "train/loss")] == [0, 1, 2]
+    assert [metric.step for metric in client.get_metric_history(logged.info.run_id, "train/loss")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_mlflow(workshop, fit, monkeypatch):
         ({"class_path": "CometLogger"}, "trainer: CometLogger: Requirement 'comet-ml"),
     ],
 )
-def test_one_that_cannot_be_made_is_one_message(workshop, capfd, logger, reason):
+def test_a_logger_that_cannot_be_created_is_one_message(workshop, capfd, logger, reason):
     workshop.values["trainer"]["logger"] = logger
     assert main(["fit", *workshop.words("runs")]) == 2
     message = capfd.readouterr().err
@@ -78,8 +78,8 @@ def test_one_that_cannot_be_made_is_one_message(workshop, capfd, logger, reason)
 def test_two_at_once(workshop, fit):
     folder = str(workshop.folder / "logs")
     workshop.values["trainer"]["logger"] = [
-        {"class_path": one, "init_args": {"save_dir": folder, "name": one}}
-        for one in ("TensorBoardLogger", "CSVLogger")
+        {"class_path": logger, "init_args": {"save_dir": folder, "name": logger}}
+        for logger in ("TensorBoardLogger", "CSVLogger")
     ]
     run = fit("runs", *WORDS)
     assert "config.yaml" in files(run) and not any("events" in name for name in files(run))

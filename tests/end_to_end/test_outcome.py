@@ -48,7 +48,7 @@ def rows(run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def length(run):
-    """What the run reported of the draft that it wrote."""
+    """The acceptance length that the run reported for its draft."""
     return max(value for _, value in scalars(run.draft.parent, "val/acceptance_length"))
 
 
@@ -63,10 +63,10 @@ def test_peers_get_what_every_step_of_our_run_read(rows, seen):
         documents, real = rows.documents(step), batch["document_ids"] >= 0
         for name, ours in (*batch.items(), ("aux", features.aux), ("last", features.last)):
             if name in documents[0]:
-                theirs = torch.cat([one[name] for one in documents])
+                theirs = torch.cat([document[name] for document in documents])
                 torch.testing.assert_close(theirs, ours[real], rtol=1e-4, atol=1e-4)
         starts = (batch["position_ids"][real] == 0).nonzero().flatten().tolist()
-        lengths = [len(one["input_ids"]) for one in documents]
+        lengths = [len(document["input_ids"]) for document in documents]
         assert starts == [sum(lengths[:number]) for number in range(len(lengths))]
 
 
@@ -80,8 +80,8 @@ def test_peers_get_the_states_that_a_run_read_from_a_store(run, rows, tmp_path):
     # No state after the last supervised token is stored.
     read = int(live["loss_mask"].nonzero().max()) + 1
     for name in ("aux", "last"):
-        apart = (theirs[name][:read] - live[name][:read]).abs().max() / live[name][:read].abs().max()
-        assert 0 < apart < 1 / 127
+        difference = (theirs[name][:read] - live[name][:read]).abs().max() / live[name][:read].abs().max()
+        assert 0 < difference < 1 / 127
 
 
 def test_peers_get_the_draft_vocabulary_and_the_verifiers_parts(run, rows):
@@ -100,7 +100,7 @@ def test_a_peer_takes_every_step_and_writes_its_draft(rows, monkeypatch, tmp_pat
             self.weight, self.rate, self.tokens = torch.zeros((), requires_grad=True), rate, []
 
         def loss(self, documents):
-            self.tokens.append(sum(len(one["input_ids"]) for one in documents))
+            self.tokens.append(sum(len(document["input_ids"]) for document in documents))
             return self.weight * self.tokens[-1]
 
         def update(self):
@@ -113,11 +113,11 @@ def test_a_peer_takes_every_step_and_writes_its_draft(rows, monkeypatch, tmp_pat
     words = ["script", rows.folder, "--rate", "2", "--seed", "1", "--output", str(tmp_path / "draft")]
     monkeypatch.setattr("sys.argv", words)
     learn(Counting)
-    tokens = sum(len(one["input_ids"]) for step in range(STEPS) for one in rows.documents(step))
+    tokens = sum(len(document["input_ids"]) for step in range(STEPS) for document in rows.documents(step))
     assert (tmp_path / "draft").read_text() == f"{-2 * tokens} {STEPS}"
 
 
-def test_replay_is_what_the_run_reported(run, length):
+def test_replay_equals_the_runs_figure(run, length):
     validation = run.data().validation_rows
     once, again = replayed([run.draft, run.draft], run.verifier(), validation, TTT_STEPS)
     assert once == again

@@ -26,7 +26,7 @@ def test_runs_in_one_process_do_not_pile_up_filters(workshop, fit):
     assert number() == before
 
 
-def test_the_second_run_of_a_process_is_the_same_as_the_first(workshop, fit):
+def test_the_second_run_of_a_process_equals_the_first(workshop, fit):
     first, second = (fit(name, "--trainer.max_steps=3") for name in ("first", "second"))
     assert scalars(first, "train/loss") == scalars(second, "train/loss")
 
@@ -34,12 +34,12 @@ def test_the_second_run_of_a_process_is_the_same_as_the_first(workshop, fit):
 def test_a_failed_run_does_not_affect_the_next(workshop, fit):
     assert main(["fit", *workshop.words("failed", "--model.ttt_steps=0")]) == 2
     assert main(["fit", *workshop.words("failed", *DIVERGING)]) == 1
-    after, alone = (fit(name, "--trainer.max_steps=3") for name in ("after", "alone"))
-    assert scalars(after, "train/loss") == scalars(alone, "train/loss")
+    after, expected = (fit(name, "--trainer.max_steps=3") for name in ("after", "expected"))
+    assert scalars(after, "train/loss") == scalars(expected, "train/loss")
 
 
-class TestStrangersPlugin:
-    """A package that was never part of the project trains through the same command."""
+class TestExternalPlugin:
+    """A package outside the project trains through the same command."""
 
     @pytest.fixture(autouse=True)
     def _install(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

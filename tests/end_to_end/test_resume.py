@@ -37,7 +37,7 @@ VARIANTS = {
 
 
 class Crash(Exception):
-    """An exception that no part of the program expects."""
+    """An exception that the program does not handle."""
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +53,22 @@ def straight(shared: Workshop) -> Callable[[str], Path]:
     return run
 
 
-def assert_same_run(resumed: Path, whole: Path) -> None:
-    """Compare everything that two finished runs leave behind, bit for bit."""
+def assert_same_run(resumed: Path, expected: Path) -> None:
+    """Compare all outputs of two finished runs, bit for bit."""
     for name in ("last", "best"):
         first, second = (
-            torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True) for run in (resumed, whole)
+            torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True) for run in (resumed, expected)
         )
         assert first["global_step"] == second["global_step"], name
         assert_same_weights(first["state_dict"], second["state_dict"])
         assert_same_values(first["optimizer_states"], second["optimizer_states"])
         assert_same_values(first["lr_schedulers"], second["lr_schedulers"])
-    first, second = (load_file(run / "draft" / "model.safetensors") for run in (resumed, whole))
+    first, second = (load_file(run / "draft" / "model.safetensors") for run in (resumed, expected))
     assert_same_weights(first, second)
     # A step that ran twice, before a crash and after it, is logged twice with the same value. A step may be missing
     # here, see test_every_step_is_logged; a validation may not.
-    assert set(scalars(resumed, "train/loss")) <= set(scalars(whole, "train/loss"))
-    assert set(scalars(resumed, "val/loss")) == set(scalars(whole, "val/loss"))
+    assert set(scalars(resumed, "train/loss")) <= set(scalars(expected, "train/loss"))
+    assert set(scalars(resumed, "val/loss")) == set(scalars(expected, "val/loss"))
 
 
 def interrupt(workshop: Workshop, *words: str, number: int = signal.SIGINT) -> None:
@@ -78,16 +78,16 @@ def interrupt(workshop: Workshop, *words: str, number: int = signal.SIGINT) -> N
     assert left.value.code == 128 + number
 
 
-class TestInterruptAndGoOn:
+class TestInterruptAndResume:
     @pytest.mark.parametrize("batch", [1, 3, 7, 8, 9, 12])
     def test_at_any_batch(self, workshop, straight, interrupt_at, batch):
-        whole = straight("plain")
+        expected = straight("plain")
         interrupt_at(batch)
         interrupt(workshop)
         run = workshop.run_folder("runs")
         assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == batch
         assert main(["fit", *workshop.words("runs", "--ckpt_path", "last")]) == 0
-        assert_same_run(run, whole)
+        assert_same_run(run, expected)
 
     @pytest.mark.parametrize(
         ("variant", "batch", "step"),
@@ -102,16 +102,16 @@ class TestInterruptAndGoOn:
         ],
     )
     def test_with_other_settings(self, workshop, straight, interrupt_at, variant, batch, step):
-        whole = straight(variant)
+        expected = straight(variant)
         interrupt_at(batch)
         interrupt(workshop, *VARIANTS[variant])
         run = workshop.run_folder("runs")
         assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step
         assert main(["fit", *workshop.words("runs", *VARIANTS[variant], "--ckpt_path", "last")]) == 0
-        assert_same_run(run, whole)
+        assert_same_run(run, expected)
 
     def test_twice(self, workshop, straight, interrupt_at):
-        whole = straight("plain")
+        expected = straight("plain")
         interrupt_at(3)
         interrupt(workshop)
         interrupt_at(3)
@@ -119,16 +119,16 @@ class TestInterruptAndGoOn:
         run = workshop.run_folder("runs")
         assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
         assert main(["fit", *workshop.words("runs", "--ckpt_path", "last")]) == 0
-        assert_same_run(run, whole)
+        assert_same_run(run, expected)
 
     @pytest.mark.parametrize("variant", ["plain", "mid-epoch validation"])
     def test_during_a_validation(self, workshop, straight, interrupt_at, variant):
-        whole = straight(variant)
+        expected = straight(variant)
         interrupt_at(1, "validation_step")
         interrupt(workshop, *VARIANTS[variant])
         interrupt_at(-1, "validation_step")
         assert main(["fit", *workshop.words("runs", *VARIANTS[variant], "--ckpt_path", "last")]) == 0
-        assert_same_run(workshop.run_folder("runs"), whole)
+        assert_same_run(workshop.run_folder("runs"), expected)
 
     def test_every_step_is_logged(self, workshop, straight, interrupt_at):
         interrupt_at(3)
@@ -138,15 +138,15 @@ class TestInterruptAndGoOn:
         assert steps == [step for step, _ in scalars(straight("plain"), "train/loss")]
 
     def test_with_loading_processes(self, workshop, straight, interrupt_at):
-        whole = straight("plain")
+        expected = straight("plain")
         interrupt_at(3)
         interrupt(workshop, "--data.num_workers=1")
         assert main(["fit", *workshop.words("runs", "--data.num_workers=1", "--ckpt_path", "last")]) == 0
-        assert_same_run(workshop.run_folder("runs"), whole)
+        assert_same_run(workshop.run_folder("runs"), expected)
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
     def test_signals_of_schedulers(self, workshop, straight, interrupt_at, capfd, number):
-        whole = straight("accumulated")
+        expected = straight("accumulated")
         interrupt_at(6, number=number)
         interrupt(workshop, *VARIANTS["accumulated"], number=number)
         shown = capfd.readouterr().out
@@ -154,11 +154,11 @@ class TestInterruptAndGoOn:
         assert f"Stopped by {number.name} at step 3" in shown and "--ckpt_path last" in shown
         interrupt_at(-1)
         assert main(["fit", *workshop.words("runs", *VARIANTS["accumulated"], "--ckpt_path", "auto")]) == 0
-        assert_same_run(workshop.run_folder("runs"), whole)
+        assert_same_run(workshop.run_folder("runs"), expected)
 
     @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
     def test_before_slurm_ends_a_job(self, workshop, straight, interrupt_at, monkeypatch, number):
-        whole = straight("accumulated")
+        expected = straight("accumulated")
         for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_JOB_ID"):
             monkeypatch.setenv(name, "1")
         for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"):
@@ -172,11 +172,11 @@ class TestInterruptAndGoOn:
             }
         interrupt_at(5, number=number)
         interrupt(workshop, *VARIANTS["accumulated"], number=number)
-        # Lightning itself would save a hpc_ckpt in the middle of a step, and go on from it unasked.
+        # Lightning itself would save a hpc_ckpt in the middle of a step, and resume from it automatically.
         assert [path.name for path in (workshop.folder / "runs").iterdir()] == ["version_0"]
         interrupt_at(-1)
         assert main(["fit", *workshop.words("runs", *VARIANTS["accumulated"], "--ckpt_path", "auto")]) == 0
-        assert_same_run(workshop.run_folder("runs"), whole)
+        assert_same_run(workshop.run_folder("runs"), expected)
 
     def test_a_repeated_signal_of_a_scheduler_changes_nothing(self, workshop, interrupt_at, monkeypatch):
         kill = os.kill
@@ -185,7 +185,7 @@ class TestInterruptAndGoOn:
         interrupt(workshop, number=signal.SIGTERM)
 
     @pytest.mark.parametrize("batch", [2, -1])
-    def test_signals_are_given_back(self, workshop, interrupt_at, batch):
+    def test_signal_handlers_are_restored(self, workshop, interrupt_at, batch):
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         before = [signal.getsignal(number) for number in numbers]
         interrupt_at(batch)
@@ -203,7 +203,7 @@ class TestInterruptAndGoOn:
                 main(words)
         assert main(words) == 0
         assert_same_run(workshop.run_folder("runs"), straight("plain"))
-        assert main(words) == 0  # there is nothing left to do
+        assert main(words) == 0  # it had finished
         assert [path.name for path in (workshop.folder / "runs").iterdir()] == ["version_0"]
 
     def test_a_moved_checkpoint_begins_a_new_run(self, workshop, straight, interrupt_at):
@@ -239,18 +239,18 @@ class TestCrash:
 
     @pytest.mark.parametrize("variant", ["plain", "mid-epoch validation"])
     def test_in_a_validation(self, workshop, straight, crash_at, variant):
-        # The step before it is not saved without it, or the best draft would be chosen from the others.
-        whole, words = straight(variant), [*VARIANTS[variant], "--save_every_n_steps=1"]
+        # The step before a validation is not saved without it, or the best draft would be chosen from the others.
+        expected, words = straight(variant), [*VARIANTS[variant], "--save_every_n_steps=1"]
         crash_at(2, "validation_step")
         with pytest.raises(Crash):
             main(["fit", *workshop.words("runs", *words)])
         crash_at(-1, "validation_step")
         assert main(["fit", *workshop.words("runs", *words, "--ckpt_path", "last")]) == 0
-        assert_same_run(workshop.run_folder("runs"), whole)
+        assert_same_run(workshop.run_folder("runs"), expected)
 
     @pytest.mark.parametrize(("every", "saved"), [(3, 9), (4, 8), (500, 8)])
     def test_resumes_from_the_last_checkpoint(self, workshop, straight, crash_at, every, saved):
-        whole = straight("plain")
+        expected = straight("plain")
         crash_at(11)
         words = [f"--save_every_n_steps={every}"]
         with pytest.raises(Crash):
@@ -259,7 +259,7 @@ class TestCrash:
         assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == saved
         crash_at(-1)
         assert main(["fit", *workshop.words("runs", *words, "--ckpt_path", "last")]) == 0
-        assert_same_run(run, whole)
+        assert_same_run(run, expected)
 
     @pytest.mark.parametrize("steps", [5, 8, 11])
     def test_a_finished_run_can_be_made_longer(self, workshop, steps):
@@ -267,22 +267,22 @@ class TestCrash:
         assert main(["fit", *workshop.words("whole", *words)]) == 0
         assert main(["fit", *workshop.words("runs", *words, f"--trainer.max_steps={steps}")]) == 0
         assert main(["fit", *workshop.words("runs", *words, "--ckpt_path", "last")]) == 0
-        resumed, whole = (workshop.run_folder(name) / "checkpoints" / "last.ckpt" for name in ("runs", "whole"))
-        assert_same_weights(weights(resumed), weights(whole))
+        resumed, expected = (workshop.run_folder(name) / "checkpoints" / "last.ckpt" for name in ("runs", "whole"))
+        assert_same_weights(weights(resumed), weights(expected))
 
     def test_in_the_middle_of_an_accumulation(self, workshop, straight, crash_at):
-        whole = straight("accumulated")
+        expected = straight("accumulated")
         words = [*VARIANTS["accumulated"], "--save_every_n_steps=1"]
         crash_at(6)
         with pytest.raises(Crash):
             main(["fit", *workshop.words("runs", *words)])
         crash_at(-1)
         assert main(["fit", *workshop.words("runs", *words, "--ckpt_path", "last")]) == 0
-        assert_same_run(workshop.run_folder("runs"), whole)
+        assert_same_run(workshop.run_folder("runs"), expected)
 
 
-class TestDrawingAtRandom:
-    """A draft with its own random numbers, as with dropout."""
+class TestRandomNumbers:
+    """A draft that draws random numbers, as with dropout."""
 
     @pytest.fixture(autouse=True)
     def _draw(self, monkeypatch):
@@ -296,24 +296,24 @@ class TestDrawingAtRandom:
     def test_resumes_with_the_same_random_numbers(self, workshop, fit, interrupt_at):
         # A validation follows the second stop; reading its rows draws nothing.
         words = VARIANTS["mid-epoch validation"]
-        whole = fit("whole", *words)
+        expected = fit("whole", *words)
         interrupt_at(3)
         interrupt(workshop, *words)
         interrupt_at(5)
         interrupt(workshop, *words, "--ckpt_path", "last")
         assert main(["fit", *workshop.words("runs", *words, "--ckpt_path", "last")]) == 0
-        assert_same_run(workshop.run_folder("runs"), whole)
+        assert_same_run(workshop.run_folder("runs"), expected)
 
 
 class TestRecording:
-    """States that are kept while training: how much a stopped run has kept makes no difference."""
+    """States recorded in training: the number that a stopped run has recorded makes no difference."""
 
     def test_resumes_from_the_last_checkpoint(self, workshop, fit, monkeypatch):
-        # Each batch is written at once, so that at the crash more is recorded than has been trained on.
+        # Each batch is written at once, so at the crash more is recorded than was trained on.
         monkeypatch.setattr(recording, "SHARD_BYTES", 1)
         words = ["--data.features=record", "--save_every_n_steps=3", *VARIANTS["mid-epoch validation"]]
         cache = "--data.cache_dir={}".format
-        whole = fit("whole", *words, cache(workshop.folder / "whole_cache"))
+        expected = fit("whole", *words, cache(workshop.folder / "whole_cache"))
         words.append(cache(workshop.folder / "cache"))
         original = DraftModule.training_step
 
@@ -328,7 +328,7 @@ class TestRecording:
             with pytest.raises(Crash):
                 fit("runs", *words)
         resumed = fit("runs", *words, "--ckpt_path=last")
-        assert_same_run(resumed, whole)
+        assert_same_run(resumed, expected)
 
 
 def start(words: list[str]) -> subprocess.Popen[str]:
@@ -358,7 +358,7 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 class TestRealProcess:
     def test_ctrl_c_and_the_printed_command(self, workshop):
         process = start(["fit", *workshop.words("runs", "--trainer.max_steps=40", "--trainer.val_check_interval=4")])
-        read_until(process, "val/loss")  # after four steps of the first epoch, of eight
+        read_until(process, "val/loss")  # after four of the eight steps of the first epoch
         process.send_signal(signal.SIGINT)
         shown, _ = process.communicate(timeout=60)
         assert process.returncode == 130, shown
@@ -376,11 +376,11 @@ class TestRealProcess:
         assert goes_on.returncode == 0, shown
         assert torch.load(last, weights_only=True)["global_step"] == 40
         assert [path.name for path in run.parent.iterdir()] == ["version_0"]
-        logged = [one for one, _ in scalars(run, "train/loss")]
+        logged = [step for step, _ in scalars(run, "train/loss")]
         assert logged == sorted(set(logged)) and (logged[0], logged[-1]) == (0, 39)
 
     def test_second_ctrl_c_stops_at_once(self, workshop):
-        # One optimizer step of some 350 batches: the first Ctrl-C has to wait for it.
+        # One optimizer step of about 350 batches, which the first Ctrl-C waits for.
         words = ["--trainer.accumulate_grad_batches=1000", "--data.train", str(QUICKSTART / "train.jsonl")]
         process = start(["fit", *workshop.words("runs", *words)])
         read_until(process, "run:")
@@ -388,14 +388,14 @@ class TestRealProcess:
         process.send_signal(signal.SIGINT)
         read_until(process, "press Ctrl-C again")
         process.send_signal(signal.SIGINT)
-        begun = time.monotonic()
+        start_time = time.monotonic()
         shown, _ = process.communicate(timeout=60)
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - start_time < 10
         assert process.returncode in (1, 130, -signal.SIGINT), shown
         assert "Traceback" not in shown
         assert not (workshop.run_folder("runs") / "draft").exists()
 
-    def test_ctrl_c_before_training_has_begun(self, workshop):
+    def test_ctrl_c_before_training_starts(self, workshop):
         process = start(["fit", *workshop.words("runs")])
         time.sleep(1.0)
         process.send_signal(signal.SIGINT)
@@ -406,7 +406,7 @@ class TestRealProcess:
 
 class TestDamagedCheckpoints:
     @pytest.fixture(scope="class")
-    def whole(self, straight) -> Path:
+    def intact(self, straight) -> Path:
         return straight("plain") / "checkpoints" / "last.ckpt"
 
     def refused(self, workshop: Workshop, capfd: pytest.CaptureFixture[str], command: str, path: Path) -> None:
@@ -419,9 +419,9 @@ class TestDamagedCheckpoints:
         assert "Traceback" not in shown
 
     @pytest.mark.parametrize("command", ["fit", "validate"])
-    def test_another_content(self, workshop, whole, capfd, command):
+    def test_another_content(self, workshop, intact, capfd, command):
         path = workshop.folder / "damaged.ckpt"
-        content = bytearray(whole.read_bytes())
+        content = bytearray(intact.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
         self.refused(workshop, capfd, command, path)
@@ -444,9 +444,9 @@ class TestDamagedCheckpoints:
 
     @pytest.mark.parametrize("command", ["fit", "validate"])
     @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
-    def test_truncated(self, workshop, whole, capfd, command, share):
+    def test_truncated(self, workshop, intact, capfd, command, share):
         path = workshop.folder / "damaged.ckpt"
-        content = whole.read_bytes()
+        content = intact.read_bytes()
         path.write_bytes(content[: int(len(content) * share)])
         self.refused(workshop, capfd, command, path)
 
@@ -464,15 +464,15 @@ class TestDamagedCheckpoints:
         self.refused(workshop, capfd, "fit", path)
 
     @pytest.mark.parametrize("command", ["fit", "validate"])
-    def test_a_checkpoint_of_another_network(self, workshop, whole, capfd, command):
-        words = ["--ckpt_path", str(whole), "--model.draft.num_layers=2"]
+    def test_a_checkpoint_of_another_network(self, workshop, intact, capfd, command):
+        words = ["--ckpt_path", str(intact), "--model.draft.num_layers=2"]
         status = main([command, *workshop.words("runs", *words)])
         shown = capfd.readouterr().err
         assert status in (1, 2)
-        assert str(whole) in shown and "Traceback" not in shown
+        assert str(intact) in shown and "Traceback" not in shown
 
-    def test_a_checkpoint_of_another_optimizer(self, workshop, whole, capfd):
-        words = ["--ckpt_path", str(whole), "--model.optimizer.name=muon", "--trainer.max_steps=14"]
+    def test_a_checkpoint_of_another_optimizer(self, workshop, intact, capfd):
+        words = ["--ckpt_path", str(intact), "--model.optimizer.name=muon", "--trainer.max_steps=14"]
         status = main(["fit", *workshop.words("runs", *words)])
         shown = capfd.readouterr().err
         assert status in (1, 2)
@@ -480,7 +480,7 @@ class TestDamagedCheckpoints:
 
 
 class TestFullDisk:
-    """A limit on the size of files stands for a disk that takes no more: the system refuses the same writes."""
+    """A limit on the size of files simulates a full disk: the same writes fail."""
 
     @pytest.fixture
     def fill_at(self, monkeypatch) -> Iterator[Arm]:
@@ -502,8 +502,8 @@ class TestFullDisk:
         yield arm
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def test_earlier_checkpoint_stays_whole(self, workshop, straight, fill_at, capfd):
-        whole = straight("plain")
+    def test_the_earlier_checkpoint_stays_complete(self, workshop, straight, fill_at, capfd):
+        expected = straight("plain")
         fill_at(5)
         status = main(["fit", *workshop.words("runs", "--save_every_n_steps=3")])
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -515,7 +515,7 @@ class TestFullDisk:
         assert [path.name for path in checkpoints.iterdir()] == ["last.ckpt"]
         fill_at(-1)
         assert main(["fit", *workshop.words("runs", "--ckpt_path", "last")]) == 0
-        assert_same_run(workshop.run_folder("runs"), whole)
+        assert_same_run(workshop.run_folder("runs"), expected)
 
     def test_message_names_the_file(self, workshop, fill_at, capfd):
         fill_at(1)
@@ -523,7 +523,7 @@ class TestFullDisk:
         assert "last.ckpt" in capfd.readouterr().err
 
     def test_while_writing_the_draft(self, workshop, fill_at, capfd):
-        # Checkpoints are over: the last step's batch fills the disk, and only the draft is left to write.
+        # The disk is full from the last batch on, after all checkpoints; only the draft is written later.
         words = ["--trainer.max_steps=2", "--data.validation=null", "--data.validation_share=0"]
         fill_at(2)
         assert main(["fit", *workshop.words("runs", *words)]) == 1

@@ -19,7 +19,7 @@ from training_runs import weights
 from specforge.__main__ import main
 from specforge.training.module import DraftModule
 
-# An optimizer step of each takes the same four packed rows, of sixteen.
+# With each layout, an optimizer step reads the same four of sixteen packed rows.
 LAYOUTS = {
     "1 process": (1, ["--data.batch_size=2", "--trainer.accumulate_grad_batches=2"]),
     "2 processes": (2, ["--data.batch_size=1", "--trainer.accumulate_grad_batches=2"]),
@@ -40,11 +40,11 @@ def run(workshop: Workshop, output: str, layout: str, *more: str, before: Callab
         before(0)
         return main(words)
 
-    return begin(work, workshop.folder / "alone.log").wait()
+    return begin(work, workshop.folder / "single.log").wait()
 
 
 def at_step(step: int, act: Callable[[], Any], rank: int) -> Callable[[int], None]:
-    """Do something in one process while a step, counted from 1, is under way."""
+    """Run a function in one process during a step, counted from 1."""
 
     def before(own: int) -> None:
         original = DraftModule.training_step
@@ -54,7 +54,7 @@ def at_step(step: int, act: Callable[[], Any], rank: int) -> Callable[[int], Non
                 act()
             return original(self, batch, batch_idx)
 
-        DraftModule.training_step = training_step  # the process ends with it
+        DraftModule.training_step = training_step  # the process ends after it
 
     return before
 
@@ -110,13 +110,13 @@ def test_resuming_with_others(workshop, straight, rows_seen, first, then, same_m
     assert status != 0
     last = workshop.run_folder("runs") / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 3
-    shown = (workshop.folder / ("rank0.log" if rank else "alone.log")).read_text(encoding="utf-8")
+    shown = (workshop.folder / ("rank0.log" if rank else "single.log")).read_text(encoding="utf-8")
     assert "Stopped by SIGTERM at step 3" in shown and "--ckpt_path last" in shown
     assert run(workshop, "runs", then, "--ckpt_path=last") == 0
     seen = rows_seen()
     assert set(seen.values()) == {1}
     assert Counter(epoch for epoch, _ in seen) == {"0": 16, "1": 12}
-    if same_means:  # the mean of a batch is not the mean of its halves' means, of whichever process
+    if same_means:  # a mean of the halves' means differs from the mean of the batch
         assert_close(straight, weights(last))
 
 
@@ -128,7 +128,7 @@ def test_resuming_with_others(workshop, straight, rows_seen, first, then, same_m
 def test_a_process_that_dies_ends_the_other(workshop, straight, rank, act, cause):
     status = run(workshop, "runs", "2 processes", "--save_every_n_steps=2", before=at_step(4, act, rank))
     assert status != 0
-    dead, other = ((workshop.folder / f"rank{one}.log").read_text(encoding="utf-8") for one in (rank, 1 - rank))
+    dead, other = ((workshop.folder / f"rank{number}.log").read_text(encoding="utf-8") for number in (rank, 1 - rank))
     assert cause in dead and "Traceback" not in other
     assert not other.count("error:") or f"specforge fit: error: rank {1 - rank} stopped at step 3" in other
     last = workshop.run_folder("runs") / "checkpoints" / "last.ckpt"

@@ -14,8 +14,8 @@ from specforge.data.packing import PackedRows
 from specforge.training.module import DraftModule
 
 
-def test_idle_share_is_what_the_loader_takes_of_the_time(workshop, fit, monkeypatch):
-    """On a clock that reading a row moves by 2, a training step by 5, and a validation batch by 1,000."""
+def test_idle_share_is_the_loaders_share_of_the_time(workshop, fit, monkeypatch):
+    """On a clock that advances by 2 per row read, by 5 per training step, and by 1,000 per validation batch."""
     now = 0.0
 
     def moved_by(seconds: float, function: Any) -> Any:

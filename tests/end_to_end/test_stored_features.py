@@ -24,7 +24,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "algorithm": "eagle",
         "model": {"alignment_steps": 3, "objective": {"cross_entropy": 0.1, "top_k": 1.0}, "schedule": {"warmup": 1}},
     },
-    # It reads the layers that the stores hold, which were prepared for the first of these.
+    # The stores were prepared for the first of these; this one reads the same layers.
     "dspark": {
         "algorithm": "dspark",
         "model": {"draft": {"num_layers": 1, "aux_layers": [2, 4, 5], "mask_token_id": 0}},
@@ -54,7 +54,7 @@ def no_verifier(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tokens of each pass of the verifier from now on."""
+    """The number of tokens of each verifier forward pass from now on."""
     passes: list[int] = []
     capture = teacher.capture
 
@@ -74,7 +74,7 @@ def stores(shared: Workshop) -> dict[str, Path]:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_losses_equal_those_with_a_live_verifier(shared, workshop, fit, stores, no_verifier, algorithm):
-    # The same files, so that the rows are the ones that were stored.
+    # The same files, so that the stored rows are found.
     workshop.values |= {**ALGORITHMS[algorithm], "data": shared.values["data"]}
     live = fit("live", STEPS, VALIDATE)
     no_verifier()
@@ -89,12 +89,12 @@ def test_the_losses_equal_those_with_a_live_verifier(shared, workshop, fit, stor
 def test_compat_supervision_reads_one_state_more(shared, workshop, fit, stores):
     # The rows end in tokens that are not supervised.
     for name in ("train", "validation"):
-        cut = [{**one, "loss_mask": one["loss_mask"][:-6] + [0] * 6} for one in rows(f"{name}.jsonl", 12)]
+        cut = [{**row, "loss_mask": row["loss_mask"][:-6] + [0] * 6} for row in rows(f"{name}.jsonl", 12)]
         workshop.values["data"][name] = str(write_rows(workshop.folder / f"{name}.jsonl", cut))
     store = prepare(workshop, "store", "--dtype", "float32")
     tokens = sum(shard.tokens for shard in FeatureStore(store).manifest.shards)
     assert tokens == sum(
-        len(one["input_ids"]) - 5 for name in ("train", "validation") for one in rows(f"{name}.jsonl", 12)
+        len(row["input_ids"]) - 5 for name in ("train", "validation") for row in rows(f"{name}.jsonl", 12)
     )
     for words in (["--model.supervision=compat"], []):
         live, stored = (
@@ -113,7 +113,7 @@ def test_the_last_state_can_be_an_aux_layer_too(workshop, fit):
     assert [value for _, value in scalars(stored, "train/loss")] == pytest.approx(expected, rel=1e-5)
 
 
-def test_whole_rows_are_stored_where_all_tokens_are_trained_on(shared, workshop, fit, stores, capfd):
+def test_complete_rows_are_stored_if_all_tokens_are_trained_on(shared, workshop, fit, stores, capfd):
     workshop.values |= {**ALGORITHMS["mlp"], "data": shared.values["data"]}
     words = ["--model.supervision=all", STEPS]
     assert main(["fit", *workshop.words("refused", *words, f"--data.features={stores['float32']}")]) == 2
@@ -187,7 +187,7 @@ class TestRefusals:
 
     def test_missing_validation_rows_are_captured(self, shared, fit, stores, workshop, captured, capfd):
         workshop.values["data"] = {**shared.values["data"], "validation": workshop.values["data"]["validation"]}
-        changed = [{**one, "input_ids": [*one["input_ids"][:-1], 7]} for one in rows("validation.jsonl", 8)]
+        changed = [{**row, "input_ids": [*row["input_ids"][:-1], 7]} for row in rows("validation.jsonl", 8)]
         write_rows(Path(workshop.values["data"]["validation"]), changed)
         fit("runs", STEPS, VALIDATE, f"--data.features={stores['float32']}")
         assert "8 of the 8 validation rows are missing: the verifier runs on them" in capfd.readouterr().out
@@ -211,14 +211,14 @@ class TestCommand:
             monkeypatch.setenv(name, str(value))
         assert FeatureStore(prepare(workshop, "out")).manifest.dtype == "bfloat16"
 
-    def test_takes_sources_instead_of_the_configuration_s(self, workshop):
+    def test_sources_override_those_of_the_configuration(self, workshop):
         output = workshop.folder / "out"
         source = workshop.values["data"]["validation"]
         words = ["prepare", "features", source, "--algorithm", "eagle3", "--verifier", workshop.values["verifier"]]
         assert main([*words, "--model.draft.draft_vocab_size=64", "--output", str(output)]) == 0
         assert len(FeatureStore(output).kept) == 8
 
-    def test_takes_states_that_a_server_wrote(self, workshop, stores, shared):
+    def test_imports_states_that_a_server_wrote(self, workshop, stores, shared):
         verifier = load_verifier(str(VERIFIER))
         (workshop.folder / "served").mkdir()
         for number, row in enumerate(rows("validation.jsonl", 8)):
@@ -231,11 +231,11 @@ class TestCommand:
         assert main([*words, "--dtype", "float32"]) == 0
         imported, own = FeatureStore(workshop.folder / "out"), FeatureStore(stores["float32"])
         digests = imported._digests
-        for place, other in zip(imported.locate(digests), own.locate(digests), strict=True):
+        for position, other in zip(imported.locate(digests), own.locate(digests), strict=True):
             assert other >= 0
             for layer in (2, 4, 5, 8):
                 torch.testing.assert_close(
-                    imported.read(place, layer)[0], own.read(other, layer)[0], rtol=1e-4, atol=1e-4
+                    imported.read(position, layer)[0], own.read(other, layer)[0], rtol=1e-4, atol=1e-4
                 )
 
     @pytest.mark.parametrize(

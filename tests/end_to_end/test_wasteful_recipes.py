@@ -8,11 +8,11 @@ import pytest
 from quickstart_runs import rows
 from training_runs import write_rows
 
-Said = Callable[..., list[str]]
+Advice = Callable[..., list[str]]
 
 
 @pytest.fixture
-def said(workshop, fit, capfd) -> Said:
+def advice(workshop, fit, capfd) -> Advice:
     """Run ``specforge fit`` and return the lines of advice."""
 
     def run(output_dir: str, *more: str) -> list[str]:
@@ -23,8 +23,8 @@ def said(workshop, fit, capfd) -> Said:
     return run
 
 
-def test_too_few_rows_a_constant_rate_and_a_small_vocabulary(workshop, said):
-    # Six rows make one batch, so an epoch is a step. Validation rows that do not say who wrote them have proxy figures.
+def test_too_few_rows_a_constant_rate_and_a_small_vocabulary(workshop, advice):
+    # Six rows make one batch, so an epoch is a step. Validation rows without an origin have proxy figures.
     train = write_rows(workshop.folder / "six.jsonl", rows("train.jsonl", 6))
     plain = [{name: row[name] for name in ("input_ids", "loss_mask")} for row in rows("validation.jsonl", 8)]
     validation = write_rows(workshop.folder / "plain.jsonl", plain)
@@ -35,18 +35,18 @@ def test_too_few_rows_a_constant_rate_and_a_small_vocabulary(workshop, said):
         "optimizer": {"name": "muon", "lr": 2e-2},
         "schedule": {"name": "constant", "warmup": 0},
     }
-    vocabulary, overfitting, rate = said("straight", "--trainer.max_steps=40")
+    vocabulary, overfitting, rate = advice("straight", "--trainer.max_steps=40")
     assert "the 16 draft tokens cover" in vocabulary and "model.draft.draft_vocab_size" in vocabulary
     assert "memorises" in overfitting and "is kept" in overfitting
     assert "at 100% of its peak" in rate and "model.schedule.name" in rate
-    # Resumed between two validations, it knows the losses since the last one and repeats only what is of its end.
-    assert said("parts", "--trainer.max_steps=25") == [vocabulary, rate]
-    assert said("parts", "--trainer.max_steps=40", "--ckpt_path=last") == [overfitting, rate]
+    # Resumed between two validations, it has the losses since the last one and repeats only the advice at the end.
+    assert advice("parts", "--trainer.max_steps=25") == [vocabulary, rate]
+    assert advice("parts", "--trainer.max_steps=40", "--ckpt_path=last") == [overfitting, rate]
 
 
-def test_a_sound_recipe_prints_no_advice(said):
-    assert said("runs", "--trainer.val_check_interval=4") == []
+def test_a_sound_recipe_prints_no_advice(advice):
+    assert advice("runs", "--trainer.val_check_interval=4") == []
 
 
-def test_a_run_without_validation(said):
-    assert said("runs", "--data.validation=null", "--data.validation_share=0", "--trainer.max_steps=2") == []
+def test_a_run_without_validation(advice):
+    assert advice("runs", "--data.validation=null", "--data.validation_share=0", "--trainer.max_steps=2") == []

@@ -16,18 +16,18 @@ Fault = Callable[[dict[str, Any]], "int | None"]
 
 def reply_ids(body: dict[str, Any]) -> list[int]:
     """Return the reply: tokens that depend only on the chat and the seed, with 2 at the end."""
-    length = sum(len(one["content"]) for one in body["messages"])
+    length = sum(len(message["content"]) for message in body["messages"])
     return [*(10 + (body["seed"] + length + step) % 50 for step in range(3)), 2]
 
 
 def prompt_ids(messages: list[dict[str, str]]) -> list[int]:
     """Return the prompt tokens: 1, the characters of a message and 3; a reply maps to the tokens it consists of."""
     tokens = []
-    for one in messages:
-        if one["role"] == "assistant":
-            tokens += [*map(int, one["content"].split()), 2]
+    for message in messages:
+        if message["role"] == "assistant":
+            tokens += [*map(int, message["content"].split()), 2]
         else:
-            tokens += [1, *(60 + ord(letter) % 40 for letter in one["content"]), 3]
+            tokens += [1, *(60 + ord(letter) % 40 for letter in message["content"]), 3]
     return tokens
 
 

@@ -47,7 +47,7 @@ def prompts(write_lines) -> str:
 def write(
     source: str, output: Path, *engines: StandIn | str, generation: GenerationSettings = WARM, **settings: Any
 ) -> Responses:
-    urls = [one if isinstance(one, str) else one.url for one in engines]
+    urls = [each if isinstance(each, str) else each.url for each in engines]
     answerer = EndpointAnswerer(EndpointSettings(urls, **{"retries": 0, "timeout": 5.0, **settings}), generation)
     model = answerer.model
     return write_responses([source], None, {"model": model}, output, answerer.answer, lambda journal: ({}, {}))
@@ -85,7 +85,9 @@ class TestAnswers:
     def test_requests_override_the_defaults_of_the_engine(self, engine, prompts, tmp_path):
         thinking = GenerationSettings(WARM.sampling, 32, 5, {"enable_thinking": False})
         write(prompts, tmp_path / "out", engine, generation=thinking)
-        body = next(one for one in engine.requests if prompt_index(one) == 3 and len(one["messages"]) == 1)
+        body = next(
+            request for request in engine.requests if prompt_index(request) == 3 and len(request["messages"]) == 1
+        )
         expected = {"model": MODEL, "temperature": 0.7, "top_p": 0.9, "top_k": 20, "max_tokens": 32}
         expected |= {"min_p": 0.0, "repetition_penalty": 1.0, "seed": WARM.seed_of(3, 0), "return_token_ids": True}
         expected |= {"chat_template_kwargs": {"enable_thinking": False}}

@@ -43,7 +43,7 @@ class TestRowsOf:
         assert [(row["input_ids"], row["loss_mask"]) for row in rows] == [
             ([1, 2, 3, 4, 9, 9, 5], [0, 0, 1, 1, 0, 0, 1])
         ]
-        assert [one["content"] for one in rows[0]["messages"]] == ["ask 0", "3 4", "ask 1", "5"]
+        assert [message["content"] for message in rows[0]["messages"]] == ["ask 0", "3 4", "ask 1", "5"]
 
     def test_a_turn_with_other_prompt_tokens_begins_a_row(self):
         rows = rows_of(conversation(2), [reply([1, 2], [3, 4]), reply([1, 2, 7, 9, 9], [5])])
@@ -79,9 +79,9 @@ class TestRowsOf:
             if row["loss_mask"][index]
         ]
         expected = [
-            (one.prompt_ids + one.token_ids[:index], token)
-            for one in replies
-            for index, token in enumerate(one.token_ids)
+            (answer.prompt_ids + answer.token_ids[:index], token)
+            for answer in replies
+            for index, token in enumerate(answer.token_ids)
         ]
         assert found == expected
 
@@ -96,7 +96,7 @@ class TestPrompts:
 
     def test_indices_count_over_all_sources(self, write_lines):
         sources = [write_lines([{"prompt": "x"}] * 3, f"{name}.jsonl") for name in "ab"]
-        assert [one.index for one in iter_prompts(sources, limit=5)] == [0, 1, 2, 3, 4]
+        assert [prompt.index for prompt in iter_prompts(sources, limit=5)] == [0, 1, 2, 3, 4]
 
     def test_seeds_differ_by_index_and_turn(self):
         generation = GenerationSettings(Sampling(), 5, seed=3)
@@ -119,23 +119,23 @@ class TestJournal:
             journal.append([answered(0), answered(1)])
             first = path.stat().st_size
             journal.append([answered(2)])
-        whole = path.read_bytes()
-        for size in range(first, len(whole)):
-            path.write_bytes(whole[:size])
+        complete = path.read_bytes()
+        for size in range(first, len(complete)):
+            path.write_bytes(complete[:size])
             with Journal(path) as journal:
                 assert journal.finished == {0, 1} and journal.tally.tokens == 6
                 journal.append([answered(2)])
-            assert path.read_bytes() == whole
+            assert path.read_bytes() == complete
 
     def test_garbage_at_the_end_is_removed(self, tmp_path):
         path = tmp_path / "journal"
         with Journal(path) as journal:
             journal.append([answered(0)])
-        whole = path.read_bytes()
-        path.write_bytes(whole + b"\0" * 100 + b"\n")
+        complete = path.read_bytes()
+        path.write_bytes(complete + b"\0" * 100 + b"\n")
         with Journal(path) as journal:
             assert journal.finished == {0}
-        assert path.read_bytes() == whole
+        assert path.read_bytes() == complete
 
     def test_a_tally_is_the_same_when_read_again(self, tmp_path):
         with Journal(tmp_path / "journal") as journal:
@@ -183,7 +183,7 @@ class TestFolder:
         assert responses.tally.conversations == 20
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.jsonl"]
 
-    def test_is_not_written_twice(self, prompts, tmp_path):
+    def test_is_not_written_again(self, prompts, tmp_path):
         first = write(prompts, tmp_path / "out")
         again = write(prompts, tmp_path / "out", lambda *_: pytest.fail("asked again"))
         assert again == first
@@ -206,7 +206,7 @@ class TestFolder:
             write(prompts, tmp_path / "out", refusing)
         assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
-    def test_a_bad_prompt_is_found_before_the_first_is_asked(self, write_lines, tmp_path):
+    def test_a_bad_prompt_is_found_before_the_first_request(self, write_lines, tmp_path):
         source = write_lines([{"prompt": "x"}] * 5 + [{"prommpt": "y"}])
         with pytest.raises(UsageError, match=r"train.jsonl:6: a row without a prompt"):
             write(source, tmp_path / "out", lambda *_: pytest.fail("asked"))
@@ -225,7 +225,7 @@ class TestFolder:
         with pytest.raises(UsageError, match=r"responses with other settings: top_k \(None stored, 5 now\)"):
             write(prompts, tmp_path / "out", top_k=5)
 
-    def test_finished_conversations_are_not_asked_again(self, prompts, tmp_path, caplog):
+    def test_finished_conversations_are_not_requested_again(self, prompts, tmp_path, caplog):
         with pytest.raises(KeyboardInterrupt):
             write(prompts, tmp_path / "out", interrupted_after(3))
         asked: list[int] = []

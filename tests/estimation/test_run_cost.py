@@ -64,7 +64,7 @@ def test_the_maximum_of_each_field():
 
 
 def test_readable_numbers():
-    assert [in_units(one, "B") for one in (0, 999, 32768, 1.5e12, 2e15, 3e18)] == [
+    assert [in_units(number, "B") for number in (0, 999, 32768, 1.5e12, 2e15, 3e18)] == [
         "0 B",
         "999 B",
         "32.77 kB",
@@ -72,7 +72,7 @@ def test_readable_numbers():
         "2.00 PB",
         "3,000.00 PB",
     ]
-    assert [duration(one) for one in (0.01234, 59, 3540, 3600, 90000, 86400 * 9)] == [
+    assert [duration(seconds) for seconds in (0.01234, 59, 3540, 3600, 90000, 86400 * 9)] == [
         "0.0123 s",
         "59 s",
         "59 min",

@@ -58,15 +58,15 @@ class TestOperations:
 class TestBytes:
     def test_follow_storages(self):
         with ShapeMode() as shapes:
-            one = torch.zeros(10, 10)
-            view = one[2:5].t()
+            tensor = torch.zeros(10, 10)
+            view = tensor[2:5].t()
             assert shapes.live == 400
-            one = one.double()
+            tensor = tensor.double()
             assert shapes.live == 1200, "the view keeps the first storage alive"
             del view
             assert (shapes.live, shapes.peak) == (800, 1200)
             shapes.restart()
-            one.add_(1)
+            tensor.add_(1)
             assert (shapes.live, shapes.peak) == (800, 800), "in place, nothing is allocated"
 
     def test_no_values_are_stored(self):
@@ -89,9 +89,9 @@ class TestValues:
 
     def test_nothing_is_computed_outside(self):
         with ShapeMode():
-            one = torch.zeros(3)
+            tensor = torch.zeros(3)
         with pytest.raises(RuntimeError, match="outside"):
-            one + 1
+            tensor + 1
 
     def test_autocast_works(self):
         with ShapeMode(), torch.autocast("cpu", dtype=torch.bfloat16):

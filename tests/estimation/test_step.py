@@ -141,14 +141,14 @@ def test_the_step_is_the_real_one(case, batch):
     assert sum(cost.flops.values()) == counted.get_total_flops()
 
     draft, verifier = real.module.draft, real.module.teacher.model
-    trained = [one for one in draft.parameters() if one.requires_grad]
-    assert cost.trained == sum(one.numel() for one in trained)
-    assert cost.memory.draft == sum(one.nbytes for one in [*draft.parameters(), *draft.buffers()])
-    assert cost.memory.verifier == sum(one.nbytes for one in [*verifier.parameters(), *verifier.buffers()])
-    assert cost.memory.gradients == sum(one.grad.nbytes for one in trained if one.grad is not None)
+    trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
+    assert cost.trained == sum(parameter.numel() for parameter in trained)
+    assert cost.memory.draft == sum(tensor.nbytes for tensor in [*draft.parameters(), *draft.buffers()])
+    assert cost.memory.verifier == sum(tensor.nbytes for tensor in [*verifier.parameters(), *verifier.buffers()])
+    assert cost.memory.gradients == sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
     states = list(real.optimizer.state.values())
-    moments = [one for state in states for one in state.values() if isinstance(one, torch.Tensor)]
-    assert cost.memory.optimizer == sum(one.nbytes for one in moments)
+    moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    assert cost.memory.optimizer == sum(moment.nbytes for moment in moments)
 
     standing = cost.memory.verifier + cost.memory.draft + cost.memory.gradients + cost.memory.optimizer
     # Gradients of tensors without values are never accumulated in place, so a little more is counted.
@@ -176,7 +176,7 @@ def test_parts_of_a_step_add_up_by_hand(batch):
     width, inner = config.hidden_size, config.intermediate_size
     heads, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer = width * (2 * heads + 2 * shared) + 3 * width * inner
-    # Each document attends to itself, padded to the longest in its group.
+    # Each document attends to itself, padded to the longest of its group.
     pairs = sum(group.shape[0] * group.shape[1] ** 2 for group in DocumentLayout.of(batch["document_ids"]).groups)
     scores = 2 * pairs * 2 * heads
     verifier = config.num_hidden_layers * (2 * positions * layer + scores)

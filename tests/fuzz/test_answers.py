@@ -56,18 +56,18 @@ class Server:
 
     Attributes:
         answers: Status and body by path.
-        asked: Number of chat requests so far; the first is the probe, which is answered correctly.
+        requested: Number of chat requests so far; the first is the probe, which is answered correctly.
     """
 
     def __init__(self) -> None:
         self.url = ""
         self.answers: dict[str, tuple[int, bytes]] = {}
-        self.asked = 0
+        self.requested = 0
 
     def answer(self, path: str) -> tuple[int, bytes]:
         """Return status and body."""
-        self.asked += path == "/v1/chat/completions"
-        if path == "/v1/chat/completions" and self.asked == 1:
+        self.requested += path == "/v1/chat/completions"
+        if path == "/v1/chat/completions" and self.requested == 1:
             return 200, json.dumps(COMPLETION).encode()
         return self.answers.get(path, (404, b"{}"))
 
@@ -155,7 +155,7 @@ def test_a_run_gives_complete_rows_or_one_message(seed: int, tmp_path: Path) -> 
             for line in (output / "responses.jsonl").read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
                 ids = row.get("input_ids", [1, 2])
-                assert len(ids) > 1 and all(type(one) is int and 0 <= one < VOCABULARY for one in ids)
+                assert len(ids) > 1 and all(type(token) is int and 0 <= token < VOCABULARY for token in ids)
                 assert "input_ids" in row or row["messages"][-1]["content"].strip()
     assert 0 < kept < TRIALS
 

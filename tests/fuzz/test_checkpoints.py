@@ -92,7 +92,7 @@ Change = Callable[[random.Random, dict[str, Any], dict[str, Tensor]], None]
 
 def odd_value(rng: random.Random, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Set a top-level or nested key to another value."""
-    inside = [config, *(one for one in config.values() if isinstance(one, dict))]
+    inside = [config, *(value for value in config.values() if isinstance(value, dict))]
     node = rng.choice(inside)
     named = ["rope_theta", "rope_scaling", "rope_parameters", "quantization_config", "speculators_config", "dtype"]
     node[rng.choice([*node, *named])] = rng.choice(ODD)
@@ -100,14 +100,14 @@ def odd_value(rng: random.Random, config: dict[str, Any], tensors: dict[str, Ten
 
 def dropped_key(rng: random.Random, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Remove a key."""
-    node = rng.choice([config, *(one for one in config.values() if isinstance(one, dict) and one)])
+    node = rng.choice([config, *(value for value in config.values() if isinstance(value, dict) and value)])
     node.pop(rng.choice(list(node)))
 
 
 def other_number(rng: random.Random, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Change a number."""
-    node = rng.choice([config, *(one for one in config.values() if isinstance(one, dict))])
-    numbers = [name for name, one in node.items() if type(one) in (int, float)]
+    node = rng.choice([config, *(value for value in config.values() if isinstance(value, dict))])
+    numbers = [name for name, item in node.items() if type(item) in (int, float)]
     if numbers:
         name = rng.choice(numbers)
         node[name] = type(node[name])(node[name] * rng.choice([0, -1, 2, 1000]) + rng.choice([0, 1]))
@@ -116,17 +116,17 @@ def other_number(rng: random.Random, config: dict[str, Any], tensors: dict[str, 
 def other_tensor(rng: random.Random, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Drop, rename, reshape, cast or corrupt a tensor."""
     name = rng.choice(list(tensors))
-    one = tensors.pop(name)
+    tensor = tensors.pop(name)
     kinds = (torch.float16, torch.int8, torch.int32, torch.bool, torch.float8_e4m3fn, torch.complex64, torch.float64)
     changes: list[Callable[[], dict[str, Tensor]]] = [
         lambda: {},
-        lambda: {rng.choice(["x", "layers.0.x.weight", f"model.{name}", f"{name}_scale", "d2t", "t2d"]): one},
-        lambda: {name: one[:-1].clone()},
-        lambda: {name: one.unsqueeze(0)},
-        lambda: {name: one.flatten()[:0]},
-        lambda: {name: one.float().to(rng.choice(kinds))},
-        lambda: {name: torch.full_like(one, math.nan) if one.is_floating_point() else one.roll(1)},
-        lambda: {name: one, f"{name}_scale": torch.ones(1)},
+        lambda: {rng.choice(["x", "layers.0.x.weight", f"model.{name}", f"{name}_scale", "d2t", "t2d"]): tensor},
+        lambda: {name: tensor[:-1].clone()},
+        lambda: {name: tensor.unsqueeze(0)},
+        lambda: {name: tensor.flatten()[:0]},
+        lambda: {name: tensor.float().to(rng.choice(kinds))},
+        lambda: {name: torch.full_like(tensor, math.nan) if tensor.is_floating_point() else tensor.roll(1)},
+        lambda: {name: tensor, f"{name}_scale": torch.ones(1)},
     ]
     tensors.update(rng.choice(changes)())
 
@@ -182,7 +182,7 @@ def test_a_corrupted_draft_is_read_correctly_or_refused(
         for _ in range(rng.choice([1, 1, 2])):
             rng.choice(CHANGES)(rng, config, tensors)
         (folder / CONFIG).write_text(json.dumps(config))
-        save_file({name: one.contiguous() for name, one in tensors.items()}, folder / WEIGHTS)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
         if rng.random() < 0.2:
             other_file(rng, folder)
         attempt(lambda: SpeculatorModel.from_pretrained(folder), folder)  # noqa: B023  (called at once)

@@ -158,11 +158,13 @@ def test_a_changed_recording_is_captured_again_or_refused(rows: TokenRows, tmp_p
         path.write_bytes(content)
         items.features = None
         FeatureRecorder(folder, manifest, NEEDS, {"train": items}).reopen()
-        for number, one in enumerate(expected):
+        for number, row_states in enumerate(expected):
             try:
                 found = items[number]
             except SpecforgeError as error:
                 assert str(path) in str(error) and "to capture its rows again" in str(error), f"seed {seed}: {error}"
             else:
-                assert "aux" not in found or all(torch.equal(found[name], one[name]) for name in one), f"seed {seed}"
+                assert "aux" not in found or all(torch.equal(found[name], row_states[name]) for name in row_states), (
+                    f"seed {seed}"
+                )
         shutil.rmtree(folder)

@@ -43,7 +43,7 @@ def drafts(tiny_verifiers: Mapping[str, Any], tmp_path_factory: pytest.TempPathF
 
 def changed(rng: random.Random, maps: dict[str, Tensor]) -> dict[str, Tensor]:
     """Change the maps of a draft in one way; some stay valid."""
-    maps = {name: one.clone() for name, one in maps.items()}
+    maps = {name: tensor.clone() for name, tensor in maps.items()}
     name = rng.choice(["d2t", "t2d"])
     other = torch.zeros(VOCABULARY, dtype=torch.bool)
     other[rng.sample(range(VOCABULARY), DRAFT)] = True
@@ -78,11 +78,11 @@ def is_valid(maps: dict[str, Tensor], may_lack_t2d: bool) -> bool:
     if d2t is None or d2t.dtype in (torch.float32, torch.float16, torch.bool) or len(d2t) != DRAFT:
         return False
     ids = [index + offset for index, offset in enumerate(d2t.tolist())]
-    is_ascending = ids == sorted(set(ids)) and all(0 <= one < VOCABULARY for one in ids)
+    is_ascending = ids == sorted(set(ids)) and all(0 <= index < VOCABULARY for index in ids)
     if t2d is None:
         return is_ascending and may_lack_t2d and any(d2t.tolist())
     is_mask = not t2d.is_floating_point() and len(t2d) == VOCABULARY
-    return is_ascending and is_mask and [token for token, one in enumerate(t2d.tolist()) if one] == ids
+    return is_ascending and is_mask and [token for token, is_drafted in enumerate(t2d.tolist()) if is_drafted] == ids
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))

@@ -81,11 +81,11 @@ class BlockCase:
         return self.inputs["anchor_positions"][self.inputs["anchor_valid"]] - 1
 
     def recorded(self, name: str) -> Tensor:
-        """What was recorded of the slots that predict, [blocks, S, ...]."""
+        """Recorded values of the slots that predict, [blocks, S, ...]."""
         return self.expected[name][self.inputs["anchor_valid"]][:, self.draft.config.first_slot :]
 
     def states(self) -> Tensor:
-        """What the draft computes at these slots, [blocks, S, H']; every row of the batch is an anchor."""
+        """The draft's states at these slots, [blocks, S, H']; every row of the batch is an anchor."""
         batch, steps = self.batch, self.draft.num_drafted
         with torch.no_grad():
             states = self.draft.unroll(
@@ -95,7 +95,7 @@ class BlockCase:
 
     @cached_property
     def supervised(self) -> Tensor:
-        """What the reference counts, as rows and steps, [S, N]."""
+        """The pairs of row and step that the reference counts, bool [S, N]."""
         supervised = torch.zeros(self.draft.num_drafted, self.batch["input_ids"].numel(), dtype=torch.bool)
         supervised[:, self.rows] = self.recorded("slot_loss_mask").T
         return supervised
@@ -131,7 +131,7 @@ def test_states_and_logits(case: BlockCase) -> None:
         torch.testing.assert_close(states[..., -1], case.recorded("confidence_logits"), **case.tolerance)
 
 
-def test_exact_supervision_is_what_the_alignment_says(case: BlockCase) -> None:
+def test_exact_supervision_is_that_of_the_alignment(case: BlockCase) -> None:
     aligned = align(case.batch["loss_mask"], case.batch["document_ids"], case.draft.num_drafted)
     assert torch.equal(aligned.supervised.flatten(1)[:, case.rows].T, case.recorded("slots_exact"))
 
@@ -141,7 +141,7 @@ def confidence_in(rows: Distributions) -> Tensor:
 
 
 def rejection_among_draft_tokens(rows: Distributions) -> Tensor:
-    """The reference leaves out what the verifier gives to other tokens; ours counts it as rejected."""
+    """The reference ignores the verifier's probability of other tokens; ours counts it as rejected."""
     return total_variation(replace(rows, log_p_full=rows.log_p))
 
 
@@ -154,18 +154,18 @@ OBJECTIVES: dict[str, tuple[list[Term], ChainWeighting | None]] = {
 
 
 def weights_of(case: BlockCase, weighting: ChainWeighting | None) -> Tensor:
-    """The reference's weights: they decay with the slot, or not where another weighting is given; one denominator."""
+    """The reference's weights, with one denominator; they decay with the slot unless another weighting is given."""
     steps = torch.arange(case.draft.num_drafted)
     decay = torch.exp(-steps / case.facts["settings"]["gamma"]) if weighting is None else torch.ones(len(steps))
     return (decay / (case.supervised.sum() + 1e-5))[:, None].expand_as(case.supervised)
 
 
 def compared(case: BlockCase, name: str, draft: Any) -> tuple[Drafted, DraftSteps, Tensor]:
-    """Run the rows that are needed, and compare them as training does."""
+    """Run the needed rows and compare them as in training."""
     terms, weighting = OBJECTIVES[name]
     rows = DraftRows.needed(case.supervised, DocumentLayout.of(case.batch["document_ids"]))
     targets = align(case.batch["loss_mask"], case.batch["document_ids"], draft.num_drafted).targets.flatten(1)
-    drafted = Drafted(draft.states(case.batch, case.features, rows), rows.places(), targets, case.supervised)
+    drafted = Drafted(draft.states(case.batch, case.features, rows), rows.state_index(), targets, case.supervised)
     weights = weights_of(case, weighting)
     outcome = distill(
         draft.before_head(drafted.states)[:, : width(case)]
@@ -177,7 +177,7 @@ def compared(case: BlockCase, name: str, draft: Any) -> tuple[Drafted, DraftStep
         case.supervised,
         terms,
         weights,
-        places=drafted.places,
+        state_index=drafted.state_index,
         weighting=weighting,
         further_head=draft.further_head,
         candidates=getattr(draft.config, "selector_top_k", 0),
@@ -199,7 +199,7 @@ def test_objectives_and_acceptance(case: BlockCase) -> None:
         if case.facts["algorithm"] == "dspark":
             expected = expected - case.expected[f"loss_{name}_confidence"]
         torch.testing.assert_close(outcome.loss.detach(), expected, **case.tolerance)
-        if case.draft.draft_ids is None:  # a verifier's whole distribution is what decoding verifies with
+        if case.draft.draft_ids is None:  # decoding verifies with the verifier's complete distribution
             accepted = case.recorded("accept_rate_by_slot") * case.recorded("slot_loss_mask")
             torch.testing.assert_close(outcome.acceptance[:, case.rows].T, accepted, **case.tolerance)
 
@@ -223,12 +223,12 @@ def test_the_selector(case: BlockCase) -> None:
     blocks[case.rows] = torch.arange(len(case.rows))
     for name in losses_of(case):
         drafted, outcome, weights = compared(case, name, case.draft)
-        pairs = drafted.places[counted]
-        candidates, place = with_target(outcome.candidates[pairs], outcome.verifier_tops[pairs])
+        pairs = drafted.state_index[counted]
+        candidates, index = with_target(outcome.candidates[pairs], outcome.verifier_tops[pairs])
         at = blocks[counted[1]], counted[0]
         assert torch.equal(candidates.sort().values, case.recorded("training_candidate_ids")[at].sort().values)
         log_q = case.draft.candidate_scores(drafted.states[pairs], candidates).log_softmax(-1)
-        losses = torch.zeros(case.supervised.shape).index_put(counted, -log_q.gather(1, place[:, None])[:, 0])
+        losses = torch.zeros(case.supervised.shape).index_put(counted, -log_q.gather(1, index[:, None])[:, 0])
         factors = torch.ones(losses.shape)
         if OBJECTIVES[name][1] is not None:
             factors = dpace((-losses.detach()).exp(), case.supervised)
@@ -241,17 +241,17 @@ def test_written_as_read(case: BlockCase, tmp_path: Path) -> None:
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, case.folder / "draft"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-    config, read = (json.loads((one / "config.json").read_text()) for one in (tmp_path, case.folder / "draft"))
+    config, read = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, case.folder / "draft"))
     assert {name: config[name] for name in read} == read
 
 
 def without_documents(patch: pytest.MonkeyPatch) -> None:
     right = PackedBlocks.__init__
 
-    def all_one(self: Any, document_ids: Tensor, *others: Any) -> None:
+    def one_document(self: Any, document_ids: Tensor, *others: Any) -> None:
         right(self, torch.zeros_like(document_ids), *others)
 
-    patch.setattr(PackedBlocks, "__init__", all_one)
+    patch.setattr(PackedBlocks, "__init__", one_document)
 
 
 def shifted_rows(by: int) -> Callable[[pytest.MonkeyPatch], None]:
@@ -297,19 +297,19 @@ def without_convolution(patch: pytest.MonkeyPatch) -> None:
 MUTATIONS = {
     "the context ends one row early": (shifted_rows(-1), "dflash-qwen3-packed"),
     "a block is causal": (causal_blocks, "dflash-qwen3-packed"),
-    "blocks stand one position later": (later_positions, "dflash-qwen3-packed"),
+    "blocks are one position later": (later_positions, "dflash-qwen3-packed"),
     "documents are ignored": (without_documents, "dflash-qwen3-packed"),
     "nothing is convolved": (without_convolution, "dflash2-qwen3-packed"),
 }
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_mutations_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutations_are_detected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate, folder = MUTATIONS[name]
     case = next(case for case in TRAINING if case.folder.name == folder)
     mutate(monkeypatch)
-    off = (case.states()[..., : width(case)] - case.recorded("states")).abs().max()
-    assert off > 100 * case.tolerance["atol"]
+    error = (case.states()[..., : width(case)] - case.recorded("states")).abs().max()
+    assert error > 100 * case.tolerance["atol"]
 
 
 @pytest.mark.parametrize("decoded", DECODING, ids=str)
@@ -319,8 +319,8 @@ def test_real_decoding(decoded: BlockCase) -> None:
     proposal = GreedyTokenProposalConfig(speculative_tokens=draft.num_drafted)
     decoder = Decoder(verifier, draft, proposal, stop_tokens=[])
     emissions = list(decoder.decode([prompt], len(expected["text"]) - len(prompt)))
-    assert [token for one in emissions for token in one.tokens] == expected["text"][len(prompt) :].tolist()
-    accepted = [one.accepted for one in emissions if one.drafted is not None]
+    assert [token for emission in emissions for token in emission.tokens] == expected["text"][len(prompt) :].tolist()
+    accepted = [emission.accepted for emission in emissions if emission.drafted is not None]
     assert accepted == expected["accepted"][: len(accepted)].tolist() and len(accepted) >= len(expected["accepted"]) - 1
 
 

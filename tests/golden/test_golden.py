@@ -1,7 +1,7 @@
 """Parity with recorded runs of other tools.
 
-Cases are found by their ``case.json`` (``support/golden_cases.py`` says where), and dispatched by the algorithm and
-format that it states; nothing is assumed about names, sizes or numbers.
+Cases are found by their ``case.json`` (see ``support/golden_cases.py``), and dispatched by the algorithm and
+format that it states; names, sizes and numbers are not assumed.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Case:
 
     @cached_property
     def batch(self) -> dict[str, Tensor]:
-        """All documents in one row; where there are several, with padding behind them."""
+        """All documents in one row; several are followed by padding."""
         padding = PADDING if self.is_packed else 0
         columns: dict[str, list[Tensor]] = {"tokens": [], "mask": [], "documents": [], "positions": []}
         for number, document in enumerate(self.documents):
@@ -118,7 +118,7 @@ class Case:
         return torch.cat(rows)
 
     def recorded(self, step: int) -> Tensor:
-        """Which of the recorded rows without padding are to be compared at a step."""
+        """Which of the recorded rows without padding are compared at a step."""
         if self.is_packed:
             return self.expected[f"rows_step{step}"][: self.rows.numel()]
         return torch.ones(self.rows.numel(), dtype=torch.bool)
@@ -214,7 +214,7 @@ def test_every_algorithm_is_checked(any_case: Case) -> None:
 
 
 def test_recorded_rows_are_found(case: Case) -> None:
-    """Row i of the reference reads x[i+1] at position i+1: the other tests compare like with like."""
+    """Row i of the reference reads x[i+1] at position i+1, which the other tests assume."""
     require(case.algorithm)
     count = case.rows.numel()
     assert torch.equal(case.batch["tokens"][0, case.rows + 1], case.inputs["input_ids"][:count])
@@ -268,9 +268,9 @@ def reference_loss(case: Case, draft: Any, hidden: Tensor, steps: int) -> tuple[
     """Run our loss with the reference's rows and denominators; also return the weight of each step."""
     length = case.batch["tokens"].shape[1]
     documents, mask = case.batch["documents"][0], case.batch["mask"][0]
-    ahead = 1 + torch.arange(steps)[:, None] + torch.arange(length)
-    targets = ahead.clamp(max=length - 1)
-    inside = (ahead < length) & (documents >= 0) & (documents[targets] == documents)
+    offset = 1 + torch.arange(steps)[:, None] + torch.arange(length)
+    targets = offset.clamp(max=length - 1)
+    inside = (offset < length) & (documents >= 0) & (documents[targets] == documents)
     supervised = inside & mask[targets]
     decay = case.facts["settings"]["ttt_step_loss_decay"] ** torch.arange(steps)
     weights = decay / (supervised.sum(1) + 1e-5)
@@ -294,7 +294,7 @@ def test_loss(case: Case, draft: Any, hidden: Tensor) -> None:
 
 
 def assert_written_as_read(case: Case, draft: Any, folder: Path) -> None:
-    """A draft that is written has the keys, shapes, types and values that it was read with."""
+    """A written draft has the keys, shapes, dtypes and values that were read."""
     write_draft(case, draft, folder)
     ours = load_file(folder / "model.safetensors")
     theirs = load_file(case.folder / "draft" / "model.safetensors")
@@ -308,7 +308,7 @@ def test_written_tensors_are_bit_equal(case: Case, draft: Any, tmp_path: Path) -
     assert_written_as_read(case, draft, tmp_path)
 
 
-def test_written_config_says_the_same(case: Case, draft: Any, tmp_path: Path) -> None:
+def test_written_config_is_equal(case: Case, draft: Any, tmp_path: Path) -> None:
     write_draft(case, draft, tmp_path / "written")
     theirs, ours = read_json(case.folder / "draft"), read_json(tmp_path / "written")
     if case.facts["format"] == "speculators":
@@ -317,7 +317,7 @@ def test_written_config_says_the_same(case: Case, draft: Any, tmp_path: Path) ->
         assert {name: ours["transformer_layer_config"].get(name) for name in layers} == layers
         known.remove("transformer_layer_config")
     else:
-        # The rotary base has moved to where transformers 5 keeps it, and a missing type is the stored one.
+        # The rotary base is written under the key of transformers 5, and a missing dtype is that of the weights.
         known = [name for name in theirs if name not in ("rope_theta", "rope_scaling", "torch_dtype", "dtype")]
         base = theirs.get("rope_theta", theirs.get("rope_parameters", {}).get("rope_theta"))
         assert ours["rope_parameters"]["rope_theta"] == base
@@ -340,7 +340,7 @@ def test_written_draft_computes_the_same(case: Case, draft: Any, hidden: Tensor,
 
 
 def predictions(case: Case, draft: Any) -> tuple[Tensor, Tensor]:
-    """Run one teacher-forced pass as the reference was run; features [rows, H] and logits [rows, V]."""
+    """Run one teacher-forced pass as in the reference; features [rows, H] and logits [rows, V]."""
     tokens, states = case.inputs["input_ids"][None], case.inputs["hidden_states"][None]
     with torch.no_grad():
         output = draft(
@@ -364,7 +364,7 @@ def assert_as_recorded(case: Case, draft: Any, features: Tensor, logits: Tensor)
 
 
 def test_recorded_rows_of_one_pass_are_found(feature_case: Case) -> None:
-    """Row i of the reference reads x[i+1] at position i, beside the state of x[i] after the final norm."""
+    """Row i of the reference reads x[i+1] at position i, with the state of x[i] after the final norm."""
     inputs = feature_case.inputs
     tokens = inputs["token_ids"]
     assert torch.equal(inputs["input_ids"], tokens[1:])
@@ -407,7 +407,7 @@ def test_written_features_draft_is_as_read(feature_case: Case, feature_draft: An
         read = type(layers)(**ours["transformer_layer_config"])
         assert read.to_dict() == type(layers)(**theirs["transformer_layer_config"]).to_dict()
     else:
-        # A missing type is the stored one.
+        # A missing dtype is that of the weights.
         known = [name for name in theirs if name not in ("torch_dtype", "dtype")]
         base = theirs.get("rope_theta", theirs.get("rope_parameters", {}).get("rope_theta"))
         assert ours["rope_parameters"]["rope_theta"] == ours["rope_theta"] == base
@@ -432,7 +432,7 @@ def assert_heads_as_recorded(case: Case, logits: Tensor) -> None:
 
 @torch.no_grad()
 def predictions_of_heads(case: Case, draft: Any) -> Tensor:
-    """Logits of all heads, fed as the reference was fed, [n, T, V]."""
+    """Logits of all heads for the reference's inputs, [n, T, V]."""
     logits: Tensor = draft(case.inputs["inds"][None], case.inputs["state"][None])
     return logits[:, 0]
 

@@ -56,7 +56,7 @@ def case(request: pytest.FixtureRequest) -> DepthsCase:
     return request.param
 
 
-def off(case: DepthsCase) -> float:
+def error(case: DepthsCase) -> float:
     """Return the largest difference of logits, in tolerances."""
     worst = 0.0
     for depth, states in enumerate(case.unrolled()):
@@ -68,7 +68,7 @@ def off(case: DepthsCase) -> float:
 
 
 def test_logits_of_every_depth(case: DepthsCase) -> None:
-    assert off(case) <= 1
+    assert error(case) <= 1
 
 
 def test_the_loss_of_the_sampled_pairs(case: DepthsCase) -> None:
@@ -81,17 +81,17 @@ def test_the_loss_of_the_sampled_pairs(case: DepthsCase) -> None:
     rows = DraftRows.needed(run, DocumentLayout.of(case.batch["documents"]))
     batch = {"input_ids": tokens, "position_ids": case.batch["positions"]}
     states = case.draft.states(batch, case.features, rows)
-    ahead = 1 + torch.arange(case.depths)[:, None] + torch.arange(tokens.shape[1])
+    offset = 1 + torch.arange(case.depths)[:, None] + torch.arange(tokens.shape[1])
     weights = torch.full(supervised.shape, 1 / (float(supervised.sum()) + 1e-5))
     outcome = distill(
         states,
         case.draft.lm_head.weight,
         Teacher(case.features.last.flatten(0, 1), case.draft.verifier_parts, case.draft.draft_ids),
-        ahead.clamp(max=tokens.shape[1] - 1),
+        offset.clamp(max=tokens.shape[1] - 1),
         supervised,
         [Term("kl", 1.0, forward_kl)],
         weights,
-        places=rows.places(),
+        state_index=rows.state_index(),
     )
     torch.testing.assert_close(outcome.loss, case.expected["loss_cod"], **case.tolerance)
     outcome.loss.backward()
@@ -136,10 +136,10 @@ def raw_mask(patch: pytest.MonkeyPatch, case: DepthsCase) -> None:
 
 
 @pytest.mark.parametrize("mutate", [later_position, other_mask, raw_mask])
-def test_mutations_are_seen(mutate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutations_are_detected(mutate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = DepthsCase(CASES[0].folder)
     mutate(monkeypatch, case)
-    assert off(case) > 100
+    assert error(case) > 100
 
 
 def test_a_draft_is_written_as_it_was_read(case: DepthsCase, tmp_path: Any) -> None:

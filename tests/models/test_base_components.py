@@ -1,4 +1,4 @@
-"""What a draft's layers take over from verifiers of any family."""
+"""The configuration of a draft's layers, derived from verifiers of any family."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "
         ({**LONG, "short_factor": [1.0] * 3, "long_factor": [1.0] * 3}, {"rope_type": "default", "rope_theta": 1e4}),
     ],
 )
-def test_rotary_parameters_are_reduced_to_what_a_plain_layer_does(given: Any, plain: dict[str, Any]) -> None:
+def test_rotary_parameters_are_reduced_to_those_of_a_plain_layer(given: Any, plain: dict[str, Any]) -> None:
     assert plain_rope(given, head_dim=8) == plain
 
 
 @pytest.mark.parametrize("name", ["glm4", "phi", "stablelm", "qwen3_next", "gpt_neox", "nemotron", "qwen3_vl", "glm4v"])
 def test_engines_rotate_like_the_draft(name: str, tmp_path: Any) -> None:
-    """vLLM takes the share of a head that is rotated from the configuration, whatever the model type."""
+    """vLLM takes the rotated share of a head from the configuration, for every model type."""
     make(name, tmp_path)
     for network in (Eagle3DraftModel, EagleSpeculator):
         draft = network.from_training_args(load_config(str(tmp_path)))
@@ -93,7 +93,7 @@ def test_auto_is_a_layer_of_the_verifiers_family(name: str, tmp_path: Any) -> No
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_oss", "bamba", "gemma4 text", "qwen3_vl"])
-def test_auto_is_a_llama_layer_where_the_family_has_none_for_drafts(name: str, tmp_path: Any) -> None:
+def test_auto_is_a_llama_layer_if_the_family_has_none_for_drafts(name: str, tmp_path: Any) -> None:
     make(name, tmp_path)
     assert single_layer_config(load_config(str(tmp_path))).model_type == "llama"
 
@@ -104,8 +104,8 @@ def test_a_norm_starts_at_a_scale(kind: type[torch.nn.Module]) -> None:
     torch.nn.init.normal_(norm.weight)
     start_norm(norm, scale)
     torch.testing.assert_close(norm_scale(norm, 6), scale, atol=1e-4, rtol=0)
-    assert not any(one.any() for name, one in norm.named_parameters() if name == "bias")
+    assert not any(parameter.any() for name, parameter in norm.named_parameters() if name == "bias")
 
 
-def test_the_families_are_those_that_are_known() -> None:
+def test_the_known_families() -> None:
     assert len(FAMILIES) == 66

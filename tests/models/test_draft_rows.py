@@ -19,27 +19,27 @@ def supervision(draw: st.DrawFn) -> Tensor:
 
 
 @given(supervised=supervision())
-def test_a_step_runs_the_rows_that_it_or_a_later_step_needs_and_no_others(supervised: Tensor) -> None:
+def test_a_step_runs_only_the_rows_that_it_or_a_later_step_needs(supervised: Tensor) -> None:
     rows = DraftRows.needed(supervised, NO_DOCUMENTS)
     assert rows.order.sort().values.equal(torch.arange(supervised.shape[1]))
     for step, count in enumerate(rows.counts):
         needed = supervised[step:].any(0).nonzero().squeeze(1)
         run = rows.order[:count].sort().values
-        # One row runs where none is needed.
+        # One row runs if none is needed.
         assert run.equal(needed) or (len(needed) == 0 and count == 1)
 
 
 @given(supervised=supervision())
-def test_places_index_the_states_step_by_step(supervised: Tensor) -> None:
+def test_state_index_counts_the_states_step_by_step(supervised: Tensor) -> None:
     rows = DraftRows.needed(supervised, NO_DOCUMENTS)
     states = [(step, int(row)) for step, count in enumerate(rows.counts) for row in rows.order[:count]]
-    places = rows.places()
+    state_index = rows.state_index()
     for number, (step, row) in enumerate(states):
-        assert places[step, row] == number
-    assert (places >= 0).sum() == len(states)
-    assert (places[supervised] >= 0).all()
+        assert state_index[step, row] == number
+    assert (state_index >= 0).sum() == len(states)
+    assert (state_index[supervised] >= 0).all()
 
 
-def test_all_rows_stay_where_they_are() -> None:
+def test_all_rows_keep_their_order() -> None:
     rows = DraftRows.all(3, 4, NO_DOCUMENTS)
-    assert rows.places().equal(torch.arange(12).view(3, 4))
+    assert rows.state_index().equal(torch.arange(12).view(3, 4))

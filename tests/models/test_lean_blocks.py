@@ -27,7 +27,7 @@ BLOCKS: list[Callable[[], nn.Module]] = [
 
 
 def pair(build: Callable[[], nn.Module], dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """Return a block of transformers with random weights, and a lean one with the same."""
+    """Return a block of transformers with random weights, and a lean block with the same weights."""
     torch.manual_seed(0)
     plain = build().to(dtype)
     for weight in plain.parameters():
@@ -53,19 +53,21 @@ def test_outputs_and_gradients_are_those_of_transformers(build: Callable[[], nn.
     states, upstream = torch.randn(3, 7, 16), torch.randn(3, 7, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         mine, reference = run(lean, states, upstream), run(plain, states, upstream)
-    for one, wanted in zip(mine, reference, strict=True):
-        assert one.dtype == wanted.dtype
-        torch.testing.assert_close(one, wanted, **({"rtol": 2e-2, "atol": 1e-1} if autocast else {}))
+    for found, exact_value in zip(mine, reference, strict=True):
+        assert found.dtype == exact_value.dtype
+        torch.testing.assert_close(found, exact_value, **({"rtol": 2e-2, "atol": 1e-1} if autocast else {}))
 
 
 @pytest.mark.parametrize("build", BLOCKS)
-def test_in_bfloat16_they_are_as_close_to_exact_ones_as_those_of_transformers(build: Callable[[], nn.Module]) -> None:
+def test_errors_in_bfloat16_are_those_of_transformers(build: Callable[[], nn.Module]) -> None:
     plain, lean = pair(build, torch.bfloat16)
     states, upstream = torch.randn(50, 16).bfloat16(), torch.randn(50, 16).bfloat16()
     exact = run(copy.deepcopy(plain).float(), states.float(), upstream.float())
-    for one, theirs, wanted in zip(run(lean, states, upstream), run(plain, states, upstream), exact, strict=True):
-        assert one.dtype == theirs.dtype == torch.bfloat16
-        error, of_theirs = ((each.float() - wanted).norm() for each in (one, theirs))
+    for found, theirs, exact_value in zip(
+        run(lean, states, upstream), run(plain, states, upstream), exact, strict=True
+    ):
+        assert found.dtype == theirs.dtype == torch.bfloat16
+        error, of_theirs = ((each.float() - exact_value).norm() for each in (found, theirs))
         assert error <= 1.5 * of_theirs
 
 
@@ -82,13 +84,13 @@ def test_gradients_are_those_of_finite_differences(build: Callable[[], nn.Module
 
 
 @pytest.mark.parametrize(("build", "share"), [(BLOCKS[0], 0.6), (BLOCKS[3], 0.85)])
-def test_less_is_kept_for_the_backward_pass(build: Callable[[], nn.Module], share: float) -> None:
+def test_fewer_bytes_are_kept_for_the_backward_pass(build: Callable[[], nn.Module], share: float) -> None:
     plain, lean = pair(build, torch.float32)
     assert kept_bytes(lean) <= share * kept_bytes(plain)
 
 
 def kept_bytes(block: nn.Module) -> int:
-    """Return the bytes that a forward pass keeps beside the weights."""
+    """Return the bytes that a forward pass keeps in addition to the weights."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ def kept_bytes(block: nn.Module) -> int:
     weights = {weight.untyped_storage().data_ptr() for weight in block.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         block(torch.randn(64, 16, requires_grad=True))
-    return sum(one.untyped_storage().nbytes() for place, one in kept.items() if place not in weights)
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
 
 
 def test_weights_keep_their_names_and_inner_norms_are_found() -> None:
@@ -119,7 +121,7 @@ def test_weights_keep_their_names_and_inner_norms_are_found() -> None:
         nn.RMSNorm(16),
     ],
 )
-def test_blocks_that_compute_something_else_are_left_alone(block: nn.Module) -> None:
+def test_blocks_that_compute_something_else_are_not_replaced(block: nn.Module) -> None:
     before = type(block)
     use_memory_saving_blocks(block)
     assert type(block) is before

@@ -27,12 +27,12 @@ def test_outputs_and_gradients_are_those_of_torch(dtype: torch.dtype) -> None:
     reference = F.scaled_dot_product_attention(*tensors, attn_mask=visible(), scale=0.3, enable_gqa=True)
     torch.testing.assert_close(mine, reference)
     upstream = torch.randn_like(reference)
-    gradients = (torch.autograd.grad(one, tensors, upstream) for one in (mine, reference))
-    for gradient, wanted in zip(*gradients, strict=True):
-        torch.testing.assert_close(gradient, wanted)
+    gradients = (torch.autograd.grad(output, tensors, upstream) for output in (mine, reference))
+    for gradient, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, exact)
 
 
-def test_under_autocast_it_computes_in_the_short_type() -> None:
+def test_under_autocast_it_computes_in_the_short_dtype() -> None:
     query, key, value = inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = masked_attention(query, key, value.bfloat16(), visible, 0.3)
@@ -41,7 +41,7 @@ def test_under_autocast_it_computes_in_the_short_type() -> None:
 
 
 def test_no_mask_is_kept() -> None:
-    """What is kept for the backward pass has the sizes of queries and keys, not of their product."""
+    """Tensors kept for the backward pass have the sizes of queries and keys, not of their product."""
     kept: list[Tensor] = []
     query, key, value = (torch.randn(1, 2, 300, 8, requires_grad=True) for _ in range(3))
 
@@ -51,4 +51,4 @@ def test_no_mask_is_kept() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         masked_attention(query, key, value, lambda: torch.ones(1, 1, 300, 300, dtype=torch.bool).tril(), 1.0)
-    assert kept and max(one.numel() for one in kept) == query.numel()
+    assert kept and max(tensor.numel() for tensor in kept) == query.numel()

@@ -19,7 +19,7 @@ def test_a_folded_layer_is_bitwise_equal(scale: list[float], bias: bool) -> None
     network = nn.Sequential(scaled(3 * len(scale), bias), nn.Linear(5, 2))
     network[0].set_scale(torch.tensor(scale), keep_function=False)
     plain = nn.Sequential(nn.Linear(3 * len(scale), 5, bias=bias), nn.Linear(5, 2))
-    plain.load_state_dict(folded(network.state_dict()))  # strict: the scale is gone
+    plain.load_state_dict(folded(network.state_dict()))  # strict: there is no scale any more
     inputs = torch.randn(7, 3 * len(scale)) * 30
     assert torch.equal(plain(inputs), network(inputs))
 
@@ -27,7 +27,7 @@ def test_a_folded_layer_is_bitwise_equal(scale: list[float], bias: bool) -> None
 def test_it_computes_as_if_its_inputs_were_divided() -> None:
     layer = scaled(6)
     inputs = torch.randn(7, 6)
-    torch.testing.assert_close(layer(inputs), inputs @ layer.weight.T)  # by 1, until it is told
+    torch.testing.assert_close(layer(inputs), inputs @ layer.weight.T)  # divided by 1 until a scale is set
     layer.set_scale(torch.tensor([2.0, 30.0]), keep_function=False)
     divided = torch.cat([inputs[:, :3] / 2, inputs[:, 3:] / 30], dim=-1)
     torch.testing.assert_close(layer(inputs), divided @ layer.weight.T)
@@ -54,7 +54,7 @@ def test_the_size_of_states_is_their_standard_deviation() -> None:
     assert typical_size(normal(512, sizes)).tolist() == pytest.approx(sizes, rel=0.02)
 
 
-def test_first_tokens_and_channels_that_hold_nearly_all_energy_do_not_count() -> None:
+def test_first_tokens_and_dominant_channels_do_not_count() -> None:
     states = normal(512, [2.0])
     states[:4] *= 1000
     states[:, :, :2] *= 1000
@@ -66,7 +66,7 @@ def test_first_tokens_and_channels_that_hold_nearly_all_energy_do_not_count() ->
 def test_the_share_of_the_largest_channel() -> None:
     states = normal(512, [2.0, 30.0])
     assert largest_share(states).tolist() == pytest.approx([1 / 64] * 2, rel=0.5)
-    states[:, 1, 5] *= 8  # 64 parts of energy beside the 63 of all others
+    states[:, 1, 5] *= 8  # 64 parts of energy against the 63 of all others
     assert largest_share(states)[1].item() == pytest.approx(0.5, rel=0.2)
     states[0] *= 1000  # a first token
     assert largest_share(states)[1].item() == pytest.approx(0.5, rel=0.2)

@@ -103,14 +103,14 @@ def test_many_mismatching_tensors_are_counted(small: Small) -> None:
 
 
 @pytest.mark.parametrize(("other", "widest"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
-def test_weights_of_several_types_become_one_without_loss(
+def test_weights_of_several_dtypes_are_widened_without_loss(
     other: torch.dtype, widest: torch.dtype, small: Small
 ) -> None:
     state = small.state_dict()
     state["first.bias"] = state["first.bias"].to(other)
     again = Small.from_state(SmallConfig(), state).state_dict()
-    assert {one.dtype for one in again.values()} == {widest}
-    assert all(torch.equal(one, state[name].to(widest)) for name, one in again.items())
+    assert {tensor.dtype for tensor in again.values()} == {widest}
+    assert all(torch.equal(tensor, state[name].to(widest)) for name, tensor in again.items())
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn, torch.complex64, torch.bool])
@@ -121,7 +121,7 @@ def test_non_weights_are_refused_by_name(kind: torch.dtype, small: Small) -> Non
         Small.from_state(SmallConfig(), state)
 
 
-def test_settings_from_which_no_network_can_be_built_are_named(small: Small) -> None:
+def test_settings_that_fit_no_network_are_named(small: Small) -> None:
     with pytest.raises(UsageError, match="weights: cannot build Small from its configuration"):
         Small.from_state(SmallConfig(width=-1), small.state_dict())
 
@@ -219,11 +219,11 @@ def test_the_verifier_is_not_part_of_the_draft(mode: Any, tiny_verifiers: Mappin
     assert (draft.verifier is None) == (mode == "train_only") == isinstance(attached, VerifierParts)
     parts = draft.verifier_parts
     modules = (parts.embed_tokens, parts.norm, parts.lm_head)
-    borrowed = {id(one) for module in modules for one in module.parameters()}
-    assert not any(one.requires_grad for module in modules for one in module.parameters())
+    borrowed = {id(parameter) for module in modules for parameter in module.parameters()}
+    assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
     assert draft.state_dict().keys() == names
-    assert not borrowed & {id(one) for one in draft.parameters()}
-    assert not {*map(id, modules)} & {id(one) for one in draft.modules()}
+    assert not borrowed & {id(parameter) for parameter in draft.parameters()}
+    assert not {*map(id, modules)} & {id(part) for part in draft.modules()}
     draft.double()
     draft.requires_grad_(True)
     assert parts.embed_tokens.weight.dtype == torch.float32
@@ -236,7 +236,7 @@ def test_the_verifier_is_not_part_of_the_draft(mode: Any, tiny_verifiers: Mappin
         draft.embed(torch.zeros(1, dtype=torch.int64))
 
 
-def test_loading_attaches_what_is_asked_for(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
+def test_loading_attaches_the_requested_verifier(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
     made = tiny_verifiers["llama"]
     tiny_eagle3(tiny_verifiers).save_pretrained(tmp_path / "draft")
 
@@ -257,15 +257,15 @@ def test_loading_attaches_what_is_asked_for(tiny_verifiers: Mapping[str, Any], t
 
 
 def test_casting_on_load_leaves_the_rotary_frequencies(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
-    """Frequencies in a short type would turn every position."""
+    """Frequencies in a short dtype would change the rotation at every position."""
     draft = tiny_eagle3(tiny_verifiers)
     draft.save_pretrained(tmp_path / "draft")
     again = SpeculatorModel.from_pretrained(tmp_path / "draft", dtype=torch.bfloat16)
-    assert {one.dtype for one in again.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
     assert torch.equal(again.rotary_emb.inv_freq.float(), draft.rotary_emb.inv_freq)
 
 
-def test_the_stored_type_is_that_of_the_weights(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
+def test_the_stored_dtype_is_that_of_the_weights(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
     tiny_eagle3(tiny_verifiers).to(torch.bfloat16).save_pretrained(tmp_path / "draft")
     assert json.loads((tmp_path / "draft" / "config.json").read_text())["dtype"] == "bfloat16"
 

@@ -15,7 +15,7 @@ COUNTS = st.lists(st.integers(0, 5), min_size=1, max_size=30)
 def test_the_most_frequent_tokens_are_chosen_in_order(counts: list[int], data: st.DataObject) -> None:
     size = data.draw(st.integers(1, len(counts)))
     vocabulary = DraftVocabulary.most_frequent(torch.tensor(counts), size)
-    # By falling count, ties by rising id.
+    # By descending count, ties by ascending id.
     chosen = sorted(sorted(range(len(counts)), key=lambda token: (-counts[token], token))[:size])
     assert vocabulary.size == size
     assert [index + offset for index, offset in enumerate(vocabulary.d2t.tolist())] == chosen
@@ -32,7 +32,7 @@ def test_ties_go_to_the_lowest_ids() -> None:
     assert vocabulary.d2t.tolist() == [1, 1, 1, 1]
     unseen = DraftVocabulary.most_frequent(torch.tensor([0, 0, 0, 3]), 3)
     assert unseen.t2d.tolist() == [True, True, False, True]
-    # Long enough for a sort that is not stable to show.
+    # Long enough to reveal an unstable sort.
     many = DraftVocabulary.most_frequent(torch.arange(20000) % 2, 15000)
     assert many.t2d[1::2].all() and many.t2d[0:10000:2].all() and not many.t2d[10000::2].any()
 
@@ -46,7 +46,7 @@ def test_the_two_maps_agree(mask: list[bool]) -> None:
     assert rebuilt == mask
 
 
-def test_the_whole_vocabulary_has_no_offsets() -> None:
+def test_the_full_vocabulary_has_no_offsets() -> None:
     vocabulary = DraftVocabulary.most_frequent(torch.tensor([3, 0, 9]), 3)
     assert vocabulary.t2d.all() and not vocabulary.d2t.any()
     assert vocabulary.coverage(torch.tensor([3, 0, 9])) == 1.0

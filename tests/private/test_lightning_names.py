@@ -17,7 +17,7 @@ from specforge.private import lightning as private
 
 
 class Watch(Callback):
-    """Asks after each training batch."""
+    """Records the trainer's state after each training batch."""
 
     def __init__(self) -> None:
         self.found: dict[str, list[bool]] = {"validation": [], "accumulating": [], "early": []}
@@ -49,7 +49,7 @@ class Settings(BaseModel):
     rates: tuple[float, ...] = (0.5,)
 
 
-class Settled(BoringModel):
+class Module(BoringModel):
     def __init__(self, settings: Settings, folder: Path, other: object = None) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -58,13 +58,13 @@ class Settled(BoringModel):
 
 
 def test_a_module_is_built_again_from_plain_values(tmp_path):
-    module = Settled(Settings(rates=(1.0, 2.0)), tmp_path, other=object())
+    module = Module(Settings(rates=(1.0, 2.0)), tmp_path, other=object())
     assert not private.has_trainer(module)
     trainer = a_trainer(tmp_path, max_steps=0)
     trainer.fit(module)
     assert private.has_trainer(module)
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    again = Settled.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
+    again = Module.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
     assert (again.settings, again.folder, again.other) == (module.settings, tmp_path, None)
 
 

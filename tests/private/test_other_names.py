@@ -65,5 +65,5 @@ def test_what_a_parser_of_jsonargparse_holds():
     parser = jsonargparse.ArgumentParser()
     parser.add_argument("--number", type=int | None)
     parser.add_argument("--text")
-    found = {one.dest: private_argparse.type_of(one) for one in private_argparse.actions(parser)}
+    found = {action.dest: private_argparse.type_of(action) for action in private_argparse.actions(parser)}
     assert found["number"] == int | None and found["text"] is None

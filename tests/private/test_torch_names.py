@@ -19,7 +19,7 @@ from specforge.private.torchmetrics import UncastMetric
 
 
 class Calls(private.TorchDispatchMode):
-    """Keeps the operations that are run."""
+    """Records the operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def test_operations_are_those_that_public_calls_run():
         rows[0].item()
         rows[chosen]
         rows[chosen] = 0
-    packets = [private.packet(one) for one in calls.found]
+    packets = [private.packet(operation) for operation in calls.found]
     assert private.ATTENTION in packets and private.ATTENTION_BACKWARD in packets
     assert private.READS_VALUE in calls.found
     assert len(private.CHOOSING.intersection(calls.found)) >= 2
@@ -49,14 +49,14 @@ def test_attention_and_its_gradient_take_a_mask():
     mask = torch.zeros(1, 1, 3, 3).masked_fill(~torch.ones(3, 3, dtype=torch.bool).tril(), float("-inf"))
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
     expected.sum().backward()
-    given = [one.detach() for one in (query, key, value)]
+    given = [tensor.detach() for tensor in (query, key, value)]
     output, logsumexp = private.ATTENTION(*given, attn_mask=mask, scale=0.3)
     found = private.ATTENTION_BACKWARD(
         torch.ones_like(output), *given, output, logsumexp, 0.0, False, attn_mask=mask, scale=0.3
     )
     torch.testing.assert_close(output, expected.detach())
-    for one, parameter in zip(found, (query, key, value), strict=True):
-        torch.testing.assert_close(one, parameter.grad)
+    for gradient, parameter in zip(found, (query, key, value), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
 
 
 def test_the_product_of_experts_has_that_name():
@@ -83,7 +83,7 @@ def test_a_wrapper_has_the_shape_of_its_content_but_not_its_values():
 
 def test_nested_values():
     nested = {"a": [torch.ones(1), 2], "b": (torch.zeros(1),)}
-    assert [one for one in private.tree_leaves(nested) if not isinstance(one, Tensor)] == [2]
+    assert [leaf for leaf in private.tree_leaves(nested) if not isinstance(leaf, Tensor)] == [2]
     assert private.tree_map_only(Tensor, float, nested) == {"a": [1.0, 2], "b": (0.0,)}
     assert private.tree_map(float, nested) == {"a": [1.0, 2.0], "b": (0.0,)}
 
@@ -92,7 +92,7 @@ def test_only_the_tensors_of_the_module_itself_are_changed():
     outer = nn.Sequential(nn.Linear(2, 2))
     outer.bias = nn.Parameter(torch.zeros(2))
     outer.scale = nn.Buffer(torch.ones(2))
-    private.map_own(outer, lambda one: one + 5)
+    private.map_own(outer, lambda tensor: tensor + 5)
     assert outer.bias.tolist() == [5, 5] and outer.scale.tolist() == [6, 6]
     assert outer[0].bias.abs().max() < 1
 

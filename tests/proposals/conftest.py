@@ -1,4 +1,4 @@
-"""A draft whose logits are a function of the whole path, and which records its calls."""
+"""A draft whose logits are a function of the complete path, and which records its calls."""
 
 from __future__ import annotations
 

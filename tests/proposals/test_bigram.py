@@ -16,7 +16,7 @@ def followed(folder: Path, successors: list[int], *sequences: list[int], tokens:
     config = BigramTokenProposalConfig(speculative_tokens=tokens, table=str(folder / "table.safetensors"))
     proposer = BigramProposer(config, Sampling(), RandomSource())
     assert proposer.depth == tokens and not proposer.needs_draft
-    proposal = proposer.propose([torch.tensor(one) for one in sequences], None)
+    proposal = proposer.propose([torch.tensor(sequence) for sequence in sequences], None)
     assert proposal.log_q is None
     return [row[:count] for row, count in zip(proposal.tokens.tolist(), proposal.counts.tolist(), strict=True)]
 

@@ -23,7 +23,7 @@ def greedy_path(logits: Any, row: int, length: int, draft_ids: torch.Tensor | No
     return list(path)
 
 
-@pytest.mark.parametrize("draft_ids", [None, DRAFT_IDS], ids=["whole", "pruned"])
+@pytest.mark.parametrize("draft_ids", [None, DRAFT_IDS], ids=["full", "pruned"])
 @pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["cold", "warm"])
 def test_the_greedy_chain_is_the_most_probable(
     draft_ids: Any, sampling: Sampling, path_drafter: Any, random_logits: Any
@@ -52,7 +52,7 @@ def test_the_draft_takes_no_unused_step(path_drafter: Any, random_logits: Any) -
         assert drafter.stepped == [1] * (length - 1)
 
 
-@pytest.mark.parametrize("draft_ids", [None, DRAFT_IDS], ids=["whole", "pruned"])
+@pytest.mark.parametrize("draft_ids", [None, DRAFT_IDS], ids=["full", "pruned"])
 def test_the_sampled_chain_carries_its_distributions(draft_ids: Any, path_drafter: Any, random_logits: Any) -> None:
     logits, sampling = random_logits(4), Sampling(temperature=1.5, top_p=0.9)
     rng = RandomSource(torch.Generator().manual_seed(0))

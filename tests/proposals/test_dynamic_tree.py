@@ -39,11 +39,11 @@ def dynamic_tree(
     for _ in range(depth):
         new: dict[Path, float] = {}
         for path, score in frontier.items():
-            children = sorted(log_probs(path).items(), key=lambda one: -one[1])
+            children = sorted(log_probs(path).items(), key=lambda item: -item[1])
             for token, value in children[:expansion_factor]:
                 new[(*path, token)] = score + value
         recorded |= new
-        best = sorted(new.items(), key=lambda one: -one[1])
+        best = sorted(new.items(), key=lambda item: -item[1])
         # The first level has one node per child of the root; later frontiers have the same width.
         frontier = dict(best[: min(expansion_factor, len(log_probs(())))])
     ranking = sorted(recorded, key=lambda path: -recorded[path])

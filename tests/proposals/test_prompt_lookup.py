@@ -13,7 +13,7 @@ def looked_up(*sequences: list[int], tokens: int = 5, max_ngram: int = 3, min_ng
     config = PromptLookupTokenProposalConfig(speculative_tokens=tokens, max_ngram=max_ngram, min_ngram=min_ngram)
     proposer = PromptLookupProposer(config, Sampling(), RandomSource())
     assert proposer.depth == tokens and not proposer.needs_draft
-    proposal = proposer.propose([torch.tensor(one) for one in sequences], None)
+    proposal = proposer.propose([torch.tensor(sequence) for sequence in sequences], None)
     assert proposal.log_q is None and (proposal.depths == torch.arange(proposal.tokens.shape[1]) + 1).all()
     return [row[:count] for row, count in zip(proposal.tokens.tolist(), proposal.counts.tolist(), strict=True)]
 

@@ -49,10 +49,12 @@ def test_nodes_beyond_a_limit_are_left_out(proposal: Proposal, data: st.DataObje
     for row, limit in enumerate(limits):
         own = list(zip(proposal.tokens[row].tolist(), proposal.parents[row].tolist(), strict=True))
         depths = depths_of([parent for _, parent in own])
-        wanted = [node for node, depth in zip(own[: int(proposal.counts[row])], depths, strict=False) if depth <= limit]
+        expected = [
+            node for node, depth in zip(own[: int(proposal.counts[row])], depths, strict=False) if depth <= limit
+        ]
         count = int(within.counts[row])
         left = list(zip(within.tokens[row, :count].tolist(), within.parents[row, :count].tolist(), strict=True))
-        assert left == wanted
+        assert left == expected
     # No wider than the widest row.
     assert within.tokens.shape == within.parents.shape == (len(limits), int(within.counts.max()))
 

@@ -95,7 +95,7 @@ def test_sampled_tokens_carry_their_distributions(path_drafter: Any, random_logi
         )
         for seed in range(30)
     }
-    assert len(several) > 3 and all(one != other for one, other in several)
+    assert len(several) > 3 and all(first != other for first, other in several)
 
 
 def test_nothing_is_drawn_at_temperature_0(path_drafter: Any, random_logits: Any) -> None:

@@ -1,4 +1,4 @@
-"""The recipes for large verifiers: each builds its draft and its data from the verifier's config.json alone."""
+"""The recipes for large verifiers: each builds its draft and data from only the verifier's config.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs" / "models").glob("*.yaml"))
 VERIFIERS = Path(__file__).parent / "verifiers"
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
-# Weights in billions, as the models are published.
+# Billions of parameters of the published models.
 PUBLISHED = {
     "gemma-3-1b": 1.00,
     "gpt-oss-20b": 20.91,
@@ -59,11 +59,11 @@ def test_builds_draft_and_data(recipe, rows, tmp_path):
     documents = [len(set(row.tolist()) - {-1}) for row in batch["document_ids"]]
     assert documents == ([1, 1] if verifier_of(recipe) in UNPACKED else [4])
 
-    cli.trainer.fit_loop.epoch_loop.max_steps = 100_000  # a schedule is laid out over steps
+    cli.trainer.fit_loop.epoch_loop.max_steps = 100_000  # the schedule needs a number of steps
     DryRun(cli.model, cli.trainer, torch.bfloat16)
-    weights = sum(one.numel() for one in cli.model.teacher.model.parameters())
+    weights = sum(parameter.numel() for parameter in cli.model.teacher.model.parameters())
     assert weights / 1e9 == pytest.approx(PUBLISHED[verifier_of(recipe)], abs=0.01)
-    trained = sum(one.numel() for one in cli.model.draft.parameters() if one.requires_grad)
+    trained = sum(parameter.numel() for parameter in cli.model.draft.parameters() if parameter.requires_grad)
     assert re.search(rf"`{re.escape(recipe.name)}` \| {trained / 1e6:,.0f} M \|", PAGE), (recipe.name, trained)
 
 
@@ -74,4 +74,4 @@ def test_prints_its_usage(recipe):
 
 
 def test_every_verifier_has_a_recipe():
-    assert {verifier_of(recipe) for recipe in RECIPES} == set(PUBLISHED) == {one.name for one in VERIFIERS.iterdir()}
+    assert {verifier_of(recipe) for recipe in RECIPES} == set(PUBLISHED) == {path.name for path in VERIFIERS.iterdir()}

@@ -56,7 +56,7 @@ def make(algorithm: str, **options: Any) -> SpeculatorModel:
 
 
 def break_drafter(draft: SpeculatorModel, patch: pytest.MonkeyPatch) -> None:
-    """Make drafters of a draft's class read a wrong token instead of the last decided one."""
+    """Make drafters of a draft's class read a wrong token instead of the last committed token."""
     original = type(draft).drafter
 
     def broken(self: SpeculatorModel, batch_size: int) -> Drafter:

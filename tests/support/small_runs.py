@@ -17,12 +17,12 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "algorithm": "eagle",
         "model": {"noise": 0, "alignment_steps": 3, "objective": {"cross_entropy": 0.1, "top_k": 1.0}},
     },
-    # Its objective uses the mean acceptance over the whole batch.
+    # Its objective uses the mean acceptance over the complete batch.
     "eagle3": {
         "algorithm": "eagle3",
         "model": {"ttt_steps": 3, "draft": {"draft_vocab_size": 40}, "objective": {"kl": 0.5, "lk_lambda": 0.5}},
     },
-    # Its anchors are drawn anew at each step.
+    # Its anchors are drawn again at each step.
     "dspark": {
         "algorithm": "dspark",
         "model": {
@@ -74,8 +74,8 @@ class SmallRuns:
         return ["fit", "--config", str(path), *more]
 
     def run(self, name: str) -> Path:
-        """Return the folder of a run; there is only one, however many processes started it."""
-        assert [one.name for one in (self.folder / name).iterdir()] == ["version_0"]
+        """Return the folder of a run, a single one for any number of processes."""
+        assert [path.name for path in (self.folder / name).iterdir()] == ["version_0"]
         return self.folder / name / "version_0"
 
     def last(self, name: str) -> Path:
@@ -102,4 +102,4 @@ def logged(run: Path) -> dict[str, list[float]]:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     resources = {f"train/{name}" for name in ("tokens_per_second", "idle_share", "peak_memory_gb")}
     tags = [tag for tag in events.Tags()["scalars"] if tag not in resources]
-    return {tag: [one.value for one in events.Scalars(tag)] for tag in tags}
+    return {tag: [scalar.value for scalar in events.Scalars(tag)] for tag in tags}

@@ -73,7 +73,7 @@ class Family:
         sizes: The usual sizes.
         vision: Configuration of the vision part; the options then belong to the text part.
         model_type: Model type of the text part, if it is not the configuration's default.
-        outer: Options of the whole configuration.
+        outer: Options of the complete configuration.
     """
 
     config: str

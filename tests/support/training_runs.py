@@ -16,7 +16,7 @@ from specforge.models.scaled_linear import folded
 
 def write_rows(path: Path, values: list[dict[str, Any]]) -> Path:
     """Write a JSON-lines file."""
-    path.write_text("".join(json.dumps(one) + "\n" for one in values), encoding="utf-8")
+    path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
     return path
 
 
@@ -73,15 +73,15 @@ def assert_same_values(first: Any, second: Any) -> None:
             assert_same_values(first[key], second[key])
     elif isinstance(first, list | tuple):
         assert len(first) == len(second)
-        for one, other in zip(first, second, strict=True):
-            assert_same_values(one, other)
+        for value, other in zip(first, second, strict=True):
+            assert_same_values(value, other)
     else:
         assert first == second
 
 
 def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
-    """Return step and value of everything a run logged under a tag, over all event files, as it was logged."""
+    """Return step and value of everything a run logged under a tag, over all event files, in the order of logging."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    # Files of one second are read in the order of their names, in which 10 comes before 9.
-    logged = sorted(events.Scalars(tag), key=lambda one: one.wall_time)
-    return [(one.step, one.value) for one in logged]
+    # Files of the same second are read in the order of their names, where 10 comes before 9.
+    logged = sorted(events.Scalars(tag), key=lambda event: event.wall_time)
+    return [(event.step, event.value) for event in logged]

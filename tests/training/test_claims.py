@@ -61,7 +61,7 @@ def kill(child: int) -> None:
 
 
 def begin(output_dir: Path, name: str | None = None, wanted: str | None = None, checkpoint: Path | None = None) -> str:
-    """Claim a folder until the test or the process ends, and return its name."""
+    """Claim a folder until the end of the test or process; return its name."""
     return claim(HELD, output_dir, name, wanted, checkpoint).name
 
 
@@ -79,12 +79,12 @@ def test_runs_started_together_get_one_folder_each(tmp_path, children):
     assert all(is_live(path) for path in tmp_path.iterdir())
 
 
-def test_a_killed_process_frees_its_run_though_its_children_live_on(tmp_path, children):
+def test_a_killed_process_frees_its_run_even_if_its_children_survive(tmp_path, children):
     below = tmp_path / "below"
 
     def with_a_child() -> None:
         begin(tmp_path)
-        loader = os.fork()  # as processes that load batches are made
+        loader = os.fork()  # like processes that load batches
         if loader == 0:
             signal.pause()
         below.write_text(str(loader))
@@ -110,7 +110,7 @@ def test_a_live_run_is_not_resumed(tmp_path, children, wanted):
 
 
 @pytest.mark.parametrize("wanted", ["last", "auto"])
-def test_nor_is_an_older_one_beside_it(tmp_path, children, wanted):
+def test_an_older_run_is_not_resumed_next_to_a_live_one(tmp_path, children, wanted):
     checkpoint = saved(tmp_path / "version_0")
     children(lambda: begin(tmp_path) and None)
     with pytest.raises(UsageError, match="version_1 is live"):
@@ -124,7 +124,7 @@ def test_within_one_process(tmp_path):
     assert not is_live(tmp_path / "run")
 
 
-def test_nothing_is_left_of_a_run_that_wrote_nothing(tmp_path):
+def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path):
     with claimed(tmp_path / "a" / "b" / "version_0", new=True):
         assert (tmp_path / "a" / "b" / "version_0" / LOCK).exists()
     assert not list(tmp_path.iterdir())

@@ -17,5 +17,5 @@ def test_states_before_supervised_tokens_are_read() -> None:
     assert read_of_first_row(batch(mask, documents)).tolist() == [1, 1, 0, 0, 1, 0, 0, 1, 0, 0]
 
 
-def test_a_row_with_only_its_first_tokens_supervised_is_read_whole() -> None:
+def test_a_row_with_only_its_first_tokens_supervised_is_read_completely() -> None:
     assert read_of_first_row(batch([1, 0, 0, 0], [0, 0, 0, -1])).tolist() == [1, 1, 1, 0]

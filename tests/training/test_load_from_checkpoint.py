@@ -32,7 +32,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
     made = SmallRuns(tmp_path_factory.mktemp("loaded"), tiny_verifiers["llama"].folder, values)
     for split, number in (("train", 8), ("validation", 3)):
         lengths = [draw.randint(8, 40) for _ in range(number)]
-        made.write(split, [([draw.randrange(3, 61) for _ in range(one)], [0] * 3 + [1] * (one - 3)) for one in lengths])
+        made.write(
+            split,
+            [([draw.randrange(3, 61) for _ in range(length)], [0] * 3 + [1] * (length - 3)) for length in lengths],
+        )
     for algorithm in ALGORITHMS:
         more = ["--model.stage_two=null"] if algorithm == "mlp" else []
         assert main(made.words(algorithm, algorithm, *more)) == 0
@@ -40,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
 
 
 def load(path: Path, algorithm: str, **changed: Any) -> tuple[DraftModule, DraftDataModule]:
-    """Return what Lightning makes of a checkpoint."""
+    """Load module and data with Lightning."""
     descriptor = installed().find(Algorithm, ALGORITHMS[algorithm]["algorithm"])
     module, data = (installed().load(descriptor, kind) for kind in ("module", "data"))
     return module.load_from_checkpoint(path, **changed), data.load_from_checkpoint(path)
@@ -49,10 +52,10 @@ def load(path: Path, algorithm: str, **changed: Any) -> tuple[DraftModule, Draft
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_loaded_module_measures_what_the_run_measured(runs: SmallRuns, algorithm: str) -> None:
     module, data = load(runs.last(algorithm), algorithm)
-    found = {f"draft.{name}": one for name, one in module.draft.state_dict().items()}
+    found = {f"draft.{name}": tensor for name, tensor in module.draft.state_dict().items()}
     expected = folded(weights(runs.last(algorithm)))
     assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], one) for name, one in expected.items())
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     trainer = Trainer(**QUIET, inference_mode=False)
     [figures] = trainer.validate(module, data, verbose=False)
     before = {tag: values[-1] for tag, values in logged(runs.run(algorithm)).items() if tag.startswith("val/")}
@@ -64,13 +67,13 @@ def test_a_loaded_module_is_trained_from_its_weights(
     runs: SmallRuns, algorithm: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module, data = load(runs.last(algorithm), algorithm)
-    before = {name: one.clone() for name, one in module.draft.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in module.draft.state_dict().items()}
     module.optimizer_settings = module.optimizer_settings.model_copy(update={"lr": 1e-12})
     trainer = Trainer(**QUIET, enable_checkpointing=False, max_steps=2, limit_val_batches=0)
     trainer.fit(module, data)
     assert "starts from the weights of the checkpoint that was loaded" in module.summary_text()
-    for name, one in folded(module.draft.state_dict()).items():
-        torch.testing.assert_close(one, before[name], rtol=1e-5, atol=1e-6)
+    for name, tensor in folded(module.draft.state_dict()).items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_loaded_draft_needs_its_verifier_only_to_run(runs: SmallRuns) -> None:

@@ -30,7 +30,7 @@ def direct_means(values: list[dict[str, Tensor]], steps: int) -> dict[str, float
     means = {}
     for name in (*TERMS, "acceptance", "agreement"):
         for step in range(steps):
-            kept = torch.cat([one[name][step][one["supervised"][step]] for one in values])
+            kept = torch.cat([value[name][step][value["supervised"][step]] for value in values])
             if kept.numel():
                 means[f"{name}/step_{step}"] = float(kept.double().mean())
     return means
@@ -56,7 +56,7 @@ def test_means_over_uneven_batches(sizes: list[int], steps: int, reach: int, see
 
 
 def test_ranks_add_up() -> None:
-    """What ranks exchange are sums: the mean of all rows, not of the ranks' means."""
+    """Ranks exchange sums: the result is the mean of all rows, not of the ranks' means."""
     generator = torch.Generator().manual_seed(0)
     batches = [random_outcome(rows, 2, generator, 2) for rows in (3, 50)]
     ranks = [StepMeans(TERMS, 2) for _ in batches]
@@ -68,7 +68,7 @@ def test_ranks_add_up() -> None:
         torch.testing.assert_close(float(value), expected[name], atol=1e-6, rtol=1e-6)
 
 
-def test_reset_forgets() -> None:
+def test_reset() -> None:
     generator = torch.Generator().manual_seed(0)
     metric = StepMeans(TERMS, 2)
     metric.update(random_outcome(9, 2, generator, 2)[0])

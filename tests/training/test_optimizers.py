@@ -51,12 +51,12 @@ def train(network: Network, optimizer: Any, steps: int, seed: int = 0, schedule:
 
 
 def names_of(network: Network, optimizer: Any) -> set[str]:
-    ids = {id(one) for group in optimizer.param_groups for one in group["params"]}
-    return {name for name, one in network.named_parameters() if id(one) in ids}
+    ids = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    return {name for name, parameter in network.named_parameters() if id(parameter) in ids}
 
 
 def trainable(network: Network) -> set[str]:
-    return {name for name, one in network.named_parameters() if one.requires_grad}
+    return {name for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 def test_muon_takes_the_hidden_matrices() -> None:
@@ -83,7 +83,7 @@ def test_adamw_updates_everything() -> None:
 def test_only_matrices_decay(name: Any) -> None:
     network = make_network()
     optimizer = build_optimizer(network, OptimizerSettings(name=name, lr=0.1, weight_decay=0.5))
-    before = {key: one.detach().clone() for key, one in network.named_parameters()}
+    before = {key: weight.detach().clone() for key, weight in network.named_parameters()}
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
@@ -95,9 +95,9 @@ def test_only_matrices_decay(name: Any) -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_training_moves_every_trainable_parameter(name: Any) -> None:
     network = make_network()
-    before = {key: one.detach().clone() for key, one in network.named_parameters()}
+    before = {key: parameter.detach().clone() for key, parameter in network.named_parameters()}
     train(network, build_optimizer(network, OptimizerSettings(name=name, lr=1e-2)), 2)
-    changed = {key for key, one in network.named_parameters() if not torch.equal(one, before[key])}
+    changed = {key for key, parameter in network.named_parameters() if not torch.equal(parameter, before[key])}
     assert changed == trainable(network)
 
 
@@ -179,7 +179,7 @@ def test_zero_grad_reaches_all_groups() -> None:
     optimizer = build_optimizer(network, OptimizerSettings(name="muon"))
     network(torch.tensor([1])).sum().backward()
     optimizer.zero_grad()
-    assert all(one.grad is None for one in network.parameters())
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("wrong", [{"lr": 0}, {"weight_decay": -1}, {"name": "sgd"}, {"learning_rate": 1}], ids=str)
@@ -190,7 +190,7 @@ def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("betas", [(1.5, 0.9), (0.9, -0.1)])
 def test_impossible_betas_are_refused(betas: tuple[float, float]) -> None:
-    """Before anything is loaded, not by torch when the run has begun."""
+    """Before anything is loaded, not by torch during the run."""
     with pytest.raises(ValidationError):
         OptimizerSettings(betas=betas)
 
@@ -204,7 +204,7 @@ def test_any_optimizer_can_be_given_by_its_class_path() -> None:
     matrices, vectors = optimizer.param_groups
     assert (matrices["lr"], matrices["momentum"], matrices["weight_decay"]) == (0.1, 0.5, 0.2)
     assert vectors["weight_decay"] == 0.0
-    # One that knows of no weight decay is not given one.
+    # An optimizer without weight decay gets none.
     assert isinstance(build_optimizer(network, OptimizerSettings(name="torch.optim.Rprop")), torch.optim.Rprop)
 
 
@@ -219,7 +219,7 @@ def test_any_optimizer_can_be_given_by_its_class_path() -> None:
         ("muon", {"momentum": 0.9}, "options are for an optimizer given by its class path"),
     ],
 )
-def test_classes_that_are_no_optimizers_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+def test_classes_that_are_not_optimizers_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         OptimizerSettings(name=name, options=options)
 

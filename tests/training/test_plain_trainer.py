@@ -40,13 +40,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
     made = SmallRuns(tmp_path_factory.mktemp("plain"), tiny_verifiers["llama"].folder, values)
     for split, number in (("train", 12), ("validation", 3)):
         lengths = [draw.randint(8, 40) for _ in range(number)]
-        made.write(split, [([draw.randrange(3, 61) for _ in range(one)], [0] * 3 + [1] * (one - 3)) for one in lengths])
+        made.write(
+            split,
+            [([draw.randrange(3, 61) for _ in range(length)], [0] * 3 + [1] * (length - 3)) for length in lengths],
+        )
     assert main(made.words("command", "eagle3")) == 0
     return made
 
 
 def module_and_data(runs: SmallRuns) -> tuple[Eagle3Module, DraftDataModule]:
-    """Return what the command built, built in Python."""
+    """Build in Python what the command builds."""
     seed_everything(42, verbose=False)
     module = Eagle3Module(
         verifier=str(runs.verifier),
@@ -64,14 +67,14 @@ def module_and_data(runs: SmallRuns) -> tuple[Eagle3Module, DraftDataModule]:
 
 
 def trainer_in(folder: Path, **settings: Any) -> Trainer:
-    """Return a Trainer with its own defaults, but for what costs time."""
+    """Return a Trainer with its defaults, except those that cost time."""
     few = {"accelerator": "cpu", "max_steps": STEPS, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
     return Trainer(default_root_dir=folder, enable_progress_bar=False, **(few | settings))
 
 
 @pytest.fixture(scope="module")
 def plain(runs: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that a Trainer made of the same settings, as Lightning numbers it."""
+    """The folder of a run by a Trainer with the same settings, as numbered by Lightning."""
     root = tmp_path_factory.mktemp("python")
     trainer_in(root).fit(*module_and_data(runs))
     return root / "lightning_logs" / "version_0"
@@ -104,7 +107,7 @@ class TestAsTheCommand:
 
 
 class InterruptAt(Callback):
-    """Sends what Ctrl-C sends, in a batch."""
+    """Sends the signal of Ctrl-C in a batch."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -121,7 +124,7 @@ def test_an_interrupted_run_prints_how_to_resume_and_ends_with_the_same_weights(
     last = tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
     assert f"trainer.fit(module, datamodule=data, ckpt_path='{last}')" in capsys.readouterr().out
     module, data = module_and_data(runs)
-    # The same folder, as a logger of this version writes there.
+    # The same folder, through a logger with this version.
     again = TensorBoardLogger(tmp_path, version=0)
     trainer_in(tmp_path, logger=again, max_epochs=5).fit(module, datamodule=data, ckpt_path=str(last))
     assert "resumed with other settings: trainer.max_epochs" in capsys.readouterr().out
@@ -139,12 +142,12 @@ def test_the_same_trainer_resumes(runs, plain, tmp_path):
     assert_close(plain / "checkpoints" / "last.ckpt", last, rtol=0, atol=0)
 
 
-def test_callbacks_can_be_set_and_left_out(runs, tmp_path, capsys):
+def test_callbacks_can_be_set_and_omitted(runs, tmp_path, capsys):
     own = RunCallbacks(progress_bar=None, summary=None, draft_writer=None, acceptance_figure=None)
     own.last_checkpoint.every_n_steps = 2
     trainer = trainer_in(tmp_path, callbacks=own.present(), limit_val_batches=1)
     trainer.fit(*module_and_data(runs))
-    assert not {"Summary", "DraftWriter"} & {type(one).__name__ for one in trainer.callbacks}
+    assert not {"Summary", "DraftWriter"} & {type(callback).__name__ for callback in trainer.callbacks}
     run = tmp_path / "lightning_logs" / "version_0"
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     assert not (run / "draft").exists() and "draft:" not in capsys.readouterr().out
@@ -155,7 +158,7 @@ def test_a_given_callback_replaces_its_default(runs, tmp_path):
     mine = LastCheckpoint(every_n_steps=1)
     trainer = trainer_in(tmp_path, callbacks=[mine], max_steps=1, limit_val_batches=0, logger=False)
     trainer.fit(*module_and_data(runs))
-    kinds = [type(one) for one in trainer.callbacks]
+    kinds = [type(callback) for callback in trainer.callbacks]
     assert kinds.count(LastCheckpoint) == 1 and mine in trainer.callbacks
     assert ModelCheckpoint not in kinds  # Lightning's own default
     assert isinstance(trainer.strategy.checkpoint_io, WholeCheckpointIO)

@@ -81,9 +81,9 @@ class TestResolve:
         assert repr(name) in str(caught.value) and str(tmp_path) in str(caught.value)
 
     @pytest.mark.parametrize("wanted", ["lst", "nowhere.ckpt", ""])
-    def test_no_such_file(self, tmp_path, wanted):
+    def test_no_such_file(self, tmp_path, requested):
         with pytest.raises(UsageError) as caught:
-            resolve_checkpoint(wanted, tmp_path)
+            resolve_checkpoint(requested, tmp_path)
         assert "no such file" in str(caught.value) and "last, best" in str(caught.value)
 
     def test_a_folder_is_not_a_file(self, tmp_path):
@@ -100,9 +100,9 @@ class TestDamaged:
         previous, newest = checkpoint(tmp_path, 1, "previous"), checkpoint(tmp_path, 1)
         assert resolve_checkpoint("last", tmp_path) == newest
         damage(newest)
-        for wanted in ("last", "auto"):
+        for requested in ("last", "auto"):
             caplog.clear()
-            assert resolve_checkpoint(wanted, tmp_path) == previous
+            assert resolve_checkpoint(requested, tmp_path) == previous
             assert [str(newest) in record.message for record in caplog.records] == [True]
 
     @pytest.mark.parametrize("damage", DAMAGES)
@@ -130,9 +130,9 @@ class TestDamaged:
         assert all(str(path) in caplog.text for path in damaged)
 
     def test_leftovers_of_a_killed_save_are_not_a_checkpoint(self, tmp_path):
-        whole = checkpoint(tmp_path, 1)
-        whole.with_name(".last.ckpt.0a1b2c3d").write_bytes(b"half")
-        assert resolve_checkpoint("last", tmp_path) == whole
+        complete = checkpoint(tmp_path, 1)
+        complete.with_name(".last.ckpt.0a1b2c3d").write_bytes(b"half")
+        assert resolve_checkpoint("last", tmp_path) == complete
 
 
 def test_auto_starts_a_new_run_if_there_is_none(tmp_path):

@@ -71,7 +71,7 @@ def test_a_full_disk_leaves_both_as_they_were(last, limit):
 
 @pytest.mark.parametrize(("function", "calls"), [("fsync", 3), ("replace", 2)])
 @pytest.mark.parametrize("call", range(4))
-def test_killed_around_any_write_the_newest_is_whole(last, function, calls, call):
+def test_a_kill_around_any_write_leaves_a_complete_newest_checkpoint(last, function, calls, call):
     writer = WholeCheckpointIO()
     for step in range(2):
         writer.save_checkpoint(content(step), last)

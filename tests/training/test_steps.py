@@ -33,7 +33,7 @@ MODULES = {
         ),
     ),
 }
-# What each algorithm computes last at a row, before its head.
+# The last module of each algorithm before its head.
 LAST: dict[str, Callable[[Any], torch.nn.Module]] = {
     "eagle3": lambda draft: draft.layers[-1].mlp,
     "hass": lambda draft: draft.transformer.mlp,
@@ -64,20 +64,20 @@ def trained(name: str, tiny_verifiers: Mapping[str, Any], **options: bool) -> tu
     prepare_steps(module.draft, **options)
     runs: list[int] = []
     for linear in module.draft.modules():
-        if isinstance(linear, torch.nn.Linear) and not options["compiled"]:  # a hook would be compiled as well
+        if isinstance(linear, torch.nn.Linear) and not options["compiled"]:  # hooks would be compiled too
             linear.register_forward_hook(lambda *_: runs.append(1))
     module.draft_steps(BATCH, module.features(BATCH)).loss.backward()
-    return {one: parameter.grad for one, parameter in module.draft.named_parameters()}, len(runs)
+    return {key: parameter.grad for key, parameter in module.draft.named_parameters()}, len(runs)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_checkpointing_runs_steps_twice_and_changes_nothing(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
     plain, once = trained(name, tiny_verifiers, activation_checkpointing=False, compiled=False)
-    again, twice = trained(name, tiny_verifiers, activation_checkpointing=True, compiled=False)
+    again, repeated = trained(name, tiny_verifiers, activation_checkpointing=True, compiled=False)
     assert again.keys() == plain.keys()
-    assert all(torch.equal(again[one], gradient) for one, gradient in plain.items())
-    assert max(float(one.abs().max()) for one in plain.values()) > 1e-3
-    assert twice >= once + STEPS
+    assert all(torch.equal(again[key], gradient) for key, gradient in plain.items())
+    assert max(float(gradient.abs().max()) for gradient in plain.values()) > 1e-3
+    assert repeated >= once + STEPS
 
 
 @pytest.mark.parametrize(
@@ -100,12 +100,12 @@ def test_rows_that_no_step_needs_are_not_run_and_nothing_changes(
     needed = DraftRows.needed(ours.supervised, DocumentLayout.of(BATCH["document_ids"])).counts
     assert ran == list(needed) and sum(needed) < ours.supervised.numel() * 0.7
     monkeypatch.setattr(DraftRows, "needed", lambda supervised, documents: DraftRows.all(*supervised.shape, documents))
-    whole, reference, ran = run()
+    full, reference, ran = run()
     assert ran == [32] * STEPS
     torch.testing.assert_close(ours.loss, reference.loss)
     torch.testing.assert_close(ours.acceptance, reference.acceptance)
-    for (place, gradient), expected in zip(trimmed.draft.named_parameters(), whole.draft.parameters(), strict=True):
-        torch.testing.assert_close(gradient.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=place)
+    for (key, gradient), expected in zip(trimmed.draft.named_parameters(), full.draft.parameters(), strict=True):
+        torch.testing.assert_close(gradient.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=key)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -113,10 +113,10 @@ def test_rows_that_no_step_needs_are_not_run_and_nothing_changes(
 def test_compiled_steps_have_the_same_gradients(
     name: str, checkpointing: bool, tiny_verifiers: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What is traced is ours, the code that is generated from it is torch's and takes a minute.
+    # Tracing covers our code; torch's code generation would take a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     plain, _ = trained(name, tiny_verifiers, activation_checkpointing=False, compiled=False)
     compiled, _ = trained(name, tiny_verifiers, activation_checkpointing=checkpointing, compiled=True)
     assert compiled.keys() == plain.keys()
-    for one, gradient in plain.items():
-        torch.testing.assert_close(compiled[one], gradient, rtol=1e-4, atol=1e-6)
+    for key, gradient in plain.items():
+        torch.testing.assert_close(compiled[key], gradient, rtol=1e-4, atol=1e-6)

@@ -97,7 +97,7 @@ class Trial:
         )
 
     def stored(self) -> str:
-        """Store the states, check each row's against a run of that row only, and train on them."""
+        """Store the states, check each row's against a separate run of the row, and train on them."""
         features = self.folder / "features"
         outcome = command(
             "prepare", "features", *self._words("eagle3"), "--output", str(features), "--dtype", "float32"
@@ -156,12 +156,13 @@ def packed_states_are_right(verifier: PreTrainedModel) -> bool:
     """Return whether documents of a packed row have the same states as separate rows."""
     tokens = torch.arange(3, 3 + 40).remainder(VOCABULARY)[None]
     lengths = [19, 1, 20]
-    packed = capture(verifier, tokens, torch.cat([torch.arange(one) for one in lengths])[None], [0, 2, 4])
+    packed = capture(verifier, tokens, torch.cat([torch.arange(length) for length in lengths])[None], [0, 2, 4])
     separate = [
-        capture(verifier, one, torch.arange(one.shape[1])[None], [0, 2, 4]) for one in tokens.split(lengths, dim=1)
+        capture(verifier, document, torch.arange(document.shape[1])[None], [0, 2, 4])
+        for document in tokens.split(lengths, dim=1)
     ]
-    return _close(packed.last, torch.cat([one.last for one in separate], 1)) and _close(
-        packed.aux, torch.cat([one.aux for one in separate], 1)
+    return _close(packed.last, torch.cat([features.last for features in separate], 1)) and _close(
+        packed.aux, torch.cat([features.aux for features in separate], 1)
     )
 
 

@@ -24,7 +24,7 @@ from specforge_eagle.model import EagleSpeculator
 from specforge_eagle3.model import Eagle3DraftModel
 from specforge_mlp.model import MLPSpeculator
 
-# One of each kind, and whether it packs: attention sinks, recurrent layers, no attention, convolutions, chunks, learnt
+# One of each kind, with whether it packs: attention sinks, recurrent layers, no attention, convolutions, chunks, learnt
 # positions, widths that differ by layer, latent attention, a scaled head, partly rotated heads, several modalities.
 KINDS = {
     "gpt_oss": False,
@@ -76,9 +76,10 @@ def assert_it_learns(draft: SpeculatorModel, verifier: Any) -> None:
     positions, documents = torch.tensor([[*range(7), *range(5)]]), torch.tensor([[0] * 7 + [1] * 5])
     features = capture(verifier, tokens, positions, draft.aux_layers)
     logits = [
-        draft.logits(one, step) for step, one in enumerate(draft.unroll(tokens, features, positions, documents, 3))
+        draft.logits(states, step)
+        for step, states in enumerate(draft.unroll(tokens, features, positions, documents, 3))
     ]
-    torch.stack([one.float().logsumexp(-1).sum() for one in logits]).sum().backward()
+    torch.stack([logit.float().logsumexp(-1).sum() for logit in logits]).sum().backward()
     for name, parameter in draft.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name

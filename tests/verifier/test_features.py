@@ -112,7 +112,7 @@ def test_documents_that_would_read_each_other_run_separately(tiny_verifiers: Map
     # Includes documents of one token and padding, in two rows.
     lengths = [[3, 1, 5], [4, 2, 3]]
     tokens = torch.arange(18).view(2, 9) + 3
-    positions = torch.stack([torch.cat([torch.arange(one) for one in row]) for row in lengths])
+    positions = torch.stack([torch.cat([torch.arange(size) for size in row]) for row in lengths])
     found = capture(verifier, tokens, positions, [0, 1])
     for row, own in enumerate(lengths):
         begin = 0

@@ -34,7 +34,7 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
 
 def change_weights(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
     weights = load_file(folder / "model.safetensors")
-    save_file({name: change(name, one) for name, one in weights.items()}, folder / "model.safetensors")
+    save_file({name: change(name, weight) for name, weight in weights.items()}, folder / "model.safetensors")
 
 
 class TestEqual:
@@ -59,8 +59,8 @@ class TestEqual:
         (copy / "pytorch_model.bin").unlink()
         halves = {"a.bin": list(weights)[::2], "b.bin": list(weights)[1::2]}
         for name, kept in halves.items():
-            torch.save({one: weights[one] for one in kept}, copy / name)
-        index = {"weight_map": {one: name for name, kept in halves.items() for one in kept}}
+            torch.save({key: weights[key] for key in kept}, copy / name)
+        index = {"weight_map": {key: name for name, kept in halves.items() for key in kept}}
         (copy / "pytorch_model.bin.index.json").write_text(json.dumps(index))
         assert fingerprint(str(copy)) == before
 
@@ -85,21 +85,21 @@ class TestEqual:
 
 class TestDifferent:
     def test_for_any_two_verifiers(self, tiny_verifiers):
-        by_name = {name: fingerprint(str(one.folder)) for name, one in tiny_verifiers.items()}
+        by_name = {name: fingerprint(str(verifier.folder)) for name, verifier in tiny_verifiers.items()}
         assert len(set(by_name.values())) == len(tiny_verifiers)
 
     @pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "model.norm.weight"])
     def test_after_a_little_training_of_one_tensor(self, copy, name):
         before = fingerprint(str(copy))
-        change_weights(copy, lambda other, one: one + 1e-3 if other == name else one)
+        change_weights(copy, lambda other, weight: weight + 1e-3 if other == name else weight)
         assert verifier_difference(before, fingerprint(str(copy))) == "different weights"
 
     def test_after_training_of_any_row_of_a_small_verifier(self, copy):
         seen = {fingerprint(str(copy))}
         for row in range(1, 24, 5):
 
-            def change(name: str, one: torch.Tensor, row: int = row) -> torch.Tensor:
-                return one.index_add(0, torch.tensor([row]), one[:1]) if "layers.5.mlp.gate" in name else one
+            def change(name: str, weight: torch.Tensor, row: int = row) -> torch.Tensor:
+                return weight.index_add(0, torch.tensor([row]), weight[:1]) if "layers.5.mlp.gate" in name else weight
 
             change_weights(copy, change)
             seen.add(fingerprint(str(copy)))
@@ -108,7 +108,7 @@ class TestDifferent:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8])
     def test_for_another_precision_and_quantised_tensors(self, copy, dtype):
         before = fingerprint(str(copy))
-        change_weights(copy, lambda name, one: one.to(dtype) if one.ndim > 1 else one)
+        change_weights(copy, lambda name, weight: weight.to(dtype) if weight.ndim > 1 else weight)
         assert fingerprint(str(copy)) != before
 
     @pytest.mark.parametrize(

@@ -85,6 +85,6 @@ def test_non_finite_states_in_training_end_it_naming_the_tensor(
 
 def test_non_finite_states_in_decoding_end_it_naming_the_tensor(changed: Callable[..., str]) -> None:
     verifier = load_verifier(changed("model.embed_tokens.weight", lambda tensor: with_nan(tensor, 50)))
-    assert sum(len(one.tokens) for one in Decoder(verifier).decode([torch.tensor([5, 6])], 2)) == 2
+    assert sum(len(emission.tokens) for emission in Decoder(verifier).decode([torch.tensor([5, 6])], 2)) == 2
     with pytest.raises(UsageError, match=r"its tensor model\.embed_tokens\.weight"):
         list(Decoder(verifier).decode([torch.tensor([5, 50, 6])], 2))

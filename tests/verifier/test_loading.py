@@ -61,7 +61,7 @@ def test_parts_from_files_equal_those_of_the_model(name: str, tiny_verifiers: Ma
     for part in ("embed_tokens", "norm", "lm_head"):
         module = getattr(read, part)
         values = list(module.parameters()) + list(module.buffers())
-        assert not any(one.is_meta or one.requires_grad for one in values)
+        assert not any(value.is_meta or value.requires_grad for value in values)
         for key, tensor in getattr(shared, part).state_dict().items():
             assert torch.equal(module.state_dict()[key], tensor)
     with torch.no_grad():
@@ -94,9 +94,9 @@ def test_a_tied_head_is_the_embedding(name: str, tiny_verifiers: Mapping[str, An
 def test_dtype_of_the_weights(dtype: Any, copy: Path) -> None:
     loading = VerifierLoading(dtype=dtype)
     expected = getattr(torch, dtype)
-    assert {one.dtype for one in load_verifier(str(copy), loading).parameters()} == {expected}
+    assert {parameter.dtype for parameter in load_verifier(str(copy), loading).parameters()} == {expected}
     parts = VerifierParts.from_pretrained(str(copy), loading)
-    assert {one.weight.dtype for one in (parts.embed_tokens, parts.norm, parts.lm_head)} == {expected}
+    assert {part.weight.dtype for part in (parts.embed_tokens, parts.norm, parts.lm_head)} == {expected}
 
 
 def test_auto_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

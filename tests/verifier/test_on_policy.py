@@ -57,7 +57,7 @@ def test_the_text_of_another_model_does_not_pass(tiny_verifiers, written, temper
     assert not check.is_own and check.log_prob < check.limit
 
 
-def test_a_mask_that_is_one_off_does_not_pass(tiny_verifiers, written):
+def test_a_mask_shifted_by_one_does_not_pass(tiny_verifiers, written):
     rows = [(ids.roll(1), mask, 0.0) for ids, mask, _ in written("llama", 0.0)]
     assert not check_policy(tiny_verifiers["llama"].model, rows).is_own
 
@@ -80,16 +80,16 @@ def test_the_statistics_match_their_definition(tiny_verifiers, written):
 
 def test_the_standard_error_is_calibrated(tiny_verifiers, written):
     checks = [check_policy(tiny_verifiers["llama"].model, [row]) for row in written("llama", 1.0, number=200)]
-    scores = torch.tensor([(one.log_prob - one.expected) / one.standard_error for one in checks])
+    scores = torch.tensor([(check.log_prob - check.expected) / check.standard_error for check in checks])
     assert abs(scores.mean()) < 4 / 200**0.5
     assert 0.8 < scores.std() < 1.2
 
 
 def test_chunks_make_no_difference(tiny_verifiers, written, monkeypatch):
     model, rows = tiny_verifiers["llama"].model, written("llama", 1.0)
-    whole = check_policy(model, rows)
+    full = check_policy(model, rows)
     monkeypatch.setattr(on_policy, "_CHUNK", 5)
-    assert check_policy(model, rows).log_prob == pytest.approx(whole.log_prob, abs=1e-5)
+    assert check_policy(model, rows).log_prob == pytest.approx(full.log_prob, abs=1e-5)
 
 
 def test_a_first_token_is_not_checked(tiny_verifiers):

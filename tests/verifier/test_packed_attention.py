@@ -16,7 +16,7 @@ from specforge.verifier.features import capture
 from specforge.verifier.loading import load_verifier
 from specforge.verifier.packed_attention import IMPLEMENTATION, attend_by_documents, causal_attention
 
-# Windows of 4 tokens slide in some layers of gemma3; in gemma2 the logits are capped, which no fused attention does.
+# Windows of 4 tokens slide in some layers of gemma3; in gemma2 fused attention cannot cap logits.
 FAMILIES = ["llama", "llama-tied", "qwen3", "gemma3"]
 AUX_LAYERS = [0, 2, 5]
 
@@ -28,14 +28,14 @@ def packed_rows(seed: int, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_states_are_those_of_masks_but_no_mask_is_made(
+def test_states_are_those_of_masks_without_creating_a_mask(
     name: str, tiny_verifiers: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_verifier(str(tiny_verifiers[name].folder)).double()
     assert model.config._attn_implementation == IMPLEMENTATION
     by_masks = deepcopy(model)
     by_masks.set_attn_implementation("sdpa")
-    # Padding stands at position 0, each token of it for itself.
+    # Padding tokens have position 0, each a separate document.
     tokens, positions = packed_rows(1, [[14, 1, 7, 1, 1], [9, 15]])
     expected = capture(by_masks, tokens, positions, AUX_LAYERS)
     monkeypatch.setattr(packed_attention, "sdpa_mask", lambda *_, **__: pytest.fail("a mask was made"))
@@ -45,7 +45,7 @@ def test_states_are_those_of_masks_but_no_mask_is_made(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_all_else_attends_as_before(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
+def test_other_attention_is_unchanged(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
     loaded, saved = load_verifier(str(tiny_verifiers[name].folder)), tiny_verifiers[name].model
     tokens = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(2))
     padded = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
@@ -57,7 +57,7 @@ def test_all_else_attends_as_before(name: str, tiny_verifiers: Mapping[str, Any]
     assert torch.equal(written, expected)
 
 
-def test_a_family_that_attends_otherwise_is_left_alone(tiny_verifiers: Mapping[str, Any]) -> None:
+def test_a_family_with_other_attention_is_not_changed(tiny_verifiers: Mapping[str, Any]) -> None:
     eager = deepcopy(tiny_verifiers["llama"].model)
     eager.set_attn_implementation("eager")
     chunked = deepcopy(tiny_verifiers["llama"].model)
@@ -74,7 +74,7 @@ def test_windows_in_blocks_are_those_of_a_mask(length: int, window: int | None, 
     query, key, value = (
         torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64) for heads in (4, kv_heads, kv_heads)
     )
-    behind = torch.arange(length)[:, None] - torch.arange(length)
-    mask = (behind >= 0) & (behind < (window or length))
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    mask = (distance >= 0) & (distance < (window or length))
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(causal_attention(query, key, value, 0.3, window), expected)

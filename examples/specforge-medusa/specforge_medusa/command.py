@@ -55,7 +55,7 @@ def describe_heads(draft: MedusaModel, prompt: str, top: int) -> list[str]:
     """Return one line for the verifier's next token and one for each head.
 
     Args:
-        draft: Medusa heads, with the whole verifier attached.
+        draft: Medusa heads, with the complete verifier attached.
         prompt: One turn of a chat.
         top: Number of tokens per line.
     """
@@ -65,10 +65,12 @@ def describe_heads(draft: MedusaModel, prompt: str, top: int) -> list[str]:
     tokens = torch.tensor([tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)])
     features = capture(draft.verifier, tokens, torch.arange(tokens.shape[1])[None], draft.aux_layers)
     states = draft.first_state(features)[0, -1]
-    said = {"verifier": draft.verifier_parts.logits(features.last[0, -1])}
-    said |= {f"head {head}": draft.logits(draft.advance(states, head), head) for head in range(draft.config.num_heads)}
+    predictions = {"verifier": draft.verifier_parts.logits(features.last[0, -1])}
+    predictions |= {
+        f"head {head}": draft.logits(draft.advance(states, head), head) for head in range(draft.config.num_heads)
+    }
     lines = []
-    for name, logits in said.items():
+    for name, logits in predictions.items():
         best = logits.float().softmax(-1).topk(top)
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         shown = "  ".join(f"{tokenizer.decode([token])!r} {share:.1%}" for token, share in pairs)

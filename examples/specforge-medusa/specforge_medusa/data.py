@@ -21,8 +21,8 @@ class MedusaDataModule(DraftDataModule):
 
     Args:
         train: Source of the training rows.
-        shortest_response: Training rows without a response of so many tokens are left out, and counted. K heads learn
-            from K + 1 tokens: where there are fewer, the verifier runs over a row for some heads alone.
+        shortest_response: Training rows without a response of this length are omitted and counted. K heads learn from
+            K + 1 tokens; with fewer, the verifier runs over a row for only some of the heads.
     """
 
     def __init__(self, train: str, shortest_response: PositiveInt = 4, **kwargs: Any) -> None:

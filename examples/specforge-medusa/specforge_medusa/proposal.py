@@ -46,17 +46,17 @@ class SparseTreeProposer(Proposer[SparseTreeTokenProposalConfig]):
         logits = drafter.root[:, None]
         batch, device = len(logits), logits.device
         # For each node of the last level: its index among all nodes, and the breadth left below it.
-        level, places = [(-1, min(self.config.breadth, logits.shape[-1]))], 0
+        level, count = [(-1, min(self.config.breadth, logits.shape[-1]))], 0
         tokens, parents = [], []
         for depth in range(self.depth):
-            nodes = [(row, place, rank, left) for row, (place, left) in enumerate(level) for rank in range(left)]
+            nodes = [(row, node, rank, left) for row, (node, left) in enumerate(level) for rank in range(left)]
             ranked = logits.topk(level[0][1], dim=-1).indices
             row, rank = (torch.tensor([node[index] for node in nodes], device=device) for index in (0, 2))
             tokens.append(drafter.to_verifier(ranked[:, row, rank]))
-            parents.append(torch.tensor([place for _, place, _, _ in nodes], device=device).expand(batch, -1))
-            level = [(places + number, left // (rank + 1)) for number, (_, _, rank, left) in enumerate(nodes)]
-            places += len(nodes)
+            parents.append(torch.tensor([parent for _, parent, _, _ in nodes], device=device).expand(batch, -1))
+            level = [(count + number, left // (rank + 1)) for number, (_, _, rank, left) in enumerate(nodes)]
+            count += len(nodes)
             if depth + 1 < self.depth:
                 logits = drafter.step(tokens[-1], parents[-1])
-        counts = torch.full((batch,), places, device=device)
+        counts = torch.full((batch,), count, device=device)
         return Proposal(torch.cat(tokens, dim=1), torch.cat(parents, dim=1), counts)

@@ -205,9 +205,9 @@ def test_a_trained_module_is_loaded_from_its_checkpoint(verifier: LlamaForCausal
     loaded = MedusaModule.load_from_checkpoint(tmp_path / "mine.ckpt")
     own = module.draft.state_dict()
     assert loaded.heads == HEADS
-    assert all(torch.equal(one, own[name]) for name, one in loaded.draft.state_dict().items())
+    assert all(torch.equal(tensor, own[name]) for name, tensor in loaded.draft.state_dict().items())
 
 
 def test_the_package_registers_itself_without_a_fault() -> None:
-    [plugin] = [one for one in Registry(entry_points(group=GROUP)).plugins if one.name == "medusa"]
+    [plugin] = [candidate for candidate in Registry(entry_points(group=GROUP)).plugins if candidate.name == "medusa"]
     assert plugin.package == "specforge-medusa" and not plugin.faults

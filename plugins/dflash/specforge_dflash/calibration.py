@@ -54,7 +54,7 @@ class ConfidenceRecord:
             accepted: How probable it is that each pair's token is accepted, [S, N].
         """
         rows = drafted.supervised[0].nonzero()[:, 0]
-        found = rows, drafted.places[:, rows].clamp(min=0), drafted.supervised[:, rows]
+        found = rows, drafted.state_index[:, rows].clamp(min=0), drafted.supervised[:, rows]
         rows, states, counted = moved(found, accepted.device)
         self._log_odds.append(drafted.states[states, -1].float())
         self._accepted.append(accepted[:, rows].float())

@@ -72,13 +72,13 @@ class DFlash2Module(DFlashModule):
         """Return the selector's cross-entropy."""
         assert outcome.candidates is not None and outcome.verifier_tops is not None
         steps, rows, pairs, _ = drafted.counted()
-        candidates, place = with_target(outcome.candidates[pairs], outcome.verifier_tops[pairs])
+        candidates, index = with_target(outcome.candidates[pairs], outcome.verifier_tops[pairs])
         log_q = self.draft.candidate_scores(drafted.states[pairs], candidates).log_softmax(-1)
-        losses = -log_q.gather(1, place[:, None]).squeeze(1)
+        losses = -log_q.gather(1, index[:, None]).squeeze(1)
         empty = torch.zeros_like(outcome.acceptance)
         values = empty.index_put((steps, rows), losses.to(empty.dtype))
         if self.training and self.weighting is not None:
-            found = Distributions(log_q.detach(), log_q.detach(), log_q.detach(), text=place, verifier_top=place)
+            found = Distributions(log_q.detach(), log_q.detach(), log_q.detach(), text=index, verifier_top=index)
             statistic = empty.index_put((steps, rows), self.weighting.statistic(found).to(empty.dtype))
             values = values * self.weighting.function(statistic, outcome.supervised)
         return {SELECTOR: values}

@@ -242,7 +242,7 @@ class DFlashDraftModel(SpeculatorModel):
             rows: The rows that each step runs.
 
         Returns:
-            States after the final norm, one step after the other, [P, H] (see ``DraftRows.places``).
+            States after the final norm, one step after the other, [P, H] (see ``DraftRows.state_index``).
         """
         first, size = self.config.first_slot, self.config.block_size
         slots = BlockSlots.of(rows, size, first, self.first_wanted)

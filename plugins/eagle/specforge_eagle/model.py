@@ -359,8 +359,8 @@ class EagleSpeculator(SpeculatorModel):
             detached: Whether to stop gradients through the features that are fed back.
 
         Returns:
-            Predicted features, concatenated step by step, [P, H] (see ``DraftRows.places``); row t at step k predicts
-            the feature of token x_{t+1+k}.
+            Predicted features, concatenated step by step, [P, H] (see ``DraftRows.state_index``); row t at step k
+            predicts the feature of token x_{t+1+k}.
         """
         return run_chain(self, input_ids, feature, position_ids, rows, FIRST_POSITION, detached)
 

@@ -275,7 +275,7 @@ class Eagle3DraftModel(SpeculatorModel):
             rows: The rows that each step runs.
 
         Returns:
-            Their states after the final norm, concatenated step by step, [P, H] (see ``DraftRows.places``).
+            Their states after the final norm, concatenated step by step, [P, H] (see ``DraftRows.state_index``).
         """
         states = run_chain(self, input_ids, self.fuse(aux), position_ids, rows, FIRST_POSITION)
         return cast(Tensor, self.norm(states))

@@ -69,7 +69,7 @@ def _paths(tokens: Tensor, parents: Tensor, leaves: Tensor, widths: Sequence[int
         kept.scatter_(1, first + leaves // math.prod(widths[level + 1 :]), True)
         first += math.prod(widths[: level + 1])
     counts = kept.sum(1)
-    places = kept.cumsum(1) - 1
-    parents = torch.where(parents >= 0, places.gather(1, parents.clamp(min=0)), -1)
+    new_index = kept.cumsum(1) - 1
+    parents = torch.where(parents >= 0, new_index.gather(1, parents.clamp(min=0)), -1)
     order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, : int(counts.max())]
     return Proposal(tokens.gather(1, order), parents.gather(1, order), counts)

@@ -92,9 +92,9 @@ class MLPDataModule(DraftDataModule):
         assert self.trainer is not None
         items = self._packed["stage_two"]
         rank, ranks = self._ranks
-        place = (epoch * int(self.trainer.num_training_batches) + number) * ranks + rank
-        places = range(place * self.batch_size, (place + 1) * self.batch_size)
-        chosen = [_shuffled(self.seed, one // len(items), len(items))[one % len(items)] for one in places]
+        first = (epoch * int(self.trainer.num_training_batches) + number) * ranks + rank
+        indices = range(first * self.batch_size, (first + 1) * self.batch_size)
+        chosen = [_shuffled(self.seed, index // len(items), len(items))[index % len(items)] for index in indices]
         return collate([items[item] for item in chosen])
 
     @property

@@ -87,8 +87,8 @@ def greatest_logits(model: SpeculatorModel, tokens: Tensor, features: Features) 
         if not bool(torch.isfinite(logits.amax(-1)).all()):
             raise UsageError(f"at step {step}, the draft's logits are not finite; its settings or weights are damaged")
         top = logits.topk(min(KEPT, int(torch.isfinite(logits).sum(-1).min())))
-        places = top.indices.cpu()
-        ids.append((places if model.draft_ids is None else model.draft_ids.cpu()[places]).tolist())
+        kept = top.indices.cpu()
+        ids.append((kept if model.draft_ids is None else model.draft_ids.cpu()[kept]).tolist())
         values.append(top.values.cpu().tolist())
     return Logits(ids=ids, values=values)
 

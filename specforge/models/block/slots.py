@@ -50,8 +50,8 @@ class BlockSlots:
         pairs = torch.cat([block[:count] * size + first + step for step, count in enumerate(rows.counts)])
         before = torch.arange(begin, first)
         others = (torch.arange(len(ascending))[:, None] * size + before).flatten()
-        wanted, places = torch.cat([pairs, others]).sort()
-        return cls(ascending, size, wanted, places.argsort()[: len(pairs)])
+        wanted, permutation = torch.cat([pairs, others]).sort()
+        return cls(ascending, size, wanted, permutation.argsort()[: len(pairs)])
 
     def parts(self, number: int) -> list[Self]:
         """Split the blocks, so many at a time; ``of_pairs`` of a part is that of its wanted slots in their order."""

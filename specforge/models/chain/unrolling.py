@@ -35,7 +35,8 @@ def run_chain(
         detached: Whether to stop gradients through the states that are fed back.
 
     Returns:
-        The network's states, concatenated step by step, [P, H] for P pairs of row and step (see ``DraftRows.places``).
+        The network's states, concatenated step by step, [P, H] for P pairs of row and step (see
+        ``DraftRows.state_index``).
     """
     attention = TrainingTimeTest(rows)
     tokens = step_tokens(input_ids, len(rows.counts)).flatten(1)[:, None, rows.order]

@@ -38,7 +38,7 @@ class Chunk:
         shared: Number of first targets that are also the last ones of the previous chunk.
         steps: Step of each pair, ascending, [M].
         rows: Row of each pair, [M].
-        places: Index of each pair's state in the input of the draft's head, [M].
+        state_of: Index of each pair's state in the input of the draft's head, [M].
         target_of: Index of each pair's target within ``targets``, [M].
         row_of: Index of each pair's row within the chunk, [M].
         size: Number R of rows.
@@ -49,7 +49,7 @@ class Chunk:
     shared: int
     steps: Tensor
     rows: Tensor
-    places: Tensor
+    state_of: Tensor
     target_of: Tensor
     row_of: Tensor
     size: int
@@ -57,7 +57,7 @@ class Chunk:
 
     def part(self, pairs: slice) -> Chunk:
         """Return a chunk of some of the pairs, with all targets."""
-        by_pair = ("steps", "rows", "places", "target_of", "row_of")
+        by_pair = ("steps", "rows", "state_of", "target_of", "row_of")
         return replace(self, **{name: getattr(self, name)[pairs] for name in by_pair})
 
     def by_head(self, heads: int) -> list[slice]:
@@ -68,14 +68,14 @@ class Chunk:
 
 
 def chunks(
-    supervised: Tensor, targets: Tensor, places: Tensor, verifier_size: int, draft_size: int, device: torch.device
+    supervised: Tensor, targets: Tensor, state_index: Tensor, verifier_size: int, draft_size: int, device: torch.device
 ) -> list[Chunk]:
     """Split all pairs that count into chunks of rows. The arguments are on the CPU, the chunks on the device.
 
     Args:
         supervised: Which rows count, bool [S, N].
         targets: Row of the verifier's states that each row and step is compared with, int64 [S, N].
-        places: Index of each row's and step's state in the input of the draft's head, int64 [S, N].
+        state_index: Index of each row's and step's state in the input of the draft's head, int64 [S, N].
         verifier_size: Number of the verifier's tokens.
         draft_size: Number of draft tokens.
         device: Device of the states.
@@ -94,7 +94,7 @@ def chunks(
     # Within a chunk, pairs are in the order of their steps, so that each head reads one slice.
     group = chunk_of * count + steps
     order = group.argsort(stable=True)
-    by_pair = [steps, rows, places[steps, rows], target_of - first[chunk_of], row_of % size]
+    by_pair = [steps, rows, state_index[steps, rows], target_of - first[chunk_of], row_of % size]
     every, by_pair = moved((every, [one[order] for one in by_pair]), device)
     by_step = group.bincount(minlength=number * count).view(number, count)
     sizes = by_step.sum(1).tolist()
@@ -102,11 +102,11 @@ def chunks(
     found = []
     begin = before = known = 0
     for index, (low, high, own) in enumerate(bounds):
-        steps, rows, places, target_of, row_of = (one[begin : begin + sizes[index]] for one in by_pair)
+        steps, rows, state_of, target_of, row_of = (one[begin : begin + sizes[index]] for one in by_pair)
         shared = known - low if before <= low <= known <= high else 0
         left = len(distinct) - index * size
         found.append(
-            Chunk(every[low:high], shared, steps, rows, places, target_of, row_of, min(size, left), tuple(own))
+            Chunk(every[low:high], shared, steps, rows, state_of, target_of, row_of, min(size, left), tuple(own))
         )
         begin, before, known = begin + sizes[index], low, high
     return found

@@ -103,7 +103,7 @@ def distill(
     weights: Tensor,
     labels: Labels | None = None,
     finish: Callable[[Tensor], Tensor] = unchanged,
-    places: Tensor | None = None,
+    state_index: Tensor | None = None,
     compiled: bool = False,
     weighting: ChainWeighting | None = None,
     further_head: Tensor | None = None,
@@ -112,8 +112,8 @@ def distill(
     """Compare a draft's steps with the verifier.
 
     Args:
-        hidden: Input of the draft's head, [S, N, H]; with ``places``, only of the pairs that were run, [P, H]. With a
-            ``further_head``, R more columns.
+        hidden: Input of the draft's head, [S, N, H]; with ``state_index``, only of the pairs that were run, [P, H].
+            With a ``further_head``, R more columns.
         head: The draft's head, [D, H]; or one for each of the S steps.
         teacher: The verifier's states and head.
         targets: Row of ``teacher.last`` that each row and step is compared with, int64 [S, N], on the CPU.
@@ -122,22 +122,22 @@ def distill(
         weights: Factor of each row and step in the loss, [S, N].
         labels: The text's own tokens; None if no loss reads them and decoding is not replayed.
         finish: Function applied to the draft's logits after its head.
-        places: Index in ``hidden`` of each row's and step's state, int64 [S, N], on the CPU; None if every pair has a
-            state.
+        state_index: Index in ``hidden`` of each row's and step's state, int64 [S, N], on the CPU; None if every pair
+            has a state.
         compiled: Whether torch.compile fuses the operations on the logits; slows the first call.
         weighting: A further factor of each pair that depends on its whole chain; None for none.
         further_head: A second head for the last R columns of ``hidden``, [D, R]; its logits are added to the head's. A
             frozen head then needs no gradient, unlike one matrix for both.
         candidates: Number K of the draft's most probable tokens that are returned for each pair.
     """
-    if places is None:
+    if state_index is None:
         hidden = hidden.flatten(0, 1)
-        places = torch.arange(len(hidden)).view_as(supervised)
+        state_index = torch.arange(len(hidden)).view_as(supervised)
     heads = [head] if isinstance(head, Tensor) else list(head)
     verifier_size = teacher.parts.lm_head.weight.shape[0]
     work = _Inputs(
         teacher,
-        chunks(supervised, targets, places, verifier_size, len(heads[0]), hidden.device),
+        chunks(supervised, targets, state_index, verifier_size, len(heads[0]), hidden.device),
         moved(supervised, hidden.device),
         *(terms, weights, labels, finish),
         weighting=weighting,
@@ -254,7 +254,7 @@ class _ChunkPass:
 
     def add(self, chunk: Chunk, target: _Target) -> None:
         """Add a chunk to the loss, the sums, the per-row results and the gradients."""
-        states = self.hidden[chunk.places].to(self.heads[0].dtype)
+        states = self.hidden[chunk.state_of].to(self.heads[0].dtype)
         logits = self._logits(states, chunk)
         weights = self._weights(logits, target, chunk)
         for block in blocks(logits):
@@ -316,8 +316,8 @@ class _ChunkPass:
         self.acceptance[chunk.steps, chunk.rows] = found.acceptance
         self.agreement[chunk.steps, chunk.rows] = (found.top == target.top[chunk.target_of]).to(self.agreement.dtype)
         if self.work.candidates:
-            self.candidates[chunk.places] = logits.topk(self.work.candidates).indices
-            self.verifier_tops[chunk.places] = target.top[chunk.target_of]
+            self.candidates[chunk.state_of] = logits.topk(self.work.candidates).indices
+            self.verifier_tops[chunk.state_of] = target.top[chunk.target_of]
         if self.work.labels is not None:
             self._replay(self.work.labels.sampling, self.work.finish(logits), found.top, target, chunk)
 
@@ -329,14 +329,14 @@ class _ChunkPass:
 
     def _replay(self, sampling: Sampling, logits: Tensor, top: Tensor, target: _Target, chunk: Chunk) -> None:
         """Record whether the text's token would have been drafted, and its acceptance probability."""
-        places = self._text(chunk)
-        assert places is not None
-        matches = (top == places).to(self.matches.dtype)
+        text = self._text(chunk)
+        assert text is not None
+        matches = (top == text).to(self.matches.dtype)
         self.matches[chunk.steps, chunk.rows] = matches
         if target.log_p_text is None:
             self.drawn[chunk.steps, chunk.rows] = matches
             return
-        log_q = label_log_probs(logits, places, sampling)
+        log_q = label_log_probs(logits, text, sampling)
         accepted = acceptance_of_drawn(log_q, target.log_p_text[chunk.target_of])
         self.drawn[chunk.steps, chunk.rows] = accepted.to(self.drawn.dtype)
 
@@ -346,19 +346,19 @@ class _ChunkPass:
         for number, own in enumerate(chunk.by_head(len(self.heads))):
             if self.hidden_gradient is not None:
                 of_states = of_logits[own] @ self.heads[number]
-                self.hidden_gradient[chunk.places[own], :width] = of_states.to(self.hidden_gradient.dtype)
+                self.hidden_gradient[chunk.state_of[own], :width] = of_states.to(self.hidden_gradient.dtype)
             _add_product(self.head_gradients[number], of_logits[own], states[own, :width])
         if self.further_head is not None:
             if self.hidden_gradient is not None:
                 of_states = of_logits @ self.further_head
-                self.hidden_gradient[chunk.places, width:] = of_states.to(self.hidden_gradient.dtype)
+                self.hidden_gradient[chunk.state_of, width:] = of_states.to(self.hidden_gradient.dtype)
             _add_product(self.further_gradient, of_logits, states[:, width:])
 
     def _mean_acceptance(self) -> Tensor:
         """Return the mean acceptance of each step over all processes, [S], computed without gradients."""
         sums = torch.zeros_like(self.sums[0])
         for chunk, target in self.work.compared():
-            logits = self._logits(self.hidden[chunk.places].to(self.heads[0].dtype), chunk)
+            logits = self._logits(self.hidden[chunk.state_of].to(self.heads[0].dtype), chunk)
             for block in blocks(logits):
                 pairs = chunk.part(block)
                 sums.index_add_(0, pairs.steps, acceptance(self._distributions(logits[block], target, pairs)))

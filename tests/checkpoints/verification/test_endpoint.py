@@ -40,9 +40,9 @@ def test_a_server_with_the_expected_acceptance(kind: str, export: Path, capsys: 
     shown = capsys.readouterr().out
     assert "2.500 tokens per verifier pass" in shown and "logits, the server" in shown
     texts = Probe.load(export).served.texts
-    assert [one["prompt"] for one in engine.asked] == [one.tokens[: one.begin] for one in texts]
-    assert all(one["temperature"] == 0 for one in engine.asked)
-    assert [one["max_tokens"] for one in engine.asked] == [len(one.tokens) - one.begin for one in texts]
+    assert [request["prompt"] for request in engine.requests] == [text.tokens[: text.begin] for text in texts]
+    assert all(request["temperature"] == 0 for request in engine.requests)
+    assert [request["max_tokens"] for request in engine.requests] == [len(text.tokens) - text.begin for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_server_that_never_drafts_is_reported(export: Path) -> None:
 
     def never(method: str, path: str, body: bytes) -> tuple[int, str]:
         done = engine.answer(method, path, body)
-        engine.asked.clear()
+        engine.requests.clear()
         return done
 
     with serving(never) as address, pytest.raises(SpecforgeError, match="answered without any draft"):

@@ -49,8 +49,8 @@ def setting(path: str, value: Any) -> Corruption:
 
     def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         *parents, name = path.split(".")
-        for one in parents:
-            config = config[one]
+        for parent in parents:
+            config = config[parent]
         if value is ...:
             del config[name]
         else:
@@ -77,7 +77,7 @@ def added(name: str, value: Tensor) -> Corruption:
 
 def renamed(old: str, new: str) -> Corruption:
     def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        for name in [one for one in tensors if one.startswith(old)]:
+        for name in [key for key in tensors if key.startswith(old)]:
             tensors[new + name.removeprefix(old)] = tensors.pop(name)
 
     return change
@@ -85,8 +85,8 @@ def renamed(old: str, new: str) -> Corruption:
 
 def both(*changes: Corruption) -> Corruption:
     def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        for one in changes:
-            one(config, tensors)
+        for change in changes:
+            change(config, tensors)
 
     return change
 
@@ -96,15 +96,19 @@ def absolute(d2t: Tensor) -> Tensor:
 
 
 def cast(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    for name, one in tensors.items():
-        tensors[name] = one.bfloat16() if one.is_floating_point() else one
+    for name, item in tensors.items():
+        tensors[name] = item.bfloat16() if item.is_floating_point() else item
 
 
 LAYERS = "transformer_layer_config"
 Q = "self_attn.q_proj.weight"
 CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
     # EAGLE-3 for vLLM.
-    "layer ids shifted": ("eagle3/vllm", setting(IDS, lambda ids: [one + 1 for one in ids]), rf"{IDS} is \[3, 5, 6\]"),
+    "layer ids shifted": (
+        "eagle3/vllm",
+        setting(IDS, lambda ids: [layer + 1 for layer in ids]),
+        rf"{IDS} is \[3, 5, 6\]",
+    ),
     "layer ids not ascending": ("eagle3/vllm", setting(IDS, [5, 4, 2]), "must be ascending"),
     "layer ids missing": ("eagle3/vllm", setting(IDS, None), f"{IDS} is not set"),
     "d2t absolute": ("eagle3/vllm", tensor("d2t", absolute), "d2t must hold id - index|looks like the ids themselves"),
@@ -142,7 +146,7 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
     ),
     "rope missing": (
         "eagle3/vllm",
-        both(*(setting(f"{LAYERS}.{one}", ...) for one in ("rope_parameters", "rope_theta", "rope_scaling"))),
+        both(*(setting(f"{LAYERS}.{key}", ...) for key in ("rope_parameters", "rope_theta", "rope_scaling"))),
         "rotary embeddings are not set",
     ),
     "partial rotation": (
@@ -173,13 +177,13 @@ CORRUPTIONS: dict[str, tuple[str, Corruption, str]] = {
     "tensor cut": ("eagle3/vllm", tensor("lm_head.weight", lambda one: one[:-1]), r"lm_head\.weight is \["),
     "tensor transposed": (
         "eagle3/vllm",
-        tensor("layers.0.self_attn.o_proj.weight", lambda one: one.T),
+        tensor("layers.0.self_attn.o_proj.weight", lambda weight: weight.T),
         "tensors differ",
     ),
     "tensor with other values": ("eagle3/vllm", tensor("fc.weight", lambda one: one * 1.001), r"exported: fc\.weight"),
     "tensor not finite": (
         "eagle3/vllm",
-        tensor("fc.weight", lambda one: one / 0),
+        tensor("fc.weight", lambda weight: weight / 0),
         r"fc\.weight holds values that are not",
     ),
     "dtype wrong": ("eagle3/vllm", setting("dtype", "bfloat16"), "dtype 'bfloat16', but the tensors are float32"),
@@ -285,7 +289,7 @@ def test_another_verifier_is_found(exported: Callable[..., Path], tmp_path: Path
     """A fine-tuned verifier has the same sizes, but different weights."""
     shutil.copytree(VERIFIER, tmp_path / "tuned")
     tensors = load_file(tmp_path / "tuned" / WEIGHTS)
-    name = next(one for one in tensors if one.endswith("q_proj.weight"))
+    name = next(key for key in tensors if key.endswith("q_proj.weight"))
     save_file({**tensors, name: tensors[name] * 1.01}, tmp_path / "tuned" / WEIGHTS, metadata={"format": "pt"})
     (fault,) = export_faults(exported("eagle3/vllm"), str(tmp_path / "tuned"))
     assert "is not the verifier that the draft was trained for" in fault.what
@@ -328,5 +332,5 @@ def test_a_damaged_probe_is_named(
 
 
 def test_a_probe_is_small(exported: Callable[..., Path]) -> None:
-    """It stores no logits of whole vocabularies."""
+    """It does not store logits of the complete vocabulary."""
     assert all((exported(key) / "specforge_probe.json").stat().st_size < 50_000 for key in FORMATS)

@@ -112,7 +112,9 @@ def expected_states(run: Any, rows: TokenRows, number: int) -> Tensor:
 
 
 class TestDtypes:
-    states = st.lists(st.floats(-3e4, 3e4, width=32), min_size=1, max_size=40).map(lambda one: torch.tensor([one]))
+    states = st.lists(st.floats(-3e4, 3e4, width=32), min_size=1, max_size=40).map(
+        lambda values: torch.tensor([values])
+    )
 
     @given(states)
     def test_float8_error_is_bounded_by_three_bits_or_a_share_of_the_largest_value(self, x):
@@ -195,7 +197,7 @@ class TestReading:
         items = PackedRows(other, [[0, 2], [1]])
         assert read_from(store, NEEDS, items).tolist() == [False, True, False]
         assert "aux" in items[0] and "aux" not in items[1]
-        assert "aux" not in collate([items[0], items[1]]), "a batch is either read or captured as a whole"
+        assert "aux" not in collate([items[0], items[1]]), "all rows of a batch are read, or all are captured"
 
     @given(numbers=st.lists(st.integers(0, 119), min_size=1, max_size=8))
     def test_rows_are_found_by_their_tokens(self, numbers, prepare, make_rows, tmp_path):
@@ -417,7 +419,7 @@ class TestInterruptedRuns:
 
 class TestSeveralProcesses:
     def test_each_process_writes_shards_that_the_others_do_not(self, plan, run, prepare, tmp_path, monkeypatch):
-        def one() -> None:
+        def prepare_store() -> None:
             # Appended in one call, so that lines of several processes do not mix.
             def note(path: Path, *arguments: Any) -> None:
                 with (tmp_path / "written.txt").open("a") as file:
@@ -428,7 +430,7 @@ class TestSeveralProcesses:
             monkeypatch.setattr(preparing, "write_shard", note)
             prepare_features(plan, manifest_of(plan), tmp_path / "store", LiveStates(run, 128))
 
-        assert [status_of(child) for child in [in_child(one) for _ in range(3)]] == [0, 0, 0]
+        assert [status_of(child) for child in [in_child(prepare_store) for _ in range(3)]] == [0, 0, 0]
         written = [line.split() for line in (tmp_path / "written.txt").read_text().splitlines()]
         assert len({name for _, name in written}) == len(written), "no shard is written twice"
         assert len({process for process, _ in written}) > 1

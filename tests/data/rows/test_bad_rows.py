@@ -1,4 +1,4 @@
-"""Bad rows are left out and counted; template date and arguments are part of a row's identity."""
+"""Bad rows are omitted and counted; template date and arguments are part of a row's identity."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_bad_rows_are_counted_by_reason_with_the_first_of_each(build, write_line
     summary = build(str(source)).summary
     assert summary.rows == 97 and summary.bad_rows == 3
     assert summary.bad["no messages"] == BadRows(1, f"{source}:41: 'messages' holds no messages")
-    assert [one.first.split(":")[1] for one in summary.bad.values()] == ["41", "99", "100"]
+    assert [reason.first.split(":")[1] for reason in summary.bad.values()] == ["41", "99", "100"]
 
 
 def test_too_many_bad_rows_end_the_run_and_refuse_allows_none(build, write_lines: Write, chat) -> None:
@@ -117,12 +117,12 @@ def test_a_resumed_run_keeps_its_date(make_verifier, write_lines: Write, chat, t
         return (tmp_path / name / "train" / "rows.arrow").read_bytes()
 
     monkeypatch.setattr("specforge.data.text.template.Date", FixedDay("2024-02-29"))
-    whole, encode, done = prepare("whole"), RowMaker.make, []
+    expected, encode, done = prepare("whole"), RowMaker.make, []
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RowMaker, "make", lambda *a: done.append(0) or (encode(*a) if len(done) < 3 else interrupt()))
         prepare("out")
     monkeypatch.setattr("specforge.data.text.template.Date", FixedDay("2025-01-01"))
-    assert prepare("out") == whole
+    assert prepare("out") == expected
     stored = json.loads((tmp_path / "out" / "train" / "summary.json").read_text())
     assert "2024-02-29" in json.dumps(stored)
 

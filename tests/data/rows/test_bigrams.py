@@ -29,7 +29,7 @@ def slow_count(rows) -> list[int]:
     best = []
     for token in range(VOCABULARY):
         followers = {follower: count for (before, follower), count in pairs.items() if before == token}
-        best.append(min(followers, key=lambda one: (-followers[one], one)) if followers else -1)
+        best.append(min(followers, key=lambda token: (-followers[token], token)) if followers else -1)
     return best
 
 
@@ -38,7 +38,7 @@ ROW = st.lists(st.tuples(st.integers(0, VOCABULARY - 1), st.booleans()), min_siz
 
 @given(st.lists(ROW, min_size=1, max_size=4))
 def test_counts_equal_the_slow_count(tmp_path_factory, drawn):
-    rows = [([one for one, _ in row], [int(seen) for _, seen in row]) for row in drawn]
+    rows = [([token for token, _ in row], [int(seen) for _, seen in row]) for row in drawn]
     rows.append(([1, 2], [0, 1]))  # at least one supervised token
     assert count_successors(built(tmp_path_factory.mktemp("rows"), rows)).tolist() == slow_count(rows)
 

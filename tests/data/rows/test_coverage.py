@@ -19,12 +19,12 @@ COUNTS = st.integers(2, 40).flatmap(
 def test_coverage_equals_that_of_the_draft_vocabularies(counts):
     train, validation = map(torch.tensor, counts)
     found = coverage_by_size(train, validation)
-    sizes = [one.draft_vocab_size for one in found]
+    sizes = [coverage.draft_vocab_size for coverage in found]
     assert sizes == [2**power for power in range(9) if 2**power < len(train)][-8:]
-    for one in found:
-        vocabulary = DraftVocabulary.most_frequent(train, one.draft_vocab_size)
-        assert abs(one.train - vocabulary.coverage(train)) < 1e-6
-        assert abs(one.validation - vocabulary.coverage(validation)) < 1e-6
+    for coverage in found:
+        vocabulary = DraftVocabulary.most_frequent(train, coverage.draft_vocab_size)
+        assert abs(coverage.train - vocabulary.coverage(train)) < 1e-6
+        assert abs(coverage.validation - vocabulary.coverage(validation)) < 1e-6
 
 
 def test_without_validation_rows_only_training_coverage_is_reported():

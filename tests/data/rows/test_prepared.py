@@ -78,11 +78,11 @@ class TestSplit:
     def test_a_rows_split_depends_only_on_its_tokens_and_the_seed(self, rows, share, seed):
         maker = make_maker(share, seed)
         for row in rows:
-            one = TokenRow(np.array(row, np.int32), np.ones(len(row), np.bool_))
+            held = TokenRow(np.array(row, np.int32), np.ones(len(row), np.bool_))
             other = TokenRow(np.array(row, np.int32), np.zeros(len(row), np.bool_))
-            assert maker.split_of([one]) == maker.split_of([other, one])
-            if make_maker(share / 2, seed).split_of([one]) == "validation":
-                assert maker.split_of([one]) == "validation", "a larger share holds out a superset"
+            assert maker.split_of([held]) == maker.split_of([other, held])
+            if make_maker(share / 2, seed).split_of([held]) == "validation":
+                assert maker.split_of([held]) == "validation", "a larger share holds out a superset"
 
     def test_seeds_hold_out_different_rows(self, source, tmp_path):
         for seed in (0, 1):
@@ -340,7 +340,7 @@ class TestFit:
         with pytest.raises(UsageError, match="max_length is 8; raise it to"):
             self.ready(verifier, prepared, max_length=8)
 
-    def test_names_the_splits_of_the_whole_folder(self, verifier, prepared):
+    def test_names_the_splits_of_a_folder(self, verifier, prepared):
         with pytest.raises(UsageError, match=r"data.train: .*several sets of rows; name one of .*out/train"):
             self.ready(verifier, prepared, train=str(prepared))
 

@@ -1,4 +1,4 @@
-"""Rows made by several processes."""
+"""Rows batches by several processes."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def test_the_first_of_several_errors_is_reported(write_lines):
 def test_the_source_is_read_only_a_little_ahead(write_lines):
     read = []
     records = (read.append(0) or record for record in read_raw_records(write_lines([ROW] * 5000)))
-    made = make_batches(records, MAKER, 2)
-    assert [number for number, _ in islice(made, 2)] == [CHUNK, CHUNK]
+    batches = make_batches(records, MAKER, 2)
+    assert [number for number, _ in islice(batches, 2)] == [CHUNK, CHUNK]
     assert len(read) <= 8 * CHUNK
-    made.close()
+    batches.close()
 
 
 def test_a_killed_worker_is_reported(write_lines):
-    made = make_batches(read_raw_records(write_lines([ROW] * 5000)), MAKER, 2)
-    next(made)
+    batches = make_batches(read_raw_records(write_lines([ROW] * 5000)), MAKER, 2)
+    next(batches)
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(SpecforgeError, match="was killed, perhaps for lack of memory"):
-        list(made)
+        list(batches)

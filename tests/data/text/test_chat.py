@@ -98,8 +98,8 @@ def test_sharegpt_calls_and_extra_columns() -> None:
     ],
 )
 def test_calls_are_normalised_and_nulls_in_json_strings_are_kept(calls: Any) -> None:
-    asked = {"role": "assistant", "content": None, "tool_calls": calls}
-    chat = read(messages=[QUESTION, asked])
+    call = {"role": "assistant", "content": None, "tool_calls": calls}
+    chat = read(messages=[QUESTION, call])
     assert chat.messages[1] == CALLING
     assert json.dumps(chat.messages[1]["tool_calls"]) == json.dumps([CALL])
     assert chat.supervised == (False, True)

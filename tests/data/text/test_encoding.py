@@ -175,12 +175,12 @@ def test_text_after_max_length_is_not_rendered(
 ) -> None:
     encoder = RowEncoder(ChatTemplate(tokenizer), VOCABULARY_SIZE)
     record = Record(chat(*(" " * 40 if number % 2 == 0 else "one" for number in range(400))), "here")
-    ((whole,),) = encoder.encode([record])
+    ((full,),) = encoder.encode([record])
     for max_length in (10, 100, 1000):
         ((row,),) = encoder.encode([record], max_length)
-        assert max_length < len(row.input_ids) <= len(whole.input_ids)
-        assert row.input_ids[:max_length].tolist() == whole.input_ids[:max_length].tolist()
-        assert row.loss_mask[:max_length].tolist() == whole.loss_mask[:max_length].tolist()
+        assert max_length < len(row.input_ids) <= len(full.input_ids)
+        assert row.input_ids[:max_length].tolist() == full.input_ids[:max_length].tolist()
+        assert row.loss_mask[:max_length].tolist() == full.loss_mask[:max_length].tolist()
     assert len(encoder.encode([record], 10)[0][0].input_ids) < 200
 
 

@@ -46,7 +46,7 @@ def test_turns_are_asked_in_order(read, tokenizer):
 def test_replies_of_a_chat_are_left_to_the_verifier(read, tokenizer):
     chat = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user", "And?"), ("assistant", "Bye.")]
     [conversation] = read({"messages": [{"role": role, "content": content} for role, content in chat]})
-    assert [[one["role"] for one in turn] for turn in conversation.turns] == [["system", "user"], ["user"]]
+    assert [[message["role"] for message in turn] for turn in conversation.turns] == [["system", "user"], ["user"]]
     [sharegpt] = read({"conversations": [{"from": "human", "value": "Hi"}]})
     assert sharegpt.turns == ([{"role": "user", "content": "Hi"}],)
 

@@ -31,7 +31,7 @@ CALLS = (
 
 def dialogue(*contents: str, **extra: Any) -> Chat:
     roles = ("user", "assistant")
-    messages = [{"role": roles[n % 2], "content": one} for n, one in enumerate(contents)]
+    messages = [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
     messages[-1] |= extra
     chat = read_chat(Record({"messages": messages}, "here"))
     assert isinstance(chat, Chat)
@@ -100,17 +100,17 @@ def test_it_is_supervised_if_earlier_thinking_is_dropped(finder) -> None:
     chat = dialogue(*TALK, reasoning_content="so")
     chat.messages[1]["reasoning_content"] = "why"
     texts = finder(template).find(chat, "here").texts
-    assert [supervised(one) for one in texts] == [["<think>why</think>two<|im_end|>"], ["<think>so</think>four"]]
+    assert [supervised(text) for text in texts] == [["<think>why</think>two<|im_end|>"], ["<think>so</think>four"]]
     assert "A: two<|im_end|>three" in texts[1].text
 
 
 def test_an_end_token_that_strips_spaces_is_supervised(finder, templates, plain) -> None:
     from tokenizers import AddedToken
 
-    made = finder(templates["chatml"], ("<|stop|>",))
-    made.template.tokenizer.add_tokens([AddedToken("<|stop|>", rstrip=True, special=True)])
-    made.template.tokenizer.chat_template = templates["chatml"].replace(EOS, "<|stop|>")
-    (text,) = ReplyFinder(made.template).find(dialogue("one", "two"), "here").texts
+    reply_finder = finder(templates["chatml"], ("<|stop|>",))
+    reply_finder.template.tokenizer.add_tokens([AddedToken("<|stop|>", rstrip=True, special=True)])
+    reply_finder.template.tokenizer.chat_template = templates["chatml"].replace(EOS, "<|stop|>")
+    (text,) = ReplyFinder(reply_finder.template).find(dialogue("one", "two"), "here").texts
     assert supervised(text) == ["two<|stop|>\n"], "the token covers the newline"
 
 
@@ -240,8 +240,8 @@ def test_rendering_a_long_chat_is_linear_in_its_turns(finder, templates, monkeyp
     rendered: list[int] = []
     render = ChatTemplate.render
     monkeypatch.setattr(ChatTemplate, "render", lambda *a, **k: rendered.append(len(a[1])) or render(*a, **k))
-    made = finder(templates["chatml"])
-    (text,) = made.find(chat, "here").texts
+    reply_finder = finder(templates["chatml"])
+    (text,) = reply_finder.find(chat, "here").texts
     assert supervised(text) == [f"text {number}<|im_end|>" for number in range(1, 120, 2)]
     assert sum(rendered) < 25 * 120, "messages rendered: prefixes of all lengths would be 7,260"
 
@@ -361,5 +361,5 @@ def test_random_templates_supervise_the_same_text_as_a_loop_over_turns(plain, pa
             finder.find(chat, "here")
         return
     texts = finder.find(chat, "here").texts
-    assert [one for text in texts for one in supervised(text)] == parts.supervised(chat)
+    assert [reply for text in texts for reply in supervised(text)] == parts.supervised(chat)
     assert len(texts) <= 1 or parts.drops_thinking

@@ -160,17 +160,17 @@ def test_an_element_that_is_not_an_object_is_a_bad_row(tmp_path: Path) -> None:
 
 def test_an_early_error_in_an_array_does_not_read_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     class Counted(io.BytesIO):
-        taken = 0
+        total = 0
 
         def read1(self, size: int | None = -1) -> bytes:
             block = super().read1(size)
-            Counted.taken += len(block)
+            Counted.total += len(block)
             return block
 
     monkeypatch.setattr(json_array, "_BLOCK", 100)
     with pytest.raises(UsageError, match=r"a.json:1: invalid JSON at row 0"):
         next(json_array.read_array(Counted(b'[{"a" 1}, ' + b'{"a": 1}, ' * 10_000), "a.json"))
-    assert 0 < Counted.taken < 20_000
+    assert 0 < Counted.total < 20_000
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.parquet", "a.parquet.gz"])

@@ -76,12 +76,12 @@ def test_correct_rows_are_exact(text: str, name: str) -> None:
 def supervise(*texts: str) -> Callable[[str], Pieces]:
     """Return a function that splits a row into pieces, the given texts supervised in order."""
 
-    def pieces(whole: str) -> Pieces:
+    def pieces(rest: str) -> Pieces:
         found: Pieces = []
         for text in texts:
-            before, _, whole = whole.partition(text)
+            before, _, rest = rest.partition(text)
             found += [(before, False), (text, True)]
-        return [*found, (whole, False)]
+        return [*found, (rest, False)]
 
     return pieces
 
@@ -106,11 +106,11 @@ FIRST, SECOND = "The product is 56.<|im_end|>", "That makes 81.<|im_end|>"
 )
 def test_each_kind_of_fault_is_detected(rows: Sequence[Callable[[str], Pieces]], kinds: tuple[str, ...]) -> None:
     chat = row("two turns")
-    whole = make_tokenizer(CHATML).apply_chat_template(chat["messages"], tokenize=False)
-    made = [one(whole) for one in rows]
+    text_of_chat = make_tokenizer(CHATML).apply_chat_template(chat["messages"], tokenize=False)
+    encoded = [make(text_of_chat) for make in rows]
     if kinds == ("context is not serving's",):
-        made[1] = [(text.replace("56", "57"), supervised) for text, supervised in made[1]]
-    verdict = judged(CHATML, chat, Encoded(made))
+        encoded[1] = [(text.replace("56", "57"), supervised) for text, supervised in encoded[1]]
+    verdict = judged(CHATML, chat, Encoded(encoded))
     assert verdict.kinds == kinds
     assert verdict.status == (WRONG if kinds else EXACT)
 
@@ -122,13 +122,13 @@ def test_a_lost_or_doubly_encoded_call_is_detected() -> None:
     start = right.index("<tool_call>")
     second = right.index("<tool_call>", start + 1)
     string = [user("How is the sky over Zürich?"), call('{"town": "Zürich", "days": 3}', "", number=2)]
-    twice = tokenizer.apply_chat_template(string, tokenize=False)
-    for whole, stop, kinds in (
+    doubled = tokenizer.apply_chat_template(string, tokenize=False)
+    for text_of_chat, stop, kinds in (
         (right, len(right) - 1, ()),
         (right[:second] + "<|im_end|>", second + 10, ("call lost",)),
-        (twice, len(twice) - 1, ("arguments encoded twice",)),
+        (doubled, len(doubled) - 1, ("arguments encoded twice",)),
     ):
-        pieces = [(whole[:start], False), (whole[start:stop], True), (whole[stop:], False)]
+        pieces = [(text_of_chat[:start], False), (text_of_chat[start:stop], True), (text_of_chat[stop:], False)]
         assert judged(CHATML, chat, Encoded([pieces])).kinds == kinds
 
 
@@ -136,16 +136,18 @@ def test_lost_thinking_is_refused() -> None:
     chat = row("thinking by key")
     verdict = judged(CHATML, chat)
     assert (verdict.status, verdict.unlocated) == (REFUSED, ("thinking lost",))
-    whole = make_tokenizer(CHATML).apply_chat_template(chat["messages"], tokenize=False)
-    assert judged(CHATML, chat, Encoded([supervise(FIRST)(whole)])).kinds == ("thinking lost",)
+    text_of_chat = make_tokenizer(CHATML).apply_chat_template(chat["messages"], tokenize=False)
+    assert judged(CHATML, chat, Encoded([supervise(FIRST)(text_of_chat)])).kinds == ("thinking lost",)
 
 
 def test_a_prompt_that_is_not_a_prefix_is_refused_without_an_argument() -> None:
     chat = row("two turns")
     assert judged(CLOSED_THINKING, chat).status == REFUSED
     assert judged(CLOSED_THINKING, chat, enable_thinking=False).status == EXACT
-    whole = make_tokenizer(CLOSED_THINKING).apply_chat_template(chat["messages"], tokenize=False)
-    assert judged(CLOSED_THINKING, chat, Encoded([supervise(FIRST, SECOND)(whole)])).kinds == ("cannot be located",)
+    text_of_chat = make_tokenizer(CLOSED_THINKING).apply_chat_template(chat["messages"], tokenize=False)
+    assert judged(CLOSED_THINKING, chat, Encoded([supervise(FIRST, SECOND)(text_of_chat)])).kinds == (
+        "cannot be located",
+    )
 
 
 def test_a_needless_refusal_is_distinguished_from_a_correct_one() -> None:
@@ -162,7 +164,7 @@ def test_templates_are_read_from_files_and_modules_once(tmp_path: Path) -> None:
         (folder / name).write_text(CHATML)
     (folder / "chat_templates.py").write_text(f"NAME = {NEXT_HEADER!r}\nOTHER = 'no template'\n")
     read = read_templates(tmp_path, (package,))
-    assert [(one.package, one.name, one.text) for one in read] == [
+    assert [(template.package, template.name, template.text) for template in read] == [
         ("some", "NAME", NEXT_HEADER),
         ("some", "one", CHATML),
     ]
@@ -171,8 +173,8 @@ def test_templates_are_read_from_files_and_modules_once(tmp_path: Path) -> None:
 def test_the_page_counts_and_lists_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("templates.CHATS", {name: CHATS[name] for name in ("one turn", "two turns")})
     texts = {"plain": CHATML, "closed": CLOSED_THINKING, "glm": NEXT_HEADER}
-    results = [one for name, text in texts.items() for one in try_template(Template("trl", name, text))]
-    assert [dict(one.arguments) for one in results[2:6]] == [
+    results = [result for name, text in texts.items() for result in try_template(Template("trl", name, text))]
+    assert [dict(result.arguments) for result in results[2:6]] == [
         {},
         {},
         {"enable_thinking": False},

@@ -1,4 +1,4 @@
-"""Anchors are drawn by document, as often each, and the same again from the same seed."""
+"""Anchors are drawn per document, with equal frequency, and reproducibly from a seed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CANDIDATES = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 0, 1, 0, 0, 0], [1] * 12], dtyp
     seed=st.integers(0, 2**64),
     data=st.data(),
 )
-def test_each_document_gives_its_quota_or_all_that_it_has(
+def test_each_document_gives_its_quota_or_all_its_candidates(
     lengths: list[int], quota: int, seed: int, data: st.DataObject
 ) -> None:
     documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
@@ -33,27 +33,27 @@ def test_each_document_gives_its_quota_or_all_that_it_has(
         assert int(drawn[own].sum()) == min(quota, int(candidates[own].sum()))
 
 
-def test_candidates_are_drawn_equally_often_and_otherwise_each_time() -> None:
+def test_candidates_are_drawn_equally_often_and_differently_each_time() -> None:
     draws = torch.stack([draw_anchors(CANDIDATES, DOCUMENTS, 2, seed) for seed in range(2000)])
     shares = draws.float().mean(0)
     torch.testing.assert_close(shares[0, :7], CANDIDATES[0, :7] * (2 / 6), atol=0.05, rtol=0)
     torch.testing.assert_close(shares[1], torch.full((12,), 2 / 12), atol=0.05, rtol=0)
-    # Pairs are drawn independently, too.
+    # Pairs are drawn independently as well.
     both = (draws[:, 1, 0] & draws[:, 1, 1]).double().mean()
     assert abs(float(both) - 1 / 66) < 0.01
 
 
-def test_a_draw_is_repeated_whatever_is_beside_a_document() -> None:
+def test_a_draw_does_not_depend_on_the_other_documents() -> None:
     together = draw_anchors(CANDIDATES, DOCUMENTS, 3, seed=7)
     assert torch.equal(together, draw_anchors(CANDIDATES, DOCUMENTS, 3, seed=7))
 
-    def alone(row: int, part: slice) -> Tensor:
+    def separate(row: int, part: slice) -> Tensor:
         return draw_anchors(CANDIDATES[row : row + 1, part], DOCUMENTS[row : row + 1, part], 3, seed=7)[0]
 
-    assert torch.equal(together[0, :7], alone(0, slice(0, 7)))
-    assert torch.equal(together[0, 7:10], alone(0, slice(7, 10)))
-    assert torch.equal(together[1], alone(1, slice(None)))
+    assert torch.equal(together[0, :7], separate(0, slice(0, 7)))
+    assert torch.equal(together[0, 7:10], separate(0, slice(7, 10)))
+    assert torch.equal(together[1], separate(1, slice(None)))
 
 
-def test_documents_begin_where_their_number_or_their_row_does() -> None:
+def test_a_document_starts_with_a_new_number_or_row() -> None:
     assert document_starts(DOCUMENTS).tolist() == [0] * 7 + [7] * 3 + [10] * 2 + [12] * 12

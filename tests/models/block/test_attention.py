@@ -1,4 +1,4 @@
-"""Blocks attend to what a mask over all slots and rows would let them, and nothing else."""
+"""Block attention equals attention with an explicit mask over all slots and rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def slow_reference(
     query: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], window: int | None, causal: bool
 ) -> Tensor:
-    """One slot at a time: which keys it sees, and a softmax over them."""
+    """Slot by slot: the visible keys, and a softmax over them."""
     starts, outputs = document_starts(DOCUMENTS).tolist(), []
     for slot in range(len(ROWS) * SIZE):
         row, first = int(ROWS[slot // SIZE]), slot // SIZE * SIZE
@@ -36,8 +36,8 @@ def slow_reference(
         if window is not None:
             seen = [other for other in seen if other > row - window]
             block = [other for other in block if other <= slot] if causal else block
-        keys, values = (torch.cat([one[seen], two[block]]) for one, two in zip(context, own, strict=True))
-        keys, values = (one.repeat_interleave(HEADS // GROUPS, dim=1) for one in (keys, values))
+        keys, values = (torch.cat([before[seen], inside[block]]) for before, inside in zip(context, own, strict=True))
+        keys, values = (tensor.repeat_interleave(HEADS // GROUPS, dim=1) for tensor in (keys, values))
         weights = (torch.einsum("hd,khd->hk", query[slot], keys) * SCALE).softmax(-1)
         outputs.append(torch.einsum("hk,khd->hd", weights, values))
     return torch.stack(outputs)
@@ -52,30 +52,30 @@ def test_outputs_and_gradients_are_those_of_the_slow_reference(
     query = random(len(ROWS) * SIZE, HEADS, WIDTH)
     context = random(32, GROUPS, WIDTH, seed=1), random(32, GROUPS, WIDTH, seed=2)
     own = random(len(query), GROUPS, WIDTH, seed=3), random(len(query), GROUPS, WIDTH, seed=4)
-    wanted = torch.tensor([0, 1, 4, 8, 9, 10, 20, 23])
+    some = torch.tensor([0, 1, 4, 8, 9, 10, 20, 23])
     reference = slow_reference(query, context, own, window, causal)
-    for slots in (None, wanted):
+    for slots in (None, some):
         chosen = slice(None) if slots is None else slots
         packed = PackedBlocks(DOCUMENTS, ROWS, SIZE, slots, causal, CPU)
         found = packed.attend(query[chosen], context, own, SCALE, window)
         torch.testing.assert_close(found, reference[chosen])
         tensors, upstream = [query, *context, *own], torch.randn_like(found)
         gradients = (
-            torch.autograd.grad(one, tensors, upstream, retain_graph=True) for one in (found, reference[chosen])
+            torch.autograd.grad(output, tensors, upstream, retain_graph=True) for output in (found, reference[chosen])
         )
         for gradient, expected in zip(*gradients, strict=True):
             torch.testing.assert_close(gradient, expected)
 
 
-def test_no_mask_is_larger_than_a_few_slots_and_the_rows_that_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_cover_only_a_few_slots_and_their_visible_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Size] = []
     right = attention.masked_attention
 
-    def noted(query: Tensor, key: Tensor, value: Tensor, visible: object, scale: float) -> Tensor:
+    def recorded(query: Tensor, key: Tensor, value: Tensor, visible: object, scale: float) -> Tensor:
         seen.append(visible().shape)  # type: ignore[operator]
         return right(query, key, value, visible, scale)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(attention, "masked_attention", noted)
+    monkeypatch.setattr(attention, "masked_attention", recorded)
     monkeypatch.setattr(attention, "QUERIES_PER_MASK", 6)
     documents = torch.arange(64).repeat_interleave(8)[None]
     rows = torch.arange(4, 512, 8)
@@ -88,20 +88,20 @@ def test_no_mask_is_larger_than_a_few_slots_and_the_rows_that_they_see(monkeypat
 
 @pytest.mark.parametrize(("window", "causal"), [(None, True), (2, True), (2, False)])
 def test_a_cached_context_lets_blocks_see_the_same(window: int | None, causal: bool) -> None:
-    """The rows of the packed batch, one sequence each, padded behind their context."""
+    """The rows of the packed batch as one sequence each, padded after their context."""
     query = random(len(ROWS) * SIZE, HEADS, WIDTH)
     context = random(32, GROUPS, WIDTH, seed=1), random(32, GROUPS, WIDTH, seed=2)
     own = random(len(query), GROUPS, WIDTH, seed=3), random(len(query), GROUPS, WIDTH, seed=4)
     starts = document_starts(DOCUMENTS)[ROWS]
     lengths = ROWS + 1 - starts
     padded = starts[:, None] + torch.arange(int(lengths.max()) + 2)
-    cached = [one[padded.clamp(max=31)].transpose(1, 2) for one in context]
+    cached = [tensor[padded.clamp(max=31)].transpose(1, 2) for tensor in context]
     found = CachedContext(lengths, causal).attend(query, (cached[0], cached[1]), own, SCALE, window)
     torch.testing.assert_close(found, slow_reference(query, context, own, window, causal))
 
 
 @pytest.mark.parametrize("begin", [0, 1])
-def test_slots_of_pairs_are_found_whole_and_in_parts(begin: int) -> None:
+def test_slots_of_pairs_are_found_at_once_and_in_parts(begin: int) -> None:
     supervised = torch.zeros(2, 12, dtype=torch.bool)
     supervised[0, [2, 5, 6, 9, 11]] = True
     supervised[1, [5, 9]] = True

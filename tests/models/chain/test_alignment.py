@@ -12,7 +12,7 @@ from specforge.models.chain.alignment import align, step_tokens
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[list[list[int]], list[list[bool]]]:
-    """Document ids and masks of a batch; padding, if any, stands last in its row and is never masked in."""
+    """Document ids and masks of a batch; padding, if any, is at the end of its row and never supervised."""
     width = draw(st.integers(1, 14))
     documents, masks = [], []
     for _ in range(draw(st.integers(1, 2))):
@@ -30,8 +30,8 @@ def counts_exactly(documents: list[int], mask: list[bool], t: int, step: int) ->
     """Row t counts iff x_{t+1} .. x_{t+2+step} are response tokens of one turn of its document."""
     if documents[t] < 0:
         return False
-    for place in range(t + 1, t + 2 + step + 1):
-        if place >= len(documents) or documents[place] != documents[t] or not mask[place]:
+    for index in range(t + 1, t + 2 + step + 1):
+        if index >= len(documents) or documents[index] != documents[t] or not mask[index]:
             return False
     return True
 

@@ -24,9 +24,9 @@ def document_ids(draw: st.DrawFn, max_length: int = 9) -> Tensor:
     for number in range(draw(st.integers(1, 3))):
         segments = draw(st.lists(st.tuples(st.integers(1, max_length), st.booleans()), min_size=1, max_size=4))
         row: list[int] = []
-        for place, (length, padding) in enumerate(segments):
+        for document, (length, padding) in enumerate(segments):
             # The first segment of the first row is real.
-            row += [-1 if padding and (number or place) else place] * length
+            row += [-1 if padding and (number or document) else document] * length
         rows.append(row)
     width = max(map(len, rows))
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
@@ -55,10 +55,10 @@ def ours(
     attention = TrainingTimeTest(rows)
     outputs = []
     for step, (tensors, count) in enumerate(zip(steps, rows.counts, strict=True)):
-        ordered = [one.transpose(1, 2).flatten(0, 1)[rows.order].transpose(0, 1)[None] for one in tensors]
+        ordered = [tensor.transpose(1, 2).flatten(0, 1)[rows.order].transpose(0, 1)[None] for tensor in tensors]
         if step == 0:
-            attention.record_others(0, *(one[:, :, count:] for one in ordered[1:]))
-        output = attention.at(step).attend(0, *(one[:, :, :count] for one in ordered), scale, window)
+            attention.record_others(0, *(tensor[:, :, count:] for tensor in ordered[1:]))
+        output = attention.at(step).attend(0, *(tensor[:, :, :count] for tensor in ordered), scale, window)
         flat = output.new_zeros(documents.numel(), *output[0, :, 0].shape)
         flat = flat.index_copy(0, rows.order[:count], output[0].transpose(0, 1))
         outputs.append(flat.unflatten(0, documents.shape).transpose(1, 2))
@@ -94,7 +94,7 @@ def dense(documents: Tensor, steps: list[Any], window: int | None, scale: float 
 
 @pytest.fixture(params=["short blocks", "at all keys"], scope="module")
 def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Blocks shorter than the documents of a test; and what accelerators do."""
+    """Blocks shorter than the documents of a test, and the kernel for accelerators."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ttt_attention, "QUERIES_PER_MASK", 2)
         patch.setattr(ttt_attention, "_attends_by_masks", lambda _: request.param == "short blocks")
@@ -118,15 +118,15 @@ def test_outputs_and_gradients_are_those_of_a_dense_mask(
     flat = [leaf for step in leaves for leaf in step]
     supervised = torch.rand(steps, documents.numel(), generator=torch.Generator().manual_seed(seed)) < share
     rows = DraftRows.needed(supervised, DocumentLayout.of(documents))
-    run = (rows.places() >= 0).unflatten(1, documents.shape)
+    run = (rows.state_index() >= 0).unflatten(1, documents.shape)
     real = ((documents >= 0) & run)[:, :, None, :, None]
     mine, reference = ours(documents, leaves, window, rows=rows), dense(documents, leaves, window)
     torch.testing.assert_close(mine, reference * real, atol=1e-6, rtol=1e-6)
     upstream = torch.randn(mine.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64) * real
     gradients = torch.autograd.grad((mine * upstream).sum(), flat, materialize_grads=True)
     expected = torch.autograd.grad((reference * upstream).sum(), flat, materialize_grads=True)
-    for gradient, wanted in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-6)
+    for gradient, exact in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, exact, atol=1e-6, rtol=1e-6)
 
 
 @given(documents=document_ids(), window=st.none() | st.integers(1, 4), seed=st.integers(0, 999))
@@ -138,25 +138,25 @@ def test_a_packed_document_equals_a_separate_one(documents: Tensor, window: int 
         for number in documents[row].unique().tolist():
             if number < 0:
                 continue
-            # A number may come back after padding: then each run is a document of its own.
-            places = (documents[row] == number).nonzero().squeeze(1)
-            begin, end = int(places[0]), int(places[-1]) + 1
-            if end - begin != places.numel():
+            # A number may recur after padding; each run is then a separate document.
+            indices = (documents[row] == number).nonzero().squeeze(1)
+            begin, end = int(indices[0]), int(indices[-1]) + 1
+            if end - begin != indices.numel():
                 continue
             part = (slice(row, row + 1), slice(None), slice(begin, end))
             own = [[leaf.detach()[part].clone().requires_grad_() for leaf in step] for step in leaves]
-            alone = ours(torch.zeros(1, end - begin, dtype=torch.int64), own, window)
-            torch.testing.assert_close(alone, packed[(slice(None), *part)])
+            separate = ours(torch.zeros(1, end - begin, dtype=torch.int64), own, window)
+            torch.testing.assert_close(separate, packed[(slice(None), *part)])
             gradients = torch.autograd.grad(
                 (packed[(slice(None), *part)] * upstream[(slice(None), *part)]).sum(),
                 [leaf for step in leaves for leaf in step],
                 retain_graph=True,
             )
             expected = torch.autograd.grad(
-                (alone * upstream[(slice(None), *part)]).sum(), [leaf for step in own for leaf in step]
+                (separate * upstream[(slice(None), *part)]).sum(), [leaf for step in own for leaf in step]
             )
-            for gradient, wanted in zip(gradients, expected, strict=True):
-                torch.testing.assert_close(gradient[part], wanted)
+            for gradient, exact in zip(gradients, expected, strict=True):
+                torch.testing.assert_close(gradient[part], exact)
                 outside = gradient.clone()
                 outside[part] = 0
                 assert not outside.any()
@@ -164,7 +164,7 @@ def test_a_packed_document_equals_a_separate_one(documents: Tensor, window: int 
 
 @pytest.mark.parametrize("common", [0.0, 8.0])
 def test_bfloat16_stays_close(common: float) -> None:
-    """Logits of later steps pass through the query's short type; large ones with small differences keep those."""
+    """Logits of later steps pass through the query's short dtype; small differences of large logits must survive."""
     documents = torch.tensor([[0] * 7 + [1] * 9 + [-1] * 2])
     short = [[leaf.detach().bfloat16() for leaf in step] for step in random_steps(documents, 4, 4, 2, 3, width=16)]
     for query, key, _ in short:
@@ -176,7 +176,7 @@ def test_bfloat16_stays_close(common: float) -> None:
     assert error.abs().max() < 0.03
 
 
-def test_layers_keep_their_keys_apart() -> None:
+def test_layers_have_separate_keys() -> None:
     documents = torch.zeros(1, 5, dtype=torch.int64)
     first, second = random_steps(documents, 2, 2, 1, 1), random_steps(documents, 2, 2, 1, 2)
     attention = TrainingTimeTest(all_rows(documents, 2))
@@ -197,14 +197,14 @@ def test_every_real_token_is_in_one_group(documents: Tensor) -> None:
     for group in layout.groups:
         lengths = (group >= 0).sum(1)
         assert int(lengths.max()) == group.shape[1] <= 2 * int(lengths.min())
-        for places, length in zip(group, lengths.tolist(), strict=True):
-            assert (places[:length] == torch.arange(int(places[0]), int(places[0]) + length)).all()
-            assert (places[length:] == -1).all()
-            assert flat[places[:length]].unique().numel() == 1
-            row = places[:length] // documents.shape[1]
+        for indices, length in zip(group, lengths.tolist(), strict=True):
+            assert (indices[:length] == torch.arange(int(indices[0]), int(indices[0]) + length)).all()
+            assert (indices[length:] == -1).all()
+            assert flat[indices[:length]].unique().numel() == 1
+            row = indices[:length] // documents.shape[1]
             assert row.unique().numel() == 1
-            # The document is there from its beginning to its end.
-            before, after = int(places[0]) - 1, int(places[0]) + length
+            # The document is complete.
+            before, after = int(indices[0]) - 1, int(indices[0]) + length
             width = documents.shape[1]
             assert after % width == 0 or flat[after] != flat[before + 1]
             assert (before + 1) % width == 0 or flat[before] != flat[before + 1]
@@ -213,7 +213,7 @@ def test_every_real_token_is_in_one_group(documents: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("documents", "whole"),
+    ("documents", "is_whole"),
     [
         ([[0, 0, 0], [5, 5, 5]], True),
         ([[0, 0, -1], [0, 0, 0]], True),
@@ -224,8 +224,8 @@ def test_every_real_token_is_in_one_group(documents: Tensor) -> None:
         ([[0, 0, 0], [-1, -1, -1]], False),
     ],
 )
-def test_whole_rows_are_recognised(documents: list[list[int]], whole: bool) -> None:
-    assert DocumentLayout.of(torch.tensor(documents)).whole_rows is whole
+def test_whole_rows_are_recognised(documents: list[list[int]], is_whole: bool) -> None:
+    assert DocumentLayout.of(torch.tensor(documents)).whole_rows is is_whole
 
 
 def test_output_on_padding_is_zero_where_documents_are_gathered() -> None:

@@ -1,4 +1,4 @@
-"""Block drafts at work say what the same networks say in training; and what is decoded is the verifier's own."""
+"""Block drafters compute the same logits as the networks in training; decoded text is the verifier's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PROPOSALS: dict[str, TokenProposalConfig] = {
 
 
 class Bench:
-    """Sequences with features, and a drafter that has committed some of each."""
+    """Sequences with features, and a drafter that has committed a part of each."""
 
     def __init__(self, draft: Any, number: int = 3) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -49,18 +49,18 @@ class Bench:
         self.drafter = draft.drafter(number)
 
     def commit(self, counts: Sequence[int]) -> None:
-        """Commit so many tokens of each sequence; what stands after the shorter ones is never looked at."""
+        """Commit ``counts`` tokens of each sequence; the padding of shorter ones is never read."""
         tokens = torch.full((len(counts), max(counts)), 7)
         aux = torch.full((*tokens.shape, *self.aux.shape[2:]), 7.0, dtype=torch.float64)
-        for place, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
+        for index, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
             begin = self.done[row]
-            tokens[place, :count] = self.tokens[row, begin + 1 : begin + 1 + count]
-            aux[place, :count] = self.aux[row, begin : begin + count]
+            tokens[index, :count] = self.tokens[row, begin + 1 : begin + 1 + count]
+            aux[index, :count] = self.aux[row, begin : begin + count]
             self.done[row] += count
         self.drafter.commit(tokens, Features(aux, aux[:, :, 0]), torch.tensor(counts))
 
     def expected(self, row: int, path: Sequence[int]) -> Tensor:
-        """What training computes for the sequence so far and a path after it: logits after the path, [D]."""
+        """Logits of training after the sequence so far and a path, [D]."""
         done = self.done[row]
         text = torch.cat([self.tokens[row, : done + 1], torch.tensor([*path, 0, 0, 0, 0, 0])])[None]
         aux = torch.full((1, text.shape[1], *self.aux.shape[2:]), 3.0, dtype=torch.float64)
@@ -72,27 +72,27 @@ class Bench:
         return self.draft.logits(hidden[len(path), 0, done - 1], len(path))
 
     def check(self) -> None:
-        """Step through a tree; every row has tokens of its own."""
+        """Step through a tree; every row has different tokens."""
         paths: list[list[list[int]]] = [[[]] for _ in self.rows]
-        for place, row in enumerate(self.rows):
-            torch.testing.assert_close(self.drafter.root[place], self.expected(row, []))
+        for index, row in enumerate(self.rows):
+            torch.testing.assert_close(self.drafter.root[index], self.expected(row, []))
         for wave in TREE:
             first = len(paths[0]) - 1
             tokens = (7 * torch.tensor(self.rows)[:, None] + 5 * torch.arange(first, first + len(wave))) % MASK
             logits = self.drafter.step(tokens, torch.tensor(wave).expand(len(self.rows), -1))
-            for place, row in enumerate(self.rows):
+            for index, row in enumerate(self.rows):
                 new = [
-                    [*paths[place][parent + 1], token]
-                    for parent, token in zip(wave, tokens[place].tolist(), strict=True)
+                    [*paths[index][parent + 1], token]
+                    for parent, token in zip(wave, tokens[index].tolist(), strict=True)
                 ]
-                paths[place] += new
+                paths[index] += new
                 for node, path in enumerate(new):
-                    torch.testing.assert_close(logits[place, node], self.expected(row, path))
+                    torch.testing.assert_close(logits[index, node], self.expected(row, path))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_each_node_of_a_tree_is_what_training_computes(kind: str, verifier_of: VerifierOf) -> None:
+def test_each_node_of_a_tree_has_the_logits_of_training(kind: str, verifier_of: VerifierOf) -> None:
     bench = Bench(random_draft(verifier_of("qwen3"), kind))
     for counts in COMMITS:
         bench.commit(counts)
@@ -104,7 +104,7 @@ def test_each_node_of_a_tree_is_what_training_computes(kind: str, verifier_of: V
 
 
 @torch.no_grad()
-def test_a_round_is_one_pass_whatever_is_drafted(verifier_of: VerifierOf) -> None:
+def test_a_round_is_one_forward_pass_for_any_tree(verifier_of: VerifierOf) -> None:
     bench, ran = Bench(random_draft(verifier_of("llama"), "dspark")), []
     bench.draft.layers[0].mlp.register_forward_pre_hook(lambda _, given: ran.append(given[0].shape[0]))
     bench.commit([5, 2, 3])
@@ -120,38 +120,38 @@ def test_greedy_text_is_the_verifiers_own(kind: str, proposal: str, verifier_of:
     prompts = [torch.tensor([3, 4, 5]), torch.tensor([9]), torch.tensor([3, 4, 5, 6, 3, 4, 5])]
     draft = random_draft(verifier, kind)
 
-    def said(*speculation: Any) -> list[list[int]]:
+    def decode(*speculation: Any) -> list[list[int]]:
         texts: list[list[int]] = [[] for _ in prompts]
         for emission in Decoder(verifier, *speculation, stop_tokens=[]).decode(prompts, 24, seed=0):
             texts[emission.sequence] += emission.tokens
         return texts
 
-    assert said(draft, PROPOSALS[proposal]) == said()
+    assert decode(draft, PROPOSALS[proposal]) == decode()
 
 
 @pytest.mark.parametrize("kind", ["dflash", "dflash2", "dspark, rnn"])
 def test_sampled_text_has_the_verifiers_distribution(kind: str, verifier_of: VerifierOf) -> None:
-    """Counts of all texts of three tokens, of 27 that are possible, against their exact probabilities."""
+    """Frequencies of the 27 possible texts of three tokens against their exact probabilities."""
     verifier, sampling = verifier_of("llama"), Sampling(temperature=1.0, top_k=3)
     prompt, number = torch.tensor([3, 4, 5]), 4000
-    law: dict[tuple[int, ...], float] = {(): 1.0}
+    exact: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(3):
-        texts = torch.stack([torch.cat([prompt, torch.tensor(said, dtype=torch.int64)]) for said in law])
+        texts = torch.stack([torch.cat([prompt, torch.tensor(text, dtype=torch.int64)]) for text in exact])
         rows = sampling.log_probs(verifier(texts).logits[:, -1]).exp().tolist()
-        law = {
-            (*said, token): before * probability
-            for (said, before), row in zip(law.items(), rows, strict=True)
+        exact = {
+            (*text, token): before * probability
+            for (text, before), row in zip(exact.items(), rows, strict=True)
             for token, probability in enumerate(row)
             if probability > 0
         }
     proposal = SamplingTokenProposalConfig(speculative_tokens=3)
     decoder = Decoder(verifier, random_draft(verifier, kind), proposal, sampling, stop_tokens=[])
-    texts_said: list[list[int]] = [[] for _ in range(number)]
+    decoded: list[list[int]] = [[] for _ in range(number)]
     for emission in decoder.decode([prompt] * number, 3, seed=0):
-        texts_said[emission.sequence] += emission.tokens
-    counts = Counter(map(tuple, texts_said))
-    assert counts.keys() <= law.keys()
-    assert sum(abs(counts[said] / number - probability) for said, probability in law.items()) / 2 < 0.05
+        decoded[emission.sequence] += emission.tokens
+    counts = Counter(map(tuple, decoded))
+    assert counts.keys() <= exact.keys()
+    assert sum(abs(counts[text] / number - probability) for text, probability in exact.items()) / 2 < 0.05
 
 
 def test_a_chain_longer_than_a_block_is_refused(verifier_of: VerifierOf) -> None:

@@ -1,4 +1,4 @@
-"""Whole runs on the quickstart's verifier: trained, stopped and resumed, measured, decoded with."""
+"""Complete runs on the quickstart's verifier: training, stopping, resuming, measuring and decoding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from specforge.training.module import DraftModule
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart"
 VERIFIER = QUICKSTART / "verifier"
-PADDING = 0  # no text of the quickstart holds it
+PADDING = 0  # it occurs in no text of the quickstart
 STEPS = 6  # an epoch
 DRAFT = {"num_layers": 1, "mask_token_id": PADDING}
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> RunsFolder:
 
 @pytest.fixture(scope="module")
 def fit(runs: RunsFolder) -> Callable[..., Path]:
-    """Train a draft once, or as often as there are names for it; return the run's folder."""
+    """Train a draft once per name; return the run's folder."""
 
     def run(algorithm: str, name: str | None = None, *more: str) -> Path:
         output = name or algorithm
@@ -65,7 +65,7 @@ def fit(runs: RunsFolder) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("algorithm", NETWORKS)
-def test_a_run_leaves_a_draft_and_its_figures(algorithm: str, fit: Callable[..., Path]) -> None:
+def test_a_run_writes_a_draft_and_its_figures(algorithm: str, fit: Callable[..., Path]) -> None:
     run = fit(algorithm)
     losses = [value for _, value in scalars(run, "train/loss")]
     assert len(losses) == STEPS and losses[-1] < losses[0]
@@ -79,11 +79,11 @@ def test_a_run_leaves_a_draft_and_its_figures(algorithm: str, fit: Callable[...,
 
 
 @pytest.mark.parametrize("algorithm", NETWORKS)
-def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     algorithm: str, fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Anchors are drawn as they would have been."""
-    whole = fit(algorithm)
+    """It draws the same anchors."""
+    straight = fit(algorithm)
     right, seen = DraftModule.training_step, []
 
     def step(self: DraftModule, batch: Any, batch_idx: int) -> Any:
@@ -96,7 +96,7 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(
     with pytest.raises(SystemExit):
         fit(algorithm, f"{algorithm} again")
     resumed = fit(algorithm, f"{algorithm} again", "--ckpt_path=last")
-    first, second = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (resumed, whole))
+    first, second = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (resumed, straight))
     assert first["global_step"] == second["global_step"] == STEPS
     assert_same_values(first["state_dict"], second["state_dict"])
     assert_same_values(first["optimizer_states"], second["optimizer_states"])
@@ -106,7 +106,7 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(
 def test_replay_measures_what_decoding_does(
     algorithm: str, fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Evaluate says so itself where rounds of real decoding differ from the replay of their text."""
+    """Evaluate reports if rounds of real decoding differ from the replay of their text."""
     draft = str(fit(algorithm) / "draft")
     prompts = str(write_rows(tmp_path / "prompts.jsonl", quickstart_rows("validation.jsonl", 2)))
     words = ["--prompts", prompts, "--max_new_tokens", "20", "--output", str(tmp_path / "out")]
@@ -125,7 +125,7 @@ def test_generated_text_is_the_verifiers(algorithm: str, fit: Callable[..., Path
     assert torch.equal(draft.generate(prompt, max_new_tokens=12), expected)
 
 
-def test_the_confidence_is_calibrated_by_the_validation_of_the_draft_that_is_written(
+def test_the_confidence_is_calibrated_on_the_validation_of_the_written_draft(
     fit: Callable[..., Path],
 ) -> None:
     run = fit("dspark")
@@ -137,15 +137,13 @@ def test_the_confidence_is_calibrated_by_the_validation_of_the_draft_that_is_wri
     assert 0 <= error <= raw < 1
 
 
-def test_a_finished_draft_begins_another_run(fit: Callable[..., Path]) -> None:
+def test_a_finished_draft_starts_another_run(fit: Callable[..., Path]) -> None:
     first = fit("dspark")
     again = fit("dspark", "from another", f"--model.init_from={first / 'draft'}", "--trainer.max_steps=1")
     assert scalars(again, "train/loss")[0][1] < scalars(first, "train/loss")[0][1]
 
 
-def test_a_verifier_without_a_free_token_is_told_in_one_message(
-    runs: RunsFolder, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_verifier_without_a_free_token_is_one_message(runs: RunsFolder, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *runs.words("none", "--algorithm", "dflash")]) == 2
     error = capsys.readouterr().err
     assert "has no free token: its tokenizer uses all of its 1,280 ids; set model.draft.mask_token_id" in error

@@ -1,4 +1,4 @@
-"""Block drafts as files: what each reader wants to be told, and every trap on the way."""
+"""Block drafts as files: the settings that each reader needs, and a rule for each known trap."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def faults_of(algorithm: str, reader: str, stored: StoredDraft) -> list[str]:
 
 
 @pytest.mark.parametrize("algorithm", BLOCKS)
-def test_all_that_readers_assume_is_written(algorithm: str) -> None:
+def test_all_settings_of_readers_are_written(algorithm: str) -> None:
     config = stored_as(algorithm, "vllm").config
     assert config["sample_from_anchor"] is (algorithm == "dspark") and config["sliding_window_non_causal"] is True
     assert config["aux_hidden_state_layer_ids"] == [2, 4, 5] and config["mask_token_id"] == 0
@@ -50,7 +50,7 @@ def test_all_that_readers_assume_is_written(algorithm: str) -> None:
     assert plain["num_target_layers"] == FACTS.num_hidden_layers and plain["model_type"] == "qwen3"
 
 
-# What is changed in a stored configuration, and what is said of it: by speculators' and vLLM's rules ...
+# A change of a stored configuration, and the fault reported by the rules of speculators and vLLM ...
 TRAPS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "the anchor's slot is not mentioned": (
         "dflash",
@@ -72,7 +72,7 @@ TRAPS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         lambda config: config.pop("sliding_window_non_causal"),
         "sliding_window_non_causal is not set",
     ),
-    "sliding layers see the whole block": (
+    "sliding layers see the complete block": (
         "dspark",
         lambda config: config["transformer_layer_config"].update(
             layer_types=["sliding_attention"] * 2, sliding_window=9
@@ -122,9 +122,9 @@ TRAPS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         "readers have block drafts with qwen3 layers",
     ),
 }
-# ... and by those of readers of a plain configuration.
+# ... and by those for readers of a plain configuration.
 PLAIN_TRAPS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
-    "ids in one place only": (
+    "ids under one key only": (
         "dflash",
         lambda config: config.pop("target_layer_ids"),
         "target_layer_ids must be both at the top and in dflash_config",
@@ -132,12 +132,12 @@ PLAIN_TRAPS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "two block sizes": ("dspark", lambda config: config.update(block_size=9), "block_size is 9 at the top and 4 in"),
     "ids one too high": (
         "dflash",
-        lambda config: [one.update(target_layer_ids=[2, 4, 7]) for one in (config, config["dflash_config"])],
+        lambda config: [part.update(target_layer_ids=[2, 4, 7]) for part in (config, config["dflash_config"])],
         "features are taken after the last layer, 8",
     ),
     "the embeddings": (
         "dflash",
-        lambda config: [one.update(target_layer_ids=[-1, 4]) for one in (config, config["dflash_config"])],
+        lambda config: [part.update(target_layer_ids=[-1, 4]) for part in (config, config["dflash_config"])],
         "target_layer_ids has -1, the embeddings",
     ),
     "causality": ("dflash2", lambda config: config.pop("is_causal"), "is_causal and dflash_config.causal must be"),
@@ -167,16 +167,16 @@ def test_each_trap_is_a_rule(reader: str, trap: str) -> None:
     assert any(re.search(message, fault) for fault in found), found
 
 
-def test_a_draft_vocabulary_without_its_head_is_told() -> None:
+def test_a_draft_vocabulary_without_its_head_is_reported() -> None:
     stored = stored_as("dflash", "vllm", t2d=torch.arange(1280) % 3 == 0)
     assert faults_of("dflash", "vllm", stored) == []
     del stored.tensors["lm_head.weight"]
     assert any(
-        "lm_head.weight, the head of the draft vocabulary, is missing" in one
-        for one in faults_of("dflash", "vllm", stored)
+        "lm_head.weight, the head of the draft vocabulary, is missing" in fault
+        for fault in faults_of("dflash", "vllm", stored)
     )
     stored.tensors["embed_tokens.weight"] = torch.zeros(1)
-    assert any("the verifier's own embeddings or head" in one for one in faults_of("dflash", "vllm", stored))
+    assert any("the verifier's own embeddings or head" in fault for fault in faults_of("dflash", "vllm", stored))
 
 
 @pytest.mark.parametrize(
@@ -187,14 +187,14 @@ def test_a_draft_vocabulary_without_its_head_is_told() -> None:
         ("dflash", {"t2d": torch.arange(1280) < 500}, "plain", "have no draft vocabulary; --format vllm"),
     ],
 )
-def test_what_a_reader_cannot_run_is_not_written(
+def test_a_draft_that_a_reader_cannot_run_is_refused(
     algorithm: str, options: dict[str, Any], reader: str, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         stored_as(algorithm, reader, **options)
 
 
-def test_sliding_layers_are_written_as_they_are_where_a_reader_runs_them_right(verifier_of: Any) -> None:
+def test_sliding_layers_are_written_for_readers_that_support_them(verifier_of: Any) -> None:
     draft = random_draft(verifier_of("llama"), "dflash, sliding")
     with pytest.raises(UsageError, match="would run layers with full attention causally"):
         layout("dflash/vllm").write(draft)
@@ -204,13 +204,13 @@ def test_sliding_layers_are_written_as_they_are_where_a_reader_runs_them_right(v
 
 
 @pytest.mark.parametrize("algorithm", BLOCKS)
-def test_a_published_draft_is_converted_and_measured_like_the_one_it_was(
+def test_a_published_draft_is_converted_without_a_change(
     algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In z-lab's form of old, with all settings nested; the draft computes what it did."""
+    """In z-lab's earlier form, with all settings nested; the converted draft computes the same."""
     draft = make(algorithm)
     stored = layout(f"{algorithm}/plain").write(draft)
-    published = {name: one for name, one in stored.config.items() if name not in stored.config["dflash_config"]}
+    published = {name: value for name, value in stored.config.items() if name not in stored.config["dflash_config"]}
     write_checkpoint(tmp_path / "published", published, stored.tensors)
     words = ["convert", str(tmp_path / "published"), "--verifier", str(VERIFIER), "--output", str(tmp_path / "here")]
     assert main(words) == 0
@@ -227,8 +227,8 @@ def test_a_published_draft_is_converted_and_measured_like_the_one_it_was(
 
 
 @pytest.mark.parametrize("key", ["dflash/vllm", "dflash2/plain", "dspark/vllm", "dspark/plain"])
-def test_an_export_is_verified_beside_its_verifier(key: str, tmp_path: Path) -> None:
-    """Seven tokens ahead, or as many as the block has; an edited mask is found."""
+def test_an_export_is_verified_with_its_verifier(key: str, tmp_path: Path) -> None:
+    """With chains of seven tokens, or of the block's length; a changed mask token is found."""
     algorithm, reader = key.split("/")
     make(algorithm).save_pretrained(tmp_path / "draft")
     export = tmp_path / "export"
@@ -244,7 +244,7 @@ def test_an_export_is_verified_beside_its_verifier(key: str, tmp_path: Path) -> 
     assert main(["verify", str(export), "--verifier", str(VERIFIER)]) == 1
 
 
-def test_the_verifier_of_a_converted_draft_is_noted() -> None:
+def test_the_verifier_of_a_converted_draft_is_stored() -> None:
     stored = stored_as("dflash", "plain")
     draft = layout("dflash/plain").read(stored, VerifierConfig(name_or_path="some/verifier"))
     assert draft.config.speculators_config.verifier.name_or_path == "some/verifier"

@@ -1,4 +1,4 @@
-"""What the networks compute for packed rows is what they compute for each document and block alone."""
+"""The networks compute the same for packed rows as for each document and block separately."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def rows_of_text(seed: int = 0) -> tuple[dict[str, Tensor], Features]:
 
 
 def part(batch: dict[str, Tensor], features: Features, chosen: slice) -> tuple[dict[str, Tensor], Features]:
-    """A part of a document as a batch of its own."""
-    own = {name: one[:, chosen] for name, one in batch.items()}
+    """A part of a document as a separate batch."""
+    own = {name: tensor[:, chosen] for name, tensor in batch.items()}
     own["document_ids"] = torch.zeros_like(own["document_ids"])
     return own, Features(features.aux[:, chosen].clone(), features.last[:, chosen])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_block_depends_on_its_document_up_to_its_row_only(kind: str, verifier_of: VerifierOf) -> None:
-    """The states of row t in a packed batch are those of a text that ends with its anchor and the tokens drafted."""
+def test_a_block_depends_only_on_its_document_up_to_its_row(kind: str, verifier_of: VerifierOf) -> None:
+    """The states of row t in a packed batch equal those of a text that ends with its anchor and the drafted tokens."""
     draft = random_draft(verifier_of("qwen3"), kind)
     batch, features = rows_of_text()
     steps = draft.num_drafted
@@ -52,15 +52,15 @@ def test_a_block_depends_on_its_document_up_to_its_row_only(kind: str, verifier_
         for row in range(length - steps - 1):
             cut = slice(begin, begin + row + steps + 1)
             own, states = part(batch, features, cut)
-            # Features after the row are not looked at.
+            # Features after the row are not read.
             states.aux[:, row + 1 :] = 5.0
-            alone = draft.unroll(own["input_ids"], states, own["position_ids"], own["document_ids"], steps)
-            torch.testing.assert_close(alone[:, 0, row], packed[:, begin + row])
+            separate = draft.unroll(own["input_ids"], states, own["position_ids"], own["document_ids"], steps)
+            torch.testing.assert_close(separate[:, 0, row], packed[:, begin + row])
         begin += length
 
 
 @pytest.mark.parametrize("kind", ["dflash", "dflash2, three taps", "dspark, rnn"])
-def test_rows_that_are_needed_have_the_states_and_gradients_that_all_have(
+def test_the_needed_rows_have_the_same_states_and_gradients_as_if_all_ran(
     kind: str, verifier_of: VerifierOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = random_draft(verifier_of("llama"), kind)
@@ -71,18 +71,18 @@ def test_rows_that_are_needed_have_the_states_and_gradients_that_all_have(
     found = []
     documents = DocumentLayout.of(batch["document_ids"])
     for rows in (DraftRows.needed(supervised, documents), DraftRows.all(*supervised.shape, documents)):
-        states = draft.states(batch, features, rows)[rows.places()[supervised]]
+        states = draft.states(batch, features, rows)[rows.state_index()[supervised]]
         gradients = torch.autograd.grad(states.square().sum(), list(draft.parameters()), allow_unused=True)
-        found.append([states.detach(), *(one for one in gradients if one is not None)])
+        found.append([states.detach(), *(gradient for gradient in gradients if gradient is not None)])
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected)
     monkeypatch.setattr(model, "BLOCKS_AT_ONCE", 3)
     with torch.no_grad():
         rows = DraftRows.needed(supervised, documents)
-        torch.testing.assert_close(draft.states(batch, features, rows)[rows.places()[supervised]], found[0][0])
+        torch.testing.assert_close(draft.states(batch, features, rows)[rows.state_index()[supervised]], found[0][0])
 
 
-def test_slots_that_are_not_wanted_cost_nothing_after_the_last_keys(verifier_of: VerifierOf) -> None:
+def test_unneeded_slots_cost_nothing_after_the_last_keys(verifier_of: VerifierOf) -> None:
     draft = random_draft(verifier_of("llama"), "dflash")
     batch, features = rows_of_text()
     supervised = torch.zeros(draft.num_drafted, 17, dtype=torch.bool)
@@ -95,7 +95,7 @@ def test_slots_that_are_not_wanted_cost_nothing_after_the_last_keys(verifier_of:
         )
     draft.states(batch, features, DraftRows.needed(supervised, DocumentLayout.of(batch["document_ids"])))
     size = draft.config.block_size
-    # The context's 17 rows have keys, too.
+    # The 17 rows of the context have keys, too.
     assert ran == {
         "layers.0.mlp": [2 * size],
         "layers.1.mlp": [5],
@@ -120,10 +120,10 @@ def test_fewer_steps_are_the_first_ones_of_the_trained_block(verifier_of: Verifi
     draft = random_draft(verifier_of("llama"), "dspark")
     batch, features = rows_of_text()
     with torch.no_grad():
-        whole, few = (
+        all_steps, few = (
             draft.unroll(batch["input_ids"], features, batch["position_ids"], DOCUMENTS, steps) for steps in (4, 2)
         )
-    torch.testing.assert_close(few, whole[:2])
+    torch.testing.assert_close(few, all_steps[:2])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,12 +133,14 @@ def test_a_draft_is_read_as_it_was_written(kind: str, verifier_of: VerifierOf, t
     again = type(draft).from_pretrained(tmp_path)
     again.attach_verifier(draft.verifier_parts)
     batch, features = rows_of_text()
-    states = [one.unroll(batch["input_ids"], features, batch["position_ids"], DOCUMENTS, 3) for one in (draft, again)]
+    states = [
+        network.unroll(batch["input_ids"], features, batch["position_ids"], DOCUMENTS, 3) for network in (draft, again)
+    ]
     torch.testing.assert_close(*states, rtol=1e-6, atol=1e-6)
     assert not any(name.startswith(("embed", "verifier")) for name in again.state_dict())
 
 
-def test_published_drafts_read_layers_that_are_spread_evenly() -> None:
+def test_default_layers_are_spread_evenly_as_in_published_drafts() -> None:
     # z-lab's Qwen3-8B draft lists outputs from 0: 1, 9, 17, 25, 33.
     assert spread_aux_layers(36, 5) == [2, 10, 18, 26, 34]
     assert spread_aux_layers(30, 1) == [16]
@@ -148,7 +150,7 @@ def test_published_drafts_read_layers_that_are_spread_evenly() -> None:
 
 
 def test_embeddings_are_the_verifiers_raw_table(verifier_of: VerifierOf) -> None:
-    """As engines have it: Gemma multiplies its own by a constant."""
+    """As in engines: Gemma multiplies its embeddings by a constant."""
     verifier = verifier_of("gemma3")
     draft = random_draft(verifier, "dflash")
     tokens = torch.arange(VOCABULARY)

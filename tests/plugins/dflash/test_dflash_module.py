@@ -1,4 +1,4 @@
-"""Training block drafters: which slots count and how much, what is trained, and what is refused."""
+"""Training block drafters: the weights of slots, the trained parameters, and refusals."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ BATCH = {
 
 
 class Rows:
-    """Rows that hold the tokens 3 .. 59, once each; a response has seven of them."""
+    """Rows that hold each of the tokens 3 .. 59 once; a response has seven of them."""
 
     longest_response = 7
     token_counts = torch.bincount(torch.arange(3, MASK), minlength=VOCABULARY)
@@ -75,10 +75,10 @@ def make_module(name: str, tiny_verifiers: Mapping[str, Any], **options: Any) ->
 def test_all_of_the_draft_is_trained_and_nothing_of_the_verifier(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
     module = make_module(name, tiny_verifiers)
     module.draft_steps(BATCH, module.features(BATCH)).loss.backward()
-    for place, parameter in module.draft.named_parameters():
+    for key, parameter in module.draft.named_parameters():
         is_trained = parameter.grad is not None and bool(parameter.grad.any())
-        # The convolutions begin as the identity, so that nothing yet flows to what reads the second tap's products.
-        assert is_trained == (place != "lm_head.weight"), place
+        # Convolutions start as the identity, so the readers of the second tap get no gradient yet.
+        assert is_trained == (key != "lm_head.weight"), key
     head = module.teacher.parts.lm_head.weight
     assert head.grad is None and (module.draft.draft_ids is not None or module.draft.head_weights is not None)
 
@@ -99,17 +99,15 @@ def test_slots_share_one_denominator(name: str, tiny_verifiers: Mapping[str, Any
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_batch_without_a_response_costs_nothing_and_holds_nobody_up(
-    name: str, tiny_verifiers: Mapping[str, Any]
-) -> None:
-    """Other processes wait for a gradient of each weight."""
+def test_a_batch_without_a_response_has_zero_gradients(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
+    """Other processes wait for a gradient of each weight, so none may be missing."""
     module = make_module(name, tiny_verifiers)
     batch = {**BATCH, "loss_mask": torch.zeros_like(BATCH["loss_mask"])}
     loss = module.draft_steps(batch, module.features(batch)).loss
     loss.backward()
     assert float(loss) == 0
-    for place, parameter in module.draft.named_parameters():
-        assert place == "lm_head.weight" or (parameter.grad is not None and not bool(parameter.grad.any())), place
+    for key, parameter in module.draft.named_parameters():
+        assert key == "lm_head.weight" or (parameter.grad is not None and not bool(parameter.grad.any())), key
 
 
 def test_anchors_are_drawn_in_training_and_all_rows_are_in_validation(tiny_verifiers: Mapping[str, Any]) -> None:
@@ -128,14 +126,14 @@ def test_anchors_are_drawn_in_training_and_all_rows_are_in_validation(tiny_verif
     assert torch.equal(module.alignment(BATCH).supervised, every)
 
 
-def test_batches_of_an_accumulated_step_draw_what_one_large_batch_draws(tiny_verifiers: Mapping[str, Any]) -> None:
+def test_accumulated_batches_draw_the_anchors_of_one_large_batch(tiny_verifiers: Mapping[str, Any]) -> None:
     module = make_module("dflash", tiny_verifiers, anchors=2)
-    whole = module.alignment(BATCH).supervised
-    parts = [module.alignment({name: one[row : row + 1] for name, one in BATCH.items()}) for row in (0, 1)]
-    assert torch.equal(torch.cat([one.supervised for one in parts], dim=1), whole)
+    at_once = module.alignment(BATCH).supervised
+    parts = [module.alignment({name: tensor[row : row + 1] for name, tensor in BATCH.items()}) for row in (0, 1)]
+    assert torch.equal(torch.cat([part.supervised for part in parts], dim=1), at_once)
 
 
-def test_the_selector_decides_what_validation_measures(tiny_verifiers: Mapping[str, Any]) -> None:
+def test_validation_measures_the_selectors_choice(tiny_verifiers: Mapping[str, Any]) -> None:
     module: Any = make_module("dflash2", tiny_verifiers)
     module.eval()
     module.means = {"val": SimpleNamespace(sampling=Sampling(temperature=1.0))}
@@ -165,11 +163,11 @@ def test_a_weighting_weighs_the_selector_by_its_own_chain(weighting: str, tiny_v
         make_module("dflash2", tiny_verifiers, weighting=name, step_decay=1.0) for name in (None, weighting)
     )
     features = plain.features(BATCH)
-    losses = [one.draft_steps(BATCH, features).terms["selector"] for one in (plain, weighted)]
+    losses = [module.draft_steps(BATCH, features).terms["selector"] for module in (plain, weighted)]
     assert not torch.equal(*losses) and bool((losses[1] > 0).all())
 
 
-class TestWhatIsRefused:
+class TestRefusals:
     def test_a_block_longer_than_any_response(self, tiny_verifiers: Mapping[str, Any]) -> None:
         settings = DFlashDraftSettings(block_size=8, **SMALL)
         module = make_module("dflash", tiny_verifiers, draft=settings)
@@ -182,7 +180,7 @@ class TestWhatIsRefused:
         with pytest.raises(UsageError, match="mask_token_id is 61, but the verifier has ids 0 to 60"):
             make_module("dflash", tiny_verifiers, draft=DFlashDraftSettings(**{**SMALL, "mask_token_id": 61}))
 
-    def test_a_mask_token_that_the_texts_hold(self) -> None:
+    def test_a_mask_token_that_occurs_in_the_texts(self) -> None:
         with pytest.raises(UsageError, match="mask_token_id is 5, which the texts hold 1 times"):
             unused_token(5, data_of())
 
@@ -209,12 +207,12 @@ class TestWhatIsRefused:
             (DSparkSpeculatorConfig, {"markov_head_type": "rnn", "sample_from_anchor": False}, "begins at the anchor"),
         ],
     )
-    def test_configurations_of_no_network(self, config: Any, values: dict[str, Any], message: str) -> None:
+    def test_configurations_that_fit_no_network(self, config: Any, values: dict[str, Any], message: str) -> None:
         with pytest.raises(ValidationError, match=message):
             config(**{"mask_token_id": 5, **values})
 
 
-def test_gradients_of_the_selector_do_not_hang_on_how_many_pairs_go_at_once(
+def test_gradients_of_the_selector_do_not_depend_on_the_number_of_pairs_at_a_time(
     tiny_verifiers: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gradients() -> list[Tensor]:
@@ -222,7 +220,7 @@ def test_gradients_of_the_selector_do_not_hang_on_how_many_pairs_go_at_once(
         module.draft_steps(BATCH, module.features(BATCH)).loss.backward()
         return [parameter.grad for parameter in module.draft.parameters()]
 
-    whole = gradients()
+    at_once = gradients()
     monkeypatch.setattr("specforge_dflash.dflash2.PAIRS_AT_ONCE", 4)
-    for one, expected in zip(gradients(), whole, strict=True):
-        torch.testing.assert_close(one, expected)
+    for gradient, expected in zip(gradients(), at_once, strict=True):
+        torch.testing.assert_close(gradient, expected)

@@ -1,4 +1,4 @@
-"""DSpark's confidence: calibrated slot by slot, and a chain that is cut by it and stays lossless."""
+"""DSpark's confidence: calibrated slot by slot, and used to cut chains without loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS, ROWS = 3, 4000
 
 
 def record(sharpness: list[float], parts: int = 1) -> tuple[ConfidenceRecord, Tensor, Tensor, Tensor]:
-    """Log-odds that are too sharp by a factor of each slot, and what happens; every row reaches fewer slots."""
+    """Log-odds that are too sharp by a factor for each slot, and the acceptance; each row reaches fewer slots."""
     generator = torch.Generator().manual_seed(0)
     true = torch.randn(STEPS, ROWS, generator=generator)
     accepted = (torch.rand(STEPS, ROWS, generator=generator) < true.sigmoid()).float()
@@ -34,10 +34,10 @@ def record(sharpness: list[float], parts: int = 1) -> tuple[ConfidenceRecord, Te
     made = ConfidenceRecord()
     for part in torch.arange(ROWS).chunk(parts):
         own = counted[:, part]
-        places = torch.full(own.shape, -1)
-        places[own] = torch.arange(int(own.sum()))
+        state_index = torch.full(own.shape, -1)
+        state_index[own] = torch.arange(int(own.sum()))
         states = torch.stack([torch.zeros(int(own.sum())), log_odds[:, part][own]], dim=1)
-        made.add(Drafted(states, places, places, own), accepted[:, part])
+        made.add(Drafted(states, state_index, state_index, own), accepted[:, part])
     return made, log_odds, accepted, counted
 
 
@@ -50,11 +50,11 @@ def slow_error(log_odds: Tensor, accepted: Tensor, counted: Tensor, temperatures
         chosen = [pair for pair, counts in zip(pairs, counted[step].tolist(), strict=True) if counts]
         for number in range(15):
             inside = [pair for pair in chosen if min(int(pair[0] * 15), 14) == number]
-            gaps += abs(sum(one for one, _ in inside) - sum(other for _, other in inside))
+            gaps += abs(sum(chance for chance, _ in inside) - sum(other for _, other in inside))
     return gaps / int(counted.sum())
 
 
-def test_temperatures_undo_what_made_the_confidence_too_sharp() -> None:
+def test_temperatures_correct_a_confidence_that_is_too_sharp() -> None:
     made, log_odds, accepted, counted = record([2.0, 4.0, 0.5])
     found = made.calibrated()
     for temperature, sharpness in zip(found.temperatures, [2.0, 4.0, 0.5], strict=True):
@@ -64,9 +64,9 @@ def test_temperatures_undo_what_made_the_confidence_too_sharp() -> None:
     assert found.error < 0.02 < 0.05 < found.raw_error
 
 
-def test_batches_add_up_and_slots_that_nothing_reaches_keep_their_confidence() -> None:
-    whole, parts = (record([2.0, 1.0, 1.0], parts)[0].calibrated() for parts in (1, 7))
-    assert whole == parts
+def test_batches_add_up_and_slots_without_data_keep_their_confidence() -> None:
+    at_once, parts = (record([2.0, 1.0, 1.0], parts)[0].calibrated() for parts in (1, 7))
+    assert at_once == parts
     empty = ConfidenceRecord()
     nothing = torch.zeros(STEPS, 5, dtype=torch.bool)
     empty.add(Drafted(torch.zeros(1, 2), torch.zeros(STEPS, 5, dtype=torch.int64), nothing, nothing), nothing.float())
@@ -78,22 +78,25 @@ def decode(verifier: PreTrainedModel, *speculation: Any, sampling: Sampling | No
     return list(decoder.decode([torch.tensor([3, 4, 5]), torch.tensor([9])], 20, seed=0))
 
 
-def said(emissions: list[Emission]) -> list[list[int]]:
-    return [[token for one in emissions if one.sequence == number for token in one.tokens] for number in (0, 1)]
+def texts(emissions: list[Emission]) -> list[list[int]]:
+    return [
+        [token for emission in emissions if emission.sequence == number for token in emission.tokens]
+        for number in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["dspark", "dspark, gated", "dspark, rnn"])
 def test_the_chain_is_cut_and_the_text_stays_the_verifiers(kind: str, verifier_of: VerifierOf) -> None:
     verifier = verifier_of("llama")
     draft = random_draft(verifier, kind)
-    expected = said(decode(verifier))
+    expected = texts(decode(verifier))
     drafted = []
     for threshold in (0.0, 0.2, 1.0):
         proposal = ConfidentChainTokenProposalConfig(speculative_tokens=4, threshold=threshold)
         emissions = decode(verifier, draft, proposal)
-        assert said(emissions) == expected
-        assert len(said(decode(verifier, draft, proposal, sampling=Sampling(temperature=1.0)))[0]) == 20
-        drafted.append(sum(one.drafted for one in emissions if one.drafted is not None))
+        assert texts(emissions) == expected
+        assert len(texts(decode(verifier, draft, proposal, sampling=Sampling(temperature=1.0)))[0]) == 20
+        drafted.append(sum(emission.drafted for emission in emissions if emission.drafted is not None))
     assert drafted[0] > drafted[1] > drafted[2] == 0
 
 
@@ -113,14 +116,14 @@ def test_a_chain_ends_before_the_first_token_that_is_unlikely_to_survive(verifie
     torch.testing.assert_close(drafter.survival(before), expected)
 
 
-def test_a_draft_without_a_confidence_says_so(verifier_of: VerifierOf) -> None:
+def test_a_draft_without_a_confidence_is_refused(verifier_of: VerifierOf) -> None:
     verifier = verifier_of("llama")
     draft = random_draft(verifier, "dspark", enable_confidence_head=False)
     with pytest.raises(UsageError, match="this draft has no confidence head; train it with"):
         decode(verifier, draft, ConfidentChainTokenProposalConfig(speculative_tokens=4))
 
 
-def test_other_drafts_do_not_serve_it(verifier_of: VerifierOf) -> None:
+def test_other_drafts_are_refused(verifier_of: VerifierOf) -> None:
     verifier = verifier_of("llama")
     with pytest.raises(UsageError, match="dflash drafts do not support the proposal method 'confident_chain'"):
         decode(verifier, random_draft(verifier, "dflash"), ConfidentChainTokenProposalConfig())
@@ -132,6 +135,6 @@ def test_it_is_chosen_by_name_and_never_stored(verifier_of: VerifierOf) -> None:
     assert "confident_chain" not in str(draft.stored_config())
 
 
-def test_temperatures_are_one_for_each_token() -> None:
+def test_there_is_one_temperature_for_each_token() -> None:
     with pytest.raises(ValueError, match="one for each of the 8 drafted tokens"):
         DSparkSpeculatorConfig(mask_token_id=3, confidence_temperatures=[1.0])

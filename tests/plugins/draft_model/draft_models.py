@@ -1,4 +1,4 @@
-"""Language models as drafts for random verifiers, and what transformers alone says with the same weights."""
+"""Language models as drafts for random verifiers, and the same weights run by transformers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from specforge_draft_model.model import DraftModel
 
-# Norms and softmax of transformers round to float32.
+# Norms and softmax of transformers compute in float32.
 ROUNDED = {"atol": 1e-4, "rtol": 1e-4}
 GPT2: dict[str, Any] = {"n_embd": 16, "n_head": 4, "n_positions": 64, "bos_token_id": None, "eos_token_id": None}
 FAMILIES = (*CONFIGS, "gpt2")
 
 
 def random_draft(verifier: PreTrainedModel, family: str, seed: int = 1, layers: int = 2, **changes: Any) -> DraftModel:
-    """Make a draft that knows nothing, in float64, attached to its verifier."""
+    """Make an untrained draft in float64, attached to its verifier."""
     vocabulary = verifier.config.vocab_size
     config = GPT2Config(**GPT2, n_layer=3, vocab_size=vocabulary) if family == "gpt2" else CONFIGS[family]()
     config.num_hidden_layers = layers
@@ -34,7 +34,7 @@ def random_draft(verifier: PreTrainedModel, family: str, seed: int = 1, layers: 
 
 
 def plain_model(draft: DraftModel) -> PreTrainedModel:
-    """Return the same network as transformers builds it, which knows nothing of packed rows and trees."""
+    """Return the same network as built by transformers, without packed rows and trees."""
     config = copy.deepcopy(draft.config.language_model)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager")
     state = draft.language_model.state_dict()

@@ -1,4 +1,4 @@
-"""The draft at work says what the language model alone says of the same text, along chains and in trees."""
+"""The drafter computes the same logits as the plain language model, along chains and in trees."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROPOSALS = [
 VerifierOf = Callable[[str], PreTrainedModel]
 
 
-def begun(drafter: ModelDrafter, tokens: Tensor) -> ModelDrafter:
+def prefilled(drafter: ModelDrafter, tokens: Tensor) -> ModelDrafter:
     drafter.begin(tokens[:, 0])
     return drafter
 
@@ -48,7 +48,7 @@ def test_a_chain_of_true_tokens_is_the_chain_of_training(family: str, verifier_o
     positions = torch.arange(LENGTH).expand(3, -1)
     hidden = draft.unroll(tokens, last_only(last), positions, torch.zeros_like(positions), steps=STEPS)
     trained = [draft.logits(hidden[step], step) for step in range(STEPS)]
-    drafter, done, rows = begun(draft.drafter(3), tokens), [0, 0, 0], torch.arange(3)
+    drafter, done, rows = prefilled(draft.drafter(3), tokens), [0, 0, 0], torch.arange(3)
     for counts in COMMITS:
         commit(drafter, tokens, last, done, counts)
         ends = torch.tensor(done)
@@ -63,7 +63,7 @@ def test_a_chain_of_true_tokens_is_the_chain_of_training(family: str, verifier_o
 def check_tree(
     drafter: ModelDrafter, model: PreTrainedModel, tokens: Tensor, done: Sequence[int], waves: Sequence[Sequence[int]]
 ) -> None:
-    """Step through a tree, given the parents of the nodes of each wave; every row has tokens of its own."""
+    """Step through a tree, given the parents of the nodes of each wave; every row has different tokens."""
     texts = [row[: end + 1].tolist() for row, end in zip(tokens, done, strict=True)]
     for row, text in enumerate(texts):
         torch.testing.assert_close(drafter.root[row], plain_logits(model, torch.tensor(text))[-1], **ROUNDED)
@@ -86,7 +86,7 @@ def test_a_node_of_a_tree_is_the_text_along_its_path(family: str, verifier_of: V
     draft = random_draft(verifier_of("llama"), family)
     model = plain_model(draft)
     tokens, last = random_rows(3, LENGTH)
-    drafter, done = begun(draft.drafter(3), tokens), [0, 0, 0]
+    drafter, done = prefilled(draft.drafter(3), tokens), [0, 0, 0]
     for counts, waves in zip(
         COMMITS,
         [[[-1, -1], [0, 0, 1], [2, 4]], [], [[-1], [0], [1]], [[-1, -1, -1], [2, 1, 0, 1]]],
@@ -103,7 +103,7 @@ def test_any_trees_after_any_commits(data: st.DataObject, verifier_of: VerifierO
     draft = random_draft(verifier_of("llama"), "mistral", hidden_size=12)
     model = plain_model(draft)
     tokens, last = random_rows(3, LENGTH)
-    drafter, done = begun(draft.drafter(3), tokens), [0, 0, 0]
+    drafter, done = prefilled(draft.drafter(3), tokens), [0, 0, 0]
     if data.draw(st.booleans(), label="some end before anything is committed"):
         drafter.select(torch.tensor([2, 0]))
         tokens, last, done = tokens[[2, 0]], last[[2, 0]], [0, 0]
@@ -116,15 +116,15 @@ def test_any_trees_after_any_commits(data: st.DataObject, verifier_of: VerifierO
             nodes += width
         check_tree(drafter, model, tokens, done, waves)
         if data.draw(st.booleans(), label="some have ended"):
-            places = st.integers(0, len(done) - 1)
-            kept = data.draw(st.lists(places, min_size=1, max_size=len(done), unique=True))
+            indices = st.integers(0, len(done) - 1)
+            kept = data.draw(st.lists(indices, min_size=1, max_size=len(done), unique=True))
             drafter.select(torch.tensor(kept))
-            tokens, last, done = tokens[kept], last[kept], [done[place] for place in kept]
+            tokens, last, done = tokens[kept], last[kept], [done[index] for index in kept]
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_text_is_the_verifiers_own(proposal: str, verifier_of: VerifierOf) -> None:
-    """Whatever the draft says, one of another family or of fewer tokens."""
+    """For any draft, of another family or with fewer tokens."""
     ids = torch.randint(1, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
     for family, own in (("llama", "gemma2"), ("gemma3", "gpt2")):
         verifier = verifier_of(family)
@@ -142,37 +142,39 @@ def test_a_draft_that_is_the_verifier_is_always_right(verifier_of: VerifierOf) -
         {name: verifier.state_dict()[name] for name in draft.language_model.state_dict()}
     )
     decoder = Decoder(verifier, draft, GreedyTokenProposalConfig(speculative_tokens=4))
-    rounds = [one for one in decoder.decode([torch.tensor([4]), torch.tensor([3, 9, 2])], 21) if one.drafted]
-    assert rounds and all(len(one.tokens) == 5 for one in rounds)
+    rounds = [
+        emission for emission in decoder.decode([torch.tensor([4]), torch.tensor([3, 9, 2])], 21) if emission.drafted
+    ]
+    assert rounds and all(len(emission.tokens) == 5 for emission in rounds)
 
 
 @torch.no_grad()
 def test_replay_takes_the_rounds_of_real_decoding(verifier_of: VerifierOf) -> None:
-    """At temperature 0 the text decides every round: chains by the states of one pass, trees by the drafter."""
+    """At temperature 0 the text determines every round: chains by the states of one pass, trees by the drafter."""
     verifier = verifier_of("llama")
     draft = random_draft(verifier, "llama", layers=3)
-    # Right now and then: the verifier's own weights, and some noise.
+    # Sometimes right: the verifier's weights with noise.
     generator = torch.Generator().manual_seed(3)
-    for name, one in draft.language_model.state_dict().items():
-        one.copy_(verifier.state_dict()[name] + 0.02 * torch.randn(one.shape, generator=generator))
+    for name, tensor in draft.language_model.state_dict().items():
+        tensor.copy_(verifier.state_dict()[name] + 0.02 * torch.randn(tensor.shape, generator=generator))
     prompts = [torch.tensor([4, 9, 2, 17]), torch.tensor([8]), torch.tensor([3, 3, 30, 1, 5])]
     tree = DynamicTreeTokenProposalConfig(speculative_tokens=9, expansion_factor=3, depth=4)
     for proposal in (GreedyTokenProposalConfig(speculative_tokens=3), tree):
         decoder = Decoder(verifier, draft, proposal)
         emissions = list(decoder.decode(prompts, 40))
         for number, prompt in enumerate(prompts):
-            own = [one for one in emissions if one.sequence == number]
-            text = torch.cat([prompt, torch.tensor([token for one in own for token in one.tokens])])
-            accepted = [one.accepted for one in own if one.drafted is not None]
+            own = [emission for emission in emissions if emission.sequence == number]
+            text = torch.cat([prompt, torch.tensor([token for emission in own for token in emission.tokens])])
+            accepted = [emission.accepted for emission in own if emission.drafted is not None]
             positions = torch.arange(len(text))[None]
             features = capture(verifier, text[None], positions, [])
             if proposal is tree:
                 proposer = DynamicTreeProposer(tree, Sampling(), RandomSource())
                 found = replay_text(proposer, draft.drafter(1), text, features, len(prompt))
-                assert [one for _, one in found] == accepted
+                assert [count for _, count in found] == accepted
                 continue
             greedy, _ = chain_acceptance(draft, decoder.parts, text, features, len(prompt), 3, Sampling())
             replayed = replay(greedy.T[None], torch.tensor([greedy.shape[1]]))
             assert float(replayed.rounds[2]) == len(accepted) and max(accepted) > 0
             for count in range(1, 4):
-                assert float(replayed.accepted[2, count - 1]) == sum(one >= count for one in accepted)
+                assert float(replayed.accepted[2, count - 1]) == sum(length >= count for length in accepted)

@@ -1,4 +1,4 @@
-"""Whole runs, on rows and on text of the draft's own, stopped and continued; and what can be done with the draft."""
+"""Complete runs on rows and on the draft's own text, stopped and resumed; and uses of the draft."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ VARIANTS: dict[str, list[str]] = {
 
 
 class Crash(Exception):
-    """Something that no part of the program expects."""
+    """An exception that the program does not handle."""
 
 
 def rows(name: str, number: int) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def runs(tmp_path: Path, row_cache: Path) -> RunsFolder:
 
 
 @pytest.fixture(scope="module")
-def whole(
+def trained(
     tmp_path_factory: pytest.TempPathFactory, row_cache: Path
 ) -> Iterator[Callable[[str], tuple[Path, list[dict[str, Any]]]]]:
     """Run a variant without a stop, once; its folder, and the batches that it was trained on."""
@@ -91,7 +91,7 @@ def whole(
 
             def step(self: DraftModule, batch: Any, batch_idx: int) -> Any:
                 seen[variant].append(
-                    {name: one.clone() for name, one in batch.items() if isinstance(one, torch.Tensor)}
+                    {name: tensor.clone() for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
                 )
                 return original(self, batch, batch_idx)
 
@@ -105,7 +105,7 @@ def whole(
 
 @pytest.fixture
 def crash_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Make the n-th batch from now on the last one that is begun; none with -1."""
+    """Crash at the n-th batch from now on; never with -1."""
     original = DraftModule.training_step
 
     def arm(number: int) -> None:
@@ -129,8 +129,8 @@ def checkpoint(run: Path, name: str = "last") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("variant", ["layers", "fresh"])
-def test_training_lowers_the_loss(variant: str, whole: Callable[..., Any]) -> None:
-    run, batches = whole(variant)
+def test_training_lowers_the_loss(variant: str, trained: Callable[..., Any]) -> None:
+    run, batches = trained(variant)
     losses = [loss for _, loss in scalars(run, "train/loss")]
     assert len(batches) == STEPS and min(losses[-2:]) < 0.95 * losses[0]
     assert scalars(run, "val/acceptance_length")
@@ -138,8 +138,8 @@ def test_training_lowers_the_loss(variant: str, whole: Callable[..., Any]) -> No
     assert scalars(run, "val/acceptance/step_4")
 
 
-def test_a_run_on_its_own_text_changes_responses_in_every_second_batch(whole: Callable[..., Any]) -> None:
-    plain, own = whole("layers")[1], whole("on policy")[1]
+def test_a_run_on_its_own_text_changes_responses_in_every_second_batch(trained: Callable[..., Any]) -> None:
+    plain, own = trained("layers")[1], trained("on policy")[1]
     for number, (batch, other) in enumerate(zip(own, plain, strict=True)):
         changed = batch["input_ids"] != other["input_ids"]
         assert bool(changed.any()) == bool(number % 2)
@@ -147,10 +147,10 @@ def test_a_run_on_its_own_text_changes_responses_in_every_second_batch(whole: Ca
         assert all(torch.equal(batch[name], other[name]) for name in batch if name != "input_ids")
 
 
-def test_stored_states_are_not_those_of_what_the_draft_writes(whole: Callable[..., Any]) -> None:
-    batches = whole("accumulated")[1]
+def test_stored_states_are_not_used_for_text_of_the_draft(trained: Callable[..., Any]) -> None:
+    batches = trained("accumulated")[1]
     stored = ["last" in batch for batch in batches]
-    # In the first epoch none are stored, and none ever of a text that the draft has written in.
+    # None are stored in the first epoch, and never those of a text that the draft changed.
     assert len(batches) > 10 and not any(stored[:5]) and not any(stored[1::2]) and any(stored[::2])
 
 
@@ -158,15 +158,15 @@ CRASHES = [("on policy", 4, 3), ("accumulated", 6, 3)]
 
 
 @pytest.mark.parametrize(("variant", "batch", "saved"), CRASHES)
-def test_a_run_that_is_resumed_is_the_same(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     variant: str,
     batch: int,
     saved: int,
     runs: RunsFolder,
-    whole: Callable[..., Any],
+    trained: Callable[..., Any],
     crash_at: Callable[[int], None],
 ) -> None:
-    straight, own = whole(variant)[0], [*VARIANTS[variant], "--save_every_n_steps=1"]
+    straight, own = trained(variant)[0], [*VARIANTS[variant], "--save_every_n_steps=1"]
     crash_at(batch)
     with pytest.raises(Crash):
         main(["fit", *runs.words(variant, *own)])
@@ -178,21 +178,21 @@ def test_a_run_that_is_resumed_is_the_same(
         ours, theirs = checkpoint(run, name), checkpoint(straight, name)
         for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
             assert_same_values(ours[part], theirs[part])
-    assert_same_values(*(load_file(one / "draft" / "model.safetensors") for one in (run, straight)))
+    assert_same_values(*(load_file(folder / "draft" / "model.safetensors") for folder in (run, straight)))
 
 
-def test_the_draft_can_be_started_from(runs: RunsFolder, whole: Callable[..., Any]) -> None:
-    draft = whole("layers")[0] / "draft"
+def test_the_draft_can_be_started_from(runs: RunsFolder, trained: Callable[..., Any]) -> None:
+    draft = trained("layers")[0] / "draft"
     more = [LAYERS, "--model.init_from", str(draft), "--trainer.max_steps=1", "--model.optimizer.lr=1e-9"]
     assert main(["fit", *runs.words("runs", *more)]) == 0
-    stored, begun = load_file(draft / "model.safetensors"), checkpoint(runs.run_folder("runs"))["state_dict"]
+    stored, start = load_file(draft / "model.safetensors"), checkpoint(runs.run_folder("runs"))["state_dict"]
     for name, tensor in stored.items():
-        torch.testing.assert_close(begun[f"draft.{name}"], tensor, atol=1e-6, rtol=0)
+        torch.testing.assert_close(start[f"draft.{name}"], tensor, atol=1e-6, rtol=0)
 
 
-def test_an_export_is_a_model_of_transformers(whole: Callable[..., Any], tmp_path: Path) -> None:
-    """With equal logits; read by plain transformers, as its assistant model too, and verified as it was written."""
-    run = whole("layers")[0]
+def test_an_export_is_a_model_of_transformers(trained: Callable[..., Any], tmp_path: Path) -> None:
+    """With equal logits; transformers loads it, also as an assistant model, and ``verify`` accepts it."""
+    run = trained("layers")[0]
     done = export(ExportRequest(str(run), "transformers", tmp_path / "export"))
     assert done.agreement.rounds > 10 and not done.agreement.differing
     assert '--speculative-config \'{"method": "draft_model"' in done.serving
@@ -214,16 +214,16 @@ def test_an_export_is_a_model_of_transformers(whole: Callable[..., Any], tmp_pat
     ]
     assert torch.equal(*texts)
     assert main(["verify", str(tmp_path / "export"), "--verifier", str(VERIFIER)]) == 0
-    # Read as a draft again, it is the one that was trained.
+    # Read again as a draft, it equals the trained one.
     words = [str(tmp_path / "export"), "--verifier", str(VERIFIER), "--output", str(tmp_path / "again")]
     assert main(["convert", *words]) == 0
-    assert_same_values(*(load_file(one / "model.safetensors") for one in (run / "draft", tmp_path / "again")))
+    assert_same_values(*(load_file(folder / "model.safetensors") for folder in (run / "draft", tmp_path / "again")))
 
 
-def test_a_changed_export_is_told(
-    whole: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_changed_export_is_detected(
+    trained: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    export(ExportRequest(str(whole("layers")[0]), "transformers", tmp_path / "export", runs_verifier=False))
+    export(ExportRequest(str(trained("layers")[0]), "transformers", tmp_path / "export", runs_verifier=False))
     path = tmp_path / "export" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}))
@@ -231,9 +231,9 @@ def test_a_changed_export_is_told(
     assert "language_model.rope_parameters.rope_theta" in capsys.readouterr().out
 
 
-def test_generate_says_what_the_verifier_says(whole: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_generated_text_is_the_verifiers(trained: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     prompt = ["--prompt", "How many days are 3 weeks?", "--max_new_tokens", "16"]
-    assert main(["generate", str(whole("layers")[0] / "draft"), *prompt, "--proposal", "dynamic_tree"]) == 0
+    assert main(["generate", str(trained("layers")[0] / "draft"), *prompt, "--proposal", "dynamic_tree"]) == 0
     ours = capsys.readouterr().out.strip()
     assert main(["generate", "--verifier", str(VERIFIER), "--proposal", "prompt_lookup", *prompt]) == 0
     assert ours and ours == capsys.readouterr().out.strip()
@@ -249,10 +249,10 @@ def test_generate_says_what_the_verifier_says(whole: Callable[..., Any], capsys:
         (["--model.on_policy.new_tokens=0"], "new_tokens"),
     ],
 )
-def test_wrong_settings_are_told_in_one_line(
+def test_wrong_settings_are_one_line(
     more: list[str], message: str, runs: RunsFolder, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", *runs.words("runs", *more)]) == 2
     shown = capfd.readouterr().err
-    told = [line for line in shown.splitlines() if "error: " in line]
-    assert len(told) == 1 and message in told[0] and "Traceback" not in shown
+    errors = [line for line in shown.splitlines() if "error: " in line]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in shown

@@ -1,4 +1,4 @@
-"""Plain folders of transformers: written, read by transformers and by us, told from other drafts."""
+"""Plain folders of transformers: written, read by transformers and by us, distinguished from other drafts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_transformers_and_we_read_what_is_written(family: str, verifier_of: Veri
     tokens, _ = random_rows(2, 9)
     expected = draft.logits(draft.advance(tokens, torch.arange(9).expand(2, -1)))
     torch.testing.assert_close(plain(tokens).logits, expected, **ROUNDED)
-    # Folders that transformers writes itself are the same to us.
+    # Folders written by transformers are read as well.
     plain.save_pretrained(tmp_path / "again")
     for folder in (tmp_path, tmp_path / "again"):
         found = StoredDraft.read(folder)
@@ -63,10 +63,10 @@ def test_a_tied_head_may_be_stored_twice(verifier_of: VerifierOf) -> None:
         {"model_type": "t5"},
     ],
 )
-def test_other_drafts_are_not_taken_for_language_models(changes: dict[str, Any], verifier_of: VerifierOf) -> None:
+def test_other_drafts_are_not_mistaken_for_language_models(changes: dict[str, Any], verifier_of: VerifierOf) -> None:
     layout = layout_of("draft_model", "transformers")
     stored = layout.write(random_draft(verifier_of("llama"), "llama"))
     assert layout.recognises(stored) and not layout.recognises(StoredDraft(stored.config | changes, stored.tensors))
-    # Published heads call themselves after the verifier's class, and have layers alone.
-    inner = {name.removeprefix("model."): one for name, one in stored.tensors.items()}
+    # Published heads name the verifier's class, and have only layers.
+    inner = {name.removeprefix("model."): tensor for name, tensor in stored.tensors.items()}
     assert not layout.recognises(StoredDraft(stored.config, inner))

@@ -22,10 +22,8 @@ VerifierOf = Callable[[str], PreTrainedModel]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_row_t_at_step_k_says_what_the_model_says_after_token_t_plus_1_plus_k(
-    family: str, verifier_of: VerifierOf
-) -> None:
-    """In packed rows with padding, document by document, and at the rows of each step alone."""
+def test_row_t_at_step_k_has_the_logits_after_token_t_plus_1_plus_k(family: str, verifier_of: VerifierOf) -> None:
+    """In packed rows with padding, document by document, and if only the rows of each step run."""
     draft = random_draft(verifier_of("llama"), family)
     model = plain_model(draft)
     tokens, last = random_rows(2, 14)
@@ -41,10 +39,10 @@ def test_row_t_at_step_k_says_what_the_model_says_after_token_t_plus_1_plus_k(
                 expected[step, 14 * row + t] = logits[t + 1 + step - begin]
                 counts[step, 14 * row + t] = True
     rows = DraftRows.needed(counts, DocumentLayout.of(batch["document_ids"]))
-    states, places = draft.states(batch, last_only(last), rows), rows.places()
+    states, state_index = draft.states(batch, last_only(last), rows), rows.state_index()
     for step in range(3):
         own = counts[step]
-        torch.testing.assert_close(draft.logits(states[places[step, own]], step), expected[step, own], **ROUNDED)
+        torch.testing.assert_close(draft.logits(states[state_index[step, own]], step), expected[step, own], **ROUNDED)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
@@ -58,20 +56,20 @@ def test_gradients_are_those_of_the_plain_model(family: str, verifier_of: Verifi
     draft.requires_grad_(True)
     hidden = draft.unroll(tokens, last_only(last), positions, torch.zeros_like(positions), 1)
     draft.logits(hidden[0, 0, :-1]).square().sum().backward()
-    expected = {name: one.grad for name, one in plain.named_parameters()}
+    expected = {name: weight.grad for name, weight in plain.named_parameters()}
     found = dict(draft.language_model.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in found.items():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-3, rtol=1e-3)
 
 
-def test_a_smaller_table_reads_and_says_the_ids_that_it_has(verifier_of: VerifierOf) -> None:
+def test_a_smaller_table_reads_and_predicts_only_its_ids(verifier_of: VerifierOf) -> None:
     draft = random_draft(verifier_of("llama"), "llama", vocab_size=20)
     assert draft.draft_ids is not None and draft.draft_ids.tolist() == list(range(20))
     tokens, last = random_rows(1, 9)
     positions, same = torch.arange(9)[None], tokens.clamp(max=19)
     hidden, known = (
-        draft.unroll(one, last_only(last), positions, torch.zeros_like(positions), 2) for one in (tokens, same)
+        draft.unroll(ids, last_only(last), positions, torch.zeros_like(positions), 2) for ids in (tokens, same)
     )
     assert torch.equal(hidden, known) and draft.logits(hidden).shape == (2, 1, 9, 20)
     assert random_draft(verifier_of("llama"), "llama").draft_ids is None
@@ -80,19 +78,21 @@ def test_a_smaller_table_reads_and_says_the_ids_that_it_has(verifier_of: Verifie
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt2"])
-def test_what_is_written_is_read_again(family: str, verifier_of: VerifierOf, tmp_path: Path) -> None:
+def test_a_written_draft_is_read_unchanged(family: str, verifier_of: VerifierOf, tmp_path: Path) -> None:
     draft = random_draft(verifier_of("llama"), family)
     draft.save_pretrained(tmp_path)
     again = SpeculatorModel.from_pretrained(tmp_path, verifier=verifier_of("llama"))
     assert isinstance(again, DraftModel) and again.dtype == torch.float64
     tokens, last = random_rows(2, 9)
     positions = torch.arange(9).expand(2, -1)
-    said = [one.unroll(tokens, last_only(last), positions, torch.zeros_like(positions), 2) for one in (draft, again)]
-    assert torch.equal(*said)
-    # A type that is short leaves frequencies exact.
+    outputs = [
+        model.unroll(tokens, last_only(last), positions, torch.zeros_like(positions), 2) for model in (draft, again)
+    ]
+    assert torch.equal(*outputs)
+    # A short dtype leaves rotary frequencies exact.
     constants = dict(again.named_buffers())
     again.cast(torch.bfloat16)
-    assert all(torch.equal(one, constants[name]) for name, one in again.named_buffers())
+    assert all(torch.equal(buffer, constants[name]) for name, buffer in again.named_buffers())
 
 
 def test_nothing_is_dropped_out_in_training(verifier_of: VerifierOf) -> None:
@@ -113,7 +113,7 @@ def test_nothing_is_dropped_out_in_training(verifier_of: VerifierOf) -> None:
     ],
     ids=["mamba", "bloom"],
 )
-def test_models_that_cannot_take_tokens_back_are_refused(config, reason: str, verifier_of: VerifierOf) -> None:
+def test_models_that_cannot_roll_back_tokens_are_refused(config, reason: str, verifier_of: VerifierOf) -> None:
     with pytest.raises(UsageError, match=reason):
         DraftModel.from_training_args(verifier_of("llama").config, config)
 

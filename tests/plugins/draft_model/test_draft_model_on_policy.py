@@ -1,4 +1,4 @@
-"""Text that the draft writes in the place of a row's own."""
+"""Text of the draft that replaces a part of a row."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def batch_of() -> dict[str, Tensor]:
     }
 
 
-def changed_stretches(batch: dict[str, Tensor], found: Tensor) -> list[tuple[int, int, int]]:
-    """Row, first and last place of what differs, document by document."""
-    stretches = []
+def changed_spans(batch: dict[str, Tensor], found: Tensor) -> list[tuple[int, int, int]]:
+    """Row, first and last index of the changed tokens of each document."""
+    spans = []
     for row in range(len(found)):
         for document in range(2):
             own = (batch["document_ids"][row] == document) & (found[row] != batch["input_ids"][row])
             if bool(own.any()):
-                places = own.nonzero()[:, 0]
-                stretches.append((row, int(places[0]), int(places[-1])))
-    return stretches
+                indices = own.nonzero()[:, 0]
+                spans.append((row, int(indices[0]), int(indices[-1])))
+    return spans
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -55,21 +55,21 @@ def test_at_temperature_0_the_drafts_own_greedy_text_is_written(family: str, ver
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_stretch_of_one_response_of_each_document_is_written_anew(seed: int, verifier_of: VerifierOf) -> None:
+def test_a_span_of_one_response_of_each_document_is_rewritten(seed: int, verifier_of: VerifierOf) -> None:
     draft, batch = random_draft(verifier_of("llama"), "llama"), batch_of()
     found = rewritten(draft, batch, OnPolicySettings(new_tokens=3, temperature=0), seed)
     changed = found != batch["input_ids"]
     assert bool(changed.any()) and not bool((changed & ~batch["loss_mask"]).any())
     model = plain_model(draft)
-    for row, first, last in changed_stretches(batch, found):
+    for row, first, last in changed_spans(batch, found):
         assert last - first < 3
         begin = int((batch["document_ids"][row] == batch["document_ids"][row, first]).nonzero()[0])
-        for place in range(first, last + 1):
-            logits = model(found[row, None, begin:place]).logits[0, -1]
-            assert int(logits.argmax()) == int(found[row, place])
+        for index in range(first, last + 1):
+            logits = model(found[row, None, begin:index]).logits[0, -1]
+            assert int(logits.argmax()) == int(found[row, index])
 
 
-def test_the_seed_decides_what_is_written(verifier_of: VerifierOf) -> None:
+def test_the_seed_determines_the_text(verifier_of: VerifierOf) -> None:
     draft, batch = random_draft(verifier_of("llama"), "llama"), batch_of()
     first, again, other = (rewritten(draft, batch, OnPolicySettings(), seed) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -78,13 +78,13 @@ def test_the_seed_decides_what_is_written(verifier_of: VerifierOf) -> None:
 def test_without_a_response_nothing_is_written(verifier_of: VerifierOf) -> None:
     draft, batch = random_draft(verifier_of("llama"), "llama"), batch_of()
     batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
-    # A draft needs a token to go on from.
+    # A draft needs a token to start from.
     batch["loss_mask"][0, 0] = True
     assert torch.equal(rewritten(draft, batch, OnPolicySettings(), 1), batch["input_ids"])
 
 
 @given(share=st.floats(0.01, 1), batches=st.integers(1, 300))
-def test_the_share_is_kept_from_the_first_batch_on(share: float, batches: int) -> None:
+def test_the_share_holds_from_the_first_batch_on(share: float, batches: int) -> None:
     settings = OnPolicySettings(share=share)
     chosen: Any = sum(settings.chooses(number) for number in range(batches))
     assert abs(chosen - share * batches) <= 1

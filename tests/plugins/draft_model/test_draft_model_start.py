@@ -1,4 +1,4 @@
-"""What a draft begins with: layers of the verifier, a stored language model, a fresh network; and what is refused."""
+"""Initial drafts: layers of the verifier, a stored language model, a fresh network; and refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart" / "verifier"
 
 
 def started(verifier: Path, **settings: Any) -> DraftModel:
-    """Make a draft as a run does."""
+    """Make a draft as in a run."""
     module = DraftModelModule(verifier=str(verifier), draft=DraftModelSettings(**settings))
     parts = VerifierParts.from_pretrained(str(verifier))
     module.teacher.hold(None, parts)
@@ -42,7 +42,7 @@ def logits(draft: DraftModel) -> torch.Tensor:
 
 
 def test_all_layers_of_the_verifier_are_the_verifier(tiny_verifiers: Mapping[str, TinyVerifier]) -> None:
-    """Of sharded files, of tied heads, of windows and soft caps, and of a model that reads images as well."""
+    """For sharded files, tied heads, windows and soft caps, and the text part of a model that reads images."""
     for name, verifier in tiny_verifiers.items():
         model = verifier.model
         expected = model(TOKENS, **({"token_type_ids": torch.zeros_like(TOKENS)} if "images" in name else {})).logits
@@ -50,9 +50,9 @@ def test_all_layers_of_the_verifier_are_the_verifier(tiny_verifiers: Mapping[str
         torch.testing.assert_close(logits(draft), expected, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_a_head_with_a_bias_is_taken_whole(tmp_path: Path) -> None:
+def test_a_head_with_a_bias_is_taken_completely(tmp_path: Path) -> None:
     sizes = {**SHAPE, "num_hidden_layers": 2, "num_key_value_heads": 4, "partial_rotary_factor": 0.5}
-    verifier = random_verifier(PhiConfig(**{name: one for name, one in sizes.items() if name != "head_dim"}), seed=5)
+    verifier = random_verifier(PhiConfig(**{name: size for name, size in sizes.items() if name != "head_dim"}), seed=5)
     verifier.save_pretrained(tmp_path)
     torch.testing.assert_close(
         logits(started(tmp_path, init_layers=[0, 1])), verifier(TOKENS).logits, atol=1e-4, rtol=1e-4
@@ -66,7 +66,7 @@ def test_some_layers_are_those_of_the_verifier(name: str, tiny_verifiers: Mappin
     cut = copy.deepcopy(verifier.model)
     cut.model.layers = torch.nn.ModuleList(cut.model.layers[layer] for layer in layers)
     cut.config.num_hidden_layers = 3
-    if name == "gemma3":  # sliding and full attention by turns
+    if name == "gemma3":  # alternating sliding and full attention
         kinds = verifier.model.config.layer_types
         assert draft.config.language_model.layer_types == [kinds[layer] for layer in layers]
         cut.config.layer_types = draft.config.language_model.layer_types
@@ -96,7 +96,7 @@ def test_a_fresh_network_has_the_verifiers_embeddings_norm_and_head(tiny_verifie
     ],
     ids=["gpt2", "mistral", "llama"],
 )
-def test_a_stored_model_says_what_it_said(
+def test_a_stored_model_computes_the_same(
     config: Any, tiny_verifiers: Mapping[str, TinyVerifier], tmp_path: Path
 ) -> None:
     model = random_verifier(config, seed=3)
@@ -105,11 +105,11 @@ def test_a_stored_model_says_what_it_said(
     known = TOKENS.clamp(max=config.vocab_size - 1)
     torch.testing.assert_close(logits(draft), model(known).logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(plain_model(draft)(known).logits.float(), model(known).logits, atol=1e-4, rtol=1e-4)
-    # Engines stop to draft behind this length.
+    # Engines do not draft beyond this length.
     assert draft.config.language_model.max_position_embeddings == 64
 
 
-def test_of_a_stored_model_that_reads_images_the_language_model_is_taken(
+def test_only_the_language_model_of_a_stored_model_that_reads_images_is_taken(
     tiny_verifiers: Mapping[str, TinyVerifier],
 ) -> None:
     folder = str(tiny_verifiers["gemma3-images"].folder)
@@ -133,7 +133,7 @@ def saved(folder: Path, config: Any) -> str:
 
 
 def other_tokenizer(folder: Path) -> str:
-    """A copy of the quickstart's verifier whose tokenizer has two ids exchanged."""
+    """A copy of the quickstart's verifier whose tokenizer has two ids swapped."""
     shutil.copytree(QUICKSTART, folder)
     text = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(text.replace('"!": 3,', '"!": 4 ,').replace('"\\"": 4,', '"\\"": 3,'))
@@ -174,9 +174,7 @@ REFUSED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_begun_with_is_named(
-    what: str, tiny_verifiers: Mapping[str, TinyVerifier], tmp_path: Path
-) -> None:
+def test_an_impossible_start_is_named(what: str, tiny_verifiers: Mapping[str, TinyVerifier], tmp_path: Path) -> None:
     settings, message = REFUSED[what]
     with pytest.raises(UsageError, match=message) as raised:
         started(tiny_verifiers["llama"].folder, **settings(tmp_path))

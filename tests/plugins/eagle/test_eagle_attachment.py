@@ -1,4 +1,4 @@
-"""What a draft borrows from its verifier, and what it is stored with."""
+"""The parts that a draft borrows from its verifier, and its stored tensors."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def borrowed(draft: EagleSpeculator) -> list[nn.Module | None]:
     return [getattr(draft, name) for name in BORROWED]
 
 
-def modules_behind(*roots: Any) -> set[str]:
-    """Class names of everything that can be reached by references, classes and functions left out."""
+def reachable_modules(*roots: Any) -> set[str]:
+    """Class names of all modules that can be reached by references, except through classes and functions."""
     seen: dict[int, Any] = {}
     waiting = list(roots)
     while waiting:
-        one = waiting.pop()
-        if id(one) in seen or isinstance(one, type) or (callable(one) and not isinstance(one, nn.Module)):
+        item = waiting.pop()
+        if id(item) in seen or isinstance(item, type) or (callable(item) and not isinstance(item, nn.Module)):
             continue
-        seen[id(one)] = one
-        waiting += gc.get_referents(one)
-    return {type(one).__name__ for one in seen.values() if isinstance(one, nn.Module)}
+        seen[id(item)] = item
+        waiting += gc.get_referents(item)
+    return {type(value).__name__ for value in seen.values() if isinstance(value, nn.Module)}
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -84,19 +84,19 @@ def test_from_files_only_what_is_needed_is_read(name: str, tiny_verifiers: Mappi
     parts = draft.attach_verifier(made.folder, "train_only")
     assert isinstance(parts, VerifierParts)
     assert draft.verifier is None and None not in borrowed(draft)
-    assert not any(one.requires_grad for one in (draft.embed_tokens.weight, draft.lm_head.weight))
+    assert not any(weight.requires_grad for weight in (draft.embed_tokens.weight, draft.lm_head.weight))
     rows = random_rows(2, 5)
-    alone = draft(rows[0], rows[1].float()).logits
+    separate = draft(rows[0], rows[1].float()).logits
     draft.attach_verifier(made.model)
-    torch.testing.assert_close(draft(rows[0], rows[1].float()).logits, alone)
+    torch.testing.assert_close(draft(rows[0], rows[1].float()).logits, separate)
 
 
 def test_train_only_holds_no_decoder_layers(verifier_of: VerifierOf, detached: EagleSpeculator) -> None:
     detached.attach_verifier(verifier_of("qwen3"))
-    assert "Qwen3DecoderLayer" in modules_behind(detached)
+    assert "Qwen3DecoderLayer" in reachable_modules(detached)
     detached.attach_verifier(verifier_of("qwen3"), "train_only")
-    assert not {"Qwen3DecoderLayer", "Qwen3ForCausalLM"} & modules_behind(detached)
-    assert {"Qwen3RotaryEmbedding", "Qwen3RMSNorm"} <= modules_behind(detached)
+    assert not {"Qwen3DecoderLayer", "Qwen3ForCausalLM"} & reachable_modules(detached)
+    assert {"Qwen3RotaryEmbedding", "Qwen3RMSNorm"} <= reachable_modules(detached)
 
 
 def test_train_only_cannot_generate(verifier_of: VerifierOf, detached: EagleSpeculator) -> None:
@@ -110,11 +110,11 @@ def test_detaching_releases_the_verifier(mode: Any, detached: EagleSpeculator) -
     verifier = random_verifier("llama")
     detached.double().attach_verifier(verifier, mode)
     detached(*random_rows(1, 3))
-    watched = [weakref.ref(one) for one in (verifier, verifier.model.rotary_emb, verifier.lm_head.weight)]
+    watched = [weakref.ref(part) for part in (verifier, verifier.model.rotary_emb, verifier.lm_head.weight)]
     detached.detach_verifier()
     del verifier
     gc.collect()
-    assert [one() for one in watched] == [None, None, None]
+    assert [reference() for reference in watched] == [None, None, None]
 
 
 def test_attaching_another_releases_the_first(verifier_of: VerifierOf, detached: EagleSpeculator) -> None:
@@ -135,12 +135,12 @@ def test_borrowed_parts_are_not_part_of_the_draft(
     verifier = verifier_of("llama")
     names = detached.state_dict().keys()
     detached.attach_verifier(verifier, mode)
-    theirs = {id(one) for one in verifier.modules()} | {id(one) for one in verifier.parameters()}
-    assert not theirs & {id(one) for one in (*detached.modules(), *detached.parameters(), *detached.buffers())}
+    theirs = {id(module) for module in verifier.modules()} | {id(parameter) for parameter in verifier.parameters()}
+    assert not theirs & {id(part) for part in (*detached.modules(), *detached.parameters(), *detached.buffers())}
     assert detached.state_dict().keys() == names
     detached.to(torch.bfloat16).requires_grad_(True)
-    assert {one.dtype for one in verifier.parameters()} == {torch.float64}
-    assert not any(one.requires_grad for one in verifier.parameters())
+    assert {parameter.dtype for parameter in verifier.parameters()} == {torch.float64}
+    assert not any(parameter.requires_grad for parameter in verifier.parameters())
     detached.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == names
     detached.load_state_dict(load_file(tmp_path / "model.safetensors"))
@@ -207,7 +207,9 @@ def test_a_named_layer_is_listed_again_when_it_is_read(verifier_of: VerifierOf, 
     assert again.config.architectures == draft.config.architectures == ["EagleSpeculator", "LlamaDecoderLayer"]
 
 
-def test_loading_attaches_what_is_asked_for(verifier_of: VerifierOf, detached: EagleSpeculator, tmp_path: Path) -> None:
+def test_loading_attaches_the_requested_verifier(
+    verifier_of: VerifierOf, detached: EagleSpeculator, tmp_path: Path
+) -> None:
     detached.save_pretrained(tmp_path)
     verifier = verifier_of("llama")
     load = EagleSpeculator.from_pretrained
@@ -221,7 +223,7 @@ def test_loading_attaches_what_is_asked_for(verifier_of: VerifierOf, detached: E
 def test_casting_on_load_leaves_the_rotary_frequencies(detached: EagleSpeculator, tmp_path: Path) -> None:
     detached.save_pretrained(tmp_path)
     again = EagleSpeculator.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {one.dtype for one in again.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
     assert torch.equal(again.rotary.inv_freq, detached.rotary.inv_freq)
     assert again.rotary.inv_freq.dtype == torch.float32
 
@@ -254,7 +256,7 @@ def test_from_training_args(tiny_verifiers: Mapping[str, Any]) -> None:
         assert getattr(layers, name) == getattr(verifier, name)
     stored = config.speculators_config
     assert (stored.algorithm, stored.default_proposal_method) == ("eagle", "greedy")
-    assert [one.speculative_tokens for one in stored.proposal_methods] == [4]
+    assert [proposal_method.speculative_tokens for proposal_method in stored.proposal_methods] == [4]
     assert (stored.verifier.name_or_path, stored.verifier.architectures) == ("owner/name", ["LlamaForCausalLM"])
     assert EagleSpeculator.get_trainer_kwargs(anything=1) == ({}, {})
 
@@ -281,11 +283,11 @@ def test_any_layer_can_draft_for_any_verifier(name: str, family: str, verifier_o
 
 
 def test_experts_start_at_random_too() -> None:
-    """Weights of other shapes than a linear layer's must not be left as the memory happened to be."""
+    """Weights of other shapes than a linear layer's must not stay uninitialised."""
     layers = MixtralConfig(**SHAPE, num_local_experts=3, initializer_range=0.1)
     draft = EagleSpeculator.from_training_args(layers, fusion_bias=True)
-    experts = [one for one in draft.parameters() if one.ndim == 3]
-    assert experts and all(0.05 < one.std().item() < 0.15 for one in experts)
+    experts = [parameter for parameter in draft.parameters() if parameter.ndim == 3]
+    assert experts and all(0.05 < expert.std().item() < 0.15 for expert in experts)
     assert not draft.fusion_fc.bias.any()
 
 

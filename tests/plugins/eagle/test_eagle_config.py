@@ -1,4 +1,4 @@
-"""What is stored with an EAGLE-1 draft, and what is refused."""
+"""The stored configuration of an EAGLE-1 draft, and refusals."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_only_what_differs_is_stored() -> None:
     stored = EagleSpeculatorConfig(transformer_layer_config=LlamaConfig(hidden_size=64)).to_dict()
     layers = stored["transformer_layer_config"]
     assert layers["hidden_size"] == 64
-    # What every configuration of transformers has, and has the same.
+    # Fields that every configuration of transformers has, with the same value.
     assert not {"id2label", "chunk_size_feed_forward", "problem_type", "_name_or_path"} & layers.keys()
 
 

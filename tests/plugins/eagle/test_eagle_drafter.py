@@ -22,9 +22,9 @@ VerifierOf = Callable[[str], PreTrainedModel]
 
 
 def expected(draft: EagleSpeculator, tokens: Tensor, last: Tensor, path: Sequence[int]) -> Tensor:
-    """The chain of training behind processed tokens [n + 1] with their states [n, H]: logits behind a path, [V]."""
+    """The chain of training after processed tokens [n + 1] with their states [n, H]: logits after a path, [V]."""
     text = torch.cat([tokens, torch.tensor(path, dtype=torch.int64)])[None]
-    # States behind the processed tokens are not looked at.
+    # States after the processed tokens are not read.
     states = torch.full((1, text.shape[1], last.shape[-1]), 3.0, dtype=last.dtype)
     states[0, : len(last)] = last
     positions = torch.arange(text.shape[1])[None]
@@ -65,10 +65,10 @@ def test_a_window_is_that_of_training(family: str, verifier_of: VerifierOf) -> N
     drafter, done = draft.drafter(3), [0, 0, 0]
     for counts in COMMITS:
         commit(drafter, tokens, last, done, counts)
-        # A tree of two chains, the second behind the first's first node.
+        # A tree of two chains, the second from the first node of the first.
         waves = [([4, 9], [-1, -1]), ([8, 2], [0, 0]), ([5], [3])]
         logits = [drafter.root[:, None]] + [
-            drafter.step(torch.tensor(own).expand(3, -1), torch.tensor(behind).expand(3, -1)) for own, behind in waves
+            drafter.step(torch.tensor(own).expand(3, -1), torch.tensor(parents).expand(3, -1)) for own, parents in waves
         ]
         nodes = torch.cat(logits, dim=1)
         paths = [[], [4], [9], [4, 8], [4, 2], [4, 2, 5]]
@@ -117,12 +117,12 @@ def test_packed_documents_equal_separate_ones(verifier_of: VerifierOf) -> None:
     begin = 0
     for length in lengths:
         part = slice(begin, begin + length)
-        alone = draft.unroll(
+        separate = draft.unroll(
             tokens[:, part], last_only(last[:, part]), positions[:, part], torch.zeros(1, length).long(), STEPS
         )
         for step in range(STEPS):
             real = max(0, length - 1 - step)
-            torch.testing.assert_close(packed[step, :, part][:, :real], alone[step, :, :real])
+            torch.testing.assert_close(packed[step, :, part][:, :real], separate[step, :, :real])
         begin += length
 
 
@@ -134,11 +134,11 @@ def test_gradients_flow_through_what_is_fed_back_unless_detached(detached: bool,
     predictions: list[Tensor] = []
     draft.transformer.register_forward_hook(lambda _, __, output: predictions.append(output))
     given = tokens, feature, positions, torch.zeros_like(positions)
-    whole = chain_of_all(draft, *given, steps=2, detached=detached)
-    (gradient,) = torch.autograd.grad(whole[1, 0, 3].sum(), predictions[0])
+    chain = chain_of_all(draft, *given, steps=2, detached=detached)
+    (gradient,) = torch.autograd.grad(chain[1, 0, 3].sum(), predictions[0])
     if detached:
         assert not gradient.any()
     else:
-        # The prediction that row 3 reads again, and no other.
+        # Only the prediction that row 3 reads again.
         assert (gradient[0].abs().sum(-1) > 0).tolist() == [False, False, False, True, False, False]
-    assert torch.equal(whole.detach(), chain_of_all(draft, *given, steps=2).detach())
+    assert torch.equal(chain.detach(), chain_of_all(draft, *given, steps=2).detach())

@@ -1,4 +1,4 @@
-"""The draft's layer may be of any family: rows that a step does not run are attended to as if it ran them."""
+"""The draft's layer may be of any family: rows that a step does not run still have their keys and values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specforge.models.draft_rows import DraftRows
 from specforge.verifier.parts import VerifierParts
 from specforge_eagle.model import EagleSpeculator
 
-LENGTH, WANTED = 9, 4
+LENGTH, COUNT = 9, 4
 
 
 # With norms before the attention, after it, under another name, and with latent keys.
@@ -30,12 +30,12 @@ def test_a_layer_run_at_some_rows_sees_the_keys_of_all(name: str) -> None:
     parts = torch.nn.Embedding(VOCABULARY, width).double(), torch.nn.Identity(), torch.nn.Linear(width, 1)
     draft.attach_verifier(VerifierParts(config, *parts))
     tokens, feature = torch.randint(VOCABULARY, (1, LENGTH)), torch.randn(1, LENGTH, width, dtype=torch.float64)
-    supervised = torch.rand(LENGTH).argsort() < WANTED
+    supervised = torch.rand(LENGTH).argsort() < COUNT
     documents = DocumentLayout.of(torch.tensor([[0] * 5 + [1] * 4]))
     rows = DraftRows.needed(supervised[None], documents)
     tokens, feature, positions = tokens[:, rows.order], feature[:, rows.order], rows.order[None] % 5
 
-    def run(wanted: int | None) -> torch.Tensor:
-        return draft.advance(tokens, feature, positions, TrainingTimeTest(rows).at(0), wanted)
+    def run(count: int | None) -> torch.Tensor:
+        return draft.advance(tokens, feature, positions, TrainingTimeTest(rows).at(0), count)
 
-    torch.testing.assert_close(run(WANTED), run(None)[:, :WANTED])
+    torch.testing.assert_close(run(COUNT), run(None)[:, :COUNT])

@@ -1,4 +1,4 @@
-"""One pass of the network, called as transformers' models are."""
+"""One pass of the network, called like a model of transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from specforge_eagle.model import EagleSpeculator
 
 BATCH, LENGTH = 2, 9
-# Rotary embeddings are computed in float32, and so is the softmax where weights are asked for.
+# Rotary embeddings are computed in float32, and the softmax too if weights are requested.
 SHORT = {"atol": 1e-5, "rtol": 1e-4}
 VerifierOf = Callable[[str], PreTrainedModel]
 
@@ -28,7 +28,7 @@ def draft(request: pytest.FixtureRequest, verifier_of: VerifierOf) -> EagleSpecu
 
 @pytest.fixture(scope="module", params=["mistral", "gemma2", "gemma3"])
 def sliding_draft(request: pytest.FixtureRequest, verifier_of: VerifierOf) -> EagleSpeculator:
-    """The layer keeps the window that the first layer of its verifier has."""
+    """The layer keeps the window of its verifier's first layer."""
     verifier = verifier_of(request.param)
     plain = random_draft(verifier)
     draft = EagleSpeculator(plain.config.model_copy(update={"transformer_layer_config": verifier.config}))
@@ -49,8 +49,8 @@ def logits_of(draft: EagleSpeculator, *rows: Tensor, **options: Any) -> Tensor:
     return output
 
 
-def steps_alone(draft: EagleSpeculator, tokens: Tensor, features: Tensor) -> Tensor:
-    """The same pass by the attention of training, where row t reads token t + 1."""
+def first_step(draft: EagleSpeculator, tokens: Tensor, features: Tensor) -> Tensor:
+    """The same pass with the attention of training, where row t reads token t + 1."""
     shifted = torch.cat([tokens[:, :1], tokens], dim=1)
     padded = torch.cat([features, features[:, :1]], dim=1)
     positions = torch.arange(shifted.shape[1]).expand(len(tokens), -1)
@@ -62,11 +62,11 @@ def steps_alone(draft: EagleSpeculator, tokens: Tensor, features: Tensor) -> Ten
 def test_is_the_first_step_of_training(draft: EagleSpeculator, rows: tuple[Tensor, Tensor]) -> None:
     logits = logits_of(draft, *rows)
     assert logits.shape == (BATCH, LENGTH, VOCABULARY)
-    torch.testing.assert_close(logits, steps_alone(draft, *rows))
+    torch.testing.assert_close(logits, first_step(draft, *rows))
 
 
 def test_a_window_is_that_of_training(sliding_draft: EagleSpeculator, rows: tuple[Tensor, Tensor]) -> None:
-    expected = steps_alone(sliding_draft, *rows)
+    expected = first_step(sliding_draft, *rows)
     torch.testing.assert_close(logits_of(sliding_draft, *rows), expected)
     mask = torch.ones(BATCH, LENGTH, dtype=torch.int64)
     torch.testing.assert_close(logits_of(sliding_draft, *rows, attention_mask=mask), expected)
@@ -81,16 +81,16 @@ def test_a_window_matters(sliding_draft: EagleSpeculator, rows: tuple[Tensor, Te
     assert same.tolist() == [False] * window + [True] * (LENGTH - window)
 
 
-@pytest.mark.parametrize("place", [0, 4, 8])
-def test_rows_never_see_the_future(place: int, draft: EagleSpeculator, rows: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("index", [0, 4, 8])
+def test_rows_never_see_the_future(index: int, draft: EagleSpeculator, rows: tuple[Tensor, Tensor]) -> None:
     tokens, features = rows
     before = logits_of(draft, *rows)
     other_tokens, other_features = tokens.clone(), features.clone()
-    other_tokens[:, place] = (tokens[:, place] + 7) % VOCABULARY
-    other_features[:, place] += 1
+    other_tokens[:, index] = (tokens[:, index] + 7) % VOCABULARY
+    other_features[:, index] += 1
     for changed in (logits_of(draft, other_tokens, features), logits_of(draft, tokens, other_features)):
         differs = (changed != before).any(-1).all(0)
-        assert differs.tolist() == [row >= place for row in range(LENGTH)]
+        assert differs.tolist() == [row >= index for row in range(LENGTH)]
 
 
 def test_padding_on_the_right_is_not_seen(draft: EagleSpeculator, rows: tuple[Tensor, Tensor]) -> None:
@@ -113,14 +113,14 @@ def test_padding_on_the_left_is_not_seen(draft: EagleSpeculator, rows: tuple[Ten
 
 
 def two_documents(length: int = LENGTH, first: int = 4) -> Tensor:
-    """What each row sees, [1, 1, T, T], where a second document begins."""
+    """The mask of visible rows, [1, 1, T, T], for two documents."""
     document = (torch.arange(length) >= first).long()
     return (torch.ones(length, length).tril().bool() & (document[:, None] == document))[None, None]
 
 
 @pytest.mark.parametrize("kind", ["truth values", "numbers", "added"])
 @pytest.mark.parametrize("weights", [False, True])
-def test_a_mask_may_state_what_each_row_sees(
+def test_a_mask_may_state_the_visible_rows(
     kind: str, weights: bool, draft: EagleSpeculator, rows: tuple[Tensor, Tensor]
 ) -> None:
     tokens, features = rows
@@ -181,7 +181,7 @@ def test_pieces_with_padding_are_one_pass(draft: EagleSpeculator, rows: tuple[Te
     mask = torch.ones(BATCH, LENGTH, dtype=torch.int64)
     mask[0, :2] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    whole = logits_of(draft, *rows, attention_mask=mask, position_ids=positions)
+    one_pass = logits_of(draft, *rows, attention_mask=mask, position_ids=positions)
     cache = DynamicCache()
     for part in (slice(0, 5), slice(5, LENGTH)):
         logits = logits_of(
@@ -193,10 +193,10 @@ def test_pieces_with_padding_are_one_pass(draft: EagleSpeculator, rows: tuple[Te
             past_key_values=cache,
         )
         real = mask[:, part].bool()
-        torch.testing.assert_close(logits[real], whole[:, part][real])
+        torch.testing.assert_close(logits[real], one_pass[:, part][real])
 
 
-def test_a_cache_is_returned_where_asked_for(draft: EagleSpeculator, rows: tuple[Tensor, Tensor]) -> None:
+def test_a_cache_is_returned_on_request(draft: EagleSpeculator, rows: tuple[Tensor, Tensor]) -> None:
     assert draft(*rows).past_key_values is None
     fresh = draft(*rows, use_cache=True).past_key_values
     assert fresh.get_seq_length() == LENGTH
@@ -205,7 +205,7 @@ def test_a_cache_is_returned_where_asked_for(draft: EagleSpeculator, rows: tuple
     assert draft(*rows, past_key_values=DynamicCache(), use_cache=False).past_key_values is None
 
 
-def test_weights_are_returned_where_asked_for(draft: EagleSpeculator, rows: tuple[Tensor, Tensor]) -> None:
+def test_weights_are_returned_on_request(draft: EagleSpeculator, rows: tuple[Tensor, Tensor]) -> None:
     assert draft(*rows).attentions is None
     with torch.no_grad():
         output = draft(*rows, output_attentions=True)
@@ -217,7 +217,7 @@ def test_weights_are_returned_where_asked_for(draft: EagleSpeculator, rows: tupl
     torch.testing.assert_close(output.logits, logits_of(draft, *rows), **SHORT)
 
 
-def test_states_are_returned_where_asked_for(draft: EagleSpeculator, rows: tuple[Tensor, Tensor]) -> None:
+def test_states_are_returned_on_request(draft: EagleSpeculator, rows: tuple[Tensor, Tensor]) -> None:
     assert draft(*rows).hidden_states is None
     with torch.no_grad():
         output = draft(*rows, output_hidden_states=True)
@@ -264,7 +264,7 @@ def test_only_the_draft_gets_gradients(family: str, name: str, verifier_of: Veri
     draft(*random_rows(BATCH, LENGTH)).logits.square().sum().backward()
     for parameter, tensor in draft.named_parameters():
         assert tensor.grad is not None and tensor.grad.isfinite().all() and tensor.grad.any(), parameter
-    assert not any(one.grad is not None for one in verifier_of(family).parameters())
+    assert not any(weight.grad is not None for weight in verifier_of(family).parameters())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

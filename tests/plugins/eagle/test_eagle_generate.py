@@ -51,8 +51,8 @@ def test_text_is_accepted_from_a_draft_that_is_right(verifier_of: VerifierOf) ->
         loss.backward()
         optimizer.step()
     decoder = Decoder(verifier, draft, GreedyTokenProposalConfig(speculative_tokens=4))
-    rounds = [one for one in decoder.decode([prompt[0]], 24) if one.drafted is not None]
-    assert sum(len(one.tokens) for one in rounds) > 3 * len(rounds)
+    rounds = [emission for emission in decoder.decode([prompt[0]], 24) if emission.drafted is not None]
+    assert sum(len(emission.tokens) for emission in rounds) > 3 * len(rounds)
     assert torch.equal(draft.generate(prompt, max_new_tokens=24), text)
 
 

@@ -1,4 +1,4 @@
-"""The losses of EAGLE-1 and HASS against plain formulas, the noise, and whole runs."""
+"""The losses of EAGLE-1 and HASS against plain formulas, the noise, and complete runs."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def make_batch() -> dict[str, torch.Tensor]:
 
 
 def plain_loss(module: EagleModule, batch: dict[str, torch.Tensor], compat: bool) -> float:
-    """Row by row and document by document: 1.0 Smooth-L1 + 0.1 cross-entropy + 1.0 top-10, a mean over rows a step."""
+    """Row by row, each document separately: 1.0 Smooth-L1 + 0.1 cross-entropy + 1.0 top-10, averaged over rows."""
     steps = module.alignment_steps
     sums, counts = [0.0] * steps, [0] * steps
     for document in (0, 1):
-        places = (batch["document_ids"][0] == document).nonzero().squeeze(1)
-        x, mask = batch["input_ids"][0, places], batch["loss_mask"][0, places].tolist()
+        indices = (batch["document_ids"][0] == document).nonzero().squeeze(1)
+        x, mask = batch["input_ids"][0, indices], batch["loss_mask"][0, indices].tolist()
         with torch.no_grad():
             output = module.teacher.model(x[None], output_hidden_states=True)
             # transformers' last hidden state is after the final norm, as EAGLE-1 reads it.
@@ -94,8 +94,8 @@ def test_every_weight_of_the_draft_gets_a_gradient_and_no_other(tiny_verifiers):
     module = make_module(tiny_verifiers, alignment_steps=3)
     batch = make_batch()
     module.draft_steps(batch, module.features(batch)).loss.backward()
-    assert all(one.grad is not None and one.grad.abs().sum() > 0 for one in module.draft.parameters())
-    assert all(one.grad is None for one in module.teacher.model.parameters())
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.draft.parameters())
+    assert all(parameter.grad is None for parameter in module.teacher.model.parameters())
     assert not any("embed_tokens" in name or "lm_head" in name for name in module.state_dict())
 
 
@@ -157,7 +157,7 @@ def run(request, tmp_path_factory):
 
 def scalars(folder: Path, tag: str) -> list[float]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return [one.value for one in events.Scalars(tag)]
+    return [scalar.value for scalar in events.Scalars(tag)]
 
 
 def test_a_run_learns(run):
@@ -171,14 +171,14 @@ def test_the_acceptance_length_is_that_of_real_decoding(run):
     rows = [json.loads(line) for line in (run[1].parent / "validation.jsonl").read_text().splitlines()]
     prompts = [torch.tensor(row["input_ids"][: row["loss_mask"].index(1)]) for row in rows]
     decoder = Decoder(draft.verifier, draft, GreedyTokenProposalConfig(speculative_tokens=4))
-    rounds, said = [], [[] for _ in prompts]
-    for one in decoder.decode(prompts, 96):
-        said[one.sequence] += one.tokens
-        rounds += [one] if one.drafted is not None else []
-    assert [prompt.tolist() + new for prompt, new in zip(prompts, said, strict=True)] == [
+    rounds, texts = [], [[] for _ in prompts]
+    for emission in decoder.decode(prompts, 96):
+        texts[emission.sequence] += emission.tokens
+        rounds += [emission] if emission.drafted is not None else []
+    assert [prompt.tolist() + new for prompt, new in zip(prompts, texts, strict=True)] == [
         row["input_ids"] for row in rows
     ]
-    measured = sum(len(one.tokens) for one in rounds) / len(rounds)
+    measured = sum(len(emission.tokens) for emission in rounds) / len(rounds)
     assert measured == pytest.approx(max(scalars(run[0], "val/acceptance_length")), rel=1e-5)
 
 

@@ -63,8 +63,8 @@ def test_round_trip(name: str, tiny_verifiers: Mapping[str, Any], tmp_path: Path
         assert torch.equal(again.state_dict()[key], tensor), key
     stored = again.config.speculators_config.verifier
     assert (stored.name_or_path, stored.architectures) == (verifier, tiny_verifiers[name].model.config.architectures)
-    for one in (draft, again):
-        one.attach_verifier(verifier, "train_only")
+    for model in (draft, again):
+        model.attach_verifier(verifier, "train_only")
     tokens, states = torch.tensor([[3, 4, 5]]), torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again(tokens, states).logits, draft(tokens, states).logits)
 
@@ -99,7 +99,7 @@ def test_scaled_positions_are_written_for_old_and_new_readers(
         assert rope == {**scaling, "rope_theta": 77.0}, missing
 
 
-def test_the_whole_verifiers_configuration_becomes_one_layers(
+def test_a_configuration_of_the_complete_verifier_is_reduced_to_one_layer(
     tiny_verifiers: Mapping[str, Any], tmp_path: Path
 ) -> None:
     from specforge_eagle.config import EagleSpeculatorConfig
@@ -111,7 +111,9 @@ def test_the_whole_verifiers_configuration_becomes_one_layers(
     assert read(LAYOUT, tmp_path, None).config.transformer_layer_config.sliding_window == 4
 
 
-def test_a_layer_of_another_family_is_written_as_what_it_is(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
+def test_a_layer_of_another_family_is_written_under_its_family(
+    tiny_verifiers: Mapping[str, Any], tmp_path: Path
+) -> None:
     write(LAYOUT, make_draft(tiny_verifiers, "gemma2", transformer_layer_architecture="LlamaDecoderLayer"), tmp_path)
     values = config_of(tmp_path)
     assert (values["architectures"], values["model_type"]) == (["LlamaForCausalLM"], "llama")
@@ -139,7 +141,7 @@ def test_each_reader_gets_the_bias_that_it_expects(
 
 
 def test_readers_that_always_have_a_bias_get_zeros(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
-    """They would leave it random if the file has none."""
+    """They leave it random if the file has none."""
     for reader in ("hass", "sglang"):
         write(f"eagle/{reader}", make_draft(tiny_verifiers), tmp_path / reader)
         assert config_of(tmp_path / reader)["bias"] is True
@@ -158,12 +160,14 @@ def test_layers_that_an_engine_does_not_draft_with_are_refused(
     assert not (tmp_path / "draft").exists()
 
 
-@pytest.mark.parametrize("said", [True, False, None])
-def test_the_tensors_decide_whether_there_is_a_bias(said: bool | None, written: tuple[EagleSpeculator, Path]) -> None:
-    """SafeAILab's reader takes a missing field for true, and published heads without a bias lack the field."""
+@pytest.mark.parametrize("stored_bias", [True, False, None])
+def test_the_tensors_decide_whether_there_is_a_bias(
+    stored_bias: bool | None, written: tuple[EagleSpeculator, Path]
+) -> None:
+    """SafeAILab's reader assumes true for a missing field, and published heads without a bias lack the field."""
     folder = written[1]
     values = {name: value for name, value in config_of(folder).items() if name != "bias"}
-    (folder / "config.json").write_text(json.dumps(values if said is None else values | {"bias": said}))
+    (folder / "config.json").write_text(json.dumps(values if stored_bias is None else values | {"bias": stored_bias}))
     without = read(LAYOUT, folder, None)
     assert not without.config.fusion_bias and "bias" not in without.config.to_dict()["transformer_layer_config"]
     change_weights(folder, fc__bias=torch.ones(16))
@@ -192,7 +196,7 @@ def test_embeddings_in_the_file_are_written_back_and_nowhere_else(
     assert SpeculatorModel.from_pretrained(tmp_path / "ours").stored_embeddings is None
     draft.to(torch.bfloat16)
     write(LAYOUT, draft, tmp_path / "short")
-    assert {one.dtype for one in load_file(tmp_path / "short" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "short" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("reader", ["vllm", "sglang"])

@@ -26,11 +26,11 @@ def make_draft(tiny_verifiers, **options) -> EagleSpeculator:
 
 
 def harmonised_context(draft: EagleSpeculator, tokens: Tensor, true: Tensor, forwards: int) -> list[Tensor]:
-    """Predictions of each forward at every row t, [L, H] each: row t reads x_{t+1} and stands at position t.
+    """Predictions of each forward at every row t, [L, H] each: row t reads x_{t+1} at position t.
 
     Forward 0 reads the true features. The queries of forward j read q^j, the predictions of forward j - 1 shifted right
     by one with the true feature in front, detached. Its keys and values at column t - d come from q^{j-d} for d < j,
-    and from the true features otherwise (arXiv 2408.15766, section 3.2). A softmax over the columns up to t alone.
+    and from the true features otherwise (arXiv 2408.15766, section 3.2). The softmax is over the columns up to t.
     """
     layer, rows = draft.transformer, len(tokens) - 1
     attention = layer.self_attn
@@ -125,7 +125,7 @@ def test_documents_of_a_packed_row_do_not_see_each_other(tiny_verifiers):
     documents = torch.tensor([[0] * 6 + [1] * 5])
     packed = chain_of_all(draft, tokens, features, positions, documents, steps=3, detached=True)[:, 0]
     for begin, (own, true) in ((0, first), (6, second)):
-        alone = chained(draft, own, true, 3)
+        separate = chained(draft, own, true, 3)
         for step in range(3):
             rows = len(own) - 1 - step
-            torch.testing.assert_close(packed[step, begin : begin + rows], alone[step, :rows])
+            torch.testing.assert_close(packed[step, begin : begin + rows], separate[step, :rows])

@@ -18,4 +18,4 @@ def test_too_few_layers_for_the_default_are_refused_with_an_example_that_works(n
     with pytest.raises(UsageError, match=f"has {number} decoder layers") as caught:
         default_aux_layers(number)
     example = str(caught.value).rpartition("[")[2].rstrip("]")
-    check_aux_layers([int(one) for one in example.split(",")], number)
+    check_aux_layers([int(word) for word in example.split(",")], number)

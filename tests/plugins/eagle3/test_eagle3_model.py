@@ -74,7 +74,7 @@ def test_every_trainable_parameter_gets_a_gradient(name: str, tiny_verifiers: Ma
     draft.lm_head(hidden)[:, :, :10].square().sum().backward()
     for parameter, tensor in draft.named_parameters():
         assert tensor.grad is not None and tensor.grad.isfinite().all() and tensor.grad.any(), parameter
-    assert not any(one.grad is not None for one in draft.verifier_parts.embed_tokens.parameters())
+    assert not any(weight.grad is not None for weight in draft.verifier_parts.embed_tokens.parameters())
 
 
 @pytest.mark.parametrize("flag", ["norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"])
@@ -85,32 +85,32 @@ def test_every_norm_option_matters(flag: str, tiny_verifiers: Mapping[str, Any])
     with torch.no_grad():
         difference = (plain(**batch, steps=2) - other(**batch, steps=2)).abs().amax(dim=(1, 2, 3))
     assert difference[1] > 1e-3
-    # The output norm changes only what the next step is fed with.
+    # The output norm changes only the input of the next step.
     assert (difference[0] == 0) == (flag == "norm_output")
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"layer_type": "qwen3"}], ids=str)
-@pytest.mark.parametrize("place", [0, 1, 4, 7])
-def test_rows_never_see_the_future(place: int, options: dict[str, Any], tiny_verifiers: Mapping[str, Any]) -> None:
-    """Row t at step k depends on tokens up to t + 1 + k and on features up to t, and on all of those."""
+@pytest.mark.parametrize("index", [0, 1, 4, 7])
+def test_rows_never_see_the_future(index: int, options: dict[str, Any], tiny_verifiers: Mapping[str, Any]) -> None:
+    """Row t at step k depends on all tokens up to t + 1 + k and all features up to t, and on no others."""
     draft = make_draft(tiny_verifiers, **options)
     batch = random_batch([8])
     with torch.no_grad():
         before = draft(**batch, steps=STEPS)
         tokens = batch["input_ids"].clone()
-        tokens[0, place] = (tokens[0, place] + 7) % 61
+        tokens[0, index] = (tokens[0, index] + 7) % 61
         other_token = draft(**{**batch, "input_ids": tokens}, steps=STEPS)
         aux = batch["aux"].clone()
-        aux[0, place] += 1
+        aux[0, index] += 1
         other_feature = draft(**{**batch, "aux": aux}, steps=STEPS)
     for step in range(STEPS):
         for t in range(8):
             token_matters = (other_token[step, 0, t] != before[step, 0, t]).any()
-            # A token is read at row place - 1 of step 0 and by all rows behind, and at its own row of later steps.
-            reads = {place - 1 - earlier for earlier in range(1, step + 1)}
-            assert bool(token_matters) == (place > 0 and (t >= place - 1 or t in reads)), ("token", step, t)
+            # A token is read at row index - 1 of step 0 and by all later rows, and at its own row of later steps.
+            reads = {index - 1 - earlier for earlier in range(1, step + 1)}
+            assert bool(token_matters) == (index > 0 and (t >= index - 1 or t in reads)), ("token", step, t)
             feature_matters = (other_feature[step, 0, t] != before[step, 0, t]).any()
-            assert bool(feature_matters) == (t >= place), ("feature", step, t)
+            assert bool(feature_matters) == (t >= index), ("feature", step, t)
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -128,25 +128,25 @@ def test_packed_documents_equal_separate_ones(
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1), dtype=hidden.dtype)
     begin, total = 0, torch.zeros(())
     inside = torch.zeros_like(hidden)
-    alone_features = []
+    separate_features = []
     for length in lengths:
         part = slice(begin, begin + length)
-        alone = {name: tensor[:, part].detach().clone() for name, tensor in batch.items()}
-        alone["aux"].requires_grad_()
-        output = draft(**alone, steps=STEPS)
+        separate = {name: tensor[:, part].detach().clone() for name, tensor in batch.items()}
+        separate["aux"].requires_grad_()
+        output = draft(**separate, steps=STEPS)
         for step in range(STEPS):
-            # Rows that read a token of their own document; the others are never supervised.
+            # Rows that read a token of the same document; the others are never supervised.
             real = max(0, length - 1 - step)
             torch.testing.assert_close(output[step, :, :real], hidden[step, :, part][:, :real])
             inside[step, :, begin : begin + real] = 1
         total = total + (output * (weights * inside)[:, :, part]).sum()
-        alone_features.append(alone["aux"])
+        separate_features.append(separate["aux"])
         begin += length
     parameters = list(draft.parameters())
     packed_gradients = torch.autograd.grad(
         (hidden * weights * inside).sum(), [batch["aux"], *parameters], allow_unused=True
     )
-    alone_gradients = torch.autograd.grad(total, [*alone_features, *parameters], allow_unused=True)
+    alone_gradients = torch.autograd.grad(total, [*separate_features, *parameters], allow_unused=True)
     torch.testing.assert_close(packed_gradients[0][:, :begin], torch.cat(alone_gradients[: len(lengths)], dim=1))
     assert not packed_gradients[0][:, begin:].any()
     compared = 0
@@ -258,7 +258,7 @@ def test_weights_are_borrowed_from_the_verifier(pruned: bool, own: bool, tiny_ve
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3"])
 def test_norm_and_head_start_as_the_verifiers(name: str, tiny_verifiers: Mapping[str, Any]) -> None:
-    """As functions, not as numbers: some families scale by 1 + weight."""
+    """As functions, not by value: some families scale by 1 + weight."""
     made = tiny_verifiers[name]
     draft = Eagle3DraftModel.from_training_args(made.model.config)
     draft.attach_verifier(made.folder, "train_only")

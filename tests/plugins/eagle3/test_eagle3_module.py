@@ -42,8 +42,8 @@ def reference_loss(module: Eagle3Module, batch: dict[str, Tensor], size: int, co
     model, steps = module.teacher.model, module.num_steps
     sums, counts = [0.0] * steps, [0] * steps
     for document in (0, 1):
-        places = (batch["document_ids"][0] == document).nonzero().squeeze(1)
-        x, mask = batch["input_ids"][0, places], batch["loss_mask"][0, places].tolist()
+        indices = (batch["document_ids"][0] == document).nonzero().squeeze(1)
+        x, mask = batch["input_ids"][0, indices], batch["loss_mask"][0, indices].tolist()
         with torch.no_grad():
             output = model(x[None], output_hidden_states=True)
             aux = torch.stack([output.hidden_states[layer] for layer in module.aux_layers], dim=2)
@@ -74,8 +74,10 @@ def test_the_loss_of_a_packed_batch(supervision: Any, size: int | None, tiny_ver
     assert float(outcome.loss) == pytest.approx(expected, rel=1e-4)
     assert expected > 0.1
     outcome.loss.backward()
-    assert all(one.grad is not None and one.grad.isfinite().all() for one in module.draft.parameters())
-    assert not any(one.requires_grad for one in module.teacher.parts.lm_head.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all() for parameter in module.draft.parameters()
+    )
+    assert not any(parameter.requires_grad for parameter in module.teacher.parts.lm_head.parameters())
 
 
 def test_denominators(tiny_verifiers: Mapping[str, Any]) -> None:

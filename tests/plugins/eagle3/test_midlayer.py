@@ -1,4 +1,4 @@
-"""The layouts of the published EAGLE-3 heads: what each reader gets, and what is refused."""
+"""The layouts of the published EAGLE-3 heads: the output for each reader, and refusals."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def test_round_trip(reader: str, tiny_verifiers: Mapping[str, Any], tmp_path: Pa
 def test_names_of_each_reader(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
     for reader in ("midlayer", "sglang", "vllm"):
         write(f"eagle3/{reader}", make_draft(tiny_verifiers), tmp_path / reader)
-    names = {one: load_file(tmp_path / one / "model.safetensors").keys() for one in ("midlayer", "sglang", "vllm")}
+    names = {
+        layout: load_file(tmp_path / layout / "model.safetensors").keys() for layout in ("midlayer", "sglang", "vllm")
+    }
     assert "midlayer.self_attn.q_proj.weight" in names["sglang"] == names["midlayer"]
     assert "layers.0.self_attn.q_proj.weight" in names["vllm"]
     assert not any("embed" in name for kind in names.values() for name in kind)
@@ -101,15 +103,17 @@ def test_names_of_each_reader(tiny_verifiers: Mapping[str, Any], tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("chosen", "said"), [(None, None), (DEFAULT, None), ([2, 3, 6], [1, 2, 5]), ([3, 5, 7], [3, 5, 7])]
+    ("chosen", "expected"), [(None, None), (DEFAULT, None), ([2, 3, 6], [1, 2, 5]), ([3, 5, 7], [3, 5, 7])]
 )
 def test_layer_ids_in_the_sense_of_sglang(
-    chosen: list[int] | None, said: list[int] | None, tiny_verifiers: Mapping[str, Any], tmp_path: Path
+    chosen: list[int] | None, expected: list[int] | None, tiny_verifiers: Mapping[str, Any], tmp_path: Path
 ) -> None:
-    """It adds 1 if the first is 1, and uses the published layers if nothing is set."""
+    """SGLang adds 1 if the first is 1, and uses the published layers if none are set."""
     draft = make_draft(tiny_verifiers, aux_layer_ids=chosen)
     write("eagle3/sglang", draft, tmp_path)
-    assert config_of(tmp_path).get("eagle_config", {}).get(LAYER_IDS) == said and LAYER_IDS not in config_of(tmp_path)
+    assert config_of(tmp_path).get("eagle_config", {}).get(LAYER_IDS) == expected and LAYER_IDS not in config_of(
+        tmp_path
+    )
     again = read("eagle3/sglang", tmp_path)
     again.attach_verifier(draft.verifier_parts)
     assert again.aux_layers == draft.aux_layers
@@ -117,7 +121,7 @@ def test_layer_ids_in_the_sense_of_sglang(
 
 
 @given(ids=st.sets(st.integers(0, 8), min_size=1, max_size=4).map(sorted))
-def test_no_ids_are_read_back_as_others(ids: list[int], tiny_verifiers: Mapping[str, Any]) -> None:
+def test_ids_are_read_back_unchanged(ids: list[int], tiny_verifiers: Mapping[str, Any]) -> None:
     draft, sglang = make_draft(tiny_verifiers, aux_layer_ids=ids), layout("eagle3/sglang")
     if ids[0] == 1:
         with pytest.raises(UsageError, match="reads a first id of 1 as 2"):

@@ -1,4 +1,4 @@
-"""MLP speculators for random verifiers, and what those compute by the equations, number by number."""
+"""MLP speculators for random verifiers, and their logits computed from the equations in plain Python."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def random_draft(verifier: PreTrainedModel, seed: int = 1, num_layers: int = 4, 
 def slow_heads(
     weights: Mapping[str, Tensor], config: MLPSpeculatorConfig, state: Tensor, tokens: Sequence[int]
 ) -> list[Tensor]:
-    """Logits [V] of the first heads at one position, which has a state [H] and the tokens that follow it.
+    """Logits [V] of the first heads at one position, from its state [H] and the tokens that follow it.
 
-    By the published equations, with the tensors of a checkpoint; where weights are tied, those that are stored once.
+    By the published equations, with the tensors of a checkpoint; tied weights are stored once.
     """
 
     def of(kind: str, head: int, rest: str = "weight") -> Tensor:
@@ -45,7 +45,7 @@ def slow_heads(
         return weights[f"{kind}.{head}.{rest}"]
 
     def mean_square(vector: Tensor) -> float:
-        return sum(float(one) ** 2 for one in vector) / len(vector) + 1e-6
+        return sum(float(value) ** 2 for value in vector) / len(vector) + 1e-6
 
     inner = config.intermediate_size or config.hidden_size
     state_weight = 0.5 ** (0.5 / config.num_layers)
@@ -56,7 +56,7 @@ def slow_heads(
     for head, token in enumerate(tokens):
         state = of("proj", head) @ state + embedding_weight / state_weight * of("emb", head)[token]
         state = state / math.sqrt(mean_square(state)) * of("ln", head) + of("ln", head, "bias")
-        activated = [0.5 * one * (1 + math.erf(one / math.sqrt(2))) for one in state.tolist()]
+        activated = [0.5 * value * (1 + math.erf(value / math.sqrt(2))) for value in state.tolist()]
         state = torch.tensor(activated, dtype=state.dtype)
         logits.append(of("head", head) @ state)
     return logits

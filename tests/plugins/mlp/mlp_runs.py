@@ -13,7 +13,7 @@ from training_runs import RunsFolder, write_rows
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart"
 VERIFIER = QUICKSTART / "verifier"
 HEADS = 2
-# In stage 2: tokens of each prompt, and of what is written to it.
+# In stage 2: tokens of each prompt, and of each continuation.
 PROMPT, NEW = 24, 8
 TWO_STAGES = [
     "--model.stage_two.begin=3",
@@ -65,6 +65,6 @@ class Workshop(RunsFolder):
 
 
 def checkpoint(run: Path, name: str = "last") -> dict[str, Any]:
-    """Return what a training checkpoint holds."""
+    """Load a training checkpoint."""
     values: dict[str, Any] = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
     return values

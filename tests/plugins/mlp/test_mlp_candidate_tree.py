@@ -26,7 +26,7 @@ Path = tuple[int, ...]
 
 
 class RandomDrafter(Drafter):
-    """Its logits are a function of a row's number and a node's path of the verifier's tokens."""
+    """Its logits are a function of a row and a node's path of the verifier's tokens."""
 
     def __init__(self, seed: int, batch: int, vocabulary: int, draft_ids: Tensor | None = None) -> None:
         self.seed, self.vocabulary = seed, vocabulary
@@ -48,8 +48,8 @@ class RandomDrafter(Drafter):
     def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
         self.calls += 1
         logits = []
-        for row, (own, behind) in enumerate(zip(tokens.tolist(), parents.tolist(), strict=True)):
-            new = [(*self.paths[row][parent + 1], token) for token, parent in zip(own, behind, strict=True)]
+        for row, (own, own_parents) in enumerate(zip(tokens.tolist(), parents.tolist(), strict=True)):
+            new = [(*self.paths[row][parent + 1], token) for token, parent in zip(own, own_parents, strict=True)]
             self.paths[row] += new
             logits.append(torch.stack([self.logits_after(row, path) for path in new]))
         return torch.stack(logits)
@@ -61,7 +61,7 @@ def propose(drafter: Drafter, widths: Sequence[int], candidates: int) -> Proposa
 
 
 def paths_of(proposal: Proposal, row: int) -> list[Path]:
-    """The path of each real node of a row; parents must stand before children."""
+    """The path of each real node of a row; parents must come before children."""
     paths: list[Path] = []
     for node in range(int(proposal.counts[row])):
         parent = int(proposal.parents[row, node])
@@ -71,7 +71,7 @@ def paths_of(proposal: Proposal, row: int) -> list[Path]:
 
 
 def best_paths(drafter: RandomDrafter, row: int, widths: Sequence[int], candidates: int) -> set[Path]:
-    """All nodes on the most probable of all paths that take one of the best few tokens behind each node."""
+    """All nodes on the most probable paths that choose one of the best few tokens after each node."""
     ids = list(range(drafter.vocabulary)) if drafter.draft_ids is None else drafter.draft_ids.tolist()
     scored: list[tuple[float, Path]] = []
     for ranks in product(*(range(min(width, drafter.vocabulary)) for width in widths)):
@@ -79,8 +79,8 @@ def best_paths(drafter: RandomDrafter, row: int, widths: Sequence[int], candidat
         score = 0.0
         for rank in ranks:
             logits = drafter.logits_after(row, path).tolist()
-            normaliser = math.log(sum(math.exp(one) for one in logits))
-            token = sorted(range(len(logits)), key=lambda one: -logits[one])[rank]
+            normaliser = math.log(sum(math.exp(logit) for logit in logits))
+            token = sorted(range(len(logits)), key=lambda token: -logits[token])[rank]
             score += logits[token] - normaliser
             path = (*path, ids[token])
         scored.append((score, path))
@@ -129,7 +129,7 @@ def test_nothing_is_drawn() -> None:
     assert propose(RandomDrafter(1, 1, 9), [5, 4, 3], 5).log_q is None
 
 
-def test_defaults_are_those_that_were_published() -> None:
+def test_defaults_are_the_published_ones() -> None:
     config = CandidateTreeTokenProposalConfig()
     assert (config.top_k_tokens_per_head, config.n_candidates) == ([5, 4, 3], 5)
     assert CandidateTreeProposer(config, Sampling(), RandomSource()).depth == 3

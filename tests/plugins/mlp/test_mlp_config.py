@@ -18,7 +18,7 @@ from specforge_mlp.layout import from_deployed, to_deployed
 
 @st.composite
 def deployed(draw: st.DrawFn) -> dict[str, Any]:
-    """A deployed configuration with all of its fields, and some that nobody knows."""
+    """A deployed configuration with all fields, and some unknown ones."""
     heads = draw(st.integers(1, 8))
     sizes = st.integers(1, 2**17)
     extra = draw(st.dictionaries(st.sampled_from(["transformers_version", "_name_or_path", "remark"]), st.text()))
@@ -54,7 +54,7 @@ def test_our_own_file_loses_nothing(values: dict[str, Any]) -> None:
     assert from_deployed(to_deployed(again)) == config
 
 
-def test_what_each_deployed_field_means() -> None:
+def test_the_meaning_of_each_deployed_field() -> None:
     config = from_deployed(
         {
             "model_type": "mlp_speculator",
@@ -80,7 +80,7 @@ def test_untied_weights_are_explicit_for_readers_with_another_default() -> None:
     assert to_deployed(from_deployed({"model_type": "mlp_speculator"}))["tie_word_embeddings"] is False
 
 
-def test_the_width_goes_by_either_name() -> None:
+def test_the_width_has_two_names() -> None:
     assert from_deployed({"hidden_size": 24, "vocab_size": 9}).hidden_size == 24
     assert to_deployed(from_deployed({"hidden_size": 24}))["emb_dim"] == 24
 

@@ -58,7 +58,7 @@ def test_a_chain_of_true_tokens_is_the_chain_of_training(family: str, name: str,
 @pytest.mark.parametrize("name", OPTIONS)
 @torch.no_grad()
 def test_nodes_of_different_depths_may_be_stepped_at_once(name: str, verifier_of: VerifierOf) -> None:
-    """Each is drafted by the head of its own depth, and the rows need not agree on which that is."""
+    """Each is drafted by the head of its depth, which may differ between rows."""
     verifier = verifier_of("llama")
     draft = random_draft(verifier, num_layers=STEPS, **OPTIONS[name])
     tokens, last = random_rows(2, LENGTH)
@@ -72,20 +72,20 @@ def test_nodes_of_different_depths_may_be_stepped_at_once(name: str, verifier_of
     ]
     paths: list[list[list[int]]] = [[[]], [[]]]
     nodes = [drafter.root[:, None]]
-    for own, behind in waves:
-        nodes.append(drafter.step(torch.tensor(own), torch.tensor(behind)))
+    for own, parents in waves:
+        nodes.append(drafter.step(torch.tensor(own), torch.tensor(parents)))
         for row in range(2):
             paths[row] += [
-                [*paths[row][parent + 1], token] for token, parent in zip(own[row], behind[row], strict=True)
+                [*paths[row][parent + 1], token] for token, parent in zip(own[row], parents[row], strict=True)
             ]
-    said = torch.cat(nodes, dim=1)
+    drafted = torch.cat(nodes, dim=1)
     assert [len(path) for path in paths[0]] == [0, 1, 1, 2, 1, 3, 2, 1, 3, 2]
     assert [len(path) for path in paths[1]] == [0, 1, 1, 2, 2, 2, 3, 3, 3, 1]
     for row, end in enumerate(done):
         state = verifier.model.norm(last[row, end - 1])
         for node, path in enumerate(paths[row]):
             expected = slow_heads(draft.state_dict(), draft.config, state, [int(tokens[row, end]), *path])[-1]
-            torch.testing.assert_close(said[row, node], expected)
+            torch.testing.assert_close(drafted[row, node], expected)
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def test_some_sequences_can_continue_without_the_others(verifier_of: VerifierOf)
         torch.testing.assert_close(drafter.root[row], expected)
 
 
-def test_as_deep_as_there_are_heads(verifier_of: VerifierOf) -> None:
+def test_chains_are_as_deep_as_the_number_of_heads(verifier_of: VerifierOf) -> None:
     drafter = random_draft(verifier_of("llama"), num_layers=3).drafter(1)
     assert drafter.max_depth == 3 and drafter.draft_ids is None
 
@@ -121,7 +121,7 @@ def test_text_is_the_verifiers_own(family: str, proposal: str, verifier_of: Veri
         assert torch.equal(draft.generate(ids, max_new_tokens=20, proposal=proposal), expected)
 
 
-def test_the_default_is_a_chain_as_long_as_there_are_heads(verifier_of: VerifierOf) -> None:
+def test_the_default_chain_has_one_token_per_head(verifier_of: VerifierOf) -> None:
     draft = random_draft(verifier_of("llama"), num_layers=2)
     methods = draft.config.speculators_config
     assert methods.default_proposal_method == "greedy"
@@ -166,7 +166,7 @@ def test_text_is_accepted_from_a_draft_that_is_right(name: str, verifier_of: Ver
         loss.backward()
         optimizer.step()
     decoder = Decoder(verifier, draft, GreedyTokenProposalConfig(speculative_tokens=4))
-    rounds = [one for one in decoder.decode([prompt[0]], 24) if one.drafted is not None]
-    assert sum(len(one.tokens) for one in rounds) > 4 * len(rounds)
+    rounds = [emission for emission in decoder.decode([prompt[0]], 24) if emission.drafted is not None]
+    assert sum(len(emission.tokens) for emission in rounds) > 4 * len(rounds)
     for proposal in ("greedy", "candidate_tree"):
         assert torch.equal(draft.generate(prompt, max_new_tokens=24, proposal=proposal), text)

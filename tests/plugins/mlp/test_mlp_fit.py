@@ -1,4 +1,4 @@
-"""Whole runs in one stage and in two, stopped and resumed, and uses of the draft."""
+"""Complete runs in one and in two stages, stopped and resumed, and uses of the draft."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VARIANTS: dict[str, list[str]] = {
 
 
 class Crash(Exception):
-    """An exception that no part of the program expects."""
+    """An exception that the program does not handle."""
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def make_workshop(folder: Path, cache: Path) -> Workshop:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, row_cache: Path) -> Workshop:
-    """A workshop whose runs all tests look at."""
+    """A folder of runs shared by all tests."""
     return make_workshop(tmp_path_factory.mktemp("shared"), row_cache)
 
 
@@ -60,12 +60,12 @@ def workshop(tmp_path: Path, row_cache: Path) -> Workshop:
 
 
 def words(workshop: Workshop, variant: str, *more: str) -> list[str]:
-    own = [one.replace("=prepared", f"={workshop.folder}/prepared") for one in VARIANTS[variant]]
+    own = [option.replace("=prepared", f"={workshop.folder}/prepared") for option in VARIANTS[variant]]
     return workshop.words(variant, *own, *more)
 
 
 @pytest.fixture(scope="module")
-def whole(shared: Workshop) -> Iterator[Callable[[str], tuple[Path, Batches]]]:
+def trained(shared: Workshop) -> Iterator[Callable[[str], tuple[Path, Batches]]]:
     """Run a variant without a stop, once; its folder, and the batches that it was trained on."""
     original = DraftModule.training_step
     seen: dict[str, Batches] = {}
@@ -76,7 +76,7 @@ def whole(shared: Workshop) -> Iterator[Callable[[str], tuple[Path, Batches]]]:
             seen[variant] = []
 
             def step(self: DraftModule, batch: Any, batch_idx: int) -> Any:
-                seen[variant].append({n: one.clone() for n, one in batch.items() if isinstance(one, Tensor)})
+                seen[variant].append({n: tensor.clone() for n, tensor in batch.items() if isinstance(tensor, Tensor)})
                 return original(self, batch, batch_idx)
 
             with pytest.MonkeyPatch.context() as monkeypatch:
@@ -89,7 +89,7 @@ def whole(shared: Workshop) -> Iterator[Callable[[str], tuple[Path, Batches]]]:
 
 @pytest.fixture
 def crash_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Make the n-th batch from now on the last one that is begun; none with -1."""
+    """Crash at the n-th batch from now on; never with -1."""
     original = DraftModule.training_step
 
     def arm(number: int) -> None:
@@ -111,7 +111,7 @@ def documents(batch: dict[str, Tensor]) -> list[list[int]]:
     """The documents of a batch, of all rows."""
     found = []
     for tokens, ids in zip(batch["input_ids"], batch["document_ids"], strict=True):
-        found += [tokens[ids == one].tolist() for one in ids[ids >= 0].unique()]
+        found += [tokens[ids == number].tolist() for number in ids[ids >= 0].unique()]
     return found
 
 
@@ -119,8 +119,8 @@ def known(name: str, number: int, skip: int = 0) -> list[list[int]]:
     return [row["input_ids"][:128] for row in quickstart_rows(name, number, skip)]
 
 
-def test_one_stage_trains_on_the_rows(whole: Callable[..., tuple[Path, Batches]]) -> None:
-    run, batches = whole("one stage")
+def test_one_stage_trains_on_the_rows(trained: Callable[..., tuple[Path, Batches]]) -> None:
+    run, batches = trained("one stage")
     rows = known("train.jsonl", 11)
     assert len(batches) == STEPS
     assert all(document in rows for batch in batches for document in documents(batch))
@@ -130,9 +130,9 @@ def test_one_stage_trains_on_the_rows(whole: Callable[..., tuple[Path, Batches]]
     assert losses[-1] < 0.95 * losses[0] and scalars(run, "val/acceptance_length")
 
 
-def test_stage_two_trains_on_the_verifiers_text(whole: Callable[..., tuple[Path, Batches]]) -> None:
-    plain = whole("one stage")[1]
-    run, batches = whole("two stages")
+def test_stage_two_trains_on_the_verifiers_text(trained: Callable[..., tuple[Path, Batches]]) -> None:
+    plain = trained("one stage")[1]
+    run, batches = trained("two stages")
     assert len(batches) == STEPS
     verifier = AutoModelForCausalLM.from_pretrained(VERIFIER, dtype=torch.float32)
     for number, (batch, rows) in enumerate(zip(batches, plain, strict=True)):
@@ -149,17 +149,17 @@ def test_stage_two_trains_on_the_verifiers_text(whole: Callable[..., tuple[Path,
         ):
             length = int((ids >= 0).sum())
             assert tokens[: len(prompt)].tolist() == prompt and len(prompt) < length <= len(prompt) + NEW
-            assert mask.tolist() == [len(prompt) <= place < length for place in range(len(tokens))]
+            assert mask.tolist() == [len(prompt) <= position < length for position in range(len(tokens))]
             logits = verifier(tokens[None, :length]).logits[0]
-            for place in range(len(prompt), length):
-                assert int((logits[place - 1] > logits[place - 1, tokens[place]] + 1e-4).sum()) < 10
+            for position in range(len(prompt), length):
+                assert int((logits[position - 1] > logits[position - 1, tokens[position]] + 1e-4).sum()) < 10
     rates = [rate for _, rate in scalars(run, "train/learning_rate")]
     assert rates == pytest.approx([1e-2 * two_stage_factor(step, BEGIN, STEPS) for step in range(STEPS)])
 
 
-def test_the_rows_of_another_epoch_get_other_text(whole: Callable[..., tuple[Path, Batches]]) -> None:
+def test_the_rows_of_another_epoch_get_other_text(trained: Callable[..., tuple[Path, Batches]]) -> None:
     texts: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    for batch in whole("two stages")[1][BEGIN:]:
+    for batch in trained("two stages")[1][BEGIN:]:
         for tokens, mask in zip(batch["input_ids"], batch["loss_mask"], strict=True):
             prompt = tuple(tokens[: int(mask.int().argmax())].tolist())
             texts.setdefault(prompt, []).append(tuple(tokens[mask].tolist()))
@@ -167,19 +167,19 @@ def test_the_rows_of_another_epoch_get_other_text(whole: Callable[..., tuple[Pat
     assert repeated and any(len(set(written)) > 1 for written in repeated)
 
 
-def test_stage_two_may_be_prepared(whole: Callable[..., tuple[Path, Batches]]) -> None:
-    plain, batches = whole("one stage")[1], whole("prepared")[1]
+def test_stage_two_may_be_prepared(trained: Callable[..., tuple[Path, Batches]]) -> None:
+    plain, batches = trained("one stage")[1], trained("prepared")[1]
     for batch, rows in zip(batches[:BEGIN], plain, strict=False):
         assert_same_values(batch, rows)
     prepared = known("train.jsonl", 7, skip=100)
     read = [document for batch in batches[BEGIN:] for document in documents(batch)]
     assert all(document in prepared for document in read)
-    # They are few, and gone through again and again.
+    # They are few and repeated.
     assert all(document in read for document in prepared) and len(read) > len(prepared)
 
 
-def test_stage_two_begins_by_optimizer_steps(whole: Callable[..., tuple[Path, Batches]]) -> None:
-    run, batches = whole("accumulated")
+def test_the_start_of_stage_two_counts_optimizer_steps(trained: Callable[..., tuple[Path, Batches]]) -> None:
+    run, batches = trained("accumulated")
     # Steps have 2, 2 and 1 batches, then 2 and 2 of the next epoch; the fourth one is the first of stage 2.
     rows = known("train.jsonl", 11)
     assert [all(document in rows for document in documents(batch)) for batch in batches] == [True] * 5 + [False] * 4
@@ -204,10 +204,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     batch: int,
     saved: int,
     workshop: Workshop,
-    whole: Callable[..., tuple[Path, Batches]],
+    trained: Callable[..., tuple[Path, Batches]],
     crash_at: Callable[[int], None],
 ) -> None:
-    straight = whole(variant)[0]
+    straight = trained(variant)[0]
     crash_at(batch)
     with pytest.raises(Crash):
         main(["fit", *words(workshop, variant, "--save_every_n_steps=1")])
@@ -219,7 +219,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         ours, theirs = checkpoint(run, name), checkpoint(straight, name)
         for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
             assert_same_values(ours[part], theirs[part])
-    assert_same_values(*(load_file(one / "draft" / "model.safetensors") for one in (run, straight)))
+    assert_same_values(*(load_file(folder / "draft" / "model.safetensors") for folder in (run, straight)))
 
 
 @pytest.mark.parametrize(
@@ -234,15 +234,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         (["--model.stage_two.buffers=3"], "buffers"),
         (["--model.draft.num_layers=0"], "num_layers"),
     ],
-    ids=["begin behind the end", "begin at once", "overfit", "context", "missing file", "begin", "unknown", "no heads"],
+    ids=["begin after the end", "begin at once", "overfit", "context", "missing file", "begin", "unknown", "no heads"],
 )
 def test_invalid_settings_are_reported_in_one_line(
     more: list[str], message: str, workshop: Workshop, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", *workshop.words("runs", *more)]) == 2
     shown = capfd.readouterr().err
-    told = [line for line in shown.splitlines() if "error: " in line]
-    assert len(told) == 1 and message in told[0] and "Traceback" not in shown
+    errors = [line for line in shown.splitlines() if "error: " in line]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in shown
 
 
 def test_another_schedule_may_be_chosen(workshop: Workshop) -> None:
@@ -266,52 +266,52 @@ def test_errors_of_generation_end_the_run(workshop: Workshop, monkeypatch: pytes
         main(["fit", *workshop.words("runs", *TWO_STAGES)])
 
 
-def test_the_run_writes_a_draft_in_our_layout(whole: Callable[..., tuple[Path, Batches]]) -> None:
-    run = whole("two stages")[0]
+def test_the_run_writes_a_draft_in_our_layout(trained: Callable[..., tuple[Path, Batches]]) -> None:
+    run = trained("two stages")[0]
     stored = json.loads((run / "draft" / "config.json").read_text())
     assert stored["speculators_model_type"] == stored["speculators_config"]["algorithm"] == "mlp"
     assert (stored["num_layers"], stored["intermediate_size"], stored["hidden_size"]) == (HEADS, 48, 64)
     assert stored["speculators_config"]["verifier"]["name_or_path"] == str(VERIFIER)
     best = checkpoint(run, "best")["state_dict"]
     written = load_file(run / "draft" / "model.safetensors")
-    assert_same_values({f"draft.{name}": one for name, one in written.items()}, dict(best))
+    assert_same_values({f"draft.{name}": tensor for name, tensor in written.items()}, dict(best))
     draft = SpeculatorModel.from_pretrained(run / "draft", verifier=str(VERIFIER))
     assert draft.config.num_layers == HEADS
 
 
 def test_validate_reports_the_acceptance_length(
-    shared: Workshop, whole: Callable[..., tuple[Path, Batches]], capfd: pytest.CaptureFixture[str]
+    shared: Workshop, trained: Callable[..., tuple[Path, Batches]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    whole("two stages")
+    trained("two stages")
     assert main(["validate", *words(shared, "two stages")]) == 0
     assert "val/acceptance_length" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("proposal", ["greedy", "candidate_tree"])
 def test_generate_gives_the_verifiers_own_text(
-    proposal: str, whole: Callable[..., tuple[Path, Batches]], capsys: pytest.CaptureFixture[str]
+    proposal: str, trained: Callable[..., tuple[Path, Batches]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompt = ["--prompt", "How many days are 3 weeks?", "--max_new_tokens", "16"]
-    assert main(["generate", str(whole("two stages")[0] / "draft"), *prompt, "--proposal", proposal]) == 0
+    assert main(["generate", str(trained("two stages")[0] / "draft"), *prompt, "--proposal", proposal]) == 0
     ours = capsys.readouterr().out.strip()
     assert main(["generate", "--verifier", str(VERIFIER), "--proposal", "prompt_lookup", *prompt]) == 0
     assert ours and ours == capsys.readouterr().out.strip()
 
 
 def test_evaluate_measures_the_draft(
-    shared: Workshop, whole: Callable[..., tuple[Path, Batches]], tmp_path: Path
+    shared: Workshop, trained: Callable[..., tuple[Path, Batches]], tmp_path: Path
 ) -> None:
-    draft = whole("two stages")[0] / "draft"
+    draft = trained("two stages")[0] / "draft"
     prompts = shared.folder / "validation.jsonl"
     choices = ["--proposal", "greedy", "candidate_tree", "--max_new_tokens", "12", "--output", str(tmp_path / "out")]
     assert main(["evaluate", str(draft), "--prompts", str(prompts), *choices]) == 0
     measured = json.loads((tmp_path / "out" / "results.json").read_text())
-    methods = [one["proposal"]["proposal_type"] for one in measured["contenders"] if one["draft"]]
+    methods = [contender["proposal"]["proposal_type"] for contender in measured["contenders"] if contender["draft"]]
     assert methods == ["greedy", "candidate_tree"]
 
 
-def test_the_draft_can_be_started_from(workshop: Workshop, whole: Callable[..., tuple[Path, Batches]]) -> None:
-    draft = whole("one stage")[0] / "draft"
+def test_the_draft_can_be_started_from(workshop: Workshop, trained: Callable[..., tuple[Path, Batches]]) -> None:
+    draft = trained("one stage")[0] / "draft"
     more = ["--model.init_from", str(draft), "--trainer.max_steps=1", "--model.optimizer.lr=1e-9"]
     assert main(["fit", *workshop.words("runs", *more)]) == 0
     stored, started = load_file(draft / "model.safetensors"), checkpoint(workshop.run_folder("runs"))["state_dict"]
@@ -320,7 +320,7 @@ def test_the_draft_can_be_started_from(workshop: Workshop, whole: Callable[..., 
 
 
 def test_stage_two_trains_only_on_generated_text(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As published, whatever counts in stage 1: a row stands where the verifier wrote a token."""
+    """As published, independent of stage 1: a row counts where the verifier generated a token."""
     counted: list[tuple[int, int]] = []
     original = MLPModule.draft_steps
 

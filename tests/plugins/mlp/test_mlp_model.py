@@ -34,7 +34,7 @@ def make_config(**changes: Any) -> MLPSpeculatorConfig:
     return MLPSpeculatorConfig(**values)
 
 
-def assert_as_the_equations_say(
+def assert_as_in_the_equations(
     draft: MLPSpeculator, weights: Mapping[str, Tensor], tokens: Tensor, states: Tensor
 ) -> None:
     """Compare forward() at every row of a batch; entry i of the tokens holds x_{i+1}."""
@@ -66,7 +66,7 @@ def test_logits_are_those_of_the_equations(heads: int, tied: bool, scaled: bool,
     for parameter in draft.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     tokens, states = random_rows(2, 3 + heads - 1, seed, width=8)
-    assert_as_the_equations_say(draft, draft.state_dict(), tokens, states[:, :3])
+    assert_as_in_the_equations(draft, draft.state_dict(), tokens, states[:, :3])
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -76,7 +76,7 @@ def test_unrolling_reads_the_last_state_after_the_final_norm(family: str, name: 
     verifier = verifier_of(family)
     draft = random_draft(verifier, num_layers=3, **OPTIONS[name])
     tokens, last = random_rows(2, 7)
-    # Neither positions nor documents are looked at.
+    # Neither positions nor documents are read.
     nothing = torch.full_like(tokens, -7)
     for steps in (1, 2, 3):
         hidden = draft.unroll(tokens, last_only(last), nothing, nothing, steps)
@@ -108,7 +108,7 @@ def test_initial_weights() -> None:
             assert abs(float(parameter.mean())) < 0.002, name
 
 
-# Released drafts, at small widths: what config.json says, and the names and shapes of their tensors.
+# Released drafts, at small widths: their config.json, and the names and shapes of their tensors.
 V, H, W = 23, 8, 6
 RELEASED: dict[str, tuple[dict[str, Any], dict[str, list[int]]]] = {
     "Llama-3-8B": (
@@ -135,10 +135,10 @@ RELEASED: dict[str, tuple[dict[str, Any], dict[str, list[int]]]] = {
 
 
 def publish(folder: Path, name: str, copies: bool = False) -> dict[str, Tensor]:
-    """Write random weights under the published names; return those that the equations read."""
+    """Write random weights under the published names; return the weights for the equations."""
     values, shapes = RELEASED[name]
     generator = torch.Generator().manual_seed(3)
-    weights = {one: torch.randn(shape, generator=generator, dtype=torch.float64) for one, shape in shapes.items()}
+    weights = {key: torch.randn(shape, generator=generator, dtype=torch.float64) for key, shape in shapes.items()}
     stored = dict(weights)
     if copies:
         for head in range(1, values["n_predict"]):
@@ -146,7 +146,7 @@ def publish(folder: Path, name: str, copies: bool = False) -> dict[str, Tensor]:
                 stored[f"{kind}.{head}.{part}"] = weights[f"{kind}.0.{part}"].clone()
             stored[f"proj.{head}.weight"] = weights["proj.1.weight"].clone()
     folder.mkdir(exist_ok=True)
-    save_file({f"speculator.{one}": tensor for one, tensor in stored.items()}, folder / "model.safetensors")
+    save_file({f"speculator.{key}": tensor for key, tensor in stored.items()}, folder / "model.safetensors")
     config = {"model_type": "mlp_speculator", "vocab_size": V, "torch_dtype": "float64", "remark": "kept", **values}
     (folder / "config.json").write_text(json.dumps(config))
     return weights
@@ -155,7 +155,7 @@ def publish(folder: Path, name: str, copies: bool = False) -> dict[str, Tensor]:
 def change(folder: Path, changes: Mapping[str, Tensor | None]) -> None:
     """Replace tensors of a checkpoint; None removes one."""
     tensors = {**load_file(folder / "model.safetensors"), **changes}
-    save_file({name: one for name, one in tensors.items() if one is not None}, folder / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -163,23 +163,25 @@ def change(folder: Path, changes: Mapping[str, Tensor | None]) -> None:
 def test_released_drafts_are_read(name: str, tmp_path: Path) -> None:
     weights = publish(tmp_path, name)
     draft = read(LAYOUT, tmp_path, None)
-    assert sum(one.numel() for one in draft.parameters()) == sum(one.numel() for one in weights.values())
+    assert sum(parameter.numel() for parameter in draft.parameters()) == sum(
+        weight.numel() for weight in weights.values()
+    )
     tokens = torch.randint(V, (1, 8), generator=torch.Generator().manual_seed(0))
     states = random_rows(1, 3, width=H)[1]
-    assert_as_the_equations_say(draft, weights, tokens, states)
+    assert_as_in_the_equations(draft, weights, tokens, states)
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_written_as_released(name: str, tmp_path: Path) -> None:
     publish(tmp_path / "theirs", name)
     write(LAYOUT, read(LAYOUT, tmp_path / "theirs", None), tmp_path / "ours")
-    theirs, ours = (load_file(tmp_path / one / "model.safetensors") for one in ("theirs", "ours"))
+    theirs, ours = (load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "ours"))
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[one], theirs[one]) and ours[one].dtype == theirs[one].dtype for one in ours)
+    assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours)
     stored = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert stored["architectures"] == ["MLPSpeculatorPreTrainedModel"] and stored["remark"] == "kept"
     assert stored["dtype"] == "float64" and len(stored["top_k_tokens_per_head"]) == stored["n_predict"]
-    assert {one: stored[one] for one in RELEASED[name][0]} == RELEASED[name][0]
+    assert {key: stored[key] for key in RELEASED[name][0]} == RELEASED[name][0]
 
 
 @torch.no_grad()
@@ -189,7 +191,7 @@ def test_a_tied_file_may_repeat_what_is_shared(tmp_path: Path) -> None:
     draft = read(LAYOUT, tmp_path, None)
     assert sorted(draft.state_dict()) == sorted(weights)
     tokens = torch.randint(V, (1, 8), generator=torch.Generator().manual_seed(0))
-    assert_as_the_equations_say(draft, weights, tokens, random_rows(1, 3, width=H)[1])
+    assert_as_in_the_equations(draft, weights, tokens, random_rows(1, 3, width=H)[1])
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def test_mismatching_tensors_are_named(
     draft: str, changes: Mapping[str, Tensor | None], message: str, tmp_path: Path
 ) -> None:
     publish(tmp_path, draft)
-    change(tmp_path, {f"speculator.{name}": one for name, one in changes.items()})
+    change(tmp_path, {f"speculator.{name}": tensor for name, tensor in changes.items()})
     with pytest.raises(UsageError, match=re.escape(str(tmp_path)) + ".*" + re.escape(message)):
         read(LAYOUT, tmp_path, None)
 
@@ -237,7 +239,7 @@ def test_a_copy_for_a_missing_head_is_unknown(tmp_path: Path) -> None:
 
 
 def test_a_tensor_without_the_prefix_is_unknown(tmp_path: Path) -> None:
-    """It must not take the place of the one that has it."""
+    """It must not replace the tensor with the prefix."""
     weights = publish(tmp_path, "Llama-3-8B")
     change(tmp_path, {"emb.0.weight": torch.zeros_like(weights["emb.0.weight"])})
     with pytest.raises(UsageError, match=r"emb\.0\.weight"):
@@ -245,14 +247,14 @@ def test_a_tensor_without_the_prefix_is_unknown(tmp_path: Path) -> None:
 
 
 def test_untied_weights_are_not_copies(tmp_path: Path) -> None:
-    """The same tensors under a config.json that does not tie them are those of five heads."""
+    """With a config.json that does not tie weights, the same tensors are those of five heads."""
     publish(tmp_path, "Granite-34B-code", copies=True)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, "tie_weights": False}))
     assert len(read(LAYOUT, tmp_path, None).state_dict()) == 5 * 5
 
 
-def test_the_verifier_is_noted(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
+def test_the_verifier_is_stored(tiny_verifiers: Mapping[str, Any], tmp_path: Path) -> None:
     publish(tmp_path, "Llama-3-8B")
     folder = str(tiny_verifiers["llama"].folder)
     speculators = read(LAYOUT, tmp_path, folder).config.speculators_config

@@ -1,4 +1,4 @@
-"""The loss of a batch and its gradients against plain formulas, and what memory it takes."""
+"""The loss of a batch and its gradients against plain formulas, and its memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_DATA: Any = SimpleNamespace()
 
 
 def make_module(tiny_verifiers: Mapping[str, Any], name: str = "llama", **options: Any) -> MLPModule:
-    """A module as it is in training, all of it in float64."""
+    """A module in training mode, in float64."""
     folder = tiny_verifiers[name].folder
     module = MLPModule(verifier=str(folder), draft=MLPDraftSettings(**options.pop("draft", {})), **options)
     verifier = AutoModelForCausalLM.from_pretrained(folder).double().eval().requires_grad_(False)
@@ -57,17 +57,17 @@ def plain_loss(module: MLPModule, batch: dict[str, Tensor], supervised_all: bool
         for document in batch["document_ids"][row].unique().tolist():
             if document < 0:
                 continue
-            places = (batch["document_ids"][row] == document).nonzero().squeeze(1)
-            x, mask = batch["input_ids"][row, places], batch["loss_mask"][row, places].tolist()
+            indices = (batch["document_ids"][row] == document).nonzero().squeeze(1)
+            x, mask = batch["input_ids"][row, indices], batch["loss_mask"][row, indices].tolist()
             output = module.teacher.model(x[None], output_hidden_states=True)
-            # The states of the document alone, but for what transformers' norms round to float32.
-            states = module.teacher.parts.norm(captured[row, places])
-            verifier_logits = module.teacher.parts.logits(captured[row, places])
+            # The states of the separate document, up to the float32 norms of transformers.
+            states = module.teacher.parts.norm(captured[row, indices])
+            verifier_logits = module.teacher.parts.logits(captured[row, indices])
             torch.testing.assert_close(states, output.hidden_states[-1][0], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(verifier_logits, output.logits[0], atol=1e-5, rtol=1e-5)
             for t in range(len(x)):
                 following = x[t + 1 : t + 1 + heads]
-                # At the end of a document, later heads have nothing to read; what they say is not looked at.
+                # At the end of a document, later heads have no token to read; their outputs are not used.
                 padded = torch.cat([following, following.new_zeros(heads - len(following))])
                 own = module.draft(padded[None], states[None, t : t + 1])[:, 0, 0].log_softmax(-1)
                 for head in range(heads):
@@ -77,9 +77,11 @@ def plain_loss(module: MLPModule, batch: dict[str, Tensor], supervised_all: bool
                     log_q = own[head]
                     by_name = {"text": -log_q[x[t + 2 + head]], "kl": (log_p.exp() * (log_p - log_q)).sum()}
                     losses[head].append(sum(weight * by_name[name] for name, weight in terms.items()))
-    # Factors are numbers of float32, whatever the type of the draft.
-    factors = module.step_decay ** torch.arange(heads) / torch.tensor([max(1, len(one)) for one in losses])
-    return sum(factor * torch.stack(one).sum() for factor, one in zip(factors.double(), losses, strict=True) if one)
+    # Factors are float32 for any dtype of the draft.
+    factors = module.step_decay ** torch.arange(heads) / torch.tensor([max(1, len(loss)) for loss in losses])
+    return sum(
+        factor * torch.stack(values).sum() for factor, values in zip(factors.double(), losses, strict=True) if values
+    )
 
 
 @pytest.mark.parametrize("supervision", ["responses", "all"])
@@ -101,9 +103,9 @@ def test_loss_and_gradients_are_the_plain_ones(
     expected = plain_loss(module, batch, supervision == "all", terms)
     theirs = torch.autograd.grad(expected, list(parameters.values()))
     torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-9)
-    for parameter, gradient, wanted in zip(parameters, ours, theirs, strict=True):
-        assert bool(wanted.any()), parameter
-        torch.testing.assert_close(gradient, wanted, atol=1e-9, rtol=1e-7, msg=parameter)
+    for parameter, gradient, expected in zip(parameters, ours, theirs, strict=True):
+        assert bool(expected.any()), parameter
+        torch.testing.assert_close(gradient, expected, atol=1e-9, rtol=1e-7, msg=parameter)
 
 
 def test_validation_always_counts_responses(tiny_verifiers: Mapping[str, Any]) -> None:
@@ -123,7 +125,7 @@ def test_the_verifier_is_not_changed(tiny_verifiers: Mapping[str, Any]) -> None:
     module = make_module(tiny_verifiers)
     batch = make_batch()
     module.draft_steps(batch, module.features(batch)).loss.backward()
-    assert all(one.grad is None for one in module.teacher.model.parameters())
+    assert all(parameter.grad is None for parameter in module.teacher.model.parameters())
     assert module.state_dict().keys() == {f"draft.{name}" for name in module.draft.state_dict()}
 
 
@@ -151,7 +153,7 @@ def test_wrong_settings_of_stage_two_are_named(values: dict[str, Any]) -> None:
 
 
 def test_text_is_an_objective_of_other_algorithms_too(tiny_verifiers: Mapping[str, Any]) -> None:
-    """EAGLE-3 trained on the tokens of the text, its draft vocabulary a part of the verifier's."""
+    """EAGLE-3 trained on the text's tokens, with a draft vocabulary smaller than the verifier's."""
     size, steps = 40, 2
     made = tiny_verifiers["llama"]
     torch.manual_seed(0)
@@ -183,7 +185,7 @@ def test_text_is_an_objective_of_other_algorithms_too(tiny_verifiers: Mapping[st
 
 
 class Largest(TorchDispatchMode):
-    """Keep the number of elements of the largest tensor that is made."""
+    """Record the number of elements of the largest tensor created."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,19 +193,19 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
-        for one in output if isinstance(output, tuple | list) else (output,):
-            if isinstance(one, Tensor):
-                self.elements = max(self.elements, one.numel())
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
         return output
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("terms", [{"text": 1.0}, {"kl": 1.0}], ids=["text", "kl"])
-def test_logits_of_all_heads_are_never_formed(
+def test_logits_of_all_heads_never_exist_at_once(
     tied: bool, terms: dict[str, float], tiny_verifiers: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heads, rows, vocabulary = 3, 64, 61
-    # Logits of four targets: those of the verifier, and of every head.
+    # Logits of four targets, of the verifier and every head.
     monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", 4 * (1 + heads) * vocabulary)
     monkeypatch.setattr(chunks, "LEAST_TARGETS", 1)
     draft = {"num_layers": heads, "tie_weights": tied}

@@ -25,18 +25,22 @@ def runs(draw: st.DrawFn) -> tuple[int | None, int]:
 def test_the_published_run() -> None:
     """21,000 steps, stage 2 from step 15,000: warmups of 750 and 300 steps."""
     rates = factors(15_000, 21_000)
-    one, two = rates[:15_000], rates[15_000:]
-    assert max(one) == pytest.approx(1, abs=0.01) and one.index(max(one)) == pytest.approx(750, abs=60)
-    assert max(two) == pytest.approx(0.1, abs=0.001) and two.index(max(two)) == pytest.approx(300, abs=25)
-    assert one[-1] == pytest.approx(0.1, abs=1e-6) and two[-1] == pytest.approx(0.01, abs=1e-6)
-    # Half way between peak and end in the middle of a stage.
-    assert one[7_500] == pytest.approx(0.55) and two[3_000] == pytest.approx(0.055)
+    stage_one, stage_two = rates[:15_000], rates[15_000:]
+    assert max(stage_one) == pytest.approx(1, abs=0.01) and stage_one.index(max(stage_one)) == pytest.approx(
+        750, abs=60
+    )
+    assert max(stage_two) == pytest.approx(0.1, abs=0.001) and stage_two.index(max(stage_two)) == pytest.approx(
+        300, abs=25
+    )
+    assert stage_one[-1] == pytest.approx(0.1, abs=1e-6) and stage_two[-1] == pytest.approx(0.01, abs=1e-6)
+    # Halfway between peak and end in the middle of a stage.
+    assert stage_one[7_500] == pytest.approx(0.55) and stage_two[3_000] == pytest.approx(0.055)
     for step in (0, 1, 99, 374, 600):
-        assert one[step] == pytest.approx(1 - (1 - (step + 1) / 750) ** 2)
+        assert stage_one[step] == pytest.approx(1 - (1 - (step + 1) / 750) ** 2)
     for step in (0, 1, 99, 149, 240):
-        assert two[step] == pytest.approx(0.1 * (1 - (1 - (step + 1) / 300) ** 2))
+        assert stage_two[step] == pytest.approx(0.1 * (1 - (1 - (step + 1) / 300) ** 2))
     for step in (1_000, 5_000, 14_000):
-        assert one[step] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * step / 15_000)))
+        assert stage_one[step] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * step / 15_000)))
 
 
 def test_a_warmup_takes_2000_steps_at_most() -> None:
@@ -82,4 +86,4 @@ def test_no_jumps_within_a_stage(begin: int | None, total: int) -> None:
         # The parabola is steepest at its beginning, 2 / w a step.
         steepest = 2 * peak / max(1, min(2000, len(stage) / 20))
         assert stage[0] <= steepest
-        assert max(abs(one - other) for one, other in pairwise(stage)) <= steepest
+        assert max(abs(rate - other) for rate, other in pairwise(stage)) <= steepest

@@ -35,7 +35,7 @@ def batch_of(rows: list[list[int]], padding: int = 0) -> Batch:
 
 def test_a_remainder_is_dropped_but_a_short_document_is_a_prompt() -> None:
     prompts = cut_prompts(batch_of([[10, 3], [4]], padding=2), 4)
-    assert [one.tolist() for one in prompts] == [
+    assert [prompt.tolist() for prompt in prompts] == [
         [1, 2, 3, 4],
         [5, 6, 7, 8],
         [11, 12, 13],
@@ -53,10 +53,10 @@ def test_prompts_are_cut_document_by_document(rows: list[list[int]], length: int
     for number, lengths in enumerate(rows):
         first = 1000 * number + 1
         for size in lengths:
-            whole = list(range(first, first + size))
-            expected += [whole[at : at + length] for at in range(0, size - length + 1, length)] or [whole]
+            full = list(range(first, first + size))
+            expected += [full[at : at + length] for at in range(0, size - length + 1, length)] or [full]
             first += size
-    assert [one.tolist() for one in cut_prompts(batch_of(rows, padding), length)] == expected
+    assert [cut_prompt.tolist() for cut_prompt in cut_prompts(batch_of(rows, padding), length)] == expected
 
 
 PROMPTS = [torch.tensor([4, 9, 2, 17]), torch.tensor([8]), torch.tensor([3, 3, 30, 1, 5])]
@@ -98,36 +98,36 @@ def test_tokens_are_sampled_from_the_most_probable_ones(verifier_of: VerifierOf)
     for row, prompt in enumerate(PROMPTS * 4):
         size = len(prompt) + 12
         logits = verifier(batch["input_ids"][row, None, :size]).logits[0]
-        for place in range(len(prompt), size):
-            order = logits[place - 1].argsort(descending=True).tolist()
-            ranks.add(order.index(int(batch["input_ids"][row, place])))
+        for position in range(len(prompt), size):
+            order = logits[position - 1].argsort(descending=True).tolist()
+            ranks.add(order.index(int(batch["input_ids"][row, position])))
     assert ranks == {0, 1, 2}
 
 
 def test_an_answer_that_ends_is_shorter(verifier_of: VerifierOf, monkeypatch: pytest.MonkeyPatch) -> None:
     verifier = verifier_of("llama")
     settings = StageTwoSettings(temperature=0, new_tokens=9)
-    whole = generate_batch(verifier, PROMPTS[:1], settings, seed=1)["input_ids"][0].tolist()
-    stop = whole[4 + 2]
+    full = generate_batch(verifier, PROMPTS[:1], settings, seed=1)["input_ids"][0].tolist()
+    stop = full[4 + 2]
     monkeypatch.setattr(verifier.generation_config, "eos_token_id", stop)
     batch = generate_batch(verifier, PROMPTS[:1], settings, seed=1)
-    assert batch["input_ids"][0].tolist() == whole[: whole.index(stop, 4) + 1]
+    assert batch["input_ids"][0].tolist() == full[: full.index(stop, 4) + 1]
     assert int(batch["loss_mask"].sum()) == len(batch["input_ids"][0]) - 4
 
 
 def numbered(number: int) -> Iterator[tuple[int, Batch]]:
-    return ((one, {"input_ids": torch.tensor(one)}) for one in range(number))
+    return ((index, {"input_ids": torch.tensor(index)}) for index in range(number))
 
 
 @pytest.mark.parametrize("buffer", [1, 2, 5])
 @pytest.mark.parametrize("number", [0, 1, 4])
 def test_prefetched_batches_keep_their_order(number: int, buffer: int) -> None:
-    def make(one: int, batch: Batch) -> Batch:
-        return {"made": batch["input_ids"] * 10 + one, "by": torch.tensor(threading.get_ident())}
+    def make(index: int, batch: Batch) -> Batch:
+        return {"made": batch["input_ids"] * 10 + index, "by": torch.tensor(threading.get_ident())}
 
     made = list(prefetch(make, numbered(number), buffer))
-    assert [int(one["made"]) for one in made] == [11 * one for one in range(number)]
-    assert not any(int(one["by"]) == threading.get_ident() for one in made)
+    assert [int(batch["made"]) for batch in made] == [11 * index for index in range(number)]
+    assert not any(int(batch["by"]) == threading.get_ident() for batch in made)
 
 
 @pytest.mark.parametrize("buffer", [1, 3])
@@ -135,31 +135,31 @@ def test_no_more_batches_are_prefetched_than_requested(buffer: int) -> None:
     made: list[int] = []
     read: list[int] = []
 
-    def make(one: int, batch: Batch) -> Batch:
-        made.append(one)
+    def make(index: int, batch: Batch) -> Batch:
+        made.append(index)
         return batch
 
     def source() -> Iterator[tuple[int, Batch]]:
-        for one, batch in numbered(20):
-            read.append(one)
-            yield one, batch
+        for index, batch in numbered(20):
+            read.append(index)
+            yield index, batch
 
     batches = prefetch(make, source(), buffer)
     assert not read and not made
-    for taken in range(1, 6):
+    for consumed in range(1, 6):
         next(batches)
-        assert len(read) == taken + buffer
-        assert taken <= len(made) <= taken + buffer
+        assert len(read) == consumed + buffer
+        assert consumed <= len(made) <= consumed + buffer
     batches.close()
     # Closing waits for the thread.
     at_the_end = len(made)
     assert at_the_end <= 5 + buffer and len(read) == 5 + buffer
-    assert not [one for one in threading.enumerate() if one.name.startswith("stage-two")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stage-two")]
 
 
 def test_errors_of_prefetching_are_raised_in_the_consumer() -> None:
-    def make(one: int, batch: Batch) -> Batch:
-        if one == 2:
+    def make(index: int, batch: Batch) -> Batch:
+        if index == 2:
             raise UsageError("cannot write this")
         return batch
 
@@ -167,7 +167,7 @@ def test_errors_of_prefetching_are_raised_in_the_consumer() -> None:
     assert [int(next(batches)["input_ids"]) for _ in range(2)] == [0, 1]
     with pytest.raises(UsageError, match="cannot write this"):
         next(batches)
-    assert not [one for one in threading.enumerate() if one.name.startswith("stage-two")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stage-two")]
 
 
 def test_lengths_are_checked_against_the_context() -> None:
@@ -178,7 +178,7 @@ def test_lengths_are_checked_against_the_context() -> None:
 
 
 def test_two_threads_capture_from_one_verifier(verifier_of: VerifierOf) -> None:
-    """Each gets the states of its own pass, though the hooks of both are there at the same time."""
+    """Each gets the states of its own pass, although the hooks of both are registered at the same time."""
     verifier = verifier_of("llama")
     inputs = [
         (torch.randint(1, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(length)), layers)
@@ -190,7 +190,7 @@ def test_two_threads_capture_from_one_verifier(verifier_of: VerifierOf) -> None:
         positions = torch.arange(tokens.shape[1]).expand(2, -1)
         found = []
         if together is not None:
-            # Both are between the layers at the same time, once at least.
+            # At least once, both are between the layers at the same time.
             once = verifier.model.layers[1].register_forward_hook(_meet(together, threading.get_ident()))
         for _ in range(times):
             features = capture(verifier, tokens, positions, layers)
@@ -199,12 +199,12 @@ def test_two_threads_capture_from_one_verifier(verifier_of: VerifierOf) -> None:
             once.remove()
         return found
 
-    alone = [captured(number, None, 1)[0] for number in range(2)]
+    separate = [captured(number, None, 1)[0] for number in range(2)]
     barrier = threading.Barrier(2, timeout=20)
     with ThreadPoolExecutor(2) as threads:
         running = [threads.submit(captured, number, barrier, 25) for number in range(2)]
-        together = [one.result() for one in running]
-    for own, expected in zip(together, alone, strict=True):
+        together = [future.result() for future in running]
+    for own, expected in zip(together, separate, strict=True):
         for aux, last in own:
             assert torch.equal(aux, expected[0]) and torch.equal(last, expected[1])
 

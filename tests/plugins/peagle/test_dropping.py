@@ -1,4 +1,4 @@
-"""Deeper predictions are trained at fewer rows, nested, and the same again from the same seed."""
+"""Deeper predictions are trained at fewer, nested rows, which the seed determines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from specforge_peagle.dropping import keep_some
     seed=st.integers(0, 2**63),
     data=st.data(),
 )
-def test_a_depth_keeps_its_share_of_the_rows_before(
+def test_a_depth_keeps_its_share_of_the_previous_rows(
     lengths: list[int], ratio: float, floor: float, seed: int, data: st.DataObject
 ) -> None:
     documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
@@ -33,8 +33,8 @@ def test_a_depth_keeps_its_share_of_the_rows_before(
         for depth in range(1, 5):
             possible = kept[depth - 1] & supervised[depth]
             assert not bool((kept[depth] & ~possible).any())
-            wanted = math.ceil(torch.tensor(max(ratio**depth, floor)) * rows)
-            assert int(kept[depth][own].sum()) == min(wanted, int(possible[own].sum()))
+            size = math.ceil(torch.tensor(max(ratio**depth, floor)) * rows)
+            assert int(kept[depth][own].sum()) == min(size, int(possible[own].sum()))
 
 
 def test_all_rows_are_kept_without_dropping_and_others_with_another_seed() -> None:

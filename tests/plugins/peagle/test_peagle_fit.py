@@ -1,4 +1,4 @@
-"""P-EAGLE trained, decoded with, started from EAGLE-3, resumed and exported; and what it refuses."""
+"""P-EAGLE: training, decoding, start from EAGLE-3, resuming and export; and refusals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specforge.__main__ import main
 from specforge.commands.plugin_check import check_algorithm
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart"
-UNUSED = 3  # no text of the quickstart holds it
+UNUSED = 3  # it occurs in no text of the quickstart
 DRAFT = {"num_layers": 1, "draft_vocab_size": 200, "mask_token_id": UNUSED}
 
 
@@ -58,7 +58,7 @@ def test_it_trains_drafts_and_decodes() -> None:
     assert len(found) == 9 and not [fault for fault in found.values() if fault is not None], found
 
 
-def test_a_run_leaves_a_draft_whose_figures_are_exact(run: Path) -> None:
+def test_a_run_writes_a_draft_with_exact_figures(run: Path) -> None:
     losses = [value for _, value in scalars(run, "train/loss")]
     assert losses[-1] < losses[0]
     assert 1 <= scalars(run, "val/acceptance_length")[-1][1] <= 5
@@ -72,7 +72,7 @@ def test_a_resumed_run_trains_the_same_rows(runs: RunsFolder) -> None:
     fit(runs, "stopped", DRAFT, *words, "--trainer.max_steps=2")
     resumed = fit(runs, "stopped", DRAFT, *words, "--ckpt_path=last")
     assert scalars(resumed, "train/loss")[-4:] == scalars(straight, "train/loss")[-4:]
-    first, second = (SpeculatorModel.from_pretrained(one / "draft").state_dict() for one in (straight, resumed))
+    first, second = (SpeculatorModel.from_pretrained(folder / "draft").state_dict() for folder in (straight, resumed))
     assert_same_weights(first, second)
 
 
@@ -80,7 +80,7 @@ def test_it_starts_from_an_eagle3_draft(runs: RunsFolder) -> None:
     eagle = fit(runs, "eagle3", {"num_layers": 1, "draft_vocab_size": 200}, "--algorithm=eagle3", "--model.ttt_steps=2")
     words = ("--algorithm=peagle", f"--model.init_from={eagle / 'draft'}", "--trainer.max_steps=1")
     started = fit(runs, "started", DRAFT, *words, "--model.optimizer.lr=1e-9", "--model.depths=4")
-    before, after = (SpeculatorModel.from_pretrained(one / "draft").state_dict() for one in (eagle, started))
+    before, after = (SpeculatorModel.from_pretrained(folder / "draft").state_dict() for folder in (eagle, started))
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=0)
     assert after.keys() - before.keys() <= {"mask_hidden", "embed_tokens.weight"}
@@ -111,7 +111,7 @@ def test_an_export_is_written_verified_and_refused(run: Path, tmp_path: Path, ca
         ({"num_layers": 1, "draft_vocab_size": 200}, "has no free token"),
     ],
 )
-def test_mask_tokens_that_cannot_be_right(
+def test_impossible_mask_tokens_are_refused(
     runs: RunsFolder, draft: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", *runs.words("refused", "--algorithm=peagle", f"--model.draft={json.dumps(draft)}")]) == 2

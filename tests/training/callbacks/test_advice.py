@@ -30,7 +30,7 @@ validations = st.lists(st.builds(Validation, st.integers(1, 999), lengths, losse
 
 def run(*figures: tuple[float, float, float], error: float = 0.01) -> list[Validation]:
     """Validations every 100 steps, of (acceptance length, validation loss, training loss)."""
-    return [Validation(100 * number, *one, error) for number, one in enumerate(figures, start=1)]
+    return [Validation(100 * number, *figure, error) for number, figure in enumerate(figures, start=1)]
 
 
 OVERFITTING = run((1.5, 5.0, 6.0), (2.0, 4.0, 4.5), (1.99, 4.0, 4.0), (1.98, 4.1, 3.6))
@@ -50,7 +50,7 @@ class TestOverfitting:
         line = overfitting(OVERFITTING, is_first_epoch=True)
         assert line is not None and "differ in kind from the training rows" in line and "memorises" not in line
 
-    def test_a_rise_within_noise_is_none(self):
+    def test_a_rise_within_noise_does_not_count(self):
         slow = [*OVERFITTING[:-1], replace(OVERFITTING[-1], acceptance_length=2.0 * (1 + NOISE / 2))]
         line = overfitting(slow, is_first_epoch=False)
         assert line is not None and "since step 200" in line and "draft of step 400 (2.010)" in line
@@ -69,13 +69,13 @@ class TestOverfitting:
 
     @given(validations)
     def test_no_advice_while_acceptance_length_rises(self, before):
-        best = max(one.acceptance_length for one in before)
+        best = max(validation.acceptance_length for validation in before)
         risen = replace(before[-1], acceptance_length=best * (1 + 2 * NOISE))
         assert overfitting([*before, risen], is_first_epoch=False) is None
 
     @given(validations)
     def test_no_advice_while_the_training_loss_stays(self, before):
-        level = [replace(one, train_loss=before[0].train_loss) for one in before]
+        level = [replace(validation, train_loss=before[0].train_loss) for validation in before]
         assert overfitting(level, is_first_epoch=False) is None
 
 
@@ -95,7 +95,7 @@ class TestHighRate:
         line = high_rate(1.0, 520, 520, ScheduleSettings(name="constant"))
         assert line is not None and "100% of its peak" in line and "cosine or linear" in line
 
-    def test_a_run_that_ended_early_is_told_its_steps(self):
+    def test_a_run_that_ended_early_gets_its_number_of_steps(self):
         schedule = ScheduleSettings()
         line = high_rate(learning_rate_factor(1200, schedule, 3000), 1200, 3000, schedule)
         assert line is not None and "step 1,200 of the 3,000" in line and "trainer.max_steps 1200" in line
@@ -104,7 +104,7 @@ class TestHighRate:
         line = high_rate(1.0, 300, 520, ScheduleSettings(name="constant"))
         assert line is not None and "max_steps" not in line
 
-    def test_a_run_that_ends_in_its_warmup_is_told_so(self):
+    def test_a_run_that_ends_in_its_warmup_is_reported(self):
         schedule = ScheduleSettings(name="linear", warmup=2000)
         line = high_rate(learning_rate_factor(12, schedule, 12), 12, 12, schedule)
         assert line is not None and "warmup of 2,000 steps" in line and "model.schedule.warmup" in line
@@ -117,7 +117,7 @@ class TestSmallVocabulary:
         for part in ("256 draft tokens cover 90.0%", "about 3.44 of 4", "costs up to 0.20", "draft_vocab_size 1024"):
             assert part in line
 
-    def test_the_whole_vocabulary_where_no_size_is_enough(self):
+    def test_the_full_vocabulary_if_no_smaller_size_is_enough(self):
         assert "draft_vocab_size null" in str(small_vocabulary([0.5, 0.3], coverage=0.8, size=256, larger=None))
 
     def test_a_draft_that_can_accept_nothing(self):
@@ -129,7 +129,7 @@ class TestSmallVocabulary:
         assert small_vocabulary(rates, coverage=1.0, size=256, larger=None) is None
 
     @given(st.floats(0.05, 0.999), st.floats(0, 1), st.integers(1, 8))
-    def test_the_cost_is_what_a_draft_as_good_on_all_tokens_would_gain(self, coverage, accepted, steps):
+    def test_the_cost_is_the_gain_of_an_equal_draft_of_all_tokens(self, coverage, accepted, steps):
         rates = [(coverage * accepted) ** k for k in range(1, steps + 1)]
         now, with_all = 1 + sum(rates), 1 + sum(accepted**k for k in range(1, steps + 1))
         assume(abs(with_all - now - LEAST_COST * now) > 1e-6)

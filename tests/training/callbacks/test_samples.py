@@ -1,4 +1,4 @@
-"""Sample texts: the rounds that are followed through them, and how they are written."""
+"""Sample texts: the rounds through them, and their Markdown."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_rounds_are_those_that_the_acceptance_length_counts(rows: list[list[bool
     assert len(rounds) == float(expected.rounds[-1])
     assert sum(rounds) + len(rounds) == len(rows)
     steps = matches.shape[1]
-    reached = [sum(one >= k for one in rounds) for k in range(1, steps + 1)]
+    reached = [sum(accepted >= k for accepted in rounds) for k in range(1, steps + 1)]
     assert reached == expected.accepted[-1].tolist()
 
 
@@ -70,9 +70,9 @@ SPECIAL = (
 @example(SPECIAL)
 def test_no_text_is_read_as_markup(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     tokens = tokenizer.encode(text)[:RESPONSE_TOKENS]
-    said = tokenizer.decode(tokens)
+    decoded = tokenizer.decode(tokens)
     _, marked = shown(to_markdown(Sample([], tokens, [0] * (len(tokens) - 1), 1), tokenizer))
-    assert marked.split() == said.replace("\0", "�").split()
+    assert marked.split() == decoded.replace("\0", "�").split()
 
 
 def test_a_long_response_is_cut(tokenizer):
@@ -82,6 +82,6 @@ def test_a_long_response_is_cut(tokenizer):
 
 
 def test_a_character_of_several_tokens_is_whole(tokenizer):
-    tokens = tokenizer.encode("漢字")  # three each
+    tokens = tokenizer.encode("漢字")  # three tokens each
     _, marked = shown(to_markdown(Sample([], tokens, [1, 2], 2), tokenizer))
-    assert marked == "漢字"  # each belongs to whoever said its last token
+    assert marked == "漢字"  # a character belongs to the model that produced its last token

@@ -9,18 +9,18 @@ from specforge.training.callbacks.stopping import explain_lost
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "expected"),
     [
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a DataLoader worker"),
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "a DataLoader worker"),
         (torch.OutOfMemoryError("CUDA out of memory.\nMore"), "out of memory: CUDA out of memory"),
     ],
 )
-def test_the_loss_is_explained(error: RuntimeError, told: str) -> None:
-    assert told in str(explain_lost(error))
+def test_the_loss_is_explained(error: RuntimeError, expected: str) -> None:
+    assert expected in str(explain_lost(error))
 
 
-def test_an_error_in_a_dataloader_worker_is_not_taken_for_its_loss() -> None:
+def test_an_error_in_a_dataloader_worker_is_not_mistaken_for_its_loss() -> None:
     text = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n..."
     assert explain_lost(RuntimeError(text)) is None
 

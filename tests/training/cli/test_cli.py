@@ -1,4 +1,4 @@
-"""How files, flags and defaults make one configuration, and what help says."""
+"""Merging of files, flags and defaults into one configuration, and help."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class TestMerging:
         assert config["model"]["draft"]["num_layers"] == 4
         assert config["trainer"]["max_epochs"] == 3
 
-    def test_flag_before_the_file_loses_to_nothing_else(self, printed, tmp_path):
+    def test_flag_before_the_file_is_overridden_only_by_the_file(self, printed, tmp_path):
         file = write(tmp_path / "a.yaml", {"algorithm": "eagle3", "model": {"draft": {"num_layers": 2}}})
         config = printed("--config", file, *BASE[2:], "--model.ttt_steps", "4")
         assert config["model"]["draft"]["num_layers"] == 2
@@ -177,6 +177,6 @@ class TestHelp:
         for key in ("--model.ttt_steps", "--model.objective", "--data.train", "--trainer.max_steps", "--ckpt_path"):
             assert key in text
         assert "usage: specforge fit" in text
-        # A setting that stands on its own is described too.
+        # A setting outside a group is described too.
         assert "Number of steps of training-time test" in text
         assert "Source of the training rows" in text

@@ -30,7 +30,7 @@ def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def base(tmp_path: Path) -> dict[str, Any]:
-    """Return a whole, valid configuration of a verifier without weights and one row of data."""
+    """Return a complete, valid configuration with a verifier without weights and one row of data."""
     LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=VOCABULARY,
@@ -59,7 +59,7 @@ def refusal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refusal:
         assert shown.out == ""
         lines = [line for line in shown.err.splitlines() if not line.startswith("Seed set to")]
         assert len(lines) == 1, shown.err
-        assert not (tmp_path / "runs").exists(), "a run was begun"
+        assert not (tmp_path / "runs").exists(), "a run was started"
         return lines[0].removeprefix(f"specforge {command}: error: ")
 
     return run
@@ -70,8 +70,8 @@ def with_value(base: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     changed = json.loads(json.dumps(base))
     *parents, last = path.split(".")
     inner = changed
-    for one in parents:
-        inner = inner.setdefault(one, {})
+    for parent in parents:
+        inner = inner.setdefault(parent, {})
     inner[last] = value
     return changed
 
@@ -83,7 +83,7 @@ def write(path: Path, values: Any) -> Path:
 
 
 def line_of(file: Path, key: str) -> int:
-    """Return the line of a configuration file on which the last part of a key's path stands."""
+    """Return the line of a configuration file that holds the last part of a key's path."""
     node, line = yaml.compose(file.read_text(encoding="utf-8")), 0
     for part in key.split("."):
         at, node = next((name, value) for name, value in node.value if name.value == part)
@@ -96,7 +96,7 @@ def flag(path: str, value: Any) -> list[str]:
     return [f"--{path}", value if isinstance(value, str) else json.dumps(value)]
 
 
-# Key, wrong value, what the message must hold besides the key.
+# Key, wrong value, and what the message must contain in addition to the key.
 PARSED = [
     # misspelt
     ("model.draft.num_layrs", 2, ["unknown key", "'model.draft.num_layers'"]),
@@ -134,7 +134,7 @@ PARSED = [
     ("data.validation_share", 1, ["<1", "1"]),
     ("data.num_workers", -1, [">=0", "-1"]),
     ("save_every_n_steps", 0, [">=1", "0"]),
-    # no choice
+    # not one of the choices
     ("model.draft.layer_type", "gemma", ["installed: llama, qwen3", "'gemma'"]),
     ("model.supervision", "exactly", ["exact or compat", "'exactly'"]),
     ("model.denominator", "some", ["valid or all", "'some'"]),
@@ -144,7 +144,7 @@ PARSED = [
     ("verifier_dtype", "bf16", ["bfloat16", "'bf16'"]),
     ("trainer.precision", "bf17", ["bf16-mixed", "'bf17'"]),
 ]
-# Found by the classes that are built, from values that are right one by one.
+# Found by the classes, from values that are valid separately.
 BUILT = [
     ("model.draft", {"fc_norm": True, "norm_before_fc": True}, "model.draft", ["exclude each other"]),
     ("verifier", "/nowhere/at/all", "verifier", ["/nowhere/at/all", "not a folder"]),
@@ -206,9 +206,9 @@ def test_wrong_value_on_the_command_line(base, refusal, tmp_path, key, value, pa
 
 
 @pytest.mark.parametrize(("key", "value", "named", "parts"), BUILT, ids=name)
-@pytest.mark.parametrize("place", ["file", "flag"])
-def test_conflicting_values(base, refusal, tmp_path, place, key, value, named, parts):
-    if place == "file":
+@pytest.mark.parametrize("source", ["file", "flag"])
+def test_conflicting_values(base, refusal, tmp_path, source, key, value, named, parts):
+    if source == "file":
         words = ["--config", str(write(tmp_path / "run.yaml", with_value(base, key, value)))]
     else:
         words = ["--config", str(write(tmp_path / "run.yaml", base)), *flag(key, value)]
@@ -218,9 +218,9 @@ def test_conflicting_values(base, refusal, tmp_path, place, key, value, named, p
 
 
 @pytest.mark.parametrize(("key", "value"), PLAIN, ids=name)
-@pytest.mark.parametrize("place", ["file", "flag"])
-def test_plain_value_where_a_group_belongs(base, refusal, tmp_path, place, key, value):
-    if place == "file":
+@pytest.mark.parametrize("source", ["file", "flag"])
+def test_plain_value_where_a_group_belongs(base, refusal, tmp_path, source, key, value):
+    if source == "file":
         words = ["--config", str(write(tmp_path / "run.yaml", with_value(base, key, value)))]
     else:
         words = ["--config", str(write(tmp_path / "run.yaml", base)), *flag(key, value)]
@@ -292,12 +292,12 @@ class TestFiles:
         assert f"{tmp_path / 'run.yaml'}:{line}" in message and "not valid YAML" in message
 
     @pytest.mark.parametrize("text", ["", "- algorithm: eagle3\n", "eagle3\n", "3"])
-    def test_no_mapping(self, refusal, tmp_path, text):
+    def test_not_a_mapping(self, refusal, tmp_path, text):
         (tmp_path / "run.yaml").write_text(text)
         message = refusal("--config", str(tmp_path / "run.yaml"))
         assert str(tmp_path / "run.yaml") in message and "keys and values" in message
 
-    def test_no_text(self, refusal, tmp_path):
+    def test_not_text(self, refusal, tmp_path):
         (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00\x01")
         assert str(tmp_path / "run.yaml") in refusal("--config", str(tmp_path / "run.yaml"))
 
@@ -329,10 +329,10 @@ class TestAlgorithm:
         file = write(tmp_path / "run.yaml", {"algorithm": value})
         assert "no algorithm is chosen" in refusal("--config", str(file))
 
-    @pytest.mark.parametrize("place", ["file", "flag"])
-    def test_unknown(self, refusal, tmp_path, place):
-        file = write(tmp_path / "run.yaml", {"algorithm": "eagl3" if place == "file" else "eagle3"})
-        words = ["--algorithm", "eagl3"] if place == "flag" else []
+    @pytest.mark.parametrize("source", ["file", "flag"])
+    def test_unknown(self, refusal, tmp_path, source):
+        file = write(tmp_path / "run.yaml", {"algorithm": "eagl3" if source == "file" else "eagle3"})
+        words = ["--algorithm", "eagl3"] if source == "flag" else []
         message = refusal("--config", str(file), *words)
         assert "'eagl3'" in message and "Did you mean 'eagle3'?" in message
 

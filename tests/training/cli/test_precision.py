@@ -25,7 +25,7 @@ from specforge.training.cli.command_line import TrainingCLI
 from specforge.training.cli.precision import check_precision
 from specforge.training.metrics import StepMeans
 
-# Rounding of the type, over some layers; as a share of a gradient's norm.
+# Rounding error of the dtype over some layers, relative to a gradient's norm.
 CLOSE = {"32-true": 1e-5, "bf16-mixed": 0.15}
 NO_VALIDATION = "--trainer.limit_val_batches=0"
 # An objective that reads no mean over the batch, and one stage.
@@ -35,26 +35,31 @@ Gradients = list[dict[str, Tensor]]
 
 
 class KeepGradients(Callback):
-    """Keeps the gradients of each optimizer step."""
+    """Records the gradients of each optimizer step."""
 
     def __init__(self) -> None:
         self.steps: Gradients = []
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         parameters = module.draft.named_parameters()
-        self.steps.append({name: one.grad.double() for name, one in parameters if one.grad is not None})
+        self.steps.append(
+            {name: parameter.grad.double() for name, parameter in parameters if parameter.grad is not None}
+        )
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, Any]) -> SmallRuns:
-    """Ten rows of different length: steps of four of them, and a last one of two."""
+    """Ten rows of different length, in steps of 4, 4 and 2."""
     draw = random.Random(0)
     trainer = {"accelerator": "cpu", "max_epochs": 1, "log_every_n_steps": 1, "enable_progress_bar": False}
     values = {"trainer": trainer, "data": {"max_length": 48, "batch_size": 4, "packing": False}}
     made = SmallRuns(tmp_path_factory.mktemp("precision"), tiny_verifiers["llama"].folder, values)
     for split, number in (("train", 10), ("validation", 2)):
         lengths = [draw.randint(8, 40) for _ in range(number)]
-        made.write(split, [([draw.randrange(3, 61) for _ in range(one)], [0] * 3 + [1] * (one - 3)) for one in lengths])
+        made.write(
+            split,
+            [([draw.randrange(3, 61) for _ in range(length)], [0] * 3 + [1] * (length - 3)) for length in lengths],
+        )
     return made
 
 
@@ -74,18 +79,20 @@ def fit(runs: SmallRuns) -> Callable[..., Gradients]:
 
 
 def worst(found: Gradients, expected: Gradients) -> float:
-    """Return the largest distance of any tensor's gradient, as a share of its norm."""
-    assert len(found) == len(expected) == 3 and all(one.keys() == expected[0].keys() for one in (*found, *expected))
+    """Return the largest relative error of a tensor's gradient."""
+    assert len(found) == len(expected) == 3 and all(
+        gradients.keys() == expected[0].keys() for gradients in (*found, *expected)
+    )
     return max(
-        float((one[name] - other[name]).norm() / other[name].norm())
-        for one, other in zip(found, expected, strict=True)
+        float((ours[name] - other[name]).norm() / other[name].norm())
+        for ours, other in zip(found, expected, strict=True)
         for name in other
     )
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_gradients_of_each_precision(runs: SmallRuns, fit: Callable[..., Gradients], algorithm: str) -> None:
-    """From the same weights, those of 64-true up to the rounding of the type; so are losses and metrics."""
+    """From the same weights, equal to those of 64-true up to the rounding of the dtype; losses and metrics too."""
     fit(f"{algorithm}-first", algorithm, NO_VALIDATION)
     start = f"--model.init_from={runs.run(f'{algorithm}-first') / 'draft'}"
     exact = fit(f"{algorithm}-64", algorithm, start, "--trainer.precision=64-true")
@@ -119,7 +126,7 @@ def test_accumulated_batches_are_one_large_batch(
 def test_recomputed_steps_draw_the_same_random_numbers(
     fit: Callable[..., Gradients], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A layer with dropout has the same gradients whether its activations are kept or computed again."""
+    """A layer with dropout has the same gradients if its activations are kept or recomputed."""
     from specforge_eagle3.module import Eagle3Module
 
     build = Eagle3Module.build_draft
@@ -135,7 +142,7 @@ def test_recomputed_steps_draw_the_same_random_numbers(
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "16-mixed", "16", "transformer-engine"])
-def test_other_precisions_are_refused_with_what_to_set(
+def test_other_precisions_are_refused_with_the_alternatives(
     runs: SmallRuns, precision: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command, more in (("fit", []), ("estimate", ["--tokens=1000"])):
@@ -176,6 +183,6 @@ def test_metrics_keep_their_dtype_if_the_module_is_cast() -> None:
             module.length.update(acceptance, reachable)
         module.means.reset()
         states = (module.means.sums, module.means.counts, module.length.tokens, module.length.rounds)
-        assert {one.dtype for one in states} == {torch.float64}
+        assert {state.dtype for state in states} == {torch.float64}
     assert module.length.compute()[2] == pytest.approx(expected[2], rel=1e-9)
     assert module.to("meta").length.rounds.is_meta

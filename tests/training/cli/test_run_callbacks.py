@@ -1,4 +1,4 @@
-"""The run's own callbacks in a configuration: shown, set, replaced and left out."""
+"""A run's default callbacks in a configuration: shown, set, replaced and omitted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MySamples(SampleTexts):
 
 @pytest.fixture
 def callbacks(tmp_path: Path):
-    """Return a function that builds a run's trainer and returns its callbacks, by the names of their classes."""
+    """Return a function that builds a run's trainer and returns its callbacks by class name."""
 
     def build(*words: str, subcommand: str = "fit") -> dict[str, Any]:
         rows = tmp_path / "rows.jsonl"
@@ -36,7 +36,7 @@ def callbacks(tmp_path: Path):
         folder = ["--data.train", str(rows), "--output_dir", str(tmp_path / "runs")]
         cli = TrainingCLI(installed().find(Algorithm, "eagle3"), [*BASE, *folder, *words], subcommand)
         cli._claims.close()
-        return {type(one).__name__: one for one in cli.trainer.callbacks}
+        return {type(callback).__name__: callback for callback in cli.trainer.callbacks}
 
     return build
 
@@ -50,7 +50,7 @@ def test_print_config_shows_each(capsys):
         "init_args": {"texts": 2},
     }
     names = ["Advice", "BestCheckpoint", "LastCheckpoint", "DraftWriter", "ResumedSettings", "ProgressBar"]
-    assert set(names) <= {one["class_path"].rpartition(".")[2] for one in shown.values()}
+    assert set(names) <= {callback["class_path"].rpartition(".")[2] for callback in shown.values()}
 
 
 def test_each_is_given_to_the_trainer(callbacks):
@@ -59,7 +59,7 @@ def test_each_is_given_to_the_trainer(callbacks):
     assert {"RunConfig", "BestCheckpoint", "DraftWriter", "ProgressBar", "Throughput"} <= found.keys()
 
 
-def test_some_are_left_out_and_replaced(callbacks, tmp_path):
+def test_some_are_omitted_and_replaced(callbacks, tmp_path):
     own = {"class_path": f"{__name__}.MySamples", "init_args": {"title": "mine", "texts": 3}}
     file = tmp_path / "callbacks.yaml"
     file.write_text(yaml.safe_dump({"callbacks": {"advice": None, "samples": own}}))

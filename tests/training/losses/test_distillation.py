@@ -100,8 +100,8 @@ def run(
     )
 
 
-def plain_value(name: str, q: Tensor, p: Tensor, full: Tensor, mean_acceptance: float, place: int | None) -> Tensor:
-    """The losses of one row, from probabilities; the text's token has a place in the draft vocabulary, or None."""
+def plain_value(name: str, q: Tensor, p: Tensor, full: Tensor, mean_acceptance: float, text: int | None) -> Tensor:
+    """The losses of one row, from probabilities; ``text`` is the draft index of the text's token, if it has one."""
     accepted = torch.minimum(full, q).sum()
     middle = (p + q) / 2
     fading = float(torch.tensor(-3 * mean_acceptance).double().exp())
@@ -115,7 +115,7 @@ def plain_value(name: str, q: Tensor, p: Tensor, full: Tensor, mean_acceptance: 
         "lk_alpha": -accepted.log(),
         "lk_lambda": fading * kl + (1 - fading) * (1 - accepted),
         "argmax": -q[p.argmax()].log(),
-        "text": q.sum() * 0 if place is None else -q[place].log(),
+        "text": q.sum() * 0 if text is None else -q[text].log(),
     }[name]
 
 
@@ -146,11 +146,11 @@ def plain(problem: Problem, objective: dict[str, float], weighting: str | None =
     draft = {pair: (problem.head @ problem.hidden[pair]).softmax(-1) for pair in pairs}
     acceptance, agreement = torch.zeros(steps, rows), torch.zeros(steps, rows)
     for k, i in pairs:
-        whole = verifier[int(problem.targets[k, i])]
-        acceptance[k, i] = torch.minimum(whole[list(ids)], draft[k, i]).sum().detach()
-        agreement[k, i] = float(ids[int(draft[k, i].argmax())] == int(whole.argmax()))
-    places = {pair: _place(ids, int(problem.tokens[problem.targets[pair]])) for pair in pairs}
-    probabilities = {pair: 0.0 if (at := places[pair]) is None else float(draft[pair][at]) for pair in pairs}
+        p = verifier[int(problem.targets[k, i])]
+        acceptance[k, i] = torch.minimum(p[list(ids)], draft[k, i]).sum().detach()
+        agreement[k, i] = float(ids[int(draft[k, i].argmax())] == int(p.argmax()))
+    texts = {pair: _index_of(ids, int(problem.tokens[problem.targets[pair]])) for pair in pairs}
+    probabilities = {pair: 0.0 if (at := texts[pair]) is None else float(draft[pair][at]) for pair in pairs}
     chains = [
         {k: (probabilities[k, i], bool(agreement[k, i])) for k in range(steps) if (k, i) in draft} for i in range(rows)
     ]
@@ -158,16 +158,15 @@ def plain(problem: Problem, objective: dict[str, float], weighting: str | None =
     loss = (problem.hidden.sum() + problem.head.sum()) * 0
     sums = {name: torch.zeros(steps) for name in objective}
     for k, i in pairs:
-        whole = verifier[int(problem.targets[k, i])]
-        full = whole[list(ids)]
+        full = verifier[int(problem.targets[k, i])][list(ids)]
         for name, weight in objective.items():
-            value = plain_value(name, draft[k, i], full / full.sum(), full, means[k], places[k, i])
+            value = plain_value(name, draft[k, i], full / full.sum(), full, means[k], texts[k, i])
             sums[name][k] += value.detach()
             loss = loss + weight * problem.weights[k] * plain_factor(weighting, k, chains[i]) * value
     return {"loss": loss, "terms": sums, "acceptance": acceptance, "agreement": agreement}
 
 
-def _place(ids: Any, token: int) -> int | None:
+def _index_of(ids: Any, token: int) -> int | None:
     return list(ids).index(token) if token in ids else None
 
 
@@ -175,8 +174,8 @@ def assert_same(problem: Problem, outcome: DraftSteps, expected: dict[str, Any])
     torch.testing.assert_close(outcome.loss, expected["loss"])
     ours = torch.autograd.grad(outcome.loss, [problem.hidden, problem.head])
     theirs = torch.autograd.grad(expected["loss"], [problem.hidden, problem.head])
-    for gradient, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(gradient, wanted)
+    for gradient, exact_gradient in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, exact_gradient)
     assert outcome.terms.keys() == expected["terms"].keys()
     for name, sums in outcome.terms.items():
         torch.testing.assert_close(sums.float(), expected["terms"][name])
@@ -229,7 +228,7 @@ def test_any_mixture_in_any_chunks(
 
 @pytest.fixture
 def compile_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
-    """Choose the backend of torch.compile for losses; whatever cannot be traced is an error."""
+    """Choose the backend of torch.compile for losses; code that cannot be traced is an error."""
 
     def choose(backend: Any) -> None:
         torch.compiler.reset()
@@ -332,7 +331,7 @@ def test_only_what_is_trained_gets_a_gradient() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 60, 2**24])
 def test_each_step_may_have_its_own_head(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same as all steps on their own, each with its head."""
+    """Equal to each step separately with its head."""
     monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", chunk)
     problem = make_problem(pruned=False)
     generator = torch.Generator().manual_seed(1)
@@ -340,20 +339,22 @@ def test_each_step_may_have_its_own_head(chunk: int, monkeypatch: pytest.MonkeyP
     objective = {"kl": 1.0, "lk_lambda": 0.5, "text": 0.3}
     joint = run(replace(problem, head=heads), objective)
     ours = torch.autograd.grad(joint.loss, [problem.hidden, *heads])
-    alone = [problem.supervised * (torch.arange(3) == step)[:, None] for step in range(3)]
+    by_step = [problem.supervised * (torch.arange(3) == step)[:, None] for step in range(3)]
     each = [
         run(replace(problem, head=head, supervised=supervised), objective)
-        for head, supervised in zip(heads, alone, strict=True)
+        for head, supervised in zip(heads, by_step, strict=True)
     ]
-    theirs = torch.autograd.grad(torch.stack([one.loss for one in each]).sum(), [problem.hidden, *heads])
-    for gradient, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(gradient, wanted)
-    torch.testing.assert_close(joint.acceptance, torch.stack([one.acceptance for one in each]).sum(0))
-    torch.testing.assert_close(joint.terms["kl"], torch.stack([one.terms["kl"] for one in each]).sum(0))
+    theirs = torch.autograd.grad(torch.stack([outcome.loss for outcome in each]).sum(), [problem.hidden, *heads])
+    for gradient, exact_gradient in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, exact_gradient)
+    torch.testing.assert_close(joint.acceptance, torch.stack([outcome.acceptance for outcome in each]).sum(0))
+    torch.testing.assert_close(joint.terms["kl"], torch.stack([outcome.terms["kl"] for outcome in each]).sum(0))
 
 
 @pytest.mark.parametrize("chunk", [1, 10_000])
-def test_a_further_head_adds_its_logits_and_leaves_the_first_alone(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_further_head_adds_its_logits_and_gives_the_first_no_gradient(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", chunk)
     problem, rank = make_problem(), 2
     generator = torch.Generator().manual_seed(2)
@@ -372,14 +373,14 @@ def test_a_further_head_adds_its_logits_and_leaves_the_first_alone(chunk: int, m
             by_pair(problem),
             further_head=heads[1],
         )
-        trained = [one for one in (hidden, *heads) if one is not None and one.requires_grad]
+        trained = [tensor for tensor in (hidden, *heads) if tensor is not None and tensor.requires_grad]
         return [outcome.loss.detach(), outcome.acceptance, *torch.autograd.grad(outcome.loss, trained)]
 
     loss, accepted, of_hidden, of_further = gradients(head, further)
-    wanted = gradients(joined, None)
-    for found, expected in zip((loss, accepted, of_hidden), wanted, strict=False):
+    reference = gradients(joined, None)
+    for found, expected in zip((loss, accepted, of_hidden), reference, strict=False):
         torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(of_further, wanted[3][:, -rank:])
+    torch.testing.assert_close(of_further, reference[3][:, -rank:])
 
 
 def test_candidates_are_the_most_probable_tokens_of_each_pair() -> None:
@@ -402,15 +403,15 @@ def test_backward_scales_the_gradient() -> None:
     problem = make_problem()
     expected = torch.autograd.grad(run(problem, {"kl": 1.0}).loss, [problem.hidden, problem.head])
     scaled = torch.autograd.grad(run(problem, {"kl": 1.0}).loss * -7, [problem.hidden, problem.head])
-    for gradient, wanted in zip(scaled, expected, strict=True):
-        torch.testing.assert_close(gradient, -7 * wanted)
+    for gradient, exact_gradient in zip(scaled, expected, strict=True):
+        torch.testing.assert_close(gradient, -7 * exact_gradient)
 
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "stored"])
 def test_bfloat16_stays_close(autocast: bool) -> None:
     exact = make_problem(dtype=torch.float32)
     expected = run(exact, {"kl": 1.0, "total_variation": 1.0})
-    wanted = torch.autograd.grad(expected.loss, [exact.hidden, exact.head])
+    exact_gradient = torch.autograd.grad(expected.loss, [exact.hidden, exact.head])
     problem = exact
     if not autocast:
         problem = replace(
@@ -423,13 +424,13 @@ def test_bfloat16_stays_close(autocast: bool) -> None:
     assert outcome.loss.dtype == torch.float32
     torch.testing.assert_close(outcome.loss, expected.loss, rtol=0.03, atol=0)
     gradients = torch.autograd.grad(outcome.loss, [problem.hidden, problem.head])
-    for gradient, leaf, correct in zip(gradients, (problem.hidden, problem.head), wanted, strict=True):
+    for gradient, leaf, correct in zip(gradients, (problem.hidden, problem.head), exact_gradient, strict=True):
         assert gradient.dtype == leaf.dtype
         assert (gradient.float() - correct).norm() < 0.05 * correct.norm()
 
 
 class Rows(TorchDispatchMode):
-    """Keep the largest number of rows of any tensor whose last dimension is a vocabulary."""
+    """Record the largest number of rows of any tensor whose last dimension is a vocabulary."""
 
     def __init__(self, sizes: set[int]) -> None:
         super().__init__()
@@ -437,10 +438,10 @@ class Rows(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
-        for one in output if isinstance(output, tuple | list) else (output,):
-            if isinstance(one, Tensor) and one.ndim and one.shape[-1] in self.sizes:
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape[-1] in self.sizes:
                 self.seen += 1
-                self.most = max(self.most, one.numel() // one.shape[-1])
+                self.most = max(self.most, tensor.numel() // tensor.shape[-1])
         return output
 
 
@@ -462,7 +463,7 @@ def test_logits_exist_for_one_chunk_at_most(
 
 
 def widen(problem: Problem, width: int) -> Problem:
-    """The same problem with wider states, so that no width is the size of a vocabulary."""
+    """The same problem with wider states, so no width equals the size of a vocabulary."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -492,7 +493,7 @@ def test_the_verifiers_distribution_is_computed_once_per_target(monkeypatch: pyt
 
 @pytest.mark.parametrize("pruned", [True, False])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0), Sampling(temperature=0.5, top_k=4)])
-def test_labels_tell_how_often_the_text_would_have_been_drafted(
+def test_labels_give_the_probability_that_the_text_is_drafted_and_accepted(
     pruned: bool, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = make_problem(seed=4, pruned=pruned)
@@ -525,7 +526,7 @@ def test_labels_tell_how_often_the_text_would_have_been_drafted(
             p = teacher.parts.logits(teacher.last[problem.targets[k, i]])
             of_draft = float(sampling.log_probs(q[None])[0].exp()[ids.index(token)]) if token in ids else 0.0
             of_verifier = float(sampling.log_probs(p[None])[0].exp()[token])
-            # A token that the verifier cannot have said is no text of its own; whatever comes out must be possible.
+            # The verifier cannot have produced this token: any probability is accepted.
             expected = min(1.0, of_draft / of_verifier) if of_verifier else float(found.drawn[k, i])
             assert float(found.drawn[k, i]) == pytest.approx(expected, abs=1e-9)
             assert 0 <= float(found.drawn[k, i]) <= 1

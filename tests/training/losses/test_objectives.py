@@ -38,22 +38,22 @@ def distributions(draw: st.DrawFn, pruned: bool | None = None) -> Distributions:
     return Distributions(log_probabilities(size), full.log_softmax(-1), full, mean, text)
 
 
-def test_all_losses_of_the_core_are_known() -> None:
+def test_all_losses_of_the_core_are_tested() -> None:
     core = next(plugin for plugin in installed().plugins if plugin.name == "core")
-    losses = {one.name: one for one in core.descriptors if isinstance(one, Objective)}
+    losses = {descriptor.name: descriptor for descriptor in core.descriptors if isinstance(descriptor, Objective)}
     assert sorted(losses) == sorted(NAMES)
-    needs_mean = [name for name, one in losses.items() if one.uses_mean_acceptance]
+    needs_mean = [name for name, loss in losses.items() if loss.uses_mean_acceptance]
     assert needs_mean == ["lk_lambda"]
-    assert [name for name, one in losses.items() if one.uses_text] == ["text"]
+    assert [name for name, loss in losses.items() if loss.uses_text] == ["text"]
 
 
 @given(rows=distributions())
 def test_values_follow_the_definitions(rows: Distributions) -> None:
     for number in range(rows.log_q.shape[0]):
-        q = [math.exp(one) for one in rows.log_q[number].tolist()]
+        q = [math.exp(log_prob) for log_prob in rows.log_q[number].tolist()]
         log_q, log_p = rows.log_q[number].tolist(), rows.log_p[number].tolist()
-        p = [math.exp(one) for one in log_p]
-        full = [math.exp(one) for one in rows.log_p_full[number].tolist()]
+        p = [math.exp(log_prob) for log_prob in log_p]
+        full = [math.exp(log_prob) for log_prob in rows.log_p_full[number].tolist()]
         accepted = sum(map(min, full, q))
         kl = sum(a * (b - c) for a, b, c in zip(p, log_p, log_q, strict=True))
         middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
@@ -86,7 +86,7 @@ def test_bounds(rows: Distributions) -> None:
     accepted = objectives.acceptance(rows)
     assert accepted.shape == rows.log_q.shape[:1]
     assert (accepted >= 0).all() and (accepted <= 1 + tolerance).all()
-    # What the verifier gives to tokens outside the draft vocabulary is lost.
+    # The verifier's probability of tokens outside the draft vocabulary is lost.
     assert (accepted <= rows.log_p_full.exp().sum(-1) + tolerance).all()
     torch.testing.assert_close(objectives.total_variation(rows), 1 - accepted)
     for name in ("kl", "reverse_kl", "jsd", "cross_entropy"):
@@ -97,7 +97,7 @@ def test_bounds(rows: Distributions) -> None:
 
 
 @given(rows=distributions(pruned=False))
-def test_losses_vanish_where_the_draft_is_the_verifier(rows: Distributions) -> None:
+def test_losses_vanish_if_the_draft_equals_the_verifier(rows: Distributions) -> None:
     same = replace(rows, log_q=rows.log_p)
     for name in NAMES[:-2]:  # the last two are cross-entropies with one token
         value = function_of(name)(same)

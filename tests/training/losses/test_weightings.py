@@ -1,4 +1,4 @@
-"""Weights along a chain by hand, and one of a plugin's own; the loss itself is in test_distillation."""
+"""Weights along a chain by hand, and of a plugin; the loss itself is in test_distillation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_dpace_is_the_derivative_of_the_smoothed_expected_length() -> None:
     torch.testing.assert_close(dpace(confidences, torch.ones_like(confidences, dtype=torch.bool)), derivative)
 
 
-def test_dpace_passes_over_steps_that_do_not_count() -> None:
+def test_dpace_skips_steps_that_do_not_count() -> None:
     counts = torch.tensor([[True], [False], [True], [False]])
     weights = dpace(column(0.6, 0.2, 0.4, 0.9), counts)
     assert weights[counts].tolist() == pytest.approx([0.8 + 0.8 * 0.7, 0.8 * 0.7])

@@ -29,7 +29,7 @@ TRAINER = (
     "strategy",
 )
 # Settings that are locations.
-PLACES = ("output_dir", "run_name", "ckpt_path", "save_every_n_steps", "data.cache_dir")
+LOCATIONS = ("output_dir", "run_name", "ckpt_path", "save_every_n_steps", "data.cache_dir")
 # Settings of display and storage, which do not change the result.
 SHOWING = "callbacks"
 
@@ -96,7 +96,7 @@ def compared_settings(config: Mapping[str, Any]) -> dict[str, str | int | float]
     settings = {}
     for key, value in flatten(config):
         group, _, name = key.partition(".")
-        if name in TRAINER if group == "trainer" else group != SHOWING and key not in PLACES:
+        if name in TRAINER if group == "trainer" else group != SHOWING and key not in LOCATIONS:
             is_plain = isinstance(value, str | int | float) and not isinstance(value, bool)
             settings[key] = value if is_plain else json.dumps(value)
     return settings
