@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 import pytest
-from serving import FORMATS, MODELS, Served, ask_vllm, fit, speculation
+from serving import DRAFTS, Served, ask_vllm, engine_options, fit
 from wide_verifier import QUICKSTART, write_wide_verifier
 
 from specforge.__main__ import main
@@ -25,10 +25,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     root = tmp_path_factory.mktemp("served")
     verifier = root / "verifier"
     write_wide_verifier(verifier)
-    runs = {algorithm: fit(algorithm, verifier, root) for algorithm in MODELS}
-    exports = {algorithm: root / f"{algorithm}-export" for algorithm in MODELS}
+    runs = {algorithm: fit(algorithm, verifier, root) for algorithm in DRAFTS}
+    exports = {algorithm: root / f"{algorithm}-export" for algorithm in DRAFTS}
     for algorithm, run in runs.items():
-        words = ["--format", FORMATS[algorithm], "--verifier", str(verifier), "--output", str(exports[algorithm])]
+        words = ["--format", DRAFTS[algorithm].format, "--verifier", str(verifier), "--output", str(exports[algorithm])]
         assert main(["export", str(run), *words]) == 0
     lines = (QUICKSTART / "validation.jsonl").read_text(encoding="utf-8").splitlines()[:24]
     rows = [json.loads(line) for line in lines]
@@ -39,13 +39,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 @pytest.fixture(scope="session")
 def answers(served: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """vLLM's output without a draft (``none``) and with each draft, and its counters."""
-    engines: dict[str, dict[str, Any]] = {
-        "none": {},
-        "eagle3": speculation(str(served.exports["eagle3"]), "eagle3"),
-        "eagle": speculation(str(served.exports["eagle"]), "eagle"),
-        "mlp": {
-            **speculation("specforge_mlp.vllm.MLPProposer", "custom_class"),
-            "additional_config": {"mlp_speculator": str(served.exports["mlp"])},
-        },
-    }
-    return ask_vllm(served, engines, tmp_path_factory.mktemp("vllm"))
+    options = {name: engine_options(name, served.exports[name]) for name in DRAFTS}
+    interpreted = {name: options.pop(name) for name, draft in DRAFTS.items() if draft.interpreted}
+    folder = tmp_path_factory.mktemp("vllm")
+    plain = ask_vllm(served, {"none": {}, **options}, folder, "engine.py", len(served.prompts))
+    # The interpreter takes a second a round: one batch of prompts.
+    return plain | ask_vllm(served, interpreted, folder, "interpreted_engine.py", 8)

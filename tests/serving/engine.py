@@ -48,7 +48,12 @@ def counters(engine: LLM) -> dict[str, int]:
     }
 
 
-if __name__ == "__main__":
-    asked = json.loads(Path(sys.argv[1]).read_text())
+def run(request: Path, answer: Path) -> None:
+    """Let each engine of the request answer it, one after the other."""
+    asked = json.loads(request.read_text())
     answers = {name: ask(asked, options) for name, options in asked["engines"].items()}
-    Path(sys.argv[2]).write_text(json.dumps(answers))
+    answer.write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from local_server import local_server
 from safetensors.torch import load_file, save_file
-from serving import ENGINE_ENVIRONMENT, Served, speculation
+from serving import ENGINE_ENVIRONMENT, Served, engine_options
 
 from specforge.__main__ import main
 
@@ -19,7 +19,7 @@ from specforge.__main__ import main
 @contextmanager
 def server(verifier: Path, draft: Path, log: Path) -> Iterator[str]:
     """Serve a draft; yield the server's address."""
-    speculative = json.dumps(speculation(str(draft), "eagle3")["speculative_config"])
+    speculative = json.dumps(engine_options("eagle3", draft)["speculative_config"])
     words = ["--model", str(verifier), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     words += ["--speculative-config", speculative]
     with local_server("vllm.entrypoints.openai.api_server", words, log, ENGINE_ENVIRONMENT) as url:

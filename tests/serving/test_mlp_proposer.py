@@ -17,8 +17,8 @@ def settings(**additional: str) -> Any:
 
 
 def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "__version__", "0.33.0")
-    with pytest.raises(RuntimeError, match=r"this is vLLM 0\.33\.0; install vllm==0\.32\.\*"):
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
+    with pytest.raises(RuntimeError, match=r"this is vLLM 0\.34\.0; install vllm==0\.33\.\*"):
         MLPProposer(settings(mlp_speculator="draft"))
 
 

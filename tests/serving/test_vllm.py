@@ -1,4 +1,8 @@
-"""vLLM's CPU build serves our exports: its text is the verifier's own, and it accepts what our decoder accepts."""
+"""vLLM's CPU build serves our exports: its text is the verifier's own, and it accepts what our decoder accepts.
+
+It serves EAGLE-1, EAGLE-3, P-EAGLE, the draft model and DFlash of one layer as it is, MLP speculators with our
+proposer; DFlash2 and DSpark of two layers with Triton's interpreter and two faults mended (``interpreted_engine.py``).
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from serving import DRAFTED, MAX_TOKENS, Served
+from serving import DRAFTED, DRAFTS, MAX_TOKENS, Served
 from transformers import AutoModelForCausalLM
 
 from specforge import SpeculatorModel
 from specforge.decoding.loop import Decoder
 from specforge.proposals import GreedyTokenProposalConfig
 
-DRAFTS = ["eagle3", "eagle", "mlp"]
-
 
 @pytest.mark.parametrize("name", DRAFTS)
 def test_text_equals_that_without_speculation(name: str, answers: dict[str, Any]) -> None:
-    assert answers[name]["tokens"] == answers["none"]["tokens"]
+    tokens = answers[name]["tokens"]
+    assert tokens == answers["none"]["tokens"][: len(tokens)]
 
 
 @pytest.mark.parametrize("name", DRAFTS)
@@ -27,7 +30,7 @@ def test_it_accepts_what_we_accept(name: str, answers: dict[str, Any], served: S
     draft = SpeculatorModel.from_pretrained(served.runs[name] / "draft", verifier=verifier)
     proposal = GreedyTokenProposalConfig(speculative_tokens=DRAFTED)
     decoder = Decoder(verifier, draft, proposal, stop_tokens=[])
-    prompts = [torch.tensor(tokens) for tokens in served.prompts]
+    prompts = [torch.tensor(tokens) for tokens in served.prompts[: len(answers[name]["tokens"])]]
     rounds = [one for one in decoder.decode(prompts, MAX_TOKENS) if one.drafted is not None]
     counted = answers[name]["counters"]
     ours = sum(len(one.tokens) for one in rounds) / len(rounds)

@@ -29,7 +29,7 @@ from specforge.checkpoints.formats import read_draft
 from specforge.errors import UsageError
 from specforge_mlp.model import MLPSpeculator
 
-TESTED = "0.32"
+TESTED = ("0.32", "0.33")
 SETTING = "mlp_speculator"
 _METHOD = "propose_draft_token_ids"
 _READ = ("sample_hidden_states", "spec_decode_metadata")
@@ -43,7 +43,7 @@ class MLPProposer:
 
     Raises:
         UsageError: The draft is not named, does not match the verifier, or has fewer heads than requested tokens.
-        RuntimeError: The version of vLLM is not the tested one.
+        RuntimeError: The version of vLLM is not a tested one.
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
@@ -136,10 +136,10 @@ class MLPProposer:
 
 def _check_version() -> None:
     takes = inspect.signature(getattr(GPUModelRunner, _METHOD, _check_version)).parameters
-    if not vllm.__version__.startswith(f"{TESTED}.") or not set(_READ) <= takes.keys():
+    if not vllm.__version__.startswith(tuple(f"{one}." for one in TESTED)) or not set(_READ) <= takes.keys():
         raise RuntimeError(
-            f"specforge_mlp.vllm uses a private method of vLLM {TESTED} (GPUModelRunner.{_METHOD}), but this is vLLM "
-            f"{vllm.__version__}; install vllm=={TESTED}.*"
+            f"specforge_mlp.vllm uses a private method of vLLM {' and '.join(TESTED)} (GPUModelRunner.{_METHOD}), but "
+            f"this is vLLM {vllm.__version__}; install vllm=={TESTED[-1]}.*"
         )
 
 
