@@ -23,7 +23,7 @@ from PIL import Image
 
 IMAGES = Path(__file__).parent / "images"
 CURVES = "_smoothingWeight=0&ignoreYOutliers=false"
-# Name of the picture, what stands behind # in the address, and the window's width and height.
+# Name of the picture, the address's fragment (after #), and the window's width and height.
 PICTURES = (
     ("custom-scalars", f"custom_scalars&{CURVES}", 1090, 1010),
     ("acceptance-by-position", "images", 1090, 860),

@@ -31,7 +31,7 @@ def test(arguments: list[str]) -> int:
 
 
 def choose(arguments: list[str], help_text: str) -> Algorithm | None:
-    """Find the algorithm that a command line asks to train; None where it asks for help alone, which is printed.
+    """Find the algorithm that a command line asks to train; None if it only asks for help, which is printed.
 
     Args:
         arguments: The words after the subcommand.
@@ -50,7 +50,7 @@ def choose(arguments: list[str], help_text: str) -> Algorithm | None:
             return None
         files = [word for word in arguments[:1] if Path(word).suffix in (".yaml", ".yml")]
         if files:
-            raise UsageError(f"{files[0]} stands alone; a configuration file is given as --config {files[0]}")
+            raise UsageError(f"{files[0]} has no flag; give a configuration file as --config {files[0]}")
         names = ", ".join(installed().all(Algorithm))
         raise UsageError(f"no algorithm is chosen; give --config FILE, or --algorithm with one of: {names}")
     algorithm = installed().find(Algorithm, name)
@@ -127,7 +127,7 @@ def quieten() -> None:
     """Leave out what concerns neither the user's data nor their settings."""
     if is_verbose():
         return
-    # What they find and do; their warnings are heard. Set behind the import of Lightning, which sets it too.
+    # Their warnings are shown, their reports are not. Set after the import of Lightning, which sets it, too.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     _drop("lightning.pytorch.trainer.connectors.checkpoint_connector", "weights_only")

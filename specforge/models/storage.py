@@ -86,8 +86,8 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], state: Mapping[str
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
         # Both are written before the first is renamed.
-        with whole_file(folder / CONFIG_NAME) as said, whole_file(folder / WEIGHTS) as weights:
+        with whole_file(folder / CONFIG_NAME) as config_file, whole_file(folder / WEIGHTS) as weights:
             save_file(tensors, weights, metadata={"format": "pt"})
-            said.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise SpecforgeError(f"the draft cannot be written to {folder}: {error}") from error

@@ -86,7 +86,7 @@ class DraftModule(LightningModule, ABC):
         objective: Weights of the losses to add up, by name (see ``specforge plugins`` for the names).
         step_decay: Draft step k is weighted by this number to the power of k.
         weighting: Name of a further weight of each position and step in training, which depends on the earlier steps
-            of the chain (see ``specforge plugins``). Set step_decay to 1 to use it alone. Null for none.
+            of the chain (see ``specforge plugins``). Set step_decay to 1 to use only this one. Null for none.
         denominator: Divisor of a step's sum of losses: the number of its supervised positions (valid), or of all
             positions of the batch, including padding and prompts (all).
         optimizer: The optimizer.

@@ -1,6 +1,6 @@
 """Attention of a verifier over packed rows, document by document: no mask, which would grow with the row's square.
 
-It serves captures alone. Everything else that runs the verifier attends as transformers does by itself.
+Only captures use it; everything else that runs the verifier attends as transformers does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def attend_by_documents(verifier: PreTrainedModel) -> None:
     """Let a verifier attend so during captures, if its layers see all that is before them, or the last so many tokens.
 
     Args:
-        verifier: Is changed; one that attends in another way is left alone, and its packed rows go by masks.
+        verifier: Is changed; one that attends in another way is unchanged, and its packed rows use masks.
     """
     config = verifier.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

@@ -27,7 +27,7 @@ def selected_steps(
         drafted: What it computed.
         last: The verifier's states before its final norm, [N, H].
         parts: Its norm and head.
-        labels: What the text goes on with.
+        labels: The text's next tokens.
         outcome: What the head's own distribution comes to.
     """
     found = [torch.zeros_like(outcome.acceptance) for _ in range(4)]

@@ -208,7 +208,7 @@ class SGLangLayout(MidlayerLayout):
             return {}
         if chosen[0] == 1:
             raise UsageError(
-                f"SGLang cannot be told to take features before the layers {chosen}: it reads a first id of 1 as 2. "
+                f"SGLang cannot take features before the layers {chosen}: it reads a first id of 1 as 2. "
                 "Serve the draft with vLLM (--format vllm), or train with model.draft.aux_layers that start elsewhere"
             )
         return {NESTED: {LAYER_IDS: [layer - 1 for layer in chosen] if chosen[0] == 2 else chosen}}

@@ -39,13 +39,13 @@ class MLPDrafter(Drafter):
     def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
         """Extend some nodes, each with the head of its depth."""
         rows = torch.arange(len(parents), device=parents.device)[:, None]
-        behind = self._states[rows, parents + 1]
+        parent_states = self._states[rows, parents + 1]
         depths = self._depths[rows, parents + 1] + 1
-        states = torch.empty_like(behind)
+        states = torch.empty_like(parent_states)
         logits = self.root.new_empty(*tokens.shape, self.root.shape[-1])
         for depth in depths.unique().tolist():
             here = depths == depth
-            states[here] = self._network.advance(behind[here], tokens[here], depth)
+            states[here] = self._network.advance(parent_states[here], tokens[here], depth)
             logits[here] = self._network.logits(states[here], depth)
         self._states = torch.cat([self._states, states], dim=1)
         self._depths = torch.cat([self._depths, depths], dim=1)

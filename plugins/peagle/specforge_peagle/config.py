@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from specforge_eagle3.config import Eagle3SpeculatorConfig
 
-# vLLM drafts as many tokens as it is told; this is what peers train.
+# vLLM takes the number of tokens from its own settings; this is what peers train.
 USUAL_DEPTHS = 8
 
 

@@ -98,7 +98,7 @@ class TokenRows:
         for batch in self._batches():
             mask = pc.list_flatten(batch["loss_mask"]).to_numpy()
             ends = np.cumsum(pc.list_value_length(batch["loss_mask"]).to_numpy())
-            # A token that is not supervised behind each row, so that no span crosses from one to the next.
+            # An unsupervised token after each row, so that no span crosses from one to the next.
             gaps = np.flatnonzero(~np.insert(mask, ends, False))
             longest = max(longest, int(np.diff(gaps, prepend=-1).max()) - 1)
         return longest

@@ -77,8 +77,8 @@ class FeatureDrafter(Drafter):
         index = self._cache.append(parents)
         rows = torch.arange(len(parents), device=parents.device)[:, None]
         # The root's state precedes those of the nodes.
-        behind = self._network.fed_back(self._states[rows, parents + 1])
-        states = self._advance(tokens, behind, index)
+        parent_states = self._network.fed_back(self._states[rows, parents + 1])
+        states = self._advance(tokens, parent_states, index)
         self._states = torch.cat([self._states, states], dim=1)
         return self._network.state_logits(states)
 
