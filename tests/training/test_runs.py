@@ -80,7 +80,7 @@ class TestResolve:
             resolve_checkpoint(name, tmp_path)
         assert repr(name) in str(caught.value) and str(tmp_path) in str(caught.value)
 
-    @pytest.mark.parametrize("wanted", ["lst", "nowhere.ckpt", ""])
+    @pytest.mark.parametrize("requested", ["lst", "nowhere.ckpt", ""])
     def test_no_such_file(self, tmp_path, requested):
         with pytest.raises(UsageError) as caught:
             resolve_checkpoint(requested, tmp_path)
