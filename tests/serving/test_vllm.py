@@ -35,6 +35,7 @@ def test_it_accepts_what_we_accept(name: str, answers: dict[str, Any], served: S
     counted = answers[name]["counters"]
     ours = sum(len(one.tokens) for one in rounds) / len(rounds)
     theirs = 1 + counted["accepted_tokens"] / counted["drafts"]
-    print(f"{name}: {theirs:.3f} tokens per pass in vLLM, {ours:.3f} here")
-    assert theirs == pytest.approx(ours, rel=0.02)
+    print(f"{name}: {counted['drafts']} passes, {theirs:.3f} tokens each in vLLM; {len(rounds)}, {ours:.3f} here")
+    # vLLM also counts what it accepts after the last requested token, so only the passes are the same number.
+    assert counted["drafts"] == pytest.approx(len(rounds), rel=0.01)
     assert ours > 1.3, "a useless draft would prove nothing"
