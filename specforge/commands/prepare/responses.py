@@ -227,7 +227,8 @@ def _check_flags(found: Namespace) -> None:
 
 def _endpoints(found: Namespace, generation: GenerationSettings, vocabulary: int | None) -> EndpointAnswerer:
     # The client takes a second to import.
-    from specforge.engines.answering import EndpointAnswerer, EndpointSettings
+    from specforge.engines.answering import EndpointAnswerer
+    from specforge.engines.pool import EndpointSettings
 
     settings = EndpointSettings(
         found.endpoint, found.model, found.concurrency, found.max_failures, found.retries, found.timeout, vocabulary
