@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from specforge.hookspecs import Command, LayerFamily, Objective, ProposalMethod, Weighting, hookimpl
+from specforge.hookspecs import (
+    Command,
+    FeatureTransport,
+    LayerFamily,
+    Objective,
+    ProposalMethod,
+    Weighting,
+    hookimpl,
+)
 
 _OBJECTIVES = "specforge.training.losses.objectives"
+_TRANSPORTS = "specforge.data.features.transports"
 _WEIGHTINGS = "specforge.training.losses.weightings"
 
 
@@ -95,6 +104,14 @@ def specforge_layer_families() -> Iterable[LayerFamily]:
     return [
         LayerFamily("llama", "Llama's layers, which every engine supports for drafts", f"{blocks}:LLAMA"),
         LayerFamily("qwen3", "Qwen3's layers, with norms on queries and keys", f"{blocks}:QWEN3"),
+    ]
+
+
+@hookimpl
+def specforge_feature_transports() -> Iterable[FeatureTransport]:
+    """The transport that needs nothing but a shared folder."""
+    return [
+        FeatureTransport("file", "files in a folder shared with the server", f"{_TRANSPORTS}:FileTransport"),
     ]
 
 

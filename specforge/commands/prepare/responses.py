@@ -191,7 +191,7 @@ def command_line() -> ArgumentParser:
         type=PositiveInt,
         default=8,
         metavar="N",
-        help="Number of consecutive failed requests after which an engine is dropped.",
+        help="Number of consecutive failed requests after which an engine is dropped for a while.",
     )
     parser.add_argument(
         "--retries",
