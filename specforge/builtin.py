@@ -25,6 +25,7 @@ def specforge_commands() -> Iterable[Command]:
     return [
         _command("prepare", "prepare the data that a draft is trained on"),
         _command("estimate", "estimate the memory, time and disk of a run before it starts", "estimate.command:run"),
+        _command("serve-verifier", "serve a verifier with vLLM, for its states", "serve_verifier:run"),
         _command("fit", "train a draft", "trainer:fit"),
         _command("validate", "measure a trained draft on the validation data", "trainer:validate"),
         _command("test", "measure a trained draft on the test data", "trainer:test"),
