@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from specforge.hookspecs import Command, LayerFamily, Objective, ProposalMethod, Weighting, hookimpl
+from specforge.hookspecs import (
+    Command,
+    FeatureTransport,
+    LayerFamily,
+    Objective,
+    ProposalMethod,
+    Weighting,
+    hookimpl,
+)
 
 _OBJECTIVES = "specforge.training.losses.objectives"
+_TRANSPORTS = "specforge.data.features.transports"
 _WEIGHTINGS = "specforge.training.losses.weightings"
 
 
@@ -16,6 +25,7 @@ def specforge_commands() -> Iterable[Command]:
     return [
         _command("prepare", "prepare the data that a draft is trained on"),
         _command("estimate", "estimate the memory, time and disk of a run before it starts", "estimate.command:run"),
+        _command("serve-verifier", "serve a verifier with vLLM, for its states", "serve_verifier:run"),
         _command("fit", "train a draft", "trainer:fit"),
         _command("validate", "measure a trained draft on the validation data", "trainer:validate"),
         _command("test", "measure a trained draft on the test data", "trainer:test"),
@@ -95,6 +105,14 @@ def specforge_layer_families() -> Iterable[LayerFamily]:
     return [
         LayerFamily("llama", "Llama's layers, which every engine supports for drafts", f"{blocks}:LLAMA"),
         LayerFamily("qwen3", "Qwen3's layers, with norms on queries and keys", f"{blocks}:QWEN3"),
+    ]
+
+
+@hookimpl
+def specforge_feature_transports() -> Iterable[FeatureTransport]:
+    """The transport that needs nothing but a shared folder."""
+    return [
+        FeatureTransport("file", "files in a folder shared with the server", f"{_TRANSPORTS}:FileTransport"),
     ]
 
 

@@ -130,6 +130,21 @@ class CheckpointFormat:
 
 
 @dataclass(frozen=True)
+class FeatureTransport:
+    """A way in which states come from a serving engine.
+
+    Attributes:
+        name: Value of ``specforge prepare features --transport``.
+        summary: One line for ``specforge plugins``.
+        transport: The ``specforge.data.features.transports.Transport`` class, which takes no arguments.
+    """
+
+    name: str
+    summary: str
+    transport: str
+
+
+@dataclass(frozen=True)
 class Command:
     """A subcommand of ``specforge``.
 
@@ -146,7 +161,9 @@ class Command:
     parser: str | None = None
 
 
-Descriptor = Algorithm | ProposalMethod | Objective | Weighting | LayerFamily | CheckpointFormat | Command
+Descriptor = (
+    Algorithm | ProposalMethod | Objective | Weighting | LayerFamily | CheckpointFormat | FeatureTransport | Command
+)
 
 
 @hookspec
@@ -182,6 +199,12 @@ def specforge_layer_families() -> Iterable[LayerFamily]:
 @hookspec
 def specforge_checkpoint_formats() -> Iterable[CheckpointFormat]:
     """Return checkpoint formats to export to or convert from."""
+    raise NotImplementedError
+
+
+@hookspec
+def specforge_feature_transports() -> Iterable[FeatureTransport]:
+    """Return ways in which states come from a serving engine."""
     raise NotImplementedError
 
 

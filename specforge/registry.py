@@ -31,6 +31,7 @@ from specforge.hookspecs import (
     CheckpointFormat,
     Command,
     Descriptor,
+    FeatureTransport,
     LayerFamily,
     Objective,
     ProposalMethod,
@@ -45,10 +46,19 @@ KINDS = {
     "weighting": Weighting,
     "layer family": LayerFamily,
     "checkpoint format": CheckpointFormat,
+    "feature transport": FeatureTransport,
     "command": Command,
 }
 KindOfDescriptor = TypeVar(
-    "KindOfDescriptor", Algorithm, ProposalMethod, Objective, Weighting, LayerFamily, CheckpointFormat, Command
+    "KindOfDescriptor",
+    Algorithm,
+    ProposalMethod,
+    Objective,
+    Weighting,
+    LayerFamily,
+    CheckpointFormat,
+    FeatureTransport,
+    Command,
 )
 
 

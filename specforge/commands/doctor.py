@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -16,16 +17,26 @@ from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 from packaging.requirements import Requirement
 
+from specforge.commands.configured import module_and_data
+from specforge.commands.endpoints import add_endpoint_flags, endpoint_settings, transport_of
+from specforge.commands.trainer import quieten
 from specforge.commands.units import in_units
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
 from specforge.data.module import default_cache
+from specforge.errors import SpecforgeError, UsageError
 from specforge.registry import installed
+from specforge.training.module import DraftModule
 
 DESCRIPTION = """\
 Check versions, devices, memory, disk, the hub and plugins, and print what is wrong. Nothing is loaded or written; the
 hub gets a few seconds to answer. The exit status is 1 if there is a fault.
 
-  specforge doctor"""
+  specforge doctor
+  specforge doctor --endpoint http://localhost:8000/v1 --config FILE --compare
+
+With --endpoint, only servers that extract states for prepare features are checked: each gets one row, twice. With the
+flags of specforge fit, the states must be those that this configuration needs; with --compare, the verifier is loaded
+and they must equal its own."""
 DISTRIBUTION = "specforge-lightning"
 HUB_SECONDS = 3.0
 
@@ -47,17 +58,20 @@ class Finding:
 
 def run(arguments: list[str]) -> int:
     """Print the findings, section by section."""
-    command_line().parse_args(arguments)
+    try:
+        found, words = command_line().parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{error.argument_name}: {error.message}") from None
+    if found.endpoint:
+        return _check_endpoints(found, words)
+    if words or found.compare:
+        raise UsageError(f"{' '.join(words) or '--compare'}: needs --endpoint URL")
     machine = f"{platform.system()} {platform.machine()}"
     print(f"specforge {version(DISTRIBUTION)}, Python {platform.python_version()}, {machine}")
     faults = 0
     for look in SECTIONS:
         print(f"\n{look.__name__}")
-        for finding in look():
-            print(wrap_hanging(f"  {finding.what:<18} ", finding.state))
-            if finding.fix is not None:
-                print(wrap_hanging("  FAULT: ", finding.fix))
-                faults += 1
+        faults += _print(look())
     if faults:
         print(f"\n{faults} fault(s). Fix them, then run again: specforge doctor")
         return 1
@@ -65,9 +79,69 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
+def _check_endpoints(found: argparse.Namespace, words: list[str]) -> int:
+    """Print what is wrong with servers."""
+    quieten()
+    if found.compare and not words:
+        raise UsageError("--compare: needs the verifier of a configuration; give --config FILE")
+    module = module_and_data(words)[0] if words else None
+    if faults := _print(endpoints(found, module)):
+        print(f"\n{faults} fault(s). Fix them, then run again: specforge doctor --endpoint URL")
+        return 1
+    command = shlex.join(["prepare", "features", *words, "--output", "features", "--endpoint", "URL"])
+    print(f"\nNothing is wrong. To store states:\n  specforge {command}")
+    return 0
+
+
+def _print(findings: Iterator[Finding]) -> int:
+    """Print findings; return the number of faults."""
+    faults = 0
+    for finding in findings:
+        print(wrap_hanging(f"  {finding.what:<18} ", finding.state))
+        if finding.fix is not None:
+            print(wrap_hanging("  FAULT: ", finding.fix))
+            faults += 1
+    return faults
+
+
 def command_line() -> argparse.ArgumentParser:
-    """Return the parser of the command's arguments."""
-    return argparse.ArgumentParser(prog="specforge doctor", description=DESCRIPTION, formatter_class=HelpFormatter)
+    """Return the parser of the command's arguments, without the settings of ``fit``."""
+    parser = argparse.ArgumentParser(
+        prog="specforge doctor",
+        description=DESCRIPTION,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    add_endpoint_flags(parser)
+    parser.add_argument("--compare", action="store_true", help="Compare served states with those of the verifier.")
+    return parser
+
+
+def endpoints(found: argparse.Namespace, module: DraftModule | None) -> Iterator[Finding]:
+    """Ask each endpoint for the states of one row."""
+    # The client takes a second to import.
+    from specforge.commands.endpoint_check import ask_row, compare, require_layers, wrong_layers
+    from specforge.engines.connection import Address
+
+    for url in found.endpoint:
+        settings = replace(endpoint_settings(found, 1), urls=[url], retries=1)
+        state = "answers with no states"
+        try:
+            model, states = ask_row(settings, transport_of(found))
+            _, layers, width = states.states.shape
+            kind = str(states.states.dtype).removeprefix("torch.")
+            state = f"serves {model}: states of {layers} layers, width {width:,}, {kind}"
+            fault = None
+            if module is not None:
+                require_layers(states, module)
+            if module is not None and found.compare:
+                compared = compare(states, module)
+                fault = wrong_layers(compared)
+                state += f", within {max(one.error for one in compared):.2%} of our own capture"
+        except SpecforgeError as error:
+            fault = str(error)
+        yield Finding(Address.of(url).url, state, fault)
 
 
 def packages() -> Iterator[Finding]:

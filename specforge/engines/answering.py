@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator
+from functools import cached_property, partial
 from typing import Any
 
 from specforge.engines.client import Engine, Refused, Unanswered
 from specforge.engines.generation import GenerationSettings, Keep, Prompt, Refuse, Reply
-from specforge.errors import SpecforgeError, UsageError
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EndpointSettings:
-    """Settings for the use of endpoints.
-
-    Attributes:
-        urls: Base URLs of the endpoints.
-        model: The endpoints' name for the verifier; None for the only model that they serve.
-        concurrency: Number of conversations in flight.
-        max_failures: Number of consecutive failed requests after which an endpoint is dropped.
-        retries: Number of retries before a request counts as failed.
-        timeout: Seconds allowed for a response.
-        vocabulary: Vocabulary size V of the verifier, to check token ids in responses; None if unknown.
-    """
-
-    urls: Sequence[str] = field(repr=False)
-    model: str | None = None
-    concurrency: int = 64
-    max_failures: int = 8
-    retries: int = 4
-    timeout: float = 600.0
-    vocabulary: int | None = None
+from specforge.engines.pool import EndpointSettings, EnginePool, engines_of, served_model
+from specforge.errors import SpecforgeError
 
 
 class EndpointAnswerer:
@@ -63,12 +36,8 @@ class EndpointAnswerer:
         return self.settings.model or asyncio.run(self._listed_model())
 
     async def _listed_model(self) -> str:
-        async with self._engines() as engines:
-            listed = [await engine.models() for engine in engines]
-        names = sorted({name for one in listed for name in one})
-        if len(names) != 1:
-            raise UsageError(f"--model: choose one, the endpoints serve {', '.join(names) or 'none'}")
-        return names[0]
+        async with engines_of(self.settings) as engines:
+            return await served_model(engines)
 
     def answer(self, prompts: Iterator[Prompt], keep: Keep, refuse: Refuse) -> None:
         """Answer conversations.
@@ -90,15 +59,15 @@ class EndpointAnswerer:
         async def work() -> None:
             for prompt in prompts:
                 try:
-                    keep([(prompt, await pool.converse(prompt))])
+                    keep([(prompt, await self._converse(pool, model, prompt))])
                 except Refused as error:
                     refuse(prompt, str(error))
                 except Unanswered as error:
                     unanswered.append(f"{prompt.conversation.location}: {error}")
 
-        async with self._engines() as engines:
+        async with engines_of(self.settings) as engines:
             await asyncio.gather(*(engine.probe(model, self.generation) for engine in engines))
-            pool = _EnginePool(engines, model, self.generation, self.settings.max_failures)
+            pool = EnginePool(engines, self.settings, "finished conversations are kept")
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(self.settings.concurrency):
@@ -111,26 +80,7 @@ class EndpointAnswerer:
                 "kept: run the same command again to request the missing ones"
             )
 
-    @asynccontextmanager
-    async def _engines(self) -> AsyncIterator[list[Engine]]:
-        how = self.settings
-        engines = [Engine.at(url, how.retries, how.timeout, how.vocabulary) for url in how.urls]
-        try:
-            yield engines
-        finally:
-            await asyncio.gather(*(engine.client.close() for engine in engines))
-
-
-@dataclass
-class _EnginePool:
-    """The engines that have not been dropped."""
-
-    engines: list[Engine]
-    model: str
-    generation: GenerationSettings
-    max_failures: int
-
-    async def converse(self, prompt: Prompt) -> list[Reply]:
+    async def _converse(self, pool: EnginePool, model: str, prompt: Prompt) -> list[Reply]:
         """Return the replies of one conversation.
 
         Raises:
@@ -142,37 +92,15 @@ class _EnginePool:
         replies: list[Reply] = []
         for turn in range(len(prompt.conversation.turns)):
             chat = prompt.conversation.chat(turn, [reply.text for reply in replies])
-            reply = await self._ask(chat, prompt.conversation.tools, self.generation.seed_of(prompt.index, turn))
+            seed, tools = self.generation.seed_of(prompt.index, turn), prompt.conversation.tools
+            reply = await pool.ask(partial(self._reply, model, chat, seed, tools))
             if reply.token_ids is None:
                 _require_whole(reply)
             replies.append(reply)
         return replies
 
-    async def _ask(self, chat: list[object], tools: list[Any] | None, seed: int) -> Reply:
-        """Ask the least busy engine; if it fails, ask the others."""
-        error: Unanswered | None = None
-        for engine in sorted(self.engines, key=lambda one: one.in_flight):
-            try:
-                reply = await engine.reply(self.model, chat, self.generation, seed, tools)
-            except Unanswered as failure:
-                error = failure
-                self._count_failure(engine, failure)
-                continue
-            engine.failures = 0
-            return reply
-        raise error or Unanswered("no endpoint is left")
-
-    def _count_failure(self, engine: Engine, failure: Unanswered) -> None:
-        engine.failures += 1
-        if engine.failures < self.max_failures or engine not in self.engines:
-            return
-        if self.engines == [engine]:
-            raise SpecforgeError(
-                f"{engine.url}: {engine.failures} requests in a row have failed, the last: {failure}; finished "
-                "conversations are kept: run the same command again when the engine is back"
-            ) from failure
-        self.engines.remove(engine)
-        _log.warning("%s is dropped: %s requests in a row have failed: %s", engine.url, engine.failures, failure)
+    async def _reply(self, model: str, chat: list[object], seed: int, tools: list[Any] | None, engine: Engine) -> Reply:
+        return await engine.reply(model, chat, self.generation, seed, tools)
 
 
 def _require_whole(reply: Reply) -> None:

@@ -1,4 +1,4 @@
-"""Client of a serving engine: any endpoint with OpenAI's chat completions, through the openai client.
+"""Client of a serving engine: any endpoint with OpenAI's completions, through the openai client.
 
 The openai client handles retries with backoff and connection reuse. The HTTP layer below it enforces one deadline per
 response and checks its form, so that slow or malformed responses are retried like lost ones.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import openai
 from openai import AsyncOpenAI
 
-from specforge.engines.completion import Completion, read_completion
+from specforge.engines.completion import Completion, Extraction, read_completion
 from specforge.engines.connection import Address, Connection, Models, WrongAnswer, on_one_line
 from specforge.engines.generation import GenerationSettings, Reply
 from specforge.errors import SpecforgeError, UsageError
@@ -26,6 +28,10 @@ API_KEY = "OPENAI_API_KEY"
 
 class Unanswered(Exception):
     """A request failed but may succeed later: no connection, no response in time, a server error."""
+
+
+class Unreachable(Unanswered):
+    """There is no connection to the engine: it is not running, or has ended."""
 
 
 class Refused(Exception):
@@ -42,6 +48,7 @@ class Engine:
         takes_extensions: Whether it accepts fields beyond OpenAI's; determined by ``probe``.
         in_flight: Number of pending requests.
         failures: Number of consecutive failed requests.
+        rests_until: Time (``time.monotonic``) until which it gets no requests.
     """
 
     url: str
@@ -49,6 +56,7 @@ class Engine:
     takes_extensions: bool = True
     in_flight: int = 0
     failures: int = 0
+    rests_until: float = 0.0
 
     @classmethod
     def at(cls, url: str, retries: int, timeout: float, vocabulary: int | None = None) -> Engine:
@@ -130,9 +138,42 @@ class Engine:
             Refused: The engine refuses the request.
             SpecforgeError: The engine would refuse every request: a wrong key, model or path.
         """
+        with self._requesting():
+            return _read(await self._complete(model, chat, generation, seed, tools))
+
+    async def extract(self, model: str, tokens: list[int]) -> dict[str, Any]:
+        """Let the engine process some tokens, and return where it writes its states of them.
+
+        Args:
+            model: The engine's name for the verifier.
+            tokens: Token ids.
+
+        Returns:
+            The ``kv_transfer_params`` of the response.
+
+        Raises:
+            Unanswered: The request failed but may succeed later.
+            Refused: The engine refuses the request.
+            SpecforgeError: The engine would refuse every request, or extracts no states.
+        """
+        with self._requesting():
+            answer = await self.client.completions.with_raw_response.create(
+                model=model, prompt=tokens, max_tokens=1, temperature=0.0
+            )
+        found = Extraction.model_validate_json(answer.content).kv_transfer_params
+        if found is None:
+            raise SpecforgeError(
+                f"{self.url} answers, but does not extract states; start it with the command line that "
+                "specforge serve-verifier --print prints"
+            )
+        return found
+
+    @contextmanager
+    def _requesting(self) -> Iterator[None]:
+        """Count a request as in flight, and translate its errors."""
         self.in_flight += 1
         try:
-            completion = await self._complete(model, chat, generation, seed, tools)
+            yield
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise SpecforgeError(f"{self.url}: {_explained(error)}") from error
         except (openai.RateLimitError, openai.ConflictError, openai.InternalServerError) as error:
@@ -141,11 +182,13 @@ class Engine:
             if error.status_code == 408:
                 raise Unanswered(_explained(error)) from error
             raise Refused(_reason(error)) from error
+        except openai.APIConnectionError as error:
+            came = isinstance(error, openai.APITimeoutError) or isinstance(error.__cause__, WrongAnswer)
+            raise (Unanswered if came else Unreachable)(_explained(error)) from error
         except openai.OpenAIError as error:
             raise Unanswered(_explained(error)) from error
         finally:
             self.in_flight -= 1
-        return _read(completion)
 
     async def _complete(
         self, model: str, chat: list[Any], generation: GenerationSettings, seed: int, tools: list[Any] | None = None
@@ -172,7 +215,9 @@ class Engine:
 
 def _check(vocabulary: int | None, path: str, body: bytes) -> object:
     """Raise ``ValueError`` if a response does not have the form that its path requires."""
-    return read_completion(body, vocabulary) if path.endswith("/chat/completions") else Models.model_validate_json(body)
+    if path.endswith("/chat/completions"):
+        return read_completion(body, vocabulary)
+    return (Extraction if path.endswith("/completions") else Models).model_validate_json(body)
 
 
 def _read(completion: Completion) -> Reply:
@@ -208,7 +253,8 @@ def _explained(error: Exception) -> str:
         case openai.APITimeoutError():
             return "no response in time; raise --timeout or lower --concurrency"
         case openai.APIConnectionError(__cause__=WrongAnswer() as wrong):
-            return f"the response is not a chat completion ({wrong}); is this the URL of an engine?"
+            what = "chat completion" if wrong.request.url.path.endswith("/chat/completions") else "completion"
+            return f"the response is not a {what} ({wrong}); is this the URL of an engine?"
         case openai.APIConnectionError():
             return f"no connection ({on_one_line(repr(error.__cause__))}); is the engine running?"
         case openai.APIStatusError():

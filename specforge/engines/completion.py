@@ -1,4 +1,4 @@
-"""Schema of OpenAI's chat completions, with the token ids that vLLM adds."""
+"""Schema of OpenAI's completions, with the token ids and the references to states that vLLM adds."""
 
 from __future__ import annotations
 
@@ -40,6 +40,13 @@ class Completion(Strict):
     choices: Annotated[list[Choice], Field(min_length=1)]
     prompt_token_ids: TokenIds | None = None
     usage: Usage | None = None
+
+
+class Extraction(Strict):
+    """A response of an engine that extracts states."""
+
+    choices: Annotated[list[Any], Field(min_length=1)]
+    kv_transfer_params: dict[str, Any] | None = None
 
 
 def read_completion(body: bytes, vocabulary: int | None = None) -> Completion:

@@ -35,9 +35,9 @@ MAY_IMPORT = {
     "verifier": GROUND,
     "data/text": GROUND | ROWS,  # a folder of token rows is a source, too
     "data/rows": GROUND | ROWS,
-    "data/features": FEATURES | DATA,
-    "data": GROUND | DATA,
     "engines": GROUND | ROWS,
+    "data/features": FEATURES | DATA | {"engines"},
+    "data": GROUND | DATA,
     "models": FEATURES,
     "models/chain": FEATURES | {"models"},
     "models/block": FEATURES | {"models", "models/chain"},

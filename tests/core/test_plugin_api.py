@@ -16,6 +16,7 @@ Algorithm(name: str, summary: str, config: str, model: str, module: str | None =
 proposals: tuple[str, ...] = ('greedy', 'sampling', 'static_tree', 'dynamic_tree'))
 CheckpointFormat(name: str, summary: str, algorithm: str, layout: str)
 Command(name: str, summary: str, run: str, parser: str | None = None)
+FeatureTransport(name: str, summary: str, transport: str)
 LayerFamily(name: str, summary: str, family: str)
 Objective(name: str, summary: str, function: str, uses_mean_acceptance: bool = False, uses_text: bool = False)
 ProposalMethod(name: str, summary: str, config: str, proposer: str)
@@ -23,6 +24,7 @@ Weighting(name: str, summary: str, function: str, statistic: str, uses_text: boo
 specforge_algorithms() -> Iterable[Algorithm]
 specforge_checkpoint_formats() -> Iterable[CheckpointFormat]
 specforge_commands() -> Iterable[Command]
+specforge_feature_transports() -> Iterable[FeatureTransport]
 specforge_layer_families() -> Iterable[LayerFamily]
 specforge_objectives() -> Iterable[Objective]
 specforge_proposals() -> Iterable[ProposalMethod]

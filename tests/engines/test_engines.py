@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from stand_in import MODEL, StandIn, prompt_ids, reply_ids, serving
 
-from specforge.engines.answering import EndpointAnswerer, EndpointSettings
+from specforge.engines.answering import EndpointAnswerer
 from specforge.engines.generation import GenerationSettings
 from specforge.engines.journal import Journal
+from specforge.engines.pool import EndpointSettings
 from specforge.engines.responses import Responses, write_responses
 from specforge.errors import SpecforgeError, UsageError
 from specforge.sampling import Sampling

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from specforge.engines.answering import EndpointAnswerer, EndpointSettings
+from specforge.engines.answering import EndpointAnswerer
 from specforge.engines.counters import measure
 from specforge.engines.generation import GenerationSettings
+from specforge.engines.pool import EndpointSettings
 from specforge.engines.responses import write_responses
 from specforge.errors import SpecforgeError
 from specforge.sampling import Sampling

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-import torch
-from torch import Tensor
-
+from specforge.commands.configured import module_and_data, verifier_states
+from specforge.commands.endpoints import add_endpoint_flags, endpoint_settings, positive, transport_of
 from specforge.commands.trainer import quieten
 from specforge.commands.units import in_units
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
@@ -24,30 +22,28 @@ from specforge.data.features.manifest import Manifest, describe_layers
 from specforge.data.features.plan import ShardPlan
 from specforge.data.features.preparing import States, prepare_features
 from specforge.data.features.store import FeatureStore
-from specforge.data.module import LIVE, DraftDataModule
 from specforge.data.text.sources import check_source
 from specforge.errors import UsageError
-from specforge.hookspecs import Algorithm
-from specforge.registry import installed
-from specforge.training.cli.command_line import TrainingCLI
-from specforge.training.cli.config_files import choose_algorithm
-from specforge.training.module import DraftModule
-from specforge.training.teacher import FrozenVerifier
 
 DESCRIPTION = """\
-Run the verifier over token rows once, and store the states that drafts are trained on.
+Run the verifier over token rows once, in this process or in serving engines, and store the states that drafts are
+trained on.
 
   specforge prepare features --config FILE --output features
   specforge prepare features rows/train rows/validation --config FILE \\
     --output features --dtype float8_e4m3fn
   specforge prepare features rows/train --algorithm NAME --verifier MODEL \\
     --output features
+  specforge prepare features --config FILE --output features \\
+    --endpoint http://localhost:8000/v1
 
 The rows are those of the configuration (data.train, data.validation, ...) unless sources are given; these come first.
 All other flags are those of specforge fit: the configuration sets the layers to read and the length of rows.
 
 An interrupted run resumes when the same command is run again. The same command in several processes, under torchrun or
-not, on one machine or several with a shared folder, splits the work."""
+not, on one machine or several with a shared folder, splits the work.
+
+An endpoint is a vLLM server started with the command line that specforge serve-verifier --print prints."""
 
 
 def run(arguments: list[str]) -> int:
@@ -67,14 +63,20 @@ def run(arguments: list[str]) -> int:
         return 0
     for source in sources:
         check_source(source, "sources")
-    module, data = _module_and_data(words, sources)
+    if found.endpoint and found.from_vllm is not None:
+        raise UsageError("--endpoint and --from_vllm exclude each other: give one source of states")
+    module, data = module_and_data(words, sources)
     needs = module.feature_needs
     manifest = data.feature_manifest(needs, found.dtype)
     plan = ShardPlan([data.rows_of(source) for source in sources or data.sources], needs, manifest.token_bytes)
-    states: States = LiveStates(partial(_states, module.teacher, module.aux_layers), found.batch_tokens)
-    if found.from_vllm is not None:
-        states = VllmStates(Path(found.from_vllm), plan, manifest.layers, manifest.width)
-    whole = prepare_features(plan, replace(manifest, rows_identity=plan.identity), output, states)
+    manifest = replace(manifest, rows_identity=plan.identity)
+    if found.endpoint:
+        whole = _ask(found, plan, manifest, output)
+    else:
+        states: States = LiveStates(partial(verifier_states, module.teacher, module.aux_layers), found.batch_tokens)
+        if found.from_vllm is not None:
+            states = VllmStates(Path(found.from_vllm), plan, manifest.layers, manifest.width)
+        whole = prepare_features(plan, manifest, output, states)
     if whole is None:
         print(f"Done here: other processes still write shards of {output}; the last to finish writes the manifest.")
         return 0
@@ -104,7 +106,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch_tokens",
         "--batch-tokens",
-        type=_positive,
+        type=positive,
         default=8192,
         metavar="N",
         help="Tokens per verifier forward pass.",
@@ -115,49 +117,21 @@ def command_line() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="Folder of states that vLLM extracted, to use instead of running the verifier.",
     )
+    add_endpoint_flags(parser)
+    parser.add_argument(
+        "--concurrency", type=positive, default=64, metavar="N", help="With --endpoint: total number of rows in flight."
+    )
     parser.add_argument("--verify", action="store_true", help="Only verify the checksums in --output.")
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
-    return int(text)
+def _ask(found: argparse.Namespace, plan: ShardPlan, manifest: Manifest, output: Path) -> Manifest | None:
+    # The client takes a second to import.
+    from specforge.data.features.asking import AskedStates
 
-
-class _Settings(TrainingCLI):
-    """The module and the data of a configuration, without a trainer."""
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Create none: the trainer does not manage the processes here."""
-        return None
-
-
-def _module_and_data(words: list[str], sources: list[str]) -> tuple[DraftModule, DraftDataModule]:
-    """Build module and data of a configuration; nothing is loaded yet."""
-    algorithms = installed().all(Algorithm)
-    name = choose_algorithm(words)
-    if name is None:
-        raise UsageError(
-            f"no algorithm is chosen; give --config FILE, or --algorithm with one of: {', '.join(algorithms)}"
-        )
-    train = ["--data.train", sources[0]] if sources else []
-    # Nothing here is random, and the features named in the configuration do not exist yet.
-    words = [*words, *train, "--data.features", LIVE, "--seed_everything", "false"]
-    settings = _Settings(installed().find(Algorithm, name), words, "fit")
-    return settings.model, settings.datamodule
-
-
-def _states(teacher: FrozenVerifier, aux_layers: list[int], input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Return states [B, T, L, H] of the verifier, which is loaded on first use."""
-    if not teacher.is_held:
-        if torch.accelerator.is_available():
-            torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
-        teacher.load(torch.accelerator.current_accelerator(check_available=True))
-    device = teacher.model.device
-    batch = {"input_ids": input_ids.to(device), "position_ids": position_ids.to(device)}
-    features = teacher.states(batch, aux_layers)
-    return torch.cat([features.aux, features.last[:, :, None]], dim=2)
+    settings = endpoint_settings(found, found.concurrency)
+    with AskedStates(settings, transport_of(found), manifest, output) as states:
+        return prepare_features(plan, manifest, output, states, ahead=settings.concurrency, written=states.forget)
 
 
 def _print_savings(plan: ShardPlan, manifest: Manifest) -> None:

@@ -191,7 +191,7 @@ def command_line() -> ArgumentParser:
         type=PositiveInt,
         default=8,
         metavar="N",
-        help="Number of consecutive failed requests after which an engine is dropped.",
+        help="Number of consecutive failed requests after which an engine is dropped for a while.",
     )
     parser.add_argument(
         "--retries",
@@ -227,7 +227,8 @@ def _check_flags(found: Namespace) -> None:
 
 def _endpoints(found: Namespace, generation: GenerationSettings, vocabulary: int | None) -> EndpointAnswerer:
     # The client takes a second to import.
-    from specforge.engines.answering import EndpointAnswerer, EndpointSettings
+    from specforge.engines.answering import EndpointAnswerer
+    from specforge.engines.pool import EndpointSettings
 
     settings = EndpointSettings(
         found.endpoint, found.model, found.concurrency, found.max_failures, found.retries, found.timeout, vocabulary

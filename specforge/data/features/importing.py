@@ -1,23 +1,17 @@
-"""States written by vLLM's hidden-state extraction connector, one file per request.
-
-``<request>.safetensors`` holds ``token_ids`` int64 [T] and ``hidden_states`` [T, L, H], layers ascending, with the
-output of the last layer at the end. A ``.lock`` file next to it is held during writing. One-byte values come with
-``hidden_states_scales``. The files do not name their verifier.
-"""
+"""States from a folder of files that vLLM's hidden-state extraction connector has written, one per request."""
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from specforge.data.features.plan import ShardPlan
+from specforge.data.features.served import WrongStates, engine_layer_ids, is_being_written, read_states
 from specforge.data.rows.reading import row_digest
 from specforge.errors import SpecforgeError, UsageError
 
@@ -62,35 +56,24 @@ class VllmStates:
 
     def _states(self, path: Path) -> Tensor:
         try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise SpecforgeError(f"{path} is damaged: {error}") from None
-        states = tensors["hidden_states"]
-        expected = [len(tensors["token_ids"]), len(self.layers), self.width]
-        if list(states.shape) != expected:
+            found = read_states(path)
+        except WrongStates as error:
+            raise SpecforgeError(str(error)) from None
+        expected = [len(found.token_ids), len(self.layers), self.width]
+        if list(found.states.shape) != expected:
             raise UsageError(
-                f"{path}: hidden_states has shape {list(states.shape)}; expected {expected} for layers {self.layers}; "
-                f"start the server with eagle_aux_hidden_state_layer_ids {self.layers}"
+                f"{path}: hidden_states has shape {list(found.states.shape)}; expected {expected} for layers "
+                f"{self.layers}; start the server with eagle_aux_hidden_state_layer_ids {engine_layer_ids(self.layers)}"
             )
-        return states.float() * tensors["hidden_states_scales"] if "hidden_states_scales" in tensors else states
+        return found.states
 
 
 def _token_ids(path: Path) -> np.ndarray:
-    for lock in (path.with_suffix(".lock"), path.with_name(f"{path.name}.lock")):
-        if lock.exists() and _is_held(lock):
-            raise SpecforgeError(f"{path} is still being written; wait until the server has finished all requests")
+    if is_being_written(path):
+        raise SpecforgeError(f"{path} is still being written; wait until the server has finished all requests")
     try:
         with safe_open(path, framework="np") as file:
             tokens: np.ndarray = file.get_tensor("token_ids")
             return tokens
     except (SafetensorError, OSError) as error:
         raise SpecforgeError(f"{path} is damaged or holds no states: {error}") from None
-
-
-def _is_held(lock: Path) -> bool:
-    with lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False

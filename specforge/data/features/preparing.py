@@ -8,6 +8,7 @@ shares the work.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -30,7 +31,14 @@ States = Callable[[ShardPlan, range], Iterator[tuple[int, Tensor]]]
 _log = logging.getLogger(__name__)
 
 
-def prepare_features(plan: ShardPlan, manifest: Manifest, output: Path, states: States) -> Manifest | None:
+def prepare_features(
+    plan: ShardPlan,
+    manifest: Manifest,
+    output: Path,
+    states: States,
+    ahead: int = 0,
+    written: Callable[[range], None] = lambda shard: None,
+) -> Manifest | None:
     """Write the missing shards of a store.
 
     Args:
@@ -38,6 +46,8 @@ def prepare_features(plan: ShardPlan, manifest: Manifest, output: Path, states: 
         manifest: Contents of the store, without the shards.
         output: Folder of the store.
         states: Where the states come from.
+        ahead: Number of rows after a shard for which ``states`` is called before the shard is written.
+        written: Called with each shard that is on disk, those of an earlier run included.
 
     Returns:
         The manifest; None if other processes still write shards, the last of which writes the manifest.
@@ -57,10 +67,14 @@ def prepare_features(plan: ShardPlan, manifest: Manifest, output: Path, states: 
         total = int(plan.kept.sum())
         # disable=None shows the bar on a terminal only; delay hides it for short runs.
         with tqdm(desc="capturing", unit=" tokens", total=total, initial=before, disable=None, delay=2) as bar:
+            missing = []
             for path, shard, there in zip(paths, plan.shards, done, strict=True):
-                if not there:
-                    _write_missing(path, plan, shard, manifest, states)
-                    bar.update(int(plan.kept[shard].sum()))
+                if there:
+                    written(shard)
+                else:
+                    missing.append((path, shard))
+            for shard in _write_missing(missing, plan, manifest, states, ahead, written):
+                bar.update(int(plan.kept[shard].sum()))
         if not all(_is_done(path, manifest) for path in paths):
             return None
         with ExitStack() as stack:
@@ -124,25 +138,53 @@ def _remove_leftovers(output: Path, shards: Sequence[Path]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _write_missing(path: Path, plan: ShardPlan, shard: range, manifest: Manifest, states: States) -> None:
-    """Write a shard unless another process is writing it or has finished it."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(path))
-        except SpecforgeError:
-            return
-        if not _is_done(path, manifest):
-            write_shard(path, _tensors(plan, shard, manifest, states), manifest.identity)
+def _write_missing(
+    missing: Sequence[tuple[Path, range]],
+    plan: ShardPlan,
+    manifest: Manifest,
+    states: States,
+    ahead: int,
+    written: Callable[[range], None],
+) -> Iterator[range]:
+    """Write each shard unless another process is writing it or has finished it; yield it when that is settled."""
+    begun: deque[tuple[Path, range, ExitStack, Iterator[tuple[int, Tensor]]]] = deque()
+
+    def finish() -> range:
+        path, shard, lock, found = begun.popleft()
+        write_shard(path, _tensors(plan, shard, manifest, found), manifest.identity)
+        written(shard)
+        lock.close()
+        return shard
+
+    with ExitStack() as locks:
+        for path, shard in missing:
+            lock = locks.enter_context(ExitStack())
+            try:
+                lock.enter_context(locked(path))
+            except SpecforgeError:
+                yield shard
+                continue
+            if _is_done(path, manifest):
+                lock.close()
+                yield shard
+                continue
+            begun.append((path, shard, lock, states(plan, shard)))
+            while begun and sum(len(later) for _, later, *_ in begun) - len(begun[0][1]) >= ahead:
+                yield finish()
+        while begun:
+            yield finish()
 
 
-def _tensors(plan: ShardPlan, shard: range, manifest: Manifest, states: States) -> dict[str, Tensor]:
+def _tensors(
+    plan: ShardPlan, shard: range, manifest: Manifest, states: Iterator[tuple[int, Tensor]]
+) -> dict[str, Tensor]:
     dtype = torch_dtype(manifest.dtype)
     starts = torch.from_numpy(np.concatenate([[0], np.cumsum(plan.kept[shard])]))
     tokens = int(starts[-1])
     tensors = {layer_name(layer): torch.empty(tokens, manifest.width, dtype=dtype) for layer in manifest.layers}
     if has_scales(dtype):
         tensors |= {scales_name(layer): torch.empty(tokens) for layer in manifest.layers}
-    for number, found in states(plan, shard):
+    for number, found in states:
         begin, end = starts[number : number + 2].tolist()
         if not torch.isfinite(found).all():
             raise SpecforgeError(

@@ -1,0 +1,82 @@
+"""How states come from a serving engine to this process: the interface of transports, and that of files."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from time import monotonic
+from typing import Any, Protocol
+
+from specforge.data.features.served import ServedStates, WrongStates, is_being_written, lock_of, read_states
+from specforge.errors import SpecforgeError
+
+VISIBLE_SECONDS = 5.0  # a network file system shows new files after a while
+_POLL_SECONDS = (0.002, 0.05)
+
+
+class Transport(Protocol):
+    """Receives states that an engine has computed; one object serves many requests at the same time."""
+
+    async def receive(self, parameters: Mapping[str, Any]) -> ServedStates:
+        """Wait for the states of a request and return them.
+
+        Args:
+            parameters: The ``kv_transfer_params`` of the engine's response.
+
+        Raises:
+            WrongStates: They cannot be had; the engine is asked again.
+        """
+
+    def delete(self, parameters: Mapping[str, Any]) -> None:
+        """Delete the states of a request where the engine has put them, if they are still there.
+
+        Raises:
+            SpecforgeError: They cannot be deleted.
+        """
+
+
+class FileTransport:
+    """Files in a folder that the server shares with this machine; a folder in memory (tmpfs) is fastest."""
+
+    async def receive(self, parameters: Mapping[str, Any]) -> ServedStates:
+        """Wait until the file is written, and read it."""
+        path = _path(parameters)
+        await self._written(path)
+        return await asyncio.to_thread(read_states, path)
+
+    def delete(self, parameters: Mapping[str, Any]) -> None:
+        """Delete the file and its lock."""
+        path = _path(parameters)
+        try:
+            path.unlink(missing_ok=True)
+            lock_of(path).unlink(missing_ok=True)
+        except OSError as error:
+            raise SpecforgeError(
+                f"cannot delete {path}: {error.strerror}; the server's folder must be writable for this user"
+            ) from error
+
+    async def _written(self, path: Path) -> None:
+        begin, (delay, longest) = monotonic(), _POLL_SECONDS
+        while True:
+            if not is_being_written(path):
+                if path.exists():
+                    return
+                if lock_of(path).exists():
+                    raise WrongStates(f"the server has ended without writing {path}")
+                if monotonic() - begin > VISIBLE_SECONDS:
+                    raise WrongStates(
+                        f"{path} is not on this machine; mount the server's shared_storage_path here, at the same path"
+                    )
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, longest)
+
+
+def _path(parameters: Mapping[str, Any]) -> Path:
+    path = parameters.get("hidden_states_path")
+    if not isinstance(path, str):
+        raise WrongStates(
+            f"the server names no file of states (kv_transfer_params: {sorted(parameters)}); start it with the "
+            "command line that specforge serve-verifier --print prints"
+        )
+    return Path(path)
