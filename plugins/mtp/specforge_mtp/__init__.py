@@ -24,8 +24,14 @@ def specforge_algorithms() -> Iterable[Algorithm]:
 
 @hookimpl
 def specforge_checkpoint_formats() -> Iterable[CheckpointFormat]:
-    """The layout of speculators."""
+    """The verifier's folder with another head, and the layout of speculators."""
     return [
+        CheckpointFormat(
+            "native",
+            "the verifier's folder with this head: vLLM method mtp, SGLang, llama.cpp's converter",
+            algorithm="mtp",
+            layout="specforge_mtp.formats:NativeLayout",
+        ),
         CheckpointFormat(
             "speculators",
             "the speculators layout, 0.9; its stitch-mtp reads it, no engine does",

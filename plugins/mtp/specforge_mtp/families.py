@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-from transformers import PreTrainedConfig
+from typing import Any, Literal
 
 from specforge.errors import UsageError, nearest_name
 
@@ -30,7 +28,8 @@ class HeadFamily:
         hidden_first: Whether the projection reads the state before the embedding.
         skips_first: Whether the embedding at position 0 is replaced by zeros.
         shares_fusion: Whether all heads use one projection and one set of norms.
-        layer: Class of the decoder layer in transformers; None for that of the verifier's model type.
+        read_as: Model type of transformers that remote code extends, whose layers the heads have; None if the
+            verifier's is one of transformers.
     """
 
     fusion: Mapping[str, str]
@@ -39,7 +38,7 @@ class HeadFamily:
     hidden_first: bool = False
     skips_first: bool = False
     shares_fusion: bool = False
-    layer: str | None = None
+    read_as: str | None = None
 
 
 HeadFamilyName = Literal["qwen", "deepseek", "mimo"]
@@ -73,7 +72,7 @@ FAMILIES: dict[HeadFamilyName, HeadFamily] = {
         block_prefix="model.mtp_layers.{index}.",
         hidden_first=True,
         skips_first=True,
-        layer="Qwen2DecoderLayer",
+        read_as="qwen2",
     ),
 }
 FUSION = tuple(FAMILIES["qwen"].fusion)
@@ -90,16 +89,15 @@ FAMILY_OF: dict[str, HeadFamilyName] = {
 """Family of the heads of verifiers, by model type."""
 
 
-def family_of(verifier: PreTrainedConfig) -> HeadFamilyName:
+def family_of(kind: str) -> HeadFamilyName:
     """Return the name of the family of a verifier's heads.
 
     Args:
-        verifier: The verifier's configuration.
+        kind: The model type of the verifier's text configuration.
 
     Raises:
-        UsageError: No family is known for its model type.
+        UsageError: No family is known for it.
     """
-    kind = verifier.get_text_config().model_type
     if kind not in FAMILY_OF:
         raise UsageError(
             f"the multi-token-prediction head of {kind!r} verifiers, if there is one, is not known; known: "
@@ -108,8 +106,7 @@ def family_of(verifier: PreTrainedConfig) -> HeadFamilyName:
     return FAMILY_OF[kind]
 
 
-def number_of_heads(verifier: PreTrainedConfig) -> int:
-    """Return the number of heads that a verifier's configuration gives; 1 if it does not say."""
-    text = verifier.get_text_config()
-    found = (getattr(text, name, None) for name in COUNTS)
-    return next((one for one in found if isinstance(one, int) and one > 0), 1)
+def stated_heads(verifier: Mapping[str, Any]) -> int | None:
+    """Return the number of heads that a verifier's text configuration gives; None if it does not say."""
+    found = (verifier.get(name) for name in COUNTS)
+    return next((one for one in found if isinstance(one, int) and one > 0), None)

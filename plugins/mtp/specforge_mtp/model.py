@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 
 from specforge.config import SpeculatorModelConfig, SpeculatorsConfig, VerifierConfig
 from specforge.errors import UsageError
-from specforge.models.base_components import norm_scale, rotary_options, single_layer_config, start_norm
+from specforge.models.base_components import norm_scale, rotary_options, start_norm
 from specforge.models.chain.drafter import FeatureDrafter
 from specforge.models.chain.ttt_attention import record_keys
 from specforge.models.chain.unrolling import run_chain
@@ -37,7 +37,6 @@ from specforge.verifier.features import Features
 from specforge_mtp.blocks import blocks_of, layer_config
 from specforge_mtp.config import MtpSpeculatorConfig
 from specforge_mtp.depths import DepthDrafter, run_depths
-from specforge_mtp.families import FAMILIES, HeadFamilyName, family_of, number_of_heads
 
 # Row t has the position of token t.
 FIRST_POSITION = 0
@@ -71,29 +70,16 @@ class MtpDraftModel(SpeculatorModel):
         Args:
             verifier_config: The verifier's transformers configuration.
             **kwargs: ``verifier_name_or_path``, ``mtp_steps`` (3, the length of the proposed chains), and ``fresh``
-                (False): one new head in the form of Qwen's, for any verifier.
+                (False): one new head, for any verifier.
 
         Raises:
             UsageError: No family of heads is known for the verifier.
         """
-        fresh = kwargs.get("fresh", False)
-        family: HeadFamilyName = "qwen" if fresh else family_of(verifier_config)
-        layers = verifier_config.get_text_config()
-        if (other := FAMILIES[family].layer) is not None:
-            layers = single_layer_config(layers, other)
-        return cls(
-            MtpSpeculatorConfig(
-                transformer_layer_config=copy.deepcopy(layers),
-                num_nextn_predict_layers=1 if fresh else number_of_heads(verifier_config),
-                head_family=family,
-                speculators_config=SpeculatorsConfig(
-                    algorithm=MtpSpeculatorConfig.model_type_name,
-                    proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=kwargs.get("mtp_steps", 3))],
-                    default_proposal_method="greedy",
-                    verifier=VerifierConfig.from_config(verifier_config, kwargs.get("verifier_name_or_path")),
-                ),
-            )
-        )
+        text = verifier_config.get_text_config().to_dict()
+        config = MtpSpeculatorConfig.of_verifier(text, kwargs.get("fresh", False))
+        verifier = VerifierConfig.from_config(verifier_config, kwargs.get("verifier_name_or_path"))
+        config.speculators_config = proposals_for(verifier, kwargs.get("mtp_steps", 3))
+        return cls(config)
 
     @property
     def num_heads(self) -> int:
@@ -248,3 +234,13 @@ class MtpDraftModel(SpeculatorModel):
                 nn.init.normal_(parameter, std=deviation)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+
+def proposals_for(verifier: VerifierConfig, speculative_tokens: int = 3) -> SpeculatorsConfig:
+    """Return what heads are meant for: chains."""
+    return SpeculatorsConfig(
+        algorithm=MtpSpeculatorConfig.model_type_name,
+        proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=speculative_tokens)],
+        default_proposal_method="greedy",
+        verifier=verifier,
+    )

@@ -15,7 +15,7 @@ from specforge.training.module import DraftModule
 from specforge.training.optimizers import OptimizerSettings
 from specforge.training.schedules import ScheduleSettings
 from specforge.verifier.parts import VerifierParts
-from specforge_mtp.families import family_of, number_of_heads
+from specforge_mtp.config import MtpSpeculatorConfig
 from specforge_mtp.model import MtpDraftModel
 from specforge_mtp.native import check_stored, read_head
 from specforge_mtp.untouched import UntouchedHead
@@ -57,10 +57,7 @@ class MtpModule(DraftModule):
         super().__init__(step_decay=step_decay, optimizer=optimizer, schedule=schedule, **kwargs)
         self.settings = draft
         self.mtp_steps = mtp_steps
-        if draft.fresh:
-            return
-        family_of(self.teacher.config)
-        heads = number_of_heads(self.teacher.config)
+        heads = self._head_config().num_nextn_predict_layers
         if mtp_steps > heads > 1:
             raise UsageError(
                 f"model.mtp_steps is {mtp_steps}, but {self.teacher.name} has {heads} heads, each for one step; use at "
@@ -80,7 +77,7 @@ class MtpModule(DraftModule):
     def setup(self, stage: str) -> None:
         """Make sure that the verifier's files hold the heads, before the verifier is loaded."""
         if self.starts_from_verifier and has_trainer(self):
-            check_stored(self._new_draft().config, self.teacher.name, self.teacher.loading)
+            check_stored(self._head_config(), self.teacher.name, self.teacher.loading)
 
     @property
     def starts_from_verifier(self) -> bool:
@@ -89,7 +86,12 @@ class MtpModule(DraftModule):
 
     def build_draft(self, parts: VerifierParts, data: DraftDataModule) -> MtpDraftModel:
         """Create the heads with random weights."""
-        draft = self._new_draft()
+        draft = MtpDraftModel.from_training_args(
+            self.teacher.config,
+            verifier_name_or_path=self.teacher.stored_name,
+            mtp_steps=self.mtp_steps,
+            fresh=self.settings.fresh,
+        )
         draft.attach_verifier(parts)
         if self.settings.fresh:
             draft.borrow_weights()
@@ -104,10 +106,5 @@ class MtpModule(DraftModule):
         """Return the run's callbacks, and the measurement before the first step."""
         return [*super().configure_callbacks(), UntouchedHead()]
 
-    def _new_draft(self) -> MtpDraftModel:
-        return MtpDraftModel.from_training_args(
-            self.teacher.config,
-            verifier_name_or_path=self.teacher.stored_name,
-            mtp_steps=self.mtp_steps,
-            fresh=self.settings.fresh,
-        )
+    def _head_config(self) -> MtpSpeculatorConfig:
+        return MtpSpeculatorConfig.of_verifier(self.teacher.config.get_text_config().to_dict(), self.settings.fresh)
