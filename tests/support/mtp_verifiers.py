@@ -40,7 +40,12 @@ LINEAR = {
     "linear_num_value_heads": 4,
     "linear_value_head_dim": 8,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
 ROUTED = {
     "n_routed_experts": 4,
     "n_shared_experts": 1,
@@ -74,12 +79,8 @@ QWEN = {"mtp_num_hidden_layers": 1}
 FAMILIES = {
     "qwen3": TinyFamily("Qwen3Config", heads=QWEN),
     "qwen3_5": TinyFamily("Qwen3_5TextConfig", LINEAR, QWEN),
-    "qwen3_5_moe": TinyFamily(
-        "Qwen3_5MoeTextConfig", {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 16}, QWEN
-    ),
-    "qwen3_next": TinyFamily(
-        "Qwen3NextConfig", {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 1}, {}
-    ),
+    "qwen3_5_moe": TinyFamily("Qwen3_5MoeTextConfig", {**LINEAR, **EXPERTS}, QWEN),
+    "qwen3_next": TinyFamily("Qwen3NextConfig", {**LINEAR, **EXPERTS}, {}),
     "qwen3_two_heads": TinyFamily("Qwen3Config", heads={"mtp_num_hidden_layers": 2}),
     "deepseek_v3": TinyFamily("DeepseekV3Config", {**LATENT, **ROUTED}, {"num_nextn_predict_layers": 2}),
     "glm4_moe": TinyFamily("Glm4MoeConfig", {**ROUTED, "use_qk_norm": True}),
@@ -120,9 +121,8 @@ def add_heads(folder: Path, generator: torch.Generator, dtype: torch.dtype) -> N
     config = MtpSpeculatorConfig.of_verifier(json.loads((folder / "config.json").read_text()))
     draft = MtpDraftModel(config)
     _randomise(draft.named_parameters(), generator)
-    tensors = {
-        name: one.to(dtype).contiguous() for name, one in NativeNames(config, ()).split(draft.state_dict()).items()
-    }
+    native = NativeNames(config, ()).split(draft.state_dict())
+    tensors = {name: one.to(dtype).contiguous() for name, one in native.items()}
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     other = sorted(set(index["weight_map"].values()))[-1]
     apart = sorted(tensors)[0]

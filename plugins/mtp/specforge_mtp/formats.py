@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from specforge.checkpoints.layout import StoredDraft
 from specforge.checkpoints.speculators import LAYERS, SpeculatorsLayout
 from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.config import CONFIG_NAME, VerifierConfig, find_file, read_json
+from specforge.errors import UsageError
+from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.loading import VerifierLoading
 from specforge_mtp.config import MtpSpeculatorConfig
 from specforge_mtp.families import COUNTS, FAMILIES, FAMILY_OF, stated_heads
@@ -21,6 +23,8 @@ from specforge_mtp.stitching import write_with_head
 
 # Heads in the form of Qwen3-Next's, which trainers know and no engine does.
 NOT_SERVED = "qwen3"
+# Engines take it that these have one head.
+WITHOUT_NUMBER = ("qwen3_next",)
 # Not trained, and stored wider than the rest of the head.
 ROUTER_BIAS = "e_score_correction_bias"
 
@@ -50,17 +54,26 @@ class NativeLayout(SpeculatorsLayout):
         head = NativeNames.of(config, verifier, loading).split(trained)
         write_with_head(folder, verifier, loading.revision, head)
 
-    def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
-        """Yield why engines would not run the head."""
-        layers: dict[str, Any] = stored.config.get(LAYERS) or {}
-        kind, family = layers.get("model_type", ""), stored.config.get("head_family")
-        own = [one for one in FAMILY_OF if FAMILY_OF[one] == family and (FAMILIES[family].read_as or one) == kind]
-        if kind == NOT_SERVED or not own:
-            yield (
+    def write(self, model: SpeculatorModel) -> StoredDraft:
+        """Return tensors and configuration.
+
+        Raises:
+            UsageError: No engine would run the head.
+        """
+        config = cast(MtpSpeculatorConfig, model.config)
+        kind = config.transformer_layer_config.model_type
+        read_as = [config.family.read_as or one for one, name in FAMILY_OF.items() if FAMILIES[name] is config.family]
+        if kind == NOT_SERVED or kind not in read_as:
+            raise UsageError(
                 f"no engine runs a prediction head of {kind} verifiers, and all would leave it out; specforge itself "
-                "drafts with it, stored as --format speculators"
+                "drafts with it, and --format speculators stores it"
             )
-        elif stated_heads(layers) is None and kind != "qwen3_next":
+        return super().write(model)
+
+    def faults(self, stored: StoredDraft, verifier: VerifierFacts | None) -> Iterator[str]:
+        """Yield why engines would not look for the head."""
+        layers: dict[str, Any] = stored.config.get(LAYERS) or {}
+        if stated_heads(layers) is None and layers.get("model_type") not in WITHOUT_NUMBER:
             yield (
                 f"the verifier's {CONFIG_NAME} gives no number of heads ({', '.join(COUNTS)}), so engines would not "
                 "look for one; add it there"
