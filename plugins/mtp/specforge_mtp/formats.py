@@ -18,7 +18,7 @@ from specforge.verifier.loading import VerifierLoading
 from specforge_mtp.config import MtpSpeculatorConfig
 from specforge_mtp.families import COUNTS, FAMILIES, FAMILY_OF, stated_heads
 from specforge_mtp.model import proposals_for
-from specforge_mtp.native import NativeNames, read_head
+from specforge_mtp.native import PROJECTION, NativeNames, read_head
 from specforge_mtp.stitching import write_with_head
 
 # Heads in the form of Qwen3-Next's, which trainers know and no engine does.
@@ -43,16 +43,17 @@ class NativeLayout(SpeculatorsLayout):
         config = MtpSpeculatorConfig.of_verifier(values.get("text_config") or values)
         config.speculators_config = proposals_for(VerifierConfig())
         tensors = read_head(config, where, VerifierLoading())
-        dtype = tensors["mtp_layers.0.input_proj.weight"].dtype
+        dtype = tensors[PROJECTION].dtype
         stored = config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
         return StoredDraft(stored, {name: one.to(dtype) for name, one in tensors.items()}, where)
 
     def save(self, stored: StoredDraft, folder: Path, verifier: str, loading: VerifierLoading) -> None:
         """Write the verifier's folder, with links to the files that do not hold the head."""
         config = MtpSpeculatorConfig.from_dict(stored.config, stored.config_where)
-        trained = {name: one.detach().cpu() for name, one in stored.tensors.items() if not name.endswith(ROUTER_BIAS)}
-        head = NativeNames.of(config, verifier, loading).split(trained)
-        write_with_head(folder, verifier, loading.revision, head)
+        names = NativeNames.of(config, verifier, loading)
+        head = names.split({name: one.detach().cpu() for name, one in stored.tensors.items()})
+        kept = {name for name in head if name.endswith(ROUTER_BIAS)} & set(names.stored)
+        write_with_head(folder, verifier, loading.revision, {one: head[one] for one in head.keys() - kept})
 
     def write(self, model: SpeculatorModel) -> StoredDraft:
         """Return tensors and configuration.

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from specforge.bounds import Decay, Steps
 from specforge.data.module import DraftDataModule
 from specforge.errors import UsageError
-from specforge.private.lightning import has_trainer
 from specforge.training.module import DraftModule
 from specforge.training.optimizers import OptimizerSettings
 from specforge.training.schedules import ScheduleSettings
@@ -76,7 +75,7 @@ class MtpModule(DraftModule):
 
     def setup(self, stage: str) -> None:
         """Make sure that the verifier's files hold the heads, before the verifier is loaded."""
-        if self.starts_from_verifier and has_trainer(self):
+        if self.starts_from_verifier:
             check_stored(self._head_config(), self.teacher.name, self.teacher.loading)
 
     @property

@@ -20,6 +20,7 @@ from specforge_mtp.config import MtpSpeculatorConfig
 from specforge_mtp.families import FUSION
 from specforge_mtp.model import MtpDraftModel
 
+PROJECTION = "mtp_layers.0.input_proj.weight"
 OWN = re.compile(r"mtp_layers\.(\d+)\.(([^.]+)\..+)")
 EXPERTS = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)")
 # The projections of an expert that are one tensor here, in order.
@@ -132,8 +133,9 @@ def check_stored(config: MtpSpeculatorConfig, verifier: str, loading: VerifierLo
     missing = [name for name in wanted if name not in names.stored]
     if len(missing) == len(wanted):
         raise UsageError(
-            f"{verifier} holds no multi-token-prediction head: it has no tensor {missing[0]}. Some publishers leave it "
-            "out, and tools that convert or quantise drop it; model.draft.fresh true trains a new one"
+            f"{verifier} holds no multi-token-prediction head: it has no tensor {names.native(PROJECTION)}. Some "
+            "publishers leave it out, and tools that convert or quantise drop it; model.draft.fresh true trains a new "
+            "one"
         )
     if missing:
         raise UsageError(f"{verifier} holds only a part of its prediction head: it has no tensor {missing[0]}")

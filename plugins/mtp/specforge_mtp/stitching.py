@@ -42,18 +42,21 @@ def write_with_head(folder: Path, verifier: str, revision: str | None, head: Map
     source = _local(verifier, revision)
     index = files_of(str(source), None)
     left = dict(head)
+    placed: dict[str, str] = {}
     for name in sorted(set(index.values())) or [WEIGHTS]:
         own = _names_in(source / name) & left.keys()
         added = left.keys() - own if not index else set()
         if own or added:
             _write_replaced(source / name, folder / name, {one: left.pop(one) for one in own | added})
+            placed |= dict.fromkeys(own, name)
         else:
             _link(source / name, folder / name)
     if index:
         values = read_json(source / WEIGHTS_INDEX)
         if left:
             save_file({name: one.contiguous() for name, one in left.items()}, folder / HEAD_FILE, {"format": "pt"})
-            values["weight_map"] |= dict.fromkeys(left, HEAD_FILE)
+            placed |= dict.fromkeys(left, HEAD_FILE)
+        values["weight_map"] |= placed
         (folder / WEIGHTS_INDEX).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for path in source.iterdir():
         if path.is_file() and not any(path.match(pattern) for pattern in NOT_COPIED):
