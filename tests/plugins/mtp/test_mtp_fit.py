@@ -21,7 +21,8 @@ from specforge.verifier.loading import VerifierLoading
 from specforge_mtp.module import MtpModule
 from specforge_mtp.native import read_head
 
-QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart" / "verifier"
+CONFIGS = Path(__file__).parents[3] / "configs"
+QUICKSTART = CONFIGS / "quickstart" / "verifier"
 INDEX = "model.safetensors.index.json"
 
 
@@ -115,6 +116,16 @@ def test_several_heads_learn_from_recorded_states(fit: Callable[..., Path], veri
     run = fit("several", *words, "--trainer.max_epochs=2", "--model.objective={text: 1.0}")
     losses = [value for _, value in scalars(run, "train/loss")]
     assert losses[-1] < losses[0] and draft_of(run).num_heads == 2
+
+
+def test_the_recipes_train(runs: RunsFolder, verifier_of: Callable[[str], Path], tmp_path: Path) -> None:
+    data = [f"--data.{name}={runs.values['data'][name]}" for name in ("train", "validation", "cache_dir")]
+    words = [*data, "--data.max_length=64", "--trainer.accelerator=cpu", "--trainer.max_steps=1"]
+    words += ["--trainer.val_check_interval=1", f"--output_dir={tmp_path}"]
+    recipe = ["fit", "--config", str(CONFIGS / "mtp.yaml"), f"--verifier={verifier_of('qwen3_5')}", *words]
+    assert main([*recipe, "--trainer.accumulate_grad_batches=2"]) == 0
+    new_head = ["fit", "--config", str(CONFIGS / "mtp-new-head.yaml"), f"--verifier={verifier_of('qwen3')}", *words]
+    assert main(new_head) == 0
 
 
 def edited(source: Path, folder: Path, name: str, change: Callable[[dict[str, Any]], None]) -> Path:
