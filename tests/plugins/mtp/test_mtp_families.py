@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -162,3 +163,44 @@ def test_the_embedding_at_position_0_is_left_out_where_engines_do(heads_of: Call
         first = heads.states()[0, 0]
         heads.tokens[1] = 95
         assert torch.equal(heads.states()[0, 0], first) is skips, name
+
+
+@pytest.mark.parametrize("name", ["mimo", "deepseek_v3"])
+@torch.no_grad()
+def test_sampled_text_has_the_verifiers_distribution(name: str, heads_of: Callable[[str], Heads]) -> None:
+    """Three tokens, each among the two most probable: the frequencies of the eight texts."""
+    heads, number = heads_of(name), 2000
+    prompt, expected = heads.tokens[None, :5], {(): 1.0}
+    for _ in range(3):
+        longer = {}
+        for text, probability in expected.items():
+            tokens = torch.cat([prompt, torch.tensor([text], dtype=torch.int64)], dim=1)
+            top = heads.verifier(tokens).logits[0, -1].topk(2)
+            shares = top.values.softmax(-1).tolist()
+            longer |= {(*text, int(one)): probability * share for one, share in zip(top.indices, shares, strict=True)}
+        expected = longer
+    sampled = heads.draft.generate(
+        prompt.expand(number, -1),
+        max_new_tokens=3,
+        do_sample=True,
+        top_k=2,
+        proposal="sampling:speculative_tokens=2",
+        seed=3,
+        eos_token_id=[],
+    )
+    found = Counter(map(tuple, sampled[:, 5:].tolist()))
+    assert found.keys() <= expected.keys()
+    for text, probability in expected.items():
+        deviation = (probability * (1 - probability) / number) ** 0.5
+        assert abs(found[text] / number - probability) < 4 * deviation, (text, found[text] / number, probability)
+
+
+@pytest.mark.parametrize("proposal", ["greedy:speculative_tokens=2", "dynamic_tree:depth=2"])
+@torch.no_grad()
+def test_several_heads_decode_the_verifiers_own_text(proposal: str, heads_of: Callable[[str], Heads]) -> None:
+    """Prompts shorter than the number of heads among them."""
+    heads = heads_of("deepseek_v3")
+    prompts = torch.stack([heads.tokens[:1], heads.tokens[7:8]])
+    expected = heads.verifier.generate(prompts, do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+    found = heads.draft.generate(prompts, max_new_tokens=12, proposal=proposal, eos_token_id=[], pad_token_id=0)
+    assert torch.equal(found, expected)
