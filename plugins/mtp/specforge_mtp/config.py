@@ -34,7 +34,7 @@ class MtpSpeculatorConfig(SpeculatorModelConfig):
 
         Args:
             text: The verifier's text configuration.
-            fresh: Whether it is of one new head, in Qwen's form if the verifier's family is not known.
+            fresh: Whether they are new ones, in Qwen's form if the verifier's family is not known.
 
         Raises:
             UsageError: No family of heads is known for the verifier.
@@ -44,7 +44,7 @@ class MtpSpeculatorConfig(SpeculatorModelConfig):
         read_as = FAMILIES[name].read_as or kind
         return cls(
             transformer_layer_config={**text, "model_type": read_as, "tie_word_embeddings": False},
-            num_nextn_predict_layers=1 if fresh else stated_heads(text) or 1,
+            num_nextn_predict_layers=stated_heads(text) or 1,
             head_family=name,
         )
 

@@ -70,7 +70,7 @@ class MtpDraftModel(SpeculatorModel):
         Args:
             verifier_config: The verifier's transformers configuration.
             **kwargs: ``verifier_name_or_path``, ``mtp_steps`` (3, the length of the proposed chains), and ``fresh``
-                (False): one new head, for any verifier.
+                (False): new heads, for any verifier.
 
         Raises:
             UsageError: No family of heads is known for the verifier.
