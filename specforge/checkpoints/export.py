@@ -26,7 +26,6 @@ from specforge.decoding.agreement import Agreement
 from specforge.errors import SpecforgeError, UsageError
 from specforge.models.base_components import plain_rope
 from specforge.models.speculator import SpeculatorModel
-from specforge.models.storage import write_checkpoint
 from specforge.verifier.loading import VerifierLoading, load_config, running_verifier
 from specforge.verifier.parts import VerifierParts
 
@@ -100,7 +99,7 @@ def export(request: ExportRequest) -> Export:
         raise UsageError(f"this draft cannot be exported as {request.format}: " + "; ".join(faults))
     output = request.output or default_output(request.source, path, request.format)
     with replacing_folder(output, PROBE) as folder:
-        write_checkpoint(folder, stored.config, stored.tensors)
+        layout.save(stored, folder, facts.name_or_path, request.loading)
         layout.write_others(folder, facts.name_or_path, request.loading)
         prompts = request.prompts if request.prompts is not None else record.prompts
         probe, agreement = _probe(model, layout, stored, facts, request, prompts)

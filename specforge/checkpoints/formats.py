@@ -75,9 +75,13 @@ def read_draft(
     Raises:
         UsageError: The format is unknown, or the files violate it.
     """
+    verifier = verifier or VerifierConfig()
+    for one in installed().all(CheckpointFormat).values():
+        if one.name == format and (stored := (layout := _load(one)).part_of(name_or_path)) is not None:
+            return layout, layout.read(stored, verifier)
     stored = StoredDraft.read(name_or_path)
     layout = layout_in(stored, format)
-    return layout, layout.read(stored, verifier or VerifierConfig())
+    return layout, layout.read(stored, verifier)
 
 
 def _load(format: CheckpointFormat) -> Layout:

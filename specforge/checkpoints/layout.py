@@ -18,7 +18,7 @@ from specforge.checkpoints.verifier_facts import VerifierFacts
 from specforge.config import CONFIG_NAME, VerifierConfig, find_file, read_json
 from specforge.hookspecs import CheckpointFormat
 from specforge.models.speculator import SpeculatorModel
-from specforge.models.storage import read_all_weights
+from specforge.models.storage import read_all_weights, write_checkpoint
 from specforge.verifier.loading import VerifierLoading
 
 
@@ -100,6 +100,28 @@ class Layout(ABC):
         Raises:
             UsageError: The reader would reject the draft, or run it incorrectly; the message gives the reason.
         """
+
+    def part_of(self, name_or_path: str | os.PathLike[str]) -> StoredDraft | None:
+        """Return a draft that is stored among the tensors of another model, in this format; by default there is none.
+
+        Args:
+            name_or_path: Folder or hub id; only the draft's own tensors are read.
+        """
+        return None
+
+    def save(self, stored: StoredDraft, folder: Path, verifier: str, loading: VerifierLoading) -> None:
+        """Write tensors and configuration.
+
+        Args:
+            stored: The contents of the files.
+            folder: Where they belong.
+            verifier: Folder or hub id of the verifier.
+            loading: How to load it.
+
+        Raises:
+            SpecforgeError: They cannot be written.
+        """
+        write_checkpoint(folder, stored.config, stored.tensors)
 
     def write_others(self, folder: Path, verifier: str, loading: VerifierLoading) -> None:  # noqa: B027  (as above)
         """Write the other files that the reader wants beside tensors and configuration; mostly none.

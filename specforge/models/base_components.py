@@ -208,6 +208,20 @@ def _decoder_layer_of(causal_lm: str, names: Sequence[str]) -> DecoderLayer | No
     return None
 
 
+def own_rotary(config: PreTrainedConfig) -> nn.Module:
+    """Build the rotary embedding of a configuration's own family.
+
+    Raises:
+        UsageError: The family has none under a known name.
+    """
+    causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")
+    module = sys.modules[getattr(transformers, causal_lm).__module__] if causal_lm else None
+    for name in ("RotaryEmbedding", "TextRotaryEmbedding"):
+        if found := getattr(module, causal_lm.removesuffix("ForCausalLM") + name, None):
+            return cast(nn.Module, found(config))
+    raise UsageError(f"transformers has no rotary embedding for {config.model_type!r}")
+
+
 def rotary_options(rotary: nn.Module, config: PreTrainedConfig) -> dict[str, Any]:
     """Return the arguments of the first layer's rotary embedding besides states and positions.
 

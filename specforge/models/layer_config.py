@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, GetPydanticSchema, PlainSerializer
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from specforge.errors import UsageError
 from specforge.models.base_components import PLAIN, built, family
@@ -27,6 +27,18 @@ def _read(value: Any) -> PreTrainedConfig:
     return built(config_class, with_settled_rope(value, PLAIN))
 
 
+def _read_any(value: Any) -> PreTrainedConfig:
+    if isinstance(value, PreTrainedConfig):
+        return value.get_text_config()
+    if not isinstance(value, dict):
+        raise ValueError("must be a dict or a transformers configuration")
+    kind = value.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"model_type is {kind!r}, which transformers does not know")
+    fields = {name: one for name, one in with_settled_rope(value, PLAIN).items() if name != "model_type"}
+    return built(CONFIG_MAPPING[kind], fields).get_text_config()
+
+
 def stored_layers(value: PreTrainedConfig) -> dict[str, Any]:
     """Return the whole configuration of layers as it is stored, without what concerns transformers only."""
     general = PreTrainedConfig().to_dict().keys() - _KEPT
@@ -42,3 +54,11 @@ LayerConfig = Annotated[
 ]
 """Read from a dict with a ``model_type`` or a transformers configuration; stored whole, without what concerns
 transformers only."""
+
+AnyLayerConfig = Annotated[
+    PreTrainedConfig,
+    GetPydanticSchema(lambda _, handler: handler(Any)),
+    BeforeValidator(_read_any),
+    PlainSerializer(stored_layers),
+]
+"""The same for layers of any family of transformers, not only those that are registered for drafts."""

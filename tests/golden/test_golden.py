@@ -208,7 +208,7 @@ def test_there_are_cases() -> None:
 
 def test_every_algorithm_is_checked(any_case: Case) -> None:
     require(any_case.algorithm)
-    assert any_case.algorithm in {"eagle3", "eagle", "mlp", "peagle", "dflash", "dflash2", "dspark"}, (
+    assert any_case.algorithm in {"eagle3", "eagle", "mlp", "mtp", "peagle", "dflash", "dflash2", "dspark"}, (
         "a plugin provides this algorithm, but no test here runs its cases"
     )
 

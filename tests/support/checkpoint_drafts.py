@@ -17,6 +17,7 @@ from specforge_dflash.dflash2 import DFlash2DraftModel
 from specforge_dflash.dspark import DSparkDraftModel
 from specforge_dflash.model import DFlashDraftModel
 from specforge_draft_model.model import DraftModel
+from specforge_mtp.model import MtpDraftModel
 from specforge_peagle.model import PEagleDraftModel
 
 SMALL_BLOCKS = {"num_layers": 2, "aux_hidden_state_layer_ids": [2, 4, 5], "mask_token_id": 0, "block_size": 4}
@@ -43,6 +44,8 @@ def make(algorithm: str, **options: Any) -> SpeculatorModel:
     elif algorithm == "peagle":
         options = {"t2d": torch.arange(config.vocab_size) % 3 == 0, "mask_token_id": 3, **options}
         draft = PEagleDraftModel.from_training_args(config, **options)
+    elif algorithm == "mtp":
+        draft = MtpDraftModel.from_training_args(config, fresh=True, **options)
     elif algorithm == "draft_model":
         own = AutoConfig.from_pretrained(VERIFIER, num_hidden_layers=2)
         draft = DraftModel.from_training_args(config, own, **options)

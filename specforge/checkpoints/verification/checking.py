@@ -36,11 +36,11 @@ def export_faults(
         UsageError: There is no probe or no such verifier.
     """
     probe = Probe.load(export)
+    layout = layout_of(probe.algorithm, probe.format)
     try:
-        stored = StoredDraft.read(export)
+        stored = layout.part_of(export) or StoredDraft.read(export)
     except UsageError as error:
         return [Fault(str(error), diagnosis.FILES)]
-    layout = layout_of(probe.algorithm, probe.format)
     faults = [Fault(one, f"a rule of the format {probe.format}") for one in _broken_rules(layout, stored, probe)]
     try:
         model = layout.read(stored, VerifierConfig())

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING
 
 from specforge.checkpoints.layout import StoredDraft
 from specforge.errors import UsageError
-from specforge.models.base_components import decoder_layer
+from specforge.models.base_components import own_rotary
 
 
 def file_faults(stored: StoredDraft) -> Iterator[str]:
@@ -50,7 +50,7 @@ def rotation_faults(config: dict[str, Any]) -> Iterator[str]:
     kind = layers.get("model_type")
     try:
         made = CONFIG_MAPPING[kind].from_dict({name: one for name, one in layers.items() if name != "model_type"})
-        rotary = decoder_layer("auto", made).rotary(made)
+        rotary = own_rotary(made)
         rotated = 2 * rotary.get_buffer("inv_freq").numel()
         width = getattr(made, "head_dim", None) or made.hidden_size // made.num_attention_heads
     except (KeyError, UsageError, AttributeError, TypeError, ValueError) as error:
