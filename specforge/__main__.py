@@ -15,6 +15,7 @@ from specforge.registry import Registry, installed
 
 PROGRAM = "specforge"
 OPTIONS = ("--help", "--version", quiet.FLAG)
+WORDS_OF_OTHERS = {"train": "fit", "eval": "evaluate", "benchmark": "evaluate", "chat": "generate"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name.startswith("-"):
             raise UsageError(f"unknown option {name!r}.{nearest_name(name, OPTIONS)} See: {PROGRAM} --help")
         with interrupts.raising_keyboard_interrupt(f"{PROGRAM} {name}"):
+            if name in WORDS_OF_OTHERS and name not in installed().all(Command):
+                raise UsageError(f"there is no command {name!r}. Did you mean {WORDS_OF_OTHERS[name]!r}?")
             command = installed().find(Command, name)
             program = f"{PROGRAM} {name}"
             quiet.configure_verbosity(verbose)

@@ -66,7 +66,7 @@ def find_draft(source: str) -> tuple[str, RunRecord]:
         source: A run folder, a draft folder, or a hub id.
 
     Raises:
-        UsageError: It is the folder of a run that has not written its draft yet.
+        UsageError: It is the folder of a run that has not written its draft yet, or of several runs.
     """
     folder = Path(source)
     if (folder / DRAFT).is_dir():
@@ -76,6 +76,8 @@ def find_draft(source: str) -> tuple[str, RunRecord]:
             f"{folder} is a run without a {DRAFT}/, which training writes at its end; resume it with: "
             f"specforge fit --config {folder / CONFIG} --ckpt_path last"
         )
+    if runs := sorted(str(found.parent) for found in folder.glob(f"*/{DRAFT}/")):
+        raise UsageError(f"{folder} is a folder of runs; give one of: {', '.join(runs)}")
     if folder.name == DRAFT and (folder.parent / CONFIG).is_file():
         return source, RunRecord.read(folder.parent)
     return source, RunRecord()

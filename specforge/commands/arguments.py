@@ -22,6 +22,7 @@ from specforge.models.speculator import SpeculatorModel
 from specforge.private.argparse import action_of
 from specforge.sampling import Sampling
 from specforge.training.cli.config_errors import explain
+from specforge.training.cli.numbers import whole_numbers
 from specforge.verifier.loading import VerifierLoading, VerifierType, running_verifier
 
 PROPOSAL = "NAME or NAME:KEY=VALUE,...; names: specforge plugins."
@@ -159,7 +160,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     """
     words = [re.sub(r"^--[\w-]+", _underscored, word) for word in arguments]
     try:
-        return parser.parse_args(words)
+        return parser.parse_args(whole_numbers(parser, words))
     except argparse.ArgumentError as error:
         raise UsageError(explain(str(error), parser, words)) from None
 

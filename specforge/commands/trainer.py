@@ -14,6 +14,15 @@ from specforge.hookspecs import Algorithm
 from specforge.quiet import is_verbose
 from specforge.registry import installed
 
+PURPOSES = {
+    "fit": "Train a draft. The best one is written to draft/ in the folder of the run.",
+    "validate": "Measure a checkpoint of a run on data.validation, and print acceptance lengths and losses. Nothing is "
+    "trained or stored. Give the configuration of the run; --ckpt_path is best by default.",
+    "test": "Measure a checkpoint of a run on data.test, which played no part in training or in choosing the "
+    "checkpoint, and print acceptance lengths and losses. Nothing is trained or stored. Give the configuration of the "
+    "run; --ckpt_path is best by default.",
+}
+
 
 def fit(arguments: list[str]) -> int:
     """Train a draft."""
@@ -106,6 +115,8 @@ def _help(subcommand: str, algorithms: dict[str, Algorithm]) -> str:
     return "\n".join(
         [
             f"usage: specforge {subcommand} --config FILE [--config FILE ...] [--KEY VALUE ...]",
+            "",
+            wrap_paragraphs(PURPOSES[subcommand]),
             "",
             wrap_paragraphs(
                 "A configuration names an algorithm, a verifier, and the settings of trainer, model and data. Later "

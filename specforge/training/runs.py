@@ -42,6 +42,8 @@ def resolve_checkpoint(wanted: str, output_dir: Path, name: str | None = None) -
         UsageError: There is none, or the given file is damaged or not a checkpoint.
     """
     if wanted not in NAMES:
+        if wanted and Path(wanted).is_dir():
+            raise UsageError(_instead_of_folder(Path(wanted)))
         if not Path(wanted).is_file():
             raise UsageError(f"--ckpt_path {wanted}: there is no such file; give a file or one of: {', '.join(NAMES)}")
         check_checkpoint(Path(wanted))
@@ -59,6 +61,18 @@ def resolve_checkpoint(wanted: str, output_dir: Path, name: str | None = None) -
         f"no run in {output_dir} has a complete checkpoint {wanted!r}; start one without --ckpt_path, give a file, or "
         "set --output_dir or --run_name to find the run"
     )
+
+
+def _instead_of_folder(folder: Path) -> str:
+    """Return what to give as ``--ckpt_path`` instead of a folder."""
+    is_draft = (folder / "model.safetensors").is_file()
+    checkpoints = (folder.parent if is_draft else folder) / CHECKPOINTS
+    found = next((path for path in (checkpoints / LAST, checkpoints / BEST) if path.is_file()), None)
+    example = f", such as {found}" if found else ""
+    message = f"--ckpt_path {folder} is a folder; give a file{example}, or one of: {', '.join(NAMES)}"
+    if is_draft:
+        message += f". To train on from the weights of this draft: --model.init_from {folder}"
+    return message
 
 
 def check_checkpoint(path: Path) -> None:

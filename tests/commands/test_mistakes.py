@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from jsonargparse import capture_parser
 
 from specforge.__main__ import main
+from specforge.commands.estimate.command import EstimateCLI
+from specforge.commands.trainer import choose
+from specforge.training.cli.command_line import parse
 
 CONFIG = "configs/quickstart.yaml"
 SEE = "see: specforge {} --help"
@@ -19,6 +23,21 @@ SEE = "see: specforge {} --help"
         (["fit", "--config", CONFIG, "more.yaml"], "fit", ["unexpected argument 'more.yaml'", SEE.format("fit")]),
         (["fit", "--config", CONFIG, "--model.ttt_steps"], "fit", ["--model.ttt_steps needs a value"]),
         (["fit", "--config", CONFIG, "--model.ttt_steps", "three"], "fit", ["expected an integer, got 'three'"]),
+        (["fit", "--config", CONFIG, "--lr", "1e-3"], "fit", ["unknown key 'lr'", "'model.optimizer.lr'"]),
+        (["fit", "--config", CONFIG, "--epochs", "3"], "fit", ["Did you mean 'trainer.max_epochs' or"]),
+        (["fit", "--config", CONFIG, "--batch_size", "4"], "fit", ["Did you mean 'data.batch_size'?"]),
+        (["fit", "--config", CONFIG, "--model.objective", "kl"], "fit", ["values such as {kl: 1.0}, got 'kl'"]),
+        (["fit", "--config", CONFIG, "--trainer.max_steps", "1.5e0"], "fit", ["expected an integer, got '1.5'"]),
+        (
+            ["fit", "--config", CONFIG, "--data.train", "data/mine/train"],
+            "fit",
+            ["does not exist", "specforge prepare rows SOURCE --verifier MODEL --output data/mine"],
+        ),
+        (
+            ["prepare", "rows", "data/mine/responses.jsonl", "--verifier", "MODEL", "--output", "rows"],
+            "prepare rows",
+            ["does not exist", "specforge prepare responses PROMPTS --verifier MODEL --output data/mine"],
+        ),
         (["estimate", "--config", CONFIG, "--tokens", "many"], "estimate", ["tokens: expected an integer, got 'many'"]),
         (["prepare", "row"], "prepare", ["unknown subcommand 'row'", "Did you mean 'rows'?"]),
         (["prepare", "rows"], "prepare rows", ["sources: none are given"]),
@@ -43,3 +62,43 @@ def test_one_line_says_what_to_do(words, command, expected, capsys):
     [line] = shown.err.splitlines()
     assert line.startswith(f"specforge {command}: error: ") and not shown.out
     assert all(part in line for part in expected), line
+
+
+def test_words_of_other_programs(capsys):
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "specforge: error: there is no command 'train'. Did you mean 'fit'?\n"
+
+
+def test_a_folder_of_runs_is_not_a_draft(tmp_path, capsys):
+    for number in range(2):
+        (tmp_path / f"version_{number}" / "draft").mkdir(parents=True)
+    assert main(["export", str(tmp_path), "--format", "vllm"]) == 2
+    message = capsys.readouterr().err
+    assert f"{tmp_path} is a folder of runs; give one of: {tmp_path / 'version_0'}, " in message
+
+
+def test_a_gpu_without_its_build(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: False)
+    assert main(["fit", "--config", CONFIG, "--trainer.accelerator", "gpu"]) == 2
+    assert "is built without GPUs. Set auto" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "given", "stored"), [("tokens", "1e9", 10**9), ("trainer.max_steps", "1e3", 1000)])
+def test_whole_numbers_may_have_an_exponent(flag, given, stored):
+    algorithm = choose(["--config", CONFIG], "")
+    parser = capture_parser(EstimateCLI, algorithm, [], "estimate")
+    for words in ([f"--{flag}", given], [f"--{flag}={given}"]):
+        assert parse(parser, ["--config", CONFIG, *words])[flag] == stored
+
+
+def test_texts_are_not_numbers():
+    parser = capture_parser(EstimateCLI, choose(["--config", CONFIG], ""), [], "estimate")
+    assert parse(parser, ["--config", CONFIG, "--run_name", "1e3"]).run_name == "1e3"
+
+
+@pytest.mark.parametrize(("command", "rows"), [("validate", "data.validation"), ("test", "data.test")])
+def test_help_says_what_is_measured(command, rows, capsys):
+    assert main([command, "--help"]) == 0
+    assert f"Measure a checkpoint of a run on {rows}" in " ".join(capsys.readouterr().out.split())

@@ -425,6 +425,13 @@ class TestWarnings:
         listed, _ = self.shown_warnings(what)
         assert len(listed) == 1 and listed[0].startswith(f"{LONG_NAME} does not beat")
 
+    def test_a_verifier_as_cheap_as_its_draft(self):
+        what = usual()
+        what.contenders[1].all_sets.draft_milliseconds = 15.0
+        what.contenders[1].all_sets.verifier_milliseconds = 12.0
+        listed, _ = self.shown_warnings(what)
+        assert len(listed) == 1 and listed[0].startswith("fair: its speed here says nothing") and "125.0 %" in listed[0]
+
     def test_lossy(self):
         what = usual()
         what.contenders[1].is_lossy = True

@@ -87,8 +87,17 @@ class TestResolve:
         assert "no such file" in str(caught.value) and "last, best" in str(caught.value)
 
     def test_a_folder_is_not_a_file(self, tmp_path):
-        with pytest.raises(UsageError, match="no such file"):
+        with pytest.raises(UsageError, match=r"is a folder; give a file, or one of: last, best, auto$"):
             resolve_checkpoint(str(tmp_path), tmp_path)
+
+    def test_a_draft_is_not_a_checkpoint(self, tmp_path):
+        path = checkpoint(tmp_path, 0)
+        draft = path.parent.parent / "draft"
+        draft.mkdir()
+        (draft / "model.safetensors").touch()
+        with pytest.raises(UsageError) as caught:
+            resolve_checkpoint(str(draft), tmp_path)
+        assert f"such as {path}" in str(caught.value) and f"--model.init_from {draft}" in str(caught.value)
 
 
 DAMAGES = [truncated, flipped, emptied, foreign]

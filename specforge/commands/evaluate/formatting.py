@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from specforge.evaluation.results import ContenderResult, Measurement, Results
 
 UNKNOWN = "–"
+CHEAP_VERIFIER = 0.5  # share of the verifier's time that drafting takes; a few per cent if the verifier is large
 LOSSY = "LOSSY: output may differ from the verifier's own"
 
 
@@ -128,6 +129,13 @@ def warnings(results: Results) -> list[str]:
             f"{name} does not beat the baseline {best}, which needs no draft: "
             f"{ours} tokens per verifier pass against {theirs}"
         )
+    for one in results.contenders:
+        share = one.all_sets.draft_milliseconds / (one.all_sets.verifier_milliseconds or 1)
+        if not one.is_baseline and share > CHEAP_VERIFIER:
+            lines.append(
+                f"{one.name}: its speed here says nothing about a large verifier, since drafting takes "
+                f"{percent(share)} of the verifier's time; its acceptance length does"
+            )
     lines += [f"{one.name}: {one.all_sets.difference}" for one in results.contenders if one.all_sets.difference]
     for one in results.contenders:
         if one.is_lossy:

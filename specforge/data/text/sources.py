@@ -25,6 +25,8 @@ ALLOWED_SOURCES = (
     "each also as .gz; a folder of .jsonl or .parquet files, or a file pattern with *; a folder written by "
     "specforge prepare rows or by datasets.save_to_disk; a hub data set as owner/name or owner/name:split"
 )
+# The words of the command that writes a file or folder of this name.
+_WRITERS = {"train": "rows SOURCE", "validation": "rows SOURCE", "responses.jsonl": "responses PROMPTS"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w\[\]%:+.-]+)?")
 _SHARD_NAME = re.compile(r"(.+?)-\d{5}-of-\d{5}\b.*")  # the hub's naming of a split's files
 
@@ -63,7 +65,7 @@ def check_source(source: str, key: str) -> None:
         patterns = [str(files[0].with_name(f"{split}-*")) for split in splits]
         raise UsageError(f"{key}: {source} holds several splits; name one of {patterns}")
     if not files and (kind_of(path) or "*" in source or not _HUB_NAME.fullmatch(source)):
-        raise UsageError(f"{key}: {source} does not exist; {ALLOWED_SOURCES}")
+        raise UsageError(f"{key}: {source} does not exist; {_remedy(path)}")
 
 
 def source_files(source: str) -> list[Path]:
@@ -146,8 +148,16 @@ def _open_rows(source: str) -> StoredRows | Dataset:
     except Exception as error:  # network, authorisation, unknown name or split each raise their own class
         raise UsageError(
             f"{source}: no such file or folder, and the hub data set cannot be loaded: {_first_line(error)}; "
-            f"{ALLOWED_SOURCES}"
+            f"{_remedy(Path(source))}"
         ) from error
+
+
+def _remedy(path: Path) -> str:
+    """Return the command that writes a missing source if its name tells, else the sources that are allowed."""
+    words = _WRITERS.get(path.name)
+    if words is None or path.parent == Path():
+        return ALLOWED_SOURCES
+    return f"to write it: specforge prepare {words} --verifier MODEL --output {path.parent}"
 
 
 def _first_line(error: Exception) -> str:

@@ -25,6 +25,7 @@ from specforge.training.callbacks.fit import RunCallbacks
 from specforge.training.callbacks.stopping import explain_lost
 from specforge.training.claims import claim
 from specforge.training.cli.config_errors import check_files, check_values, explain, explain_class, explain_settings
+from specforge.training.cli.numbers import whole_numbers
 from specforge.training.cli.precision import check_precision
 from specforge.training.cli.trainer_values import explain_trainer
 from specforge.training.length import settle_length
@@ -242,7 +243,7 @@ def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     """
     check_files(parser, arguments)
     try:
-        config = parser.parse_args(arguments)
+        config = parser.parse_args(whole_numbers(parser, arguments))
     except argparse.ArgumentError as error:
         raise UsageError(explain(str(error), parser, arguments)) from None
     check_values(config, parser, arguments)

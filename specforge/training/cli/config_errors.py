@@ -22,6 +22,8 @@ SHARED = ("verifier", "verifier_dtype", "verifier_revision", "trust_remote_code"
 EVERY = "callbacks.last_checkpoint.init_args.every_n_steps"
 EVERY_FLAGS = (f"--{EVERY}", f"--{EVERY.replace('.init_args', '')}")
 MISSING = object()
+KEYS_AND_VALUES = "keys and values"
+MOST_SUGGESTED = 3
 
 # What pydantic adds around the actual message.
 NOISE = (
@@ -45,7 +47,7 @@ def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
         return f"unknown key {unknown!r}{_where_set(unknown, arguments)}.{_nearest(unknown, known_keys(parser))}"
     match = re.match(r'Parser key "(?P<key>[^"]+)":\s*(?P<reason>.*)', message, re.DOTALL)
     if match:
-        reason = _reason(match["reason"])
+        reason = _with_example(_reason(match["reason"]), _default_of(match["key"], parser))
         if reason.endswith("got 'None'"):
             default = _default_of(match["key"], parser)
             if default is not None:
@@ -118,7 +120,7 @@ def check_files(parser: ArgumentParser, arguments: list[str]) -> None:
         for key in sorted(set(groups), key=lambda one: one.count(".")):
             value = _value(values, key)
             if value is not MISSING and not isinstance(value, dict):
-                raise UsageError(f"{key}: expected keys and values, got {value!r}{_where_set(key, arguments)}")
+                raise UsageError(f"{key}: expected {KEYS_AND_VALUES}, got {value!r}{_where_set(key, arguments)}")
             # The parser would read the group as one of several classes.
             for name in ("class_path", "init_args"):
                 if _value(values, f"{key}.{name}") is not MISSING:
@@ -194,6 +196,14 @@ def _default_of(key: str, parser: ArgumentParser) -> Any:
     return next((action.default for action in actions(parser) if action.dest == key), None)
 
 
+def _with_example(reason: str, default: Any) -> str:
+    """Add a key's default to a reason that expects keys and values."""
+    if not isinstance(default, dict) or not default:
+        return reason
+    example = yaml.safe_dump(default, default_flow_style=True).strip()
+    return reason.replace(KEYS_AND_VALUES, f"{KEYS_AND_VALUES} such as {example}", 1)
+
+
 def _no_null(default: Any) -> str:
     shown = default.class_path if hasattr(default, "class_path") else repr(default)
     return f"null is not allowed; omit the key for its default, {shown}"
@@ -219,7 +229,21 @@ def _unknown_key(message: str) -> str | None:
 
 
 def _nearest(key: str, allowed: list[str]) -> str:
-    """Suggest a name for the first wrong part of the key's path."""
+    """Suggest keys with the same name elsewhere, else a name for the first wrong part of the key's path."""
+    name = key.rpartition(".")[2]
+    if same := [one for one in allowed if one.endswith(f".{name}")]:
+        return _suggested(same)
+    hint = _nearest_part(key, allowed)
+    ends = [one for one in allowed if one.endswith(f"_{name.rpartition('_')[2]}")]
+    return _suggested(ends) if ends and "Did you mean" not in hint else hint
+
+
+def _suggested(keys: list[str]) -> str:
+    shortest = sorted(keys, key=lambda one: (len(one), one))[:MOST_SUGGESTED]
+    return f" Did you mean {' or '.join(map(repr, shortest))}?"
+
+
+def _nearest_part(key: str, allowed: list[str]) -> str:
     parts = key.split(".")
     for depth, part in enumerate(parts):
         parent = ".".join(parts[:depth])
@@ -247,7 +271,7 @@ def _reason(text: str) -> str:
     if fault := re.search(r"^\s*(?:Value error, )?(.+) \[type=\w+, input_value", text, re.MULTILINE):
         return f"{fault[1]}{value}"
     if "Unable to load config" in text:
-        return f"expected keys and values, or a file of them, got {text.split(chr(39))[1]!r}"
+        return f"expected {KEYS_AND_VALUES}, or a file of them, got {text.split(chr(39))[1]!r}"
     expected = dict.fromkeys(_plain_type(one) for one in re.findall(r"Expected an? ((?:typing\.|<).*?[\]>])", text))
     if list(expected) == ["null"]:
         # The other type was a class; its error is more specific.
@@ -268,7 +292,7 @@ def _plain_type(text: str) -> str:
         return " or ".join(re.findall(r"[\w.+-]+", text.partition("Literal")[2]))
     names = {"NoneType": "null", "int": "an integer", "float": "a number", "str": "a text", "bool": "true or false"}
     name = re.sub(r"<class '([^']+)'>", r"\1", text)
-    return {**names, "dict": "keys and values", "list": "a list"}.get(name, name)
+    return {**names, "dict": KEYS_AND_VALUES, "list": "a list"}.get(name, name)
 
 
 def _where_set(key: str, arguments: list[str]) -> str:

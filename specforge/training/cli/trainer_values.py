@@ -7,6 +7,7 @@ import re
 from datetime import timedelta
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 
 from specforge.bounds import LARGEST
@@ -88,6 +89,10 @@ def explain_trainer(error: Exception) -> str:
             "#SBATCH --ntasks-per-node=N, srun specforge fit ... --trainer.devices N --trainer.num_nodes NODES; "
             f"or, without srun and on this node only, set SLURM_JOB_NAME=bash. Lightning says: {reason}"
         )
+    if "gpu backend" in reason:
+        build = f"torch {torch.__version__}"
+        why = f"no GPU is visible to {build}" if torch.backends.cuda.is_built() else f"{build} is built without GPUs"
+        return f"accelerator: gpu is not available: {why}. Set auto, which uses what there is; see: specforge doctor"
     return reason or type(error).__name__
 
 

@@ -104,7 +104,7 @@ PARSED = [
     ("model.optimizer.learning_rat", 1.0, ["unknown key", "lr"]),
     ("trainer.acelerator", "cpu", ["unknown key", "'trainer.accelerator'"]),
     ("data.trian", "x.jsonl", ["unknown key", "'data.train'"]),
-    ("modle.ttt_steps", 2, ["unknown key", "'model'"]),
+    ("modle.ttt_steps", 2, ["unknown key", "'model.ttt_steps'"]),
     ("verifer_dtype", "auto", ["unknown key", "'verifier_dtype'"]),
     ("xyzzy", 2, ["unknown key", "model", "trainer", "output_dir"]),
     ("model.draft.xyzzy", 2, ["unknown key", "num_layers", "draft_vocab_size"]),
