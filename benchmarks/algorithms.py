@@ -4,20 +4,24 @@ r"""Algorithms side by side: equal data, several seeds, chains and trees, temper
         --validation configs/quickstart/validation.jsonl --mask-token 3 --steps 520 --seeds 42 1 2 --equal operations
 
 Prints two Markdown tables: what each recipe costs, and its acceptance length on the prompts of the validation rows,
-mean and range over the seeds. With ``--equal operations``, each recipe runs as many steps as cost the operations of
-EAGLE-3's ``--steps``, without those of the verifier, whose states can be stored.
+mean and range over the seeds, with the draft's time and operations a round of the greedy chain at temperature 0. With
+``--equal operations``, each recipe runs as many steps as cost the operations of EAGLE-3's ``--steps``, without those of
+the verifier, whose states can be stored.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from specforge import SpeculatorModel
 from specforge.__main__ import main as specforge
@@ -26,9 +30,11 @@ from specforge.config import TokenProposalConfig
 from specforge.data.text.prompts import read_prompts
 from specforge.data.text.verifier import VerifierTokenizer
 from specforge.decoding.verification import Verification
+from specforge.estimation.shapes import MORE_FORMULAS
 from specforge.estimation.step import VERIFIER
 from specforge.evaluation.measuring import Contender, Measuring, Settings
 from specforge.hookspecs import Algorithm
+from specforge.models.drafter import Drafter
 from specforge.proposals.choice import choose_proposal
 from specforge.registry import installed
 from specforge.sampling import Sampling
@@ -153,6 +159,37 @@ def train(path: Path) -> Path:
     return draft
 
 
+def operations_a_round(draft: SpeculatorModel, prompt: Tensor) -> float:
+    """Count the draft's operations in a round of a greedy chain, its head's and those on decided tokens included.
+
+    Args:
+        draft: The draft, attached to the verifier.
+        prompt: A prompt, int64 [T].
+    """
+    make, commits, steps = draft.drafter, list[int](), list[int]()
+
+    def counted(function: Callable[..., Any], found: list[int]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            with FlopCounterMode(display=False, custom_mapping=MORE_FORMULAS) as counter:
+                result = function(*arguments)
+            found.append(counter.get_total_flops())
+            return result
+
+        return run
+
+    def counted_drafter(batch_size: int) -> Drafter:
+        drafter: Any = make(batch_size)
+        drafter.commit, drafter.step = counted(drafter.commit, commits), counted(drafter.step, steps)
+        return drafter
+
+    draft.requires_grad_(False)  # else the counter waits for a backward pass
+    draft.drafter = counted_drafter  # type: ignore[method-assign]
+    draft.generate(prompt[None], max_new_tokens=64, proposal=proposal("greedy", draft))
+    draft.drafter = make  # type: ignore[method-assign]
+    # The first commit reads the prompt.
+    return (sum(commits[1:]) + sum(steps)) / len(commits[1:])
+
+
 def proposal(method: str, draft: SpeculatorModel) -> TokenProposalConfig:
     """Chains of 5 and trees of depth 6, or the draft's maximum."""
     most = draft.drafter(1).max_depth or 6
@@ -197,6 +234,11 @@ def main() -> None:
     conversations = read_prompts(arguments.validation, limit=arguments.limit)
     columns = [(temperature, method) for temperature in (0.0, 1.0) for method in METHODS]
     columns.remove((0.0, "sampling"))  # the greedy chain again
+    prompt = torch.tensor(conversations[0].prompt(0, [], template))
+    operations = {
+        recipe: operations_a_round(SpeculatorModel.from_pretrained(path, verifier=verifier), prompt)
+        for (recipe, _), path in drafts.items()
+    }
     lengths: dict[tuple[str, float, str], list[float]] = {}
     times: dict[str, list[float]] = {}
     for temperature, method in columns:
@@ -212,12 +254,17 @@ def main() -> None:
             lengths.setdefault((recipe, temperature, method), []).append(measured.acceptance_length)
             if (temperature, method) == columns[0]:
                 times.setdefault(recipe, []).append(measured.draft_milliseconds)
-    heads = [*(f"{method}, T = {temperature:g}" for temperature, method in columns), "draft ms a round, first column"]
+    heads = [
+        *(f"{method}, T = {temperature:g}" for temperature, method in columns),
+        "draft ms a round",
+        "draft MFLOP a round",
+    ]
     print(f"\n| algorithm | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
     for recipe in [*arguments.recipes, "prompt lookup"]:
         cells = [lengths[recipe, temperature, method] for temperature, method in columns]
         shown = [f"{sum(cell) / len(cell):.3f} ({min(cell):.2f} to {max(cell):.2f})" for cell in cells]
-        print(f"| {recipe} | {' | '.join(shown)} | {min(times[recipe]):.2f} |")
+        counted = f"{operations[recipe] / 1e6:.2f}" if recipe in operations else ""
+        print(f"| {recipe} | {' | '.join(shown)} | {min(times[recipe]):.2f} | {counted} |")
 
 
 if __name__ == "__main__":
