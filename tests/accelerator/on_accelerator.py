@@ -89,7 +89,7 @@ def test_the_two_devices_do_not_mix() -> None:
                 mixing()
 
 
-@pytest.mark.parametrize("name", FIT)
+@pytest.mark.parametrize("name", [name for name in FIT if name != "peagle"])  # trained as EAGLE-3 is
 def test_fit_validate_and_resume(name: str, workshop: Workshop) -> None:
     values, options = FIT[name]
     workshop.values |= values

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from specforge.hookspecs import Algorithm, CheckpointFormat, ProposalMethod, hookimpl
 
+BLOCK_PROPOSALS = ("greedy", "sampling", "static_tree", "dynamic_tree", "short_block")
+
 
 @hookimpl
 def specforge_algorithms() -> Iterable[Algorithm]:
@@ -18,6 +20,7 @@ def specforge_algorithms() -> Iterable[Algorithm]:
             model="specforge_dflash.model:DFlashDraftModel",
             module="specforge_dflash.module:DFlashModule",
             data="specforge.data.module:DraftDataModule",
+            proposals=BLOCK_PROPOSALS,
         ),
         Algorithm(
             name="dflash2",
@@ -26,6 +29,7 @@ def specforge_algorithms() -> Iterable[Algorithm]:
             model="specforge_dflash.dflash2:DFlash2DraftModel",
             module="specforge_dflash.dflash2_module:DFlash2Module",
             data="specforge.data.module:DraftDataModule",
+            proposals=BLOCK_PROPOSALS,
         ),
         Algorithm(
             name="dspark",
@@ -34,21 +38,27 @@ def specforge_algorithms() -> Iterable[Algorithm]:
             model="specforge_dflash.dspark:DSparkDraftModel",
             module="specforge_dflash.dspark_module:DSparkModule",
             data="specforge.data.module:DraftDataModule",
-            proposals=("greedy", "sampling", "static_tree", "dynamic_tree", "confident_chain"),
+            proposals=(*BLOCK_PROPOSALS, "confident_chain"),
         ),
     ]
 
 
 @hookimpl
 def specforge_proposals() -> Iterable[ProposalMethod]:
-    """What DSpark's confidence is for."""
+    """A chain that ends by DSpark's confidence, and one of a shorter block."""
     return [
         ProposalMethod(
             "confident_chain",
             "a chain that ends where DSpark's confidence in it does",
             config="specforge_dflash.confident_chain:ConfidentChainTokenProposalConfig",
             proposer="specforge_dflash.confident_chain:ConfidentChainProposer",
-        )
+        ),
+        ProposalMethod(
+            "short_block",
+            "a chain from a block of its length, as a server runs it that is asked for fewer tokens than trained",
+            config="specforge_dflash.short_block:ShortBlockTokenProposalConfig",
+            proposer="specforge_dflash.short_block:ShortBlockProposer",
+        ),
     ]
 
 

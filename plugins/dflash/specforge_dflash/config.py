@@ -62,6 +62,10 @@ class DFlashSpeculatorConfig(SpeculatorModelConfig):
         """Number S of tokens that a block proposes."""
         return self.block_size - self.first_slot
 
+    def shortened(self, num_drafted: int) -> Self:
+        """Return the configuration with blocks that propose fewer tokens."""
+        return self.model_copy(update={"block_size": num_drafted + self.first_slot})
+
     @field_validator("aux_hidden_state_layer_ids")
     @classmethod
     def _layers_of_a_verifier(cls, value: list[int] | None) -> list[int] | None:
@@ -145,6 +149,11 @@ class DSparkSpeculatorConfig(DFlashSpeculatorConfig):
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
     confidence_temperatures: list[Annotated[float, Field(gt=0)]] = Field(default_factory=list)
+
+    def shortened(self, num_drafted: int) -> Self:
+        """Return the configuration with blocks that propose fewer tokens."""
+        temperatures = self.confidence_temperatures[:num_drafted]
+        return super().shortened(num_drafted).model_copy(update={"confidence_temperatures": temperatures})
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:

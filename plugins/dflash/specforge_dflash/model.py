@@ -142,6 +142,17 @@ class DFlashDraftModel(SpeculatorModel):
         """Whether layers with a sliding window are causal within a block."""
         return not self.config.sliding_window_non_causal
 
+    def shortened(self, num_drafted: int) -> Self:
+        """Return a draft with the same weights whose blocks propose fewer tokens; a server asked for fewer runs it.
+
+        Args:
+            num_drafted: Number of tokens.
+        """
+        config = self.config.shortened(num_drafted)
+        short = self.from_state(config, self.state_dict()).to(self.fc.weight.device)
+        short.attach_verifier(self.verifier_parts)
+        return short
+
     def borrow_weights(self) -> None:
         """Start from the attached verifier: its head's rows, and its final norm."""
         parts = self.verifier_parts

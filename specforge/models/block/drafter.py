@@ -1,13 +1,14 @@
 """A drafter for networks that propose a block in one pass: a round costs that pass, whatever is drafted of it.
 
 The context of a sequence is kept as keys and values of each layer; of the block, nothing outlives the round. All slots
-of the trained block are run even where fewer tokens are drafted, so that a shorter chain is the longer one cut short.
+of the trained block are run even where fewer tokens are drafted, so that a shorter chain is the longer one cut short;
+``shorten`` runs fewer, as a server does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,9 @@ class BlockNetwork(Protocol):
     ) -> Tensor:
         """Run one block for each anchor token, [B], at its position, [B]; return states of its S slots, [B, S, H]."""
 
+    def shortened(self, num_drafted: int) -> Self:
+        """Return a network with the same weights whose blocks propose fewer tokens."""
+
     def slot_logits(self, states: Tensor) -> Tensor:
         """Turn states of slots [..., H] into logits over the draft vocabulary [..., D], whatever came before."""
 
@@ -72,7 +76,7 @@ class BlockDrafter(Drafter):
     """
 
     def __init__(self, network: BlockNetwork, batch_size: int, device: torch.device) -> None:
-        self._network = network
+        self._network = self._whole = self._short = network
         self._lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._context: list[KeysAndValues] = []
         self.draft_ids = network.draft_ids
@@ -87,13 +91,30 @@ class BlockDrafter(Drafter):
         new = self._network.context_states(features, positions)
         self._lengths = self._lengths + counts
         self._context = _grown(self._context, new, positions, int(self._lengths.max()))
-        anchors = tokens.gather(1, counts[:, None] - 1)
-        attention = CachedContext(self._lengths, self._network.causal_windows)
-        self.states = self._network.run_blocks(anchors[:, 0], self._lengths, self._context, attention)
-        self._logits = self._network.slot_logits(self.states)
+        self._anchors = tokens.gather(1, counts[:, None] - 1)
+        self._run(self._whole)
+
+    @torch.no_grad()
+    def shorten(self, num_drafted: int) -> None:
+        """Run the round's block again with only the slots that propose so many tokens, as a server does.
+
+        The slots of a block see each other, so that their tokens differ from those of the whole block.
+
+        Args:
+            num_drafted: Number of tokens, from 1 to ``max_depth``.
+        """
+        if self._short.num_drafted != num_drafted:
+            self._short = self._whole.shortened(num_drafted)
+        self._run(self._short)
+
+    def _run(self, network: BlockNetwork) -> None:
+        self._network, anchors = network, self._anchors
+        attention = CachedContext(self._lengths, network.causal_windows)
+        self.states = network.run_blocks(anchors[:, 0], self._lengths, self._context, attention)
+        self._logits = network.slot_logits(self.states)
         # Of the root, then of the nodes.
         self._depths = torch.zeros_like(anchors)
-        self._memory = self.states.new_zeros(len(anchors), 1, self._network.memory_size)
+        self._memory = self.states.new_zeros(len(anchors), 1, network.memory_size)
         logits, self._memory = self._at(torch.zeros_like(anchors), anchors, self._memory)
         self.root = logits[:, 0]
 

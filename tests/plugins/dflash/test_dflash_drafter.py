@@ -24,6 +24,7 @@ from specforge.proposals import (
 )
 from specforge.sampling import Sampling
 from specforge.verifier.features import Features
+from specforge_dflash.short_block import ShortBlockTokenProposalConfig
 
 VerifierOf = Callable[[str], PreTrainedModel]
 LENGTH = 16
@@ -34,6 +35,7 @@ PROPOSALS: dict[str, TokenProposalConfig] = {
     "sampling": SamplingTokenProposalConfig(speculative_tokens=4),
     "static_tree": StaticTreeTokenProposalConfig(initial_branching_factor=3, depth=3),
     "dynamic_tree": DynamicTreeTokenProposalConfig(speculative_tokens=9, expansion_factor=3, depth=4),
+    "short_block": ShortBlockTokenProposalConfig(speculative_tokens=2),
 }
 
 
@@ -101,6 +103,23 @@ def test_each_node_of_a_tree_has_the_logits_of_training(kind: str, verifier_of: 
     bench.rows = [2, 1]
     bench.commit([1, 2])
     bench.check()
+
+
+@pytest.mark.parametrize("kind", ["dflash", "dflash2", "dspark"])
+@torch.no_grad()
+def test_a_shorter_block_is_that_of_a_draft_with_such_blocks(kind: str, verifier_of: VerifierOf) -> None:
+    bench = Bench(random_draft(verifier_of("qwen3"), kind))
+    bench.draft = random_draft(verifier_of("qwen3"), kind, block_size=2 + bench.draft.config.first_slot)
+    for counts in COMMITS:
+        bench.commit(counts)
+        whole = bench.drafter.root
+        bench.drafter.shorten(2)
+        assert not torch.allclose(bench.drafter.root, whole)
+        tokens = torch.tensor([[5], [6], [7]])
+        logits = bench.drafter.step(tokens, torch.full_like(tokens, -1))
+        for index, row in enumerate(bench.rows):
+            torch.testing.assert_close(bench.drafter.root[index], bench.expected(row, []))
+            torch.testing.assert_close(logits[index, 0], bench.expected(row, tokens[index].tolist()))
 
 
 @torch.no_grad()
