@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -143,10 +143,12 @@ class TestStates:
         assert not any(path.name.startswith(".") for path in store.folder.iterdir())
 
     def test_rows_of_several_shards_are_in_flight(self, plan, serve, ask):
-        server = serve()
-        server.delay = 0.05
+        server, many, came = serve(), Event(), []
+        server.fault = lambda number: many.set() if number == 16 else None
+        server.written = lambda number, tensors: came.append(many.wait(5.0)) or tensors
         ask("store", server, concurrency=20)
-        assert max(map(len, plan.shards)) < 12 < server.most_at_once <= 20
+        assert all(came), "the first states are written when there are 16 requests"
+        assert max(map(len, plan.shards)) < 12 and server.most_at_once <= 20
 
     def test_the_command_stores_what_it_captures_itself(self, serve, lines, tmp_path, capsys):
         (tmp_path / "rows.jsonl").write_text("".join(lines[:12]))
