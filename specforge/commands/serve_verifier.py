@@ -19,7 +19,8 @@ Start a vLLM server that extracts the states which a configuration trains on, fo
 only prints its command line, to run where vLLM and the accelerators are.
 
   specforge serve-verifier --config FILE --print
-  specforge serve-verifier --config FILE --tensor_parallel 8 --folder /dev/shm/states
+  specforge serve-verifier --config FILE --tensor_parallel 8 \\
+    --folder /dev/shm/states
 
 All other flags are those of specforge fit: the configuration sets the verifier, the layers and the length of rows. The
 server writes states into --folder, which must have the same path for the server and for its clients; use one in memory
