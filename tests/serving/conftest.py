@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,19 +21,30 @@ if importlib.util.find_spec("vllm") is None:
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+def verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's verifier with heads that engines have kernels for."""
+    folder = tmp_path_factory.mktemp("verifier")
+    write_wide_verifier(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Token ids of some prompts."""
+    lines = (QUICKSTART / "validation.jsonl").read_text(encoding="utf-8").splitlines()[:24]
+    rows = [json.loads(line) for line in lines]
+    return [row["input_ids"][: row["loss_mask"].index(1)] for row in rows]
+
+
+@pytest.fixture(scope="session")
+def served(verifier: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Served:
     """A draft of each algorithm, trained for half a minute and exported for its reader."""
     root = tmp_path_factory.mktemp("served")
-    verifier = root / "verifier"
-    write_wide_verifier(verifier)
-    runs = {algorithm: fit(algorithm, verifier, root) for algorithm in DRAFTS}
+    runs = {algorithm: fit(algorithm, verifier, root, draft) for algorithm, draft in DRAFTS.items()}
     exports = {algorithm: root / f"{algorithm}-export" for algorithm in DRAFTS}
     for algorithm, run in runs.items():
         words = ["--format", DRAFTS[algorithm].format, "--verifier", str(verifier), "--output", str(exports[algorithm])]
         assert main(["export", str(run), *words]) == 0
-    lines = (QUICKSTART / "validation.jsonl").read_text(encoding="utf-8").splitlines()[:24]
-    rows = [json.loads(line) for line in lines]
-    prompts = [row["input_ids"][: row["loss_mask"].index(1)] for row in rows]
     return Served(verifier, runs, exports, prompts)
 
 

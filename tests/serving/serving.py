@@ -141,17 +141,19 @@ def ask_vllm(served: Served, engines: dict[str, dict[str, Any]], folder: Path, s
     return json.loads(answer.read_text())
 
 
-def fit(algorithm: str, verifier: Path, root: Path) -> Path:
+def fit(algorithm: str, verifier: Path, root: Path, draft: Draft, **more: Any) -> Path:
+    """Train a draft, with further values of its configuration, and return the folder of the run."""
     values = {
         "algorithm": algorithm,
         "verifier": str(verifier),
+        **more,
         "output_dir": str(root / algorithm),
         "seed_everything": 1,
         "trainer": {
             "accelerator": "cpu",
-            "max_steps": DRAFTS[algorithm].steps,
+            "max_steps": draft.steps,
             "max_epochs": -1,
-            "val_check_interval": DRAFTS[algorithm].steps,
+            "val_check_interval": draft.steps,
             "check_val_every_n_epoch": None,
             "gradient_clip_val": 0.5,
             "limit_val_batches": 10,
@@ -160,7 +162,7 @@ def fit(algorithm: str, verifier: Path, root: Path) -> Path:
         "model": {
             "optimizer": {"name": "muon", "lr": 2e-2},
             "schedule": {"name": "cosine", "warmup": 0.03},
-            **DRAFTS[algorithm].model,
+            **draft.model,
         },
         "data": {
             "train": str(QUICKSTART / "train.jsonl"),

@@ -108,7 +108,7 @@ def write(name: str, folder: Path, dtype: torch.dtype = torch.float32, shard: st
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     stated = json.loads((folder / "config.json").read_text())
     if name == "mimo":
-        stated |= _as_remote_code(folder)
+        stated |= as_remote_code(folder)
     (folder / "config.json").write_text(json.dumps({**stated, **family.heads}))
     add_heads(folder, generator, dtype)
     words = WordLevel({f"<{number}>": number for number in range(VOCABULARY)}, unk_token="<0>")
@@ -142,7 +142,7 @@ def _randomise(parameters: Any, generator: torch.Generator) -> None:
             one.copy_(one + spread if one.ndim == 1 else 3 * spread / one.shape[-1] ** 0.5)
 
 
-def _as_remote_code(folder: Path) -> dict[str, Any]:
+def as_remote_code(folder: Path) -> dict[str, Any]:
     """Write code as MiMo ships it, a Qwen2 under another name; return what its configuration names."""
     (folder / "configuration_mimo.py").write_text(
         "from transformers import Qwen2Config\n\n\nclass MiMoConfig(Qwen2Config):\n    model_type = 'mimo'\n"
