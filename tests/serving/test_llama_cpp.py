@@ -1,4 +1,4 @@
-"""llama.cpp's converter reads our exports: EAGLE-3, DFlash, DFlash2, DSpark, and draft models.
+"""llama.cpp's converter reads our exports: EAGLE-3, DFlash, DFlash2, DSpark, MTP heads, and draft models.
 
 No llama.cpp is built here: it takes twelve minutes.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader
+from mtp_verifiers import write as write_mtp_verifier
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -121,3 +122,20 @@ def test_draft_model(verifier: Path, tmp_path: Path) -> None:
     draft = DraftModel.from_training_args(config, language_model=LlamaConfig.from_pretrained(verifier))
     reader = convert(export(draft, "transformers", verifier, tmp_path))
     assert len(tensors(reader)) == len(draft.state_dict())
+
+
+def test_mtp_head(verifier: Path, tmp_path: Path) -> None:
+    """The head only, as a Qwen3.5's; its projection is among the tensors as it was trained."""
+    own, head, exported = tmp_path / "verifier", tmp_path / "head", tmp_path / "export"
+    tokenizer = AutoTokenizer.from_pretrained(verifier)
+    write_mtp_verifier("qwen3_5", own, shard="1MB", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(own)
+    words = ["--verifier", str(own), "--format", "native"]
+    assert main(["convert", str(own), *words, "--output", str(head)]) == 0
+    more = ["--dtype", "fp32", "--skip_verifier", "--output", str(exported)]
+    assert main(["export", str(head), *words, *more]) == 0
+    converted = tensors(convert(exported, "--mtp"))
+    draft = SpeculatorModel.from_pretrained(head)
+    (projection,) = (tensor for name, tensor in converted.items() if name.endswith("nextn.eh_proj.weight"))
+    assert torch.equal(projection.flatten(), draft.state_dict()["mtp_layers.0.input_proj.weight"].float().flatten())
+    assert len([name for name in converted if name.startswith("blk.")]) == len(draft.state_dict())

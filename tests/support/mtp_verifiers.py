@@ -89,7 +89,9 @@ FAMILIES = {
 }
 
 
-def write(name: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "40KB") -> Path:
+def write(
+    name: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "40KB", vocab_size: int = VOCABULARY
+) -> Path:
     """Write a verifier with heads, in shards, with a tokenizer of numbered words.
 
     Args:
@@ -97,9 +99,11 @@ def write(name: str, folder: Path, dtype: torch.dtype = torch.float32, shard: st
         folder: Folder to write.
         dtype: Dtype of all weights.
         shard: Largest size of a shard.
+        vocab_size: Number of the verifier's ids.
     """
     family = FAMILIES[name]
     options = {key: one for key, one in SIZES.items() if key != "head_dim" or "head_dim" not in family.options}
+    options["vocab_size"] = vocab_size
     config = getattr(transformers, family.config)(**{**options, **family.options, **family.heads})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
