@@ -50,7 +50,7 @@ def ask_row(settings: EndpointSettings, transport: Transport) -> tuple[str, Serv
         The name of the served model, and the states.
 
     Raises:
-        SpecforgeError: It does not answer, or not with states of the row; says what is wrong.
+        SpecforgeError: It does not answer, or not with states of the row; the message names the fault.
     """
     try:
         return asyncio.run(_ask_row(settings, transport))

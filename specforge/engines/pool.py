@@ -77,7 +77,7 @@ class EnginePool:
     Args:
         engines: The engines.
         settings: How they are used.
-        kept: What an error says about finished work.
+        kept: The part of an error message about finished work.
     """
 
     def __init__(self, engines: Sequence[Engine], settings: EndpointSettings, kept: str) -> None:

@@ -35,7 +35,7 @@ class ShortBlockProposer(Proposer[ShortBlockTokenProposalConfig]):
         return self.config.speculative_tokens
 
     def propose(self, sequences: Sequence[Tensor], drafter: Drafter | None) -> Proposal:
-        """Draft the block again with as many slots as it takes, and then the chain."""
+        """Draft the chain from a block with only the slots that it takes."""
         assert isinstance(drafter, BlockDrafter)
         drafter.shorten(self.depth)
         return grow(drafter, [1] * self.depth, None if self.sampling.is_greedy else self.sampling, self.rng)

@@ -95,7 +95,7 @@ def require_states(found: ServedStates, tokens: npt.NDArray[np.int64], layers: S
         width: Width H of a state.
 
     Raises:
-        WrongStates: They are not; says what may be the cause.
+        WrongStates: They are not; the message names a likely cause.
     """
     if list(found.states.shape[1:]) != [len(layers), width]:
         raise WrongStates(

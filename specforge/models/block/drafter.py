@@ -76,7 +76,7 @@ class BlockDrafter(Drafter):
     """
 
     def __init__(self, network: BlockNetwork, batch_size: int, device: torch.device) -> None:
-        self._network = self._whole = self._short = network
+        self._network = network
         self._lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._context: list[KeysAndValues] = []
         self.draft_ids = network.draft_ids
@@ -92,23 +92,23 @@ class BlockDrafter(Drafter):
         self._lengths = self._lengths + counts
         self._context = _grown(self._context, new, positions, int(self._lengths.max()))
         self._anchors = tokens.gather(1, counts[:, None] - 1)
-        self._run(self._whole)
+        self._run()
 
     @torch.no_grad()
     def shorten(self, num_drafted: int) -> None:
-        """Run the round's block again with only the slots that propose so many tokens, as a server does.
+        """Run this round's block again, and all later ones, with only the slots that propose so many tokens.
 
         The slots of a block see each other, so that their tokens differ from those of the whole block.
 
         Args:
             num_drafted: Number of tokens, from 1 to ``max_depth``.
         """
-        if self._short.num_drafted != num_drafted:
-            self._short = self._whole.shortened(num_drafted)
-        self._run(self._short)
+        if self._network.num_drafted != num_drafted:
+            self._network = self._network.shortened(num_drafted)
+            self._run()
 
-    def _run(self, network: BlockNetwork) -> None:
-        self._network, anchors = network, self._anchors
+    def _run(self) -> None:
+        network, anchors = self._network, self._anchors
         attention = CachedContext(self._lengths, network.causal_windows)
         self.states = network.run_blocks(anchors[:, 0], self._lengths, self._context, attention)
         self._logits = network.slot_logits(self.states)
