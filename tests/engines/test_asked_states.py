@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from child_processes import in_child
 from extracting_server import ExtractingServer
 from transformers import PreTrainedModel
 
@@ -282,18 +283,6 @@ class TestServersThatEnd:
         assert files(tmp_path / "store") == undisturbed
         assert "is dropped: 3 requests in a row" in caplog.text and "is back" in caplog.text
         assert len(server.rows) <= ROWS + 8
-
-
-def in_child(work: Callable[[], object]) -> int:
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return child
 
 
 class TestClients:
