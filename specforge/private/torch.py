@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, _muon
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
@@ -62,6 +62,30 @@ def let_clip(optimizer: Optimizer) -> None:
     Lightning refuses to clip the gradients of optimizers that can unscale them, as fused ones can.
     """
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+
+_newton_schulz_in_bfloat16 = _muon._zeropower_via_newtonschulz
+
+
+def _newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    if matrix.device.type != "cpu":
+        return _newton_schulz_in_bfloat16(matrix, coefficients, steps, eps)
+    a, b, c = coefficients
+    is_tall = matrix.size(0) > matrix.size(1)
+    found = matrix.float().T if is_tall else matrix.float()
+    found = found / found.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = found @ found.T
+        found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
+    return found.T if is_tall else found
+
+
+def let_muon_use_float32() -> None:
+    """Let ``torch.optim.Muon`` orthogonalise in float32 on a CPU, where bfloat16 takes several times as long.
+
+    The iteration is torch's own: equation 1 of https://arxiv.org/abs/2502.16982.
+    """
+    _muon._zeropower_via_newtonschulz = _newton_schulz
 
 
 def add_summary(writer: SummaryWriter, summary: Any) -> None:

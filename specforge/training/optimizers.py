@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from specforge.bounds import Amount, LearningRate
-from specforge.private.torch import let_clip
+from specforge.private.torch import let_clip, let_muon_use_float32
 from specforge.training.class_paths import build, check_arguments, class_at, takes
 
 # What the names of the heads of draft networks end in: lm_head, head, markov_head.
@@ -88,6 +88,7 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
     let_clip(adamw)
     if not by_muon:
         return adamw
+    let_muon_use_float32()
     muon = Muon(
         [trainable[name] for name in by_muon],
         lr=settings.lr,

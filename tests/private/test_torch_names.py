@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch.plugins.precision.amp import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.optim import _muon
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import scalar
 
@@ -42,6 +43,25 @@ def test_operations_are_those_that_public_calls_run():
     assert private.ATTENTION in packets and private.ATTENTION_BACKWARD in packets
     assert private.READS_VALUE in calls.found
     assert len(private.CHOOSING.intersection(calls.found)) >= 2
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_muon_orthogonalises_in_float32_on_a_cpu(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", private._newton_schulz_in_bfloat16)
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    gradient, steps = start.clone(), {}
+    for name, prepare in (("bfloat16", lambda: None), ("float32", private.let_muon_use_float32)):
+        prepare()
+        parameter = nn.Parameter(torch.zeros(shape))
+        parameter.grad = gradient.clone()
+        torch.optim.Muon([parameter], lr=1.0, weight_decay=0.0, momentum=0.0).step()
+        steps[name] = -parameter.detach()
+    torch.testing.assert_close(gradient, start)
+    # The same iteration, to bfloat16's rounding; torch's own is not exact.
+    torch.testing.assert_close(steps["float32"], steps["bfloat16"], rtol=0.05, atol=0.02)
+    assert not torch.equal(steps["float32"], steps["float32"].bfloat16().float())
+    singular = torch.linalg.svdvals(steps["float32"])
+    assert singular.min() > 0.5 and singular.max() < 1.5
 
 
 def test_attention_and_its_gradient_take_a_mask():
