@@ -83,6 +83,11 @@ class Address:
         named = None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
         return cls(f"{parts.scheme}://{host}{parts.path.rstrip('/')}", named)
 
+    @property
+    def root(self) -> Address:
+        """The server's root, where paths outside OpenAI's ``/v1`` begin."""
+        return Address(self.url.removesuffix("/v1"), self.credentials)
+
 
 class Connection(DefaultAsyncHttpxClient):
     """HTTP client for the openai client: responses are read completely, within a deadline, and checked.
