@@ -22,7 +22,8 @@ def print_served(served: Served, console: Console) -> None:
         console.print(_table(served, load))
     for server in served.servers:
         if rates := server.measurements[-1].accept_rate_pos:
-            console.print(Text(f"Per-position acceptance rate of {served_formatting.server_name(server)}: {series(rates)}"))
+            name = served_formatting.server_name(server)
+            console.print(Text(f"Per-position acceptance rate of {name}: {series(rates)}"))
     if served.expectations:
         console.print()
         console.print(Text("How many tokens to draft, and the expected speed (measured)", style="bold"))
