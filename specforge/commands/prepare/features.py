@@ -161,6 +161,8 @@ def _saved(size: int, without: int) -> str:
 
 def _closing_line(words: list[str], sources: list[str], output: Path) -> str:
     """Return the command that trains on the store; of given sources, the first is for training."""
-    named = [f"--data.{split}={source}" for split, source in zip(("train", "validation"), sources, strict=False)]
+    # Without a second source, some of the first one's rows are held out for validation.
+    splits = zip(("train", "validation"), [*sources, "null"], strict=False) if sources else ()
+    named = [f"--data.{split}={source}" for split, source in splits]
     command = shlex.join(["specforge", "fit", *words, *named, "--data.features", str(output)])
     return f"Done: {output} holds the features. To train on them:\n  {command}"
