@@ -72,11 +72,7 @@ class Engine:
         Raises:
             UsageError: It is not the URL of a server, or the API key cannot be sent.
         """
-        # A local engine usually needs no key, but the client requires one.
-        key = os.environ.get(API_KEY, "").strip() or "none"
-        if not (key.isascii() and key.isprintable()):
-            raise UsageError(f"{API_KEY} holds characters that a header cannot carry; set it to the engine's key")
-        address = Address.of(url)
+        key, address = api_key(), Address.of(url)
         connection = Connection(address, timeout, partial(_check, vocabulary))
         client = AsyncOpenAI(base_url=address.url, api_key=key, max_retries=retries, http_client=connection)
         return cls(address.url, client)
@@ -211,6 +207,18 @@ class Engine:
             extra_body=extra,
         )
         return read_completion(answer.content)
+
+
+def api_key() -> str:
+    """Return the key that the environment sets; a local engine usually needs none, but the client requires one.
+
+    Raises:
+        UsageError: It cannot be sent.
+    """
+    key = os.environ.get(API_KEY, "").strip() or "none"
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"{API_KEY} holds characters that a header cannot carry; set it to the engine's key")
+    return key
 
 
 def neutral_fields(sampling: Sampling) -> dict[str, Any]:

@@ -6,7 +6,6 @@ A request is sent once: a retry would falsify its times.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from time import perf_counter
@@ -16,7 +15,7 @@ import openai
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from pydantic import ValidationError
 
-from specforge.engines.client import API_KEY, explained, neutral_fields
+from specforge.engines.client import api_key, explained, neutral_fields
 from specforge.engines.completion import StreamedPart
 from specforge.engines.connection import Address, RequestError, certificates, on_one_line
 from specforge.engines.generation import GenerationSettings
@@ -66,9 +65,9 @@ class TimedEngine:
         self._timeout = timeout
         self._takes_extensions = True
         http = DefaultAsyncHttpxClient(auth=address.credentials, timeout=timeout, verify=certificates())
-        # A local engine usually needs no key, but the client requires one.
-        key = os.environ.get(API_KEY, "").strip() or "none"
-        self._client = AsyncOpenAI(base_url=f"{address.root.url}/v1", api_key=key, max_retries=0, http_client=http)
+        self._client = AsyncOpenAI(
+            base_url=f"{address.root.url}/v1", api_key=api_key(), max_retries=0, http_client=http
+        )
 
     async def __aenter__(self) -> Self:
         return self

@@ -98,10 +98,14 @@ def _round_milliseconds(measured: ServedMeasurement) -> float:
 
 
 def _line(times: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Fit a + b K by least squares; a drafted token takes no negative time."""
+    """Fit a + b K by least squares, with neither a nor b below 0, which no time is."""
     drafted, milliseconds = np.array(times).T
     per_token, fixed = np.polyfit(drafted, milliseconds, 1)
-    return (float(milliseconds.mean()), 0.0) if per_token < 0 else (float(fixed), float(per_token))
+    if per_token < 0:
+        return float(milliseconds.mean()), 0.0
+    if fixed < 0:
+        return 0.0, float(milliseconds @ drafted / (drafted @ drafted))
+    return float(fixed), float(per_token)
 
 
 def _by_rates(speeds: Sequence[tuple[int, ServedMeasurement]]) -> tuple[list[float], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -114,14 +115,17 @@ async def _measure(
         for server in servers:
             await opened.enter_async_context(server.engine)
             await server.engine.choose_model(settings.model)
+        salt = secrets.token_hex(8)  # the servers may have answered these prompts before this command
         everything = [one for conversations in prompt_sets.values() for one in conversations]
         for concurrency in settings.concurrencies:
             for server in servers:
                 await warm_up(server.engine, everything, concurrency, settings.generation)
             for name, conversations in prompt_sets.items():
                 for server in servers:
-                    salt = f"{concurrency} {name}"
-                    load = await run_load(server.engine, conversations, concurrency, settings.generation, salt, report)
+                    own_salt = f"{salt} {concurrency} {name}"
+                    load = await run_load(
+                        server.engine, conversations, concurrency, settings.generation, own_salt, report
+                    )
                     server.check(load)
                     server.runs[concurrency, name] = load
     results = [one.result(settings.concurrencies) for one in servers]

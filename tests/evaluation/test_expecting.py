@@ -79,10 +79,12 @@ def test_too_little_is_measured(servers: list[ServerResult]) -> None:
     assert expectations(servers, [8], []) == []
 
 
-def test_a_drafted_token_takes_no_negative_time() -> None:
+def test_no_time_is_negative() -> None:
     (found,) = expectations([server(2, 15.0, [0.5, 0.1]), server(4, 14.0, [0.5, 0.1, 0.1, 0.1])], [8], [])
     assert (found.fixed_milliseconds, found.token_milliseconds) == pytest.approx((14.5, 0.0))
     assert found.lengths[0].speedup is None and found.best.draft_tokens == 4
+    (found,) = expectations([server(2, 10.0, [0.5, 0.1]), server(4, 30.0, [0.5, 0.1, 0.1, 0.1])], [8], [])
+    assert (found.fixed_milliseconds, found.token_milliseconds) == pytest.approx((0.0, (2 * 10 + 4 * 30) / 20))
 
 
 @given(st.floats(0.01, 0.99), st.floats(0, 2), st.integers(1, 12))
