@@ -485,6 +485,7 @@ class TestWarnings:
         what = only_served()
         assert what.served is not None
         first, second, _ = what.served.servers
+        first.url, second.url = "http://first:1", "http://second:2"
         first.measurements[0].other_tokens = 55
         first.measurements[0].responses = 1
         second.engine = "SGLang"
