@@ -43,9 +43,10 @@ def module_and_data(words: Sequence[str], sources: Sequence[str] = ()) -> tuple[
         raise UsageError(
             f"no algorithm is chosen; give --config FILE, or --algorithm with one of: {', '.join(algorithms)}"
         )
-    train = ["--data.train", sources[0]] if sources else []
+    # The configuration's own sources need not exist.
+    named = ["--data.train", sources[0], "--data.validation", "null", "--data.test", "null"] if sources else []
     # Nothing here is random, and the features named in the configuration do not exist yet.
-    words = [*words, *train, "--data.features", LIVE, "--seed_everything", "false"]
+    words = [*words, *named, "--data.features", LIVE, "--seed_everything", "false"]
     settings = _Settings(installed().find(Algorithm, name), words, "fit")
     return settings.model, settings.datamodule
 

@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
         checked.append("the draft with its verifier")
     if found.endpoint is not None:
         from specforge.checkpoints.verification.endpoint import endpoint_faults
-        from specforge.engines.counters import measure  # the client takes a second to import
+        from specforge.engines.probing import measure  # the client takes a second to import
 
         if probe.served is None:
             raise UsageError(

@@ -21,6 +21,7 @@ from specforge.engines.completion import Completion, Extraction, read_completion
 from specforge.engines.connection import Address, Connection, Models, WrongAnswer, on_one_line
 from specforge.engines.generation import GenerationSettings, Reply
 from specforge.errors import SpecforgeError, UsageError
+from specforge.sampling import Sampling
 
 _log = logging.getLogger(__name__)
 API_KEY = "OPENAI_API_KEY"
@@ -71,11 +72,7 @@ class Engine:
         Raises:
             UsageError: It is not the URL of a server, or the API key cannot be sent.
         """
-        # A local engine usually needs no key, but the client requires one.
-        key = os.environ.get(API_KEY, "").strip() or "none"
-        if not (key.isascii() and key.isprintable()):
-            raise UsageError(f"{API_KEY} holds characters that a header cannot carry; set it to the engine's key")
-        address = Address.of(url)
+        key, address = api_key(), Address.of(url)
         connection = Connection(address, timeout, partial(_check, vocabulary))
         client = AsyncOpenAI(base_url=address.url, api_key=key, max_retries=retries, http_client=connection)
         return cls(address.url, client)
@@ -90,7 +87,7 @@ class Engine:
             listed = await self.client.models.with_raw_response.list()
             return [model.id for model in Models.model_validate_json(listed.content).data]
         except openai.OpenAIError as error:
-            raise SpecforgeError(f"{self.url}: {_explained(error)}") from error
+            raise SpecforgeError(f"{self.url}: {explained(error)}") from error
 
     async def probe(self, model: str, generation: GenerationSettings) -> None:
         """Request one token to check early that requests work, and which fields the engine accepts.
@@ -105,13 +102,13 @@ class Engine:
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             if generation.sampling.top_k:
                 raise SpecforgeError(
-                    f"{self.url}: {_explained(error)}; --top_k needs an engine that accepts it"
+                    f"{self.url}: {explained(error)}; --top_k needs an engine that accepts it"
                 ) from error
             self.takes_extensions = False
             try:
                 await self._complete(model, hello, one_token, generation.seed_of(0, 0))
             except openai.OpenAIError as plain:
-                raise SpecforgeError(f"{self.url}: {_explained(plain)}") from plain
+                raise SpecforgeError(f"{self.url}: {explained(plain)}") from plain
             _log.warning(
                 "%s accepts only OpenAI's own fields (%s): its defaults of top_k, min_p and repetition_penalty "
                 "apply, and it returns no token ids",
@@ -119,7 +116,7 @@ class Engine:
                 _reason(error),
             )
         except openai.OpenAIError as error:
-            raise SpecforgeError(f"{self.url}: {_explained(error)}") from error
+            raise SpecforgeError(f"{self.url}: {explained(error)}") from error
 
     async def reply(
         self, model: str, chat: list[Any], generation: GenerationSettings, seed: int, tools: list[Any] | None = None
@@ -175,18 +172,18 @@ class Engine:
         try:
             yield
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise SpecforgeError(f"{self.url}: {_explained(error)}") from error
+            raise SpecforgeError(f"{self.url}: {explained(error)}") from error
         except (openai.RateLimitError, openai.ConflictError, openai.InternalServerError) as error:
-            raise Unanswered(_explained(error)) from error
+            raise Unanswered(explained(error)) from error
         except openai.APIStatusError as error:
             if error.status_code == 408:
-                raise Unanswered(_explained(error)) from error
+                raise Unanswered(explained(error)) from error
             raise Refused(_reason(error)) from error
         except openai.APIConnectionError as error:
             came = isinstance(error, openai.APITimeoutError) or isinstance(error.__cause__, WrongAnswer)
-            raise (Unanswered if came else Unreachable)(_explained(error)) from error
+            raise (Unanswered if came else Unreachable)(explained(error)) from error
         except openai.OpenAIError as error:
-            raise Unanswered(_explained(error)) from error
+            raise Unanswered(explained(error)) from error
         finally:
             self.in_flight -= 1
 
@@ -196,8 +193,7 @@ class Engine:
         sampling = generation.sampling
         extra: dict[str, Any] = {}
         if self.takes_extensions:
-            # For omitted fields, engines use the model's generation_config.json; -1 means all tokens.
-            extra = {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
+            extra = {**neutral_fields(sampling), "return_token_ids": True}
         if generation.template_arguments:
             extra["chat_template_kwargs"] = generation.template_arguments
         answer = await self.client.chat.completions.with_raw_response.create(
@@ -211,6 +207,23 @@ class Engine:
             extra_body=extra,
         )
         return read_completion(answer.content)
+
+
+def api_key() -> str:
+    """Return the key that the environment sets; a local engine usually needs none, but the client requires one.
+
+    Raises:
+        UsageError: It cannot be sent.
+    """
+    key = os.environ.get(API_KEY, "").strip() or "none"
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"{API_KEY} holds characters that a header cannot carry; set it to the engine's key")
+    return key
+
+
+def neutral_fields(sampling: Sampling) -> dict[str, Any]:
+    """Return the sampling fields beyond OpenAI's; if omitted, engines use the model's ``generation_config.json``."""
+    return {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}  # -1 means all tokens
 
 
 def _check(vocabulary: int | None, path: str, body: bytes) -> object:
@@ -240,7 +253,7 @@ def _read(completion: Completion) -> Reply:
     return Reply(message.content or "", choice.finish_reason, tokens, prompt_ids, token_ids)
 
 
-def _explained(error: Exception) -> str:
+def explained(error: Exception) -> str:
     """Return what a failed request means and what to do about it."""
     reason = _reason(error)
     match error:

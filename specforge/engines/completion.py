@@ -1,4 +1,4 @@
-"""Schema of OpenAI's completions, with the token ids and the references to states that vLLM adds."""
+"""Schema of OpenAI's completions, whole and streamed, with the token ids and references to states that vLLM adds."""
 
 from __future__ import annotations
 
@@ -40,6 +40,41 @@ class Completion(Strict):
     choices: Annotated[list[Choice], Field(min_length=1)]
     prompt_token_ids: TokenIds | None = None
     usage: Usage | None = None
+
+
+class Delta(Strict):
+    """What one event adds to a chat's reply."""
+
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[Any] | None = None
+
+
+class StreamedChoice(Strict):
+    """What one event adds to a reply: ``delta`` of a chat, ``text`` of a completion."""
+
+    delta: Delta | None = None
+    text: str | None = None
+
+
+class StreamedPart(Strict):
+    """One event of a streamed response; the token counts come in the last one."""
+
+    choices: list[StreamedChoice] = Field(default_factory=list)
+    usage: Usage | None = None
+    error: Any = None
+
+    @property
+    def text(self) -> str:
+        """The added text, without thinking."""
+        return "".join(one.text or (one.delta.content if one.delta else None) or "" for one in self.choices)
+
+    @property
+    def has_output(self) -> bool:
+        """Whether it adds any generated token, thinking and tool calls included."""
+        deltas = [one.delta for one in self.choices if one.delta]
+        return bool(self.text) or any(one.reasoning_content or one.reasoning or one.tool_calls for one in deltas)
 
 
 class Extraction(Strict):

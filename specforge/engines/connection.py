@@ -83,6 +83,11 @@ class Address:
         named = None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
         return cls(f"{parts.scheme}://{host}{parts.path.rstrip('/')}", named)
 
+    @property
+    def root(self) -> Address:
+        """The server's root, where paths outside OpenAI's ``/v1`` begin."""
+        return Address(self.url.removesuffix("/v1"), self.credentials)
+
 
 class Connection(DefaultAsyncHttpxClient):
     """HTTP client for the openai client: responses are read completely, within a deadline, and checked.
@@ -95,7 +100,7 @@ class Connection(DefaultAsyncHttpxClient):
 
     def __init__(self, address: Address, seconds: float, check: Callable[[str, bytes], object] | None = None) -> None:
         # The library's timeouts apply to each read, so they never fire if a server sends byte by byte.
-        super().__init__(auth=address.credentials, timeout=seconds, verify=_certificates())
+        super().__init__(auth=address.credentials, timeout=seconds, verify=certificates())
         self._seconds = seconds
         self._check = check
 
@@ -127,7 +132,7 @@ class Connection(DefaultAsyncHttpxClient):
 
 
 @functools.cache
-def _certificates() -> ssl.SSLContext:
+def certificates() -> ssl.SSLContext:
     """Return the trusted certificates, cached because loading them is slow."""
     return httpx.create_ssl_context()
 

@@ -10,7 +10,7 @@ import torch
 
 from specforge.data.features.dtypes import state_bytes
 from specforge.data.loader import Batch
-from specforge.estimation.step import OPTIMIZER, VERIFIER, StepCost, StepMemory
+from specforge.estimation.step import OPTIMIZER, VERIFIER, SplitVerifier, StepCost, StepMemory
 from specforge.estimation.text import RunText
 
 # Share of a device's rate on large matrix products that training reaches overall. Accelerators: published trainers
@@ -56,12 +56,15 @@ class Estimate:
         text: The training text.
         plan: Batches and length of the run.
         flops: Floating point operations per token, by part.
-        memory: Bytes on each device.
+        memory: Bytes on each device, with the whole verifier.
         trained: Number of trained weights.
         slots: Number of verifier states per token that the draft reads.
         width: Number of values of a state.
         device_flops: Peak operations per second of one device.
         utilisation: The lowest and the highest share of the peak that training reaches.
+        verifier_layers: Bytes of each of the verifier's layers.
+        is_split: Whether its layers are split over the devices.
+        device_memory: Bytes of memory of one device; None if unknown.
     """
 
     text: RunText
@@ -73,6 +76,23 @@ class Estimate:
     width: int
     device_flops: float
     utilisation: tuple[float, float]
+    verifier_layers: list[int]
+    is_split: bool = False
+    device_memory: float | None = None
+
+    @property
+    def split(self) -> SplitVerifier:
+        """The verifier, if it is or were split over the devices."""
+        return SplitVerifier(self.verifier_layers, self.plan.devices)
+
+    @property
+    def device(self) -> StepMemory:
+        """Bytes on each device of this run."""
+        return self.split.on_each(self.memory) if self.is_split else self.memory
+
+    def fits(self, peak: int) -> bool:
+        """Return whether some peak fits on a device; True if its memory is unknown."""
+        return self.device_memory is None or peak <= self.device_memory
 
     @property
     def steps(self) -> int:

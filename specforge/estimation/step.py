@@ -8,7 +8,7 @@ optimizer. The verifier's configuration is enough.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self, cast
 
 import torch
@@ -22,7 +22,7 @@ from specforge.errors import SpecforgeError
 from specforge.estimation.shapes import ShapeMode
 from specforge.training.losses.chunks import for_accelerator
 from specforge.training.module import Batch, DraftModule
-from specforge.verifier.features import assume_packs
+from specforge.verifier.features import assume_packs, decoder_layers
 from specforge.verifier.loading import auto_class
 from specforge.verifier.packed_attention import attend_by_documents
 from specforge.verifier.parts import VerifierParts
@@ -44,6 +44,7 @@ class StepMemory:
         verifier_work: Peak of further memory in the verifier's forward pass.
         draft_work: Peak of further memory in the draft's steps and the chunks of the loss.
         peak: Peak of all memory.
+        peak_stored: The same if states are read from a store: without the verifier's layers and its forward pass.
     """
 
     verifier: int
@@ -55,6 +56,7 @@ class StepMemory:
     verifier_work: int
     draft_work: int
     peak: int
+    peak_stored: int
 
     @classmethod
     def largest(cls, several: Sequence[Self]) -> Self:
@@ -75,6 +77,29 @@ class StepCost:
     flops: dict[str, int]
     memory: StepMemory
     trained: int
+
+
+@dataclass(frozen=True)
+class SplitVerifier:
+    """A verifier whose layers are split over devices, each layer being gathered on all of them while it runs.
+
+    Attributes:
+        layers: Bytes of each decoder layer.
+        devices: Number of devices.
+    """
+
+    layers: Sequence[int]
+    devices: int
+
+    @property
+    def gathered(self) -> int:
+        """Bytes that a device receives in a forward pass."""
+        return sum(self.layers) * (self.devices - 1) // self.devices
+
+    def on_each(self, memory: StepMemory) -> StepMemory:
+        """Return the memory of a device, given that with the whole verifier: two layers are gathered at a time."""
+        saved = sum(self.layers) - sum(self.layers) // self.devices - 2 * max(self.layers)
+        return replace(memory, verifier=memory.verifier - saved, peak=memory.peak - saved)
 
 
 class DryRun:
@@ -104,6 +129,11 @@ class DryRun:
             self._optimizer: Optimizer = module.configure_optimizers()["optimizer"]
         module.train()
         self._hook_layers()
+
+    @property
+    def verifier_layers(self) -> list[int]:
+        """Bytes of each of the verifier's decoder layers."""
+        return [_bytes(_weights(layer)) for layer in decoder_layers(self._verifier)]
 
     def run(self, batch: Batch) -> StepCost:
         """Run a step on a batch, with values only in ids and masks.
@@ -162,6 +192,7 @@ class DryRun:
             verifier_work=peaks[0] - before - captured,
             draft_work=peaks[1] - before - captured - kept,
             peak=max(*peaks, shapes.peak),
+            peak_stored=max(*peaks[1:], shapes.peak) - sum(self.verifier_layers),
         )
         return StepCost(dict(shapes.flops), memory, sum(one.numel() for one in trained))
 

@@ -18,6 +18,8 @@ from specforge.decoding.loop import Decoder, Emission, Times
 from specforge.decoding.recorded import chain_acceptance, replay_text
 from specforge.decoding.replay import Rounds, replay
 from specforge.decoding.verification import Verification, is_lossy
+from specforge.evaluation.cost import draft_cost
+from specforge.evaluation.expecting import modelled_speedups
 from specforge.evaluation.results import ContenderResult
 from specforge.evaluation.tally import Response, RoundTally
 from specforge.hookspecs import ProposalMethod
@@ -59,17 +61,21 @@ class Contender:
         proposer: type[Proposer] = installed().load(method, "proposer")
         return proposer
 
-    def result(self, verification: Verification) -> ContenderResult:
+    def result(self, verification: Verification, verifier: PreTrainedModel) -> ContenderResult:
         """Return its results."""
-        pooled = sum(self.tallies.values(), RoundTally())
+        pooled = sum(self.tallies.values(), RoundTally()).measurement("all")
+        cost = 0.0 if self.draft is None else draft_cost(self.draft, verifier)
+        passes = 1 if self.draft is not None and self.draft.drafter(1).reads_weights_once else None
         return ContenderResult(
             name=self.name,
             draft=self.draft_name,
             proposal=self.proposal.model_dump(mode="json"),
             is_baseline=self.draft is None,
             is_lossy=is_lossy(verification, self.proposal),
+            draft_cost=cost,
+            modelled_speedups=[] if cost is None else modelled_speedups(pooled.by_chain_length, cost, passes),
             sets=[tally.measurement(name) for name, tally in self.tallies.items()],
-            all_sets=pooled.measurement("all"),
+            all_sets=pooled,
         )
 
 

@@ -10,15 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from specforge.evaluation.result import Result
+from specforge.evaluation.served import Served
 from specforge.sampling import Sampling
-
-
-class Result(BaseModel):
-    """Base class of all parts of the results."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class Span(Result):
@@ -105,6 +101,10 @@ class ContenderResult(Result):
         proposal: Settings of the proposal method.
         is_baseline: Whether it is a method without a draft, which a draft has to beat.
         is_lossy: Whether its output may differ from the verifier's own.
+        draft_cost: Weights that a pass of the draft reads, relative to the verifier's in bytes; 0 without a draft, None
+            if it is not known what a pass of the verifier reads.
+        modelled_speedups: Speedup with chains of K = 1, 2, ... tokens if passes take time in proportion to the bytes
+            that they read; empty if unknown.
         sets: By prompt set, in the order of ``Results.prompt_sets``.
         all_sets: All prompt sets together.
     """
@@ -114,6 +114,8 @@ class ContenderResult(Result):
     proposal: dict[str, Any]
     is_baseline: bool
     is_lossy: bool
+    draft_cost: float | None = None
+    modelled_speedups: list[float] = Field(default_factory=list)
     sets: list[Measurement]
     all_sets: Measurement
 
@@ -122,8 +124,8 @@ class Results(Result):
     """Results of a whole evaluation.
 
     Attributes:
-        verifier: Folder or hub id.
-        verifier_parameters: Number of its weights.
+        verifier: Folder or hub id, or the servers' name for it.
+        verifier_parameters: Number of its weights; None if only servers were measured.
         sampling: How tokens were chosen.
         verification: Name of the verification method.
         max_new_tokens: Maximum number of tokens of a response.
@@ -134,10 +136,11 @@ class Results(Result):
         versions: Version of each relevant package.
         prompt_sets: Names of the prompt sets.
         contenders: Results of the contenders, in the given order.
+        served: Results of serving engines; None if none was measured.
     """
 
     verifier: str
-    verifier_parameters: int
+    verifier_parameters: int | None
     sampling: Sampling
     verification: str
     max_new_tokens: int
@@ -148,6 +151,7 @@ class Results(Result):
     versions: dict[str, str]
     prompt_sets: list[str]
     contenders: list[ContenderResult] = Field(default_factory=list)
+    served: Served | None = None
 
     @classmethod
     def read(cls, path: Path) -> Results:

@@ -12,6 +12,7 @@ Letters in shapes: B sequences, Q committed tokens, W stepped nodes, D draft voc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,11 +26,14 @@ class Drafter(ABC):
         root: Logits of the token that follows the last committed one, [B, D]; set by ``commit``.
         draft_ids: The verifier's ids of the draft tokens, ascending, int64 [D]; None if the vocabularies are the same.
         max_depth: Maximum depth of drafted tokens; None if it is not bounded.
+        reads_weights_once: Whether a round reads each weight once, however many tokens it drafts: in one pass, or
+            with other weights for each token. Otherwise each token takes a pass.
     """
 
     root: Tensor
     draft_ids: Tensor | None = None
     max_depth: int | None = None
+    reads_weights_once: ClassVar[bool] = False
 
     def begin(self, tokens: Tensor) -> None:  # noqa: B027  (most drafts need nothing of it)
         """Take in the first token of each sequence, x_0, before anything else; ``commit`` brings those after it.

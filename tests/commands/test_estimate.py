@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from specforge.__main__ import main
+from specforge.commands.units import in_units
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart"
@@ -70,6 +73,27 @@ class TestOutput:
     def test_the_last_line_starts_the_run(self, config, capsys):
         out = estimated(capsys, "--config", str(config), *GIVEN, "--model.ttt_steps=3")
         assert out.splitlines()[-1] == f"  specforge fit --config {config} --model.ttt_steps=3"
+
+    def test_rows_that_are_missing_are_named_before_the_command(self, config, capsys):
+        out = estimated(capsys, "--config", str(config), *GIVEN)
+        assert "To start it, once there are rows (data.train: " in out and "rows.jsonl does not exist" in out
+
+    def test_what_does_not_fit_is_named_with_what_would(self, config, capsys):
+        flags = ["--device_memory", "1e6", "--trainer.devices", "4", "--trainer.accelerator", "gpu"]
+        out = estimated(capsys, "--config", str(config), *GIVEN, *flags)
+        assert "It does not fit" in out and "1.00 MB" in out and "specforge fit" not in out
+
+    def test_a_split_verifier(self, config, capsys):
+        """Each device keeps embeddings, norm and head, a quarter of the layers, and two gathered ones."""
+        flags = ["--verifier_sharding", "true", "--trainer.devices", "4", "--trainer.accelerator", "gpu"]
+        out = " ".join(
+            estimated(capsys, "--config", str(config), *GIVEN, *flags, "--verifier_dtype", "float32").split()
+        )
+        with torch.device("meta"):
+            verifier = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(QUICKSTART / "verifier"))
+        layers = [sum(4 * one.numel() for one in layer.parameters()) for layer in verifier.model.layers]
+        assert f"receives {in_units(sum(layers) * 3 // 4, 'B')} of the split verifier's layers" in out
+        assert "split over 4 devices and two gathered at a time" in out
 
     def test_another_device_keeps_the_stored_type(self, config, capsys):
         flags = ["--trainer.accelerator", "gpu", "--trainer.devices", "8", "--trainer.precision", "bf16-mixed"]

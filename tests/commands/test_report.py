@@ -22,7 +22,9 @@ from specforge.commands.evaluate.plots import plots
 from specforge.commands.evaluate.report import page, write_report
 from specforge.commands.evaluate.table import print_table
 from specforge.errors import SpecforgeError
+from specforge.evaluation.expecting import expectations
 from specforge.evaluation.results import ContenderResult, Measurement, Results, Span
+from specforge.evaluation.served import Percentiles, Served, ServedMeasurement, ServerResult
 from specforge.sampling import Sampling
 
 VOID = {"meta", "br", "link", "img"}
@@ -136,7 +138,68 @@ def many() -> Results:
     return results(*(contender(f"contender {number}", 0.3 + 0.05 * number, sets, depth=16) for number in range(9)))
 
 
-MADE_UP = {"usual": usual, "bare": bare, "without drafts": without_drafts, "many": many, "empty": results}
+def served_measurement(prompt_set: str, load: int, drafted: int) -> ServedMeasurement:
+    """Made-up figures of a server; with drafted tokens it is faster."""
+    rng = random.Random(f"{prompt_set} {load} {drafted}")
+    rates = [0.8 ** (k + 1) for k in range(drafted)]
+    times = Percentiles(p50=rng.uniform(10, 20), p90=rng.uniform(20, 30), p99=rng.uniform(30, 40))
+    return ServedMeasurement(
+        prompt_set=prompt_set,
+        concurrency=load,
+        responses=37,
+        tokens=4321,
+        seconds=8.0,
+        tokens_per_second=load * rng.uniform(100, 200),
+        request_tokens_per_second=(1 + sum(rates)) * rng.uniform(20, 21),
+        first_token=times,
+        per_token=times,
+        whole=times,
+        acceptance_length=1 + sum(rates) if drafted else None,
+        accept_rate_pos=rates,
+        num_drafts=999 if drafted else None,
+        speedup=1.25 if drafted else None,
+    )
+
+
+def only_served() -> Results:
+    """Two servers and one without speculation, at two loads, on two prompt sets; nothing in process."""
+    servers = [
+        ServerResult(
+            url=f"https://a-server-with-a-long-name.example:{8000 + drafted}/<v1>",
+            engine="vLLM",
+            is_baseline=not drafted,
+            draft_tokens=drafted or None,
+            measurements=[
+                served_measurement(name, load, drafted) for load in (1, 8) for name in ("chat", "code", "all")
+            ],
+        )
+        for drafted in (3, 5, 0)
+    ]
+    what = results()
+    what.verifier, what.verifier_parameters, what.prompt_sets = "<served>", None, ["chat", "code"]
+    expected = expectations(servers, [1, 8], [1.0 + 0.5 * k for k in range(1, 7)])
+    what.served = Served(model="<served>", concurrencies=[1, 8], servers=servers, expectations=expected)
+    return what
+
+
+def with_served() -> Results:
+    """Contenders in process, and a server of unknown draft length, about which nothing can be expected."""
+    what, served = usual(), only_served().served
+    assert served is not None
+    server = served.servers[0].model_copy(update={"draft_tokens": None})
+    what.served = served.model_copy(update={"servers": [server], "expectations": []})
+    return what
+
+
+MADE_UP = {
+    "usual": usual,
+    "bare": bare,
+    "without drafts": without_drafts,
+    "many": many,
+    "empty": results,
+    "only served": only_served,
+    "with served": with_served,
+}
 
 
 @functools.cache
@@ -277,6 +340,17 @@ class TestPage:
         }
         assert expected == {name: shown[name] for name in expected}
 
+    def test_servers_are_there(self):
+        what = only_served()
+        assert what.served is not None
+        read = Page(made_up_page("only served"))
+        shown = [row for row in read.rows if row[0].startswith("a-server-with-a-long-name")]
+        assert len(shown) == 3 * 2 * 3 and all(len(row) == 8 for row in shown)
+        for expected in what.served.expectations:
+            best = expected.best
+            assert f"draft {best.draft_tokens} tokens, and expect {best.speedup:.2f}× the speed" in read.text
+        assert "No contender" not in read.text and "token verification" not in read.text
+
     def test_settings_are_there(self):
         text = Page(made_up_page("usual")).text
         for expected in (
@@ -406,6 +480,22 @@ class TestWarnings:
     @pytest.mark.parametrize("kind", MADE_UP)
     def test_none_without_problems(self, kind):
         assert self.shown_warnings(MADE_UP[kind]())[0] == []
+
+    def test_of_servers(self):
+        what = only_served()
+        assert what.served is not None
+        first, second, _ = what.served.servers
+        first.url, second.url = "http://first:1", "http://second:2"
+        first.measurements[0].other_tokens = 55
+        first.measurements[0].responses = 1
+        second.engine = "SGLang"
+        listed, _ = self.shown_warnings(what)
+        named = (
+            "fewer responses than 2 for each of 1 requests",
+            "55 tokens for other clients",
+            "SGLang, which reports",
+        )
+        assert len(listed) == 3 and all(part in line for part, line in zip(named, listed, strict=True))
 
     def test_a_draft_that_a_baseline_beats(self):
         what = usual()

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "models/block": FEATURES | {"models", "models/chain"},
     "proposals": FEATURES | {"models"},
     "decoding": FEATURES | {"models", "proposals"},
-    "evaluation": DRAFTS | ROWS,
+    "evaluation": DRAFTS | ROWS | {"engines"},
     "training/losses": DRAFTS | {"training"},
     "training": DRAFTS | DATA | {"training/losses"},
     "training/callbacks": DRAFTS | DATA | {"training", "training/losses"},

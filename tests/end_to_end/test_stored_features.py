@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,15 @@ class TestCommand:
         words = ["prepare", "features", source, "--algorithm", "eagle3", "--verifier", workshop.values["verifier"]]
         assert main([*words, "--model.draft.draft_vocab_size=64", "--output", str(output)]) == 0
         assert len(FeatureStore(output).kept) == 8
+
+    def test_sources_take_the_place_of_those_that_do_not_exist(self, workshop, capfd):
+        """The command that is printed at the end runs as it is."""
+        missing = [f"--data.{split}={workshop.folder / 'nowhere.jsonl'}" for split in ("train", "validation")]
+        source = workshop.values["data"]["validation"]
+        words = ["--config", str(workshop.config), *missing]
+        assert main(["prepare", "features", source, "--output", str(workshop.folder / "out"), *words]) == 0
+        program, *command = shlex.split(capfd.readouterr().out.splitlines()[-1])
+        assert program == "specforge" and main([*command, "--trainer.max_steps=1"]) == 0
 
     def test_imports_states_that_a_server_wrote(self, workshop, stores, shared):
         verifier = load_verifier(str(VERIFIER))

@@ -7,15 +7,17 @@ from hypothesis import strategies as st
 
 from specforge.commands.units import duration, in_units
 from specforge.estimation.estimate import Estimate, RunPlan, flops_per_token
-from specforge.estimation.step import LAYERS, OPTIMIZER, VERIFIER, StepCost, StepMemory
+from specforge.estimation.step import LAYERS, OPTIMIZER, VERIFIER, SplitVerifier, StepCost, StepMemory
 from specforge.estimation.text import RunText
 
-MEMORY = StepMemory(*range(9))
+MEMORY = StepMemory(*range(10))
 
 
 def make_estimate(plan: RunPlan, tokens: int = 1000, rows: int = 10) -> Estimate:
     text = RunText(tokens, 0.5, rows, [], "")
-    return Estimate(text, plan, {VERIFIER: 2.0, LAYERS: 3.0, OPTIMIZER: 1.0}, MEMORY, 7, 4, 4096, 2.0, (0.25, 0.5))
+    return Estimate(
+        text, plan, {VERIFIER: 2.0, LAYERS: 3.0, OPTIMIZER: 1.0}, MEMORY, 7, 4, 4096, 2.0, (0.25, 0.5), [8, 8]
+    )
 
 
 def test_states_on_disk():
@@ -59,8 +61,8 @@ def test_operations_per_token_exclude_padding_and_share_the_optimizer():
 
 
 def test_the_maximum_of_each_field():
-    other = StepMemory(9, 0, 0, 0, 0, 0, 0, 0, 0)
-    assert StepMemory.largest([MEMORY, other]) == StepMemory(9, *range(1, 9))
+    other = StepMemory(9, *[0] * 9)
+    assert StepMemory.largest([MEMORY, other]) == StepMemory(9, *range(1, 10))
 
 
 def test_readable_numbers():
@@ -80,3 +82,11 @@ def test_readable_numbers():
         "25 h 0 min",
         "9.0 days",
     ]
+
+
+def test_a_split_verifier_keeps_a_share_of_its_layers_and_two_whole_ones() -> None:
+    split = SplitVerifier([40, 40, 40, 80], 4)
+    memory = StepMemory(300, *[0] * 7, 500, 450)
+    # 200 bytes of layers: 50 here, and two of up to 80 gathered.
+    assert split.on_each(memory) == StepMemory(300 - 200 + 50 + 160, *[0] * 7, 500 - 200 + 50 + 160, 450)
+    assert split.gathered == 150

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from specforge.engines.answering import EndpointAnswerer
-from specforge.engines.counters import measure
 from specforge.engines.generation import GenerationSettings
 from specforge.engines.pool import EndpointSettings
+from specforge.engines.probing import measure
 from specforge.engines.responses import write_responses
 from specforge.errors import SpecforgeError
 from specforge.sampling import Sampling

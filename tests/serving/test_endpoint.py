@@ -1,4 +1,4 @@
-"""``specforge verify --endpoint`` with a real vLLM server, which serves the verified export or another one."""
+"""``verify --endpoint`` and ``evaluate --endpoint`` with a real vLLM server, which serves our export or another one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from local_server import local_server
 from safetensors.torch import load_file, save_file
-from serving import ENGINE_ENVIRONMENT, Served, engine_options
+from serving import DRAFTED, ENGINE_ENVIRONMENT, Served, engine_options
+from wide_verifier import QUICKSTART
 
 from specforge.__main__ import main
+from specforge.evaluation.results import Results
 
 
 @contextmanager
@@ -43,3 +45,20 @@ def test_a_missing_vocabulary_map(served: Served, tmp_path: Path, capsys: pytest
     with server(served.verifier, wrong, tmp_path / "log") as url:
         assert main(["verify", str(export), "--endpoint", url]) == 1
     assert "likely cause: nothing is accepted: d2t is missing or absolute" in capsys.readouterr().out
+
+
+def test_speed_and_acceptance_of_a_server(served: Served, tmp_path: Path) -> None:
+    """A server accepts what the draft accepts in process, on the same prompts, at one request at a time and at four."""
+    words = ["--prompts", str(QUICKSTART / "validation.jsonl"), "--limit", "8", "--max_new_tokens", "32"]
+    words += ["--proposal", f"greedy:speculative_tokens={DRAFTED}", "--baselines", "--concurrency", "1", "4"]
+    with server(served.verifier, served.exports["eagle3"], tmp_path / "log") as url:
+        words += ["--endpoint", url, "--output", str(tmp_path / "out")]
+        assert main(["evaluate", str(served.runs["eagle3"]), *words]) == 0
+    results = Results.read(tmp_path / "out" / "results.json")
+    assert results.served is not None
+    (measured,) = results.served.servers
+    assert measured.engine == "vLLM" and measured.draft_tokens == DRAFTED
+    for one in measured.measurements:
+        assert one.responses == 8 and one.other_tokens == 0 and len(one.accept_rate_pos) == DRAFTED
+        assert one.acceptance_length == pytest.approx(1 + sum(one.accept_rate_pos))
+        assert one.acceptance_length == pytest.approx(results.contenders[0].all_sets.acceptance_length, rel=0.1)

@@ -21,6 +21,8 @@ class MedusaDrafter(Drafter):
         network: The network, attached to its verifier.
     """
 
+    reads_weights_once = True
+
     def __init__(self, network: MedusaModel) -> None:
         self._network = network
         self.max_depth = network.config.num_heads

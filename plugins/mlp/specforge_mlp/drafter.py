@@ -21,6 +21,8 @@ class MLPDrafter(Drafter):
         network: The network, attached to its verifier.
     """
 
+    reads_weights_once = True
+
     def __init__(self, network: MLPSpeculator) -> None:
         self._network = network
         self.max_depth = network.config.num_layers

@@ -94,6 +94,8 @@ class DepthDrafter(Drafter):
         device: Device of the heads.
     """
 
+    reads_weights_once = True
+
     def __init__(self, network: MtpDraftModel, batch_size: int, device: torch.device) -> None:
         self._network = network
         self._cache = DepthCache(batch_size, device)

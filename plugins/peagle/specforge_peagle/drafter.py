@@ -25,6 +25,8 @@ class ParallelDrafter(Drafter):
         device: Where the network is.
     """
 
+    reads_weights_once = True
+
     def __init__(self, network: PEagleDraftModel, batch_size: int, device: torch.device) -> None:
         self._network = network
         self._cache = TreeCache(batch_size, device)

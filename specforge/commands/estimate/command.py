@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from tqdm import tqdm
 from specforge.commands.estimate.table import print_estimate
 from specforge.commands.trainer import choose, quieten
 from specforge.commands.trainer import command_line as settings_of_all
+from specforge.commands.units import duration, in_units
+from specforge.data.module import LIVE, RECORD
+from specforge.data.text.sources import check_source
 from specforge.errors import UsageError
 from specforge.estimation.device import measured_flops
 from specforge.estimation.estimate import ACCELERATOR_UTILISATION, CPU_UTILISATION, Estimate, RunPlan, flops_per_token
@@ -25,10 +29,13 @@ from specforge.estimation.text import RunText, counted_text, given_text
 from specforge.training.cli.command_line import TrainingCLI
 from specforge.training.module import DraftModule
 
-FLAGS = ("--tokens", "--supervised_share", "--device_flops")
+# Bytes per second of a GPU's links: NVLink 4 in one direction, and an adapter of 400 Gb/s.
+NVLINK, NETWORK = 450e9, 50e9
+FLAGS = ("--tokens", "--supervised_share", "--device_flops", "--device_memory")
 HELP = """\
 usage: specforge estimate --config FILE [--config FILE ...] [--KEY VALUE ...]
-                          [--tokens N --supervised_share S] [--device_flops F]
+                          [--tokens N --supervised_share S]
+                          [--device_flops F] [--device_memory B]
 
 Estimate the cost of specforge fit with the same configuration: disk for
 stored features, memory on each device, operations per token, and time.
@@ -49,6 +56,9 @@ step runs on tensors without values.
                           products, such as 989e12 for an H100 in bfloat16.
                           Without it, matrix products are timed here for a
                           second.
+  --device_memory B       Bytes of memory of one device, such as 80e9, to say
+                          what does not fit (default: that of this machine's
+                          accelerator if the run is for one and it has one).
 
 All settings of an algorithm: specforge estimate --algorithm NAME --help"""
 
@@ -69,6 +79,9 @@ class EstimateCLI(TrainingCLI):
             type=PositiveFloat | None,
             default=None,
             help="Operations per second of one device on large matrix products; null measures them here.",
+        )
+        parser.add_argument(
+            "--device_memory", type=PositiveFloat | None, default=None, help="Bytes of memory of one device."
         )
         super().add_core_arguments_to_parser(parser)
 
@@ -101,7 +114,7 @@ def run(arguments: list[str]) -> int:
     found = estimate(cli)
     title = f"{algorithm.name}: {found.trained:,} trained weights, for {cli.config.verifier}"
     print_estimate(found, title, _assumptions(found, cli), Console(highlight=False))
-    print(f"\nTo start it:\n  {shlex.join(['specforge', 'fit', *_without_own(arguments)])}")
+    print(f"\n{_closing_lines(found, cli, _without_own(arguments))}")
     return 0
 
 
@@ -140,6 +153,9 @@ def estimate(cli: EstimateCLI) -> Estimate:
         width=module.teacher.config.get_text_config().hidden_size,
         device_flops=config.device_flops or measured_flops(_compute_dtype(config)),
         utilisation=CPU_UTILISATION if _on_cpu(config) else ACCELERATOR_UTILISATION,
+        verifier_layers=dry_run.verifier_layers,
+        is_split=config.verifier_sharding and plan.devices > 1,
+        device_memory=config.device_memory or _memory_here(config),
     )
 
 
@@ -162,6 +178,13 @@ def _on_cpu(config: Any) -> bool:
     """Return whether the run is for a CPU; a given rate means another device than this one."""
     here = config.device_flops is None and not torch.accelerator.is_available()
     return config.trainer.accelerator == "cpu" or (config.trainer.accelerator == "auto" and here)
+
+
+def _memory_here(config: Any) -> float | None:
+    """Return the memory of this machine's accelerator; None if the run is for another device."""
+    if _on_cpu(config) or config.device_flops is not None or not torch.accelerator.is_available():
+        return None
+    return float(torch.accelerator.get_memory_info()[1])
 
 
 def _compute_dtype(config: Any) -> torch.dtype:
@@ -196,13 +219,54 @@ def _assumptions(found: Estimate, cli: EstimateCLI) -> list[str]:
         f"Text {found.text.origin}.",
         f"Operations are counted over {batches} batch{'es' * (batches > 1)}, with padding spread over the other "
         "tokens: only matrix products and attention, each query with each key of its document.",
-        f"Memory: verifier in {name}, precision {precision}; draft, gradients and optimizer complete on each device, "
-        "not sharded. The device's own context, fragmentation and communication buffers are not included.",
+        f"Memory: verifier in {name}{_split(found)}, precision {precision}; draft, gradients and optimizer complete on "
+        "each device, not sharded. The device's own context, fragmentation and communication buffers are not included.",
         f"Time: the rate is {rate}; devices do not wait for data or each other. Validation, loading and saving are "
         "not included, and models too small to fill the device reach less than this utilisation.",
+        *_gathering(found),
         "Disk: only values and scales.",
         *cli.model.unestimated_costs,
     ]
+
+
+def _split(found: Estimate) -> str:
+    return f", its layers split over {found.plan.devices} devices and two gathered at a time" if found.is_split else ""
+
+
+def _gathering(found: Estimate) -> Iterator[str]:
+    if found.is_split:
+        size = found.split.gathered * found.plan.accumulated
+        nvlink, network = (duration(size / rate) for rate in (NVLINK, NETWORK))
+        yield (
+            f"Each device receives {in_units(size, 'B')} of the split verifier's layers in an optimizer step, which is "
+            f"not in the time: {nvlink} at {in_units(NVLINK, 'B')}/s within a machine, {network} at "
+            f"{in_units(NETWORK, 'B')}/s between machines; part of it overlaps with computing."
+        )
+
+
+def _closing_lines(found: Estimate, cli: EstimateCLI, words: list[str]) -> str:
+    """Return the command that starts the run, or what would make it fit on its devices."""
+    is_stored = cli.config.data.features not in (LIVE, RECORD)
+    needed, memory = found.memory.peak_stored if is_stored else found.device.peak, found.device_memory
+    if memory is not None and not found.fits(needed):
+        lines = [f"It does not fit: {in_units(needed, 'B')} on a device with {in_units(memory, 'B')}. In its place:"]
+        split = found.split.on_each(found.memory).peak
+        if not is_stored and not found.is_split and found.plan.devices > 1 and found.fits(split):
+            lines.append(f"  verifier_sharding: true   {in_units(split, 'B')}; the layers are gathered in every step")
+        if not is_stored and found.fits(found.memory.peak_stored):
+            lines.append(
+                f"  stored states             {in_units(found.memory.peak_stored, 'B')}; specforge prepare features, "
+                "with --endpoint for a verifier that only a server can run"
+            )
+        lines.append("  less of everything        smaller data.batch_size or data.max_length, fewer draft steps,")
+        lines.append("                            model.activation_checkpointing: true")
+        return "\n".join(lines)
+    line = f"\n  {shlex.join(['specforge', 'fit', *words])}"
+    try:
+        check_source(cli.config.data.train, "data.train")
+    except UsageError as error:
+        return f"To start it, once there are rows ({error}):{line}"
+    return f"To start it:{line}"
 
 
 def _without_own(arguments: list[str]) -> list[str]:

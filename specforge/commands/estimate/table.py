@@ -87,8 +87,11 @@ def _disk(estimate: Estimate) -> Iterable[Sequence[str]]:
 
 def _memory(estimate: Estimate) -> Iterable[Sequence[str]]:
     for name, words in _MEMORY.items():
-        yield words, in_units(getattr(estimate.memory, name), "B")
-    yield "peak", in_units(estimate.memory.peak, "B")
+        yield words, in_units(getattr(estimate.device, name), "B")
+    yield "peak", in_units(estimate.device.peak, "B")
+    yield "peak, with stored states", in_units(estimate.memory.peak_stored, "B")
+    if estimate.device_memory is not None:
+        yield "memory of a device", in_units(estimate.device_memory, "B")
 
 
 def _flops(estimate: Estimate) -> Iterable[Sequence[str]]:

@@ -1,4 +1,4 @@
-"""``specforge evaluate``: measure drafts and baselines on prompt sets, and write a report."""
+"""``specforge evaluate``: measure drafts, baselines and servers on prompt sets, and write a report."""
 
 from __future__ import annotations
 
@@ -16,22 +16,30 @@ from transformers import PreTrainedModel
 from specforge.checkpoints.run_record import find_draft
 from specforge.commands.arguments import PROPOSAL, decoding_parser, find_verifier, load, load_draft, parse, sampling_of
 from specforge.commands.evaluate.report import write_report
+from specforge.commands.evaluate.servers import (
+    add_server_flags,
+    check_server_flags,
+    measure_servers,
+    replayed_lengths,
+)
 from specforge.commands.evaluate.table import print_table
 from specforge.config import SpeculatorModelConfig
 from specforge.data.module import default_cache
 from specforge.data.rows.bigrams import bigram_table
 from specforge.data.rows.building import build_rows
 from specforge.data.rows.summary import RowSettings
-from specforge.data.text.prompts import Conversation, prompt_set_name, read_prompts
+from specforge.data.text.prompts import Conversation, by_category, prompt_set_name, read_prompts
 from specforge.data.text.sources import check_source, source_fingerprint
 from specforge.data.text.template import ChatTemplate
 from specforge.decoding.verification import Verification
 from specforge.errors import UsageError
+from specforge.evaluation.expecting import expectations
 from specforge.evaluation.measuring import Contender, Measuring, Settings
 from specforge.evaluation.results import Results
 from specforge.hookspecs import ProposalMethod
 from specforge.proposals.choice import choose_proposal, describe
 from specforge.registry import installed
+from specforge.sampling import Sampling
 
 DESCRIPTION = """\
 Measure drafts on prompt sets: acceptance length, rates by position, time, and speedup over decoding without
@@ -51,42 +59,35 @@ Writes results.json and report.html, one page with plots, to --output."""
 def run(arguments: list[str]) -> int:
     """Measure, print a table and write a report."""
     found = parse(command_line(), arguments)
-    if not found.drafts and not found.baselines:
-        raise UsageError("nothing to measure: give drafts or --baselines")
+    check_server_flags(found)
+    if not found.drafts and not found.baselines and not found.endpoint:
+        raise UsageError("nothing to measure: give drafts, --baselines or --endpoint")
     found.drafts = [find_draft(name)[0] for name in found.drafts]
-    configs = [SpeculatorModelConfig.from_pretrained(name) for name in found.drafts]
     sampling, verification = sampling_of(found), Verification(method=found.verification)
-    names = [prompt_set_name(source) for source in found.prompts]
-    if len(set(names)) < len(names):
-        raise UsageError(f"--prompts: two prompt sets have the same name: {', '.join(names)}; rename a file")
-    prompt_sets = {
-        name: read_prompts(source, limit=found.limit) for name, source in zip(names, found.prompts, strict=True)
-    }
-    if "bigram" in " ".join(found.baselines) and not found.bigram_rows:
-        raise UsageError("the baseline bigram is counted from training rows; give them as --bigram_rows")
-    if found.bigram_rows:
-        check_source(found.bigram_rows, "--bigram_rows")
-    for text in found.baselines:
-        _check_baseline(text)
-    verifier_name = find_verifier(found, configs)
-    verifier, template = load(found, verifier_name)
-    contenders = _contenders(found, configs, verifier, template)
-    settings = Settings(sampling, verification, found.max_new_tokens, found.batch_size, found.seed)
+    prompt_sets = _prompt_sets(found)
     results = Results(
-        verifier=verifier_name,
-        verifier_parameters=sum(one.numel() for one in verifier.parameters()),
+        verifier="",
+        verifier_parameters=None,
         sampling=sampling,
         verification=verification.method,
         max_new_tokens=found.max_new_tokens,
         batch_size=found.batch_size,
         seed=found.seed,
         template_arguments=found.template_arguments or {},
-        machine=_machine(verifier),
+        machine="",
         versions={name: version(name) for name in ("specforge-lightning", "torch", "transformers")},
-        prompt_sets=names,
+        prompt_sets=list(prompt_sets),
     )
-    _measure(Measuring(verifier, template, contenders, settings), prompt_sets)
-    results.contenders = [one.result(verification) for one in contenders]
+    measuring = _measuring(found, results, sampling, verification) if found.drafts or not found.endpoint else None
+    if found.endpoint:
+        results.served = measure_servers(found, sampling, prompt_sets)
+    if measuring is not None:
+        _measure(measuring, prompt_sets)
+        results.contenders = [one.result(verification, measuring.verifier) for one in measuring.contenders]
+    if results.served is not None:
+        served, replayed = results.served, replayed_lengths(results.contenders)
+        served.expectations = expectations(served.servers, served.concurrencies, replayed)
+        results.verifier = results.verifier or served.model
     print_table(results, Console())
     write_report(results, Path(found.output))
     print(f"\nDone: {found.output} holds results.json and report.html; open the latter in a browser.")
@@ -120,13 +121,47 @@ def command_line() -> ArgumentParser:
         "--bigram_rows", type=str | None, default=None, metavar="ROWS", help="Rows to count bigrams from."
     )
     parser.add_argument(
-        "--limit", type=PositiveInt | None, default=None, metavar="N", help="Maximum number of prompts of each set."
+        "--limit",
+        type=PositiveInt | None,
+        default=None,
+        metavar="N",
+        help="Maximum number of prompts of each set and category.",
     )
     parser.add_argument(
         "--batch_size", type=PositiveInt, default=1, metavar="N", help="Number of responses decoded in a batch."
     )
+    add_server_flags(parser)
     parser.add_argument("--output", type=str, default="evaluation", metavar="FOLDER", help="Folder of the report.")
     return parser
+
+
+def _prompt_sets(found: Namespace) -> dict[str, list[Conversation]]:
+    """Read the prompt sets, each split by category."""
+    names = [prompt_set_name(source) for source in found.prompts]
+    if len(set(names)) < len(names):
+        raise UsageError(f"--prompts: two prompt sets have the same name: {', '.join(names)}; rename a file")
+    prompt_sets: dict[str, list[Conversation]] = {}
+    for name, source in zip(names, found.prompts, strict=True):
+        prompt_sets |= by_category(name, read_prompts(source, limit=found.limit))
+    return prompt_sets
+
+
+def _measuring(found: Namespace, results: Results, sampling: Sampling, verification: Verification) -> Measuring:
+    """Load the verifier and the contenders, and note the verifier in the results."""
+    if "bigram" in " ".join(found.baselines) and not found.bigram_rows:
+        raise UsageError("the baseline bigram is counted from training rows; give them as --bigram_rows")
+    if found.bigram_rows:
+        check_source(found.bigram_rows, "--bigram_rows")
+    for text in found.baselines:
+        _check_baseline(text)
+    configs = [SpeculatorModelConfig.from_pretrained(name) for name in found.drafts]
+    results.verifier = find_verifier(found, configs)
+    verifier, template = load(found, results.verifier)
+    results.verifier_parameters = sum(one.numel() for one in verifier.parameters())
+    results.machine = _machine(verifier)
+    contenders = _contenders(found, configs, verifier, template)
+    settings = Settings(sampling, verification, found.max_new_tokens, found.batch_size, found.seed)
+    return Measuring(verifier, template, contenders, settings)
 
 
 def _check_baseline(text: str) -> None:

@@ -60,6 +60,13 @@ def identical(measurement: Measurement) -> str:
     return f"{measurement.identical_responses:,} of {measurement.responses:,}"
 
 
+def modelled(contender: ContenderResult) -> str:
+    """Return the modelled speedups, with the cost that they assume; a dash if it is unknown."""
+    if contender.draft_cost is None or not contender.modelled_speedups:
+        return UNKNOWN
+    return f"{series(contender.modelled_speedups, 2)} (a pass of the draft costs {percent(contender.draft_cost)})"
+
+
 def shortened(name: str, length: int) -> str:
     """Shorten a name to ``length`` characters by its middle, since start and end distinguish checkpoints."""
     kept = length - 1
@@ -89,15 +96,22 @@ def settings(results: Results) -> dict[str, str]:
         sampling += f", top-k {chosen.top_k}"
     if not chosen.is_greedy and chosen.top_p < 1:
         sampling += f", top-p {chosen.top_p:g}"
-    return {
-        "Verifier": f"{results.verifier} ({parameters(results.verifier_parameters)})",
+    size = "" if results.verifier_parameters is None else f" ({parameters(results.verifier_parameters)})"
+    named = {
+        "Verifier": f"{results.verifier}{size}",
         "Sampling": sampling,
-        "Verification": results.verification,
         "Maximum new tokens": f"{results.max_new_tokens:,}",
-        "Batch size": f"{results.batch_size:,}",
         "Seed": str(results.seed),
         "Prompt sets": ", ".join(results.prompt_sets) or UNKNOWN,
-        "Machine": results.machine,
+    }
+    if in_process(results):
+        named |= {
+            "Verification": results.verification,
+            "Batch size": f"{results.batch_size:,}",
+            "Machine": results.machine,
+        }
+    return {
+        **named,
         "Versions": ", ".join(f"{name} {version}" for name, version in results.versions.items()) or UNKNOWN,
     }
 
@@ -105,10 +119,15 @@ def settings(results: Results) -> dict[str, str]:
 def conditions(results: Results) -> str:
     """Return in one line the settings that the figures depend on."""
     named = settings(results)
-    return (
-        f"{named['Sampling']}, {named['Verification']} verification, up to {named['Maximum new tokens']} new tokens, "
-        f"batch size {named['Batch size']}"
-    )
+    text = f"{named['Sampling']}, up to {named['Maximum new tokens']} new tokens"
+    if in_process(results):
+        text += f", in process with {named['Verification']} verification and batch size {named['Batch size']}"
+    return text
+
+
+def in_process(results: Results) -> bool:
+    """Return whether contenders were measured in this process, and not only servers."""
+    return bool(results.contenders) or results.served is None
 
 
 def parameters(number: int) -> str:

@@ -1,64 +1,34 @@
-"""The plots of the report, as SVG to embed in the page: each contender has one color and mark in all of them.
-
-matplotlib is slow to import, so it is imported on use. Figures are created without pyplot.
-"""
+"""The plots of contenders: each has one color and mark in all of them."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import StringIO
 from typing import TYPE_CHECKING
 
 from specforge.commands.evaluate import formatting
+from specforge.commands.evaluate.figures import (
+    MARKS,
+    WIDE,
+    WIDTH,
+    Mark,
+    Plot,
+    embedded,
+    lengths,
+    new_figure,
+    percentages,
+    whole_numbers,
+)
 from specforge.drawing import COLORS, INK, plot_style
 from specforge.evaluation.results import ContenderResult, Measurement, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))
 # Different from the contenders' colors, and in lightness too.
 PARTS = {"draft": "#3aa08f", "verifier": "#8f8f8f", "other": "#e3b23c"}
-WIDTH, WIDE = 5.4, 10.8  # inches
 NAME_LENGTH = 28  # characters
-
-
-@dataclass(frozen=True)
-class Mark:
-    """An entry of a plot's legend.
-
-    Attributes:
-        name: Label of the entry.
-        color: Its color.
-        sign: Its mark, as a character.
-    """
-
-    name: str
-    color: str
-    sign: str = "■"
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A plot of the page.
-
-    Attributes:
-        title: Title of the plot.
-        note: How to read it.
-        legend: Entries of the legend, in order.
-        svg: The ``<svg>`` element; names in it are escaped.
-        is_wide: Whether it takes the full width of the page.
-    """
-
-    title: str
-    note: str
-    legend: list[Mark]
-    svg: str
-    is_wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +75,7 @@ def _by_position(drawn: list[_Drawn]) -> Plot | None:
     shown = [one for one in drawn if one.pooled.accept_rate_pos]
     if not shown:
         return None
-    figure = _figure(WIDE, 2.9)
+    figure = new_figure(WIDE, 2.9)
     joint, conditional = figure.subplots(1, 2, sharey=True)
     for one in shown:
         for axes, rates in ((joint, one.pooled.accept_rate_pos), (conditional, one.pooled.accept_rate_cond)):
@@ -116,16 +86,16 @@ def _by_position(drawn: list[_Drawn]) -> Plot | None:
     ):
         axes.set_xlabel("Position in the draft")
         axes.set_title(label, fontsize=9, loc="left")
-        _whole_numbers(axes, max(len(one.pooled.accept_rate_pos) for one in shown), first=1)
-    _percentages(joint)
+        whole_numbers(axes, max(len(one.pooled.accept_rate_pos) for one in shown), first=1)
+    percentages(joint)
     joint.set_ylabel("Accepted")
     joint.set_ylim(0, 1.03)
     conditional.grid(axis="y")
-    return _plot(
+    return embedded(
         "Acceptance by position",
         "Left: how often a draft was accepted at least up to this position. Right: how often the token there was "
         "accepted if all before it were; a flat line means that the draft does not get worse along the chain.",
-        shown,
+        _legend(shown),
         figure,
         is_wide=True,
     )
@@ -135,7 +105,7 @@ def _by_prompt_set(drawn: list[_Drawn]) -> Plot | None:
     if not drawn:
         return None
     names = [measurement.prompt_set for measurement in formatting.measurements(drawn[0].contender)]
-    figure = _figure(WIDE, 0.9 + 0.25 * len(names) * (len(drawn) + 0.6))
+    figure = new_figure(WIDE, 0.9 + 0.25 * len(names) * (len(drawn) + 0.6))
     axes = figure.subplots()
     thickness = 1 / (len(drawn) + 0.6)
     longest = 1.0
@@ -158,10 +128,10 @@ def _by_prompt_set(drawn: list[_Drawn]) -> Plot | None:
     axes.set_xlabel("Tokens per verifier pass; 1 is without speculation")
     axes.grid(axis="x")
     axes.tick_params(axis="y", length=0)
-    return _plot(
+    return embedded(
         "Acceptance length by prompt set",
         "Bars start at 1, so a bar shows the draft's gain. Thin lines are 95 % confidence intervals.",
-        drawn,
+        _legend(drawn),
         figure,
         is_wide=True,
     )
@@ -172,7 +142,7 @@ def _by_position_in_text(drawn: list[_Drawn]) -> Plot | None:
     if not shown:
         return None
     spans = sorted({(each.begin, each.end) for one in shown for each in one.pooled.by_stretch})
-    figure = _figure(WIDTH, 2.9)
+    figure = new_figure(WIDTH, 2.9)
     axes = figure.subplots()
     for one in shown:
         points = {
@@ -183,11 +153,11 @@ def _by_position_in_text(drawn: list[_Drawn]) -> Plot | None:
     ticks = range(0, len(spans), math.ceil(len(spans) / 6))
     axes.set_xticks(ticks, [f"{spans[tick][0]}–{spans[tick][1] - 1}" for tick in ticks])
     axes.set_xlabel("Token of the response at which the round began")
-    _lengths(axes)
-    return _plot(
+    lengths(axes)
+    return embedded(
         "Acceptance length by position in the text",
         "Shows whether acceptance changes as the response grows.",
-        shown,
+        _legend(shown),
         figure,
     )
 
@@ -196,19 +166,19 @@ def _by_chain_length(drawn: list[_Drawn]) -> Plot | None:
     shown = [one for one in drawn if one.pooled.by_chain_length]
     if not shown:
         return None
-    figure = _figure(WIDTH, 2.9)
+    figure = new_figure(WIDTH, 2.9)
     axes = figure.subplots()
     for one in shown:
-        lengths = one.pooled.by_chain_length
-        one.line(axes, range(1, len(lengths) + 1), lengths)
-    _whole_numbers(axes, max(len(one.pooled.by_chain_length) for one in shown), first=1)
+        values = one.pooled.by_chain_length
+        one.line(axes, range(1, len(values) + 1), values)
+    whole_numbers(axes, max(len(one.pooled.by_chain_length) for one in shown), first=1)
     axes.set_xlabel("Chain length K")
-    _lengths(axes)
-    return _plot(
+    lengths(axes)
+    return embedded(
         "Acceptance length by chain length",
         "With chains of K tokens, by replay on the verifier's own responses. Where the line flattens, longer chains "
         "cost time without benefit.",
-        shown,
+        _legend(shown),
         figure,
     )
 
@@ -217,25 +187,27 @@ def _histogram(drawn: list[_Drawn]) -> Plot | None:
     shown = [one for one in drawn if sum(one.pooled.histogram)]
     if not shown:
         return None
-    figure = _figure(WIDTH, 2.9)
+    figure = new_figure(WIDTH, 2.9)
     axes = figure.subplots()
     width = 0.84 / len(shown)
     for index, one in enumerate(shown):
         counts = one.pooled.histogram
         positions = [number + (index - (len(shown) - 1) / 2) * width for number in range(len(counts))]
         axes.bar(positions, [count / sum(counts) for count in counts], width=0.94 * width, color=one.mark.color)
-    _whole_numbers(axes, max(len(one.pooled.histogram) for one in shown) - 1, first=0)
-    _percentages(axes)
+    whole_numbers(axes, max(len(one.pooled.histogram) for one in shown) - 1, first=0)
+    percentages(axes)
     axes.set_xlabel("Accepted tokens")
     axes.set_ylabel("Drafts")
-    return _plot("Accepted tokens per draft", "Share of the drafts with this number of accepted tokens.", shown, figure)
+    return embedded(
+        "Accepted tokens per draft", "Share of the drafts with this number of accepted tokens.", _legend(shown), figure
+    )
 
 
 def _times(drawn: list[_Drawn]) -> Plot | None:
     shown = [one for one in drawn if sum(_parts(one.pooled))]
     if not shown:
         return None
-    figure = _figure(WIDTH, max(1.6, 0.8 + 0.5 * len(shown)))
+    figure = new_figure(WIDTH, max(1.6, 0.8 + 0.5 * len(shown)))
     axes = figure.subplots()
     for row, one in enumerate(shown):
         left = 0.0
@@ -249,50 +221,13 @@ def _times(drawn: list[_Drawn]) -> Plot | None:
     axes.set_xlabel("Milliseconds per round")
     axes.grid(axis="x")
     axes.tick_params(axis="y", length=0)
-    plot = _plot("Time per round", "Time of a round by part: draft, verifier, and the loop itself.", [], figure)
-    return Plot(plot.title, plot.note, [Mark(name, color) for name, color in PARTS.items()], plot.svg)
+    legend = [Mark(name, color) for name, color in PARTS.items()]
+    return embedded("Time per round", "Time of a round by part: draft, verifier, and the loop itself.", legend, figure)
 
 
 def _parts(measurement: Measurement) -> tuple[float, float, float]:
     return measurement.draft_milliseconds, measurement.verifier_milliseconds, measurement.other_milliseconds
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _whole_numbers(axes: Axes, last: int, first: int) -> None:
-    step = math.ceil((last - first + 1) / 12)
-    axes.set_xticks(range(first, last + 1, step))
-    axes.set_xlim(first - 0.5, last + 0.5)
-
-
-def _percentages(axes: Axes) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    axes.grid(axis="y")
-
-
-def _lengths(axes: Axes) -> None:
-    axes.set_ylabel("Tokens per verifier pass")
-    axes.set_ylim(1, max(1.1, axes.get_ylim()[1]))
-    axes.grid(axis="y")
-
-
-def _plot(title: str, note: str, drawn: list[_Drawn], figure: Figure, is_wide: bool = False) -> Plot:
-    import matplotlib
-
-    stream = StringIO()
-    # Identifiers are salted hashes; plots of one page must not share them.
-    matplotlib.rcParams["svg.hashsalt"] = title
-    figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = stream.getvalue()
-    svg = svg[svg.index("<svg ") :].replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
-    svg = re.sub(rf"(fill|stroke): {INK}", r"\1: currentColor", svg)
-    referenced = set(re.findall(r"#([\w-]+)", svg))
-    # matplotlib restarts the numbering of groups in each plot, but identifiers must be unique in the page.
-    svg = re.sub(r'<(\w+) id="([^"]*)"', lambda tag: tag[0] if tag[2] in referenced else f"<{tag[1]}", svg)
-    return Plot(title, note, [one.mark for one in drawn], svg.strip(), is_wide)
+def _legend(drawn: Sequence[_Drawn]) -> list[Mark]:
+    return [one.mark for one in drawn]

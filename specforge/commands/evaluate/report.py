@@ -5,18 +5,22 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from specforge.commands.evaluate import formatting
+from specforge.commands.evaluate import formatting, served_formatting
 from specforge.commands.evaluate.plots import plots
+from specforge.commands.evaluate.served_plots import served_plots
 from specforge.errors import SpecforgeError
 from specforge.evaluation.results import ContenderResult, Measurement, Results
+from specforge.evaluation.served import Served
 from specforge.files import whole_file
 
 RESULTS = "results.json"
 REPORT = "report.html"
 TEMPLATE = "page.html.jinja"
+MODELLED = "Modelled speedup with chains of K = 1, 2, …"
 
 
 def write_report(results: Results, folder: Path) -> None:
@@ -50,10 +54,11 @@ def page(results: Results) -> str:
         results=results,
         conditions=formatting.conditions(results),
         settings=formatting.settings(results),
-        warnings=formatting.warnings(results),
+        warnings=[*formatting.warnings(results), *served_formatting.warnings(results.served)],
         summary=_summary(results),
         headline=[(one, _headline(one.all_sets)) for one in results.contenders],
         plots=plots(results),
+        servers=None if results.served is None else _servers(results.served),
         details=[_details(one) for one in results.contenders],
     )
 
@@ -69,6 +74,26 @@ def _summary(results: Results) -> str:
         f"Highest acceptance: {accepted.name}, {formatting.acceptance_length(accepted.all_sets)} tokens per verifier "
         f"pass. Fastest: {fastest.name}, {formatting.decimal(fastest.all_sets.speedup)} times the verifier alone."
     )
+
+
+def _servers(served: Served) -> dict[str, Any]:
+    """Return what the page shows of servers."""
+    drafted = range(1, max((len(one.lengths) for one in served.expectations), default=0) + 1)
+    return {
+        "rows": [
+            (load, served_formatting.server_name(server), measured, served_formatting.figures(measured))
+            for load in served.concurrencies
+            for server in served.servers
+            for measured in server.at(load)
+        ],
+        "advice": [served_formatting.advice(one) for one in served.expectations],
+        "basis": [served_formatting.basis(one) for one in served.expectations],
+        "loads": [served_formatting.requests(one.concurrency) for one in served.expectations],
+        "expected": {
+            number: [served_formatting.expected_cell(one, number) for one in served.expectations] for number in drafted
+        },
+        "plots": served_plots(served),
+    }
 
 
 def _headline(pooled: Measurement) -> dict[str, str]:
@@ -104,6 +129,8 @@ def _details(contender: ContenderResult) -> _Details:
     measured = formatting.measurements(contender)
     columns = [_figures(one) for one in measured]
     rows = {name: [column[name] for column in columns] for name in columns[0]}
+    # Of all prompt sets together, which is the last column.
+    rows[MODELLED] = [*("" for _ in measured[1:]), formatting.modelled(contender)]
     return _Details(contender, formatting.proposal(contender), [one.prompt_set for one in measured], rows)
 
 

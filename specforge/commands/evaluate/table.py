@@ -7,7 +7,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from specforge.commands.evaluate import formatting
+from specforge.commands.evaluate import formatting, served_formatting
+from specforge.commands.evaluate.formatting import in_process
+from specforge.commands.evaluate.served_table import print_served
 from specforge.evaluation.results import ContenderResult, Measurement, Results
 
 # The rest of 80 columns after the numbers; longer contender names wrap.
@@ -24,13 +26,16 @@ def print_table(results: Results, console: Console | None = None) -> None:
     console = console or Console()
     # Names are printed as Text, so that rich interprets no markup in them.
     console.print(Text(f"{results.verifier}: {formatting.conditions(results)}"))
-    console.print()
-    console.print(_comparison(results))
+    if results.served is not None:
+        print_served(results.served, console)
+    if in_process(results):
+        console.print()
+        console.print(_comparison(results))
     for contender in results.contenders:
         console.print()
         console.print(_heading(contender))
-        console.print(Padding(_figures(contender.all_sets), (0, 0, 0, 2)))
-    warnings = formatting.warnings(results)
+        console.print(Padding(_figures(contender), (0, 0, 0, 2)))
+    warnings = [*formatting.warnings(results), *served_formatting.warnings(results.served)]
     if warnings:
         console.print()
     for warning in warnings:
@@ -68,8 +73,9 @@ def _heading(contender: ContenderResult) -> Text:
     return Text.assemble((contender.name, "bold"), f" ({kind}: {formatting.proposal(contender)})")
 
 
-def _figures(pooled: Measurement) -> Table:
+def _figures(contender: ContenderResult) -> Table:
     """Return the figures of one contender over all prompt sets, one per line."""
+    pooled = contender.all_sets
     parts = {
         "draft": pooled.draft_milliseconds,
         "verifier": pooled.verifier_milliseconds,
@@ -88,6 +94,8 @@ def _figures(pooled: Measurement) -> Table:
     }
     if pooled.by_chain_length:
         lines["Acceptance length, K = 1, 2, …"] = formatting.series(pooled.by_chain_length, 2)
+    if contender.modelled_speedups and contender.draft_cost is not None:
+        lines["Modelled speedup, K = 1, 2, …"] = formatting.modelled(contender)
     if pooled.identical_responses is not None:
         lines["Identical responses"] = formatting.identical(pooled)
     if pooled.compared_rounds:

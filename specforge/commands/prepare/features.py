@@ -25,6 +25,7 @@ from specforge.data.features.store import FeatureStore
 from specforge.data.text.sources import check_source
 from specforge.errors import UsageError
 
+INDEX = ".files.npz"  # of a folder given as --from_vllm, until the store is complete
 DESCRIPTION = """\
 Run the verifier over token rows once, in this process or in serving engines, and store the states that drafts are
 trained on.
@@ -37,7 +38,8 @@ trained on.
   specforge prepare features --config FILE --output features \\
     --endpoint http://localhost:8000/v1
 
-The rows are those of the configuration (data.train, data.validation, ...) unless sources are given; these come first.
+The rows are those of the configuration (data.train, data.validation, ...) unless sources are given, which come first
+and take their place.
 All other flags are those of specforge fit: the configuration sets the layers to read and the length of rows.
 
 An interrupted run resumes when the same command is run again. The same command in several processes, under torchrun or
@@ -75,13 +77,15 @@ def run(arguments: list[str]) -> int:
     else:
         states: States = LiveStates(partial(verifier_states, module.teacher, module.aux_layers), found.batch_tokens)
         if found.from_vllm is not None:
-            states = VllmStates(Path(found.from_vllm), plan, manifest.layers, manifest.width)
+            states = VllmStates(Path(found.from_vllm), plan, manifest.layers, manifest.width, output / INDEX)
         whole = prepare_features(plan, manifest, output, states)
+        if whole is not None:
+            (output / INDEX).unlink(missing_ok=True)
     if whole is None:
         print(f"Done here: other processes still write shards of {output}; the last to finish writes the manifest.")
         return 0
     _print_savings(plan, whole)
-    print(f"\n{_closing_line(words, output)}")
+    print(f"\n{_closing_line(words, sources, output)}")
     return 0
 
 
@@ -155,6 +159,10 @@ def _saved(size: int, without: int) -> str:
     return f"saves {1 - size / without:.1%}"
 
 
-def _closing_line(words: list[str], output: Path) -> str:
-    command = shlex.join(["specforge", "fit", *words, "--data.features", str(output)])
+def _closing_line(words: list[str], sources: list[str], output: Path) -> str:
+    """Return the command that trains on the store; of given sources, the first is for training."""
+    # Without a second source, some of the first one's rows are held out for validation.
+    splits = zip(("train", "validation"), [*sources, "null"], strict=False) if sources else ()
+    named = [f"--data.{split}={source}" for split, source in splits]
+    command = shlex.join(["specforge", "fit", *words, *named, "--data.features", str(output)])
     return f"Done: {output} holds the features. To train on them:\n  {command}"

@@ -280,4 +280,5 @@ def _closing_line(found: Namespace) -> str:
     rows = Path(found.output) / RESPONSES_FILE
     words = ["specforge", "prepare", "rows", str(rows), "--verifier", found.verifier or "MODEL", "--output", "rows"]
     words += template_words(found)
-    return f"Done: {rows} holds the responses, summary.json a summary. Next:\n  {shlex.join(words)}"
+    unknown = "" if found.verifier else ", with the verifier as MODEL"
+    return f"Done: {rows} holds the responses, summary.json a summary. Next{unknown}:\n  {shlex.join(words)}"

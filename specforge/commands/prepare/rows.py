@@ -132,4 +132,5 @@ def _closing_lines(found: Namespace, prepared: Prepared) -> str:
     if VALIDATION in prepared.splits:
         words += ["--data.validation", str(output / VALIDATION)]
     words += ["--data.max_length", str(found.max_length), *template_words(found, "data.")]
-    return f"{output} holds the rows, summary.json and coverage.svg. To train on them:\n  {shlex.join(words)}"
+    line = shlex.join(words)
+    return f"{output} holds the rows, summary.json and coverage.svg. To train on them, with a recipe as FILE:\n  {line}"

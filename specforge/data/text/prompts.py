@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,13 @@ class Conversation:
         turns: The input before each reply: messages of a chat, or token ids for a tokenised prompt.
         location: File and line to name in errors, such as ``prompts.jsonl:12``.
         tools: Tool descriptions for the chat template; None if there are none.
+        category: Kind of the conversation; None if the row does not state it.
     """
 
     turns: tuple[list[Message] | list[int], ...]
     location: str
     tools: list[dict[str, Any]] | None = None
+    category: str | None = None
 
     def prompt(self, turn: int, replies: list[str], template: ChatTemplate) -> list[int]:
         """Return the prompt tokens of a reply.
@@ -70,22 +73,27 @@ def read_prompts(source: str, key: str = "--prompts", limit: int | None = None) 
     """Read a prompt set.
 
     A row holds ``turns`` (a list of texts, one per user turn), ``input_ids`` and ``loss_mask`` (the prompt ends before
-    the first supervised token), ``messages`` or ``conversations`` (their replies are left out), or ``prompt``.
+    the first supervised token), ``messages`` or ``conversations`` (their replies are left out), or ``prompt``; and
+    ``category``, if it is to be measured by category.
 
     Args:
         source: Path or hub name, see ``specforge.data.text.sources``.
         key: Name of the option, for errors.
-        limit: Maximum number of conversations; None for all.
+        limit: Maximum number of conversations of each category; None for all.
 
     Raises:
         UsageError: The source or a row is malformed, or there are no rows.
     """
     check_source(source, key)
     conversations: list[Conversation] = []
+    numbers: Counter[str | None] = Counter()
     for record in read_records(source):
-        if limit is not None and len(conversations) == limit:
-            break
-        conversations.append(read_conversation(record))
+        if limit is not None and numbers == {None: limit}:
+            break  # no row has a category, so the rest of a long file is not read
+        conversation = read_conversation(record)
+        numbers[conversation.category] += 1
+        if limit is None or numbers[conversation.category] <= limit:
+            conversations.append(conversation)
     if not conversations:
         raise UsageError(f"{key}: {source} holds no prompts")
     return conversations
@@ -99,7 +107,25 @@ def read_conversation(record: Record) -> Conversation:
     """
     turns = _turns(record)
     tools = None if isinstance(turns[0][0], int) else read_tools(record.value.get("tools"), record.location)
-    return Conversation(tuple(turns), record.location, tools)
+    category = record.value.get("category")
+    is_named = isinstance(category, str) and category.strip()
+    return Conversation(tuple(turns), record.location, tools, str(category).strip() if is_named else None)
+
+
+def by_category(name: str, conversations: Sequence[Conversation]) -> dict[str, list[Conversation]]:
+    """Split a prompt set by category; without categories it is a single set.
+
+    Args:
+        name: Name of the prompt set.
+        conversations: Its conversations.
+
+    Returns:
+        By name, such as ``"speed-bench coding"``, in the order of the first rows.
+    """
+    found: dict[str, list[Conversation]] = {}
+    for one in conversations:
+        found.setdefault(name if one.category is None else f"{name} {one.category}", []).append(one)
+    return found
 
 
 def reply_text(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -75,6 +75,8 @@ class BlockDrafter(Drafter):
         device: Where the network is.
     """
 
+    reads_weights_once = True
+
     def __init__(self, network: BlockNetwork, batch_size: int, device: torch.device) -> None:
         self._network = network
         self._lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)

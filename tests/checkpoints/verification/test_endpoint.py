@@ -13,7 +13,7 @@ from stand_ins import Engine, serving
 
 from specforge.__main__ import main
 from specforge.checkpoints.verification.probe import Probe
-from specforge.engines.counters import measure
+from specforge.engines.probing import measure
 from specforge.errors import SpecforgeError
 
 # 25 tokens in ten rounds.

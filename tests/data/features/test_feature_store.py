@@ -462,7 +462,7 @@ class TestVllmStates:
 
     def test_gives_the_same_store_as_the_verifier(self, plan, served, prepare, tmp_path):
         manifest = manifest_of(plan, dtype="bfloat16")
-        states = VllmStates(served, plan, manifest.layers, WIDTH)
+        states = VllmStates(served, plan, manifest.layers, WIDTH, tmp_path / "index.npz")
         prepare_features(plan, manifest, tmp_path / "imported", states)
         imported, own = FeatureStore(tmp_path / "imported"), prepare()
         for index in range(90):
@@ -478,30 +478,62 @@ class TestVllmStates:
         scales = torch.arange(1.0, len(tokens) + 1)[:, None, None]
         content = {"hidden_states": values, "hidden_states_scales": scales, "token_ids": tokens}
         save_file(content, tmp_path / "hs_0.safetensors")
-        [(number, found)] = VllmStates(tmp_path, plan, [2, 4, 8], WIDTH)(plan, range(1))
+        [(number, found)] = VllmStates(tmp_path, plan, [2, 4, 8], WIDTH, tmp_path / "index.npz")(plan, range(1))
         assert number == 0 and torch.equal(found, scales.expand(-1, 3, WIDTH))
 
-    def test_rows_that_were_not_requested_are_counted(self, plan, served):
+    def test_rows_that_were_not_requested_are_counted(self, plan, served, tmp_path):
         for path in sorted(served.glob("*.safetensors"))[:2]:
             path.unlink()
         with pytest.raises(UsageError, match=r"no file with the tokens of 2 of the 90 rows \(first: row"):
-            VllmStates(served, plan, [2, 4, 8], WIDTH)
+            VllmStates(served, plan, [2, 4, 8], WIDTH, tmp_path / "index.npz")
 
-    def test_other_layers_are_refused(self, plan, served):
+    def test_other_layers_are_refused(self, plan, served, tmp_path):
         with pytest.raises(UsageError, match=r"start the server with eagle_aux_hidden_state_layer_ids \[1, 2, 4, 8\]"):
-            list(VllmStates(served, plan, [1, 2, 4, 8], WIDTH)(plan, range(1)))
+            list(VllmStates(served, plan, [1, 2, 4, 8], WIDTH, tmp_path / "index.npz")(plan, range(1)))
 
     def test_damaged_and_unfinished_files_and_empty_folders_are_refused(self, plan, served, tmp_path):
         path = sorted(served.glob("*.safetensors"))[0]
         with path.with_suffix(".lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with pytest.raises(SpecforgeError, match="is still being written"):
-                VllmStates(served, plan, [2, 4, 8], WIDTH)
+                VllmStates(served, plan, [2, 4, 8], WIDTH, tmp_path / "index.npz")
         os.truncate(path, 50)
         with pytest.raises(SpecforgeError, match=f"{path.name} is damaged"):
-            VllmStates(served, plan, [2, 4, 8], WIDTH)
+            VllmStates(served, plan, [2, 4, 8], WIDTH, tmp_path / "index.npz")
         with pytest.raises(UsageError, match=r"holds no .safetensors files"):
-            VllmStates(tmp_path / "cache", plan, [2, 4, 8], WIDTH)
+            VllmStates(tmp_path / "cache", plan, [2, 4, 8], WIDTH, tmp_path / "index.npz")
+
+    def test_files_are_indexed_once(self, plan, served, tmp_path):
+        """Of a second run, or another process, only new files are read; removed ones are missing again."""
+
+        def states() -> VllmStates:
+            return VllmStates(served, plan, [2, 4, 8], WIDTH, tmp_path / "index.npz")
+
+        first, second, *others = sorted(served.glob("*.safetensors"))
+        whole = dict(states()(plan, range(90)))
+        contents = {path: path.read_bytes() for path in (first, second)}
+        for path in others:
+            path.chmod(0o000) if os.getuid() else os.truncate(path, 3)  # nobody reads it
+        first.unlink()
+        with pytest.raises(UsageError, match="no file with the tokens of 1 of the 90 rows"):
+            states()
+        (served / "again.safetensors").write_bytes(contents[first])
+        again = states()
+        assert len(whole) == 90
+        # A file whose content is exchanged is noticed when it is read.
+        second.write_bytes(contents[first])
+        number = next(number for number in range(90) if again._names[plan.digests[number].tobytes()] == second.name)
+        with pytest.raises(SpecforgeError, match=f"{second.name} was replaced after"):
+            list(again(plan, range(number, number + 1)))
+
+    @pytest.mark.parametrize("damage", [b"", b"PK", b"\x00" * 100])
+    def test_a_damaged_index_is_made_again(self, plan, served, tmp_path, damage):
+        index = tmp_path / "index.npz"
+        VllmStates(served, plan, [2, 4, 8], WIDTH, index)
+        before = index.read_bytes()
+        index.write_bytes(damage)
+        VllmStates(served, plan, [2, 4, 8], WIDTH, index)
+        assert len(index.read_bytes()) == len(before)
 
 
 class TestRecording:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from specforge.data.text.prompts import prompt_set_name, read_prompts
+from specforge.data.text.prompts import by_category, prompt_set_name, read_prompts
 from specforge.data.text.template import ChatTemplate
 from specforge.errors import UsageError
 
@@ -41,6 +41,30 @@ def test_turns_are_asked_in_order(read, tokenizer):
     assert len(conversation.turns) == 2
     assert conversation.prompt(0, [], ChatTemplate(tokenizer)) == rendered(tokenizer, "Hi")
     assert conversation.prompt(1, ["Hello."], ChatTemplate(tokenizer)) == rendered(tokenizer, "Hi", "Hello.", "And?")
+
+
+def test_rows_are_split_by_category_and_limited_in_each(read):
+    """The rows of SPEED-Bench as they are."""
+    names = ["coding", "coding", "coding", "math", None, " math ", "coding", "", 7]
+    rows = [
+        {
+            "question_id": str(number),
+            "category": name,
+            "sub_category": "x",
+            "turns": [f"Ask {number}"],
+            "multiturn": False,
+        }
+        for number, name in enumerate(names)
+    ]
+
+    def numbers(**options):
+        split = by_category("bench", read(*rows, **options))
+        return {name: [one.turns[0][0]["content"][4:] for one in found] for name, found in split.items()}
+
+    whole = {"bench coding": ["0", "1", "2", "6"], "bench math": ["3", "5"], "bench": ["4", "7", "8"]}
+    assert numbers() == whole
+    assert numbers(limit=2) == {name: found[:2] for name, found in whole.items()}
+    assert [len(read({"turns": ["Hi"]}, {"turns": ["Ho"]}, {"broken": 1}, limit=2))] == [2]
 
 
 def test_replies_of_a_chat_are_left_to_the_verifier(read, tokenizer):
