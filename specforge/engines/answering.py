@@ -12,6 +12,8 @@ from specforge.engines.generation import GenerationSettings, Keep, Prompt, Refus
 from specforge.engines.pool import EndpointSettings, EnginePool, engines_of, served_model
 from specforge.errors import SpecforgeError
 
+_KEPT = "finished conversations are kept: run the same command again when the engine is back"
+
 
 class EndpointAnswerer:
     """Answers conversations turn by turn; each request goes to the engine with the fewest requests in flight.
@@ -67,7 +69,7 @@ class EndpointAnswerer:
 
         async with engines_of(self.settings) as engines:
             await asyncio.gather(*(engine.probe(model, self.generation) for engine in engines))
-            pool = EnginePool(engines, self.settings, "finished conversations are kept")
+            pool = EnginePool(engines, self.settings, _KEPT)
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(self.settings.concurrency):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import openai
 from openai import AsyncOpenAI
@@ -24,6 +25,8 @@ from specforge.errors import SpecforgeError, UsageError
 
 _log = logging.getLogger(__name__)
 API_KEY = "OPENAI_API_KEY"
+# vLLM takes the id of a request from this header, and names its files after it.
+REQUEST_ID = "X-Request-Id"
 
 
 class Unanswered(Exception):
@@ -38,6 +41,11 @@ class Refused(Exception):
     """The engine refuses this request and would refuse it again."""
 
 
+def request_id(tag: str) -> str:
+    """Return a new id of a request that begins with a tag."""
+    return f"{tag}-{uuid4().hex[:12]}"
+
+
 @dataclass
 class Engine:
     """One endpoint.
@@ -49,6 +57,7 @@ class Engine:
         in_flight: Number of pending requests.
         failures: Number of consecutive failed requests.
         rests_until: Time (``time.monotonic``) until which it gets no requests.
+        last_asked: Time of its last request.
     """
 
     url: str
@@ -57,6 +66,7 @@ class Engine:
     in_flight: int = 0
     failures: int = 0
     rests_until: float = 0.0
+    last_asked: float = 0.0
 
     @classmethod
     def at(cls, url: str, retries: int, timeout: float, vocabulary: int | None = None) -> Engine:
@@ -141,12 +151,13 @@ class Engine:
         with self._requesting():
             return _read(await self._complete(model, chat, generation, seed, tools))
 
-    async def extract(self, model: str, tokens: list[int]) -> dict[str, Any]:
+    async def extract(self, model: str, tokens: list[int], request: str) -> dict[str, Any]:
         """Let the engine process some tokens, and return where it writes its states of them.
 
         Args:
             model: The engine's name for the verifier.
             tokens: Token ids.
+            request: Id of the request, which becomes a part of the names of its files.
 
         Returns:
             The ``kv_transfer_params`` of the response.
@@ -158,7 +169,11 @@ class Engine:
         """
         with self._requesting():
             answer = await self.client.completions.with_raw_response.create(
-                model=model, prompt=tokens, max_tokens=1, temperature=0.0
+                model=model,
+                prompt=tokens,
+                max_tokens=1,
+                temperature=0.0,
+                extra_headers={REQUEST_ID: request},
             )
         found = Extraction.model_validate_json(answer.content).kv_transfer_params
         if found is None:

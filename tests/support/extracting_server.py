@@ -46,6 +46,7 @@ class ExtractingServer:
             is the number of the request, from 1.
         written: Changes what is written for a request; None writes nothing.
         delay: Seconds between the answer and the end of writing.
+        lost: Whether the answer to a request is lost on its way: its states are written, and the connection is closed.
         extracts: Whether the answer refers to states.
         max_tokens: Length from which rows are refused.
         most_at_once: Maximum number of requests whose states were not yet written.
@@ -58,6 +59,7 @@ class ExtractingServer:
         self.requests = 0
         self.fault: Callable[[int], int | None] = lambda number: None
         self.written: Callable[[int, Written], Written | None] = lambda number, tensors: tensors
+        self.lost: Callable[[int], bool] = lambda number: False
         self.delay = 0.0
         self.extracts = True
         self.max_tokens = 10**6
@@ -115,10 +117,13 @@ class ExtractingServer:
         answer["choices"] = [{"index": 0, "text": "", "finish_reason": "length"}]
         if not self.extracts:
             return 200, answer
-        path = self.folder / f"cmpl-{uuid4().hex}-0.safetensors"
+        # As vLLM does: its own id is random at the end only.
+        path = self.folder / f"cmpl-{body['request_id'] or uuid4().hex}-0-{uuid4().hex[:8]}.safetensors"
         lock = os.open(f"{path}.lock", os.O_CREAT | os.O_WRONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
         Thread(target=self._write, args=(number, tensors, path, lock), daemon=True).start()
+        if self.lost(number):
+            return 0, {}
         return 200, {**answer, "kv_transfer_params": {"hidden_states_path": str(path)}}
 
     def _write(self, number: int, tensors: Written, path: Path, lock: int) -> None:
@@ -174,6 +179,7 @@ def _handler(server: ExtractingServer) -> type[BaseHTTPRequestHandler]:
             if self.path != "/v1/completions":
                 self._send(404, {"error": {"message": "Not Found"}})
                 return
+            body["request_id"] = self.headers["X-Request-Id"]
             status, answer = server.answer(body)
             if status:
                 self._send(status, answer)
