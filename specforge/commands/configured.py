@@ -45,7 +45,7 @@ def module_and_data(words: Sequence[str], sources: Sequence[str] = ()) -> tuple[
         )
     train = ["--data.train", sources[0]] if sources else []
     # Nothing here is random, and the features named in the configuration do not exist yet.
-    words = [*words, *train, "--data.features", LIVE, "--seed_everything", "false"]
+    words = [*words, *train, "--data.features", LIVE, "--data.record", "null", "--seed_everything", "false"]
     settings = _Settings(installed().find(Algorithm, name), words, "fit")
     return settings.model, settings.datamodule
 

@@ -19,10 +19,10 @@ from packaging.requirements import Requirement
 
 from specforge.commands.configured import module_and_data
 from specforge.commands.endpoints import add_endpoint_flags, endpoint_settings
-from specforge.data.features.transports import transport_named
 from specforge.commands.trainer import quieten
 from specforge.commands.units import in_units
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
+from specforge.data.features.transports import transport_named
 from specforge.data.module import default_cache
 from specforge.errors import SpecforgeError, UsageError
 from specforge.registry import installed

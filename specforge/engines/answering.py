@@ -5,14 +5,39 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
-from specforge.engines.client import Engine, Refused, Unanswered
+from specforge.engines.client import Engine, Refused, Unanswered, request_id
 from specforge.engines.generation import GenerationSettings, Keep, Prompt, Refuse, Reply
 from specforge.engines.pool import EndpointSettings, EnginePool, engines_of, served_model
 from specforge.errors import SpecforgeError
 
 _KEPT = "finished conversations are kept: run the same command again when the engine is back"
+
+
+class StateRecorder(Protocol):
+    """Stores the states that engines keep while they answer."""
+
+    tag: str
+    """Begins the ids of all requests."""
+
+    def begin(self, pool: EnginePool, model: str) -> None:
+        """Called first, with the engines."""
+
+    def tag_of(self, prompt: Prompt) -> str:
+        """Return what begins the ids of a conversation's requests."""
+
+    async def take(self, prompt: Prompt, replies: list[Reply], keep: Keep) -> None:
+        """Take an answered conversation; ``keep`` is called with it when its states are stored."""
+
+    def forget(self, prompt: Prompt) -> None:
+        """Called with a conversation that is not answered."""
+
+    def flush(self, keep: Keep) -> None:
+        """Store what was taken; called when no more conversations come, also after an error."""
+
+    def end(self) -> None:
+        """Called last, when no request is in flight."""
 
 
 class EndpointAnswerer:
@@ -21,11 +46,15 @@ class EndpointAnswerer:
     Args:
         settings: The endpoints and how they are used.
         generation: Settings of the generation.
+        recorder: Stores states of the answers; None if they are not wanted.
     """
 
-    def __init__(self, settings: EndpointSettings, generation: GenerationSettings) -> None:
+    def __init__(
+        self, settings: EndpointSettings, generation: GenerationSettings, recorder: StateRecorder | None = None
+    ) -> None:
         self.settings = settings
         self.generation = generation
+        self.recorder = recorder
 
     @cached_property
     def model(self) -> str:
@@ -61,21 +90,36 @@ class EndpointAnswerer:
         async def work() -> None:
             for prompt in prompts:
                 try:
-                    keep([(prompt, await self._converse(pool, model, prompt))])
+                    replies = await self._converse(pool, model, prompt)
+                    if recorder is None:
+                        keep([(prompt, replies)])
+                    else:
+                        await recorder.take(prompt, replies, keep)
+                    continue
                 except Refused as error:
                     refuse(prompt, str(error))
                 except Unanswered as error:
                     unanswered.append(f"{prompt.conversation.location}: {error}")
+                if recorder is not None:
+                    recorder.forget(prompt)
 
+        recorder = self.recorder
         async with engines_of(self.settings) as engines:
-            await asyncio.gather(*(engine.probe(model, self.generation) for engine in engines))
+            probe = None if recorder is None else request_id(recorder.tag)
+            await asyncio.gather(*(engine.probe(model, self.generation, probe) for engine in engines))
             pool = EnginePool(engines, self.settings, _KEPT)
+            if recorder is not None:
+                recorder.begin(pool, model)
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(self.settings.concurrency):
                         group.create_task(work())
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
+            finally:
+                if recorder is not None:
+                    recorder.flush(keep)
+                    recorder.end()
         if unanswered:
             raise SpecforgeError(
                 f"{len(unanswered):,} conversations were not answered, the first: {unanswered[0]}; all others are "
@@ -95,14 +139,17 @@ class EndpointAnswerer:
         for turn in range(len(prompt.conversation.turns)):
             chat = prompt.conversation.chat(turn, [reply.text for reply in replies])
             seed, tools = self.generation.seed_of(prompt.index, turn), prompt.conversation.tools
-            reply = await pool.ask(partial(self._reply, model, chat, seed, tools))
+            reply = await pool.ask(partial(self._reply, model, chat, seed, tools, prompt))
             if reply.token_ids is None:
                 _require_whole(reply)
             replies.append(reply)
         return replies
 
-    async def _reply(self, model: str, chat: list[object], seed: int, tools: list[Any] | None, engine: Engine) -> Reply:
-        return await engine.reply(model, chat, self.generation, seed, tools)
+    async def _reply(
+        self, model: str, chat: list[object], seed: int, tools: list[Any] | None, prompt: Prompt, engine: Engine
+    ) -> Reply:
+        keep_states = None if self.recorder is None else request_id(self.recorder.tag_of(prompt))
+        return await engine.reply(model, chat, self.generation, seed, tools, keep_states)
 
 
 def _require_whole(reply: Reply) -> None:

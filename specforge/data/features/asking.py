@@ -1,8 +1,8 @@
 """States asked of serving engines, which run the verifier; rows of several shards are in flight at the same time.
 
 Where a server has put the states of a row is noted next to the shard until the shard is written; only then are the
-server's files deleted. So a killed run loses no states that a server has finished. Files of lost answers are found by the
-ids of their requests.
+server's files deleted. So a killed run loses no states that a server has finished. What lost answers have left is found
+by the ids of their requests.
 """
 
 from __future__ import annotations
