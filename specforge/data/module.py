@@ -318,6 +318,10 @@ class DraftDataModule(LightningDataModule):
         if self._servers is not None:
             self._servers.sweep()
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Do the same if the run ends early."""
+        self.teardown("fit")
+
     def train_dataloader(self) -> ResumableLoader:
         """Return the loader of this rank's training batches, reshuffled each epoch."""
         loader = self._loader("train", shuffle=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
-from specforge.engines.client import Engine, Refused, Unanswered, request_id
+from specforge.engines.client import Engine, Refused, Unanswered
 from specforge.engines.generation import GenerationSettings, Keep, Prompt, Refuse, Reply
 from specforge.engines.pool import EndpointSettings, EnginePool, engines_of, served_model
 from specforge.errors import SpecforgeError
@@ -15,29 +15,29 @@ from specforge.errors import SpecforgeError
 _KEPT = "finished conversations are kept: run the same command again when the engine is back"
 
 
-class StateRecorder(Protocol):
-    """Stores the states that engines keep while they answer."""
-
-    tag: str
-    """Begins the ids of all requests."""
+class AnswerKeeper:
+    """Keeps answered conversations; this one at once, and without the states that engines could keep."""
 
     def begin(self, pool: EnginePool, model: str) -> None:
-        """Called first, with the engines."""
+        """Called first, with the engines and their name for the verifier."""
 
-    def tag_of(self, prompt: Prompt) -> str:
-        """Return what begins the ids of a conversation's requests."""
+    def request_id(self, prompt: Prompt | None) -> str | None:
+        """Return a new id of a request whose states the engine keeps, or None if it keeps none.
+
+        Args:
+            prompt: The conversation; None for a request that belongs to none.
+        """
+        return None
 
     async def take(self, prompt: Prompt, replies: list[Reply], keep: Keep) -> None:
-        """Take an answered conversation; ``keep`` is called with it when its states are stored."""
+        """Take an answered conversation, and keep it now or later."""
+        keep([(prompt, replies)])
 
     def forget(self, prompt: Prompt) -> None:
         """Called with a conversation that is not answered."""
 
-    def flush(self, keep: Keep) -> None:
-        """Store what was taken; called when no more conversations come, also after an error."""
-
-    def end(self) -> None:
-        """Called last, when no request is in flight."""
+    def end(self, keep: Keep) -> None:
+        """Keep what was taken; called last, also after an error."""
 
 
 class EndpointAnswerer:
@@ -46,15 +46,15 @@ class EndpointAnswerer:
     Args:
         settings: The endpoints and how they are used.
         generation: Settings of the generation.
-        recorder: Stores states of the answers; None if they are not wanted.
+        keeper: Keeps the answers; None keeps them at once, without states.
     """
 
     def __init__(
-        self, settings: EndpointSettings, generation: GenerationSettings, recorder: StateRecorder | None = None
+        self, settings: EndpointSettings, generation: GenerationSettings, keeper: AnswerKeeper | None = None
     ) -> None:
         self.settings = settings
         self.generation = generation
-        self.recorder = recorder
+        self.keeper = keeper or AnswerKeeper()
 
     @cached_property
     def model(self) -> str:
@@ -91,25 +91,20 @@ class EndpointAnswerer:
             for prompt in prompts:
                 try:
                     replies = await self._converse(pool, model, prompt)
-                    if recorder is None:
-                        keep([(prompt, replies)])
-                    else:
-                        await recorder.take(prompt, replies, keep)
-                    continue
                 except Refused as error:
+                    self.keeper.forget(prompt)
                     refuse(prompt, str(error))
                 except Unanswered as error:
+                    self.keeper.forget(prompt)
                     unanswered.append(f"{prompt.conversation.location}: {error}")
-                if recorder is not None:
-                    recorder.forget(prompt)
+                else:
+                    await self.keeper.take(prompt, replies, keep)
 
-        recorder = self.recorder
         async with engines_of(self.settings) as engines:
-            probe = None if recorder is None else request_id(recorder.tag)
+            probe = self.keeper.request_id(None)
             await asyncio.gather(*(engine.probe(model, self.generation, probe) for engine in engines))
             pool = EnginePool(engines, self.settings, _KEPT)
-            if recorder is not None:
-                recorder.begin(pool, model)
+            self.keeper.begin(pool, model)
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(self.settings.concurrency):
@@ -117,9 +112,7 @@ class EndpointAnswerer:
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
             finally:
-                if recorder is not None:
-                    recorder.flush(keep)
-                    recorder.end()
+                self.keeper.end(keep)
         if unanswered:
             raise SpecforgeError(
                 f"{len(unanswered):,} conversations were not answered, the first: {unanswered[0]}; all others are "
@@ -148,8 +141,7 @@ class EndpointAnswerer:
     async def _reply(
         self, model: str, chat: list[object], seed: int, tools: list[Any] | None, prompt: Prompt, engine: Engine
     ) -> Reply:
-        keep_states = None if self.recorder is None else request_id(self.recorder.tag_of(prompt))
-        return await engine.reply(model, chat, self.generation, seed, tools, keep_states)
+        return await engine.reply(model, chat, self.generation, seed, tools, self.keeper.request_id(prompt))
 
 
 def _require_whole(reply: Reply) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from child_processes import in_child
+from child_processes import in_child, status_of
 from extracting_server import ExtractingServer
 from transformers import PreTrainedModel
 
@@ -28,12 +29,13 @@ from specforge.data.features.manifest import FeatureNeeds, Manifest
 from specforge.data.features.plan import ShardPlan
 from specforge.data.features.preparing import prepare_features
 from specforge.data.features.served import engine_layer_ids
+from specforge.data.features.servers import StateServers
 from specforge.data.features.store import FeatureStore
 from specforge.data.features.transports import FileTransport
 from specforge.data.rows.building import build_rows
 from specforge.data.rows.summary import RowSettings
 from specforge.engines.pool import EndpointSettings
-from specforge.errors import SpecforgeError
+from specforge.errors import SpecforgeError, UsageError
 from specforge.verifier.features import capture
 from specforge.verifier.loading import load_verifier
 
@@ -292,6 +294,30 @@ class TestServersThatEnd:
         assert files(tmp_path / "store") == undisturbed
         assert "is dropped: 3 requests in a row" in caplog.text and "is back" in caplog.text
         assert len(server.rows) <= ROWS + 8
+
+
+class TestStateServers:
+    """Servers that the processes of a training run ask."""
+
+    def test_each_process_opens_its_own_connections(self, plan, serve):
+        servers = StateServers([serve().url, serve().url], "file", NEEDS)
+        tokens = plan.tokens(range(3))
+        servers.check(tokens[0])
+        expected = servers.states(tokens)
+        assert [len(one) for one in expected] == [len(one) for one in tokens]
+
+        def compare(asked: StateServers) -> None:
+            assert all(map(torch.equal, asked.states(tokens), expected))
+
+        assert status_of(in_child(lambda: compare(servers))) == 0, "forked"
+        compare(pickle.loads(pickle.dumps(servers)))
+
+    def test_they_serve_one_model_or_the_verifier_by_its_name(self, plan, serve):
+        first, second = serve(), serve()
+        servers = StateServers([first.url, second.url], "file", NEEDS)
+        second.name = "another"
+        with pytest.raises(UsageError, match=r"feature_servers: all servers must .* serve another, verifier"):
+            servers.check(plan.tokens(range(1))[0])
 
 
 class TestClients:

@@ -51,7 +51,7 @@ def record(server, tmp_path, monkeypatch) -> Callable[..., int]:
 
     def run(name: str, *more: str) -> int:
         words = ["prepare", "responses", str(prompts), "--output", str(tmp_path / name), "--record", str(config)]
-        words += ["--endpoint", server.url, "--max_new_tokens", "6", "--retries", "0", "--concurrency", "3"]
+        words += ["--endpoint", server.url, "--max_new_tokens", "6", "--retries", "1", "--concurrency", "3"]
         return main([*words, *more])
 
     return run
@@ -91,6 +91,7 @@ def test_answers_come_with_their_states(server, record, model, tmp_path, capsys)
 
 def test_faults_of_the_server_change_nothing(server, record, model, tmp_path):
     assert record("undisturbed") == 0
+    server.requests = 0
     wrong = cycle(
         [
             lambda one: {**one, "token_ids": one["token_ids"].flip(0)},

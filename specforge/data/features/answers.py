@@ -6,7 +6,6 @@ neither.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,13 +16,15 @@ from specforge.data.features.row_asker import RowAsker
 from specforge.data.features.served import WrongStates
 from specforge.data.features.transports import Transport
 from specforge.data.rows.reading import row_digest
+from specforge.engines.answering import AnswerKeeper
+from specforge.engines.client import request_id
 from specforge.engines.generation import Keep, Prompt, Reply, row_ends
 from specforge.engines.pool import EnginePool
 
 
 @dataclass
-class AnswerRecorder:
-    """Stores the states of answered conversations; see ``specforge.engines.answering.StateRecorder``.
+class AnswerRecorder(AnswerKeeper):
+    """Keeps answered conversations together with their states.
 
     Attributes:
         store: The store.
@@ -38,17 +39,17 @@ class AnswerRecorder:
     tag: str
     max_length: int
     timeout: float
-    _waiting: list[tuple[Prompt, list[Reply]]] = field(default_factory=list)
-    _asker: RowAsker | None = None
+    _waiting: list[tuple[Prompt, list[Reply]]] = field(default_factory=list, init=False)
+    _asker: RowAsker | None = field(default=None, init=False)
 
     def begin(self, pool: EnginePool, model: str) -> None:
-        """Ask these engines for states that do not come with an answer."""
+        """Set the engines that are asked for states which do not come with an answer."""
         layers, width = self.store.manifest.layers, self.store.manifest.width
         self._asker = RowAsker(pool, model, self.transport, layers, width, self.timeout)
 
-    def tag_of(self, prompt: Prompt) -> str:
-        """Return what begins the ids of a conversation's requests."""
-        return f"{self.tag}-{prompt.index}"
+    def request_id(self, prompt: Prompt | None) -> str:
+        """Return a new id of a request, by which its files are found."""
+        return request_id(self.tag if prompt is None else self._tag_of(prompt))
 
     async def take(self, prompt: Prompt, replies: list[Reply], keep: Keep) -> None:
         """Collect the states of an answered conversation, and write those that are collected if they fill a shard.
@@ -63,28 +64,31 @@ class AnswerRecorder:
         """
         for end in row_ends(replies):
             await self._add(prompt, replies[end])
-        self.forget(prompt, replies)
+        for reply in replies:
+            if reply.states is not None:
+                self.transport.delete(reply.states)
+        self.forget(prompt)
         self._waiting.append((prompt, replies))
         if self.store.is_full:
-            self.flush(keep)
+            self._flush(keep)
 
-    def flush(self, keep: Keep) -> None:
-        """Write what is collected, and keep its conversations."""
+    def forget(self, prompt: Prompt) -> None:
+        """Delete what the requests of a conversation have left."""
+        self.transport.sweep(self._tag_of(prompt))
+
+    def end(self, keep: Keep) -> None:
+        """Write and keep what is collected, and delete what lost answers have left."""
+        self._flush(keep)
+        self.transport.sweep(self.tag)
+
+    def _tag_of(self, prompt: Prompt) -> str:
+        return f"{self.tag}-{prompt.index}"
+
+    def _flush(self, keep: Keep) -> None:
         written, self._waiting = self._waiting, []
         self.store.flush()
         for one in written:
             keep([one])
-
-    def forget(self, prompt: Prompt, replies: Sequence[Reply] = ()) -> None:
-        """Delete what the requests of a conversation have left."""
-        for reply in replies:
-            if reply.states is not None:
-                self.transport.delete(reply.states)
-        self.transport.sweep(self.tag_of(prompt))
-
-    def end(self) -> None:
-        """Delete what lost answers have left, when no request is in flight."""
-        self.transport.sweep(self.tag)
 
     async def _add(self, prompt: Prompt, reply: Reply) -> None:
         """Collect the states of the row that ends with a reply, of its first ``max_length`` tokens."""
@@ -95,5 +99,5 @@ class AnswerRecorder:
             # The last token is the engine's output only, so it has no state.
             states = await self._asker.receive(reply.states or {}, whole[:-1])
         except WrongStates:
-            states = await self._asker.ask(row, self.tag_of(prompt))
+            states = await self._asker.ask(row, self._tag_of(prompt))
         self.store.add(row_digest(row), torch.stack(states[: len(row)].unbind(1)))
