@@ -21,6 +21,8 @@ from specforge.engines.client import request_id
 from specforge.engines.generation import Keep, Prompt, Reply, row_ends
 from specforge.engines.pool import EnginePool
 
+MOST_WAITING = 256  # conversations of a shard: what a killed run loses
+
 
 @dataclass
 class AnswerRecorder(AnswerKeeper):
@@ -69,7 +71,7 @@ class AnswerRecorder(AnswerKeeper):
                 self.transport.delete(reply.states)
         self.forget(prompt)
         self._waiting.append((prompt, replies))
-        if self.store.is_full:
+        if self.store.is_full or len(self._waiting) == MOST_WAITING:
             self._flush(keep)
 
     def forget(self, prompt: Prompt) -> None:

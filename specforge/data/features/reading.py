@@ -59,10 +59,10 @@ class RowFeatures:
             also ``aux_scales`` [T, n] and ``last_scales`` [T]. Empty if one of the rows is missing and is not asked
             for.
         """
-        missing = [row for row in rows if self.indices[row] < 0]
+        missing = {row: one for row, one in zip(rows, tokens, strict=True) if self.indices[row] < 0}
         if missing and self.servers is None:
             return {}
-        asked = self._ask({row: one for row, one in zip(rows, tokens, strict=True) if row in missing})
+        asked = self._ask(missing)
         dtype = torch.bfloat16 if self.store is None else self.store.dtype
         needs, lengths = self.needs, [len(one) for one in tokens]
         number, width, total = len(needs.aux_layers), needs.width, sum(lengths)
