@@ -88,7 +88,7 @@ def test_the_losses_are_those_of_a_live_verifier_and_nothing_is_left(fit, serve,
 def test_recorded_states_give_the_same_losses_and_are_not_asked_again(workshop, fit, serve, no_verifier, tmp_path):
     (server,), store = serve(1), tmp_path / "store"
     no_verifier()
-    words = ["--trainer.max_epochs=2", "--trainer.max_steps=-1", "--data.batch_size=4"]
+    words = ["--trainer.max_epochs=2", "--trainer.max_steps=-1", "--data.batch_size=8"]
     plain = fit("plain", *words, *asked([server]))
     server.rows.clear()
     recorded = fit("recorded", *words, *asked([server], f"--data.record={store}"))
@@ -162,7 +162,7 @@ class TestRefusals:
 
     def test_an_estimate_needs_no_server(self, shared, capfd):
         words = [*shared.words("estimated"), "--data.features=server", "--data.feature_servers=[http://c/v1]"]
-        assert main(["estimate", *words, "--device_flops=1e12"]) == 0
+        assert main(["estimate", *words, "--device_flops=1e12", "--model.ttt_steps=1"]) == 0
         assert "Traceback" not in capfd.readouterr().err
 
     def test_a_server_that_is_not_right_is_found_before_training(self, workshop, fit, serve, capfd, tmp_path):
