@@ -46,7 +46,7 @@ def module_and_data(words: Sequence[str], sources: Sequence[str] = ()) -> tuple[
     # The configuration's own sources need not exist.
     named = ["--data.train", sources[0], "--data.validation", "null", "--data.test", "null"] if sources else []
     # Nothing here is random, and the features named in the configuration do not exist yet.
-    words = [*words, *named, "--data.features", LIVE, "--seed_everything", "false"]
+    words = [*words, *named, "--data.features", LIVE, "--data.record", "null", "--seed_everything", "false"]
     settings = _Settings(installed().find(Algorithm, name), words, "fit")
     return settings.model, settings.datamodule
 

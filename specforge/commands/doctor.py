@@ -18,10 +18,11 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from packaging.requirements import Requirement
 
 from specforge.commands.configured import module_and_data
-from specforge.commands.endpoints import add_endpoint_flags, endpoint_settings, transport_of
+from specforge.commands.endpoints import add_endpoint_flags, endpoint_settings
 from specforge.commands.trainer import quieten
 from specforge.commands.units import in_units
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
+from specforge.data.features.transports import transport_named
 from specforge.data.module import default_cache
 from specforge.errors import SpecforgeError, UsageError
 from specforge.registry import installed
@@ -128,7 +129,7 @@ def endpoints(found: argparse.Namespace, module: DraftModule | None) -> Iterator
         settings = replace(endpoint_settings(found, 1), urls=[url], retries=1)
         state = "answers with no states"
         try:
-            model, states = ask_row(settings, transport_of(found))
+            model, states = ask_row(settings, transport_named(found.transport))
             _, layers, width = states.states.shape
             kind = str(states.states.dtype).removeprefix("torch.")
             state = f"serves {model}: states of {layers} layers, width {width:,}, {kind}"

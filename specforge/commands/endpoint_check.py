@@ -13,7 +13,7 @@ from torch import Tensor
 from specforge.commands.configured import verifier_states
 from specforge.data.features.served import ServedStates, WrongStates, require_states
 from specforge.data.features.transports import Transport
-from specforge.engines.client import Refused, Unanswered
+from specforge.engines.client import Refused, Unanswered, request_id
 from specforge.engines.pool import EndpointSettings, engines_of, served_model
 from specforge.errors import SpecforgeError
 from specforge.training.module import DraftModule
@@ -65,7 +65,7 @@ async def _ask_row(settings: EndpointSettings, transport: Transport) -> tuple[st
     async with engines_of(settings) as engines:
         model = settings.model or await served_model(engines)
         for _ in range(2):
-            parameters = await engines[0].extract(model, tokens.tolist())
+            parameters = await engines[0].extract(model, tokens.tolist(), request_id("specforge-doctor"))
             try:
                 async with asyncio.timeout(settings.timeout):
                     found = await transport.receive(parameters)

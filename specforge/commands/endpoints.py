@@ -5,10 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from specforge.data.features.transports import Transport
-from specforge.hookspecs import FeatureTransport
-from specforge.registry import installed
-
 if TYPE_CHECKING:
     from specforge.engines.pool import EndpointSettings
 
@@ -37,17 +33,6 @@ def endpoint_settings(found: argparse.Namespace, concurrency: int) -> EndpointSe
     from specforge.engines.pool import EndpointSettings
 
     return EndpointSettings(found.endpoint, found.model, concurrency, timeout=found.timeout, patience=found.timeout)
-
-
-def transport_of(found: argparse.Namespace) -> Transport:
-    """Return the transport.
-
-    Raises:
-        UsageError: No plugin provides it.
-    """
-    descriptor = installed().find(FeatureTransport, found.transport)
-    transport: Transport = installed().load(descriptor, "transport")()
-    return transport
 
 
 def positive(text: str) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -14,9 +16,10 @@ from torch import Tensor
 from specforge.bounds import BatchSize, RowLength, Seed, Share, Workers
 from specforge.data.features.dtypes import FeatureType
 from specforge.data.features.manifest import FeatureNeeds, Manifest
-from specforge.data.features.reading import read_from
+from specforge.data.features.reading import RowFeatures, read_from
 from specforge.data.features.recording import FeatureRecorder
 from specforge.data.features.store import FeatureStore
+from specforge.data.features.transports import transport_named
 from specforge.data.host_masks import HostMasks
 from specforge.data.loader import Batch, PackedSampler, ResumableLoader
 from specforge.data.packing import PackedRows, collate, pack
@@ -33,7 +36,10 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from transformers import PreTrainedTokenizerBase
 
-LIVE, RECORD = "live", "record"
+    from specforge.data.features.servers import StateServers
+
+_log = logging.getLogger(__name__)
+LIVE, RECORD, SERVER = "live", "record", "server"
 
 
 def data_of(trainer: Trainer) -> DraftDataModule:
@@ -74,8 +80,13 @@ class DraftDataModule(LightningDataModule):
         num_workers: Processes per device that load batches. 0 loads in the training process.
         seed: Seed of the order of the training rows and of the choice of held-out rows.
         features: Where the verifier's states come from. live runs the verifier on each batch, record stores the states
-            of the first epoch for the next epochs and later runs, and a folder that specforge prepare features wrote
-            is read.
+            of the first epoch for the next epochs and later runs, server asks serving engines for them while it
+            trains, and a folder that specforge prepare features wrote is read.
+        feature_servers: With features: server, the URLs of the servers, such as [http://host:8000/v1]; num_workers
+            processes ask them ahead of training.
+        feature_transport: How states come from the servers; names are listed by specforge plugins.
+        record: With features: server, a folder to store the states in that came, in bfloat16. Rows that are stored
+            there are not asked for again, and later runs can read it with features: FOLDER.
         cache_dir: Folder of the tokenised rows. Default: rows in $SPECFORGE_CACHE, or in ~/.cache/specforge.
         verifier_revision: Branch, tag or commit of the verifier on the hub.
         trust_remote_code: Whether to run code shipped with the verifier's tokenizer and configuration.
@@ -99,6 +110,9 @@ class DraftDataModule(LightningDataModule):
         num_workers: Workers = 0,
         seed: Seed = 42,
         features: str = LIVE,
+        feature_servers: list[str] | None = None,
+        feature_transport: str = "file",
+        record: str | None = None,
         cache_dir: str | None = None,
         verifier_revision: str | None = None,
         trust_remote_code: bool = False,
@@ -118,13 +132,27 @@ class DraftDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.features = features
-        if features not in (LIVE, RECORD):
+        self.feature_servers = feature_servers or []
+        self.feature_transport = feature_transport
+        self.record = record
+        if record is not None and features != SERVER:
+            raise UsageError(
+                f"data.record: only states of data.features: {SERVER} are stored in a folder of choice; set "
+                f"data.features: {RECORD} to store those of a verifier in this process, or omit data.record"
+            )
+        if features == SERVER:
+            # The client takes a second to import.
+            from specforge.data.features.servers import check_urls
+
+            check_urls(self.feature_servers)
+            transport_named(feature_transport)
+        elif features not in (LIVE, RECORD):
             try:
                 Manifest.read(Path(features))
             except UsageError as error:
                 raise UsageError(
-                    f"data.features: {error}; allowed: {LIVE}, {RECORD}, or a folder that specforge prepare features "
-                    "wrote"
+                    f"data.features: {error}; allowed: {LIVE}, {RECORD}, {SERVER}, or a folder that specforge "
+                    "prepare features wrote"
                 ) from None
         self._caches = Path(cache_dir).expanduser() if cache_dir else default_cache()
         self.cache_dir = self._caches if cache_dir else self._caches / "rows"
@@ -134,7 +162,8 @@ class DraftDataModule(LightningDataModule):
         self._packed: dict[str, PackedRows] = {}
         self._feature_lines: list[str] = []
         self.recorder: FeatureRecorder | None = None
-        """Records states captured during training, with ``data.features: record``; otherwise None."""
+        """Records states of training, with ``data.features: record`` or ``data.record``; otherwise None."""
+        self._servers: StateServers | None = None
 
     @property
     def sources(self) -> list[str]:
@@ -205,15 +234,19 @@ class DraftDataModule(LightningDataModule):
             stage: Stage of the run: fit, validate or test.
 
         Returns:
-            Whether all states of this stage are stored, so that the verifier need not run.
+            Whether all states of this stage are stored or asked for, so that the verifier need not run.
 
         Raises:
             UsageError: The store is damaged, of another verifier or tokenizer, or lacks layers or training rows.
+            SpecforgeError: A server cannot be reached, or does not give the states that are needed.
         """
         if self.features == LIVE:
             return False
         stages = {"validation": ("fit", "validate"), "test": ("test",)}
         splits = {split: one for split, one in self._packed.items() if stage in stages.get(split, ("fit",))}
+        if self.features == SERVER:
+            self._use_servers(needs, splits)
+            return True
         if self.features == RECORD:
             manifest = self.feature_manifest(needs, "bfloat16")
             self.recorder = FeatureRecorder(self._caches / "features" / manifest.name, manifest, needs, splits)
@@ -236,6 +269,26 @@ class DraftDataModule(LightningDataModule):
         ]
         return not any(missing.values())
 
+    def _use_servers(self, needs: FeatureNeeds, splits: dict[str, PackedRows]) -> None:
+        from specforge.data.features.servers import StateServers
+
+        rows = self.train_rows
+        self._servers = StateServers(self.feature_servers, self.feature_transport, needs)
+        self._servers.check(rows[0]["input_ids"].numpy())
+        for items in splits.values():
+            items.features = replace(RowFeatures.of(items.rows, needs), servers=self._servers)
+        self._feature_lines = [f"features: {self._servers.summary_text()}"]
+        if self.record is not None:
+            manifest = self.feature_manifest(needs, "bfloat16")
+            self.recorder = FeatureRecorder(Path(self.record), manifest, needs, splits)
+            self.recorder.store.check_folder("data.record")
+            self.recorder.reopen()
+            self._feature_lines.append(f"  {self.recorder.summary_text()}")
+        if not self.num_workers:
+            _log.warning(
+                "data.num_workers is 0: each batch waits for its states. Set it to 4 or more, to ask for them ahead"
+            )
+
     def feature_manifest(self, needs: FeatureNeeds, dtype: FeatureType) -> Manifest:
         """Return the manifest of a store for this run, without rows and shards.
 
@@ -255,8 +308,19 @@ class DraftDataModule(LightningDataModule):
         )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Keep a batch's masks on the CPU as well, before Lightning moves the batch."""
+        """Keep a batch's masks on the CPU as well, before Lightning moves the batch; record states of servers."""
+        if self._servers is not None and self.recorder is not None and "last" in batch:
+            self.recorder.add(batch, batch["aux"], batch["last"])
         return HostMasks.kept(batch)
+
+    def teardown(self, stage: str) -> None:
+        """Delete what lost answers have left on the servers."""
+        if self._servers is not None:
+            self._servers.sweep()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Do the same if the run ends early."""
+        self.teardown("fit")
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the loader of this rank's training batches, reshuffled each epoch."""

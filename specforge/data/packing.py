@@ -72,7 +72,7 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         self.rows = rows
         self.bins = bins
         self.features: RowFeatures | None = None
-        """Stored states of the documents; None if there are none."""
+        """Where states of the documents come from; None if the verifier computes them."""
 
     def __len__(self) -> int:
         return len(self.bins)
@@ -88,16 +88,26 @@ class PackedRows(Dataset[dict[str, Tensor]]):
             ``input_ids`` int64 [T], ``loss_mask`` bool [T], ``document_ids`` int64 [T] (0, 1, ... in the row) and
             ``position_ids`` int64 [T], which restart at each document; plus the keys of ``features``, if any.
         """
-        chosen = self.bins[index if index >= 0 else -1 - index]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Return several items, whose documents are read together: states that are asked for come at the same time."""
+        bins = [self.bins[index if index >= 0 else -1 - index] for index in indices]
+        chosen = [document for one in bins for document in one]
         joined, lengths = self.rows.join(chosen)
         starts = lengths.cumsum(0) - lengths
-        return {
-            "input_ids": joined["input_ids"],
-            "loss_mask": joined["loss_mask"] if index >= 0 else torch.zeros_like(joined["loss_mask"]),
-            "document_ids": torch.arange(len(chosen)).repeat_interleave(lengths),
-            "position_ids": torch.arange(len(joined["input_ids"])) - starts.repeat_interleave(lengths),
-            **(self.features.join(chosen, lengths.tolist()) if self.features else {}),
-        }
+        if self.features:
+            joined |= self.features.join(chosen, joined["input_ids"].split(lengths.tolist()))
+        joined["position_ids"] = torch.arange(len(joined["input_ids"])) - starts.repeat_interleave(lengths)
+        numbers = torch.cat([torch.arange(len(one)) for one in bins])
+        joined["document_ids"] = numbers.repeat_interleave(lengths)
+        sizes = [int(one.sum()) for one in lengths.split([len(one) for one in bins])]
+        split = {name: one.split(sizes) for name, one in joined.items()}
+        items = [{name: parts[number] for name, parts in split.items()} for number in range(len(bins))]
+        for index, item in zip(indices, items, strict=True):
+            if index < 0:
+                item["loss_mask"] = torch.zeros_like(item["loss_mask"])
+        return items
 
     def fill_share(self, capacity: int) -> float:
         """Return the share of tokens that documents fill if every item is ``capacity`` tokens long."""

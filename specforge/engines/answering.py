@@ -12,6 +12,33 @@ from specforge.engines.generation import GenerationSettings, Keep, Prompt, Refus
 from specforge.engines.pool import EndpointSettings, EnginePool, engines_of, served_model
 from specforge.errors import SpecforgeError
 
+_KEPT = "finished conversations are kept: run the same command again when the engine is back"
+
+
+class AnswerKeeper:
+    """Keeps answered conversations; this one at once, and without the states that engines could keep."""
+
+    def begin(self, pool: EnginePool, model: str) -> None:
+        """Called first, with the engines and their name for the verifier."""
+
+    def request_id(self, prompt: Prompt | None) -> str | None:
+        """Return a new id of a request whose states the engine keeps, or None if it keeps none.
+
+        Args:
+            prompt: The conversation; None for a request that belongs to none.
+        """
+        return None
+
+    async def take(self, prompt: Prompt, replies: list[Reply], keep: Keep) -> None:
+        """Take an answered conversation, and keep it now or later."""
+        keep([(prompt, replies)])
+
+    def forget(self, prompt: Prompt) -> None:
+        """Called with a conversation that is not answered."""
+
+    def end(self, keep: Keep) -> None:
+        """Keep what was taken; called last, also after an error."""
+
 
 class EndpointAnswerer:
     """Answers conversations turn by turn; each request goes to the engine with the fewest requests in flight.
@@ -19,11 +46,15 @@ class EndpointAnswerer:
     Args:
         settings: The endpoints and how they are used.
         generation: Settings of the generation.
+        keeper: Keeps the answers; None keeps them at once, without states.
     """
 
-    def __init__(self, settings: EndpointSettings, generation: GenerationSettings) -> None:
+    def __init__(
+        self, settings: EndpointSettings, generation: GenerationSettings, keeper: AnswerKeeper | None = None
+    ) -> None:
         self.settings = settings
         self.generation = generation
+        self.keeper = keeper or AnswerKeeper()
 
     @cached_property
     def model(self) -> str:
@@ -59,21 +90,29 @@ class EndpointAnswerer:
         async def work() -> None:
             for prompt in prompts:
                 try:
-                    keep([(prompt, await self._converse(pool, model, prompt))])
+                    replies = await self._converse(pool, model, prompt)
                 except Refused as error:
+                    self.keeper.forget(prompt)
                     refuse(prompt, str(error))
                 except Unanswered as error:
+                    self.keeper.forget(prompt)
                     unanswered.append(f"{prompt.conversation.location}: {error}")
+                else:
+                    await self.keeper.take(prompt, replies, keep)
 
         async with engines_of(self.settings) as engines:
-            await asyncio.gather(*(engine.probe(model, self.generation) for engine in engines))
-            pool = EnginePool(engines, self.settings, "finished conversations are kept")
+            probe = self.keeper.request_id(None)
+            await asyncio.gather(*(engine.probe(model, self.generation, probe) for engine in engines))
+            pool = EnginePool(engines, self.settings, _KEPT)
+            self.keeper.begin(pool, model)
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(self.settings.concurrency):
                         group.create_task(work())
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
+            finally:
+                self.keeper.end(keep)
         if unanswered:
             raise SpecforgeError(
                 f"{len(unanswered):,} conversations were not answered, the first: {unanswered[0]}; all others are "
@@ -93,14 +132,16 @@ class EndpointAnswerer:
         for turn in range(len(prompt.conversation.turns)):
             chat = prompt.conversation.chat(turn, [reply.text for reply in replies])
             seed, tools = self.generation.seed_of(prompt.index, turn), prompt.conversation.tools
-            reply = await pool.ask(partial(self._reply, model, chat, seed, tools))
+            reply = await pool.ask(partial(self._reply, model, chat, seed, tools, prompt))
             if reply.token_ids is None:
                 _require_whole(reply)
             replies.append(reply)
         return replies
 
-    async def _reply(self, model: str, chat: list[object], seed: int, tools: list[Any] | None, engine: Engine) -> Reply:
-        return await engine.reply(model, chat, self.generation, seed, tools)
+    async def _reply(
+        self, model: str, chat: list[object], seed: int, tools: list[Any] | None, prompt: Prompt, engine: Engine
+    ) -> Reply:
+        return await engine.reply(model, chat, self.generation, seed, tools, self.keeper.request_id(prompt))
 
 
 def _require_whole(reply: Reply) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import openai
 from openai import AsyncOpenAI
@@ -25,6 +26,9 @@ from specforge.sampling import Sampling
 
 _log = logging.getLogger(__name__)
 API_KEY = "OPENAI_API_KEY"
+# vLLM takes the id of a request from this header, and names its files after it.
+REQUEST_ID = "X-Request-Id"
+_START_IT = "start it with the command line that specforge serve-verifier --print prints"
 
 
 class Unanswered(Exception):
@@ -39,6 +43,11 @@ class Refused(Exception):
     """The engine refuses this request and would refuse it again."""
 
 
+def request_id(tag: str) -> str:
+    """Return a new id of a request that begins with a tag."""
+    return f"{tag}-{uuid4().hex[:12]}"
+
+
 @dataclass
 class Engine:
     """One endpoint.
@@ -50,6 +59,7 @@ class Engine:
         in_flight: Number of pending requests.
         failures: Number of consecutive failed requests.
         rests_until: Time (``time.monotonic``) until which it gets no requests.
+        last_asked: Time of its last request.
     """
 
     url: str
@@ -58,6 +68,7 @@ class Engine:
     in_flight: int = 0
     failures: int = 0
     rests_until: float = 0.0
+    last_asked: float = 0.0
 
     @classmethod
     def at(cls, url: str, retries: int, timeout: float, vocabulary: int | None = None) -> Engine:
@@ -89,8 +100,13 @@ class Engine:
         except openai.OpenAIError as error:
             raise SpecforgeError(f"{self.url}: {explained(error)}") from error
 
-    async def probe(self, model: str, generation: GenerationSettings) -> None:
+    async def probe(self, model: str, generation: GenerationSettings, keep_states: str | None = None) -> None:
         """Request one token to check early that requests work, and which fields the engine accepts.
+
+        Args:
+            model: The engine's name for the verifier.
+            generation: Settings of the generation.
+            keep_states: See ``reply``.
 
         Raises:
             SpecforgeError: Requests do not work.
@@ -98,7 +114,7 @@ class Engine:
         one_token = GenerationSettings(generation.sampling, 1, generation.seed, generation.template_arguments)
         hello = [{"role": "user", "content": "Hello"}]
         try:
-            await self._complete(model, hello, one_token, generation.seed_of(0, 0))
+            await self._complete(model, hello, one_token, generation.seed_of(0, 0), keep_states=keep_states)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             if generation.sampling.top_k:
                 raise SpecforgeError(
@@ -119,7 +135,13 @@ class Engine:
             raise SpecforgeError(f"{self.url}: {explained(error)}") from error
 
     async def reply(
-        self, model: str, chat: list[Any], generation: GenerationSettings, seed: int, tools: list[Any] | None = None
+        self,
+        model: str,
+        chat: list[Any],
+        generation: GenerationSettings,
+        seed: int,
+        tools: list[Any] | None = None,
+        keep_states: str | None = None,
     ) -> Reply:
         """Request one reply.
 
@@ -129,21 +151,28 @@ class Engine:
             generation: Settings of the generation.
             seed: Seed of the reply.
             tools: Tool descriptions, if the chat has any.
+            keep_states: Id of the request, for the names of the files in which the engine keeps the states of prompt
+                and reply; None keeps none.
 
         Raises:
             Unanswered: The request failed but may succeed later.
             Refused: The engine refuses the request.
-            SpecforgeError: The engine would refuse every request: a wrong key, model or path.
+            SpecforgeError: The engine would refuse every request: a wrong key, model or path; or it keeps no states.
         """
         with self._requesting():
-            return _read(await self._complete(model, chat, generation, seed, tools))
+            reply = _read(await self._complete(model, chat, generation, seed, tools, keep_states))
+        if keep_states is not None and (reply.states is None or reply.token_ids is None):
+            missing = "extract states" if reply.states is None else "return token ids"
+            raise SpecforgeError(f"{self.url} answers, but does not {missing}; {_START_IT}")
+        return reply
 
-    async def extract(self, model: str, tokens: list[int]) -> dict[str, Any]:
+    async def extract(self, model: str, tokens: list[int], request: str) -> dict[str, Any]:
         """Let the engine process some tokens, and return where it writes its states of them.
 
         Args:
             model: The engine's name for the verifier.
             tokens: Token ids.
+            request: Id of the request, which becomes a part of the names of its files.
 
         Returns:
             The ``kv_transfer_params`` of the response.
@@ -155,14 +184,15 @@ class Engine:
         """
         with self._requesting():
             answer = await self.client.completions.with_raw_response.create(
-                model=model, prompt=tokens, max_tokens=1, temperature=0.0
+                model=model,
+                prompt=tokens,
+                max_tokens=1,
+                temperature=0.0,
+                extra_headers={REQUEST_ID: request},
             )
         found = Extraction.model_validate_json(answer.content).kv_transfer_params
         if found is None:
-            raise SpecforgeError(
-                f"{self.url} answers, but does not extract states; start it with the command line that "
-                "specforge serve-verifier --print prints"
-            )
+            raise SpecforgeError(f"{self.url} answers, but does not extract states; {_START_IT}")
         return found
 
     @contextmanager
@@ -188,7 +218,13 @@ class Engine:
             self.in_flight -= 1
 
     async def _complete(
-        self, model: str, chat: list[Any], generation: GenerationSettings, seed: int, tools: list[Any] | None = None
+        self,
+        model: str,
+        chat: list[Any],
+        generation: GenerationSettings,
+        seed: int,
+        tools: list[Any] | None = None,
+        keep_states: str | None = None,
     ) -> Completion:
         sampling = generation.sampling
         extra: dict[str, Any] = {}
@@ -196,6 +232,8 @@ class Engine:
             extra = {**neutral_fields(sampling), "return_token_ids": True}
         if generation.template_arguments:
             extra["chat_template_kwargs"] = generation.template_arguments
+        if keep_states is not None:
+            extra["kv_transfer_params"] = {"include_output_tokens": True}
         answer = await self.client.chat.completions.with_raw_response.create(
             model=model,
             messages=chat,
@@ -205,6 +243,7 @@ class Engine:
             max_tokens=generation.max_new_tokens,
             seed=seed,
             extra_body=extra,
+            extra_headers={} if keep_states is None else {REQUEST_ID: keep_states},
         )
         return read_completion(answer.content)
 
@@ -250,7 +289,8 @@ def _read(completion: Completion) -> Reply:
             )
     counted = completion.usage.completion_tokens if completion.usage else None
     tokens = len(token_ids) if token_ids is not None else counted or 0
-    return Reply(message.content or "", choice.finish_reason, tokens, prompt_ids, token_ids)
+    states = completion.kv_transfer_params
+    return Reply(message.content or "", choice.finish_reason, tokens, prompt_ids, token_ids, states)
 
 
 def explained(error: Exception) -> str:

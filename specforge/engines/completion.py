@@ -39,6 +39,7 @@ class Completion(Strict):
 
     choices: Annotated[list[Choice], Field(min_length=1)]
     prompt_token_ids: TokenIds | None = None
+    kv_transfer_params: dict[str, Any] | None = None
     usage: Usage | None = None
 
 

@@ -21,6 +21,8 @@ from specforge.errors import UsageError, describe_invalid
 
 # More than any response of a language model; reading stops there.
 LONGEST = 64 * 2**20
+# A machine that is gone does not refuse connections.
+CONNECT_SECONDS = 10.0
 RequestError = httpx.RequestError
 
 
@@ -100,7 +102,8 @@ class Connection(DefaultAsyncHttpxClient):
 
     def __init__(self, address: Address, seconds: float, check: Callable[[str, bytes], object] | None = None) -> None:
         # The library's timeouts apply to each read, so they never fire if a server sends byte by byte.
-        super().__init__(auth=address.credentials, timeout=seconds, verify=certificates())
+        allowed = httpx.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))
+        super().__init__(auth=address.credentials, timeout=allowed, verify=certificates())
         self._seconds = seconds
         self._check = check
 

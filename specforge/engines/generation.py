@@ -60,6 +60,7 @@ class Reply:
         tokens: Number of generated tokens.
         prompt_ids: Token ids of the prompt; None if the engine does not return them.
         token_ids: Generated token ids, including the end token; None if the engine does not return them.
+        states: Where the engine has put its states of all these tokens but the last; None if it keeps none.
     """
 
     text: str
@@ -67,6 +68,7 @@ class Reply:
     tokens: int
     prompt_ids: list[int] | None = None
     token_ids: list[int] | None = None
+    states: dict[str, Any] | None = None
 
 
 # Called with conversations that are finished together.
@@ -108,16 +110,28 @@ def rows_of(conversation: Conversation, replies: Sequence[Reply]) -> list[dict[s
     if any(reply.token_ids is None for reply in replies):
         return [_messages(conversation, texts)]
     rows: list[dict[str, Any]] = []
-    ids: list[int] = []
-    mask: list[int] = []
+    begin = 0
+    for end in row_ends(replies):
+        ids: list[int] = []
+        mask: list[int] = []
+        for reply in replies[begin : end + 1]:
+            prompt, generated = reply.prompt_ids or [], reply.token_ids or []
+            mask = mask + [0] * (len(prompt) - len(ids)) + [1] * len(generated)
+            ids = prompt + generated
+        rows.append({**_messages(conversation, texts[: end + 1]), "input_ids": ids, "loss_mask": mask})
+        begin = end + 1
+    return rows
+
+
+def row_ends(replies: Sequence[Reply]) -> list[int]:
+    """Return the turn that each row of a conversation ends with (see ``rows_of``); its tokens are those of the row."""
+    ends, ids = [], list[int]()
     for turn, reply in enumerate(replies):
-        prompt, generated = reply.prompt_ids or [], reply.token_ids or []
+        prompt = reply.prompt_ids or []
         if prompt[: len(ids)] != ids:
-            rows.append({**_messages(conversation, texts[:turn]), "input_ids": ids, "loss_mask": mask})
-            ids, mask = [], []
-        mask = mask + [0] * (len(prompt) - len(ids)) + [1] * len(generated)
-        ids = prompt + generated
-    return [*rows, {**_messages(conversation, texts), "input_ids": ids, "loss_mask": mask}]
+            ends.append(turn - 1)
+        ids = prompt + (reply.token_ids or [])
+    return [*ends, len(replies) - 1]
 
 
 def _messages(conversation: Conversation, replies: list[str]) -> dict[str, Any]:

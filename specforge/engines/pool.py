@@ -30,7 +30,8 @@ class EndpointSettings:
         retries: Number of retries before a request counts as failed.
         timeout: Seconds allowed for a response.
         vocabulary: Vocabulary size V of the verifier, to check token ids in responses; None if unknown.
-        patience: Seconds without any answer before requests are given up when all endpoints are dropped.
+        patience: Seconds of failures, without an answer between them, before requests are given up when all endpoints
+            are dropped.
     """
 
     urls: Sequence[str] = field(repr=False)
@@ -77,17 +78,17 @@ class EnginePool:
     Args:
         engines: The engines.
         settings: How they are used.
-        kept: The part of an error message about finished work.
+        advice: The end of error messages: what is kept, and what to do.
     """
 
-    def __init__(self, engines: Sequence[Engine], settings: EndpointSettings, kept: str) -> None:
+    def __init__(self, engines: Sequence[Engine], settings: EndpointSettings, advice: str) -> None:
+        self.advice = advice
         self._engines = engines
         self._settings = settings
-        self._kept = kept
-        self._last_answer = monotonic()
+        self._failing_since: float | None = None
 
     async def ask(self, send: Callable[[Engine], Awaitable[_Answer]]) -> _Answer:
-        """Send a request to the least busy engine; if it fails, to the others.
+        """Send a request to the least busy engine, of equally busy ones to each in turn; if it fails, to the others.
 
         Args:
             send: Sends the request to an engine and returns the answer.
@@ -97,7 +98,8 @@ class EnginePool:
             SpecforgeError: All engines have failed too often in a row.
         """
         error = Unanswered("no endpoint is left")
-        for engine in sorted(await self._present(), key=lambda one: one.in_flight):
+        for engine in sorted(await self._present(), key=lambda one: (one.in_flight, one.last_asked)):
+            engine.last_asked = monotonic()
             try:
                 answer = await send(engine)
             except Unanswered as failure:
@@ -107,7 +109,7 @@ class EnginePool:
             if engine.rests_until:
                 _log.warning("%s is back", engine.url)
             engine.failures, engine.rests_until = 0, 0.0
-            self._last_answer = monotonic()
+            self._failing_since = None
             return answer
         raise error
 
@@ -120,13 +122,13 @@ class EnginePool:
     def _count_failure(self, engine: Engine, failure: Unanswered) -> None:
         engine.failures += 1
         now = monotonic()
+        self._failing_since = now if self._failing_since is None else self._failing_since
         if engine.failures < self._settings.max_failures or engine.rests_until > now:
             return
         is_left = any(one.rests_until <= now for one in self._engines if one is not engine)
-        if not is_left and now - self._last_answer >= self._settings.patience:
+        if not is_left and now - self._failing_since >= self._settings.patience:
             raise SpecforgeError(
-                f"{engine.url}: {engine.failures} requests in a row have failed, the last: {failure}; {self._kept}: "
-                "run the same command again when the engine is back"
+                f"{engine.url}: {engine.failures} requests in a row have failed, the last: {failure}; {self.advice}"
             ) from failure
         if not engine.rests_until:
             _log.warning(

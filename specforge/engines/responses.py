@@ -25,6 +25,7 @@ from specforge.files import locked, whole_file
 
 RESPONSES_FILE = "responses.jsonl"
 SUMMARY_FILE = "summary.json"
+FEATURES = "features"
 _SETTINGS_FILE = "settings.json"
 _JOURNAL_FILE = "journal.jsonl"
 _log = logging.getLogger(__name__)
@@ -60,6 +61,11 @@ class Responses:
     def to_json(self) -> dict[str, Any]:
         """Return JSON-serializable values."""
         return {**vars(self), "tally": self.tally.to_json()}
+
+
+def features_folder(output: Path) -> Path:
+    """Return the folder for states of the responses while they are written; it becomes ``output / FEATURES``."""
+    return _partial(output) / "whole" / FEATURES
 
 
 def check_output(output: Path) -> Responses | None:
@@ -102,7 +108,7 @@ def write_responses(
         SpecforgeError: Another process is writing the folder, it cannot be written, or prompts were not answered.
     """
     check_output(output)
-    partial = output.with_name(f".{output.name}.partial")
+    partial = _partial(output)
     try:
         with locked(output):
             if existing := check_output(output):
@@ -123,6 +129,10 @@ def write_responses(
             f"cannot write {output}: {error.strerror or error}; finished conversations are kept in {partial}: fix this "
             "and run the same command again to resume"
         ) from error
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial")
 
 
 def _answer_all(

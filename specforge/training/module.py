@@ -152,6 +152,11 @@ class DraftModule(LightningModule, ABC):
         return False
 
     @property
+    def reads_row_ends(self) -> bool:
+        """Whether the states of a row's last supervised token and of the one after it are read; False by default."""
+        return False
+
+    @property
     def runs_verifier(self) -> bool:
         """Whether the verifier is run even if all states are stored; False by default."""
         return False
@@ -292,7 +297,7 @@ class DraftModule(LightningModule, ABC):
     @cached_property
     def feature_needs(self) -> FeatureNeeds:
         """The verifier states that are read; cached, because the fingerprint opens all files of the verifier."""
-        return self.teacher.needs(self.aux_layers, self.reads_whole_rows)
+        return self.teacher.needs(self.aux_layers, self.reads_whole_rows, self.reads_row_ends)
 
     def configure_model(self) -> None:
         """Load the verifier, or only its parts if all states are stored, and create the draft, once.
@@ -480,6 +485,8 @@ class DraftModule(LightningModule, ABC):
             recorder.flush()
             self.trainer.strategy.barrier()  # the next epoch may read rows that other ranks recorded
             recorder.reopen()
+            if self.trainer.is_global_zero:
+                recorder.publish()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the draft's and verifier's identity and the optimizer's name; flush recorded states, too."""

@@ -75,16 +75,18 @@ class FrozenVerifier:
         assert self._held is not None
         return self._held[1]
 
-    def needs(self, aux_layers: list[int], whole_rows: bool) -> FeatureNeeds:
+    def needs(self, aux_layers: list[int], whole_rows: bool, row_ends: bool) -> FeatureNeeds:
         """Return which of its states are read; the fingerprint opens all of its files.
 
         Args:
             aux_layers: Ids of the layers that features are taken from, ascending.
             whole_rows: Whether states after a row's last supervised token are read.
+            row_ends: Whether the states of that token and of the one after it are read.
         """
         text = self.config.get_text_config()
         mark = fingerprint(self.name, self.loading)
-        return FeatureNeeds(self.name, mark, tuple(aux_layers), text.num_hidden_layers, text.hidden_size, whole_rows)
+        width = text.hidden_size
+        return FeatureNeeds(self.name, mark, tuple(aux_layers), text.num_hidden_layers, width, whole_rows, row_ends)
 
     def load(self, device: torch.device | None, whole: bool = True, packing: bool = False) -> None:
         """Load the model, or only its parts.

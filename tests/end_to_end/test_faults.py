@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from training_runs import assert_same_values, assert_same_weights
 
 from specforge.__main__ import main
-from specforge.data.features import recording
+from specforge.data.features import growing
 from specforge.training.module import DraftModule
 from specforge.training.runs import resolve_checkpoint
 
@@ -96,7 +96,7 @@ def progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(DraftModule, "training_step", step)
-    monkeypatch.setattr(recording, "SHARD_BYTES", 1)
+    monkeypatch.setattr(growing, "SHARD_BYTES", 1)
     return file
 
 

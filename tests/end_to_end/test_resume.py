@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from training_runs import assert_same_values, assert_same_weights, scalars, weights
 
 from specforge.__main__ import main
-from specforge.data.features import recording
+from specforge.data.features import growing
 from specforge.training.module import DraftModule
 
 Arm = Callable[..., None]
@@ -310,7 +310,7 @@ class TestRecording:
 
     def test_resumes_from_the_last_checkpoint(self, workshop, fit, monkeypatch):
         # Each batch is written at once, so at the crash more is recorded than was trained on.
-        monkeypatch.setattr(recording, "SHARD_BYTES", 1)
+        monkeypatch.setattr(growing, "SHARD_BYTES", 1)
         words = ["--data.features=record", "--save_every_n_steps=3", *VARIANTS["mid-epoch validation"]]
         cache = "--data.cache_dir={}".format
         expected = fit("whole", *words, cache(workshop.folder / "whole_cache"))

@@ -15,7 +15,7 @@ from specforge.training.module import DraftModule
 
 
 def test_idle_share_is_the_loaders_share_of_the_time(workshop, fit, monkeypatch):
-    """On a clock that advances by 2 per row read, by 5 per training step, and by 1,000 per validation batch."""
+    """On a clock that advances by 4 per batch read, by 5 per training step, and by 1,000 per validation batch."""
     now = 0.0
 
     def moved_by(seconds: float, function: Any) -> Any:
@@ -29,7 +29,7 @@ def test_idle_share_is_the_loaders_share_of_the_time(workshop, fit, monkeypatch)
     clock = SimpleNamespace(perf_counter=lambda: now)
     monkeypatch.setattr("specforge.data.loader.time", clock)
     monkeypatch.setattr("specforge.training.callbacks.speed.time", clock)
-    monkeypatch.setattr(PackedRows, "__getitem__", moved_by(2, PackedRows.__getitem__))
+    monkeypatch.setattr(PackedRows, "__getitems__", moved_by(4, PackedRows.__getitems__))
     monkeypatch.setattr(DraftModule, "training_step", moved_by(5, DraftModule.training_step))
     monkeypatch.setattr(DraftModule, "validation_step", moved_by(1000, DraftModule.validation_step))
     words = ["--trainer.max_steps=8", "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=3"]

@@ -1,8 +1,9 @@
 """A server on loopback that extracts hidden states as vLLM's ExampleHiddenStatesConnector does, on the CPU.
 
-It answers ``/v1/completions`` first and writes ``<request>.safetensors`` afterwards, while it holds a lock that exists
-before the answer. Layer id k is the state after k layers, and the number of layers the output of the last layer before
-the final norm, whatever specforge calls them: both come from transformers here.
+It answers ``/v1/completions`` (and, given a tokenizer, ``/v1/chat/completions``) first and writes
+``<request>.safetensors`` afterwards, while it holds a lock that exists before the answer. Layer id k is the state after
+k layers, and the number of layers the output of the last layer before the final norm, whatever specforge calls them:
+both come from transformers here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from uuid import uuid4
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Written = dict[str, Tensor]
 _ONE_PASS = Lock()  # servers may share a model, and with it its hooks
@@ -37,6 +38,7 @@ class ExtractingServer:
         model: The verifier.
         layers: ``eagle_aux_hidden_state_layer_ids``.
         folder: ``shared_storage_path``.
+        tokenizer: Renders chats; None if the server has none.
 
     Attributes:
         name: Name of the served model.
@@ -46,18 +48,26 @@ class ExtractingServer:
             is the number of the request, from 1.
         written: Changes what is written for a request; None writes nothing.
         delay: Seconds between the answer and the end of writing.
+        lost: Whether the answer to a request is lost on its way: its states are written, and the connection is closed.
         extracts: Whether the answer refers to states.
         max_tokens: Length from which rows are refused.
         most_at_once: Maximum number of requests whose states were not yet written.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[int], folder: Path) -> None:
-        self.model, self.layers, self.folder = model, layers, folder
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[int],
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.model, self.layers, self.folder, self.tokenizer = model, layers, folder, tokenizer
         self.name = "verifier"
         self.rows: list[list[int]] = []
         self.requests = 0
         self.fault: Callable[[int], int | None] = lambda number: None
         self.written: Callable[[int, Written], Written | None] = lambda number, tensors: tensors
+        self.lost: Callable[[int], bool] = lambda number: False
         self.delay = 0.0
         self.extracts = True
         self.max_tokens = 10**6
@@ -81,6 +91,8 @@ class ExtractingServer:
         """Start, after ``kill`` at the same address."""
         self._server = _Server(("127.0.0.1", self._port), _handler(self))
         self._port = self._server.server_port
+        # In a forked client the port would stay open.
+        os.register_at_fork(after_in_child=self._server.socket.close)
         Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def kill(self) -> None:
@@ -100,9 +112,12 @@ class ExtractingServer:
             number = self.requests
         if (status := self.fault(number)) is not None:
             return status, {"error": {"message": f"fault {status}"}}
-        tokens = body["prompt"]
-        if len(tokens) + body["max_tokens"] > self.max_tokens:
+        prompt = self._prompt(body)
+        if len(prompt) + body["max_tokens"] > self.max_tokens:
             return 400, {"error": {"message": f"This model's maximum context length is {self.max_tokens} tokens."}}
+        reply = self._reply(prompt, body["max_tokens"]) if "messages" in body else [0]
+        keeps_reply = (body.get("kv_transfer_params") or {}).get("include_output_tokens", False)
+        tokens = prompt + reply[:-1] if keeps_reply else prompt
         with self._gate:
             self.rows.append(tokens)
             tensors = {
@@ -113,13 +128,42 @@ class ExtractingServer:
             self.most_at_once = max(self.most_at_once, self._at_once)
         answer: dict[str, Any] = {"id": "x", "object": "text_completion", "created": 0, "model": self.name}
         answer["choices"] = [{"index": 0, "text": "", "finish_reason": "length"}]
+        if self.tokenizer is not None and "messages" in body:
+            text = self.tokenizer.decode(reply, skip_special_tokens=True)
+            finish = "stop" if reply[-1] in self._stop_tokens else "length"
+            message = {"role": "assistant", "content": text}
+            answer["choices"] = [{"index": 0, "message": message, "finish_reason": finish, "token_ids": reply}]
+            answer["prompt_token_ids"] = prompt
         if not self.extracts:
             return 200, answer
-        path = self.folder / f"cmpl-{uuid4().hex}-0.safetensors"
+        # As vLLM does: its own id is random at the end only.
+        path = self.folder / f"cmpl-{body['request_id'] or uuid4().hex}-0-{uuid4().hex[:8]}.safetensors"
         lock = os.open(f"{path}.lock", os.O_CREAT | os.O_WRONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
         Thread(target=self._write, args=(number, tensors, path, lock), daemon=True).start()
+        if self.lost(number):
+            return 0, {}
         return 200, {**answer, "kv_transfer_params": {"hidden_states_path": str(path)}}
+
+    def _prompt(self, body: dict[str, Any]) -> list[int]:
+        if self.tokenizer is None or "messages" not in body:
+            return list(body["prompt"])
+        text = self.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _reply(self, prompt: list[int], longest: int) -> list[int]:
+        """Return the verifier's greedy answer."""
+        with _ONE_PASS, torch.no_grad():
+            ids = torch.tensor([prompt])
+            whole = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=False
+            )
+        return whole[0, len(prompt) :].tolist()
+
+    @property
+    def _stop_tokens(self) -> list[int]:
+        stop = self.model.generation_config.eos_token_id
+        return stop if isinstance(stop, list) else [stop]
 
     def _write(self, number: int, tensors: Written, path: Path, lock: int) -> None:
         server = self._server
@@ -171,9 +215,11 @@ def _handler(server: ExtractingServer) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path != "/v1/completions":
+            chats = "/v1/chat/completions" if server.tokenizer else None
+            if self.path not in ("/v1/completions", chats):
                 self._send(404, {"error": {"message": "Not Found"}})
                 return
+            body["request_id"] = self.headers["X-Request-Id"]
             status, answer = server.answer(body)
             if status:
                 self._send(status, answer)

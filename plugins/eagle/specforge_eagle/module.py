@@ -103,6 +103,11 @@ class EagleModule(FeatureScaledModule):
         return []
 
     @property
+    def reads_row_ends(self) -> bool:
+        """With ``compat``, the positions reach to the ends of rows."""
+        return self.supervision == "compat"
+
+    @property
     def num_steps(self) -> int:
         """Number of alignment steps."""
         return self.alignment_steps

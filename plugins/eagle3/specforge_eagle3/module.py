@@ -68,6 +68,11 @@ class Eagle3Module(FusedDraftModule):
         ]
 
     @property
+    def reads_row_ends(self) -> bool:
+        """With ``compat``, the positions reach to the ends of rows."""
+        return self.supervision == "compat"
+
+    @property
     def num_steps(self) -> int:
         """Number of steps of training-time test."""
         return self.ttt_steps

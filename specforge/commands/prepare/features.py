@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from specforge.commands.configured import module_and_data, verifier_states
-from specforge.commands.endpoints import add_endpoint_flags, endpoint_settings, positive, transport_of
+from specforge.commands.endpoints import add_endpoint_flags, endpoint_settings, positive
 from specforge.commands.trainer import quieten
 from specforge.commands.units import in_units
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
@@ -22,6 +22,7 @@ from specforge.data.features.manifest import Manifest, describe_layers
 from specforge.data.features.plan import ShardPlan
 from specforge.data.features.preparing import States, prepare_features
 from specforge.data.features.store import FeatureStore
+from specforge.data.features.transports import transport_named
 from specforge.data.text.sources import check_source
 from specforge.errors import UsageError
 
@@ -134,7 +135,7 @@ def _ask(found: argparse.Namespace, plan: ShardPlan, manifest: Manifest, output:
     from specforge.data.features.asking import AskedStates
 
     settings = endpoint_settings(found, found.concurrency)
-    with AskedStates(settings, transport_of(found), manifest, output) as states:
+    with AskedStates(settings, transport_named(found.transport), manifest, output) as states:
         return prepare_features(plan, manifest, output, states, ahead=settings.concurrency, written=states.forget)
 
 

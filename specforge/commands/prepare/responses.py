@@ -33,12 +33,20 @@ from specforge.data.text.sources import check_source, source_fingerprint
 from specforge.data.text.template import ChatTemplate
 from specforge.engines.generation import Answer, GenerationSettings, Keep, Prompt, Refuse
 from specforge.engines.journal import Journal
-from specforge.engines.responses import RESPONSES_FILE, Responses, check_output, write_responses
+from specforge.engines.responses import (
+    FEATURES,
+    RESPONSES_FILE,
+    Responses,
+    check_output,
+    features_folder,
+    write_responses,
+)
 from specforge.errors import UsageError
 from specforge.verifier.fingerprint import fingerprint
 from specforge.verifier.on_policy import PolicyCheck
 
 if TYPE_CHECKING:
+    from specforge.data.features.answers import AnswerRecorder
     from specforge.engines.answering import EndpointAnswerer
 
 DESCRIPTION = """\
@@ -51,6 +59,11 @@ transformers serve). An interrupted run resumes when the same command is run aga
     --temperature 0.7 --output responses
   specforge prepare responses chats.jsonl --endpoint URL_A URL_B \\
     --concurrency 256 --verifier MODEL --output responses
+  specforge prepare responses chats.jsonl --endpoint URL --record fit.yaml \
+    --output responses
+
+With --record, a vLLM server as started by serve-verifier also keeps the states of prompts and answers, which are stored
+in --output/features: answers and features in one pass.
 
 A prompt is a row with turns, messages (their replies are dropped), ShareGPT conversations, prompt, or input_ids and
 loss_mask. An API key is read from OPENAI_API_KEY.
@@ -68,8 +81,9 @@ def run(arguments: list[str]) -> int:
     verifier = _Verifier(found)
     identity = verifier.identity if found.verifier else {}
     answer, name, model = verifier.answerer(generation), found.verifier, identity
+    recorder = _recorder(found) if found.record else None
     if found.endpoint:
-        endpoints = _endpoints(found, generation, verifier.vocabulary_size if found.verifier else None)
+        endpoints = _endpoints(found, generation, verifier.vocabulary_size if found.verifier else None, recorder)
         answer, name, model = endpoints.answer, endpoints.model, {"model": endpoints.model}
     decoding = {
         **generation.sampling.model_dump(),
@@ -83,10 +97,14 @@ def run(arguments: list[str]) -> int:
         **decoding,
         **verifier.rendering,
     }
+    if recorder is not None:
+        settings["record"] = recorder.store.manifest.name
 
     def conclude(journal: Journal) -> tuple[dict[str, Any], dict[str, Any]]:
         check = verifier.check(journal, generation) if found.verifier and found.check else None
         doubt = _doubt(found, journal, check)
+        if recorder is not None:
+            recorder.store.publish()
         origin = {
             "model": name if doubt is None else f"{name} ({doubt})",
             "fingerprint": "" if doubt is not None else identity["verifier"],
@@ -204,6 +222,16 @@ def command_line() -> ArgumentParser:
         "--timeout", type=PositiveFloat, default=600.0, metavar="SECONDS", help="Maximum time for an answer."
     )
     parser.add_argument(
+        "--record",
+        type=str | None,
+        default=None,
+        metavar="CONFIG",
+        help="Configuration of specforge fit whose states are stored, too; needs --endpoint.",
+    )
+    parser.add_argument(
+        "--transport", type=str, default="file", metavar="NAME", help="How states come here: see specforge plugins."
+    )
+    parser.add_argument(
         "--check",
         type=NonNegativeInt,
         default=16,
@@ -220,12 +248,46 @@ def _check_flags(found: Namespace) -> None:
         raise UsageError("output: is required; give it as --output, or in the file of --config")
     if not found.verifier and not found.endpoint:
         raise UsageError("no verifier is given; give --verifier MODEL, or --endpoint URL for an engine that serves it")
+    if found.record and not found.endpoint:
+        raise UsageError(
+            "--record needs --endpoint; in this process, answer first and then run specforge prepare features"
+        )
     for source in found.sources:
         check_source(source, "sources")
     check_output(Path(found.output))
 
 
-def _endpoints(found: Namespace, generation: GenerationSettings, vocabulary: int | None) -> EndpointAnswerer:
+def _recorder(found: Namespace) -> AnswerRecorder:
+    """Return what stores the states that a configuration of ``fit`` reads."""
+    # Training takes seconds to import.
+    from specforge.commands.configured import module_and_data
+    from specforge.data.features.answers import AnswerRecorder
+    from specforge.data.features.growing import GrowingStore
+    from specforge.data.features.transports import transport_named
+
+    # The rows that the configuration names may be those that are about to be written.
+    words = ["--config", found.record, "--data.validation", "null", "--data.test", "null"]
+    if found.verifier:
+        words += ["--verifier", found.verifier]
+    if found.verifier_revision:
+        words += ["--verifier_revision", found.verifier_revision]
+    module, data = module_and_data(words, found.sources[:1])
+    needs = module.feature_needs
+    if needs.whole_rows or needs.row_ends:
+        raise UsageError(
+            f"--record: {found.record} trains on the state of a row's last token (supervision: all or compat), which "
+            "an engine does not compute while it answers; use specforge prepare features"
+        )
+    output = Path(found.output)
+    store = GrowingStore(features_folder(output), data.feature_manifest(needs, "bfloat16"))
+    tag = "specforge-" + hashlib.sha256(str(output.absolute()).encode()).hexdigest()[:12]
+    longest = data.row_settings.max_length
+    return AnswerRecorder(store, transport_named(found.transport), tag, longest, found.timeout)
+
+
+def _endpoints(
+    found: Namespace, generation: GenerationSettings, vocabulary: int | None, recorder: AnswerRecorder | None
+) -> EndpointAnswerer:
     # The client takes a second to import.
     from specforge.engines.answering import EndpointAnswerer
     from specforge.engines.pool import EndpointSettings
@@ -233,7 +295,7 @@ def _endpoints(found: Namespace, generation: GenerationSettings, vocabulary: int
     settings = EndpointSettings(
         found.endpoint, found.model, found.concurrency, found.max_failures, found.retries, found.timeout, vocabulary
     )
-    return EndpointAnswerer(settings, generation)
+    return EndpointAnswerer(settings, generation, recorder)
 
 
 def _doubt(found: Namespace, journal: Journal, check: PolicyCheck | None) -> str | None:
@@ -278,6 +340,11 @@ def _print(responses: Responses, console: Console) -> None:
 
 def _closing_line(found: Namespace) -> str:
     rows = Path(found.output) / RESPONSES_FILE
+    if found.record:
+        features = Path(found.output) / FEATURES
+        words = ["specforge", "fit", "--config", found.record, "--data.train", str(rows)]
+        words += ["--data.features", str(features), *template_words(found, "data.")]
+        return f"Done: {rows} holds the responses, {features} their states. Next:\n  {shlex.join(words)}"
     words = ["specforge", "prepare", "rows", str(rows), "--verifier", found.verifier or "MODEL", "--output", "rows"]
     words += template_words(found)
     unknown = "" if found.verifier else ", with the verifier as MODEL"

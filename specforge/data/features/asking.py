@@ -1,7 +1,8 @@
 """States asked of serving engines, which run the verifier; rows of several shards are in flight at the same time.
 
 Where a server has put the states of a row is noted next to the shard until the shard is written; only then are the
-server's files deleted. So a killed run loses no states that a server has finished, and no file is forgotten.
+server's files deleted. So a killed run loses no states that a server has finished. What lost answers have left is found
+by the ids of their requests.
 """
 
 from __future__ import annotations
@@ -9,28 +10,25 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, as_completed
 from contextlib import ExitStack, suppress
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
 from anyio.from_thread import start_blocking_portal
 from torch import Tensor
 
 from specforge.data.features.manifest import Manifest
 from specforge.data.features.plan import ShardPlan
-from specforge.data.features.served import WrongStates, require_states
+from specforge.data.features.row_asker import RowAsker, Tokens
+from specforge.data.features.served import WrongStates
 from specforge.data.features.transports import Transport
-from specforge.engines.client import Engine, Refused, Unanswered, Unreachable
 from specforge.engines.pool import EndpointSettings, EnginePool, engines_of, served_model
-from specforge.errors import SpecforgeError
 
-TRIES = 4
-_KEPT = "finished rows are kept"
-_Tokens = npt.NDArray[np.int64]
+_KEPT = "finished rows are kept: fix this and run the same command again to resume"
 
 
 class AskedStates:
@@ -62,8 +60,10 @@ class AskedStates:
             portal = stack.enter_context(start_blocking_portal())
             self._loop = portal.call(asyncio.get_running_loop)
             engines = stack.enter_context(portal.wrap_async_context_manager(engines_of(self.settings)))
-            self._model = self.settings.model or portal.call(served_model, engines)
-            self._pool = EnginePool(engines, self.settings, _KEPT)
+            model = self.settings.model or portal.call(served_model, engines)
+            pool = EnginePool(engines, self.settings, _KEPT)
+            kind, seconds = self._manifest, self.settings.timeout
+            self._asker = RowAsker(pool, model, self._transport, kind.layers, kind.width, seconds)
             self._free = asyncio.Semaphore(self.settings.concurrency)
             self._open = stack.pop_all()
         return self
@@ -79,13 +79,13 @@ class AskedStates:
         """
         notes = _Notes(self._notes_path(shard))
         futures = {
-            asyncio.run_coroutine_threadsafe(self._row(tokens, number, notes), self._loop): number
+            asyncio.run_coroutine_threadsafe(self._row(tokens, number, notes, self._tag(shard)), self._loop): number
             for number, tokens in enumerate(plan.tokens(shard))
         }
         return self._as_they_come(futures, notes)
 
     def forget(self, shard: range) -> None:
-        """Delete the server's files of a shard that is written, now or by an earlier run.
+        """Delete the servers' files of a shard that is written, now or by an earlier run, also those of lost answers.
 
         Raises:
             SpecforgeError: One cannot be deleted.
@@ -95,7 +95,13 @@ class AskedStates:
             with _Notes(path) as notes:
                 for parameters in notes.all():
                     self._transport.delete(parameters)
+            self._transport.sweep(self._tag(shard))
             path.unlink(missing_ok=True)
+
+    def _tag(self, shard: range) -> str:
+        """Return what begins the ids of a shard's requests, the same for each run that writes the store."""
+        store = sha256(f"{self._output.absolute()} {self._manifest.name}".encode()).hexdigest()[:12]
+        return f"specforge-{store}-{shard.start}"
 
     def _notes_path(self, shard: range) -> Path:
         return self._output / f".rows-{shard.start}-{shard.stop}.asked"
@@ -105,53 +111,13 @@ class AskedStates:
             for future in as_completed(list(futures)):
                 yield futures.pop(future), future.result()
 
-    async def _row(self, tokens: _Tokens, number: int, notes: _Notes) -> Tensor:
+    async def _row(self, tokens: Tokens, number: int, notes: _Notes, tag: str) -> Tensor:
         """Return the states of a row: those that an earlier run was answered with, or else newly asked ones."""
         async with self._free:
             for parameters in notes.of(number):
                 with suppress(WrongStates):
-                    return await self._received(parameters, tokens)
-            return await self._asked(tokens, number, notes)
-
-    async def _asked(self, tokens: _Tokens, number: int, notes: _Notes) -> Tensor:
-        async def send(engine: Engine) -> Tensor:
-            parameters = await engine.extract(self._model, tokens.tolist())
-            notes.add(number, parameters)
-            try:
-                return await self._received(parameters, tokens)
-            except WrongStates as error:
-                raise Unanswered(str(error)) from error
-
-        what = f"the row of {len(tokens):,} tokens that begins with {tokens[:4].tolist()}"
-        tries = 0
-        while True:
-            try:
-                return await self._pool.ask(send)
-            except Unreachable:
-                continue  # the pool waits for the engines to come back, as long as its patience lasts
-            except Refused as error:
-                raise SpecforgeError(f"the engine refuses {what}: {error}; {_KEPT}") from error
-            except Unanswered as error:
-                tries += 1
-                if tries == TRIES:
-                    raise SpecforgeError(
-                        f"no engine gave the states of {what} in {TRIES} tries, the last: {error}; {_KEPT}: fix this "
-                        "and run the same command again to resume"
-                    ) from error
-
-    async def _received(self, parameters: Mapping[str, Any], tokens: _Tokens) -> Tensor:
-        """Return states that were answered with; delete them if they are wrong."""
-        try:
-            async with asyncio.timeout(self.settings.timeout):
-                found = await self._transport.receive(parameters)
-            await asyncio.to_thread(require_states, found, tokens, self._manifest.layers, self._manifest.width)
-            return found.states
-        except TimeoutError:
-            self._transport.delete(parameters)
-            raise WrongStates(f"the states were not written within {self.settings.timeout:g} seconds") from None
-        except WrongStates:
-            self._transport.delete(parameters)
-            raise
+                    return await self._asker.receive(parameters, tokens)
+            return await self._asker.ask(tokens, f"{tag}-{number}", partial(notes.add, number))
 
 
 class _Notes:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from xxhash import xxh3_128
 
 from specforge.config import verifier_difference
@@ -35,6 +36,7 @@ class FeatureNeeds:
         num_layers: Number of decoder layers, also the id of the last state.
         width: Width H of a state.
         whole_rows: Whether states after the last supervised token are read.
+        row_ends: Whether the states of the last supervised token and of the one after it are read.
     """
 
     verifier: str
@@ -43,6 +45,7 @@ class FeatureNeeds:
     num_layers: int
     width: int
     whole_rows: bool
+    row_ends: bool = True
 
     @property
     def layers(self) -> list[int]:
@@ -50,7 +53,7 @@ class FeatureNeeds:
         return sorted({*self.aux_layers, self.num_layers})
 
     def kept(self, lengths: Any, last_supervised: Any) -> Any:
-        """Return the number of leading tokens of each row whose states are read, int64 [rows].
+        """Return the number of leading tokens of each row whose states are stored, int64 [rows].
 
         Some alignments read the state of the token after the last supervised one; none reads further.
 
@@ -59,6 +62,19 @@ class FeatureNeeds:
             last_supervised: Index of the last supervised token of each row.
         """
         return lengths if self.whole_rows else (last_supervised + 2).clip(max=lengths)
+
+    def read(self, lengths: Any, last_supervised: Any) -> Any:
+        """Return the number of leading tokens of each row whose states this run reads, int64 [rows].
+
+        Most alignments end with the state that predicts the last supervised token. An engine that answers and keeps
+        its states has no state of the last token.
+
+        Args:
+            lengths: Tokens of each row.
+            last_supervised: Index of the last supervised token of each row.
+        """
+        kept = self.kept(lengths, last_supervised)
+        return kept if self.whole_rows or self.row_ends else np.minimum(kept, last_supervised)
 
 
 @dataclass(frozen=True)

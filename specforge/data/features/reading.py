@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,10 @@ from torch import Tensor
 from specforge.data.features.dtypes import has_scales
 from specforge.data.features.manifest import FeatureNeeds
 from specforge.data.features.store import FeatureStore
+from specforge.data.rows.reading import TokenRows
 
 if TYPE_CHECKING:
+    from specforge.data.features.servers import StateServers
     from specforge.data.packing import PackedRows
 
 FEATURES = ("aux", "last", "aux_scales", "last_scales")
@@ -24,54 +26,77 @@ FEATURES = ("aux", "last", "aux_scales", "last_scales")
 
 @dataclass(frozen=True)
 class RowFeatures:
-    """Where the states of some rows are stored.
+    """Where the states of some rows come from: a store, and servers for rows that are not stored.
 
     Attributes:
-        store: The store.
+        needs: Which states are read.
+        kept: Number of leading tokens of each row whose states servers are asked for, int64 [rows].
         indices: Index of each row in the store, int64 [rows]; -1 for a missing row.
-        aux_layers: Ids of the aux layers, ascending.
-        last_layer: Id of the last state.
+        store: The store; None if no row is stored.
+        servers: The servers; None if states of missing rows are not asked for.
     """
 
-    store: FeatureStore
+    needs: FeatureNeeds
+    kept: npt.NDArray[np.int64]
     indices: npt.NDArray[np.int64]
-    aux_layers: Sequence[int]
-    last_layer: int
+    store: FeatureStore | None = None
+    servers: StateServers | None = None
 
-    def join(self, rows: Sequence[int], lengths: Sequence[int]) -> dict[str, Tensor]:
-        """Read and concatenate the states of some rows.
+    @classmethod
+    def of(cls, rows: TokenRows, needs: FeatureNeeds) -> Self:
+        """Return those of rows that are not stored."""
+        return cls(needs, needs.kept(rows.lengths, rows.last_supervised), np.full(len(rows), -1))
+
+    def join(self, rows: Sequence[int], tokens: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Read or ask for the states of some rows, and concatenate them.
 
         Args:
             rows: The rows.
-            lengths: Tokens of each. States that are not stored, because nothing reads them, are set to zero.
+            tokens: Tokens of each, int64 [T]. States that nothing reads are set to zero.
 
         Returns:
-            ``aux`` [T, n, H] and ``last`` [T, H] as stored; for types of one byte also ``aux_scales`` [T, n] and
-            ``last_scales`` [T]. Empty if one of the rows is missing.
+            ``aux`` [T, n, H] and ``last`` [T, H] as stored, or in bfloat16 if they are asked for; for types of one byte
+            also ``aux_scales`` [T, n] and ``last_scales`` [T]. Empty if one of the rows is missing and is not asked
+            for.
         """
-        if (self.indices[list(rows)] < 0).any():
+        missing = {row: one for row, one in zip(rows, tokens, strict=True) if self.indices[row] < 0}
+        if missing and self.servers is None:
             return {}
-        dtype, width = self.store.dtype, self.store.manifest.width
-        tokens, number = sum(lengths), len(self.aux_layers)
-        joined = {"aux": _zeros((tokens, number, width), dtype), "last": _zeros((tokens, width), dtype)}
+        asked = self._ask(missing)
+        dtype = torch.bfloat16 if self.store is None else self.store.dtype
+        needs, lengths = self.needs, [len(one) for one in tokens]
+        number, width, total = len(needs.aux_layers), needs.width, sum(lengths)
+        joined = {"aux": _zeros((total, number, width), dtype), "last": _zeros((total, width), dtype)}
         if has_scales(dtype):
-            joined |= {"aux_scales": torch.zeros(tokens, number), "last_scales": torch.zeros(tokens)}
-        for column, layer in enumerate(self.aux_layers):
-            self._fill(
-                layer, rows, lengths, joined["aux"][:, column], joined.get("aux_scales", joined["aux"])[:, column]
-            )
-        self._fill(self.last_layer, rows, lengths, joined["last"], joined.get("last_scales", joined["last"]))
+            joined |= {"aux_scales": torch.zeros(total, number), "last_scales": torch.zeros(total)}
+        for row, begin, length in zip(rows, np.cumsum([0, *lengths]), lengths, strict=False):
+            for column, layer in enumerate(needs.aux_layers):
+                _fill(joined, "aux", (slice(begin, begin + length), column), *self._states(row, layer, asked))
+            _fill(joined, "last", (slice(begin, begin + length),), *self._states(row, needs.num_layers, asked))
         return joined
 
-    def _fill(self, layer: int, rows: Sequence[int], lengths: Sequence[int], values: Tensor, scales: Tensor) -> None:
-        begin = 0
-        for row, length in zip(rows, lengths, strict=True):
-            stored, stored_scales = self.store.read(int(self.indices[row]), layer)
-            end = begin + min(length, len(stored))
-            values[begin:end] = stored[: end - begin]
-            if stored_scales is not None:
-                scales[begin:end] = stored_scales[: end - begin]
-            begin += length
+    def _ask(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return the states [T, L, H] of some rows from the servers."""
+        if not tokens or self.servers is None:
+            return {}
+        states = self.servers.states([one.numpy()[: self.kept[row]] for row, one in tokens.items()])
+        # One type, whichever server answers, and the one that is recorded.
+        return {row: one.bfloat16() for row, one in zip(tokens, states, strict=True)}
+
+    def _states(self, row: int, layer: int, asked: Mapping[int, Tensor]) -> tuple[Tensor, Tensor | None]:
+        if row in asked:
+            return asked[row][:, self.needs.layers.index(layer)], None
+        assert self.store is not None
+        return self.store.read(int(self.indices[row]), layer)
+
+
+def _fill(
+    joined: Mapping[str, Tensor], name: str, where: tuple[Any, ...], values: Tensor, scales: Tensor | None
+) -> None:
+    for key, found in ((name, values), (f"{name}_scales", scales)):
+        if found is not None:
+            target = joined[key][where]
+            target[: len(found)] = found[: len(target)]
 
 
 def read_from(store: FeatureStore, needs: FeatureNeeds, items: PackedRows) -> npt.NDArray[np.bool_]:
@@ -87,8 +112,8 @@ def read_from(store: FeatureStore, needs: FeatureNeeds, items: PackedRows) -> np
     """
     rows = items.rows
     indices = store.locate(rows.digests)
-    indices = np.where(store.kept[indices] < needs.kept(rows.lengths, rows.last_supervised), -1, indices)
-    items.features = RowFeatures(store, indices, needs.aux_layers, needs.num_layers)
+    indices = np.where(store.kept[indices] < needs.read(rows.lengths, rows.last_supervised), -1, indices)
+    items.features = replace(items.features or RowFeatures.of(rows, needs), store=store, indices=indices)
     return indices < 0
 
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from specforge.data.features.served import ServedStates, WrongStates, is_being_written, lock_of, read_states
 from specforge.errors import SpecforgeError
+from specforge.hookspecs import FeatureTransport
+from specforge.registry import installed
 
 VISIBLE_SECONDS = 5.0  # a network file system shows new files after a while
 _POLL_SECONDS = (0.002, 0.05)
@@ -35,26 +37,51 @@ class Transport(Protocol):
             SpecforgeError: They cannot be deleted.
         """
 
+    def sweep(self, tag: str) -> None:
+        """Delete what requests have left whose answers are lost, as far as it can be found.
+
+        Args:
+            tag: Begins the ids of these requests, as ``TAG-...``; none of them is still waited for.
+
+        Raises:
+            SpecforgeError: It cannot be deleted.
+        """
+
+
+def transport_named(name: str) -> Transport:
+    """Return a new transport.
+
+    Raises:
+        UsageError: No installed plugin provides it.
+    """
+    descriptor = installed().find(FeatureTransport, name)
+    transport: Transport = installed().load(descriptor, "transport")()
+    return transport
+
 
 class FileTransport:
     """Files in a folder that the server shares with this machine; a folder in memory (tmpfs) is fastest."""
 
+    def __init__(self) -> None:
+        self._folders: set[Path] = set()  # where servers have put files
+
     async def receive(self, parameters: Mapping[str, Any]) -> ServedStates:
         """Wait until the file is written, and read it."""
-        path = _path(parameters)
+        path = self._path(parameters)
         await self._written(path)
         return await asyncio.to_thread(read_states, path)
 
     def delete(self, parameters: Mapping[str, Any]) -> None:
         """Delete the file and its lock."""
-        path = _path(parameters)
-        try:
-            path.unlink(missing_ok=True)
-            lock_of(path).unlink(missing_ok=True)
-        except OSError as error:
-            raise SpecforgeError(
-                f"cannot delete {path}: {error.strerror}; the server's folder must be writable for this user"
-            ) from error
+        _delete(self._path(parameters))
+
+    def sweep(self, tag: str) -> None:
+        """Delete the files and locks of these requests in all folders that states have come from, if written."""
+        for folder in self._folders:
+            for found in folder.glob(f"*{tag}-*.safetensors*"):
+                path = found.with_name(found.name.removesuffix(".lock"))
+                if not is_being_written(path):
+                    _delete(path)
 
     async def _written(self, path: Path) -> None:
         begin, (delay, longest) = monotonic(), _POLL_SECONDS
@@ -71,12 +98,22 @@ class FileTransport:
             await asyncio.sleep(delay)
             delay = min(2 * delay, longest)
 
+    def _path(self, parameters: Mapping[str, Any]) -> Path:
+        path = parameters.get("hidden_states_path")
+        if not isinstance(path, str):
+            raise WrongStates(
+                f"the server names no file of states (kv_transfer_params: {sorted(parameters)}); start it with the "
+                "command line that specforge serve-verifier --print prints"
+            )
+        self._folders.add(Path(path).parent)
+        return Path(path)
 
-def _path(parameters: Mapping[str, Any]) -> Path:
-    path = parameters.get("hidden_states_path")
-    if not isinstance(path, str):
-        raise WrongStates(
-            f"the server names no file of states (kv_transfer_params: {sorted(parameters)}); start it with the "
-            "command line that specforge serve-verifier --print prints"
-        )
-    return Path(path)
+
+def _delete(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+        lock_of(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise SpecforgeError(
+            f"cannot delete {path}: {error.strerror}; the server's folder must be writable for this user"
+        ) from error
