@@ -27,6 +27,7 @@ from specforge.training.claims import claim
 from specforge.training.cli.config_errors import check_files, check_values, explain, explain_class, explain_settings
 from specforge.training.cli.numbers import whole_numbers
 from specforge.training.cli.precision import check_precision
+from specforge.training.cli.settings_help import SettingsParser
 from specforge.training.cli.trainer_values import explain_trainer
 from specforge.training.length import settle_length
 from specforge.training.runs import CHECKPOINTS, check_name, resolve_checkpoint
@@ -66,6 +67,7 @@ class TrainingCLI(LightningCLI):
             save_config_callback=RunConfig,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=42,
+            parser_class=SettingsParser,
             parser_kwargs={
                 "exit_on_error": False,
                 "allow_abbrev": False,
@@ -76,6 +78,15 @@ class TrainingCLI(LightningCLI):
             auto_configure_optimizers=False,
             run=False,
             args=arguments,
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add Lightning's key for the seed."""
+        parser.add_argument(
+            "--seed_everything",
+            type=bool | int,
+            default=self.seed_everything_default,
+            help="Seed of all randomness; true draws one.",
         )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
