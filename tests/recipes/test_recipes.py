@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from specforge.commands.estimate.command import EstimateCLI
 from specforge.commands.trainer import choose
@@ -15,7 +16,7 @@ from specforge.estimation.step import DryRun
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs" / "models").glob("*.yaml"))
-VERIFIERS = Path(__file__).parent / "verifiers"
+VERIFIERS = ROOT / "configs" / "models" / "verifiers"
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
 # Billions of parameters of the published models.
 PUBLISHED = {
@@ -50,8 +51,9 @@ def rows(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_builds_draft_and_data(recipe, rows, tmp_path):
     sources = ["--data.train", str(rows), "--data.validation", str(rows), "--data.cache_dir", str(tmp_path / "cache")]
-    words = ["--config", str(recipe), "--verifier", str(VERIFIERS / verifier_of(recipe)), *sources]
+    words = ["--config", str(recipe), *sources]
     cli = EstimateCLI(choose(words, ""), words, "estimate")
+    assert Path(cli.config.model.verifier).is_relative_to(VERIFIERS)
 
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
@@ -74,4 +76,6 @@ def test_prints_its_usage(recipe):
 
 
 def test_every_verifier_has_a_recipe():
-    assert {verifier_of(recipe) for recipe in RECIPES} == set(PUBLISHED) == {path.name for path in VERIFIERS.iterdir()}
+    assert {verifier_of(recipe) for recipe in RECIPES} == set(PUBLISHED)
+    stored = {str(path.parent.relative_to(VERIFIERS)) for path in VERIFIERS.rglob("config.json")}
+    assert stored == {yaml.safe_load(recipe.read_text())["verifier"] for recipe in RECIPES}
