@@ -7,7 +7,7 @@ import argparse
 import shtab
 
 from specforge.commands.wrapping import HelpFormatter
-from specforge.hookspecs import Command
+from specforge.hookspecs import Algorithm, CheckpointFormat, Command, ProposalMethod
 from specforge.private.argparse import action_of, actions, subcommands
 from specforge.quiet import FLAG
 from specforge.registry import Registry, installed
@@ -22,6 +22,12 @@ when they change.
 # Metavars of files and of folders.
 FILES = {"FILE", "SOURCE", "ROWS", "PROMPTS", "CONFIG"}
 FOLDERS = {"FOLDER", "MODEL", "DRAFT", "EXPORT"}
+# Options whose values are names that plugins register.
+REGISTERED: dict[str, type[Algorithm | CheckpointFormat | ProposalMethod]] = {
+    "--algorithm": Algorithm,
+    "--format": CheckpointFormat,
+    "--proposal": ProposalMethod,
+}
 
 
 def run(arguments: list[str]) -> int:
@@ -78,7 +84,10 @@ def add_options(parser: argparse.ArgumentParser, target: argparse.ArgumentParser
             target.add_argument(*words, action="store_true")
             continue
         copied = target.add_argument(*words or [action.dest], nargs="*" if action.nargs in ("*", "+") else None)
-        if metavar.startswith("{"):
+        kinds = [REGISTERED[word] for word in words if word in REGISTERED]
+        if kinds:
+            copied.choices = sorted({one.name for one in installed().all(kinds[0]).values()})
+        elif metavar.startswith("{"):
             copied.choices = metavar.strip("{}").split(",")
         elif action.choices is not None:
             copied.choices = list(action.choices)
