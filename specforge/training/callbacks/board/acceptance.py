@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from specforge.drawing import plot_style
+from specforge.drawing import COLORS, plot_style
 from specforge.training.attached import is_fitting
 from specforge.training.callbacks.board.writers import writers
 from specforge.training.module import DraftModule
@@ -99,10 +99,9 @@ def draw_acceptance(curves: list[Curve]) -> npt.NDArray[np.uint8]:
 
 def _draw_over_run(axes: Axes, curves: list[Curve]) -> None:
     for position in range(max(len(joint) for _, joint, _ in curves)):
-        points = [(steps, joint[position]) for steps, joint, _ in curves if position < len(joint)]
-        axes.plot(
-            *zip(*points, strict=True), color=f"C{position % 10}", marker="o", markersize=3, label=f"{position + 1}"
-        )
+        steps, rates = zip(*((at, joint[position]) for at, joint, _ in curves if position < len(joint)), strict=True)
+        color = COLORS[position % len(COLORS)]
+        axes.plot(steps, rates, color=color, marker="o", markersize=3, label=f"{position + 1}")
     _describe(axes, "Accepted in all rounds, over the run")
     axes.set_xlabel("Optimizer steps")
     axes.legend(title="position", loc="upper right", ncols=4, frameon=False)
