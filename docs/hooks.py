@@ -74,15 +74,16 @@ def configuration() -> str:
 
 def _section(name: str, algorithm: Algorithm) -> str:
     lines = [f"## {name}", "", f"{algorithm.summary[0].upper()}{algorithm.summary[1:]}.", ""]
-    lines += ["| key | values | default | meaning |", "|---|---|---|---|"]
+    # Two columns, so that neither keys nor meanings are cut on a page of usual width.
+    lines += ["| key | meaning, values and default |", "|---|---|"]
     # The trainer's settings are Lightning's.
     own = (one for one in settings(settings_parser(algorithm)) if not one.key.startswith("trainer."))
     return "\n".join([*lines, *map(_line, own), ""])
 
 
 def _line(one: Setting) -> str:
-    default = "required" if one.default is None else f"`{one.default}`"
-    return f"| `{one.key}` | {_cell(one.values)} | {_cell(default)} | {_cell(one.meaning)} |"
+    default = "required" if one.default is None else f"default: `{one.default}`"
+    return f"| `{one.key}` | {_cell(one.meaning)}<br>{_cell(f'{one.values}; {default}')} |"
 
 
 def _cell(text: str) -> str:

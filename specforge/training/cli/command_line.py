@@ -30,7 +30,9 @@ from specforge.training.cli.precision import check_precision
 from specforge.training.cli.settings_help import SettingsParser
 from specforge.training.cli.trainer_values import explain_trainer
 from specforge.training.length import settle_length
+from specforge.training.metrics import results_text
 from specforge.training.runs import CHECKPOINTS, check_name, resolve_checkpoint
+from specforge.training.saying import say
 from specforge.training.strategies import FSDP2, FSDP2Strategy
 from specforge.verifier.loading import VerifierType
 
@@ -218,8 +220,13 @@ class TrainingCLI(LightningCLI):
 
     def _call_trainer(self) -> None:
         method = getattr(self.trainer, self.subcommand_name)
+        measures = self.subcommand_name != "fit"
+        # Lightning's own table of results has them in the order in which they were computed.
+        options = {"verbose": False} if measures else {}
         try:
-            method(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint, weights_only=True)
+            method(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint, weights_only=True, **options)
+            if measures:
+                say(results_text(self.trainer.callback_metrics))
         except BrokenPipeError:
             raise
         except OSError as error:
