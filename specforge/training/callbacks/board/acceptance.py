@@ -104,7 +104,7 @@ def _draw_over_run(axes: Axes, curves: list[Curve]) -> None:
         axes.plot(steps, rates, color=color, marker="o", markersize=3, label=f"{position + 1}")
     _describe(axes, "Accepted in all rounds, over the run")
     axes.set_xlabel("Optimizer steps")
-    axes.legend(title="position", loc="upper right", ncols=4, frameon=False)
+    axes.legend(title="position", loc="upper right", ncols=8, frameon=False, handlelength=1, columnspacing=1)
 
 
 def _describe(axes: Axes, title: str) -> None:
