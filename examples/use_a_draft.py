@@ -1,8 +1,8 @@
 """A trained draft in Python, cell by cell: load it, generate, read the statistics, plot them.
 
 Train it first, from the root of the repository: specforge fit --config configs/quickstart.yaml
-Editors (VS Code, PyCharm, Spyder) and Jupyter (with jupytext) run the cells between the `# %%` lines one by one;
-`python examples/use_a_draft.py` runs them all.
+Editors (VS Code, PyCharm, Spyder) and Jupyter (with jupytext) run the cells between the ``# %%`` lines one by one;
+``python examples/use_a_draft.py`` runs them all.
 """
 
 # %% Load the draft. It brings its verifier, which checks every token.

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from specforge.private.argparse import actions, type_of
+from specforge.private.argparse import actions, restriction_of, type_of
 
 NULL = "null"
 WORDS = {"int": "integer", "float": "number", "str": "text", "bool": "true or false", "NoneType": NULL}
@@ -100,9 +100,10 @@ def _alternatives(hint: Any, bounds: list[Bound]) -> list[str]:
         return [f"list of {_alternatives(inner[0], [])[0].partition(' ')[0]}s"]
     if inner:
         return [word for one in inner for word in _alternatives(one, bounds)]
-    if expression := getattr(hint, "_expression", None):  # jsonargparse's, such as "v>=1 and v<=100"
+    if restriction := restriction_of(hint):
+        number, expression = restriction
         own = [(sign, float(bound)) for sign, bound in re.findall(r"v([<>]=?)(\S+)", expression)]
-        return [_within(WORDS[hint._type.__name__], own)]
+        return [_within(WORDS[number.__name__], own)]
     name = hint.__name__ if isinstance(hint, type) else str(hint)
     return [_within(WORDS.get(name, name), bounds if name != "NoneType" else [])]
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from specforge.drawing import COLORS, plot_style
 from specforge.training.attached import is_fitting
-from specforge.training.callbacks.board.writers import writers
+from specforge.training.callbacks.board.writers import show_image
 from specforge.training.module import DraftModule
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ class AcceptanceFigure(Callback):
         if not is_fitting(trainer) or not joint:
             return
         self._curves.append((trainer.global_step, joint, conditional))
-        for writer in writers(trainer):
-            image = draw_acceptance(self._curves)
-            writer.add_image("val/acceptance_by_position", image, trainer.global_step, dataformats="HWC")
+        show_image(trainer, "val/acceptance_by_position", lambda: draw_acceptance(self._curves))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the curves, for the checkpoint."""
