@@ -22,12 +22,6 @@ when they change.
 # Metavars of files and of folders.
 FILES = {"FILE", "SOURCE", "ROWS", "PROMPTS", "CONFIG"}
 FOLDERS = {"FOLDER", "MODEL", "DRAFT", "EXPORT"}
-# Options whose values are names that plugins register.
-REGISTERED: dict[str, type[Algorithm | CheckpointFormat | ProposalMethod]] = {
-    "--algorithm": Algorithm,
-    "--format": CheckpointFormat,
-    "--proposal": ProposalMethod,
-}
 
 
 def run(arguments: list[str]) -> int:
@@ -84,12 +78,21 @@ def add_options(parser: argparse.ArgumentParser, target: argparse.ArgumentParser
             target.add_argument(*words, action="store_true")
             continue
         copied = target.add_argument(*words or [action.dest], nargs="*" if action.nargs in ("*", "+") else None)
-        kinds = [REGISTERED[word] for word in words if word in REGISTERED]
-        if kinds:
-            copied.choices = sorted({one.name for one in installed().all(kinds[0]).values()})
+        if names := registered_names(words):
+            copied.choices = names
         elif metavar.startswith("{"):
             copied.choices = metavar.strip("{}").split(",")
         elif action.choices is not None:
             copied.choices = list(action.choices)
         elif metavar in FILES | FOLDERS:
             copied.complete = shtab.FILE if metavar in FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
+
+
+def registered_names(words: list[str]) -> list[str]:
+    """Return the names that plugins register for the values of an option, given its flags; empty for other options."""
+    registry = installed()
+    if "--algorithm" in words:
+        return sorted(registry.all(Algorithm))
+    if "--format" in words:
+        return sorted({one.name for one in registry.all(CheckpointFormat).values()})
+    return sorted(registry.all(ProposalMethod)) if "--proposal" in words else []
