@@ -6,18 +6,15 @@ import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from specforge.commands.trainer import settings_parser
 from specforge.hookspecs import Algorithm
-from specforge.private.argparse import actions, type_of
 from specforge.registry import installed
+from specforge.training.cli.settings import Setting, settings
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = "configuration.md"
@@ -76,72 +73,18 @@ def configuration() -> str:
 
 
 def _section(name: str, algorithm: Algorithm) -> str:
-    parser = settings_parser(algorithm)
     lines = [f"## {name}", "", f"{algorithm.summary[0].upper()}{algorithm.summary[1:]}.", ""]
-    lines += ["| key | values | default | meaning |", "|---|---|---|---|"]
-    for action in filter(_is_own, actions(parser)):
-        default = "required" if action.required else _shown(action.default)
-        lines.append(_line(action.dest, type_of(action), default, action.help))
-        lines += [
-            _line(f"{action.dest}.{key}", _hint(field), _shown(field.default), field.description)
-            for settings in get_args(type_of(action))
-            if isinstance(settings, type) and issubclass(settings, BaseModel)
-            for key, field in settings.model_fields.items()
-        ]
-    return "\n".join([*lines, ""])
+    # Two columns, so that neither keys nor meanings are cut on a page of usual width.
+    lines += ["| key | meaning, values and default |", "|---|---|"]
+    # The trainer's settings are Lightning's.
+    own = (one for one in settings(settings_parser(algorithm)) if not one.key.startswith("trainer."))
+    return "\n".join([*lines, *map(_line, own), ""])
 
 
-def _line(key: str, hint: Any, default: str, meaning: str | None) -> str:
-    return f"| `{key}` | {_cell(_values(hint))} | {default} | {_cell(meaning)} |"
+def _line(one: Setting) -> str:
+    default = "required" if one.default is None else f"default: `{one.default}`"
+    return f"| `{one.key}` | {_cell(one.meaning)}<br>{_cell(f'{one.values}; {default}')} |"
 
 
-def _hint(field: FieldInfo) -> Any:
-    return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-
-
-def _is_own(action: Any) -> bool:
-    # Links are set elsewhere, and the trainer's settings are Lightning's.
-    return not action.dest.startswith("trainer.") and type(action).__name__ == "ActionTypeHint"
-
-
-def _shown(value: Any) -> str:
-    """Write a default as YAML does."""
-    if value is None:
-        return "null"
-    if (path := getattr(value, "class_path", None)) is not None:
-        return f"`{path.rpartition('.')[2]}`"
-    return _cell(f"`{str(value).lower() if isinstance(value, bool) else value}`")
-
-
-def _values(hint: Any) -> str:
-    """Describe a type as a person would: its name, its bounds, or the words that it allows."""
-    inner = get_args(hint)
-    if hint is type(None):
-        return "null"
-    if get_origin(hint) is Literal:
-        return ", ".join(f"`{one}`" for one in inner)
-    if get_origin(hint) is Annotated:
-        return ", ".join([_values(inner[0]), *_bounds(inner[1:])])
-    if expression := getattr(hint, "_expression", None):
-        return f"{hint._type.__name__}, {_read_out(expression)}"
-    if inner and isinstance(get_origin(hint), type) and get_origin(hint) in (list, dict, tuple):
-        return f"{get_origin(hint).__name__} of {', '.join(_values(one) for one in inner)}"
-    if inner:
-        return " or ".join(dict.fromkeys(_values(one) for one in inner))
-    return hint.__name__ if isinstance(hint, type) else str(hint)
-
-
-def _read_out(expression: str) -> str:
-    """Turn jsonargparse's ``v>0 and v<=1`` into ``> 0 and ≤ 1``."""
-    return re.sub(r"v(>=|<=|>|<)", lambda match: f"{match[1]} ".replace(">=", "≥").replace("<=", "≤"), expression)
-
-
-def _bounds(metadata: tuple[Any, ...]) -> Iterator[str]:
-    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    for one in metadata:
-        yield from _bounds(tuple(getattr(one, "metadata", ())))
-        yield from (f"{sign} {getattr(one, key):g}" for key, sign in signs.items() if hasattr(one, key))
-
-
-def _cell(text: str | None) -> str:
-    return " ".join((text or "").split()).replace("|", "\\|").replace("<", "&lt;")
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")

@@ -21,8 +21,10 @@ from urllib.request import urlopen
 
 from PIL import Image
 
+from specforge.training.callbacks.board.charts import ADDRESS
+
 IMAGES = Path(__file__).parent / "images"
-CURVES = "_smoothingWeight=0&ignoreYOutliers=false"
+CURVES = ADDRESS.partition("#custom_scalars&")[2]
 # Name of the picture, the address's fragment (after #), and the window's width and height.
 PICTURES = (
     ("custom-scalars", f"custom_scalars&{CURVES}", 1090, 1010),

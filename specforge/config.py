@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from specforge.errors import UsageError, describe_invalid
+from specforge.errors import UsageError, describe_invalid, nearest_path
 from specforge.files import whole_file
 from specforge.hookspecs import Algorithm, ProposalMethod
 from specforge.registry import installed
@@ -263,7 +263,8 @@ def find_file(name_or_path: str | os.PathLike[str], file_name: str, **options: A
         raise UsageError(f"{folder / file_name} cannot be read: {error.strerror}") from None
     if folder.is_absolute() or not _looks_like_hub_id(str(name_or_path)):
         raise UsageError(
-            f"{name_or_path} is not a folder (working directory {Path.cwd()}), nor a hub id like 'owner/name'"
+            f"{name_or_path} is not a folder (working directory {Path.cwd()}), nor a hub id like 'owner/name'."
+            f"{nearest_path(folder)}"
         )
     from huggingface_hub import hf_hub_download
 
@@ -273,6 +274,7 @@ def find_file(name_or_path: str | os.PathLike[str], file_name: str, **options: A
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
             f"{name_or_path} is not a local folder, and {file_name} cannot be downloaded from the hub: {reason}"
+            f"{nearest_path(folder)}"
         ) from error
 
 

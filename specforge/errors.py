@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,9 +33,18 @@ class UsageError(SpecforgeError):
 
 
 def nearest_name(name: str, allowed: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the closest allowed name, or an empty string if none is close."""
-    matches = difflib.get_close_matches(name, list(allowed), n=1)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
+    """Return ``" Did you mean 'x'?"`` for the closest allowed name in any case, or an empty string if none is close."""
+    names = {one.lower(): one for one in allowed}
+    matches = difflib.get_close_matches(name.lower(), list(names), n=1)
+    return f" Did you mean {names[matches[0]]!r}?" if matches else ""
+
+
+def nearest_path(path: Path) -> str:
+    """Return ``" Did you mean 'x'?"`` for a file or folder beside it with a similar name, or an empty string."""
+    try:
+        return nearest_name(str(path), map(str, path.parent.iterdir()))
+    except OSError:
+        return ""
 
 
 def describe_os_error(error: OSError) -> str:

@@ -20,6 +20,7 @@ def configure_verbosity(verbose: bool) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info")
     elif not is_verbose():
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it reports each retry
         # Progress bars of transformers, datasets and the hub would fill a log file.
         if not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -22,7 +22,7 @@ from specforge.models.speculator import SpeculatorModel
 from specforge.private.argparse import action_of
 from specforge.sampling import Sampling
 from specforge.training.cli.config_errors import explain
-from specforge.training.cli.numbers import whole_numbers
+from specforge.training.cli.numbers import accept_in_files, whole_numbers
 from specforge.verifier.loading import VerifierLoading, VerifierType, running_verifier
 
 PROPOSAL = "NAME or NAME:KEY=VALUE,...; names: specforge plugins."
@@ -36,6 +36,7 @@ def command_parser(command: str, usage: str, description: str) -> ArgumentParser
         usage: Its required arguments, for the usage line.
         description: Description for ``--help``.
     """
+    accept_in_files()
     parser = ArgumentParser(
         prog=f"specforge {command}",
         usage=wrap_hanging(f"specforge {command} ", f"{usage} [options]", label="usage: "),

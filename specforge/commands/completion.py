@@ -7,7 +7,7 @@ import argparse
 import shtab
 
 from specforge.commands.wrapping import HelpFormatter
-from specforge.hookspecs import Command
+from specforge.hookspecs import Algorithm, CheckpointFormat, Command, ProposalMethod
 from specforge.private.argparse import action_of, actions, subcommands
 from specforge.quiet import FLAG
 from specforge.registry import Registry, installed
@@ -78,9 +78,21 @@ def add_options(parser: argparse.ArgumentParser, target: argparse.ArgumentParser
             target.add_argument(*words, action="store_true")
             continue
         copied = target.add_argument(*words or [action.dest], nargs="*" if action.nargs in ("*", "+") else None)
-        if metavar.startswith("{"):
+        if names := registered_names(words):
+            copied.choices = names
+        elif metavar.startswith("{"):
             copied.choices = metavar.strip("{}").split(",")
         elif action.choices is not None:
             copied.choices = list(action.choices)
         elif metavar in FILES | FOLDERS:
             copied.complete = shtab.FILE if metavar in FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
+
+
+def registered_names(words: list[str]) -> list[str]:
+    """Return the names that plugins register for the values of an option, given its flags; empty for other options."""
+    registry = installed()
+    if "--algorithm" in words:
+        return sorted(registry.all(Algorithm))
+    if "--format" in words:
+        return sorted({one.name for one in registry.all(CheckpointFormat).values()})
+    return sorted(registry.all(ProposalMethod)) if "--proposal" in words else []

@@ -27,3 +27,9 @@ def subcommands(action: Action) -> dict[str, tuple[ArgumentParser, str | None]] 
 def type_of(action: Action) -> Any:
     """Return the type hint of an argument of jsonargparse; None if it has none."""
     return getattr(action, "_typehint", None)
+
+
+def restriction_of(hint: Any) -> tuple[type, str] | None:
+    """Return number type and bounds, such as ``v>=1 and v<=100``, of a restricted number type; None for other types."""
+    expression = getattr(hint, "_expression", None)
+    return None if expression is None else (hint._type, expression)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from specforge.data.text.origin import Origin, why_proxy
 from specforge.decoding.replay import AcceptanceLength, Sums
 from specforge.sampling import Sampling
 from specforge.training.losses.distillation import DraftSteps
+
+# Names of results in the order in which they count.
+FIRST = ("acceptance_length(?!_at)", "acceptance_length_at", "accept_rate_pos", "loss$", "accept_rate_cond", "")
 
 
 class StepMeans(Sums):
@@ -109,6 +113,20 @@ class StageMetrics(nn.Module):
         self.by_step.reset()
         for metric in self.chains.values():
             metric.reset()
+
+
+def results_text(figures: Mapping[str, Tensor]) -> str:
+    """Return the results of a validation or test as lines: what counts first, then the rest in the given order.
+
+    Args:
+        figures: Each result by its tag, such as ``val/acceptance_length``.
+    """
+
+    def rank(tag: str) -> int:
+        return next(number for number, pattern in enumerate(FIRST) if re.match(pattern, tag.partition("/")[2]))
+
+    width = max(map(len, figures), default=0)
+    return "\n".join(f"{tag:<{width}}  {float(figures[tag]):.4f}" for tag in sorted(figures, key=rank))
 
 
 def quantities(terms: Iterable[str]) -> tuple[str, ...]:

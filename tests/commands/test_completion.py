@@ -48,6 +48,9 @@ def test_bash_accepts_it(script):
         (["validate", "--model.stage"], ["--model.stage_two"]),
         (["estimate", "--tok"], ["--tokens"]),
         (["completion", "ba"], ["bash"]),
+        (["fit", "--algorithm", "ea"], ["eagle", "eagle3"]),
+        (["export", "--format", "v"], ["vllm"]),
+        (["evaluate", "--proposal", "dyn"], ["dynamic_tree"]),
     ],
     ids=" ".join,
 )

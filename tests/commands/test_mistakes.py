@@ -25,6 +25,20 @@ SEE = "see: specforge {} --help"
         (["fit", "--config", CONFIG, "--model.ttt_steps", "three"], "fit", ["expected an integer, got 'three'"]),
         (["fit", "--config", CONFIG, "--lr", "1e-3"], "fit", ["unknown key 'lr'", "'model.optimizer.lr'"]),
         (["fit", "--config", CONFIG, "--epochs", "3"], "fit", ["Did you mean 'trainer.max_epochs' or"]),
+        (["fit", "--config", CONFIG, "--learning_rate", "1e-3"], "fit", ["Did you mean 'model.optimizer.lr'?"]),
+        (["fit", "--config", CONFIG, "--num_epochs", "3"], "fit", ["Did you mean 'trainer.max_epochs' or"]),
+        (["fit", "--config", CONFIG, "--max_steps", "9"], "fit", ["Did you mean 'trainer.max_steps'?"]),
+        (["fit", "--config", CONFIG, "--warmup_steps", "9"], "fit", ["Did you mean 'model.schedule.warmup'?"]),
+        (["fit", "--config", CONFIG, "--seed", "9"], "fit", ["Did you mean 'seed_everything'?"]),
+        (
+            ["fit", "--config", CONFIG, "--verifier", "configs/quickstart/verifer"],
+            "fit",
+            ["configs/quickstart/verifer is not a folder", "Did you mean 'configs/quickstart/verifier'?"],
+        ),
+        (["fit", "--config", "configs/quikstart.yaml"], "fit", ["Did you mean 'configs/quickstart.yaml'?"]),
+        (["fit", "--algorithm", "eagle-3"], "fit", ["eagle3"]),
+        (["fit", "--config", CONFIG, "--model.objective.KL", "1"], "fit", ["'KL'", "Did you mean 'kl'?"]),
+        (["generate", "configs/quickstart/verifier"], "generate", ["verifier"]),
         (["fit", "--config", CONFIG, "--batch_size", "4"], "fit", ["Did you mean 'data.batch_size'?"]),
         (["fit", "--config", CONFIG, "--model.objective", "kl"], "fit", ["values such as {kl: 1.0}, got 'kl'"]),
         (["fit", "--config", CONFIG, "--trainer.max_steps", "1.5e0"], "fit", ["expected an integer, got '1.5'"]),
@@ -91,6 +105,14 @@ def test_whole_numbers_may_have_an_exponent(flag, given, stored):
     parser = capture_parser(EstimateCLI, algorithm, [], "estimate")
     for words in ([f"--{flag}", given], [f"--{flag}={given}"]):
         assert parse(parser, ["--config", CONFIG, *words])[flag] == stored
+
+
+def test_whole_numbers_of_a_file_may_have_an_exponent(tmp_path):
+    file = tmp_path / "more.yaml"
+    file.write_text("trainer: {max_steps: 2e3}  # 1e1\nmodel:\n  optimizer: {lr: 3e-4, options: {}}\nrun_name: '1e3'\n")
+    parser = capture_parser(EstimateCLI, choose(["--config", CONFIG], ""), [], "estimate")
+    found = parse(parser, ["--config", CONFIG, "--config", str(file)])
+    assert (found.trainer.max_steps, found.model.optimizer.lr, found.run_name) == (2000, 3e-4, "1e3")
 
 
 def test_texts_are_not_numbers():

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Trainer
 from quickstart_prompts import VERIFIER
 from rich.cells import cell_len
 
 from specforge.__main__ import main
-from specforge.hookspecs import Algorithm, Command
+from specforge.hookspecs import Algorithm, Command, Objective
 from specforge.quiet import is_verbose
 from specforge.registry import installed
+from specforge.training.cli.settings_help import SECTIONS, TRAINER
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
@@ -93,10 +97,18 @@ def test_tables_fit(words, draft_folder, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_settings_fit(algorithm, capsys):
-    # Lightning's help has words longer than the column.
-    own = output_of(["fit", "--algorithm", algorithm, "--help"], capsys).split("Customize every aspect")[0]
-    assert "--verifier" in own and not too_wide(own)
+def test_settings_fit_and_begin_with_those_of_the_draft(algorithm, capsys):
+    text = output_of(["fit", "--algorithm", algorithm, "--help"], capsys)
+    assert not too_wide(text)
+    keys = re.findall(r"^  --([\w.]+)", text, re.MULTILINE)
+    first = {part: next(at for at, key in enumerate(keys) if key.startswith(f"{part}.")) for part in SECTIONS}
+    assert list(first.values()) == sorted(first.values()) and first["model"] == 0
+    assert not re.search(r"Annotated|Optional|Union|typing|class '|``|subclass", text)
+    assert all(name in text for name in installed().all(Objective))
+
+
+def test_help_explains_keys_that_the_trainer_has():
+    assert set(TRAINER) <= set(inspect.signature(Trainer).parameters)
 
 
 def test_other_libraries_print_nothing(tmp_path):

@@ -163,7 +163,7 @@ class TestHyperparameters:
     def test_settings(self, events):
         stored = self.content(events, SESSION_START_INFO_TAG).session_start_info.hparams
         assert stored["model.optimizer.lr"].number_value == 4e-3
-        assert stored["model.objective.kl"].number_value == 1.0
+        assert stored["model.objective"].string_value == "kl 1"
         assert stored["data.packing"].string_value == "true"
         assert stored["trainer.gradient_clip_val"].string_value == "null"
         assert not {"output_dir", "trainer.logger", "ckpt_path", "data.cache_dir"} & set(stored)

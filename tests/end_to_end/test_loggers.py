@@ -59,6 +59,8 @@ def test_mlflow(workshop, fit, monkeypatch):
     assert logged.data.params["model.optimizer.lr"] == "0.004"
     assert logged.data.metrics["final/loss"] == logged.data.metrics["val/loss"]
     assert [metric.step for metric in client.get_metric_history(logged.info.run_id, "train/loss")] == [0, 1, 2]
+    (image,) = (path for path in (workshop.folder / "mlflow").rglob("*.png"))
+    assert "acceptance_by_position" in image.name and "step%3" in image.name
 
 
 @pytest.mark.parametrize(

@@ -67,3 +67,8 @@ def test_what_a_parser_of_jsonargparse_holds():
     parser.add_argument("--text")
     found = {action.dest: private_argparse.type_of(action) for action in private_argparse.actions(parser)}
     assert found["number"] == int | None and found["text"] is None
+
+
+def test_what_a_restricted_number_of_jsonargparse_holds():
+    assert private_argparse.restriction_of(jsonargparse.typing.PositiveInt) == (int, "v>0")
+    assert private_argparse.restriction_of(int) is None

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from specforge.__main__ import main
 from specforge.commands.estimate.command import EstimateCLI
 from specforge.commands.trainer import choose
 from specforge.estimation.step import DryRun
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs" / "models").glob("*.yaml"))
-VERIFIERS = Path(__file__).parent / "verifiers"
+VERIFIERS = ROOT / "configs" / "models" / "verifiers"
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
 # Billions of parameters of the published models.
 PUBLISHED = {
@@ -38,6 +40,10 @@ def verifier_of(recipe: Path) -> str:
     return recipe.stem.rpartition("-")[0]
 
 
+def hub_id_of(recipe: Path) -> str:
+    return str(yaml.safe_load(recipe.read_text())["verifier"])
+
+
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     """Rows of tokens, which need no tokenizer."""
@@ -50,7 +56,7 @@ def rows(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_builds_draft_and_data(recipe, rows, tmp_path):
     sources = ["--data.train", str(rows), "--data.validation", str(rows), "--data.cache_dir", str(tmp_path / "cache")]
-    words = ["--config", str(recipe), "--verifier", str(VERIFIERS / verifier_of(recipe)), *sources]
+    words = ["--config", str(recipe), "--verifier", str(VERIFIERS / hub_id_of(recipe)), *sources]
     cli = EstimateCLI(choose(words, ""), words, "estimate")
 
     cli.datamodule.prepare_data()
@@ -74,4 +80,17 @@ def test_prints_its_usage(recipe):
 
 
 def test_every_verifier_has_a_recipe():
-    assert {verifier_of(recipe) for recipe in RECIPES} == set(PUBLISHED) == {path.name for path in VERIFIERS.iterdir()}
+    assert {verifier_of(recipe) for recipe in RECIPES} == set(PUBLISHED)
+    stored = {str(path.parent.relative_to(VERIFIERS)) for path in VERIFIERS.rglob("config.json")}
+    assert stored == {hub_id_of(recipe) for recipe in RECIPES}
+
+
+def test_estimating_needs_no_hub(monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
+    recipe = ROOT / "configs" / "models" / "qwen3-4b-eagle3.yaml"
+    words = ["--config", str(recipe), "--tokens", "1e4", "--device_flops", "1e15"]
+    assert main(["estimate", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "trained weights, for Qwen/Qwen3-4B" in shown and str(VERIFIERS / "Qwen" / "Qwen3-4B") in "".join(
+        shown.split()
+    )

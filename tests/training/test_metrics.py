@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specforge.training.losses.distillation import DraftSteps
-from specforge.training.metrics import StepMeans, step_sums
+from specforge.training.metrics import StepMeans, results_text, step_sums
 
 TERMS = ("kl", "jsd")
 BY_ROW = ("acceptance", "agreement", "matches", "drawn")
@@ -93,3 +93,12 @@ def test_sums_of_a_batch() -> None:
     outcome, values = random_outcome(6, 3, torch.Generator().manual_seed(1), 3)
     expected = torch.stack([values[name].sum(1) for name in (*TERMS, "acceptance", "agreement")])
     torch.testing.assert_close(step_sums(outcome), expected)
+
+
+def test_results_begin_with_what_counts():
+    tags = ["loss", "kl/step_0", "acceptance_length_at_1", "accept_rate_pos_1", "acceptance_length_proxy"]
+    lines = results_text({f"val/{tag}": torch.tensor(3.41268) for tag in tags}).splitlines()
+    assert [line.split() for line in lines] == [
+        [f"val/{tag}", "3.4127"]
+        for tag in ("acceptance_length_proxy", "acceptance_length_at_1", "accept_rate_pos_1", "loss", "kl/step_0")
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ from specforge.estimation.estimate import ACCELERATOR_UTILISATION, CPU_UTILISATI
 from specforge.estimation.step import DryRun, StepMemory
 from specforge.estimation.text import RunText, counted_text, given_text
 from specforge.training.cli.command_line import TrainingCLI
+from specforge.training.cli.config_files import config_files
 from specforge.training.module import DraftModule
 
+SIZES = "verifiers"  # folder beside a recipe: a config.json for each hub id
 # Bytes per second of a GPU's links: NVLink 4 in one direction, and an adapter of 400 Gb/s.
 NVLINK, NETWORK = 450e9, 50e9
 FLAGS = ("--tokens", "--supervised_share", "--device_flops", "--device_memory")
@@ -86,7 +89,11 @@ class EstimateCLI(TrainingCLI):
         super().add_core_arguments_to_parser(parser)
 
     def before_instantiate_classes(self) -> None:
-        """Require no checkpoint, and no rows if tokens are given."""
+        """Require no checkpoint, no rows if tokens are given, and no hub for a verifier whose sizes are at hand."""
+        config = self.config
+        if not Path(config.verifier).is_dir() and config.verifier_revision is None:
+            beside = (path.parent / SIZES / config.verifier for path in config_files(self.arguments))
+            config.model.verifier = str(next((one for one in beside if one.is_dir()), config.verifier))
         if self.config.tokens is not None:
             self.parser.add_instantiator(lambda *_, **__: None, self.datamodule_class, subclasses=False)
 
@@ -225,6 +232,7 @@ def _assumptions(found: Estimate, cli: EstimateCLI) -> list[str]:
         "not included, and models too small to fill the device reach less than this utilisation.",
         *_gathering(found),
         "Disk: only values and scales.",
+        *([f"Sizes of the verifier: {config.model.verifier}."] if config.model.verifier != config.verifier else []),
         *cli.model.unestimated_costs,
     ]
 

@@ -12,7 +12,7 @@ from specforge.commands.evaluate.formatting import in_process
 from specforge.commands.evaluate.served_table import print_served
 from specforge.evaluation.results import ContenderResult, Measurement, Results
 
-# The rest of 80 columns after the numbers; longer contender names wrap.
+# The rest of 80 columns after the numbers; contenders with longer names are numbered, and named in full below.
 NAME_WIDTH = 20
 
 
@@ -31,9 +31,9 @@ def print_table(results: Results, console: Console | None = None) -> None:
     if in_process(results):
         console.print()
         console.print(_comparison(results))
-    for contender in results.contenders:
+    for contender, label in zip(results.contenders, _labels(results), strict=True):
         console.print()
-        console.print(_heading(contender))
+        console.print(_heading(contender, label))
         console.print(Padding(_figures(contender), (0, 0, 0, 2)))
     warnings = [*formatting.warnings(results), *served_formatting.warnings(results.served)]
     if warnings:
@@ -50,8 +50,8 @@ def _comparison(results: Results) -> Table:
     table.add_column("Accepted (%)\nat 1, 2, …", overflow="fold")
     for header in ("Tokens/s\nwith", "Tokens/s\nwithout", "Speedup"):
         table.add_column(header, justify="right", no_wrap=True)
-    for contender in results.contenders:
-        table.add_row(Text(contender.name, style="bold"))
+    for contender, label in zip(results.contenders, _labels(results), strict=True):
+        table.add_row(Text(label, style="bold"))
         for measurement in formatting.measurements(contender):
             table.add_row(*(Text(cell) for cell in _row(measurement)))
     return table
@@ -68,9 +68,16 @@ def _row(measurement: Measurement) -> list[str]:
     ]
 
 
-def _heading(contender: ContenderResult) -> Text:
+def _labels(results: Results) -> list[str]:
+    """Return each contender's name, or a number if the name is too long for the table."""
+    names = (one.name for one in results.contenders)
+    return [name if len(name) <= NAME_WIDTH else f"({number})" for number, name in enumerate(names, start=1)]
+
+
+def _heading(contender: ContenderResult, label: str) -> Text:
     kind = "baseline" if contender.is_baseline else "draft"
-    return Text.assemble((contender.name, "bold"), f" ({kind}: {formatting.proposal(contender)})")
+    number = "" if label == contender.name else f"{label} "
+    return Text.assemble((f"{number}{contender.name}", "bold"), f" ({kind}: {formatting.proposal(contender)})")
 
 
 def _figures(contender: ContenderResult) -> Table:

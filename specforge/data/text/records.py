@@ -42,7 +42,8 @@ class RawRecord:
 
 def _parse_line(line: bytes, location: str) -> Any:
     try:
-        return json.loads(line.removeprefix(BYTE_ORDER_MARK).decode("utf-8"))
+        # Without the end of the line, after which columns would be counted from 1 again.
+        return json.loads(line.removeprefix(BYTE_ORDER_MARK).decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         explanation = f"not UTF-8 text ({error.reason} at byte {error.start} of the line)"
         raise BadRow(location, "not UTF-8", explanation) from error

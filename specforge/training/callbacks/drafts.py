@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from specforge.models.speculator import SpeculatorModel
 from specforge.training.attached import FIT
+from specforge.training.callbacks.board.charts import ADDRESS
 from specforge.training.callbacks.board.writers import writers
 from specforge.training.callbacks.checkpoints import best_checkpoint, checkpoint_folder
 from specforge.training.callbacks.configuration import next_call
@@ -33,7 +34,9 @@ class DraftWriter(Callback):
         module = cast(DraftModule, pl_module)
         best = best_checkpoint(trainer)
         run = checkpoint_folder(trainer).parent
-        next_steps = [f"look at it   tensorboard --logdir {run.parent}"] if writers(trainer) else []
+        next_steps = []
+        if writers(trainer):
+            next_steps += [f"look at it   tensorboard --logdir {run.parent}", f"             {ADDRESS}"]
         if best.best_model_path and best.best_model_score is not None:
             draft = _best_draft(Path(best.best_model_path), module.draft)
             which = f"the best draft ({best.monitor} {float(best.best_model_score):.3f})"

@@ -27,9 +27,12 @@ from specforge.training.claims import claim
 from specforge.training.cli.config_errors import check_files, check_values, explain, explain_class, explain_settings
 from specforge.training.cli.numbers import whole_numbers
 from specforge.training.cli.precision import check_precision
+from specforge.training.cli.settings_help import SettingsParser
 from specforge.training.cli.trainer_values import explain_trainer
 from specforge.training.length import settle_length
+from specforge.training.metrics import results_text
 from specforge.training.runs import CHECKPOINTS, check_name, resolve_checkpoint
+from specforge.training.saying import say
 from specforge.training.strategies import FSDP2, FSDP2Strategy
 from specforge.verifier.loading import VerifierType
 
@@ -66,6 +69,7 @@ class TrainingCLI(LightningCLI):
             save_config_callback=RunConfig,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=42,
+            parser_class=SettingsParser,
             parser_kwargs={
                 "exit_on_error": False,
                 "allow_abbrev": False,
@@ -76,6 +80,15 @@ class TrainingCLI(LightningCLI):
             auto_configure_optimizers=False,
             run=False,
             args=arguments,
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add Lightning's key for the seed."""
+        parser.add_argument(
+            "--seed_everything",
+            type=bool | int,
+            default=self.seed_everything_default,
+            help="Seed of all randomness; true draws one.",
         )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -207,8 +220,13 @@ class TrainingCLI(LightningCLI):
 
     def _call_trainer(self) -> None:
         method = getattr(self.trainer, self.subcommand_name)
+        measures = self.subcommand_name != "fit"
+        # Lightning's own table of results has them in the order in which they were computed.
+        options = {"verbose": False} if measures else {}
         try:
-            method(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint, weights_only=True)
+            method(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint, weights_only=True, **options)
+            if measures:
+                say(results_text(self.trainer.callback_metrics))
         except BrokenPipeError:
             raise
         except OSError as error:

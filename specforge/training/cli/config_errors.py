@@ -21,6 +21,17 @@ SHARED = ("verifier", "verifier_dtype", "verifier_revision", "trust_remote_code"
 # The key of a callback that is set from the top level, as in files and as flags.
 EVERY = "callbacks.last_checkpoint.init_args.every_n_steps"
 EVERY_FLAGS = (f"--{EVERY}", f"--{EVERY.replace('.init_args', '')}")
+# Names that other trainers give to settings, with ours.
+OTHER_NAMES = {
+    "gpus": "devices",
+    "gradient_accumulation_steps": "accumulate_grad_batches",
+    "learning_rate": "lr",
+    "max_seq_length": "max_length",
+    "model_name_or_path": "verifier",
+    "seed": "seed_everything",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+}
 MISSING = object()
 KEYS_AND_VALUES = "keys and values"
 MOST_SUGGESTED = 3
@@ -231,7 +242,8 @@ def _unknown_key(message: str) -> str | None:
 def _nearest(key: str, allowed: list[str]) -> str:
     """Suggest keys with the same name elsewhere, else a name for the first wrong part of the key's path."""
     name = key.rpartition(".")[2]
-    if same := [one for one in allowed if one.endswith(f".{name}")]:
+    name = OTHER_NAMES.get(name, name)
+    if same := [one for one in allowed if one.rpartition(".")[2] == name and one != key]:
         return _suggested(same)
     hint = _nearest_part(key, allowed)
     ends = [one for one in allowed if one.endswith(f"_{name.rpartition('_')[2]}")]

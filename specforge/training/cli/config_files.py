@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from specforge.errors import UsageError
+from specforge.errors import UsageError, nearest_path
 
 DEEPEST = 32  # levels; a configuration has about six
 MOST_VALUES = 100_000
@@ -54,7 +54,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         _check_nodes(path, yaml.compose(text, Loader=yaml.SafeLoader))
         values = yaml.safe_load(text)
     except FileNotFoundError:
-        raise UsageError(f"--config {path}: there is no such file (working directory {Path.cwd()})") from None
+        raise UsageError(
+            f"--config {path}: there is no such file (working directory {Path.cwd()}).{nearest_path(path)}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} cannot be read: {error}") from None
     except yaml.MarkedYAMLError as error:

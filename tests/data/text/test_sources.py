@@ -30,6 +30,7 @@ def test_lines_are_read_with_line_numbers(tmp_path: Path) -> None:
     ("line", "reason"),
     [
         (b'{"text": }', "Expecting value"),
+        (b'{"text":\n', r"Expecting value \(column 9\)"),
         (b'{"text": "cut of', "Unterminated string"),
         (b'["a", "b"]', "must be a JSON object, found list"),
         (b"null", "must be a JSON object, found null"),

@@ -1,4 +1,4 @@
-"""The figure of acceptance by position: one curve per validation, so that one picture shows the whole run."""
+"""The figure of acceptance: by position, a curve for each validation, and over the run, a curve for each position."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from specforge.drawing import plot_style
+from specforge.drawing import COLORS, plot_style
 from specforge.training.attached import is_fitting
-from specforge.training.callbacks.board.writers import writers
+from specforge.training.callbacks.board.writers import show_image
 from specforge.training.module import DraftModule
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ class AcceptanceFigure(Callback):
         if not is_fitting(trainer) or not joint:
             return
         self._curves.append((trainer.global_step, joint, conditional))
-        for writer in writers(trainer):
-            image = draw_acceptance(self._curves)
-            writer.add_image("val/acceptance_by_position", image, trainer.global_step, dataformats="HWC")
+        show_image(trainer, "val/acceptance_by_position", lambda: draw_acceptance(self._curves))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the curves, for the checkpoint."""
@@ -64,7 +62,7 @@ def accept_rates(trainer: Trainer, pl_module: LightningModule, kind: Literal["po
 
 
 def draw_acceptance(curves: list[Curve]) -> npt.NDArray[np.uint8]:
-    """Draw acceptance by position, later curves darker.
+    """Draw acceptance by position, later curves darker, and over the run.
 
     Args:
         curves: The curves in order; of many, some are drawn, evenly spaced and including the last.
@@ -79,10 +77,10 @@ def draw_acceptance(curves: list[Curve]) -> npt.NDArray[np.uint8]:
         from matplotlib.figure import Figure
 
         # One above the other: TensorBoard's cards are narrow.
-        figure = Figure(figsize=(4.6, 5.8), dpi=110, facecolor="white")
+        figure = Figure(figsize=(4.6, 8.6), dpi=110, facecolor="white")
         # Fixed margins: computing them takes as long as the drawing.
-        margins = {"left": 0.13, "right": 0.97, "top": 0.95, "bottom": 0.09, "hspace": 0.15}
-        joint, conditional = figure.subplots(2, 1, sharex=True, gridspec_kw=margins)
+        margins = {"left": 0.13, "right": 0.97, "top": 0.965, "bottom": 0.06, "hspace": 0.3}
+        joint, conditional, over_run = figure.subplots(3, 1, gridspec_kw=margins)
         for number, (steps, *rates) in enumerate(shown, start=1):
             color = colormaps["viridis_r"](number / len(shown))
             for axes, values in zip((joint, conditional), rates, strict=True):
@@ -91,9 +89,20 @@ def draw_acceptance(curves: list[Curve]) -> npt.NDArray[np.uint8]:
         _describe(conditional, "Accepted if all before it were")
         conditional.set_xlabel("Position in the draft")
         joint.legend(title="after steps", loc="upper right", ncols=2, frameon=False)
+        _draw_over_run(over_run, shown)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def _draw_over_run(axes: Axes, curves: list[Curve]) -> None:
+    for position in range(max(len(joint) for _, joint, _ in curves)):
+        steps, rates = zip(*((at, joint[position]) for at, joint, _ in curves if position < len(joint)), strict=True)
+        color = COLORS[position % len(COLORS)]
+        axes.plot(steps, rates, color=color, marker="o", markersize=3, label=f"{position + 1}")
+    _describe(axes, "Accepted in all rounds, over the run")
+    axes.set_xlabel("Optimizer steps")
+    axes.legend(title="position", loc="upper right", ncols=8, frameon=False, handlelength=1, columnspacing=1)
 
 
 def _describe(axes: Axes, title: str) -> None:

@@ -11,6 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from specforge.training.callbacks.board.writers import writers
 from specforge.training.module import DraftModule
 
+# Where the charts are, without smoothing.
+ADDRESS = "http://localhost:6006/#custom_scalars&_smoothingWeight=0"
 # Title, and patterns of the tags that are drawn in one chart.
 Charts = dict[str, list[str]]
 

@@ -30,6 +30,8 @@ TRAINER = (
 )
 # Settings that are locations.
 LOCATIONS = ("output_dir", "run_name", "ckpt_path", "save_every_n_steps", "data.cache_dir")
+# A dictionary, whose keys would be a column each.
+OBJECTIVE = "model.objective"
 # Settings of display and storage, which do not change the result.
 SHOWING = "callbacks"
 
@@ -88,15 +90,18 @@ def log_results(group: str, trainer: Trainer, pl_module: LightningModule) -> Non
 def compared_settings(config: Mapping[str, Any]) -> dict[str, str | int | float]:
     """Return the settings that runs are compared by, by the path of their keys.
 
-    Numbers and strings stay as they are; other values become JSON.
+    Numbers and strings stay as they are, the objective becomes one text, and other values become JSON.
 
     Args:
         config: The resolved configuration.
     """
-    settings = {}
+    settings: dict[str, str | int | float] = {}
     for key, value in flatten(config):
         group, _, name = key.partition(".")
         if name in TRAINER if group == "trainer" else group != SHOWING and key not in LOCATIONS:
             is_plain = isinstance(value, str | int | float) and not isinstance(value, bool)
             settings[key] = value if is_plain else json.dumps(value)
+    terms = {key: settings.pop(key) for key in list(settings) if key.startswith(f"{OBJECTIVE}.")}
+    if terms:
+        settings[OBJECTIVE] = ", ".join(f"{key.rpartition('.')[2]} {weight:g}" for key, weight in terms.items())
     return settings
