@@ -33,6 +33,7 @@ from specforge.training.identity import Identity, draft_in, refuse_another_draft
 from specforge.training.length import RunLength
 from specforge.training.losses.comparison import Term
 from specforge.training.losses.distillation import DraftSteps, Labels, Teacher, distill
+from specforge.training.losses.fused import why_not_fused
 from specforge.training.losses.named import chain_weighting, objective_terms
 from specforge.training.metrics import StageMetrics
 from specforge.training.optimizers import OptimizerSettings, build_optimizer
@@ -367,6 +368,9 @@ class DraftModule(LightningModule, ABC):
                 f"  starts from the weights of {self.starts_from}; optimizer and schedule start from step 0. "
                 "To continue a run with both, resume it with --ckpt_path"
             )
+        if self.device.type == "cuda":
+            reason = why_not_fused(self.device, torch.bfloat16, self.terms, self.weighting)
+            lines.append(f"  losses by operations of torch: {reason}" if reason else "  losses by kernels of Triton")
         if reason := self.means["val"].why_proxy:
             lines.append(f"  {self.monitor} is not exact: validation {reason}")
         return "\n".join(lines)
