@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from specforge.data.features.transports import Transport
 from specforge.hookspecs import FeatureTransport
 from specforge.registry import installed
 
 if TYPE_CHECKING:
+    from specforge.data.features.transports import Transport
     from specforge.engines.pool import EndpointSettings
 
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from specforge.bounds import Decay
+from specforge.bounds import Decay, VerifierType
 from specforge.data.features.manifest import FeatureNeeds
 from specforge.data.host_masks import HostMasks
 from specforge.data.module import DraftDataModule, data_of
@@ -42,7 +42,7 @@ from specforge.training.steps import prepare_steps
 from specforge.training.teacher import FrozenVerifier
 from specforge.training.totals import processes
 from specforge.verifier.features import Features
-from specforge.verifier.loading import VerifierLoading, VerifierType
+from specforge.verifier.loading import VerifierLoading
 from specforge.verifier.parts import VerifierParts
 
 Batch = Mapping[str, Any]

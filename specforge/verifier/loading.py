@@ -6,11 +6,12 @@ from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
+from specforge.bounds import VerifierType
 from specforge.config import CONFIG_NAME, find_file, read_json
 from specforge.errors import UsageError
 from specforge.private.transformers import builds
@@ -26,9 +27,6 @@ from specforge.verifier.packed_attention import attend_by_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-VerifierType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)

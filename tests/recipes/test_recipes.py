@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specforge.commands.estimate.command import EstimateCLI
+from specforge.commands.estimate.estimating import EstimateCLI
 from specforge.commands.trainer import choose
 from specforge.estimation.step import DryRun
 

@@ -25,7 +25,7 @@ from specforge.data.rows.summary import RowSettings
 from specforge.data.text.prompts import Conversation, prompt_set_name, read_prompts
 from specforge.data.text.sources import check_source, source_fingerprint
 from specforge.data.text.template import ChatTemplate
-from specforge.decoding.verification import Verification
+from specforge.decoding.settings import Verification
 from specforge.errors import UsageError
 from specforge.evaluation.measuring import Contender, Measuring, Settings
 from specforge.evaluation.results import Results

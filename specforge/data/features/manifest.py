@@ -11,8 +11,9 @@ from typing import Any, Self
 
 from xxhash import xxh3_128
 
+from specforge.bounds import FeatureType
 from specforge.config import verifier_difference
-from specforge.data.features.dtypes import FeatureType, state_bytes, torch_dtype
+from specforge.data.features.dtypes import state_bytes, torch_dtype
 from specforge.errors import UsageError
 from specforge.files import whole_file
 

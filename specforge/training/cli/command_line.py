@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from pydantic import ValidationError
 
-from specforge.bounds import Interval
+from specforge.bounds import Interval, VerifierType
 from specforge.errors import SpecforgeError, UsageError, describe_os_error
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
@@ -31,7 +31,6 @@ from specforge.training.cli.trainer_values import explain_trainer
 from specforge.training.length import settle_length
 from specforge.training.runs import CHECKPOINTS, check_name, resolve_checkpoint
 from specforge.training.strategies import FSDP2, FSDP2Strategy
-from specforge.verifier.loading import VerifierType
 
 # Changes of Lightning's defaults. Under FSDP2, parameters unsharded in inference mode cannot be trained afterwards.
 TRAINER_DEFAULTS = {
