@@ -70,7 +70,7 @@ def add_verifier_flags(parser: ArgumentParser, verifier: str) -> None:
         "--verifier_dtype",
         type=VerifierType,
         default="auto",
-        help="Dtype of its weights; auto: as stored, but float32 without an accelerator.",
+        help="Dtype of its weights; auto: as stored, but float32 without an accelerator or AMX.",
     )
     parser.add_argument(
         "--verifier_revision", type=str | None, default=None, metavar="NAME", help="Its branch, tag or commit."

@@ -80,7 +80,8 @@ class DraftModule(LightningModule, ABC):
 
     Args:
         verifier: Folder or hub id of the verifier.
-        verifier_dtype: Dtype of its weights; auto is the stored dtype, but float32 without an accelerator.
+        verifier_dtype: Dtype of its weights; auto is the stored dtype, but float32 without an accelerator
+            or a processor with AMX.
         verifier_revision: Branch, tag or commit of the verifier on the hub.
         trust_remote_code: Whether to run model code from the verifier's repository.
         verifier_sharding: Whether to split the verifier's layers over all processes, if it does not fit in each.

@@ -24,6 +24,7 @@ from specforge.estimation.text import RunText, counted_text, given_text
 from specforge.hookspecs import Algorithm
 from specforge.training.cli.command_line import TrainingCLI
 from specforge.training.module import DraftModule
+from specforge.verifier.loading import processor_dtype
 
 
 class EstimateCLI(TrainingCLI):
@@ -121,7 +122,7 @@ def _verifier_dtype(module: DraftModule, config: Any) -> torch.dtype:
     loading, stored = module.teacher.loading, module.teacher.config.get_text_config().dtype
     if loading.dtype != "auto":
         return loading.torch_dtype(stored)
-    return torch.float32 if _on_cpu(config) else stored or torch.bfloat16
+    return processor_dtype(stored) if _on_cpu(config) else stored or torch.bfloat16
 
 
 def _on_cpu(config: Any) -> bool:

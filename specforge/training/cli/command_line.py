@@ -85,7 +85,7 @@ class TrainingCLI(LightningCLI):
             "--verifier_dtype",
             type=VerifierType,
             default="auto",
-            help="Dtype of its weights; auto: as stored, but float32 without an accelerator.",
+            help="Dtype of its weights; auto: as stored, but float32 without an accelerator or AMX.",
         )
         parser.add_argument("--verifier_revision", type=str | None, default=None, help="Its branch, tag or commit.")
         parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code from its repository.")
