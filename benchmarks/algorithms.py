@@ -25,11 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from specforge import SpeculatorModel
 from specforge.__main__ import main as specforge
-from specforge.commands.estimate.command import EstimateCLI, estimate
+from specforge.commands.estimate.estimating import EstimateCLI, estimate
 from specforge.config import TokenProposalConfig
 from specforge.data.text.prompts import read_prompts
 from specforge.data.text.verifier import VerifierTokenizer
-from specforge.decoding.verification import Verification
+from specforge.decoding.settings import Verification
 from specforge.estimation.shapes import MORE_FORMULAS
 from specforge.estimation.step import VERIFIER
 from specforge.evaluation.measuring import Contender, Measuring, Settings

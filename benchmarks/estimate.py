@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
-from specforge.commands.estimate.command import EstimateCLI, estimate
+from specforge.commands.estimate.estimating import EstimateCLI, estimate
 from specforge.commands.trainer import choose
 from specforge.commands.units import in_units
 from specforge.estimation.shapes import MORE_FORMULAS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jsonargparse.typing import restricted_number_type
 from pydantic import BeforeValidator, Field
@@ -48,3 +48,8 @@ Count = Annotated[int, Field(ge=1, le=LARGEST), Number]
 LearningRate = Annotated[float, Field(gt=0, le=1000), Number]
 Amount = Annotated[float, Field(ge=0, le=LARGEST), Number]
 Portion = Annotated[float, Field(ge=0, le=1), Number]
+
+VerifierType = Literal["auto", "float32", "bfloat16", "float16"]
+"""Dtype of a verifier's weights."""
+FeatureType = Literal["bfloat16", "float32", "float8_e4m3fn", "int8"]
+"""Dtype of stored states."""

@@ -57,22 +57,18 @@ def specforge_proposals() -> Iterable[ProposalMethod]:
 def specforge_objectives() -> Iterable[Objective]:
     """The training losses of the core."""
     return [
-        Objective("kl", "forward Kullback-Leibler divergence KL(p || q)", f"{_OBJECTIVES}:forward_kl"),
-        Objective("reverse_kl", "reverse Kullback-Leibler divergence KL(q || p)", f"{_OBJECTIVES}:reverse_kl"),
-        Objective("cross_entropy", "soft cross-entropy of q under p", f"{_OBJECTIVES}:cross_entropy"),
-        Objective(
-            "text", "cross-entropy with the text's own tokens", f"{_OBJECTIVES}:text_cross_entropy", uses_text=True
-        ),
-        Objective(
-            "argmax", "cross-entropy with the verifier's most probable token", f"{_OBJECTIVES}:argmax_cross_entropy"
-        ),
-        Objective("total_variation", "rejection probability 1 - sum min(p, q)", f"{_OBJECTIVES}:total_variation"),
-        Objective("jsd", "Jensen-Shannon divergence", f"{_OBJECTIVES}:jensen_shannon"),
-        Objective("lk_alpha", "-log of the acceptance probability", f"{_OBJECTIVES}:lk_alpha"),
-        Objective(
+        _objective("kl", "forward Kullback-Leibler divergence KL(p || q)", "forward_kl"),
+        _objective("reverse_kl", "reverse Kullback-Leibler divergence KL(q || p)", "reverse_kl"),
+        _objective("cross_entropy", "soft cross-entropy of q under p", "cross_entropy"),
+        _objective("text", "cross-entropy with the text's own tokens", "text_cross_entropy", uses_text=True),
+        _objective("argmax", "cross-entropy with the verifier's most probable token", "argmax_cross_entropy"),
+        _objective("total_variation", "rejection probability 1 - sum min(p, q)", "total_variation"),
+        _objective("jsd", "Jensen-Shannon divergence", "jensen_shannon"),
+        _objective("lk_alpha", "-log of the acceptance probability", "lk_alpha"),
+        _objective(
             "lk_lambda",
             "forward KL fading into total variation as acceptance grows",
-            f"{_OBJECTIVES}:lk_lambda",
+            "lk_lambda",
             uses_mean_acceptance=True,
         ),
     ]
@@ -88,12 +84,14 @@ def specforge_weightings() -> Iterable[Weighting]:
             function=f"{_WEIGHTINGS}:dpace",
             statistic=f"{_WEIGHTINGS}:confidence",
             uses_text=True,
+            closed_form=True,
         ),
         Weighting(
             "vat",
             "1 up to the first rejected step, then decaying (VAT)",
             function=f"{_WEIGHTINGS}:vat",
             statistic=f"{_WEIGHTINGS}:agreement",
+            closed_form=True,
         ),
     ]
 
@@ -114,6 +112,10 @@ def specforge_feature_transports() -> Iterable[FeatureTransport]:
     return [
         FeatureTransport("file", "files in a folder shared with the server", f"{_TRANSPORTS}:FileTransport"),
     ]
+
+
+def _objective(name: str, summary: str, function: str, **reads: bool) -> Objective:
+    return Objective(name, summary, f"{_OBJECTIVES}:{function}", closed_form=True, **reads)
 
 
 def _proposal(name: str, prefix: str, summary: str) -> ProposalMethod:

@@ -68,6 +68,8 @@ class Objective:
         function: Maps ``specforge.training.losses.objectives.Distributions`` of n rows to n loss values.
         uses_mean_acceptance: Whether the function reads ``Distributions.mean_acceptance``, which costs an extra pass.
         uses_text: Whether the function reads ``Distributions.text``.
+        closed_form: Whether the function reads nothing but ``specforge.training.losses.objectives.PairSums``. GPUs then
+            compute it with a kernel, much faster.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Objective:
     function: str
     uses_mean_acceptance: bool = False
     uses_text: bool = False
+    closed_form: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Weighting:
             factors.
         statistic: Maps ``specforge.training.losses.objectives.Distributions`` of n rows to n numbers.
         uses_text: Whether the statistic reads ``Distributions.text``.
+        closed_form: Whether the statistic reads nothing but ``PairSums``, as for ``Objective``.
     """
 
     name: str
@@ -95,6 +99,7 @@ class Weighting:
     function: str
     statistic: str
     uses_text: bool = False
+    closed_form: bool = False
 
 
 @dataclass(frozen=True)

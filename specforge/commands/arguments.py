@@ -5,25 +5,30 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from pydantic import BaseModel, ValidationError
-from transformers import PreTrainedModel
 
+from specforge.bounds import VerifierType
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
 from specforge.config import SpeculatorModelConfig
-from specforge.data.text.template import ChatTemplate
 from specforge.data.text.verifier import VerifierTokenizer
-from specforge.decoding.verification import Verification
+from specforge.decoding.settings import Verification
 from specforge.errors import UsageError, describe_invalid
-from specforge.models.speculator import SpeculatorModel
 from specforge.private.argparse import action_of
 from specforge.sampling import Sampling
 from specforge.training.cli.config_errors import explain
 from specforge.training.cli.numbers import accept_in_files, whole_numbers
-from specforge.verifier.loading import VerifierLoading, VerifierType, running_verifier
+
+# torch takes seconds to import, so it waits until the arguments are known to be right.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from specforge.data.text.template import ChatTemplate
+    from specforge.models.speculator import SpeculatorModel
+    from specforge.verifier.loading import VerifierLoading
 
 PROPOSAL = "NAME or NAME:KEY=VALUE,...; names: specforge plugins."
 
@@ -66,7 +71,7 @@ def add_verifier_flags(parser: ArgumentParser, verifier: str) -> None:
         "--verifier_dtype",
         type=VerifierType,
         default="auto",
-        help="Dtype of its weights; auto: as stored, but float32 without an accelerator.",
+        help="Dtype of its weights; auto: as stored, but float32 without an accelerator or AMX.",
     )
     parser.add_argument(
         "--verifier_revision", type=str | None, default=None, metavar="NAME", help="Its branch, tag or commit."
@@ -150,6 +155,8 @@ def decoding_parser(command: str, usage: str, description: str, max_new_tokens: 
 
 def loading_of(found: Namespace) -> VerifierLoading:
     """Return how to load the verifier."""
+    from specforge.verifier.loading import VerifierLoading
+
     return VerifierLoading(found.verifier_dtype, found.verifier_revision, found.trust_remote_code)
 
 
@@ -200,6 +207,8 @@ def load(found: Namespace, name: str) -> tuple[PreTrainedModel, ChatTemplate]:
     Raises:
         UsageError: One of them cannot be loaded.
     """
+    from specforge.verifier.loading import running_verifier
+
     verifier = running_verifier(name, loading_of(found))
     return verifier, verifier_text(found, name).template
 
@@ -210,6 +219,8 @@ def load_draft(name: str, verifier: PreTrainedModel) -> SpeculatorModel:
     Raises:
         UsageError: It cannot be loaded.
     """
+    from specforge.models.speculator import SpeculatorModel
+
     draft = SpeculatorModel.from_pretrained(name, verifier=verifier, dtype=verifier.dtype)
     return draft.to(verifier.device).eval()
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from specforge.checkpoints.convert import convert
 from specforge.commands.arguments import command_parser, parse
 
 DESCRIPTION = """\
@@ -24,6 +23,8 @@ Then measure it (specforge evaluate), train it further (specforge fit --model.in
 def run(arguments: list[str]) -> int:
     """Convert, and print what can be done with the draft."""
     found = parse(command_line(), arguments)
+    from specforge.checkpoints.convert import convert
+
     done = convert(found.source, found.verifier, None if found.output is None else Path(found.output), found.format)
     parameters = sum(one.numel() for one in done.model.parameters())
     measure = shlex.join(["specforge", "evaluate", str(done.folder), "--prompts", "FILE"])

@@ -11,22 +11,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 from packaging.requirements import Requirement
 
-from specforge.commands.configured import module_and_data
 from specforge.commands.endpoints import add_endpoint_flags, endpoint_settings
 from specforge.commands.trainer import quieten
 from specforge.commands.units import in_units
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
-from specforge.data.features.transports import transport_named
-from specforge.data.module import default_cache
 from specforge.errors import SpecforgeError, UsageError
 from specforge.registry import installed
-from specforge.training.module import DraftModule
+
+if TYPE_CHECKING:
+    from specforge.training.module import DraftModule
 
 DESCRIPTION = """\
 Check versions, devices, memory, disk, the hub and plugins, and print what is wrong. Nothing is loaded or written; the
@@ -82,6 +81,8 @@ def run(arguments: list[str]) -> int:
 
 def _check_endpoints(found: argparse.Namespace, words: list[str]) -> int:
     """Print what is wrong with servers."""
+    from specforge.commands.configured import module_and_data
+
     quieten()
     if found.compare and not words:
         raise UsageError("--compare: needs the verifier of a configuration; give --config FILE")
@@ -123,6 +124,7 @@ def endpoints(found: argparse.Namespace, module: DraftModule | None) -> Iterator
     """Ask each endpoint for the states of one row."""
     # The client takes a second to import.
     from specforge.commands.endpoint_check import ask_row, compare, require_layers, wrong_layers
+    from specforge.data.features.transports import transport_named
     from specforge.engines.connection import Address
 
     for url in found.endpoint:
@@ -160,6 +162,8 @@ def packages() -> Iterator[Finding]:
 
 def devices() -> Iterator[Finding]:
     """List the CPU and every accelerator, with memory."""
+    import torch
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding("cpu", f"{os.cpu_count()} cores, {in_units(memory, 'B')} of memory")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -177,6 +181,8 @@ def devices() -> Iterator[Finding]:
 
 def disk() -> Iterator[Finding]:
     """Measure the free disk space for runs and caches."""
+    from specforge.data.module import default_cache
+
     for what, folder in (("working directory", Path.cwd()), ("caches", default_cache())):
         there = next(one for one in (folder, *folder.parents) if one.exists())
         free = in_units(shutil.disk_usage(there).free, "B")

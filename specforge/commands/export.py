@@ -5,17 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from jsonargparse import ArgumentParser
 
-from specforge.checkpoints.export import Export, ExportRequest, export
-from specforge.checkpoints.hub import push
 from specforge.commands.arguments import add_verifier_flags, command_parser, loading_of, parse
-from specforge.data.text.prompts import read_prompts
 from specforge.hookspecs import CheckpointFormat
 from specforge.registry import installed
+
+if TYPE_CHECKING:
+    from specforge.checkpoints.export import Export
 
 DESCRIPTION = """\
 Write a trained draft in the format that a server loads. Every rule of the reader is checked: a draft that it would
@@ -31,12 +30,18 @@ Each algorithm has its own formats:
 
 Writes config.json, model.safetensors, README.md (training data, metric, how to serve it) and specforge_probe.json,
 which lets specforge verify check it anywhere."""
-TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def run(arguments: list[str]) -> int:
     """Export, upload if asked, and print how to serve the draft."""
     found = parse(command_line(), arguments)
+    import torch
+
+    from specforge.checkpoints.export import ExportRequest, export
+    from specforge.checkpoints.hub import push
+    from specforge.data.text.prompts import read_prompts
+
     done = export(
         ExportRequest(
             source=found.source,
@@ -44,7 +49,7 @@ def run(arguments: list[str]) -> int:
             output=None if found.output is None else Path(found.output),
             verifier=found.verifier,
             loading=loading_of(found),
-            dtype=None if found.dtype is None else TYPES[found.dtype],
+            dtype=None if found.dtype is None else getattr(torch, TYPES[found.dtype]),
             runs_verifier=not found.skip_verifier,
             prompts=None if found.prompts is None else read_prompts(found.prompts),
             served_from=found.push_to_hub,

@@ -6,12 +6,9 @@ import argparse
 import os
 import shlex
 
-from specforge.commands.configured import module_and_data
 from specforge.commands.endpoints import positive
 from specforge.commands.trainer import quieten
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
-from specforge.data.features.served import engine_layer_ids
-from specforge.engines.vllm import ExtractionServer
 from specforge.errors import UsageError
 
 DESCRIPTION = """\
@@ -35,6 +32,10 @@ def run(arguments: list[str]) -> int:
         found, words = command_line().parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise UsageError(f"{error.argument_name}: {error.message}") from None
+    from specforge.commands.configured import module_and_data
+    from specforge.data.features.served import engine_layer_ids
+    from specforge.engines.vllm import ExtractionServer
+
     quieten()
     module, data = module_and_data(words)
     text, loading = module.teacher.config.get_text_config(), module.teacher.loading

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser
 
-from specforge.checkpoints.verification.checking import export_faults
-from specforge.checkpoints.verification.probe import Probe
 from specforge.commands.arguments import add_verifier_flags, command_parser, loading_of, parse
 from specforge.errors import UsageError
 
@@ -24,6 +22,9 @@ Every fault is printed with its likeliest cause; the exit status is 1 if there a
 def run(arguments: list[str]) -> int:
     """Check, print the faults, and return 1 if there are any."""
     found = parse(command_line(), arguments)
+    from specforge.checkpoints.verification.checking import export_faults
+    from specforge.checkpoints.verification.probe import Probe
+
     probe = Probe.load(found.export)
     print(f"{found.export}: {probe.format} format, {probe.algorithm}, for {probe.verifier.name_or_path}")
     faults = export_faults(found.export, found.verifier, loading_of(found))

@@ -13,8 +13,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from specforge.bounds import BatchSize, RowLength, Seed, Share, Workers
-from specforge.data.features.dtypes import FeatureType
+from specforge.bounds import BatchSize, FeatureType, RowLength, Seed, Share, Workers
 from specforge.data.features.manifest import FeatureNeeds, Manifest
 from specforge.data.features.reading import RowFeatures, read_from
 from specforge.data.features.recording import FeatureRecorder

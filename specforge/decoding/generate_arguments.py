@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from specforge.decoding.verification import Verification
+from specforge.decoding.settings import Verification
 from specforge.errors import describe_invalid, nearest_name
 from specforge.sampling import Sampling
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from specforge.config import TokenProposalConfig
 from specforge.decoding.checks import check_fit, check_prompts, check_served, context_length, default_stop_tokens
-from specforge.decoding.verification import Verdict, Verification, verify
+from specforge.decoding.settings import Verification
+from specforge.decoding.verification import Verdict, verify
 from specforge.decoding.verifier import CachedVerifier
 from specforge.errors import UsageError
 from specforge.hookspecs import ProposalMethod

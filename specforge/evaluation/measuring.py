@@ -17,7 +17,8 @@ from specforge.decoding.agreement import Agreement, compare_rounds
 from specforge.decoding.loop import Decoder, Emission, Times
 from specforge.decoding.recorded import chain_acceptance, replay_text
 from specforge.decoding.replay import Rounds, replay
-from specforge.decoding.verification import Verification, is_lossy
+from specforge.decoding.settings import Verification
+from specforge.decoding.verification import is_lossy
 from specforge.evaluation.cost import draft_cost
 from specforge.evaluation.expecting import modelled_speedups
 from specforge.evaluation.results import ContenderResult

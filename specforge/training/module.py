@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from specforge.bounds import Decay
+from specforge.bounds import Decay, VerifierType
 from specforge.data.features.manifest import FeatureNeeds
 from specforge.data.host_masks import HostMasks
 from specforge.data.module import DraftDataModule, data_of
@@ -33,6 +33,7 @@ from specforge.training.identity import Identity, draft_in, refuse_another_draft
 from specforge.training.length import RunLength
 from specforge.training.losses.comparison import Term
 from specforge.training.losses.distillation import DraftSteps, Labels, Teacher, distill
+from specforge.training.losses.fused import why_not_fused
 from specforge.training.losses.named import chain_weighting, objective_terms
 from specforge.training.metrics import StageMetrics
 from specforge.training.optimizers import OptimizerSettings, build_optimizer
@@ -41,7 +42,7 @@ from specforge.training.steps import prepare_steps
 from specforge.training.teacher import FrozenVerifier
 from specforge.training.totals import processes
 from specforge.verifier.features import Features
-from specforge.verifier.loading import VerifierLoading, VerifierType
+from specforge.verifier.loading import VerifierLoading
 from specforge.verifier.parts import VerifierParts
 
 Batch = Mapping[str, Any]
@@ -79,7 +80,8 @@ class DraftModule(LightningModule, ABC):
 
     Args:
         verifier: Folder or hub id of the verifier.
-        verifier_dtype: Dtype of its weights; auto is the stored dtype, but float32 without an accelerator.
+        verifier_dtype: Dtype of its weights; auto is the stored dtype, but float32 without an accelerator
+            or a processor with AMX.
         verifier_revision: Branch, tag or commit of the verifier on the hub.
         trust_remote_code: Whether to run model code from the verifier's repository.
         verifier_sharding: Whether to split the verifier's layers over all processes, if it does not fit in each.
@@ -372,6 +374,9 @@ class DraftModule(LightningModule, ABC):
                 f"  starts from the weights of {self.starts_from}; optimizer and schedule start from step 0. "
                 "To continue a run with both, resume it with --ckpt_path"
             )
+        if self.device.type == "cuda":
+            reason = why_not_fused(self.device, torch.bfloat16, self.terms, self.weighting)
+            lines.append(f"  losses by operations of torch: {reason}" if reason else "  losses by kernels of Triton")
         if reason := self.means["val"].why_proxy:
             lines.append(f"  {self.monitor} is not exact: validation {reason}")
         return "\n".join(lines)

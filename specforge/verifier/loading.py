@@ -6,11 +6,12 @@ from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
+from specforge.bounds import VerifierType
 from specforge.config import CONFIG_NAME, find_file, read_json
 from specforge.errors import UsageError
 from specforge.private.transformers import builds
@@ -28,15 +29,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-VerifierType = Literal["auto", "float32", "bfloat16", "float16"]
-
-
 @dataclass(frozen=True)
 class VerifierLoading:
     """How to load a verifier.
 
     Attributes:
-        dtype: Type of its weights; ``"auto"`` is the stored type on an accelerator and float32 otherwise.
+        dtype: Type of its weights; ``"auto"`` is the stored type on an accelerator, or bfloat16 on a processor that
+            multiplies matrices of it, and float32 otherwise.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether to run model code shipped with the checkpoint.
     """
@@ -49,9 +48,16 @@ class VerifierLoading:
         """Return the type for loading weights, given their stored type."""
         if self.dtype != "auto":
             return cast(torch.dtype, getattr(torch, self.dtype))
-        if not torch.accelerator.is_available():
-            return torch.float32
-        return stored or torch.bfloat16
+        return stored or torch.bfloat16 if torch.accelerator.is_available() else processor_dtype(stored)
+
+
+def processor_dtype(stored: torch.dtype | None) -> torch.dtype:
+    """Return the faster type for a verifier on this processor, given the stored type.
+
+    Without instructions for products of bfloat16 matrices, Intel's AMX, these are many times slower than in float32.
+    """
+    multiplies = torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.bfloat16 if multiplies and stored == torch.bfloat16 else torch.float32
 
 
 def load_config(name_or_path: str, loading: VerifierLoading | None = None) -> PreTrainedConfig:

@@ -10,7 +10,7 @@ import pytest
 from jsonargparse import ArgumentParser, capture_parser
 
 from specforge.commands.arguments import parse
-from specforge.commands.estimate.command import EstimateCLI
+from specforge.commands.estimate.estimating import EstimateCLI
 from specforge.commands.evaluate.command import command_line as evaluate_line
 from specforge.commands.export import command_line as export_line
 from specforge.commands.prepare.responses import command_line as responses_line

@@ -6,7 +6,7 @@ import pytest
 from jsonargparse import capture_parser
 
 from specforge.__main__ import main
-from specforge.commands.estimate.command import EstimateCLI
+from specforge.commands.estimate.estimating import EstimateCLI
 from specforge.commands.trainer import choose
 from specforge.training.cli.command_line import parse
 

@@ -230,7 +230,8 @@ class TestKilled:
         """Processes that start with all modules imported, but not forked from one in which torch has computed."""
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["specforge.commands.prepare.responses", "transformers.models.llama"])
+        modules = ("commands.prepare.responses", "commands.prepare.in_process", "engines.responses")
+        context.set_forkserver_preload([*(f"specforge.{name}" for name in modules), "transformers.models.llama"])
         return context
 
     @pytest.mark.parametrize("temperature", [0, 1])

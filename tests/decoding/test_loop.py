@@ -24,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from specforge.config import TokenProposalConfig
 from specforge.decoding import loop
 from specforge.decoding.loop import Decoder, Emission, Times
-from specforge.decoding.verification import Verification
+from specforge.decoding.settings import Verification
 from specforge.errors import UsageError
 from specforge.proposals import (
     BigramTokenProposalConfig,

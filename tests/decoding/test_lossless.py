@@ -29,7 +29,7 @@ from transformers import BloomConfig, GPT2Config, GPTNeoConfig, LlamaConfig, Phi
 
 from specforge.config import TokenProposalConfig
 from specforge.decoding.loop import Decoder
-from specforge.decoding.verification import Verification
+from specforge.decoding.settings import Verification
 from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
 from specforge.proposals import (

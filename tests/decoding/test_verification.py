@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from toys import Rounds, Toy, after, all_contexts, filtered, largest_difference, make_toy
 
 from specforge.config import TokenProposalConfig
-from specforge.decoding.verification import Verdict, Verification, is_lossy, verify
+from specforge.decoding.settings import Verification
+from specforge.decoding.verification import Verdict, is_lossy, verify
 from specforge.errors import UsageError
 from specforge.proposals import (
     BigramTokenProposalConfig,

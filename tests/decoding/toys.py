@@ -15,7 +15,8 @@ from enumeration import all_runs
 from torch import Tensor
 
 from specforge.config import TokenProposalConfig
-from specforge.decoding.verification import Verification, verify
+from specforge.decoding.settings import Verification
+from specforge.decoding.verification import verify
 from specforge.hookspecs import ProposalMethod
 from specforge.models.drafter import Drafter
 from specforge.proposals.proposal import Proposal, Proposer

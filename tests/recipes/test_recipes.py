@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from specforge.__main__ import main
-from specforge.commands.estimate.command import EstimateCLI
+from specforge.commands.estimate.estimating import EstimateCLI
 from specforge.commands.trainer import choose
 from specforge.estimation.step import DryRun
 

@@ -101,7 +101,12 @@ def test_dtype_of_the_weights(dtype: Any, copy: Path) -> None:
 
 def test_auto_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert VerifierLoading().torch_dtype(torch.bfloat16) == torch.float32
+    for capabilities, of_bfloat16 in (({}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert VerifierLoading().torch_dtype(torch.bfloat16) == of_bfloat16
+        assert VerifierLoading().torch_dtype(torch.float16) == torch.float32
+        assert VerifierLoading().torch_dtype(None) == torch.float32
+        assert VerifierLoading("bfloat16").torch_dtype(torch.float32) == torch.bfloat16
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert VerifierLoading().torch_dtype(torch.float16) == torch.float16
     assert VerifierLoading().torch_dtype(None) == torch.bfloat16

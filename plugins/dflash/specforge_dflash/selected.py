@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specforge.decoding.recorded import LOGITS_PER_CHUNK, acceptance_of_drawn, label_log_probs
 from specforge.training.losses.distillation import DraftSteps, Labels
-from specforge.training.losses.objectives import Distributions, acceptance
+from specforge.training.losses.objectives import Distributions
 from specforge.training.module import Drafted
 from specforge.verifier.parts import VerifierParts
 from specforge_dflash.dflash2 import DFlash2DraftModel
@@ -37,7 +37,7 @@ def selected_steps(
         q = draft.logits(drafted.states[states]).float()
         p, text = parts.logits(last[targets]).float()[target_of], labels.tokens[targets][target_of]
         log_p, choice = p.log_softmax(-1), q.argmax(-1)
-        accepted = acceptance(Distributions(q.log_softmax(-1), log_p, log_p))
+        accepted = Distributions(q.log_softmax(-1), log_p, log_p).acceptance
         matches = (choice == text).float()
         drawn = matches
         if not labels.sampling.is_greedy:

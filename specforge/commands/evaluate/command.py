@@ -31,7 +31,7 @@ from specforge.data.rows.summary import RowSettings
 from specforge.data.text.prompts import Conversation, by_category, prompt_set_name, read_prompts
 from specforge.data.text.sources import check_source, source_fingerprint
 from specforge.data.text.template import ChatTemplate
-from specforge.decoding.verification import Verification
+from specforge.decoding.settings import Verification
 from specforge.errors import UsageError
 from specforge.evaluation.expecting import expectations
 from specforge.evaluation.measuring import Contender, Measuring, Settings

@@ -5,23 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from itertools import islice
+from typing import TYPE_CHECKING
 
-import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.text import Text
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from specforge.commands.arguments import add_verifier_flags, command_parser, load, parse
 from specforge.data.text.bad_rows import BadRow
-from specforge.data.text.encoding import RowEncoder, TokenRow
 from specforge.data.text.records import RawRecord
-from specforge.data.text.sources import check_source, count_records, read_raw_records
-from specforge.data.text.template import ChatTemplate
 from specforge.errors import UsageError
-from specforge.verifier.on_policy import PolicyCheck, check_policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from specforge.data.text.encoding import RowEncoder, TokenRow
+    from specforge.data.text.template import ChatTemplate
+    from specforge.verifier.on_policy import PolicyCheck
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ def run(arguments: list[str]) -> int:
         raise UsageError("rows: none are given; name a file, folder or hub data set")
     if not found.verifier:
         raise UsageError("verifier: is required; give it as --verifier, or in the file of --config")
+    from specforge.data.text.sources import check_source, count_records, read_raw_records
+
     check_source(found.rows, "rows")
     step = max(count_records(found.rows) // found.number, 1)
     chosen = islice(read_raw_records(found.rows), 0, step * found.number, step)
@@ -68,6 +72,11 @@ def check_rows(verifier: PreTrainedModel, template: ChatTemplate, records: Itera
     Raises:
         UsageError: A row was written with other template arguments.
     """
+    import torch
+
+    from specforge.data.text.encoding import RowEncoder
+    from specforge.verifier.on_policy import check_policy
+
     encoder = RowEncoder(template, verifier.config.get_text_config().vocab_size)
     return check_policy(
         verifier,

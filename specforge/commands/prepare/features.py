@@ -8,23 +8,18 @@ from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
-from specforge.commands.configured import module_and_data, verifier_states
+from specforge.bounds import FeatureType
 from specforge.commands.endpoints import add_endpoint_flags, endpoint_settings, positive
 from specforge.commands.trainer import quieten
 from specforge.commands.units import in_units
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
-from specforge.data.features.capturing import LiveStates
-from specforge.data.features.dtypes import FeatureType
-from specforge.data.features.importing import VllmStates
-from specforge.data.features.manifest import Manifest, describe_layers
-from specforge.data.features.plan import ShardPlan
-from specforge.data.features.preparing import States, prepare_features
-from specforge.data.features.store import FeatureStore
-from specforge.data.features.transports import transport_named
-from specforge.data.text.sources import check_source
 from specforge.errors import UsageError
+
+if TYPE_CHECKING:
+    from specforge.data.features.manifest import Manifest
+    from specforge.data.features.plan import ShardPlan
 
 INDEX = ".files.npz"  # of a folder given as --from_vllm, until the store is complete
 DESCRIPTION = """\
@@ -56,6 +51,14 @@ def run(arguments: list[str]) -> int:
         found, words = command_line().parse_known_args(arguments[len(sources) :])
     except argparse.ArgumentError as error:
         raise UsageError(f"{error.argument_name}: {error.message}") from None
+    from specforge.commands.configured import module_and_data, verifier_states
+    from specforge.data.features.capturing import LiveStates
+    from specforge.data.features.importing import VllmStates
+    from specforge.data.features.plan import ShardPlan
+    from specforge.data.features.preparing import States, prepare_features
+    from specforge.data.features.store import FeatureStore
+    from specforge.data.text.sources import check_source
+
     quieten()
     if found.output is None:
         raise UsageError("output: is required; give a folder as --output")
@@ -133,6 +136,8 @@ def command_line() -> argparse.ArgumentParser:
 def _ask(found: argparse.Namespace, plan: ShardPlan, manifest: Manifest, output: Path) -> Manifest | None:
     # The client takes a second to import.
     from specforge.data.features.asking import AskedStates
+    from specforge.data.features.preparing import prepare_features
+    from specforge.data.features.transports import transport_named
 
     settings = endpoint_settings(found, found.concurrency)
     with AskedStates(settings, transport_named(found.transport), manifest, output) as states:
@@ -140,6 +145,8 @@ def _ask(found: argparse.Namespace, plan: ShardPlan, manifest: Manifest, output:
 
 
 def _print_savings(plan: ShardPlan, manifest: Manifest) -> None:
+    from specforge.data.features.manifest import describe_layers
+
     tokens = sum(shard.tokens for shard in manifest.shards)
     size = sum(shard.bytes for shard in manifest.shards)
     print(

@@ -15,7 +15,6 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedModel
 
 from specforge.commands.arguments import (
     answering_parser,
@@ -27,27 +26,19 @@ from specforge.commands.arguments import (
     verifier_text,
 )
 from specforge.commands.prepare.check import check_rows, print_check
-from specforge.commands.prepare.in_process import InProcessAnswerer
 from specforge.data.text.records import RawRecord
-from specforge.data.text.sources import check_source, source_fingerprint
-from specforge.data.text.template import ChatTemplate
-from specforge.engines.generation import Answer, GenerationSettings, Keep, Prompt, Refuse
-from specforge.engines.journal import Journal
-from specforge.engines.responses import (
-    FEATURES,
-    RESPONSES_FILE,
-    Responses,
-    check_output,
-    features_folder,
-    write_responses,
-)
 from specforge.errors import UsageError
-from specforge.verifier.fingerprint import fingerprint
-from specforge.verifier.on_policy import PolicyCheck
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from specforge.data.features.answers import AnswerRecorder
+    from specforge.data.text.template import ChatTemplate
     from specforge.engines.answering import EndpointAnswerer
+    from specforge.engines.generation import Answer, GenerationSettings, Keep, Prompt, Refuse
+    from specforge.engines.journal import Journal
+    from specforge.engines.responses import Responses
+    from specforge.verifier.on_policy import PolicyCheck
 
 DESCRIPTION = """\
 Let the verifier answer prompts again, turn by turn: a draft has to predict its verifier's text, not text from another
@@ -75,6 +66,10 @@ def run(arguments: list[str]) -> int:
     """Generate the responses, and print a summary."""
     found = parse(command_line(), arguments)
     _check_flags(found)
+    from specforge.data.text.sources import source_fingerprint
+    from specforge.engines.generation import GenerationSettings
+    from specforge.engines.responses import write_responses
+
     generation = GenerationSettings(
         sampling_of(found), found.max_new_tokens, found.seed, found.template_arguments or {}
     )
@@ -131,6 +126,8 @@ class _Verifier:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Fields that identify the verifier."""
+        from specforge.verifier.fingerprint import fingerprint
+
         template = str(self._text.template.tokenizer.chat_template or "")
         return {
             "verifier": fingerprint(self._found.verifier, loading_of(self._found)),
@@ -160,6 +157,8 @@ class _Verifier:
         """Return a function that answers prompts; the verifier is loaded when it is called."""
 
         def answer(prompts: Iterator[Prompt], keep: Keep, refuse: Refuse) -> None:
+            from specforge.commands.prepare.in_process import InProcessAnswerer
+
             InProcessAnswerer(*self.loaded, generation, self._found.batch_size).answer(prompts, keep, refuse)
 
         return answer
@@ -252,6 +251,9 @@ def _check_flags(found: Namespace) -> None:
         raise UsageError(
             "--record needs --endpoint; in this process, answer first and then run specforge prepare features"
         )
+    from specforge.data.text.sources import check_source
+    from specforge.engines.responses import check_output
+
     for source in found.sources:
         check_source(source, "sources")
     check_output(Path(found.output))
@@ -264,6 +266,7 @@ def _recorder(found: Namespace) -> AnswerRecorder:
     from specforge.data.features.answers import AnswerRecorder
     from specforge.data.features.growing import GrowingStore
     from specforge.data.features.transports import transport_named
+    from specforge.engines.responses import features_folder
 
     # The rows that the configuration names may be those that are about to be written.
     words = ["--config", found.record, "--data.validation", "null", "--data.test", "null"]
@@ -330,6 +333,8 @@ def _print(responses: Responses, console: Console) -> None:
     for location, reason in islice(responses.refused.items(), 3):
         console.print(Text(f"rejected: {location}: {reason}", style="yellow"))
     if responses.notes["check"]:
+        from specforge.verifier.on_policy import PolicyCheck
+
         print_check(PolicyCheck(**responses.notes["check"]), console)
     if doubt := responses.notes["doubt"]:
         console.print(
@@ -339,6 +344,8 @@ def _print(responses: Responses, console: Console) -> None:
 
 
 def _closing_line(found: Namespace) -> str:
+    from specforge.engines.responses import FEATURES, RESPONSES_FILE
+
     rows = Path(found.output) / RESPONSES_FILE
     if found.record:
         features = Path(found.output) / FEATURES

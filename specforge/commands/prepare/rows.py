@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -15,16 +15,12 @@ from rich.console import Console
 
 from specforge.bounds import RowLength, Share
 from specforge.commands.arguments import add_template_flags, command_parser, parse, template_words, verifier_text
-from specforge.commands.prepare.coverage_plot import draw_coverage
-from specforge.commands.prepare.record_view import show_record
-from specforge.commands.prepare.rows_table import print_prepared
-from specforge.data.rows.building import make_encoder
-from specforge.data.rows.maker import TRAIN, VALIDATION, RowMaker
-from specforge.data.rows.prepared import Prepared, check_output, prepare_rows
 from specforge.data.rows.summary import MAX_BAD_SHARE, RowSettings
-from specforge.data.text.records import RawRecord
-from specforge.data.text.sources import check_source, read_raw_records
 from specforge.errors import UsageError
+
+if TYPE_CHECKING:
+    from specforge.data.rows.prepared import Prepared
+    from specforge.data.text.records import RawRecord
 
 DESCRIPTION = """\
 Tokenise conversations with the verifier's tokenizer and chat template, mask tokens that the verifier does not generate,
@@ -50,6 +46,14 @@ def run(arguments: list[str]) -> int:
     for name in ("verifier", "output"):
         if not getattr(found, name):
             raise UsageError(f"{name}: is required; give it as --{name}, or in the file of --config")
+    from specforge.commands.prepare.coverage_plot import draw_coverage
+    from specforge.commands.prepare.record_view import show_record
+    from specforge.commands.prepare.rows_table import print_prepared
+    from specforge.data.rows.building import make_encoder
+    from specforge.data.rows.maker import RowMaker
+    from specforge.data.rows.prepared import check_output, prepare_rows
+    from specforge.data.text.sources import check_source
+
     for source in found.sources:
         check_source(source, "sources")
     output = Path(found.output)
@@ -123,10 +127,14 @@ def command_line() -> ArgumentParser:
 
 
 def _first_records(found: Namespace) -> Iterator[RawRecord]:
+    from specforge.data.text.sources import read_raw_records
+
     return islice(chain.from_iterable(map(read_raw_records, found.sources)), found.show)
 
 
 def _closing_lines(found: Namespace, prepared: Prepared) -> str:
+    from specforge.data.rows.maker import TRAIN, VALIDATION
+
     output = Path(found.output)
     words = ["specforge", "fit", "--config", "FILE", "--verifier", found.verifier, "--data.train", str(output / TRAIN)]
     if VALIDATION in prepared.splits:

@@ -6,12 +6,11 @@ max(|x| / 16, s / 1024) for float8_e4m3fn, s / 2 for int8 and |x| / 256 for bflo
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-FeatureType = Literal["bfloat16", "float32", "float8_e4m3fn", "int8"]
+from specforge.bounds import FeatureType
+
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 

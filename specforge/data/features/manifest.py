@@ -12,8 +12,9 @@ from typing import Any, Self
 import numpy as np
 from xxhash import xxh3_128
 
+from specforge.bounds import FeatureType
 from specforge.config import verifier_difference
-from specforge.data.features.dtypes import FeatureType, state_bytes, torch_dtype
+from specforge.data.features.dtypes import state_bytes, torch_dtype
 from specforge.errors import UsageError
 from specforge.files import whole_file
 

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from pydantic import ValidationError
 
-from specforge.bounds import Interval
+from specforge.bounds import Interval, VerifierType
 from specforge.errors import SpecforgeError, UsageError, describe_os_error
 from specforge.hookspecs import Algorithm
 from specforge.registry import installed
@@ -34,7 +34,6 @@ from specforge.training.metrics import results_text
 from specforge.training.runs import CHECKPOINTS, check_name, resolve_checkpoint
 from specforge.training.saying import say
 from specforge.training.strategies import FSDP2, FSDP2Strategy
-from specforge.verifier.loading import VerifierType
 
 # Changes of Lightning's defaults. Under FSDP2, parameters unsharded in inference mode cannot be trained afterwards.
 TRAINER_DEFAULTS = {
@@ -99,7 +98,7 @@ class TrainingCLI(LightningCLI):
             "--verifier_dtype",
             type=VerifierType,
             default="auto",
-            help="Dtype of its weights; auto: as stored, but float32 without an accelerator.",
+            help="Dtype of its weights; auto: as stored, but float32 without an accelerator or AMX.",
         )
         parser.add_argument("--verifier_revision", type=str | None, default=None, help="Its branch, tag or commit.")
         parser.add_argument("--trust_remote_code", type=bool, default=False, help="Run code from its repository.")

@@ -7,7 +7,6 @@ import re
 from datetime import timedelta
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
 
 from specforge.bounds import LARGEST
@@ -90,6 +89,8 @@ def explain_trainer(error: Exception) -> str:
             f"or, without srun and on this node only, set SLURM_JOB_NAME=bash. Lightning says: {reason}"
         )
     if "gpu backend" in reason:
+        import torch
+
         build = f"torch {torch.__version__}"
         why = f"no GPU is visible to {build}" if torch.backends.cuda.is_built() else f"{build} is built without GPUs"
         return f"accelerator: gpu is not available: {why}. Set auto, which uses what there is; see: specforge doctor"

@@ -22,6 +22,8 @@ from specforge.moving import moved
 # for a handful of rows. Accelerators read a head in the time of about 200 rows of its product, and hold 16 times more.
 LOGITS_PER_CHUNK = 2**22
 LOGITS_PER_CHUNK_OF_ACCELERATORS = 2**26
+# Kernels copy no logits: 512 MiB in bfloat16, and the heads' gradients are added to less often.
+LOGITS_PER_FUSED_CHUNK = 2**28
 LEAST_TARGETS = 64
 # Logits that a CPU compares at a time: 1 MiB in float32.
 LOGITS_PER_BLOCK = 2**18
@@ -68,7 +70,13 @@ class Chunk:
 
 
 def chunks(
-    supervised: Tensor, targets: Tensor, state_index: Tensor, verifier_size: int, draft_size: int, device: torch.device
+    supervised: Tensor,
+    targets: Tensor,
+    state_index: Tensor,
+    verifier_size: int,
+    draft_size: int,
+    device: torch.device,
+    fused: bool = False,
 ) -> list[Chunk]:
     """Split all pairs that count into chunks of rows. The arguments are on the CPU, the chunks on the device.
 
@@ -79,6 +87,7 @@ def chunks(
         verifier_size: Number of the verifier's tokens.
         draft_size: Number of draft tokens.
         device: Device of the states.
+        fused: Whether kernels compute the loss.
     """
     rows, steps = supervised.T.nonzero(as_tuple=True)
     distinct, row_of = rows.unique_consecutive(return_inverse=True)
@@ -86,7 +95,9 @@ def chunks(
         return []
     every, target_of = targets[steps, rows].unique(return_inverse=True)
     count = len(supervised)
-    size = _rows_per_chunk(len(distinct), len(every), verifier_size, count * draft_size, _is_for_cpu(device))
+    size = _rows_per_chunk(
+        len(distinct), len(every), verifier_size, count * draft_size, _logits_per_chunk(device, fused)
+    )
     number, chunk_of = -(-len(distinct) // size), row_of // size
     # A chunk has all targets between its first and last one, even if only a neighbour needs some of them.
     first = target_of.new_full((number,), len(every)).scatter_reduce(0, chunk_of, target_of, "amin")
@@ -121,7 +132,7 @@ def blocks(logits: Tensor) -> Iterator[slice]:
     return (slice(begin, begin + size) for begin in range(0, max(1, len(logits)), max(1, size)))
 
 
-def _rows_per_chunk(rows: int, targets: int, verifier_size: int, draft_logits: int, on_cpu: bool) -> int:
+def _rows_per_chunk(rows: int, targets: int, verifier_size: int, draft_logits: int, most: int) -> int:
     """Return the maximum number of rows of a chunk.
 
     Args:
@@ -129,11 +140,16 @@ def _rows_per_chunk(rows: int, targets: int, verifier_size: int, draft_logits: i
         targets: Number of all targets: about one per consecutive row, S per row if no targets are shared.
         verifier_size: Number of the verifier's logits for each target.
         draft_logits: Largest number of draft logits of a row.
-        on_cpu: Whether the run is on a CPU.
+        most: Logits that a chunk may hold, draft and verifier together.
     """
-    most = LOGITS_PER_CHUNK if on_cpu else LOGITS_PER_CHUNK_OF_ACCELERATORS
     targets_per_row = targets / rows
     return max(1, int(LEAST_TARGETS / targets_per_row), int(most / (verifier_size * targets_per_row + draft_logits)))
+
+
+def _logits_per_chunk(device: torch.device, fused: bool) -> int:
+    if fused:
+        return LOGITS_PER_FUSED_CHUNK
+    return LOGITS_PER_CHUNK if _is_for_cpu(device) else LOGITS_PER_CHUNK_OF_ACCELERATORS
 
 
 def _is_for_cpu(device: torch.device) -> bool:

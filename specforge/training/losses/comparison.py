@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from specforge.training.losses.objectives import Distributions, acceptance
+from specforge.training.losses.objectives import Distributions
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,15 @@ class Term:
         function: Maps ``Distributions`` of n rows to n values.
         uses_mean_acceptance: Whether it reads ``Distributions.mean_acceptance``.
         uses_text: Whether it reads ``Distributions.text``.
+        closed_form: Whether it reads only ``PairSums``.
     """
 
     name: str
     weight: float
-    function: Callable[[Distributions], Tensor]
+    function: Callable[[Any], Tensor]
     uses_mean_acceptance: bool = False
     uses_text: bool = False
+    closed_form: bool = False
 
 
 class PairResults(NamedTuple):
@@ -79,13 +81,24 @@ def compare(
     """
     log_q = log_softmax(finish(logits))
     rows = Distributions(log_q, *gathered(log_p, log_p_full, target_of), mean_acceptance, text, top[target_of])
-    loss = log_q.new_zeros(())
+    loss, values = weighted(terms, rows, weights)
+    return PairResults(loss, values, replace(rows, log_q=log_q.detach()).acceptance, rows.top)
+
+
+def weighted(terms: Sequence[Term], rows: Any, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weighted sum of all terms, with gradient, and each term's values, [terms, m].
+
+    Args:
+        terms: The terms of the objective.
+        rows: What their functions read.
+        weights: Factor of each pair in the loss, [m].
+    """
+    loss = weights.new_zeros(())
     values = []
     for term in terms:
         values.append(term.function(rows))
         loss = loss + term.weight * (weights * values[-1]).sum()
-    accepted = acceptance(replace(rows, log_q=log_q.detach()))
-    return PairResults(loss, torch.stack(values).detach(), accepted, log_q.argmax(-1))
+    return loss, torch.stack(values).detach()
 
 
 @functools.cache

@@ -10,7 +10,7 @@ H width, V verifier and D draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,9 +30,12 @@ from specforge.training.losses.comparison import (
     compiled_compare,
     gathered,
     log_softmax,
+    weighted,
     wide_type,
 )
-from specforge.training.losses.objectives import Distributions, acceptance
+from specforge.training.losses.fused import FusedPairs, why_not_fused
+from specforge.training.losses.objectives import Distributions, PairSums
+from specforge.training.losses.targets import FusedTarget, PlainTarget, Target, joined, tail
 from specforge.training.losses.weightings import ChainWeighting
 from specforge.training.totals import total
 from specforge.verifier.parts import VerifierParts
@@ -134,15 +137,17 @@ def distill(
         hidden = hidden.flatten(0, 1)
         state_index = torch.arange(len(hidden)).view_as(supervised)
     heads = [head] if isinstance(head, Tensor) else list(head)
+    fused = why_not_fused(hidden.device, _compute_type(hidden), terms, weighting) is None
     verifier_size = teacher.parts.lm_head.weight.shape[0]
     work = _Inputs(
         teacher,
-        chunks(supervised, targets, state_index, verifier_size, len(heads[0]), hidden.device),
+        chunks(supervised, targets, state_index, verifier_size, len(heads[0]), hidden.device, fused),
         moved(supervised, hidden.device),
         *(terms, weights, labels, finish),
         weighting=weighting,
         candidates=candidates,
         compare=compiled_compare() if compiled else compare,
+        fused=fused,
     )
     if not torch.is_grad_enabled():
         # Otherwise a trained head would require its gradient in validation, too.
@@ -165,30 +170,24 @@ class _Inputs:
     weighting: ChainWeighting | None
     candidates: int
     compare: Callable[..., PairResults]
+    fused: bool
 
-    def compared(self) -> Iterator[tuple[Chunk, _Target]]:
+    def compared(self) -> Iterator[tuple[Chunk, PlainTarget | FusedTarget]]:
         """Yield the chunks and the verifier's distributions at their targets, each computed once."""
         target = None
         for chunk in self.chunks:
-            target = _tail(target, chunk.shared) if target and chunk.shared else None
+            target = tail(target, chunk.shared) if target and chunk.shared else None
             fresh = self._target(chunk.targets[chunk.shared :])
-            target = _combined(torch.cat, target, fresh) if target else fresh
+            target = joined(target, fresh) if target else fresh
             yield chunk, target
 
-    def _target(self, rows: Tensor) -> _Target:
+    def _target(self, rows: Tensor) -> PlainTarget | FusedTarget:
         """Compute the verifier's distributions at some rows of its states."""
-        draft_ids = self.teacher.draft_ids
         logits = self.teacher.parts.logits(self.teacher.last[rows])
-        top, of_text = logits.argmax(-1), None
+        of_text = None
         if self.labels is not None and not self.labels.sampling.is_greedy:
             of_text = label_log_probs(logits, self.labels.tokens[rows], self.labels.sampling)
-        if draft_ids is None:
-            log_p = log_softmax(logits)
-            return _Target(log_p, log_p, top, of_text)
-        wide = wide_type(logits.dtype)
-        normaliser = torch.cat([logits[block].to(wide).logsumexp(-1) for block in blocks(logits)])
-        log_p_full = logits[:, draft_ids].to(wide) - normaliser[:, None]
-        return _Target(log_p_full.log_softmax(-1), log_p_full, draft_indices(top, draft_ids), of_text)
+        return (FusedTarget if self.fused else PlainTarget).of(logits, self.teacher.draft_ids, of_text)
 
 
 class _Distill(torch.autograd.Function):
@@ -250,15 +249,18 @@ class _ChunkPass:
         self.hidden_gradient = torch.zeros_like(self.hidden) if train_hidden else None
         self.head_gradients = [zeros(head.shape) if train_heads else None for head in heads]
         self.further_gradient = zeros(further_head.shape) if further_head is not None and train_further else None
-        self.mean_acceptance = self._mean_acceptance() if any(t.uses_mean_acceptance for t in work.terms) else None
+        self.mean_acceptance: Tensor | None = None
+        if any(term.uses_mean_acceptance for term in work.terms):
+            self.mean_acceptance = self._mean_acceptance()
 
-    def add(self, chunk: Chunk, target: _Target) -> None:
+    def add(self, chunk: Chunk, target: PlainTarget | FusedTarget) -> None:
         """Add a chunk to the loss, the sums, the per-row results and the gradients."""
         states = self.hidden[chunk.state_of].to(self.heads[0].dtype)
         logits = self._logits(states, chunk)
-        weights = self._weights(logits, target, chunk)
-        for block in blocks(logits):
-            self._add_block(logits[block], target, weights[block], chunk.part(block))
+        if isinstance(target, FusedTarget):
+            self._add_fused(logits, target, chunk)
+        else:
+            self._add_plain(logits, target, chunk)
         if self.trains:
             self._accumulate(logits, states, chunk)
 
@@ -272,44 +274,81 @@ class _ChunkPass:
             logits.addmm_(states[:, width:], self.further_head.T)
         return logits
 
-    def _weights(self, logits: Tensor, target: _Target, chunk: Chunk) -> Tensor:
-        """Return the factor of each pair of a chunk in the loss, [M]."""
+    def _add_fused(self, logits: Tensor, target: FusedTarget, chunk: Chunk) -> None:
+        """Add a chunk's pairs to the loss, sums and results; replace their logits [M, D] by the logits' gradient."""
+        with torch.set_grad_enabled(self.trains):
+            leaf = logits.detach().requires_grad_(self.trains)
+            finished = self.work.finish(leaf)
+            pairs = self._fused(finished.detach(), target, chunk)
+            loss, values = weighted(self.work.terms, pairs.sums, self._weights(chunk, [pairs.sums]))
+        found = PairResults(loss, values, pairs.sums.acceptance.detach(), pairs.sums.top)
+        self._record(found, logits, target, chunk)
+        if self.trains:
+            pairs.differentiate(loss)
+            if finished is not leaf:
+                logits.copy_(torch.autograd.grad(finished, leaf, finished.detach())[0])
+
+    def _add_plain(self, logits: Tensor, target: PlainTarget, chunk: Chunk) -> None:
+        """Do the same with operations of torch, block by block."""
+        weights = self._weights(chunk, (sums for _, sums in self._pair_sums(logits, target, chunk)))
+        for block in blocks(logits):
+            own, pairs = logits[block], chunk.part(block)
+            with torch.set_grad_enabled(self.trains):
+                leaf = own.detach().requires_grad_(self.trains)
+                # A call of its own frees the comparison's intermediates before the gradient is computed.
+                found = self._losses(leaf, target, weights[block], pairs)
+            self._record(found, own, target, pairs)
+            if self.trains:
+                # The logits are not read again.
+                own.copy_(torch.autograd.grad(found.loss, leaf)[0])
+
+    def _weights(self, chunk: Chunk, sums: Iterable[PairSums]) -> Tensor:
+        """Return the factor of each pair of a chunk in the loss, [M].
+
+        Args:
+            chunk: The chunk.
+            sums: Those of its pairs, in one or several parts; read only for a weighting along the chain.
+        """
         weights = self.work.weights[chunk.steps, chunk.rows]
         if self.work.weighting is None:
             return weights
-        statistic = self.work.weighting.statistic
-        found = [statistic(self._distributions(logits[one], target, chunk.part(one))) for one in blocks(logits)]
+        found = torch.cat([self.work.weighting.statistic(one).detach() for one in sums])
         # Arranged by step and row, so that each column is a chain.
         by_row = self.loss.new_zeros(len(self.work.supervised), chunk.size)
-        by_row[chunk.steps, chunk.row_of] = torch.cat(found).to(by_row.dtype)
+        by_row[chunk.steps, chunk.row_of] = found.to(by_row.dtype)
         counts = torch.zeros_like(by_row, dtype=torch.bool)
         counts[chunk.steps, chunk.row_of] = True
         return weights * self.work.weighting.function(by_row, counts)[chunk.steps, chunk.row_of]
 
-    def _distributions(self, logits: Tensor, target: _Target, chunk: Chunk) -> Distributions:
-        """Return the distributions of some pairs, without the mean acceptance."""
-        log_q = log_softmax(self.work.finish(logits))
+    def _fused(self, logits: Tensor, target: FusedTarget, chunk: Chunk) -> FusedPairs:
+        """Compare some finished logits with their targets by kernels."""
+        return FusedPairs(logits, target, chunk.target_of, self._text(chunk), self._mean(chunk))
+
+    def _pair_sums(
+        self, logits: Tensor, target: PlainTarget | FusedTarget, chunk: Chunk
+    ) -> Iterator[tuple[Chunk, PairSums]]:
+        """Yield the pairs of a chunk, block by block, with their sums, but without the mean acceptance."""
+        for block in blocks(logits):
+            pairs, own = chunk.part(block), self.work.finish(logits[block])
+            if isinstance(target, FusedTarget):
+                yield pairs, self._fused(own, target, pairs).sums
+            else:
+                yield pairs, self._distributions(own, target, pairs)
+
+    def _distributions(self, logits: Tensor, target: PlainTarget, chunk: Chunk) -> Distributions:
+        """Return the distributions of some pairs, by their finished logits."""
         of_targets = gathered(target.log_p, target.log_p_full, chunk.target_of)
-        return Distributions(log_q, *of_targets, text=self._text(chunk), verifier_top=target.top[chunk.target_of])
+        return Distributions(
+            log_softmax(logits), *of_targets, text=self._text(chunk), verifier_top=target.top[chunk.target_of]
+        )
 
-    def _add_block(self, logits: Tensor, target: _Target, weights: Tensor, chunk: Chunk) -> None:
-        """Add some pairs to the loss, sums and results; replace their logits [m, D] by the logits' gradient."""
-        with torch.set_grad_enabled(self.trains):
-            leaf = logits.detach().requires_grad_(self.trains)
-            # A call of its own frees the comparison's intermediates before the gradient is computed.
-            found = self._losses(leaf, target, weights, chunk)
-        self._record(found, logits, target, chunk)
-        if self.trains:
-            # The logits are not read again.
-            logits.copy_(torch.autograd.grad(found.loss, leaf)[0])
-
-    def _losses(self, logits: Tensor, target: _Target, weights: Tensor, chunk: Chunk) -> PairResults:
+    def _losses(self, logits: Tensor, target: PlainTarget, weights: Tensor, chunk: Chunk) -> PairResults:
         """Compare some pairs with their targets."""
-        mean = None if self.mean_acceptance is None else self.mean_acceptance[chunk.steps]
+        mean, text = self._mean(chunk), self._text(chunk)
         targets = target.log_p, target.log_p_full, target.top, chunk.target_of
-        return self.work.compare(logits, *targets, weights, self.work.terms, self.work.finish, mean, self._text(chunk))
+        return self.work.compare(logits, *targets, weights, self.work.terms, self.work.finish, mean, text)
 
-    def _record(self, found: PairResults, logits: Tensor, target: _Target, chunk: Chunk) -> None:
+    def _record(self, found: PairResults, logits: Tensor, target: Target, chunk: Chunk) -> None:
         """Add the results of some pairs to the loss, the sums and the per-row results."""
         self.loss += found.loss.detach()
         self.sums.index_add_(1, chunk.steps, found.values)
@@ -327,7 +366,7 @@ class _ChunkPass:
         tokens = self.work.labels.tokens[chunk.targets][chunk.target_of]
         return draft_indices(tokens, self.work.teacher.draft_ids)
 
-    def _replay(self, sampling: Sampling, logits: Tensor, top: Tensor, target: _Target, chunk: Chunk) -> None:
+    def _replay(self, sampling: Sampling, logits: Tensor, top: Tensor, target: Target, chunk: Chunk) -> None:
         """Record whether the text's token would have been drafted, and its acceptance probability."""
         text = self._text(chunk)
         assert text is not None
@@ -359,30 +398,14 @@ class _ChunkPass:
         sums = torch.zeros_like(self.sums[0])
         for chunk, target in self.work.compared():
             logits = self._logits(self.hidden[chunk.state_of].to(self.heads[0].dtype), chunk)
-            for block in blocks(logits):
-                pairs = chunk.part(block)
-                sums.index_add_(0, pairs.steps, acceptance(self._distributions(logits[block], target, pairs)))
+            for pairs, found in self._pair_sums(logits, target, chunk):
+                sums.index_add_(0, pairs.steps, found.acceptance.to(sums.dtype))
         sums, counts = total(torch.stack([sums, self.work.supervised.sum(1).to(sums)]))
         return sums / counts.clamp(min=1)
 
-
-@dataclass(frozen=True)
-class _Target:
-    """The verifier's distributions at the R targets of a chunk.
-
-    Attributes:
-        log_p: Log-probabilities over the draft vocabulary, [R, D].
-        log_p_full: Log-probabilities over the whole vocabulary, at the draft tokens, [R, D]; the same tensor if the
-            vocabularies are the same.
-        top: Draft id of the most probable verifier token, [R]; -1 if it is not a draft token.
-        log_p_text: Log-probability of the text's token under its sampling, [R]; None if the text was not sampled or
-            there are no labels.
-    """
-
-    log_p: Tensor
-    log_p_full: Tensor
-    top: Tensor
-    log_p_text: Tensor | None
+    def _mean(self, chunk: Chunk) -> Tensor | None:
+        """Return the mean acceptance of each pair's step."""
+        return None if self.mean_acceptance is None else self.mean_acceptance[chunk.steps]
 
 
 def _add_product(gradient: Tensor | None, of_logits: Tensor, states: Tensor) -> None:
@@ -393,22 +416,6 @@ def _add_product(gradient: Tensor | None, of_logits: Tensor, states: Tensor) -> 
         gradient.addmm_(of_logits.T, states)
     else:
         gradient += of_logits.T @ states
-
-
-def _tail(target: _Target, number: int) -> _Target:
-    """Copy the last targets, so that the others can be freed."""
-    return _combined(lambda one: one[0][-number:].clone(), target)
-
-
-def _combined(function: Callable[[list[Tensor]], Tensor], *targets: _Target) -> _Target:
-    """Combine targets tensor by tensor; shared tensors stay shared."""
-
-    def of(name: str) -> Tensor:
-        return function([getattr(one, name) for one in targets])
-
-    first, log_p = targets[0], of("log_p")
-    log_p_full = log_p if first.log_p_full is first.log_p else of("log_p_full")
-    return _Target(log_p, log_p_full, of("top"), None if first.log_p_text is None else of("log_p_text"))
 
 
 def _compute_type(hidden: Tensor) -> torch.dtype:

@@ -31,7 +31,8 @@ def objective_terms(objective: Mapping[str, float]) -> list[Term]:
         except UsageError as error:
             raise UsageError(f"model.objective: {error}") from None
         function = installed().load(descriptor, "function")
-        terms.append(Term(name, weight, function, descriptor.uses_mean_acceptance, descriptor.uses_text))
+        reads = descriptor.uses_mean_acceptance, descriptor.uses_text, descriptor.closed_form
+        terms.append(Term(name, weight, function, *reads))
     return terms
 
 
@@ -49,4 +50,4 @@ def chain_weighting(name: str) -> ChainWeighting:
     except UsageError as error:
         raise UsageError(f"model.weighting: {error}") from None
     function, statistic = (installed().load(descriptor, one) for one in ("function", "statistic"))
-    return ChainWeighting(function, statistic, descriptor.uses_text)
+    return ChainWeighting(function, statistic, descriptor.uses_text, descriptor.closed_form)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from specforge.training.losses.objectives import Distributions
+from specforge.training.losses.objectives import PairSums
 
 # arXiv 2605.18810: the constant a, added to each confidence.
 DPACE_SMOOTHING = 0.5
@@ -28,24 +29,25 @@ class ChainWeighting:
         function: Maps a statistic, [S, R], and which rows and steps count, bool [S, R], to factors, [S, R].
         statistic: Maps ``Distributions`` of n rows to n numbers.
         uses_text: Whether the statistic reads ``Distributions.text``.
+        closed_form: Whether the statistic reads only ``PairSums``.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
-    statistic: Callable[[Distributions], Tensor]
+    statistic: Callable[[Any], Tensor]
     uses_text: bool = False
+    closed_form: bool = False
 
 
-def confidence(rows: Distributions) -> Tensor:
+def confidence(rows: PairSums) -> Tensor:
     """Return the draft's probability of the text's token, q(y), [n]; 0 if it is not a draft token."""
     assert rows.text is not None
-    found = rows.log_q.gather(1, rows.text.clamp(min=0)[:, None]).squeeze(1).exp()
-    return found.masked_fill(rows.text < 0, 0)
+    return rows.log_q_text.exp().masked_fill(rows.text < 0, 0)
 
 
-def agreement(rows: Distributions) -> Tensor:
+def agreement(rows: PairSums) -> Tensor:
     """Return 1 if the most probable tokens of draft and verifier are the same, else 0, [n]."""
     assert rows.verifier_top is not None
-    return (rows.log_q.argmax(-1) == rows.verifier_top).to(rows.log_q.dtype)
+    return (rows.top == rows.verifier_top).float()
 
 
 def dpace(confidences: Tensor, supervised: Tensor) -> Tensor:

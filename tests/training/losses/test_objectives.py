@@ -77,13 +77,13 @@ def test_values_follow_the_definitions(rows: Distributions) -> None:
         for name, value in expected.items():
             ours = float(function_of(name)(rows)[number])
             assert ours == pytest.approx(value, rel=1e-4, abs=2e-5), name
-        assert float(objectives.acceptance(rows)[number]) == pytest.approx(accepted, rel=1e-4, abs=1e-5)
+        assert float(rows.acceptance[number]) == pytest.approx(accepted, rel=1e-4, abs=1e-5)
 
 
 @given(rows=distributions())
 def test_bounds(rows: Distributions) -> None:
     tolerance = 1e-5
-    accepted = objectives.acceptance(rows)
+    accepted = rows.acceptance
     assert accepted.shape == rows.log_q.shape[:1]
     assert (accepted >= 0).all() and (accepted <= 1 + tolerance).all()
     # The verifier's probability of tokens outside the draft vocabulary is lost.
@@ -104,7 +104,7 @@ def test_losses_vanish_if_the_draft_equals_the_verifier(rows: Distributions) -> 
         if name == "cross_entropy":
             value = value + (rows.log_p.exp() * rows.log_p).sum(-1)
         torch.testing.assert_close(value, torch.zeros_like(value), atol=1e-5, rtol=0, msg=name)
-    torch.testing.assert_close(objectives.acceptance(same), torch.ones(rows.log_q.shape[0]))
+    torch.testing.assert_close(same.acceptance, torch.ones(rows.log_q.shape[0]))
 
 
 @given(rows=distributions())

@@ -1,0 +1,120 @@
+"""The loss of a chunk by kernels: sums over the vocabulary, then the gradient in place of the logits.
+
+A loss of closed form is a function of few numbers for each pair. Their derivatives come from autograd, and what the
+numbers themselves contribute to the logits' gradient is in the kernel, so that the distributions are never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from specforge.training.losses.chunks import for_accelerator
+from specforge.training.losses.comparison import Term
+from specforge.training.losses.kernel import pair_gradient_, pair_sums
+from specforge.training.losses.targets import FusedTarget
+from specforge.training.losses.weightings import ChainWeighting
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def why_not_fused(
+    device: torch.device, dtype: torch.dtype, terms: Sequence[Term], weighting: ChainWeighting | None
+) -> str | None:
+    """Return why the loss is computed by operations of torch; None if by kernels.
+
+    Args:
+        device: Device of the draft's states.
+        dtype: Dtype of the logits.
+        terms: The terms of the objective.
+        weighting: The weighting along the chain.
+    """
+    if device.type != "cuda" and not for_accelerator.get():
+        return f"there is no kernel for the device {device.type}"
+    if not for_accelerator.get() and not _has_triton():
+        return "Triton is not installed"
+    if dtype not in DTYPES:
+        return f"there is no kernel for {dtype}"
+    if others := [term.name for term in terms if not term.closed_form]:
+        return f"{', '.join(others)} has no closed form"
+    return "the weighting has no closed form" if weighting is not None and not weighting.closed_form else None
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class FusedSums:
+    """``PairSums`` of M pairs by a kernel; the first seven are leaves of the loss's graph."""
+
+    forward_kl: Tensor
+    cross_entropy: Tensor
+    reverse_kl: Tensor
+    jensen_shannon: Tensor
+    log_acceptance: Tensor
+    log_q_text: Tensor
+    log_q_best: Tensor
+    top: Tensor
+    mean_acceptance: Tensor | None
+    text: Tensor | None
+    verifier_top: Tensor
+
+    @property
+    def acceptance(self) -> Tensor:
+        """Probability that a sampled draft token is accepted, [M]."""
+        return self.log_acceptance.exp()
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What the loss depends on."""
+        every = (self.forward_kl, self.cross_entropy, self.reverse_kl, self.jensen_shannon, self.log_acceptance)
+        return [*every, self.log_q_text, self.log_q_best]
+
+
+class FusedPairs:
+    """Pairs of a draft's logits and targets, compared by kernels.
+
+    Args:
+        logits: The draft's, [M, D]; ``differentiate`` overwrites them.
+        target: The verifier's distributions, R of them.
+        target_of: Index of each pair's target, int64 [M].
+        text: See ``Distributions``, int64 [M].
+        mean_acceptance: See ``Distributions``, [M].
+
+    Attributes:
+        sums: What losses read.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        target: FusedTarget,
+        target_of: Tensor,
+        text: Tensor | None = None,
+        mean_acceptance: Tensor | None = None,
+    ) -> None:
+        self._given = logits, target.logits, target.normaliser, target.of_draft, target_of
+        self._found, top = pair_sums(*self._given)
+        best = target.best[target_of]
+        self._tokens = torch.stack([torch.full_like(best, -1) if text is None else text, best])
+        log_q = logits.gather(1, self._tokens.clamp(min=0).T).T - self._found[0]
+        leaves = [one.detach().requires_grad_(torch.is_grad_enabled()) for one in (*self._found[1:6], *log_q)]
+        others = top, mean_acceptance, text, target.top[target_of]
+        self.sums = FusedSums(*leaves, *others)  # type: ignore[call-arg]
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Replace the logits by the gradient of a loss of the sums."""
+        found = torch.autograd.grad(loss, self.sums.leaves, allow_unused=True)
+        none = torch.zeros_like(self._found[0])
+        forward, cross, *others = (none if one is None else one for one in found)
+        used = [found[0] is not None or found[1] is not None, *(one is not None for one in found[2:])]
+        # KL(p || q) and the cross-entropy differ by the entropy of p.
+        factors = torch.stack([forward + cross, *others])
+        pair_gradient_(*self._given, self._found, self._tokens, factors, used)

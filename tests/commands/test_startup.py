@@ -1,0 +1,50 @@
+"""Help and mistakes are answered before torch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from specforge.hookspecs import Command
+from specforge.registry import installed
+
+SLOW = ("torch", "transformers", "lightning", "datasets", "pyarrow", "matplotlib", "openai")
+# It does import them.
+EXCEPT = {"evaluate"}
+PREPARE = [["prepare", name] for name in ("rows", "features", "responses", "check")]
+MISTAKES = [
+    *(["generate", "draft", "--temprature", "1"], ["generate"], ["generate", "draft", "--top_k", "many"]),
+    *(["convert", "draft"], ["export", "draft"], ["verify"], ["estimate"], ["fit"], ["doctor", "--endpoint"]),
+    *(
+        ["prepare", "rows", "a.jsonl"],
+        ["prepare", "responses"],
+        ["prepare", "check"],
+        ["prepare", "features", "--dtype"],
+    ),
+    ["serve-verifier", "--port", "none"],
+]
+CODE = """
+import contextlib, io, json, sys
+from specforge.__main__ import main
+found = []
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            status = main(words)
+        except SystemExit as exit:
+            status = exit.code or 0
+    found.append([words, status, [name for name in json.loads(sys.argv[2]) if name in sys.modules]])
+print(json.dumps(found))
+"""
+
+
+def test_help_and_mistakes_import_nothing_slow() -> None:
+    helps = [[name, "--help"] for name in sorted({*installed().all(Command)} - EXCEPT)]
+    helps += [[*words, "--help"] for words in PREPARE]
+    # All in one process: the first command that imports something shows.
+    arguments = [json.dumps([*helps, *MISTAKES]), json.dumps(SLOW)]
+    done = subprocess.run([sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert [entry for entry in found if entry[2]][:1] == []
+    assert [entry for entry in found if entry[1] != (0 if entry[0] in helps else 2)] == []
