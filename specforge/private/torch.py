@@ -49,6 +49,11 @@ def wrapper(cls: type[Wrapper], content: Tensor) -> Wrapper:
     return made
 
 
+def shared_zeros(number: int) -> Tensor:
+    """Return zeros, uint8 [number], in memory that other processes can map without a copy."""
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(max(number, 1)))[:number]
+
+
 def packet(function: Any) -> Any:
     """Return the operation that an overload belongs to."""
     return function._overloadpacket

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from specforge.data.features.dtypes import has_scales
 from specforge.data.features.manifest import FeatureNeeds
 from specforge.data.features.store import FeatureStore
+from specforge.private.torch import shared_zeros
 
 if TYPE_CHECKING:
     from specforge.data.packing import PackedRows
@@ -113,5 +116,11 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Create zeros where a batch needs no further copy: shared by a worker with its process, page-locked for a GPU."""
     # Created as bytes, which support zeros for every type.
-    return torch.zeros(*shape[:-1], shape[-1] * dtype.itemsize, dtype=torch.uint8).view(dtype)
+    number = math.prod(shape) * dtype.itemsize
+    if get_worker_info() is not None:
+        content = shared_zeros(number)
+    else:
+        content = torch.zeros(number, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    return content.view(dtype).view(shape)
