@@ -39,15 +39,17 @@ for folder in ("accelerator", "support"):
 from simulated_device import DEVICE, install, simulated  # noqa: E402
 from step_counts import BACKWARD, PEAK, Counting, StepCounts  # noqa: E402
 
+MASK = 3
+"""Mask token of drafts that need one; no row holds it."""
 ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "eagle3": ("eagle3", {}),
     "eagle": ("eagle", {}),
     "hass": ("eagle", {"alignment_steps": 3, "objective": {"cross_entropy": 0.1, "top_k": 1.0}}),
     "mlp": ("mlp", {"stage_two": None}),
-    "peagle": ("peagle", {"draft": {"mask_token_id": 3}}),
-    "dflash": ("dflash", {"draft": {"mask_token_id": 3}}),
-    "dflash2": ("dflash2", {"draft": {"mask_token_id": 3}}),
-    "dspark": ("dspark", {"draft": {"mask_token_id": 3}}),
+    "peagle": ("peagle", {"draft": {"mask_token_id": MASK}}),
+    "dflash": ("dflash", {"draft": {"mask_token_id": MASK}}),
+    "dflash2": ("dflash2", {"draft": {"mask_token_id": MASK}}),
+    "dspark": ("dspark", {"draft": {"mask_token_id": MASK}}),
     "mtp": ("mtp", {"draft": {"fresh": True}}),
     "draft_model": ("draft_model", {"draft": {"init_layers": [0, 16, 31]}}),
 }
@@ -95,8 +97,9 @@ def document_lengths(step: Step) -> list[int]:
 
 def count(step: Step) -> StepCounts:
     """Count a step. ``install`` must have been called."""
-    from specforge.training.losses.chunks import for_accelerator
     from transformers import LlamaConfig
+
+    from specforge.training.losses.chunks import for_accelerator
 
     config = LlamaConfig(architectures=["LlamaForCausalLM"], dtype="bfloat16", **(step.verifier or LLAMA))
     with tempfile.TemporaryDirectory() as name, simulated(shapes_only=True), contextlib.ExitStack() as stack:
@@ -198,7 +201,7 @@ def _data(step: Step, folder: Path, module: Any, vocabulary: int) -> Any:
     lengths = document_lengths(step)
     with (folder / "rows.jsonl").open("w") as file:
         for length in lengths:
-            ids = torch.randint(vocabulary, (length,)).tolist()
+            ids = torch.randint(MASK + 1, vocabulary, (length,)).tolist()
             mask = [int(index >= round(length * (1 - step.share))) for index in range(length)]
             file.write(json.dumps({"input_ids": ids, "loss_mask": mask}) + "\n")
 

@@ -9,7 +9,7 @@ import torch
 from flash_reference import flash_attention, flash_attention_backward
 from torch import Tensor
 
-from specforge.models.chain import kernels
+from specforge import flash
 
 _aten = torch.ops.aten
 FUSED = _aten._scaled_dot_product_fused_attention_overrideable.default
@@ -23,7 +23,7 @@ _keep: list[torch.library.Library] = []
 
 def install() -> None:
     """Register attention for the device; torch would compute it by its formula."""
-    kernels.has_varlen_attention = lambda device: device.type != "cpu"
+    flash.has_flash = lambda device: device.type != "cpu"
     for key in ("PrivateUse1", "AutogradPrivateUse1"):
         aten = torch.library.Library("aten", "IMPL", key)
         aten.impl("scaled_dot_product_attention", _attention)

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specforge import flash
 from specforge.documents import DocumentLayout, Groups
+from specforge.flash import Ends
 from specforge.models.chain.queries import Queries
 from specforge.moving import moved
-from specforge.private.torch import ATTENTION, ATTENTION_BACKWARD, FLASH_ATTENTION, FLASH_ATTENTION_BACKWARD
+from specforge.private.torch import ATTENTION, ATTENTION_BACKWARD
 
 # Small enough that few masked keys are computed, large enough for efficient matrix products.
 QUERIES_PER_MASK = 256
@@ -115,15 +117,13 @@ class Sequences:
 
     Attributes:
         queries: The rows, in the slots of one group.
-        of_queries: Where each sequence's queries begin, and the last end, int32 [documents + 1].
-        of_keys: The same for keys.
-        longest: Length of the longest sequence of queries, and of keys.
+        of_queries: The sequences of the slots.
+        of_keys: Those of the keys.
     """
 
     queries: Groups
-    of_queries: Tensor
-    of_keys: Tensor
-    longest: tuple[int, int]
+    of_queries: Ends
+    of_keys: Ends
 
     @classmethod
     def of(
@@ -139,10 +139,8 @@ class Sequences:
     @classmethod
     def _of_first(cls, documents: list[Tensor], count: int) -> Sequences:
         asked = [_from_first(torch.where(rows < count, rows, -1)) for rows in documents]
-        lengths = [torch.tensor([len(rows) for rows in several]) for several in (asked, documents)]
-        of_queries, of_keys = (torch.nn.functional.pad(one.cumsum(0), (1, 0)).int() for one in lengths)
-        longest = int(lengths[0].max()), int(lengths[1].max())
-        return cls(Groups.of([torch.cat(asked)[None]]), of_queries, of_keys, longest)
+        ends = (Ends.of(torch.tensor([len(rows) for rows in several])) for several in (asked, documents))
+        return cls(Groups.of([torch.cat(asked)[None]]), *ends)
 
     def forward(
         self,
@@ -153,9 +151,8 @@ class Sequences:
         hidden: int | None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Attend in the one group."""
-        output, logsumexp, *_ = FLASH_ATTENTION(
-            *(queries[0][0], keys[0][0], values[0][0], self.of_queries, self.of_keys, *self.longest, 0.0, True, False),
-            **{"scale": scale, **_window(hidden)},
+        output, logsumexp = flash.attend(
+            queries[0][0], keys[0][0], values[0][0], self.of_queries, self.of_keys, scale, hidden
         )
         return [output[None]], [logsumexp.T[None]]
 
@@ -172,43 +169,19 @@ class Sequences:
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return the gradients of queries, keys and values of the one group."""
         rows = (one[0][0] for one in (gradients, queries, keys, values, outputs))
-        device = queries[0].device
-        without_dropout = torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
-        found = FLASH_ATTENTION_BACKWARD(
-            *(*rows, logsumexps[0][0].T.contiguous(), self.of_queries, self.of_keys, *self.longest, 0.0, True),
-            *without_dropout,
-            **{"scale": scale, **_window(hidden)},
-        )
+        sums = logsumexps[0][0].T.contiguous()
+        found = flash.gradients(*rows, sums, self.of_queries, self.of_keys, scale, hidden)
         of_queries, of_keys, of_values = ([one[None]] for one in found)
         return of_queries, of_keys, of_values
 
 
 def kernels_for(query: Tensor) -> type[Blocks] | type[Sequences]:
     """Return the kernels for queries [..., D] of a dtype on a device."""
-    return Sequences if has_varlen_attention(query.device) and _is_for_flash(query) else Blocks
-
-
-def has_varlen_attention(device: torch.device) -> bool:
-    """Return whether torch has FlashAttention for sequences of different lengths on a device."""
-    return (
-        device.type == "cuda"
-        and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    return Sequences if flash.takes(query) else Blocks
 
 
 def _is_fused(device: torch.device) -> bool:
     return device.type == "cpu"
-
-
-def _is_for_flash(query: Tensor) -> bool:
-    width = query.shape[-1]
-    return query.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
-
-
-def _window(hidden: int | None) -> dict[str, int | None]:
-    """Return how many keys before and after its own position a query sees; it sees none after it."""
-    return {} if hidden is None else {"window_size_left": hidden - 1, "window_size_right": 0}
 
 
 def _from_first(rows: Tensor) -> Tensor:

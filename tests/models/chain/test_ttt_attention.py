@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from specforge import flash
 from specforge.documents import DocumentLayout
 from specforge.models.chain import kernels, ttt_attention
 from specforge.models.chain.ttt_attention import TrainingTimeTest
@@ -101,8 +102,8 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
         patch.setattr(kernels, "_is_fused", lambda _: request.param == "short blocks")
         if request.param == "sequences":
             patch.setattr(ttt_attention, "kernels_for", lambda _: kernels.Sequences)
-            patch.setattr(kernels, "FLASH_ATTENTION", flash_attention)
-            patch.setattr(kernels, "FLASH_ATTENTION_BACKWARD", flash_attention_backward)
+            patch.setattr(flash, "FLASH_ATTENTION", flash_attention)
+            patch.setattr(flash, "FLASH_ATTENTION_BACKWARD", flash_attention_backward)
         yield
 
 
