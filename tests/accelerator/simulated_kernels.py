@@ -1,4 +1,4 @@
-"""Attention as one operation on the simulated device, as on a GPU, by the CPU's fused kernel."""
+"""Attention and norms as one operation on the simulated device, as on a GPU, by kernels of the CPU."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def install() -> None:
     for key in ("PrivateUse1", "AutogradPrivateUse1"):
         aten = torch.library.Library("aten", "IMPL", key)
         aten.impl("scaled_dot_product_attention", _attention)
+        aten.impl("rms_norm", lambda states, shape, weight, eps: _norm(states, weight, eps))
         _keep.append(aten)
 
 
@@ -87,6 +88,34 @@ def _fused_backward(
         *(gradient, query, key, value, out, logsumexp, dropout_p, is_causal), attn_mask=attn_bias, scale=scale
     )
     return *found, query.new_empty(0)
+
+
+@torch.library.custom_op("simulated::norm", mutates_args=())
+def _norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return states * (states.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight
+
+
+@torch.library.custom_op("simulated::norm_backward", mutates_args=())
+def _norm_backward(gradient: Tensor, states: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    scale = (states.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    normalised, of_normalised = states * scale, gradient * weight
+    along = (of_normalised * normalised).mean(-1, keepdim=True)
+    return (of_normalised - normalised * along) * scale, (gradient * normalised).flatten(0, -2).sum(0)
+
+
+_norm.register_fake(lambda states, *_: torch.empty_like(states))
+_norm_backward.register_fake(lambda _, states, weight, *__: (torch.empty_like(states), torch.empty_like(weight)))
+
+
+def _keep_inputs(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.epsilon = inputs[2]
+
+
+_norm.register_autograd(
+    lambda ctx, gradient: (*_norm_backward(gradient, *ctx.saved_tensors, ctx.epsilon), None),
+    setup_context=_keep_inputs,
+)
 
 
 CPU_VERSIONS: dict[Any, Callable[..., Any]] = {

@@ -248,7 +248,7 @@ class Counting:
             read = sum(map(_size, inputs)) + sum(map(_size, outputs))
             seconds, moved = max(flops / RATES.products, read / RATES.bandwidth), 0
         else:
-            moved = _moved(name, inputs, outputs or _written(function, args))
+            moved = _moved(name, inputs, outputs or _written(name, function, args))
             seconds = moved / RATES.bandwidth
         counts.kernels[part] += kernels
         counts.kernels_by_operation[part, name] += kernels
@@ -292,10 +292,12 @@ def _size(tensor: Tensor) -> int:
     return torch.Size(sizes).numel() * tensor.element_size()
 
 
-def _written(function: Any, args: Any) -> list[Tensor]:
+def _written(name: str, function: Any, args: Any) -> list[Tensor]:
     """Return what an operation writes that returns nothing."""
     arguments = zip(function._schema.arguments if args and hasattr(function, "_schema") else (), args, strict=False)
     written = [value for one, value in arguments if one.alias_info is not None and one.alias_info.is_write]
+    if name == "_fused_adamw_":
+        del written[1]  # gradients are only scaled by some
     return [one for one in tree_leaves(written) if isinstance(one, Tensor)]
 
 
