@@ -16,6 +16,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from specforge import flash
+from specforge.flash import Ends
 from specforge.moving import moved
 
 
@@ -91,10 +93,13 @@ class DocumentLayout:
     Attributes:
         groups: For each group, int64 [G, L] indices into the flattened batch, on the CPU; -1 is padding.
         whole_rows: Whether every row is a single document from its first token on, so that nothing is gathered.
+        lengths: Lengths of all documents and paddings as they follow each other in the flattened batch, int64 [runs];
+            None if its tokens are in another order.
     """
 
     groups: tuple[Tensor, ...]
     whole_rows: bool
+    lengths: Tensor | None = None
 
     @classmethod
     def of(cls, document_ids: Tensor) -> Self:
@@ -110,9 +115,9 @@ class DocumentLayout:
         starts = begins.flatten().nonzero().squeeze(1)
         lengths = torch.diff(starts, append=starts.new_tensor([ids.numel()]))
         real = ids.flatten()[starts] >= 0
-        starts, lengths = starts[real], lengths[real]
+        runs, starts, lengths = lengths, starts[real], lengths[real]
         whole_rows = bool((begins & (ids >= 0)).sum() == ids.shape[0]) and bool((ids[:, 0] >= 0).all())
-        return cls(tuple(_group(starts, lengths)), whole_rows)
+        return cls(tuple(_group(starts, lengths)), whole_rows, runs)
 
     def reordered(self, order: Tensor) -> Self:
         """Return the layout of the same documents in one row [1, B * T] with the tokens in another order.
@@ -126,7 +131,10 @@ class DocumentLayout:
 
     def on(self, device: torch.device) -> DocumentAttention:
         """Return the attention within these documents on a device."""
-        return DocumentAttention(None if self.whole_rows else moved(Groups.of(self.groups), device))
+        if self.whole_rows:
+            return DocumentAttention(None)
+        ends = Ends.of(self.lengths) if self.lengths is not None and flash.has_flash(device) else None
+        return moved(DocumentAttention(Groups.of(self.groups), ends), device)
 
 
 EACH_ROW_ONE_DOCUMENT = DocumentLayout((), whole_rows=True)
@@ -138,9 +146,11 @@ class DocumentAttention:
 
     Attributes:
         groups: The documents; None if each row is one.
+        ends: Those of the documents and paddings as sequences, if the device has a kernel for sequences.
     """
 
     groups: Groups | None
+    ends: Ends | None = None
 
     def attend(self, attention: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Apply causal attention to each document.

@@ -1,4 +1,4 @@
-"""Copies indices that were computed on the CPU to a device together, without making the host wait."""
+"""Copies to a device, and back from it, that do not make the host wait."""
 
 from __future__ import annotations
 
@@ -29,6 +29,28 @@ def moved(value: T, device: torch.device) -> T:
     _mapped(value, lambda one: tensors.append(one) or one)  # type: ignore[func-returns-value]
     copies = _copied(tensors, device)
     return _mapped(value, lambda _: next(copies))
+
+
+def begin_read(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to copy a tensor to the CPU.
+
+    Returns:
+        A function that waits until the copy has been made, but not for later work of the device, and returns it.
+    """
+    device = tensor.device
+    if device.type in ("cpu", "mps"):
+        return tensor.cpu
+    # Only to page-locked memory are copies asynchronous.
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=device.type == "cuda")
+    copy.copy_(tensor.detach(), non_blocking=True)
+    copied = torch.Event(device)
+    copied.record()
+
+    def finish() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return finish
 
 
 def _copied(tensors: list[Tensor], device: torch.device) -> Iterator[Tensor]:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 LIVE, RECORD, SERVER = "live", "record", "server"
+# Processes that load states by default; for an accelerator they read and check some gigabytes a second together.
+MOST_WORKERS = 4
 
 
 def data_of(trainer: Trainer) -> DraftDataModule:
@@ -76,7 +78,9 @@ class DraftDataModule(LightningDataModule):
         template_date: Date that the chat template prints as today, such as 2026-11-29. Default: the day of the build.
         packing: Whether to join several documents in one row. Neither attention nor training steps cross documents.
         batch_size: Rows (with packing: packed rows) per batch on each device.
-        num_workers: Processes per device that load batches. 0 loads in the training process.
+        num_workers: Processes per device that load batches. 0 loads in the training process. Default: 4 that ask
+            servers for states; up to 4 if an accelerator reads stored states, which are hundreds of megabytes a batch;
+            otherwise 0.
         seed: Seed of the order of the training rows and of the choice of held-out rows.
         features: Where the verifier's states come from. live runs the verifier on each batch, record stores the states
             of the first epoch for the next epochs and later runs, server asks serving engines for them while it
@@ -106,7 +110,7 @@ class DraftDataModule(LightningDataModule):
         template_date: str | None = None,
         packing: bool = True,
         batch_size: BatchSize = 1,
-        num_workers: Workers = 0,
+        num_workers: Workers | None = None,
         seed: Seed = 42,
         features: str = LIVE,
         feature_servers: list[str] | None = None,
@@ -283,7 +287,7 @@ class DraftDataModule(LightningDataModule):
             self.recorder.store.check_folder("data.record")
             self.recorder.reopen()
             self._feature_lines.append(f"  {self.recorder.summary_text()}")
-        if not self.num_workers:
+        if self.num_workers == 0:
             _log.warning(
                 "data.num_workers is 0: each batch waits for its states. Set it to 4 or more, to ask for them ahead"
             )
@@ -407,11 +411,21 @@ class DraftDataModule(LightningDataModule):
             items,
             batch_size=self.batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
+            num_workers=self._workers(items) if self.num_workers is None else self.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # so that starting an epoch draws nothing from the global generator
         )
+
+    def _workers(self, items: PackedRows) -> int:
+        """Return the number of processes that load items by default."""
+        strategy = None if self.trainer is None else self.trainer.strategy
+        if self._servers is not None:
+            return MOST_WORKERS  # they wait for answers, and hardly compute
+        if items.features is None or strategy is None or strategy.root_device.type == "cpu":
+            return 0
+        assert self.trainer is not None
+        return max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // self.trainer.num_devices))
 
 
 def default_cache() -> Path:

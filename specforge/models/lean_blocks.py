@@ -51,6 +51,10 @@ class LeanMLP(LlamaMLP):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        ctx.epsilon = epsilon
+        if _has_fused_norm(states.device):
+            ctx.save_for_backward(states, weight)
+            return _fused_norm(_widened(states), weight, epsilon).to(torch.promote_types(weight.dtype, states.dtype))
         wide = _widened(states)
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
         ctx.save_for_backward(states, weight, scale)
@@ -58,7 +62,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        states, weight, scale = ctx.saved_tensors
+        states, weight, *rest = ctx.saved_tensors
+        if not rest:
+            return *_gradients_of_fused_norm(gradient, states, weight, ctx.epsilon), None
+        (scale,) = rest
         normalised = _widened(states) * scale
         of_states = of_weight = None
         if ctx.needs_input_grad[0]:
@@ -68,6 +75,23 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_weight = (gradient * normalised.to(states.dtype)).sum_to_size(weight.shape).to(weight.dtype)
         return of_states, of_weight, None
+
+
+def _has_fused_norm(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def _fused_norm(wide: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), epsilon)
+
+
+def _gradients_of_fused_norm(gradient: Tensor, states: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    # Run again: the kernel keeps its input in float32, which is twice as large as the states.
+    with torch.enable_grad():
+        leaves = states.detach().requires_grad_(), weight.detach().requires_grad_()
+        output = _fused_norm(_widened(leaves[0]), leaves[1], epsilon)
+        of_states, of_weight = torch.autograd.grad(output, leaves, gradient.to(output.dtype))
+    return of_states, of_weight
 
 
 class _SiLUGate(torch.autograd.Function):

@@ -49,6 +49,11 @@ def is_accumulating(trainer: Trainer) -> bool:
     return bool(trainer.fit_loop._should_accumulate())
 
 
+def logs_now(trainer: Trainer) -> bool:
+    """Return whether the current training batch's figures are written, by the trainer's interval or as its last."""
+    return bool(trainer._logger_connector.should_update_logs)
+
+
 def may_stop_early(trainer: Trainer) -> bool:
     """Return whether ``min_steps`` and ``min_epochs``, if set, have been reached."""
     return bool(trainer.fit_loop._can_stop_early)

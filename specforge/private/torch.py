@@ -22,6 +22,9 @@ Wrapper = TypeVar("Wrapper", bound=Tensor)
 # The operators of scaled_dot_product_attention on a CPU, forward and backward.
 ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+# FlashAttention over sequences of different lengths; the public function takes no log-sum-exp for its backward pass.
+FLASH_ATTENTION = _aten._flash_attention_forward
+FLASH_ATTENTION_BACKWARD = _aten._flash_attention_backward
 # Products of rows with the matrix of each row's expert.
 GROUPED_PRODUCT = _aten._grouped_mm
 # Operators in which a mask may choose entries.
@@ -44,6 +47,11 @@ def wrapper(cls: type[Wrapper], content: Tensor) -> Wrapper:
         device=torch.device("cpu"),
     )
     return made
+
+
+def shared_zeros(number: int) -> Tensor:
+    """Return zeros, uint8 [number], in memory that other processes can map without a copy."""
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(max(number, 1)))[:number]
 
 
 def packet(function: Any) -> Any:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
+
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from specforge.training.losses.distillation import DraftSteps
@@ -32,6 +36,27 @@ class StepFigures:
         self._so_far = figures if more_follow else None
         loss, sums, counts = figures
         return loss, dict(zip(quantities(outcome.terms), sums / counts.clamp(min=1), strict=True))
+
+
+class BarFigures:
+    """Shows figures in the progress bar, at most once a second: to read them is to wait for the device."""
+
+    def __init__(self) -> None:
+        self._due = 0.0
+
+    def show(self, trainer: Trainer, figures: Mapping[str, Tensor]) -> None:
+        """Show figures if it is time.
+
+        Args:
+            trainer: Its progress bar, if it has one, shows them. Logged figures are read at every step there.
+            figures: Scalars by name.
+        """
+        now = time.monotonic()
+        if trainer.progress_bar_callback is None or not trainer.is_global_zero or now < self._due:
+            return
+        self._due = now + 1
+        values = torch.stack(list(figures.values())).tolist()
+        trainer.progress_bar_metrics.update(zip(figures, values, strict=True))
 
 
 def _over_processes(outcome: DraftSteps) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,11 +25,11 @@ from specforge.errors import SpecforgeError, UsageError
 from specforge.models.chain.alignment import Alignment, align
 from specforge.models.draft_rows import DraftRows
 from specforge.models.speculator import SpeculatorModel
-from specforge.moving import moved
-from specforge.private.lightning import has_trainer, is_accumulating, make_loadable
+from specforge.moving import begin_read, moved
+from specforge.private.lightning import has_trainer, is_accumulating, logs_now, make_loadable
 from specforge.sampling import Sampling
 from specforge.training.denominator import Denominator, Kind
-from specforge.training.figures import StepFigures
+from specforge.training.figures import BarFigures, StepFigures
 from specforge.training.identity import Identity, draft_in, refuse_another_draft, start_from
 from specforge.training.length import RunLength
 from specforge.training.losses.comparison import Term
@@ -135,6 +136,11 @@ class DraftModule(LightningModule, ABC):
         self.activation_checkpointing = activation_checkpointing
         self.compile_steps = compile
         self._figures = StepFigures()
+        self._bar = BarFigures()
+        # Loss, means and learning rate of the latest step.
+        self._latest: tuple[Tensor, dict[str, Tensor], float]
+        # The loss, and the states that it was computed from.
+        self._unchecked: Any = None
         # States of a batch that were read before its step.
         self._next_features: Features | None = None
 
@@ -448,25 +454,37 @@ class DraftModule(LightningModule, ABC):
                 "accumulate_grad_batches divides; override alignment in the plugin"
             )
         loss, means = self._figures.add(outcome, more_follow=is_accumulating(self.trainer))
-        if not torch.isfinite(loss):
-            self.teacher.check(features)
-            raise SpecforgeError(
-                f"the training loss is {loss.item()} at step {self.trainer.global_step}, before it reached the "
-                "weights. Try a lower model.optimizer.lr, a longer warmup or trainer.gradient_clip_val"
-            )
-        self.log("train/loss", loss)
-        self.log_dict(
-            {
-                f"train/{name}/step_{step}": by_step[step]
-                for name, by_step in means.items()
-                for step in range(self.num_steps)
-            }
-        )
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        self.log("loss", loss, prog_bar=True, logger=False)
-        self.log("accept", means["acceptance"][0], prog_bar=True, logger=False)
+        self._unchecked = begin_read(loss), features
+        self._latest = loss, means, self.trainer.optimizers[0].param_groups[0]["lr"]
         # Lightning divides by this, as if each batch had its own mean; our weights are those of the whole step.
         return outcome.loss * self.trainer.accumulate_grad_batches
+
+    def on_after_backward(self) -> None:
+        """Check that the loss is finite, before it reaches the weights.
+
+        A GPU has computed it when the backward pass has been launched, so that this does not interrupt it.
+        """
+        (read_loss, features), self._unchecked = self._unchecked, None
+        loss = float(read_loss())
+        if not math.isfinite(loss):
+            self.teacher.check(features)
+            raise SpecforgeError(
+                f"the training loss is {loss} at step {self.trainer.global_step}, before it reached the weights. Try a "
+                "lower model.optimizer.lr, a longer warmup or trainer.gradient_clip_val"
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the figures of the optimizer step at the trainer's interval, and show some in the progress bar."""
+        if is_accumulating(self.trainer):
+            return
+        loss, means, rate = self._latest
+        self._bar.show(self.trainer, {"loss": loss, "accept": means["acceptance"][0]})
+        if logs_now(self.trainer):
+            # On the CPU, since Lightning reads them one by one.
+            first, *others = torch.cat([loss[None], *means.values()]).cpu()
+            names = (f"train/{name}/step_{step}" for name, one in means.items() for step in range(len(one)))
+            self.log_dict({"train/loss": first, **dict(zip(names, others, strict=True))})
+            self.log("train/learning_rate", torch.tensor(rate))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, DraftSteps]:
         """Add a batch to the validation metrics; callbacks get the draft's results as ``draft_steps``."""

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from specforge import flash
 from specforge.documents import DocumentAttention, DocumentLayout
 from specforge.private.transformers import attention_of
 
@@ -71,6 +72,11 @@ def _attention(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **options
         )
         return found
+    if documents.ends is not None and flash.takes(query):
+        # Documents follow each other, so that nothing is gathered. Padding attends to itself; nothing reads it.
+        tokens = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))
+        output, _ = flash.attend(*tokens, documents.ends, documents.ends, scaling, sliding_window)
+        return output.unflatten(0, query.shape[:1] + query.shape[2:3]), None
     attend = partial(causal_attention, scale=scaling, window=sliding_window)
     return documents.attend(attend, query, key, value).transpose(1, 2), None
 

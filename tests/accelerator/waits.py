@@ -10,13 +10,13 @@ from typing import Any
 import simulated_device
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from simulated_device import DEVICE, DeviceTensor
+from simulated_device import DEVICE, DeviceTensor, Event
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 CALLERS = (f"{ROOT}/specforge", f"{ROOT}/plugins", "/lightning/pytorch/", "/torch/optim/", "/torch/nn/utils/")
-INDEXING, VALUES, VALUE, TO_HOST, TO_DEVICE = (
-    *("boolean indexing", ".tolist()", ".item()", "copy to the host", "blocking copy to the device"),
+INDEXING, VALUES, VALUE, TO_HOST, TO_DEVICE, EVENT = (
+    *("boolean indexing", ".tolist()", ".item()", "copy to the host", "blocking copy to the device", "event"),
 )
 # The size of their output depends on values, so torch reads them.
 COUNTING = {
@@ -60,13 +60,15 @@ def calls() -> str:
     return "\n".join(f"{times:4} {kind}: {call}" for (kind, call), times in sorted(found.items()))
 
 
-def _listen(function: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    if (kind := _kind(function, args, kwargs)) is not None:
-        found[kind, _caller()] += 1
+def _listen(function: Any, args: Any, kwargs: dict[str, Any], _: Any) -> None:
+    if (kind := kind_of(function, args, kwargs)) is not None:
+        found[kind, caller()] += 1
 
 
-def _kind(function: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
+def kind_of(function: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
     """Return why the host waits for an operation; None if it does not."""
+    if function in (Event.record, Event.synchronize):
+        return EVENT if function is Event.synchronize else None
     name = "tolist" if function is DeviceTensor.tolist else function._schema.name.partition("::")[2]
     first, on_device = args[0] if args else None, bool(args) and isinstance(args[0], DeviceTensor)
     requested = kwargs.get("device")
@@ -92,12 +94,13 @@ def _kind(function: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
 
 
 def _kind_of_copy(to_device: bool, non_blocking: bool) -> str | None:
-    if not to_device:
-        return TO_HOST
-    return None if non_blocking else TO_DEVICE
+    if non_blocking:
+        return None
+    return TO_DEVICE if to_device else TO_HOST
 
 
-def _caller() -> str:
+def caller() -> str:
+    """Return the innermost line of the project, Lightning or an optimizer that is running."""
     frames = [frame for frame in traceback.extract_stack() if any(part in frame.filename for part in CALLERS)]
     # Gradients are computed in a thread of torch.
     return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "the backward pass"

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
 
+from specforge.models import lean_blocks
 from specforge.models.lean_blocks import LeanMLP, LeanRMSNorm, use_memory_saving_blocks
 
 SIZES: Any = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
@@ -48,7 +49,11 @@ def run(block: nn.Module, states: Tensor, upstream: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("build", BLOCKS)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_outputs_and_gradients_are_those_of_transformers(build: Callable[[], nn.Module], autocast: bool) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_outputs_and_gradients_are_those_of_transformers(
+    build: Callable[[], nn.Module], autocast: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lean_blocks, "_has_fused_norm", lambda _: fused)
     plain, lean = pair(build, torch.float32)
     states, upstream = torch.randn(3, 7, 16), torch.randn(3, 7, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):

@@ -20,12 +20,13 @@ class Watch(Callback):
     """Records the trainer's state after each training batch."""
 
     def __init__(self) -> None:
-        self.found: dict[str, list[bool]] = {"validation": [], "accumulating": [], "early": []}
+        self.found: dict[str, list[bool]] = {"validation": [], "accumulating": [], "early": [], "logs": []}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         self.found["validation"].append(private.validation_follows(trainer))
         self.found["accumulating"].append(private.is_accumulating(trainer))
         self.found["early"].append(private.may_stop_early(trainer))
+        self.found["logs"].append(private.logs_now(trainer))
 
 
 def a_trainer(folder: Path, *callbacks: Callback, **settings: object) -> Trainer:
@@ -37,11 +38,13 @@ def a_trainer(folder: Path, *callbacks: Callback, **settings: object) -> Trainer
 def test_what_follows_a_training_batch(tmp_path):
     watch = Watch()
     settings = {"max_steps": 3, "min_steps": 2, "min_epochs": 0, "accumulate_grad_batches": 2, "val_check_interval": 3}
+    settings["log_every_n_steps"] = 2
     a_trainer(tmp_path, watch, limit_val_batches=1, num_sanity_val_steps=0, **settings).fit(BoringModel())
     assert watch.found == {
         "validation": [False, False, True, False, False, True],
         "accumulating": [True, False] * 3,
         "early": [False, False, False, True, True, True],
+        "logs": [False, False, True, True, False, False],
     }
 
 

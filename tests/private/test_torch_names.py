@@ -79,6 +79,19 @@ def test_attention_and_its_gradient_take_a_mask():
         torch.testing.assert_close(gradient, parameter.grad)
 
 
+def test_attention_over_sequences_takes_and_gives_a_log_sum_exp():
+    query, key = torch.empty(9, 4, 16, device="meta"), torch.empty(12, 2, 16, device="meta")
+    ends = torch.empty(3, dtype=torch.int32, device="meta")
+    window = {"scale": 0.3, "window_size_left": 4, "window_size_right": 0}
+    output, logsumexp, *_ = private.FLASH_ATTENTION(query, key, key, ends, ends, 5, 7, 0.0, True, False, **window)
+    assert output.shape == query.shape and logsumexp.shape == (4, 9) and logsumexp.dtype == torch.float32
+    state = torch.empty(2, dtype=torch.uint64, device="meta"), torch.empty(0, device="meta")
+    found = private.FLASH_ATTENTION_BACKWARD(
+        *(output, query, key, key, output, logsumexp, ends, ends, 5, 7, 0.0, True, *state), **window
+    )
+    assert [one.shape for one in found] == [query.shape, key.shape, key.shape]
+
+
 def test_the_product_of_experts_has_that_name():
     assert private.packet(private.GROUPED_PRODUCT.default) is private.GROUPED_PRODUCT
 

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from flash_reference import flash_attention
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from specforge import flash
 from specforge.verifier import packed_attention
 from specforge.verifier.features import capture
 from specforge.verifier.loading import load_verifier
@@ -27,9 +29,10 @@ def packed_rows(seed: int, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return torch.randint(3, 61, positions.shape, generator=torch.Generator().manual_seed(seed)), positions
 
 
+@pytest.mark.parametrize("kernel", ["groups", "sequences"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_states_are_those_of_masks_without_creating_a_mask(
-    name: str, tiny_verifiers: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+    name: str, kernel: str, tiny_verifiers: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_verifier(str(tiny_verifiers[name].folder)).double()
     assert model.config._attn_implementation == IMPLEMENTATION
@@ -39,6 +42,11 @@ def test_states_are_those_of_masks_without_creating_a_mask(
     tokens, positions = packed_rows(1, [[14, 1, 7, 1, 1], [9, 15]])
     expected = capture(by_masks, tokens, positions, AUX_LAYERS)
     monkeypatch.setattr(packed_attention, "sdpa_mask", lambda *_, **__: pytest.fail("a mask was made"))
+    if kernel == "sequences":  # those of CUDA devices
+        monkeypatch.setattr(flash, "FLASH_ATTENTION", flash_attention)
+        monkeypatch.setattr(flash, "has_flash", lambda _: True)
+        monkeypatch.setattr(flash, "takes", lambda _: True)
+        monkeypatch.setattr(packed_attention, "causal_attention", lambda *_, **__: pytest.fail("groups were attended"))
     found = capture(model, tokens, positions, AUX_LAYERS)
     torch.testing.assert_close(found.aux, expected.aux, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found.last, expected.last, rtol=1e-9, atol=1e-9)

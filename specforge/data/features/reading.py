@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -10,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from specforge.data.features.dtypes import has_scales
 from specforge.data.features.manifest import FeatureNeeds
 from specforge.data.features.store import FeatureStore
 from specforge.data.rows.reading import TokenRows
+from specforge.private.torch import shared_zeros
 
 if TYPE_CHECKING:
     from specforge.data.features.servers import StateServers
@@ -138,5 +141,11 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Create zeros where a batch needs no further copy: shared by a worker with its process, page-locked for a GPU."""
     # Created as bytes, which support zeros for every type.
-    return torch.zeros(*shape[:-1], shape[-1] * dtype.itemsize, dtype=torch.uint8).view(dtype)
+    number = math.prod(shape) * dtype.itemsize
+    if get_worker_info() is not None:
+        content = shared_zeros(number)
+    else:
+        content = torch.zeros(number, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    return content.view(dtype).view(shape)

@@ -18,12 +18,12 @@ class Queries:
 
     Attributes:
         groups: The queries' slots.
-        positions: For each group, the key index of each slot, int64 [G, Q]; None if there is a slot for each key.
+        positions: For each group, the key index of each slot, int64 [G, Q].
         reach: For each group and each slot, the number of keys up to the last query of the slots so far.
     """
 
     groups: Groups
-    positions: tuple[Tensor | None, ...]
+    positions: tuple[Tensor, ...]
     reach: tuple[Sequence[int], ...]
 
     @classmethod
@@ -32,13 +32,6 @@ class Queries:
         found = [_packed(group, count) for group in documents.groups]
         reach = tuple((one.cummax(1).values.amax(0) + 1).tolist() if len(one) else [] for _, one in found)
         return cls(Groups.of([indices for indices, _ in found]), tuple(positions for _, positions in found), reach)
-
-    @classmethod
-    def at_their_keys(cls, documents: DocumentLayout, count: int) -> Self:
-        """Place the first ``count`` rows in one slot per key."""
-        groups = Groups.of([torch.where(group < count, group, -1) for group in documents.groups])
-        reach = tuple(range(1, group.shape[1] + 1) for group in documents.groups)
-        return cls(groups, (None,) * len(reach), reach)
 
 
 def _packed(group: Tensor, count: int) -> tuple[Tensor, Tensor]:

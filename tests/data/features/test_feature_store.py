@@ -178,6 +178,26 @@ class TestReading:
                 assert not found[~inside].any()
             assert seen == rows.lengths.sum()
 
+    def test_a_worker_joins_states_in_shared_memory_once(self, plan, prepare):
+        rows = plan.sources[0]
+        items = PackedRows(rows, pack(rows.lengths, 64))
+        assert not read_from(prepare(), NEEDS, items).any()
+
+        def collated(chosen: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+            batch = collate(chosen)
+            addresses = {one["aux"].data_ptr() for one in chosen}
+            batch["copies"] = torch.tensor(int(batch["aux"].data_ptr() not in addresses))
+            batch["shared"] = torch.tensor(batch["aux"].is_shared() and batch["last"].is_shared())
+            return batch
+
+        here, there = (next(iter(DataLoader(items, 1, collate_fn=collated, num_workers=number))) for number in (0, 1))
+        assert there["shared"] and not there["copies"] and not here["shared"] and not here["copies"]
+        tokens = here["input_ids"].numel()
+        width = NEEDS.width * here["aux"].element_size()
+        for batch in (here, there):
+            assert batch["aux"].untyped_storage().nbytes() == tokens * len(NEEDS.aux_layers) * width
+            assert batch["last"].untyped_storage().nbytes() == tokens * width
+
     def test_files_are_opened_once_per_process(self, plan, prepare, monkeypatch):
         from specforge.data.features import store as module
 

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from flash_reference import flash_attention, flash_attention_backward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from specforge import flash
 from specforge.documents import DocumentLayout
-from specforge.models.chain import ttt_attention
+from specforge.models.chain import kernels, ttt_attention
 from specforge.models.chain.ttt_attention import TrainingTimeTest
 from specforge.models.draft_rows import DraftRows
 
@@ -92,17 +94,21 @@ def dense(documents: Tensor, steps: list[Any], window: int | None, scale: float 
     return torch.stack(outputs)
 
 
-@pytest.fixture(params=["short blocks", "at all keys"], scope="module")
+@pytest.fixture(params=["short blocks", "formula", "sequences"], scope="module")
 def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Blocks shorter than the documents of a test, and the kernel for accelerators."""
+    """Blocks shorter than the documents of a test, by either kernel, and sequences by a kernel that is for CUDA."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ttt_attention, "QUERIES_PER_MASK", 2)
-        patch.setattr(ttt_attention, "_attends_by_masks", lambda _: request.param == "short blocks")
+        patch.setattr(kernels, "QUERIES_PER_MASK", 2)
+        patch.setattr(kernels, "_is_fused", lambda _: request.param == "short blocks")
+        if request.param == "sequences":
+            patch.setattr(ttt_attention, "kernels_for", lambda _: kernels.Sequences)
+            patch.setattr(flash, "FLASH_ATTENTION", flash_attention)
+            patch.setattr(flash, "FLASH_ATTENTION_BACKWARD", flash_attention_backward)
         yield
 
 
 @pytest.mark.usefixtures("kernel")
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(
     documents=document_ids(),
     steps=st.integers(1, 4),
