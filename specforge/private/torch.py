@@ -75,14 +75,14 @@ def let_clip(optimizer: Optimizer) -> None:
 _newton_schulz_in_bfloat16 = _muon._zeropower_via_newtonschulz
 
 
-def _newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    if matrix.device.type != "cpu":
-        return _newton_schulz_in_bfloat16(matrix, coefficients, steps, eps)
-    a, b, c = coefficients
-    is_tall = matrix.size(0) > matrix.size(1)
-    found = matrix.float().T if is_tall else matrix.float()
+def _newton_schulz(grad: Tensor, ns_coefficients: tuple[float, float, float], ns_steps: int, eps: float) -> Tensor:
+    if grad.device.type != "cpu":
+        return _newton_schulz_in_bfloat16(grad, ns_coefficients, ns_steps, eps)
+    a, b, c = ns_coefficients
+    is_tall = grad.size(0) > grad.size(1)
+    found = grad.float().T if is_tall else grad.float()
     found = found / found.norm().clamp(min=eps)
-    for _ in range(steps):
+    for _ in range(ns_steps):
         gram = found @ found.T
         found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
     return found.T if is_tall else found
