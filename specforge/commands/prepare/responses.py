@@ -50,7 +50,7 @@ transformers serve). An interrupted run resumes when the same command is run aga
     --temperature 0.7 --output responses
   specforge prepare responses chats.jsonl --endpoint URL_A URL_B \\
     --concurrency 256 --verifier MODEL --output responses
-  specforge prepare responses chats.jsonl --endpoint URL --record fit.yaml \
+  specforge prepare responses chats.jsonl --endpoint URL --record fit.yaml \\
     --output responses
 
 With --record, a vLLM server as started by serve-verifier also keeps the states of prompts and answers, which are stored
