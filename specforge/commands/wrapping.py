@@ -54,5 +54,5 @@ class HelpFormatter(argparse.HelpFormatter):
         nothing = any(action.default is one for one in (None, False, argparse.SUPPRESS)) or action.default == []
         if action.help is None or nothing or action.required or "default" in action.help:
             return action.help
-        shown = " ".join(action.default) if isinstance(action.default, list) else str(action.default)
+        shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else str(action.default)
         return f"{action.help.rstrip('.')} (default: {shown.replace('%', '%%')})."

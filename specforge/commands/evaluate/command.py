@@ -53,7 +53,14 @@ beat them.
   specforge evaluate DRAFT --prompts mt-bench.jsonl --bigram_rows train.jsonl \\
     --baselines prompt_lookup bigram
 
-Writes results.json and report.html, one page with plots, to --output."""
+--endpoint measures running servers, vLLM or SGLang, at several loads, and
+estimates which number of drafted tokens is best for each.
+
+  specforge evaluate --endpoint http://localhost:8000 --prompts bench.jsonl \\
+    --baseline http://localhost:8001 --concurrency 1 8 64
+
+Rows of prompt sets may name their category; each is measured separately. Writes results.json and report.html, one
+page with plots, to --output."""
 
 
 def run(arguments: list[str]) -> int:
