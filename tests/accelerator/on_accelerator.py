@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import waits
+from gpu_step import MASK, Step, count
 from quickstart_runs import VERIFIER, Workshop
 from simulated_device import DEVICE, install, simulated
 from small_models import CONFIGS, random_draft, random_model
@@ -157,6 +158,39 @@ def test_a_training_step_hardly_waits_for_the_device(name: str, features: str, w
         allowed[waits.VALUE] += 1  # transformers looks for packed rows here, too
     excess = {kind: times for kind, times in waits.by_kind().items() if times > allowed[kind]}
     assert waits.found and not excess, f"a step waits more often than allowed:\n{waits.calls()}"
+
+
+SMALL = {
+    **{"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "vocab_size": 2048, "max_position_embeddings": 2048},
+}
+# Kernels, and megabytes that they read and write besides products, of a step in bf16-mixed at small sizes, as counted.
+BUDGETS: dict[tuple[str, str], tuple[dict[str, Any], int, int]] = {
+    ("eagle3", "stored"): ({"ttt_steps": 3, "draft": {"draft_vocab_size": 512}}, 792, 147),
+    ("eagle3", "live"): ({"ttt_steps": 3, "draft": {"draft_vocab_size": 512}}, 1122, 225),
+    ("eagle", "stored"): ({}, 396, 85),
+    ("mlp", "stored"): ({}, 227, 135),
+    ("peagle", "stored"): (
+        {"depths": 3, "draft": {"num_layers": 1, "draft_vocab_size": 512, "mask_token_id": MASK}},
+        809,
+        178,
+    ),
+    ("dflash", "stored"): ({"draft": {"num_layers": 1, "mask_token_id": MASK}}, 388, 271),
+    ("dflash2", "stored"): ({"draft": {"num_layers": 1, "mask_token_id": MASK}}, 697, 591),
+    ("dspark", "stored"): ({"draft": {"num_layers": 1, "mask_token_id": MASK}}, 465, 347),
+    ("mtp", "stored"): ({}, 822, 167),
+    ("draft_model", "stored"): ({"draft": {"init_layers": [0, 7]}}, 492, 223),
+}
+
+
+@pytest.mark.parametrize(("name", "features"), BUDGETS)
+def test_a_step_stays_within_its_budget(name: str, features: str) -> None:
+    settings, kernels, megabytes = BUDGETS[name, features]
+    counts = count(Step(name, features == "stored", 0.3, 256, 64, SMALL, settings))
+    assert 0 < counts.kernels.total() <= 1.05 * kernels
+    assert 0 < counts.bytes.total() / 1e6 <= 1.05 * megabytes
+    # The loss, the figures of the progress bar, and transformers' search for packed rows.
+    assert counts.waits.total() <= 3, counts.waits
 
 
 @pytest.mark.parametrize(

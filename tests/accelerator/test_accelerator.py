@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
     reason="this torch cannot be given a device that is written in Python",
 )
 def test_commands_and_drafts_on_an_accelerator(tmp_path: Path) -> None:
-    folders = [HERE, HERE.parent / "support", HERE.parent / "end_to_end", HERE.parent / "decoding"]
+    folders = [HERE, *(HERE.parent / name for name in ("support", "end_to_end", "decoding", "../benchmarks"))]
     paths = filter(None, [os.environ.get("PYTHONPATH")])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", str(HERE / "on_accelerator.py"), f"--basetemp={tmp_path / 'inside'}"],

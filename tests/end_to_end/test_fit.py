@@ -6,10 +6,12 @@ import json
 import os
 import shlex
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 from quickstart_runs import DIVERGING, TTT_STEPS, VERIFIER, rows
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -344,11 +346,24 @@ def test_fast_dev_run_works_or_is_refused(workshop, capfd):
     assert status == 0 or (status == 2 and "fast_dev_run" in capfd.readouterr().err)
 
 
-def test_a_non_finite_loss_ends_the_run_with_a_message(workshop, capfd):
+class Updates(Callback):
+    """Records the steps that update the weights."""
+
+    steps: ClassVar[list[int]] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.steps.append(trainer.global_step)
+
+
+def test_a_non_finite_loss_ends_the_run_before_it_reaches_the_weights(workshop, capfd):
+    workshop.values["trainer"]["callbacks"] = [{"class_path": "test_fit.Updates"}]
+    Updates.steps.clear()
     status = main(["fit", *workshop.words("runs", *DIVERGING)])
     assert status == 1
     message = capfd.readouterr().err
     assert "loss is" in message and "model.optimizer.lr" in message and "Traceback" not in message
+    step = int(message.partition(" at step ")[2].partition(",")[0])
+    assert Updates.steps == list(range(step))
 
 
 def test_the_process_is_not_changed(workshop, fit):
