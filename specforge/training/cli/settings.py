@@ -78,7 +78,10 @@ def _as_yaml(value: Any) -> str:
     if isinstance(value, float):
         return str(value)  # as it is written in code; YAML would write 1.0e-05
     plain = list(value) if isinstance(value, tuple) else value
-    text: str = yaml.safe_dump(plain, default_flow_style=True, width=1000)
+    try:
+        text: str = yaml.safe_dump(plain, default_flow_style=True, width=1000)
+    except yaml.YAMLError:  # an object of a plugin
+        return str(value)
     return text.removesuffix("...\n").strip()
 
 
