@@ -1,6 +1,6 @@
 r"""What only a GPU can show: that training is right there, how long a step takes, and what the decoding loop costs.
 
-    python benchmarks/gpu_check.py --output gpu.json                    # a few minutes on one H200
+    python benchmarks/gpu_check.py --output gpu.json                    # meant for less than ten minutes
     python benchmarks/gpu_check.py algorithms --algorithms eagle3      # some of the parts
     python benchmarks/gpu_check.py --device cpu --small                 # every part once, before a GPU is paid for
 
