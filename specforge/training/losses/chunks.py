@@ -76,7 +76,7 @@ def chunks(
     verifier_size: int,
     draft_size: int,
     device: torch.device,
-    fused: bool = False,
+    copies: bool = True,
 ) -> list[Chunk]:
     """Split all pairs that count into chunks of rows. The arguments are on the CPU, the chunks on the device.
 
@@ -87,7 +87,7 @@ def chunks(
         verifier_size: Number of the verifier's tokens.
         draft_size: Number of draft tokens.
         device: Device of the states.
-        fused: Whether kernels compute the loss.
+        copies: Whether logits are copied in float32; kernels copy none.
     """
     rows, steps = supervised.T.nonzero(as_tuple=True)
     distinct, row_of = rows.unique_consecutive(return_inverse=True)
@@ -96,7 +96,7 @@ def chunks(
     every, target_of = targets[steps, rows].unique(return_inverse=True)
     count = len(supervised)
     size = _rows_per_chunk(
-        len(distinct), len(every), verifier_size, count * draft_size, _logits_per_chunk(device, fused)
+        len(distinct), len(every), verifier_size, count * draft_size, _logits_per_chunk(device, copies)
     )
     number, chunk_of = -(-len(distinct) // size), row_of // size
     # A chunk has all targets between its first and last one, even if only a neighbour needs some of them.
@@ -146,8 +146,8 @@ def _rows_per_chunk(rows: int, targets: int, verifier_size: int, draft_logits: i
     return max(1, int(LEAST_TARGETS / targets_per_row), int(most / (verifier_size * targets_per_row + draft_logits)))
 
 
-def _logits_per_chunk(device: torch.device, fused: bool) -> int:
-    if fused:
+def _logits_per_chunk(device: torch.device, copies: bool) -> int:
+    if not copies:
         return LOGITS_PER_FUSED_CHUNK
     return LOGITS_PER_CHUNK if _is_for_cpu(device) else LOGITS_PER_CHUNK_OF_ACCELERATORS
 

@@ -138,10 +138,12 @@ def distill(
         state_index = torch.arange(len(hidden)).view_as(supervised)
     heads = [head] if isinstance(head, Tensor) else list(head)
     fused = why_not_fused(hidden.device, _compute_type(hidden), terms, weighting) is None
+    # Sampling's filters copy and sort logits.
+    copies = not fused or (labels is not None and not labels.sampling.is_greedy)
     verifier_size = teacher.parts.lm_head.weight.shape[0]
     work = _Inputs(
         teacher,
-        chunks(supervised, targets, state_index, verifier_size, len(heads[0]), hidden.device, fused),
+        chunks(supervised, targets, state_index, verifier_size, len(heads[0]), hidden.device, copies),
         moved(supervised, hidden.device),
         *(terms, weights, labels, finish),
         weighting=weighting,

@@ -1,7 +1,8 @@
 """Triton kernels over rows of logits: one program a row, which stays in the cache while it is read several times.
 
 Only ``specforge.training.losses.kernel`` imports this file, when it launches a kernel: Triton comes with the CUDA
-builds of torch. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU.
+builds of torch. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU. A kernel is compiled for each
+size of a vocabulary, of which a run has two at most.
 
 Letters in shapes: M pairs of a draft's and a verifier's distribution, R of the latter, D draft tokens.
 """
@@ -66,7 +67,7 @@ def pair_gradient_(
 
 
 @triton.jit
-def _log_sum_exp_and_top(row, size, BLOCK: tl.constexpr):
+def _log_sum_exp_and_top(row, size: tl.constexpr, BLOCK: tl.constexpr):
     """Return the log-sum-exp of a row, and the index of its first maximum."""
     most = -float("inf")
     total = 0.0
@@ -90,7 +91,7 @@ def _log_middle(log_p, log_q):
 
 
 @triton.jit
-def _row_statistics(logits, normaliser, top, stride, size, BLOCK: tl.constexpr):
+def _row_statistics(logits, normaliser, top, stride, size: tl.constexpr, BLOCK: tl.constexpr):
     """Log-sum-exp and first maximum of each row."""
     row = tl.program_id(0).to(tl.int64)
     log_sum, best = _log_sum_exp_and_top(logits + row * stride, size, BLOCK)
@@ -109,7 +110,7 @@ def _pair_sums(
     top,
     stride,
     verifier_stride,
-    size,
+    size: tl.constexpr,
     pairs,
     BLOCK: tl.constexpr,
 ):
@@ -173,7 +174,7 @@ def _pair_gradient(
     factors,
     stride,
     verifier_stride,
-    size,
+    size: tl.constexpr,
     pairs,
     FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,

@@ -41,11 +41,11 @@ def test_results_in_the_interpreter() -> None:
 
 MATRIX, NUMBERS, INDICES = "*bf16", "*fp32", "*i64"
 PAIRS = {"logits": MATRIX, "verifier": MATRIX, "normaliser": NUMBERS, "of_draft": NUMBERS, "target_of": INDICES}
-SIZES = {"stride": "i32", "verifier_stride": "i32", "size": "i32", "pairs": "i32"}
+SIZES = {"stride": "i32", "verifier_stride": "i32", "size": 32000, "pairs": "i32"}
 FLAGS = dict.fromkeys(("FORWARD", "REVERSE", "MIDDLE", "ACCEPTANCE", "TEXT", "BEST"), True)
 KERNELS: dict[str, dict[str, Any]] = {
     "_row_statistics": {
-        **{"logits": MATRIX, "normaliser": NUMBERS, "top": INDICES, "stride": "i32", "size": "i32"},
+        **{"logits": MATRIX, "normaliser": NUMBERS, "top": INDICES, "stride": "i32", "size": 128256},
     },
     "_pair_sums": {**PAIRS, "sums": NUMBERS, "top": INDICES, **SIZES},
     "_pair_gradient": {**PAIRS, "sums": NUMBERS, "tokens": INDICES, "factors": NUMBERS, **SIZES, **FLAGS},
@@ -73,7 +73,7 @@ def test_compiled_code_keeps_its_values_in_registers(
         fn=getattr(triton_rows, name),
         signature={key: "constexpr" if key in constants else value for key, value in arguments.items()},
         constexprs=constants,
-        # Triton finds out at a launch which arguments are multiples of 16: addresses and, here, sizes of vocabularies.
+        # Triton finds out at a launch which arguments are multiples of 16: addresses and lengths of rows.
         attrs={
             (number,): [["tt.divisibility", 16]]
             for number, key in enumerate(arguments)
