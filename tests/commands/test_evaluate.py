@@ -202,7 +202,7 @@ def test_flags_may_be_in_a_file(draft_folder, prompts, tmp_path):
 
 def test_a_wrong_key_in_a_file_is_named_with_its_line(draft_folder, tmp_path, capsys):
     config = tmp_path / "wrong.yaml"
-    config.write_text("max_new_tokens: 4\nbaselinez: [prompt_lookup]\n")
+    config.write_text("max_new_tokens: 4\nbigram_row: train.jsonl\n")
     assert evaluate(draft_folder, "--config", config, "--prompts", "x.jsonl") == 2
     message = capsys.readouterr().err
-    assert "'baselinez'" in message and f"{config}:2" in message and "Did you mean 'baselines'" in message
+    assert "'bigram_row'" in message and f"{config}:2" in message and "Did you mean 'bigram_rows'" in message
