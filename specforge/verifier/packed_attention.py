@@ -74,8 +74,9 @@ def _attention(
         return found
     if documents.ends is not None and flash.takes(query):
         # Documents follow each other, so that nothing is gathered. Padding attends to itself; nothing reads it.
-        tokens = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))
-        output, _ = flash.attend(*tokens, documents.ends, documents.ends, scaling, sliding_window)
+        flat_query, flat_key, flat_value = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))
+        ends = documents.ends
+        output, _ = flash.attend(flat_query, flat_key, flat_value, ends, ends, scaling, sliding_window)
         return output.unflatten(0, query.shape[:1] + query.shape[2:3]), None
     attend = partial(causal_attention, scale=scaling, window=sliding_window)
     return documents.attend(attend, query, key, value).transpose(1, 2), None

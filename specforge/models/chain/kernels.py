@@ -63,8 +63,8 @@ class Blocks:
         for index, (query, key, value) in enumerate(zip(queries, keys, values, strict=True)):
             output, logsumexp = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=_wide(query))
             for slots, seen, bias in self._blocks(index, query, hidden):
-                asked = _by_head(query[:, slots], key[:, seen], value[:, seen])
-                found, sums = _attend(*asked, bias, scale)
+                asked, seen_key, seen_value = _by_head(query[:, slots], key[:, seen], value[:, seen])
+                found, sums = _attend(asked, seen_key, seen_value, bias, scale)
                 output[:, slots], logsumexp[:, slots] = found.transpose(1, 2), sums.transpose(1, 2)
             outputs.append(output)
             logsumexps.append(logsumexp)
@@ -88,7 +88,7 @@ class Blocks:
             of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
             for slots, seen, bias in self._blocks(index, query, hidden):
                 rows = _by_head(gradient[:, slots], query[:, slots], key[:, seen], value[:, seen], output[:, slots])
-                own = _gradients(*rows, logsumexp[:, slots].transpose(1, 2), bias, scale)
+                own = _gradients((*rows, logsumexp[:, slots].transpose(1, 2)), bias, scale)
                 of_query[:, slots] = own[0].transpose(1, 2)
                 of_key[:, seen] += own[1].transpose(1, 2)
                 of_value[:, seen] += own[2].transpose(1, 2)
@@ -168,9 +168,9 @@ class Sequences:
         hidden: int | None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return the gradients of queries, keys and values of the one group."""
-        rows = (one[0][0] for one in (gradients, queries, keys, values, outputs))
-        sums = logsumexps[0][0].T.contiguous()
-        found = flash.gradients(*rows, sums, self.of_queries, self.of_keys, scale, hidden)
+        gradient, query, key, value, output = (one[0][0] for one in (gradients, queries, keys, values, outputs))
+        sums, ends = logsumexps[0][0].T.contiguous(), (self.of_queries, self.of_keys)
+        found = flash.gradients(gradient, query, key, value, output, sums, *ends, scale, hidden)
         of_queries, of_keys, of_values = ([one[None]] for one in found)
         return of_queries, of_keys, of_values
 
@@ -201,20 +201,17 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: floa
     return (weights @ value[:, :, None]).flatten(1, 2), logsumexp.flatten(1, 2)
 
 
-def _gradients(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    bias: Tensor,
-    scale: float,
-) -> tuple[Any, ...]:
-    """Return the gradients of query, key and value, by the CPU's kernel or by the formula."""
+def _gradients(rows: tuple[Tensor, ...], bias: Tensor, scale: float) -> tuple[Any, ...]:
+    """Return the gradients of query, key and value, by the CPU's kernel or by the formula.
+
+    Args:
+        rows: The output's gradient, query, key, value, output and log-sum-exp.
+        bias: Summand of the logits.
+        scale: Factor of the logits.
+    """
+    gradient, query, key, value, output, logsumexp = rows
     if _is_fused(query.device):
-        given = gradient, query, key, value, output, logsumexp, 0.0, False
-        return tuple(ATTENTION_BACKWARD(*given, attn_mask=bias, scale=scale))
+        return tuple(ATTENTION_BACKWARD(*rows, 0.0, False, attn_mask=bias, scale=scale))
     logits = _logits(query, key, bias, scale)
     asked, given = (one.unflatten(1, (key.shape[1], -1)) for one in (query, gradient))
     weights = (logits - logsumexp.view(*logits.shape[:4], 1)).exp_()
