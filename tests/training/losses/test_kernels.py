@@ -21,7 +21,9 @@ from specforge.training.losses.kernel import pair_gradient_, pair_sums, row_stat
 from specforge.training.losses.named import chain_weighting, objective_terms
 
 HERE = Path(__file__).parent
-WITH_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: pip install -e '.[kernels]'")
+WITH_TRITON = pytest.mark.skipif(
+    find_spec("triton") is None, reason="Triton is not installed: pip install -e '.[kernels]'"
+)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
