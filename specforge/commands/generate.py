@@ -12,7 +12,8 @@ Answer prompts by speculative decoding with a draft. The text is the verifier's 
 in distribution above. Without --prompt and --file, prompts are read from the terminal; an empty line ends the chat.
 
   specforge generate runs/quickstart/version_0/draft --show-drafts \\
-    --prompt "It is 60 km to the library. Maya cycles 20 km per hour. How long is the way?"
+    --prompt "It is 60 km to the library. Maya cycles 20 km per hour. \\
+How long is the way?"
   specforge generate DRAFT --file prompts.jsonl --proposal dynamic_tree:depth=5
   specforge generate --verifier MODEL --proposal prompt_lookup"""
 

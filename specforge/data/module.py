@@ -419,12 +419,10 @@ class DraftDataModule(LightningDataModule):
 
     def _workers(self, items: PackedRows) -> int:
         """Return the number of processes that load items by default."""
-        strategy = None if self.trainer is None else self.trainer.strategy
         if self._servers is not None:
             return MOST_WORKERS  # they wait for answers, and hardly compute
-        if items.features is None or strategy is None or strategy.root_device.type == "cpu":
+        if items.features is None or self.trainer is None or self.trainer.strategy.root_device.type == "cpu":
             return 0
-        assert self.trainer is not None
         return max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // self.trainer.num_devices))
 
 

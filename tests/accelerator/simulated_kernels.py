@@ -27,8 +27,12 @@ def install() -> None:
     for key in ("PrivateUse1", "AutogradPrivateUse1"):
         aten = torch.library.Library("aten", "IMPL", key)
         aten.impl("scaled_dot_product_attention", _attention)
-        aten.impl("rms_norm", lambda states, shape, weight, eps: _norm(states, weight, eps))
+        aten.impl("rms_norm", _rms_norm)
         _keep.append(aten)
+
+
+def _rms_norm(states: Tensor, shape: list[int], weight: Tensor | None, epsilon: float) -> Tensor:
+    return _norm(states, states.new_ones(shape) if weight is None else weight, epsilon)
 
 
 def _attention(

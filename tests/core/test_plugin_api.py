@@ -18,9 +18,10 @@ CheckpointFormat(name: str, summary: str, algorithm: str, layout: str)
 Command(name: str, summary: str, run: str, parser: str | None = None)
 FeatureTransport(name: str, summary: str, transport: str)
 LayerFamily(name: str, summary: str, family: str)
-Objective(name: str, summary: str, function: str, uses_mean_acceptance: bool = False, uses_text: bool = False)
+Objective(name: str, summary: str, function: str, uses_mean_acceptance: bool = False, uses_text: bool = False, \
+closed_form: bool = False)
 ProposalMethod(name: str, summary: str, config: str, proposer: str)
-Weighting(name: str, summary: str, function: str, statistic: str, uses_text: bool = False)
+Weighting(name: str, summary: str, function: str, statistic: str, uses_text: bool = False, closed_form: bool = False)
 specforge_algorithms() -> Iterable[Algorithm]
 specforge_checkpoint_formats() -> Iterable[CheckpointFormat]
 specforge_commands() -> Iterable[Command]

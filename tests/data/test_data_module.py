@@ -162,7 +162,7 @@ def test_values_out_of_range_are_refused_while_parsing(
     key, value = wrong.removeprefix("--").split("=")
     error = capsys.readouterr().err
     assert f'"{key}"' in error
-    assert f"{value} does not conform to restriction" in error
+    assert "conform to restriction" in error and value in error
 
 
 class Recorder(pl.LightningModule):

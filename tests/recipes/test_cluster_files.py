@@ -19,7 +19,7 @@ from specforge.commands.prepare import features
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "examples" / "cluster"
-VERIFIER = Path(__file__).parent / "verifiers" / "llama-3.3-70b"
+VERIFIER = Path(__file__).parents[2] / "configs/models/verifiers/meta-llama/Llama-3.3-70B-Instruct"
 CONFIG = "configs/models/llama-3.3-70b-eagle3.yaml"
 # Each stand-in notes its arguments; a server runs until it is stopped.
 STAND_INS = {

@@ -64,8 +64,9 @@ def test_packed_documents_do_not_attend_to_each_other(name: str, tiny_verifiers:
         for document in documents:
             separate = capture(model, document[None], torch.arange(len(document))[None], [0, 2, 5])
             part = slice(begin, begin + len(document))
-            torch.testing.assert_close(features.aux[row, part], separate.aux[0])
-            torch.testing.assert_close(features.last[row, part], separate.last[0])
+            # Some families round to float32 inside.
+            torch.testing.assert_close(features.aux[row, part], separate.aux[0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(features.last[row, part], separate.last[0], rtol=1e-4, atol=1e-4)
             begin += len(document)
 
 

@@ -592,7 +592,8 @@ class TestRecording:
             found = torch.cat([item["aux"], item["last"][:, None]], dim=1)
             expected = run(item["input_ids"][None], item["position_ids"][None])[0]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        store = FeatureStore(tmp_path / "recorded", other._open().manifest)
+        store = other.store.open()
+        assert store is not None
         assert len(store.kept) == sum(len(items.bins[number]) for number in range(len(items) // 2 * 2))
 
     def test_tokens_that_match_no_row_are_not_recorded(self, plan, items, run, tmp_path):
