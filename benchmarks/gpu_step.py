@@ -254,8 +254,8 @@ def _name_parts(counting: Counting, module: Any, stack: contextlib.ExitStack) ->
         ],
         "clipping": [(Precision, "clip_gradients")],
     }
-    for part, places in parts.items():
-        for owner, method in places:
+    for part, methods in parts.items():
+        for owner, method in methods:
             original = getattr(owner, method)
             counting.name_part(owner, method, part)
             stack.callback(setattr, owner, method, original)

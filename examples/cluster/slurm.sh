@@ -47,7 +47,7 @@ for url in "${urls[@]}"; do
   done
 done
 
-# To train on the servers' states directly, without a store, leave this out and give fit, in place of the last flag,
+# To train on the servers' states directly, without a store, leave this out and give fit, instead of the last flag,
 # --data.features server --data.feature_servers with the list of URLs.
 srun --nodes=1 --ntasks=1 --nodelist="${trainers[0]}" \
   specforge prepare features --config "$CONFIG" --output "$FEATURES" --endpoint "${urls[@]}"

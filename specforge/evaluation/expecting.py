@@ -33,8 +33,8 @@ def expectations(
     found = []
     for concurrency in concurrencies:
         speeds = [(one.draft_tokens or 0, one.at(concurrency)[-1]) for one in drafting]
-        alone = None if baseline is None else baseline.at(concurrency)[-1]
-        if (one := _expectation(concurrency, speeds, alone, replayed)) is not None:
+        plain = None if baseline is None else baseline.at(concurrency)[-1]
+        if (one := _expectation(concurrency, speeds, plain, replayed)) is not None:
             found.append(one)
     return found
 
@@ -54,17 +54,17 @@ def modelled_speedups(acceptance_lengths: Sequence[float], draft_cost: float, pa
 def _expectation(
     concurrency: int,
     speeds: Sequence[tuple[int, ServedMeasurement]],
-    alone: ServedMeasurement | None,
+    plain: ServedMeasurement | None,
     replayed: Sequence[float],
 ) -> Expectation | None:
     times = [(drafted, _round_milliseconds(one)) for drafted, one in speeds]
-    if len({drafted for drafted, _ in times}) == 1 and alone is not None:
-        times.append((0, _round_milliseconds(alone)))
+    if len({drafted for drafted, _ in times}) == 1 and plain is not None:
+        times.append((0, _round_milliseconds(plain)))
     if len({drafted for drafted, _ in times}) < 2:
         return None
     fixed, per_token = _line(times)
     lengths, source = (replayed, "replay of the draft") if replayed else _by_rates(speeds)
-    measured = {drafted: _speedup(one, alone) for drafted, one in speeds}
+    measured = {drafted: _speedup(one, plain) for drafted, one in speeds}
     expected = []
     for drafted, tau in enumerate(lengths, start=1):
         milliseconds = fixed + per_token * drafted
@@ -73,7 +73,7 @@ def _expectation(
                 draft_tokens=drafted,
                 acceptance_length=tau,
                 round_milliseconds=milliseconds,
-                speedup=None if alone is None else tau * _round_milliseconds(alone) / milliseconds,
+                speedup=None if plain is None else tau * _round_milliseconds(plain) / milliseconds,
                 measured_speedup=measured.get(drafted),
             )
         )
@@ -89,8 +89,8 @@ def _expectation(
     )
 
 
-def _speedup(measured: ServedMeasurement, alone: ServedMeasurement | None) -> float | None:
-    return None if alone is None else measured.request_tokens_per_second / alone.request_tokens_per_second
+def _speedup(measured: ServedMeasurement, plain: ServedMeasurement | None) -> float | None:
+    return None if plain is None else measured.request_tokens_per_second / plain.request_tokens_per_second
 
 
 def _round_milliseconds(measured: ServedMeasurement) -> float:

@@ -140,8 +140,8 @@ def _compare(servers: Sequence[ServerResult]) -> None:
         return
     for server in servers:
         if not server.is_baseline:
-            for one, alone in zip(server.measurements, baseline.measurements, strict=True):
-                one.speedup = one.tokens_per_second / alone.tokens_per_second
+            for one, plain in zip(server.measurements, baseline.measurements, strict=True):
+                one.speedup = one.tokens_per_second / plain.tokens_per_second
 
 
 def _measurement(name: str, concurrency: int, loads: list[Load]) -> ServedMeasurement:

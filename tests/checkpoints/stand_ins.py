@@ -6,9 +6,9 @@ import base64
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from typing import Any
+
+from loopback import QuietHandler, listening
 
 Answer = Callable[[str, str, bytes], tuple[int, str]]
 
@@ -24,7 +24,7 @@ def serving(answer: Answer) -> Iterator[str]:
         The address.
     """
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def _reply(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             status, text = answer(self.command, self.path.partition("?")[0], body)
@@ -37,16 +37,8 @@ def serving(answer: Answer) -> Iterator[str]:
 
         do_GET = do_POST = do_HEAD = _reply
 
-        def log_message(self, format: str, *arguments: Any) -> None:
-            """Print nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with listening(Handler) as url:
+        yield url
 
 
 class Engine:

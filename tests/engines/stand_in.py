@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from loopback import QuietHandler, listening
 
 MODEL = "stand-in"
 Fault = Callable[[dict[str, Any]], "int | None"]
@@ -99,7 +100,7 @@ def serving() -> Iterator[StandIn]:
     """Run a stand-in on a free port."""
     engine = StandIn()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
@@ -141,17 +142,6 @@ def serving() -> Iterator[StandIn]:
             except OSError:
                 pass  # the client has disconnected
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 128  # the default of 5 rejects many concurrent connections
-
-    server = Server(("127.0.0.1", 0), Handler)
-    engine.url = f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
+    with listening(Handler) as url:
+        engine.url = f"{url}/v1"
         yield engine
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -6,12 +6,11 @@ import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
+from loopback import QuietHandler, listening
 
 from specforge.engines.answering import EndpointAnswerer
 from specforge.engines.generation import GenerationSettings
@@ -78,7 +77,7 @@ def serving() -> Iterator[Server]:
     """Run a server on a free port of this machine."""
     served = Server()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
@@ -92,17 +91,9 @@ def serving() -> Iterator[Server]:
 
         do_POST = do_GET
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served.url = f"http://127.0.0.1:{server.server_port}"
-    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
+    with listening(Handler) as url:
+        served.url = url
         yield served
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def changed(rng: random.Random, values: dict[str, Any]) -> bytes:

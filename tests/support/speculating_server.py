@@ -8,8 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from loopback import QuietHandler, listening
 
 MODEL = "served"
 
@@ -103,7 +104,7 @@ def speculating(draft_tokens: int) -> Iterator[SpeculatingServer]:
     """Run a server on a free port."""
     served = SpeculatingServer(draft_tokens)
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             if self.path == "/v1/models":
                 data = [{"id": name, "object": "model"} for name in served.models]
@@ -142,17 +143,6 @@ def speculating(draft_tokens: int) -> Iterator[SpeculatingServer]:
             self.end_headers()
             self.wfile.write(text.encode())
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 128
-
-    server = Server(("127.0.0.1", 0), Handler)
-    served.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
+    with listening(Handler) as url:
+        served.url = url
         yield served
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -221,7 +221,7 @@ def _closing_lines(found: Estimate, cli: EstimateCLI, words: list[str]) -> str:
     is_stored = cli.config.data.features not in (LIVE, RECORD)
     needed, memory = found.memory.peak_stored if is_stored else found.device.peak, found.device_memory
     if memory is not None and not found.fits(needed):
-        lines = [f"It does not fit: {in_units(needed, 'B')} on a device with {in_units(memory, 'B')}. In its place:"]
+        lines = [f"It does not fit: {in_units(needed, 'B')} on a device with {in_units(memory, 'B')}. What could fit:"]
         split = found.split.on_each(found.memory).peak
         if not is_stored and not found.is_split and found.plan.devices > 1 and found.fits(split):
             lines.append(f"  verifier_sharding: true   {in_units(split, 'B')}; the layers are gathered in every step")

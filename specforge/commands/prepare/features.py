@@ -35,7 +35,7 @@ trained on.
     --endpoint http://localhost:8000/v1
 
 The rows are those of the configuration (data.train, data.validation, ...) unless sources are given, which come first
-and take their place.
+and replace them.
 All other flags are those of specforge fit: the configuration sets the layers to read and the length of rows.
 
 An interrupted run resumes when the same command is run again. The same command in several processes, under torchrun or

@@ -73,7 +73,7 @@ def _digests(folder: Path, names: list[str], listed: set[str]) -> list[bytes]:
 
 
 def _token_ids(path: Path) -> npt.NDArray[np.int64]:
-    """Read only the tokens of a file: its header names their place (https://github.com/huggingface/safetensors)."""
+    """Read only the tokens of a file: its header names their offsets (https://github.com/huggingface/safetensors)."""
     try:
         with path.open("rb", buffering=0) as file:
             size = int.from_bytes(_exactly(file, 8), "little")
