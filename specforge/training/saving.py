@@ -45,10 +45,19 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 if path.name == LAST:
                     # An existing last.ckpt may be the damaged one that this run resumed past.
                     if self._last_is_whole or _is_whole(path):
-                        path.replace(path.with_name(PREVIOUS))
+                        _keep(path, path.with_name(PREVIOUS))
                     self._last_is_whole = True
         except OSError as error:
             raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
+
+
+def _keep(path: Path, name: Path) -> None:
+    """Give a file a second name; it keeps the first until it is replaced."""
+    name.unlink(missing_ok=True)
+    try:
+        name.hardlink_to(path)
+    except OSError:  # a file system without hard links
+        path.replace(name)
 
 
 def _is_whole(path: Path) -> bool:

@@ -80,7 +80,7 @@ def kill_and_damage(process: Process, chance: random.Random, last: Path) -> set[
 
 KINDS = [kill, terminate, fill_the_disk, kill_and_damage]
 # The run's message, if it can print one.
-MESSAGES = {128 + signal.SIGTERM: "To resume:  specforge fit", 1: "cannot be written"}
+MESSAGES = {128 + signal.SIGTERM: "Stopped by SIGTERM", 1: "cannot be written"}
 SAVE_EVERY = 2
 
 

@@ -23,6 +23,7 @@ from training_runs import assert_same_values, assert_same_weights, scalars, weig
 
 from specforge.__main__ import main
 from specforge.data.features import growing
+from specforge.data.module import DraftDataModule
 from specforge.training.module import DraftModule
 
 Arm = Callable[..., None]
@@ -155,6 +156,27 @@ class TestInterruptAndResume:
         interrupt_at(-1)
         assert main(["fit", *workshop.words("runs", *VARIANTS["accumulated"], "--ckpt_path", "auto")]) == 0
         assert_same_run(workshop.run_folder("runs"), expected)
+
+    @pytest.mark.parametrize(
+        ("command", "loader", "where"),
+        [("fit", "train_dataloader", "before the first checkpoint"), ("validate", "val_dataloader", "before the end")],
+    )
+    def test_a_signal_before_training_or_in_a_validation_is_no_success(
+        self, workshop, straight, monkeypatch, capfd, command, loader, where
+    ):
+        words = [] if command == "fit" else ["--ckpt_path", str(straight("plain") / "checkpoints" / "last.ckpt")]
+        original = getattr(DraftDataModule, loader)
+
+        def ask_to_stop(self: DraftDataModule) -> Any:
+            if callable(signal.getsignal(signal.SIGTERM)):  # Lightning's handler is installed
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self)
+
+        monkeypatch.setattr(DraftDataModule, loader, ask_to_stop)
+        with pytest.raises(SystemExit) as left:
+            main([command, *workshop.words("runs", *words)])
+        assert left.value.code == 128 + signal.SIGTERM
+        assert f"Stopped by SIGTERM {where}" in capfd.readouterr().out
 
     @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
     def test_before_slurm_ends_a_job(self, workshop, straight, interrupt_at, monkeypatch, number):

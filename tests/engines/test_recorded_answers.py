@@ -102,7 +102,7 @@ def test_faults_of_the_server_change_nothing(server, record, model, tmp_path):
     server.written = lambda number, tensors: next(wrong)(tensors) if number % 3 == 0 else tensors
     server.fault = lambda number: 503 if number % 7 == 0 else None
     server.lost = lambda number: number % 11 == 0
-    assert record("disturbed") == 0
+    assert record("disturbed", "--retries", "6") == 0
     assert rows(tmp_path / "disturbed") == rows(tmp_path / "undisturbed")
     check_states(tmp_path / "disturbed", model)
     assert not any(server.folder.iterdir())

@@ -38,6 +38,25 @@ def test_the_previous_one_is_kept(last):
     assert sorted(path.name for path in last.parent.iterdir()) == ["last.ckpt", "previous.ckpt"]
 
 
+def test_the_last_one_has_its_name_until_it_is_replaced(last, monkeypatch):
+    WholeCheckpointIO().save_checkpoint(content(0), last)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        WholeCheckpointIO().save_checkpoint(content(1), last)
+    assert step_of(last) == step_of(last.with_name("previous.ckpt")) == 0
+
+
+def test_without_hard_links_the_previous_one_is_kept(last, monkeypatch):
+    monkeypatch.setattr(Path, "hardlink_to", lambda *_: os.stat(last.with_name("no links")))
+    for step in range(2):
+        WholeCheckpointIO().save_checkpoint(content(step), last)
+    assert step_of(last) == 1 and step_of(last.with_name("previous.ckpt")) == 0
+
+
 def test_others_are_replaced(last):
     best = last.with_name("best.ckpt")
     for step in range(2):

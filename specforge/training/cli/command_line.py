@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from pydantic import ValidationError
 
 from specforge.bounds import Interval, VerifierType
@@ -211,6 +213,11 @@ class TrainingCLI(LightningCLI):
         with self._claims:
             try:
                 self._call_trainer()
+            except SIGTERMException:
+                # Lightning would leave with status 0; it alone handles the signal before training and in a validation.
+                where = "before the first checkpoint" if self.subcommand_name == "fit" else "before the end"
+                say(f"\nStopped by SIGTERM {where}; start the same command again.")
+                raise SystemExit(128 + signal.SIGTERM) from None
             except SystemExit as leaving:
                 # Lightning ends a run with status 1 when Ctrl-C interrupts it.
                 if isinstance(leaving.__context__, KeyboardInterrupt):
