@@ -108,9 +108,10 @@ def specforge_layer_families() -> Iterable[LayerFamily]:
 
 @hookimpl
 def specforge_feature_transports() -> Iterable[FeatureTransport]:
-    """The transport that needs nothing but a shared folder."""
+    """Ways of vLLM's own connector and of those of hs-connectors."""
     return [
         FeatureTransport("file", "files in a folder shared with the server", f"{_TRANSPORTS}:FileTransport"),
+        FeatureTransport("fp8", "the same with one byte per value", f"{_TRANSPORTS}:OneByteFileTransport"),
     ]
 
 

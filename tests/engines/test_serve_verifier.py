@@ -63,6 +63,14 @@ class TestServeVerifier:
         assert line[line.index("--dtype") + 1] == "bfloat16" and line[line.index("--revision") + 1] == "v2"
         assert "--trust-remote-code" in line
 
+    def test_a_transport_sets_its_connector(self, printed):
+        files = value(printed(), "--kv-transfer-config")
+        line = printed("--data.feature_transport", "fp8")
+        connector = value(line, "--kv-transfer-config")
+        assert connector.pop("kv_connector_module_path") == "hs_connectors.fp8_hidden_states_connector"
+        assert connector == {**files, "kv_connector": "FP8HiddenStatesConnector"}
+        assert value(printed("--data.feature_transport=fp8", "--transport=file"), "--kv-transfer-config") == files
+
     def test_rows_as_long_as_the_context_are_allowed(self, printed):
         assert printed()[0] == "VLLM_ALLOW_LONG_MAX_MODEL_LEN=1", "512 tokens, and one that is asked for"
 
