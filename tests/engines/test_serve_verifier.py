@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -70,6 +71,12 @@ class TestServeVerifier:
         assert connector.pop("kv_connector_module_path") == "hs_connectors.fp8_hidden_states_connector"
         assert connector == {**files, "kv_connector": "FP8HiddenStatesConnector"}
         assert value(printed("--data.feature_transport=fp8", "--transport=file"), "--kv-transfer-config") == files
+
+    def test_mooncake_is_an_extra(self, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "hs_connectors", None)
+        assert main(["serve-verifier", *CONFIG, "--transport=mooncake", "--print"]) == 2
+        message = " ".join(capsys.readouterr().err.split())
+        assert "transport mooncake is not installed" in message and "specforge-lightning[mooncake]" in message
 
     def test_rows_as_long_as_the_context_are_allowed(self, printed):
         assert printed()[0] == "VLLM_ALLOW_LONG_MAX_MODEL_LEN=1", "512 tokens, and one that is asked for"

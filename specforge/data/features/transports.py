@@ -19,7 +19,13 @@ _POLL_SECONDS = (0.002, 0.05)
 
 
 class Transport(Protocol):
-    """Receives states that an engine has computed; one object serves many requests at the same time."""
+    """Receives states that an engine has computed; one object serves many requests at the same time.
+
+    Attributes:
+        survives_fork: Whether a process that has received states may fork others that receive states.
+    """
+
+    survives_fork: bool
 
     def connector(self, folder: str | None) -> dict[str, Any]:
         """Return vLLM's ``--kv-transfer-config`` of a server that sends states this way.
@@ -81,6 +87,8 @@ async def pauses() -> AsyncIterator[float]:
 
 class FileTransport:
     """Files in a folder that the server shares with this machine; a folder in memory (tmpfs) is fastest."""
+
+    survives_fork = True
 
     def __init__(self) -> None:
         self._folders: set[Path] = set()  # where servers have put files
