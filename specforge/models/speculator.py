@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -105,7 +106,7 @@ class SpeculatorModel(nn.Module):
         Args:
             *inputs: Inputs of this network.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define advance")
 
     def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
         """Run the draft's steps at the rows that are needed, fed with the true tokens.
@@ -150,7 +151,7 @@ class SpeculatorModel(nn.Module):
     @property
     def head_weights(self) -> Tensor | list[Tensor]:
         """The matrix that turns states into logits, [D, H]; or a list with one for each step."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define head_weights")
 
     @property
     def further_head(self) -> Tensor | None:
@@ -167,7 +168,10 @@ class SpeculatorModel(nn.Module):
         return unchanged
 
     def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
-        """Compute logits over the draft vocabulary from the result of ``unroll``.
+        """Compute logits over the draft vocabulary from the result of ``unroll``, as training does.
+
+        Training never calls this: it applies ``before_head``, ``head_weights``, ``further_head`` and ``finish`` to
+        chunks of rows. A network that overrides it must return the same.
 
         Args:
             hidden: States of one step, [..., H].
@@ -176,7 +180,12 @@ class SpeculatorModel(nn.Module):
         Returns:
             Logits [..., D].
         """
-        raise NotImplementedError
+        heads, read, further = self.head_weights, self.before_head(hidden), self.further_head
+        head = heads if isinstance(heads, Tensor) else heads[step]
+        logits = F.linear(read[..., : head.shape[1]], head)
+        if further is not None:
+            logits = logits + F.linear(read[..., head.shape[1] :], further)
+        return self.finish(logits)
 
     def attach_verifier(
         self,

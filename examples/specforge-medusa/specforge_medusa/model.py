@@ -66,11 +66,6 @@ class MedusaModel(SpeculatorModel):
         """Return the input of a step's matrix for the verifier's states, [..., H]."""
         return states + F.silu(self.block[step](states))
 
-    def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
-        """Compute logits [..., V] from the states of a step [..., H]."""
-        logits: Tensor = self.lm_head[step](hidden)
-        return logits
-
     def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
         """Run the first heads at the rows that each of them needs; the batch is ignored.
 

@@ -63,11 +63,6 @@ class RecurrentModel(SpeculatorModel):
         new: Tensor = self.cell(embedded, states)
         return new
 
-    def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
-        """Compute logits [..., V] from states [..., H]."""
-        logits: Tensor = self.lm_head(hidden)
-        return logits
-
     def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
         """Run each step at the rows that need it, fed with the true tokens."""
         tokens = step_tokens(batch["input_ids"], len(rows.counts)).flatten(1)[:, rows.order]

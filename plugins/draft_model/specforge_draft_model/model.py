@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -186,10 +185,6 @@ class DraftModel(SpeculatorModel):
     def _finished(self, logits: Tensor) -> Tensor:
         bias = getattr(self.language_model.get_output_embeddings(), "bias", None)
         return scaled_logits(logits if bias is None else logits + bias, self.language_model.config)
-
-    def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
-        """Turn states of any step [..., H] into logits [..., D]."""
-        return self._finished(F.linear(hidden, self.head_weights))
 
     def drafter(self, batch_size: int) -> ModelDrafter:
         """Begin to draft for some sequences."""

@@ -326,10 +326,6 @@ class Eagle3DraftModel(SpeculatorModel):
         """Compute logits over the draft vocabulary [..., D] from states before the final norm [..., H]."""
         return self.logits(self.norm(states))
 
-    def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
-        """Compute logits over the draft vocabulary [..., D] from any step's states after the final norm [..., H]."""
-        return cast(Tensor, self.lm_head(hidden))
-
     def states(self, batch: Mapping[str, Tensor], features: Features, rows: DraftRows) -> Tensor:
         """Run the training-time test; return states after the final norm."""
         return self.chain(batch["input_ids"], features.aux, batch["position_ids"], rows)

@@ -186,11 +186,6 @@ class MLPSpeculator(SpeculatorModel):
         states = _of(self.proj, step)(states) + self.embedding_scale * embedded
         return F.gelu(_of(self.ln, step)(states))
 
-    def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
-        """Compute logits [..., V] from the states of a step [..., I]."""
-        logits: Tensor = _of(self.head, step)(hidden)
-        return logits
-
     def forward(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
         """Predict the next tokens of each row with every head, fed with the true tokens.
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from specforge.decoding.recorded import acceptance_of_drawn, draft_indices, label_log_probs
+from specforge.errors import SpecforgeError
 from specforge.models.speculator import unchanged
 from specforge.moving import moved
 from specforge.sampling import Sampling
@@ -132,11 +133,20 @@ def distill(
         further_head: A second head for the last R columns of ``hidden``, [D, R]; its logits are added to the head's. A
             frozen head then needs no gradient, unlike one matrix for both.
         candidates: Number K of the draft's most probable tokens that are returned for each pair.
+
+    Raises:
+        SpecforgeError: The heads read another width than ``hidden`` has.
     """
     if state_index is None:
         hidden = hidden.flatten(0, 1)
         state_index = torch.arange(len(hidden)).view_as(supervised)
     heads = [head] if isinstance(head, Tensor) else list(head)
+    width = heads[0].shape[1] + (0 if further_head is None else further_head.shape[1])
+    if hidden.shape[-1] != width:
+        raise SpecforgeError(
+            f"the draft's heads read a width of {width}, but its states have {hidden.shape[-1]}: `states`, then "
+            "`before_head`, must return the input of `head_weights`"
+        )
     fused = why_not_fused(hidden.device, _compute_type(hidden), terms, weighting) is None
     # Sampling's filters copy and sort logits.
     copies = not fused or (labels is not None and not labels.sampling.is_greedy)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from specforge.documents import DocumentLayout
 from specforge.models.draft_rows import DraftRows
+from specforge.models.speculator import SpeculatorModel
 from specforge.verifier.features import Features
 from specforge_dflash import model
 from specforge_dflash.aux_layers import spread_aux_layers
@@ -112,6 +113,8 @@ def test_logits_are_a_distribution_over_the_draft_vocabulary(kind: str, verifier
         states = draft.unroll(batch["input_ids"], features, batch["position_ids"], DOCUMENTS, draft.num_drafted)
         logits = draft.logits(states[0])
     assert logits.shape == (1, 17, draft.config.draft_vocab_size) and not bool(logits.isnan().any())
+    if kind.startswith("dspark"):
+        torch.testing.assert_close(logits, SpeculatorModel.logits(draft, states[0]))
     if kind.startswith("dflash2"):
         assert bool((logits.isfinite().sum(-1) == 5).all())
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from specforge.errors import SpecforgeError
 from specforge.sampling import Sampling
 from specforge.training.losses import chunks
 from specforge.training.losses.comparison import Term, compiled_compare
@@ -349,6 +350,14 @@ def test_each_step_may_have_its_own_head(chunk: int, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(gradient, exact_gradient)
     torch.testing.assert_close(joint.acceptance, torch.stack([outcome.acceptance for outcome in each]).sum(0))
     torch.testing.assert_close(joint.terms["kl"], torch.stack([outcome.terms["kl"] for outcome in each]).sum(0))
+
+
+def test_states_that_the_head_does_not_read_are_refused() -> None:
+    problem = make_problem()
+    # A matrix product with the first columns would ignore the others.
+    problem = replace(problem, hidden=torch.cat([problem.hidden, problem.hidden], dim=-1))
+    with pytest.raises(SpecforgeError, match="heads read a width of 5, but its states have 10: `states`, then"):
+        run(problem, {"kl": 1.0})
 
 
 @pytest.mark.parametrize("chunk", [1, 10_000])
