@@ -65,6 +65,8 @@ def _create(name: str, folder: Path, minimal: bool) -> None:
     print(f"  check it     specforge plugins check {name}")
     print(f"  test it      pytest {folder / 'tests'}")
     print(f"  its settings specforge fit --algorithm {name} --help")
+    config = folder / f"quickstart-{name}.yaml"
+    print(f"  train it     specforge fit --config {config}   (in the root of specforge's repository)")
 
 
 def describe(plugin: Plugin) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,20 @@ def test_the_example_imports_no_other_plugin_and_no_command() -> None:
         known = set(re.findall(r"^\s*(?:from|import) (specforge\w*(?:\.\w+)?)", path.read_text(encoding="utf-8"), re.M))
         others = {name for name in known if name.startswith("specforge_") and not name.startswith("specforge_medusa")}
         assert not others and "specforge.commands" not in known, path.name
+
+
+@pytest.mark.parametrize("example", [EXAMPLE, SMALL_EXAMPLE], ids=lambda path: path.name)
+def test_the_api_page_names_all_that_an_example_imports(example: Path) -> None:
+    named = set(re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M))
+    for path in example.rglob("*.py"):
+        imports = [one for one in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(one, ast.ImportFrom)]
+        used = {f"{one.module}.{name.name}" for one in imports for name in one.names}
+        core = {name for name in used if name.startswith("specforge.")}
+        assert not {name for name in core if name not in named and name.rpartition(".")[0] not in named}, path.name
+
+
+def test_examples_install_on_the_pythons_of_the_core() -> None:
+    projects = [
+        tomllib.loads((one / "pyproject.toml").read_text("utf-8"))["project"] for one in (ROOT, EXAMPLE, SMALL_EXAMPLE)
+    ]
+    assert len({project["requires-python"] for project in projects}) == 1

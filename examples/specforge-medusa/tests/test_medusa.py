@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import entry_points
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specforge.errors import UsageError
 from specforge.models.speculator import SpeculatorModel
-from specforge.registry import GROUP, Registry
+from specforge.registry import installed
 from specforge.sampling import RandomSource, Sampling
 from specforge.training.losses.objectives import Distributions
 from specforge.verifier.features import Features, capture
@@ -209,5 +208,5 @@ def test_a_trained_module_is_loaded_from_its_checkpoint(verifier: LlamaForCausal
 
 
 def test_the_package_registers_itself_without_a_fault() -> None:
-    [plugin] = [candidate for candidate in Registry(entry_points(group=GROUP)).plugins if candidate.name == "medusa"]
+    [plugin] = [candidate for candidate in installed().plugins if candidate.name == "medusa"]
     assert plugin.package == "specforge-medusa" and not plugin.faults

@@ -1,4 +1,4 @@
-"""A recurrent draft, after the recurrent drafter (https://arxiv.org/abs/2403.09919, section 3.1).
+"""A recurrent draft, after ReDrafter (https://arxiv.org/abs/2403.09919, section 3.1).
 
 With f_t the verifier's last state at token t after its final norm, and e its token embeddings, step k = 0, 1, ... is
 
