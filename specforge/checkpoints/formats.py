@@ -5,7 +5,7 @@ from __future__ import annotations
 from specforge.checkpoints.layout import Layout, StoredDraft
 from specforge.config import VerifierConfig
 from specforge.errors import UsageError, nearest_name
-from specforge.hookspecs import CheckpointFormat
+from specforge.hookspecs import Algorithm, CheckpointFormat
 from specforge.models.speculator import SpeculatorModel
 from specforge.registry import installed
 
@@ -53,6 +53,13 @@ def layout_in(stored: StoredDraft, name: str | None = None) -> Layout:
     known = ", ".join(names)
     if name is not None:
         raise UsageError(f"--format: there is no format {name!r}; installed: {known}.{nearest_name(name, names)}")
+    algorithm = stored.config.get("speculators_model_type")
+    of_formats = {one.format.algorithm for one in layouts}
+    if isinstance(algorithm, str) and algorithm in installed().all(Algorithm) and algorithm not in of_formats:
+        raise UsageError(
+            f"{stored.where} is a draft of {algorithm!r}, and no installed plugin has a checkpoint format for it; its "
+            "own plugin can register one, which docs/checkpoints.md explains under 'A format of your own'"
+        )
     raise UsageError(
         f"the format of {stored.where} is unknown: config.json has {_type_fields(stored)}, and the first tensors are "
         f"{', '.join(sorted(stored.tensors)[:4]) or 'none'}. Known formats: {known}"

@@ -21,7 +21,9 @@ from specforge.__main__ import main
 from specforge.checkpoints.convert import convert
 from specforge.checkpoints.formats import read_draft
 from specforge.errors import UsageError
+from specforge.hookspecs import CheckpointFormat
 from specforge.models.speculator import SpeculatorModel
+from specforge.registry import installed
 
 WEIGHTS = "model.safetensors"
 PUBLISHED = ["eagle/eagle", "eagle/sglang", "eagle/speculators", "eagle3/midlayer", "eagle3/speculators"]
@@ -170,6 +172,17 @@ def test_an_unknown_format_lists_the_known_ones(tmp_path: Path) -> None:
         UsageError, match=r"the format of .* is unknown: config.json has model_type 'llama'.*Known formats: .*vllm"
     ):
         convert(str(path.parent), str(VERIFIER), tmp_path / "ours")
+
+
+def test_a_draft_whose_plugin_has_no_format_is_told_so(
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = exported("mlp/speculators", "--skip_verifier")
+    [plugin] = [one for one in installed().plugins if one.name == "mlp"]
+    others = [one for one in plugin.descriptors if not isinstance(one, CheckpointFormat)]
+    monkeypatch.setattr(plugin, "descriptors", others)
+    with pytest.raises(UsageError, match="is a draft of 'mlp', and no installed plugin has a checkpoint format"):
+        read_draft(str(folder))
 
 
 def test_ambiguous_layer_ids_require_a_format(published: Callable[[str], Path], tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from specforge.hookspecs import CheckpointFormat
 from specforge.models.speculator import SpeculatorModel
+from specforge.registry import installed
 from specforge.training.attached import FIT
 from specforge.training.callbacks.board.charts import ADDRESS
 from specforge.training.callbacks.board.writers import writers
@@ -48,7 +50,9 @@ class DraftWriter(Callback):
         next_steps.append(
             f"compare it   {shlex.join(['specforge', 'evaluate', str(run / 'draft'), '--prompts', 'FILE'])}"
         )
-        next_steps.append(f"serve it     {shlex.join(['specforge', 'export', str(run), '--format', 'NAME'])}")
+        formats = installed().all(CheckpointFormat).values()
+        if any(one.algorithm == draft.config.speculators_model_type for one in formats):
+            next_steps.append(f"serve it     {shlex.join(['specforge', 'export', str(run), '--format', 'NAME'])}")
         next_steps.append(f"load it      SpeculatorModel.from_pretrained({str(run / 'draft')!r})")
         draft.save_pretrained(run / "draft")
         if trainer.global_step < module.length.steps:
