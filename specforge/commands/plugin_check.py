@@ -13,18 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from specforge.commands.plugin_proposals import decoding, proposing
 from specforge.commands.plugin_trial import LENGTH, VOCABULARY, Trial, difference, write_verifier
-from specforge.config import TokenProposalConfig
 from specforge.errors import UsageError
 from specforge.hookspecs import Algorithm
 from specforge.models.drafter import Drafter
 from specforge.models.speculator import SpeculatorModel
-from specforge.proposals.choice import choose_proposal
 from specforge.registry import installed
 from specforge.training.module import DraftModule
 from specforge.verifier.features import Features
 
-NEW_TOKENS = 16
 TREES = {"static_tree", "dynamic_tree"}
 
 
@@ -61,8 +59,10 @@ def check_algorithm(name: str, settings: Sequence[str]) -> Iterator[tuple[str, s
             "logits are those that training computes": trained_logits,
             "the drafter agrees with unroll": drafting,
             "rows do not read later tokens": causality,
-            **{f"{one}: the text is the verifier's own": partial(decoding, method=one) for one in algorithm.proposals},
         }
+        for method in algorithm.proposals:
+            checks[f"{method}: the proposal is a tree"] = partial(proposing, method=method)
+            checks[f"{method}: the text is the verifier's own"] = partial(decoding, method=method)
         for what, check in checks.items():
             try:
                 yield what, check(trial)
@@ -198,27 +198,6 @@ def causality(trial: Trial) -> str | None:
         if fault := difference(after[step][rows], before[step][rows]):
             return f"step {step}, on a text that differs from token {middle}: {fault}"
     return None
-
-
-def decoding(trial: Trial, method: str) -> str | None:
-    """Return a fault if text at temperature 0 differs from the verifier's own."""
-    prompts = torch.stack([trial.tokens[:5], trial.tokens[9:14]])
-    own = trial.verifier.generate(prompts, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
-    proposal = _shallow(choose_proposal(method, trial.draft.config), trial.draft.drafter(1).max_depth)
-    text = trial.draft.generate(prompts, max_new_tokens=NEW_TOKENS, proposal=proposal, pad_token_id=0)
-    assert isinstance(text, Tensor)
-    if torch.equal(text, own):
-        return None
-    return f"the text is {text[0, 5:].tolist()}, but the verifier's own is {own[0, 5:].tolist()}"
-
-
-def _shallow(proposal: TokenProposalConfig, depth: int | None) -> TokenProposalConfig:
-    """Return a proposal method's settings with chains or trees no deeper than the draft's."""
-    # A tree has ``depth``; its ``speculative_tokens`` count nodes.
-    name = next((one for one in ("depth", "speculative_tokens") if one in type(proposal).model_fields), None)
-    if depth is None or name is None:
-        return proposal
-    return proposal.model_copy(update={name: min(depth, getattr(proposal, name))})
 
 
 def _described(error: Exception) -> str:

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from specforge.commands import plugin_check
+from specforge.commands.plugin_proposals import malformed, proposing
 from specforge.commands.plugin_trial import LENGTH, Trial, difference, write_verifier
 from specforge.hookspecs import Algorithm
+from specforge.proposals.proposal import Proposal
 from specforge.registry import installed
 from specforge_mlp.drafter import MLPDrafter
 from specforge_mlp.model import MLPSpeculator
@@ -27,6 +29,8 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
 def test_a_right_draft_has_no_fault(trial):
     for check in (plugin_check.shapes, plugin_check.trained_logits, plugin_check.drafting, plugin_check.causality):
         assert check(trial) is None
+    for method in trial.algorithm.proposals:
+        assert proposing(trial, method) is None
 
 
 def test_a_drafter_that_takes_the_column_for_the_parent_is_found(trial, monkeypatch):
@@ -66,3 +70,20 @@ def test_tokens_that_a_draft_rules_out_are_ruled_out_on_both_sides():
     assert difference(ruled_out, ruled_out) is None
     assert "inf off" in difference(nothing, ruled_out) and "inf off" in difference(ruled_out, nothing)
     assert "nan off" in difference(wrong, nothing)
+
+
+@pytest.mark.parametrize(
+    ("parents", "tokens", "fault"),
+    [
+        ([-1, -1, 0, 1], [5, 6, 5, 5], None),
+        ([-1, -1, 0, 3], [5, 6, 5, 5], "nor the index of an earlier node"),
+        ([-1, 0, -1, 1], [5, 6, 5, 5], "not ordered by depth"),
+        ([-1, 0, 1, 2], [5, 6, 5, 5], "longer than the method's depth of 3"),
+        ([-1, -1, 1, 1], [5, 6, 7, 7], "the same token"),
+    ],
+)
+def test_what_is_wrong_with_a_tree_is_named(parents, tokens, fault):
+    # Padding, here of the second sequence, may hold anything.
+    tree = Proposal(torch.tensor([tokens] * 2), torch.tensor([parents, [-1, 9, 9, 9]]), torch.tensor([4, 1]))
+    found = malformed(tree, 3)
+    assert found is None if fault is None else fault in found

@@ -18,7 +18,7 @@ LISTINGS = LISTING.findall((ROOT / "docs" / "plugins.md").read_text(encoding="ut
 
 
 def test_the_guide_lists_every_kind_of_contribution() -> None:
-    assert {name for name, _ in LISTINGS if not name.startswith("specforge_recurrent")} == {
+    assert {name for name, _ in LISTINGS if not name.startswith(("specforge_recurrent", "specforge_mlp"))} == {
         "pyproject.toml",
         *(
             f"specforge_medusa/{path.name}"
@@ -30,10 +30,10 @@ def test_the_guide_lists_every_kind_of_contribution() -> None:
 
 @pytest.mark.parametrize(("name", "listing"), LISTINGS, ids=[text.strip().splitlines()[-1] for _, text in LISTINGS])
 def test_a_listing_is_part_of_the_example(name: str, listing: str) -> None:
-    file = next(path for path in (EXAMPLE / name, SMALL_EXAMPLE / name) if path.is_file())
-    source = file.read_text(encoding="utf-8")
-    # A method is shown without its indentation in the class.
-    assert listing in source or textwrap.indent(listing, "    ") in source
+    folders = (EXAMPLE, SMALL_EXAMPLE, ROOT / "plugins" / "mlp")
+    source = next(path for path in (one / name for one in folders) if path.is_file()).read_text(encoding="utf-8")
+    # A method, or a part of one, is shown without its indentation.
+    assert any(textwrap.indent(listing, "    " * depth) in source for depth in range(3))
 
 
 def test_the_example_imports_no_other_plugin_and_no_command() -> None:
