@@ -45,14 +45,19 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def _check(name: str, settings: list[str]) -> int:
+    from tqdm import tqdm
+
     from specforge.commands.plugin_check import check_algorithm
 
     failed = 0
-    for what, fault in check_algorithm(name, settings):
-        print(f"{'ok    ' if fault is None else 'FAULT '} {what}", flush=True)
-        if fault is not None:
-            failed += 1
-            print(textwrap.indent(fault, " " * 7))
+    # disable=None shows the bar on a terminal only.
+    checks = tqdm(check_algorithm(name, settings), f"checking {name}", unit=" checks", disable=None, leave=False)
+    for what, fault in checks:
+        with checks.external_write_mode():
+            print(f"{'ok    ' if fault is None else 'FAULT '} {what}", flush=True)
+            if fault is not None:
+                failed += 1
+                print(textwrap.indent(fault, " " * 7), flush=True)
     if failed:
         raise SpecforgeError(f"{name}: {failed} of the checks above found a fault; see docs/plugins.md")
     return 0
@@ -65,7 +70,7 @@ def _create(name: str, folder: Path, minimal: bool) -> None:
     print(f"  check it     specforge plugins check {name}")
     print(f"  test it      pytest {folder / 'tests'}")
     print(f"  its settings specforge fit --algorithm {name} --help")
-    config = folder / f"quickstart-{name}.yaml"
+    config = folder.resolve() / f"quickstart-{name}.yaml"
     print(f"  train it     specforge fit --config {config}   (in the root of specforge's repository)")
 
 
