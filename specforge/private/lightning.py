@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.loggers import Logger
     from lightning.pytorch.plugins.environments import ClusterEnvironment
     from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -70,3 +72,13 @@ def shard_over(strategy: ModelParallelStrategy, processes: int) -> None:
     Its constructor takes the sizes, but runs before the numbers of nodes and devices are known.
     """
     strategy._data_parallel_size, strategy._tensor_parallel_size = processes, 1
+
+
+def name_run(logger: Logger, name: str) -> None:
+    """Name the run of a logger that was created without a name for it; W&B and MLflow would make one up."""
+    from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
+
+    if isinstance(logger, MLFlowLogger):
+        logger._run_name = logger._run_name or name
+    elif isinstance(logger, WandbLogger):
+        logger._wandb_init["name"] = logger._wandb_init["name"] or os.environ.get("WANDB_NAME", name)
