@@ -6,11 +6,12 @@ import os
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.loggers import Logger
     from lightning.pytorch.plugins.environments import ClusterEnvironment
     from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -76,9 +77,15 @@ def shard_over(strategy: ModelParallelStrategy, processes: int) -> None:
 
 def name_run(logger: Logger, name: str) -> None:
     """Name the run of a logger that was created without a name for it; W&B and MLflow would make one up."""
-    from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
-
     if isinstance(logger, MLFlowLogger):
         logger._run_name = logger._run_name or name
     elif isinstance(logger, WandbLogger):
         logger._wandb_init["name"] = logger._wandb_init["name"] or os.environ.get("WANDB_NAME", name)
+
+
+class EpochBar(RichProgressBar):
+    """Lightning's progress bar; if the number of epochs has no limit, it shows ``Epoch 0``, not ``Epoch 0/-2``."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        description = super()._get_train_description(current_epoch)
+        return description.replace("/-2", "").ljust(len(description))

@@ -98,13 +98,14 @@ def test_a_logger_that_cannot_be_created_is_one_message(workshop, capfd, logger,
     assert reason in message and "Traceback" not in message and "Namespace" not in message
 
 
-def test_two_at_once(workshop, fit):
+def test_two_at_once(workshop, fit, capfd):
     folder = str(workshop.folder / "logs")
     workshop.values["trainer"]["logger"] = [
         {"class_path": logger, "init_args": {"save_dir": folder, "name": logger}}
         for logger in ("TensorBoardLogger", "CSVLogger")
     ]
     run = fit("runs", *WORDS)
+    assert f"tensorboard --logdir {folder}/TensorBoardLogger\n" in capfd.readouterr().out
     assert "config.yaml" in files(run) and not any("events" in name for name in files(run))
     tags = EventAccumulator(str(workshop.folder / "logs" / "TensorBoardLogger" / "version_0")).Reload().Tags()
     assert "val/loss" in tags["scalars"] and tags["images"] == ["val/acceptance_by_position"]

@@ -99,3 +99,10 @@ def test_a_run_without_a_name_gets_one(tmp_path, monkeypatch, own, expected):
     logger = MLFlowLogger("drafts", own, f"file:{tmp_path}")
     private.name_run(logger, "version_0")
     assert logger.experiment.get_run(logger.run_id).info.run_name == expected
+
+
+@pytest.mark.parametrize(("epochs", "shown"), [(-1, "Epoch 0 "), (1, "Epoch 0/0 ")])
+def test_epochs_without_a_limit_have_no_last_one(tmp_path, capfd, epochs, shown):
+    settings = {"max_epochs": epochs, "max_steps": 2, "limit_val_batches": 0, "enable_progress_bar": True}
+    a_trainer(tmp_path, private.EpochBar(), **settings).fit(BoringModel())
+    assert shown in capfd.readouterr().out
