@@ -20,10 +20,11 @@ from specforge.training.cli.settings import Setting, settings
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = "configuration.md"
 ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")
+API_NAME = re.compile(r'(?<=<span class="doc doc-object-name )[^<]+')
 CODE = re.compile(r"(?<=<code>).+?(?=</code>)", re.DOTALL)
 # A tag, or a word at whose signs a browser may break the line.
-TAG_OR_WORD = re.compile(r"<[^>]+>|[^\s<>]*[-/?}][^\s<>]*")
-LONGEST = 36  # characters in a line of a listing on a phone
+TAG_OR_WORD = re.compile(r"<[^>]+>|[^\s<>]*[-/?|}][^\s<>]*")
+LONGEST = 41  # characters in a line of a listing on a phone
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 INTRODUCTION = """\
 # Every setting
@@ -56,7 +57,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Mark the words of keys and commands that are not to be broken."""
+    """Mark the words of keys and commands that are not to be broken; the API's long names break after a dot."""
+    html = API_NAME.sub(lambda name: name[0].replace(".", ".<wbr>"), html)
     return CODE.sub(lambda code: TAG_OR_WORD.sub(_unbroken, code[0]), html)
 
 
