@@ -1,7 +1,7 @@
 """Check that the site can be read on a desk and on a phone: ``mkdocs build && python docs/check_site.py site``.
 
-It needs a Chromium. No page may be wider than the window, no key or command may break inside a word, and no command or
-output may be cut or need scrolling.
+It needs a Chromium, and ``pip install -e '.[docs]'``. No page may be wider than the window, no key or command may break
+inside a word, and no command or output may be cut or need scrolling.
 """
 
 from __future__ import annotations

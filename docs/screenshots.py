@@ -1,6 +1,6 @@
 """Take the pictures of docs/tensorboard.md: ``python docs/screenshots.py runs/quickstart``.
 
-It needs a Chromium. The page shows these two runs:
+It needs a Chromium, and ``pip install -e '.[docs]'``. The page shows these two runs:
 
     specforge fit --config configs/quickstart.yaml
     specforge fit --config configs/quickstart.yaml --model.optimizer.lr 5.0e-3

@@ -114,8 +114,8 @@ def _draw_over_run(axes: Axes, curves: list[Curve]) -> None:
 def _add_legend(axes: Axes, title: str) -> None:
     """Place the legend beside the curves, which may be anywhere in the chart; of many, it lists some."""
     listed = axes.lines[:: math.ceil(len(axes.lines) / MOST_LISTED)]
-    beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.06), "frameon": False}
-    axes.legend(handles=listed, title=title, fontsize=8, handlelength=1, labelspacing=0.2, **beside)
+    style: dict[str, Any] = {"frameon": False, "fontsize": 8, "handlelength": 1, "labelspacing": 0.2}
+    axes.legend(handles=listed, title=title, loc="upper left", bbox_to_anchor=(1.0, 1.06), **style)
 
 
 def _describe(axes: Axes, title: str, x_label: str) -> None:
