@@ -18,6 +18,8 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 QUICKSTART = Path("configs/quickstart")
 SEED = 201  # far from those of the quickstart's rows
 
@@ -41,14 +43,17 @@ def main() -> None:
 def write_rows(path: Path, number: int) -> None:
     """Let the verifier answer problems; a few more are drawn, since responses cut at the limit are omitted."""
     sys.path.insert(0, str(QUICKSTART))
-    from problems import generate
-    from write_responses import load_verifier, write_split
+    from problems import generate, write_prompts
 
     own = [json.loads(line) for name in ("train", "validation") for line in (QUICKSTART / f"{name}.jsonl").open()]
     problems = generate(number + number // 50, SEED, exclude={row["messages"][0]["content"] for row in own})
-    unfinished = path.with_suffix(".unfinished")
-    write_split(load_verifier(QUICKSTART / "verifier"), problems, unfinished, max_new_tokens=96, batch_size=256)
-    unfinished.replace(path)
+    prompts, output = path.with_name("prompts.jsonl"), path.with_name("responses")
+    write_prompts(problems, prompts)
+    words = ["prepare", "responses", str(prompts), "--verifier", str(QUICKSTART / "verifier")]
+    specforge(*words, "--max_new_tokens", "96", "--batch_size", "256", "--output", str(output))
+    stop = AutoTokenizer.from_pretrained(QUICKSTART / "verifier").eos_token_id
+    with (output / "responses.jsonl").open(encoding="utf-8") as rows:
+        path.write_text("".join(row for row in rows if json.loads(row)["input_ids"][-1] == stop), encoding="utf-8")
 
 
 def first_rows(source: Path, number: int) -> Path:
@@ -62,18 +67,23 @@ def first_rows(source: Path, number: int) -> Path:
 def train(rows: Path, steps: int, log: Path) -> tuple[float, float]:
     """Train the quickstart's recipe; return the best acceptance length and the number of epochs."""
     if not log.exists():
-        command = [
-            *(sys.executable, "-m", "specforge", "fit", "--config", "configs/quickstart.yaml"),
+        shown = specforge(
+            *("fit", "--config", "configs/quickstart.yaml"),
             *("--data.train", str(rows), "--output_dir", str(log.with_suffix("")), "--trainer.max_epochs", "-1"),
             *("--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps // 4)),
             *("--trainer.enable_progress_bar", "false", "--trainer.logger", "false"),
-        ]
-        shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        )
         log.write_text(shown, encoding="utf-8")
     shown = log.read_text(encoding="utf-8")
     lengths = [float(length) for length in re.findall(r"acceptance_length (\d\.\d+)", shown)]
     batches = int(re.findall(r"an epoch has ([\d,]+) batches", shown)[0].replace(",", ""))
     return max(lengths), steps / batches
+
+
+def specforge(*words: str) -> str:
+    """Run a command and return its output."""
+    command = [sys.executable, "-m", "specforge", *words]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -15,6 +15,7 @@ from specforge.hookspecs import (
 )
 
 _OBJECTIVES = "specforge.training.losses.objectives"
+_MOONCAKE = "specforge.data.features.mooncake"
 _TRANSPORTS = "specforge.data.features.transports"
 _WEIGHTINGS = "specforge.training.losses.weightings"
 
@@ -108,9 +109,11 @@ def specforge_layer_families() -> Iterable[LayerFamily]:
 
 @hookimpl
 def specforge_feature_transports() -> Iterable[FeatureTransport]:
-    """The transport that needs nothing but a shared folder."""
+    """Ways of vLLM's own connector and of those of hs-connectors."""
     return [
         FeatureTransport("file", "files in a folder shared with the server", f"{_TRANSPORTS}:FileTransport"),
+        FeatureTransport("fp8", "the same with one byte per value", f"{_TRANSPORTS}:OneByteFileTransport"),
+        FeatureTransport("mooncake", "a Mooncake store, by the extra mooncake", f"{_MOONCAKE}:MooncakeTransport"),
     ]
 
 

@@ -2,11 +2,18 @@
 
 Half of the sources are tasks of the package `reasoning-gym`, with its short answers put into sentences; the other half
 are templates written here. Every problem is drawn from seeded generators, so a seed names the same problems anywhere.
+
+    python configs/quickstart/problems.py FOLDER
+
+writes the prompts of the quickstart's rows, train.jsonl and validation.jsonl.
 """
 
+import json
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -427,3 +434,21 @@ def generate(count: int, seed: int, exclude: Collection[str] = frozenset()) -> l
         if problem.question not in exclude:
             problems.setdefault(problem.question, problem)
     return list(problems.values())
+
+
+def write_prompts(problems: list[Problem], path: Path) -> None:
+    """Writes the questions as prompts, one JSON object a line."""
+    path.write_text("".join(json.dumps({"turns": [problem.question]}) + "\n" for problem in problems))
+
+
+def main() -> None:
+    """Writes the prompts of both splits; no prompt occurs in both."""
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    train = generate(2000, 101)  # far from the seeds of the verifier's own training and validation problems
+    write_prompts(train, folder / "train.jsonl")
+    write_prompts(generate(150, 102, exclude={problem.question for problem in train}), folder / "validation.jsonl")
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 from packaging.requirements import Requirement
 
-from specforge.commands.endpoints import add_endpoint_flags, endpoint_settings
+from specforge.commands.endpoints import add_endpoint_flags, chosen_transport, endpoint_settings
 from specforge.commands.trainer import quieten
 from specforge.commands.units import in_units
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
@@ -25,6 +25,7 @@ from specforge.errors import SpecforgeError, UsageError
 from specforge.registry import installed
 
 if TYPE_CHECKING:
+    from specforge.data.features.transports import Transport
     from specforge.training.module import DraftModule
 
 DESCRIPTION = """\
@@ -86,11 +87,12 @@ def _check_endpoints(found: argparse.Namespace, words: list[str]) -> int:
     quieten()
     if found.compare and not words:
         raise UsageError("--compare: needs the verifier of a configuration; give --config FILE")
-    module = module_and_data(words)[0] if words else None
-    if faults := _print(endpoints(found, module)):
+    module, data = module_and_data(words) if words else (None, None)
+    if faults := _print(endpoints(found, module, chosen_transport(found.transport, data))):
         print(f"\n{faults} fault(s). Fix them, then run again: specforge doctor --endpoint URL")
         return 1
-    command = shlex.join(["prepare", "features", *words, "--output", "features", "--endpoint", "URL"])
+    transport = [] if found.transport is None else ["--transport", found.transport]
+    command = shlex.join(["prepare", "features", *words, "--output", "features", "--endpoint", "URL", *transport])
     print(f"\nNothing is wrong. To store states:\n  specforge {command}")
     return 0
 
@@ -120,18 +122,17 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def endpoints(found: argparse.Namespace, module: DraftModule | None) -> Iterator[Finding]:
+def endpoints(found: argparse.Namespace, module: DraftModule | None, transport: Transport) -> Iterator[Finding]:
     """Ask each endpoint for the states of one row."""
     # The client takes a second to import.
     from specforge.commands.endpoint_check import ask_row, compare, require_layers, wrong_layers
-    from specforge.data.features.transports import transport_named
     from specforge.engines.connection import Address
 
     for url in found.endpoint:
         settings = replace(endpoint_settings(found, 1), urls=[url], retries=1)
         state = "answers with no states"
         try:
-            model, states = ask_row(settings, transport_named(found.transport))
+            model, states = ask_row(settings, transport)
             _, layers, width = states.states.shape
             kind = str(states.states.dtype).removeprefix("torch.")
             state = f"serves {model}: states of {layers} layers, width {width:,}, {kind}"

@@ -6,6 +6,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from specforge.data.features.transports import Transport
+    from specforge.data.module import DraftDataModule
     from specforge.engines.pool import EndpointSettings
 
 
@@ -22,9 +24,28 @@ def add_endpoint_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="Maximum time for an answer, and for the engines to come back when none is running.",
     )
+    add_transport_flag(parser)
+
+
+def add_transport_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says how states come from engines."""
     parser.add_argument(
-        "--transport", default="file", metavar="NAME", help="How the states come here; names: specforge plugins."
+        "--transport",
+        metavar="NAME",
+        help="How states come from servers (see specforge plugins); data.feature_transport of the configuration by "
+        "default.",
     )
+
+
+def chosen_transport(name: str | None, data: DraftDataModule | None) -> Transport:
+    """Return the transport that a flag names, or else the configuration.
+
+    Raises:
+        UsageError: No installed plugin provides it, or it cannot be used here.
+    """
+    from specforge.data.features.transports import transport_named
+
+    return transport_named(name or (data.feature_transport if data else "file"))
 
 
 def endpoint_settings(found: argparse.Namespace, concurrency: int) -> EndpointSettings:

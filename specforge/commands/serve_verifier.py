@@ -6,7 +6,7 @@ import argparse
 import os
 import shlex
 
-from specforge.commands.endpoints import positive
+from specforge.commands.endpoints import add_transport_flag, chosen_transport, positive
 from specforge.commands.trainer import quieten
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
 from specforge.errors import UsageError
@@ -19,9 +19,9 @@ only prints its command line, to run where vLLM and the accelerators are.
   specforge serve-verifier --config FILE --tensor_parallel 8 \\
     --folder /dev/shm/states
 
-All other flags are those of specforge fit: the configuration sets the verifier, the layers and the length of rows. The
-server writes states into --folder, which must have the same path for the server and for its clients; use one in memory
-if they share a machine. Several servers may use one folder."""
+All other flags are those of specforge fit: the configuration sets the verifier, the layers, the length of rows, and how
+states travel. With the transports file and fp8, the server writes them into --folder, which must have the same path for
+the server and for its clients; use one in memory if they share a machine. Several servers may use one folder."""
 # Lets a server take rows as long as the verifier's context, and one token more.
 LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 
@@ -40,10 +40,11 @@ def run(arguments: list[str]) -> int:
     module, data = module_and_data(words)
     text, loading = module.teacher.config.get_text_config(), module.teacher.loading
     longest = data.row_settings.max_length
+    connector = chosen_transport(found.transport, data).connector(found.folder)
     server = ExtractionServer(
         module.teacher.name,
         engine_layer_ids(sorted({*module.aux_layers, text.num_hidden_layers})),
-        found.folder,
+        connector,
         longest,
         found.port,
         found.tensor_parallel,
@@ -77,8 +78,9 @@ def command_line() -> argparse.ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--print", action="store_true", help="Only print the command line.")
+    add_transport_flag(parser)
     parser.add_argument(
-        "--folder", default="/dev/shm/specforge", metavar="FOLDER", help="Folder for the states of answered requests."
+        "--folder", metavar="FOLDER", help="Folder for the states of answered requests; /dev/shm/specforge by default."
     )
     parser.add_argument("--port", type=positive, default=8000, metavar="N", help="Port of the server.")
     parser.add_argument(

@@ -87,7 +87,7 @@ class DraftDataModule(LightningDataModule):
             trains, and a folder that specforge prepare features wrote is read.
         feature_servers: With features: server, the URLs of the servers, such as [http://host:8000/v1]; num_workers
             processes ask them ahead of training.
-        feature_transport: How states come from the servers; names are listed by specforge plugins.
+        feature_transport: How states come from servers: file (default), fp8, mooncake, or by a plugin.
         record: With features: server, a folder to store the states in that came, in bfloat16. Rows that are stored
             there are not asked for again, and later runs can read it with features: FOLDER.
         cache_dir: Folder of the tokenised rows. Default: rows in $SPECFORGE_CACHE, or in ~/.cache/specforge.
@@ -407,11 +407,13 @@ class DraftDataModule(LightningDataModule):
         sampler = PackedSampler(
             items, shuffle=shuffle, seed=self.seed, rank=ranks["rank"], world_size=ranks["num_replicas"]
         )
+        workers = self._workers(items) if self.num_workers is None else self.num_workers
         return ResumableLoader(
             items,
             batch_size=self.batch_size,
             sampler=sampler,
-            num_workers=self._workers(items) if self.num_workers is None else self.num_workers,
+            num_workers=workers,
+            multiprocessing_context=self._servers.process_context if self._servers and workers else None,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # so that starting an epoch draws nothing from the global generator

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class ExtractionServer:
     Attributes:
         model: Folder or hub id of the verifier.
         layers: vLLM's ids of the layers, ascending.
-        folder: Folder that it shares with its clients.
+        connector: Value of ``--kv-transfer-config``: how the states leave it.
         max_length: Longest row in tokens.
         port: Port to listen on.
         tensor_parallel: Number of devices that share each layer.
@@ -25,7 +26,7 @@ class ExtractionServer:
 
     model: str
     layers: Sequence[int]
-    folder: str
+    connector: dict[str, Any]
     max_length: int
     port: int = 8000
     tensor_parallel: int = 1
@@ -39,11 +40,6 @@ class ExtractionServer:
             "method": "extract_hidden_states",
             "num_speculative_tokens": 1,
             "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(self.layers)}},
-        }
-        connector = {
-            "kv_connector": "ExampleHiddenStatesConnector",
-            "kv_role": "kv_producer",
-            "kv_connector_extra_config": {"shared_storage_path": self.folder, "use_synchronization_lock": True},
         }
         words = [["vllm", "serve", self.model], ["--port", str(self.port)]]
         if self.revision is not None:
@@ -60,5 +56,5 @@ class ExtractionServer:
             # Of cached tokens no states are computed.
             ["--no-enable-prefix-caching"],
             ["--speculative-config", json.dumps(speculation, separators=(",", ":"))],
-            ["--kv-transfer-config", json.dumps(connector, separators=(",", ":"))],
+            ["--kv-transfer-config", json.dumps(self.connector, separators=(",", ":"))],
         ]

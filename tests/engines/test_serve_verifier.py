@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -62,6 +63,20 @@ class TestServeVerifier:
         assert value(line, "--tensor-parallel-size") == 4 and value(line, "--port") == 8123
         assert line[line.index("--dtype") + 1] == "bfloat16" and line[line.index("--revision") + 1] == "v2"
         assert "--trust-remote-code" in line
+
+    def test_a_transport_sets_its_connector(self, printed):
+        files = value(printed(), "--kv-transfer-config")
+        line = printed("--data.feature_transport", "fp8")
+        connector = value(line, "--kv-transfer-config")
+        assert connector.pop("kv_connector_module_path") == "hs_connectors.fp8_hidden_states_connector"
+        assert connector == {**files, "kv_connector": "FP8HiddenStatesConnector"}
+        assert value(printed("--data.feature_transport=fp8", "--transport=file"), "--kv-transfer-config") == files
+
+    def test_mooncake_is_an_extra(self, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "hs_connectors", None)
+        assert main(["serve-verifier", *CONFIG, "--transport=mooncake", "--print"]) == 2
+        message = " ".join(capsys.readouterr().err.split())
+        assert "transport mooncake is not installed" in message and "specforge-lightning[mooncake]" in message
 
     def test_rows_as_long_as_the_context_are_allowed(self, printed):
         assert printed()[0] == "VLLM_ALLOW_LONG_MAX_MODEL_LEN=1", "512 tokens, and one that is asked for"

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Written = dict[str, Tensor]
+Write = Callable[[Written | None], None]
 _ONE_PASS = Lock()  # servers may share a model, and with it its hooks
 
 
@@ -137,13 +138,27 @@ class ExtractingServer:
         if not self.extracts:
             return 200, answer
         # As vLLM does: its own id is random at the end only.
-        path = self.folder / f"cmpl-{body['request_id'] or uuid4().hex}-0-{uuid4().hex[:8]}.safetensors"
-        lock = os.open(f"{path}.lock", os.O_CREAT | os.O_WRONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        Thread(target=self._write, args=(number, tensors, path, lock), daemon=True).start()
+        name = f"cmpl-{body['request_id'] or uuid4().hex}-0-{uuid4().hex[:8]}"
+        parameters, write = self.begin_writing(name, tensors)
+        Thread(target=self._write, args=(number, tensors, write), daemon=True).start()
         if self.lost(number):
             return 0, {}
-        return 200, {**answer, "kv_transfer_params": {"hidden_states_path": str(path)}}
+        return 200, {**answer, "kv_transfer_params": parameters}
+
+    def begin_writing(self, name: str, tensors: Written) -> tuple[dict[str, Any], Write]:
+        """Return the ``kv_transfer_params`` of a request, and what writes its states or, for None, does not."""
+        path = self.folder / f"{name}.safetensors"
+        lock = os.open(f"{path}.lock", os.O_CREAT | os.O_WRONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def write(changed: Written | None) -> None:
+            if changed is not None:
+                save_file(changed, path)
+            # A forked client has a copy of the file: closing it would not release the lock.
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            os.close(lock)
+
+        return {"hidden_states_path": str(path)}, write
 
     def _prompt(self, body: dict[str, Any]) -> list[int]:
         if self.tokenizer is None or "messages" not in body:
@@ -165,15 +180,11 @@ class ExtractingServer:
         stop = self.model.generation_config.eos_token_id
         return stop if isinstance(stop, list) else [stop]
 
-    def _write(self, number: int, tensors: Written, path: Path, lock: int) -> None:
+    def _write(self, number: int, tensors: Written, write: Write) -> None:
         server = self._server
         time.sleep(self.delay)
         changed = self.written(number, tensors)
-        if changed is not None and server is not None and server is self._server:
-            save_file(changed, path)
-        # A forked client has a copy of the file: closing it would not release the lock.
-        fcntl.flock(lock, fcntl.LOCK_UN)
-        os.close(lock)
+        write(changed if server is not None and server is self._server else None)
         with self._gate:
             self._at_once -= 1
 

@@ -78,7 +78,12 @@ def command_line() -> ArgumentParser:
         help="Maximum number of prompts of each set and category.",
     )
     parser.add_argument(
-        "--batch_size", type=PositiveInt, default=1, metavar="N", help="Number of responses decoded in a batch."
+        "--batch_size",
+        type=PositiveInt,
+        default=8,
+        metavar="N",
+        help="Number of responses decoded in a batch. The acceptance length does not depend on it; 1 measures the time "
+        "of a single user.",
     )
     add_server_flags(parser)
     parser.add_argument("--output", type=str, default="evaluation", metavar="FOLDER", help="Folder of the report.")

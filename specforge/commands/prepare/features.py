@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from specforge.bounds import FeatureType
-from specforge.commands.endpoints import add_endpoint_flags, endpoint_settings, positive
+from specforge.commands.endpoints import add_endpoint_flags, chosen_transport, endpoint_settings, positive
 from specforge.commands.trainer import quieten
 from specforge.commands.units import in_units
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
@@ -20,6 +20,7 @@ from specforge.errors import UsageError
 if TYPE_CHECKING:
     from specforge.data.features.manifest import Manifest
     from specforge.data.features.plan import ShardPlan
+    from specforge.data.features.transports import Transport
 
 INDEX = ".files.npz"  # of a folder given as --from_vllm, until the store is complete
 DESCRIPTION = """\
@@ -77,7 +78,7 @@ def run(arguments: list[str]) -> int:
     plan = ShardPlan([data.rows_of(source) for source in sources or data.sources], needs, manifest.token_bytes)
     manifest = replace(manifest, rows_identity=plan.identity)
     if found.endpoint:
-        whole = _ask(found, plan, manifest, output)
+        whole = _ask(found, chosen_transport(found.transport, data), plan, manifest, output)
     else:
         states: States = LiveStates(partial(verifier_states, module.teacher, module.aux_layers), found.batch_tokens)
         if found.from_vllm is not None:
@@ -133,14 +134,15 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def _ask(found: argparse.Namespace, plan: ShardPlan, manifest: Manifest, output: Path) -> Manifest | None:
+def _ask(
+    found: argparse.Namespace, transport: Transport, plan: ShardPlan, manifest: Manifest, output: Path
+) -> Manifest | None:
     # The client takes a second to import.
     from specforge.data.features.asking import AskedStates
     from specforge.data.features.preparing import prepare_features
-    from specforge.data.features.transports import transport_named
 
     settings = endpoint_settings(found, found.concurrency)
-    with AskedStates(settings, transport_named(found.transport), manifest, output) as states:
+    with AskedStates(settings, transport, manifest, output) as states:
         return prepare_features(plan, manifest, output, states, ahead=settings.concurrency, written=states.forget)
 
 

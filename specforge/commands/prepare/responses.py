@@ -25,6 +25,7 @@ from specforge.commands.arguments import (
     template_words,
     verifier_text,
 )
+from specforge.commands.endpoints import chosen_transport
 from specforge.commands.prepare.check import check_rows, print_check
 from specforge.data.text.records import RawRecord
 from specforge.errors import UsageError
@@ -228,7 +229,11 @@ def command_line() -> ArgumentParser:
         help="Configuration of specforge fit whose states are stored, too; needs --endpoint.",
     )
     parser.add_argument(
-        "--transport", type=str, default="file", metavar="NAME", help="How states come here: see specforge plugins."
+        "--transport",
+        type=str | None,
+        default=None,
+        metavar="NAME",
+        help="How states come from servers (see specforge plugins); by default as --record says.",
     )
     parser.add_argument(
         "--check",
@@ -265,7 +270,6 @@ def _recorder(found: Namespace) -> AnswerRecorder:
     from specforge.commands.configured import module_and_data
     from specforge.data.features.answers import AnswerRecorder
     from specforge.data.features.growing import GrowingStore
-    from specforge.data.features.transports import transport_named
     from specforge.engines.responses import features_folder
 
     # The rows that the configuration names may be those that are about to be written.
@@ -285,7 +289,7 @@ def _recorder(found: Namespace) -> AnswerRecorder:
     store = GrowingStore(features_folder(output), data.feature_manifest(needs, "bfloat16"))
     tag = "specforge-" + hashlib.sha256(str(output.absolute()).encode()).hexdigest()[:12]
     longest = data.row_settings.max_length
-    return AnswerRecorder(store, transport_named(found.transport), tag, longest, found.timeout)
+    return AnswerRecorder(store, chosen_transport(found.transport, data), tag, longest, found.timeout)
 
 
 def _endpoints(

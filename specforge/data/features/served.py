@@ -8,7 +8,7 @@ response is sent, and is locked until the file is written. The files do not name
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,14 +54,29 @@ def read_states(path: Path) -> ServedStates:
         WrongStates: It is missing, damaged or holds something else.
     """
     try:
-        tensors = load_file(path)
-        token_ids, states = tensors["token_ids"], tensors["hidden_states"]
+        return as_states(load_file(path), str(path))
     except FileNotFoundError:
         raise WrongStates(f"{path} does not exist") from None
-    except (SafetensorError, OSError, KeyError) as error:
-        raise WrongStates(f"{path} is damaged or holds no states: {error}") from None
+    except (SafetensorError, OSError) as error:
+        raise WrongStates(f"{path} is damaged: {error}") from None
+
+
+def as_states(tensors: Mapping[str, Tensor], where: str) -> ServedStates:
+    """Return the states of a request from its tensors.
+
+    Args:
+        tensors: The tensors.
+        where: What holds them, for messages.
+
+    Raises:
+        WrongStates: They are something else.
+    """
+    try:
+        token_ids, states = tensors["token_ids"], tensors["hidden_states"]
+    except KeyError as error:
+        raise WrongStates(f"{where} holds no states: there is no {error}") from None
     if states.ndim != 3:
-        raise WrongStates(f"{path} holds no states: hidden_states has shape {list(states.shape)}")
+        raise WrongStates(f"{where} holds no states: hidden_states has shape {list(states.shape)}")
     if "hidden_states_scales" in tensors:
         states = states.float() * tensors["hidden_states_scales"]
     return ServedStates(token_ids, states)

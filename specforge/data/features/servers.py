@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.context import BaseContext
 from threading import Thread
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -63,6 +65,7 @@ class StateServers:
         )
         self.needs = needs
         self.transport = transport
+        self._survives_fork = transport_named(transport).survives_fork
         self._tag = f"specforge-{uuid4().hex[:12]}"  # begins the ids of all requests of this run
         self._opened: _Connections | None = None
 
@@ -98,6 +101,16 @@ class StateServers:
         """
         connections = self._connections
         return connections.run(_together([connections.asker.ask(row, request_id(self._tag)) for row in rows]))
+
+    @property
+    def process_context(self) -> BaseContext | None:
+        """How processes that ask the servers are started; None for torch's default."""
+        if self._survives_fork:
+            return None
+        # They are forked by a process that has imported everything and asked for nothing.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        return context
 
     def sweep(self) -> None:
         """Delete what lost answers of this run have left, when no process asks any longer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
@@ -13,12 +13,29 @@ from specforge.errors import SpecforgeError
 from specforge.hookspecs import FeatureTransport
 from specforge.registry import installed
 
+FOLDER = "/dev/shm/specforge"  # in memory
 VISIBLE_SECONDS = 5.0  # a network file system shows new files after a while
 _POLL_SECONDS = (0.002, 0.05)
 
 
 class Transport(Protocol):
-    """Receives states that an engine has computed; one object serves many requests at the same time."""
+    """Receives states that an engine has computed; one object serves many requests at the same time.
+
+    Attributes:
+        survives_fork: Whether a process that has received states may fork others that receive states.
+    """
+
+    survives_fork: bool
+
+    def connector(self, folder: str | None) -> dict[str, Any]:
+        """Return vLLM's ``--kv-transfer-config`` of a server that sends states this way.
+
+        Args:
+            folder: The folder that server and clients share; None for the default.
+
+        Raises:
+            UsageError: It uses no folder, and one is given.
+        """
 
     async def receive(self, parameters: Mapping[str, Any]) -> ServedStates:
         """Wait for the states of a request and return them.
@@ -59,11 +76,30 @@ def transport_named(name: str) -> Transport:
     return transport
 
 
+async def pauses() -> AsyncIterator[float]:
+    """Yield the seconds waited so far, with ever longer pauses between them."""
+    begin, (delay, longest) = monotonic(), _POLL_SECONDS
+    while True:
+        yield monotonic() - begin
+        await asyncio.sleep(delay)
+        delay = min(2 * delay, longest)
+
+
 class FileTransport:
     """Files in a folder that the server shares with this machine; a folder in memory (tmpfs) is fastest."""
 
+    survives_fork = True
+
     def __init__(self) -> None:
         self._folders: set[Path] = set()  # where servers have put files
+
+    def connector(self, folder: str | None) -> dict[str, Any]:
+        """Return the settings of vLLM's own connector."""
+        return {
+            "kv_connector": "ExampleHiddenStatesConnector",
+            "kv_role": "kv_producer",
+            "kv_connector_extra_config": {"shared_storage_path": folder or FOLDER, "use_synchronization_lock": True},
+        }
 
     async def receive(self, parameters: Mapping[str, Any]) -> ServedStates:
         """Wait until the file is written, and read it."""
@@ -84,29 +120,38 @@ class FileTransport:
                     _delete(path)
 
     async def _written(self, path: Path) -> None:
-        begin, (delay, longest) = monotonic(), _POLL_SECONDS
-        while True:
+        async for waited in pauses():
             if not is_being_written(path):
                 if path.exists():
                     return
                 if lock_of(path).exists():
                     raise WrongStates(f"the server has ended without writing {path}")
-                if monotonic() - begin > VISIBLE_SECONDS:
+                if waited > VISIBLE_SECONDS:
                     raise WrongStates(
                         f"{path} is not on this machine; mount the server's shared_storage_path here, at the same path"
                     )
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, longest)
 
     def _path(self, parameters: Mapping[str, Any]) -> Path:
         path = parameters.get("hidden_states_path")
         if not isinstance(path, str):
             raise WrongStates(
                 f"the server names no file of states (kv_transfer_params: {sorted(parameters)}); start it with the "
-                "command line that specforge serve-verifier --print prints"
+                "command line that specforge serve-verifier --print prints, or choose the server's transport"
             )
         self._folders.add(Path(path).parent)
         return Path(path)
+
+
+class OneByteFileTransport(FileTransport):
+    """Files with one byte per value and a scale per token, which hs-connectors' connector writes in half the space."""
+
+    def connector(self, folder: str | None) -> dict[str, Any]:
+        """Return the settings of hs-connectors' connector, a subclass of vLLM's."""
+        return {
+            **super().connector(folder),
+            "kv_connector": "FP8HiddenStatesConnector",
+            "kv_connector_module_path": "hs_connectors.fp8_hidden_states_connector",
+        }
 
 
 def _delete(path: Path) -> None:
