@@ -23,7 +23,7 @@ ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")
 API_NAME = re.compile(r'(?<=<span class="doc doc-object-name )[^<]+')
 CODE = re.compile(r"(?<=<code>).+?(?=</code>)", re.DOTALL)
 # A tag, or a word at whose signs a browser may break the line.
-TAG_OR_WORD = re.compile(r"<[^>]+>|[^\s<>]*[-/?|}][^\s<>]*")
+TAG_OR_WORD = re.compile(r"<[^>]+>|(?=[^\s<>]*\w)[^\s<>]*[^\w\s<>][^\s<>]*")
 LONGEST = 41  # characters in a line of a listing on a phone
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 INTRODUCTION = """\
