@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -19,6 +20,11 @@ from specforge.training.cli.settings import Setting, settings
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = "configuration.md"
 ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")
+API_NAME = re.compile(r'(?<=<span class="doc doc-object-name )[^<]+')
+CODE = re.compile(r"(?<=<code>).+?(?=</code>)", re.DOTALL)
+# A tag, or a word at whose signs a browser may break the line.
+TAG_OR_WORD = re.compile(r"<[^>]+>|(?=[^\s<>]*\w)[^\s<>]*[^\w\s<>][^\s<>]*")
+LONGEST = 41  # characters in a line of a listing on a phone
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 INTRODUCTION = """\
 # Every setting
@@ -50,6 +56,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return LINK.sub(on_site, markdown)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Mark the words of keys and commands that are not to be broken; the API's long names break after a dot."""
+    html = API_NAME.sub(lambda name: name[0].replace(".", ".<wbr>"), html)
+    return CODE.sub(lambda code: TAG_OR_WORD.sub(_unbroken, code[0]), html)
+
+
+def _unbroken(match: re.Match[str]) -> str:
+    word = match[0]
+    classes = "unbroken" if len(unescape(word)) <= LONGEST else "unbroken long"
+    return word if word.startswith("<") else f'<span class="{classes}">{word}</span>'
+
+
 def _outside(file: File) -> Iterator[str]:
     for link in LINK.findall(file.content_string):
         target = _target(_in_repository(file), link)
@@ -74,11 +92,11 @@ def configuration() -> str:
 
 def _section(name: str, algorithm: Algorithm) -> str:
     lines = [f"## {name}", "", f"{algorithm.summary[0].upper()}{algorithm.summary[1:]}.", ""]
-    # Two columns, so that neither keys nor meanings are cut on a page of usual width.
-    lines += ["| key | meaning, values and default |", "|---|---|"]
+    # Two columns, so that neither keys nor meanings are cut on a page of usual width; one on a phone.
+    lines += ['<div class="settings" markdown>', "", "| key | meaning, values and default |", "|---|---|"]
     # The trainer's settings are Lightning's.
     own = (one for one in settings(settings_parser(algorithm)) if not one.key.startswith("trainer."))
-    return "\n".join([*lines, *map(_line, own), ""])
+    return "\n".join([*lines, *map(_line, own), "", "</div>", ""])
 
 
 def _line(one: Setting) -> str:

@@ -1,6 +1,6 @@
 """Take the pictures of docs/tensorboard.md: ``python docs/screenshots.py runs/quickstart``.
 
-It needs a Chromium. The page shows these two runs:
+It needs a Chromium, and ``pip install -e '.[docs]'``. The page shows these two runs:
 
     specforge fit --config configs/quickstart.yaml
     specforge fit --config configs/quickstart.yaml --model.optimizer.lr 5.0e-3
@@ -9,26 +9,27 @@ It needs a Chromium. The page shows these two runs:
 from __future__ import annotations
 
 import io
-import shutil
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from browser import chromium
 from PIL import Image
 
 from specforge.training.callbacks.board.charts import ADDRESS
 
 IMAGES = Path(__file__).parent / "images"
 CURVES = ADDRESS.partition("#custom_scalars&")[2]
+# Unticks "Ignore outliers", as the page tells readers to.
+WHOLE_AXES = "localStorage.setItem('_ignoreYOutliers', 'false')"
 # Name of the picture, the address's fragment (after #), and the window's width and height.
 PICTURES = (
-    ("custom-scalars", f"custom_scalars&{CURVES}", 1090, 1010),
-    ("acceptance-by-position", "images", 1090, 860),
+    ("custom-scalars", f"custom_scalars&{CURVES}", 1090, 1130),
+    ("acceptance-by-position", "images", 1090, 880),
     ("samples", "text&tagFilter=sample_0", 1090, 740),
     ("hparams", "hparams", 2240, 330),
 )
@@ -48,9 +49,14 @@ def main(logdir: str) -> None:
     try:
         _wait_for_runs(f"http://localhost:{port}/data/runs")
         IMAGES.mkdir(exist_ok=True)
-        for name, tab, width, height in PICTURES:
-            picture = _picture(f"http://localhost:{port}/#{tab}", width, height)
-            picture.quantize(64).save(IMAGES / f"tensorboard-{name}.png", optimize=True)
+        with chromium() as browser:
+            for name, tab, width, height in PICTURES:
+                page = browser.new_page(viewport={"width": width, "height": height})
+                page.add_init_script(WHOLE_AXES)
+                page.goto(f"http://localhost:{port}/#{tab}", wait_until="networkidle")
+                page.wait_for_timeout(20_000)  # charts are drawn some time after their data came
+                picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+                picture.quantize(64).save(IMAGES / f"tensorboard-{name}.png", optimize=True)
     finally:
         server.terminate()
         server.wait()
@@ -65,18 +71,6 @@ def _wait_for_runs(address: str) -> None:
         except URLError:
             continue
     raise SystemExit("TensorBoard found no runs within a minute")
-
-
-def _picture(address: str, width: int, height: int) -> Image.Image:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        raise SystemExit("install chromium, for example with: apt install chromium")
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "picture.png"
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=20000"]
-        size = [f"--window-size={width},{height}", f"--screenshot={path}"]
-        subprocess.run([browser, *options, *size, address], check=True, capture_output=True, timeout=120)
-        return Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
 
 
 if __name__ == "__main__":

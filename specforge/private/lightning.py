@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 if TYPE_CHECKING:
@@ -70,3 +73,19 @@ def shard_over(strategy: ModelParallelStrategy, processes: int) -> None:
     Its constructor takes the sizes, but runs before the numbers of nodes and devices are known.
     """
     strategy._data_parallel_size, strategy._tensor_parallel_size = processes, 1
+
+
+def name_run(logger: Logger, name: str) -> None:
+    """Name the run of a logger that was created without a name for it; W&B and MLflow would make one up."""
+    if isinstance(logger, MLFlowLogger):
+        logger._run_name = logger._run_name or name
+    elif isinstance(logger, WandbLogger):
+        logger._wandb_init["name"] = logger._wandb_init["name"] or os.environ.get("WANDB_NAME", name)
+
+
+class EpochBar(RichProgressBar):
+    """Lightning's progress bar; if the number of epochs has no limit, it shows ``Epoch 0``, not ``Epoch 0/-2``."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        description = super()._get_train_description(current_epoch)
+        return description.replace("/-2", "").ljust(len(description))

@@ -93,6 +93,16 @@ class TestFigure:
         assert len(few) == MOST_CURVES and few[-1] == curves[-1]
         assert (draw_acceptance(curves) == draw_acceptance(few)).all()
 
+    def test_nothing_is_cut_and_each_position_has_a_color(self):
+        positions = 15
+        rates = [0.95**position for position in range(1, positions + 1)]
+        picture = draw_acceptance([(step, rates, rates) for step in range(1_000_000, 9_000_000, 1_000_000)])
+        edges = [picture[0], picture[-1], picture[:, 0], picture[:, -1]]
+        assert all((edge == 255).all() for edge in edges)
+        over_run = Image.fromarray(picture).crop((0, len(picture) * 2 // 3, picture.shape[1], len(picture)))
+        many = [color for number, color in over_run.getcolors(2**20) if number > 40 and max(color) - min(color) > 60]
+        assert len(many) == positions
+
     def test_a_resumed_run_keeps_its_curves(self, workshop, fit):
         fit("runs", "--trainer.max_steps=8", "--trainer.val_check_interval=4")
         run = fit("runs", *THREE_VALIDATIONS, "--ckpt_path=last")

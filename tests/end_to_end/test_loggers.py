@@ -56,12 +56,32 @@ def test_mlflow(workshop, fit, monkeypatch):
     assert {"config.yaml", "checkpoints/best.ckpt", "draft/model.safetensors"} <= files(run)
     client = MlflowClient(init["tracking_uri"])
     (logged,) = client.search_runs([client.get_experiment_by_name("drafts").experiment_id])
-    assert logged.info.status == "FINISHED"
-    assert logged.data.params["model.optimizer.lr"] == "0.004"
+    assert (logged.info.status, logged.info.run_name) == ("FINISHED", "runs/version_0")
+    assert logged.data.params["model.optimizer.lr"] == "0.004" and logged.data.params["model.objective"] == "kl 1"
     assert logged.data.metrics["final/loss"] == logged.data.metrics["val/loss"]
     assert [metric.step for metric in client.get_metric_history(logged.info.run_id, "train/loss")] == [0, 1, 2]
     (image,) = (workshop.folder / "mlflow").rglob("*.png")
     assert re.search(r"acceptance_by_position\Wstep\W3\W", image.name)
+
+
+def test_wandb(workshop, fit, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CONSOLE", "off")
+    init = {"project": "drafts", "offline": True, "save_dir": str(workshop.folder)}
+    workshop.values["trainer"]["logger"] = {"class_path": "WandbLogger", "init_args": init}
+    try:
+        run = fit("runs", *WORDS)
+        name, settings, results = wandb.run.name, dict(wandb.run.config), dict(wandb.run.summary)
+        (image,) = Path(wandb.run.dir).rglob("*.png")
+    finally:
+        wandb.finish()
+    assert {"config.yaml", "checkpoints/best.ckpt", "draft/model.safetensors"} <= files(run)
+    assert name == "runs/version_0"
+    assert settings["model.optimizer.lr"] == 4e-3 and settings["model.objective"] == "kl 1"
+    assert results["final/acceptance_length"] == results["val/acceptance_length"] == results["best/acceptance_length"]
+    assert results["trainer/global_step"] == 3
+    assert image.name.startswith("acceptance_by_position")
 
 
 @pytest.mark.parametrize(
@@ -78,13 +98,14 @@ def test_a_logger_that_cannot_be_created_is_one_message(workshop, capfd, logger,
     assert reason in message and "Traceback" not in message and "Namespace" not in message
 
 
-def test_two_at_once(workshop, fit):
+def test_two_at_once(workshop, fit, capfd):
     folder = str(workshop.folder / "logs")
     workshop.values["trainer"]["logger"] = [
         {"class_path": logger, "init_args": {"save_dir": folder, "name": logger}}
         for logger in ("TensorBoardLogger", "CSVLogger")
     ]
     run = fit("runs", *WORDS)
+    assert f"tensorboard --logdir {folder}/TensorBoardLogger\n" in capfd.readouterr().out
     assert "config.yaml" in files(run) and not any("events" in name for name in files(run))
     tags = EventAccumulator(str(workshop.folder / "logs" / "TensorBoardLogger" / "version_0")).Reload().Tags()
     assert "val/loss" in tags["scalars"] and tags["images"] == ["val/acceptance_by_position"]

@@ -9,6 +9,7 @@ import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 from pydantic import BaseModel
@@ -88,3 +89,20 @@ def test_a_strategy_keeps_sizes_that_are_set_before_setup():
 @pytest.mark.parametrize(("duration", "left"), [(timedelta(minutes=2), 120), (None, None)])
 def test_a_timer_has_its_full_time_before_the_start(duration, left):
     assert Timer(duration).time_remaining() == left
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "version_0"), ("mine", "mine")])
+def test_a_run_without_a_name_gets_one(tmp_path, monkeypatch, own, expected):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    logger = MLFlowLogger("drafts", own, f"file:{tmp_path}")
+    private.name_run(logger, "version_0")
+    assert logger.experiment.get_run(logger.run_id).info.run_name == expected
+
+
+@pytest.mark.parametrize(("epochs", "shown"), [(-1, "Epoch 0 "), (1, "Epoch 0/0 ")])
+def test_epochs_without_a_limit_have_no_last_one(tmp_path, capfd, epochs, shown):
+    settings = {"max_epochs": epochs, "max_steps": 2, "limit_val_batches": 0, "enable_progress_bar": True}
+    a_trainer(tmp_path, private.EpochBar(), **settings).fit(BoringModel())
+    assert shown in capfd.readouterr().out

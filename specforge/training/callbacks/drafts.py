@@ -37,8 +37,9 @@ class DraftWriter(Callback):
         best = best_checkpoint(trainer)
         run = checkpoint_folder(trainer).parent
         next_steps = []
-        if writers(trainer):
-            next_steps += [f"look at it   tensorboard --logdir {run.parent}", f"             {ADDRESS}"]
+        for writer in writers(trainer)[:1]:  # its folder is the run's, unless trainer.logger sets another
+            command = shlex.join(["tensorboard", "--logdir", str(Path(writer.log_dir).parent)])
+            next_steps += [f"look at it   {command}", f"             {ADDRESS}"]
         if best.best_model_path and best.best_model_score is not None:
             draft = _best_draft(Path(best.best_model_path), module.draft)
             which = f"the best draft ({best.monitor} {float(best.best_model_score):.3f})"

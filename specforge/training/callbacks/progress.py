@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.utilities import rank_zero_only
 
 from specforge.data.module import data_of
+from specforge.private.lightning import EpochBar
 from specforge.training.attached import FIT, callbacks_of, is_fitting
 from specforge.training.callbacks.board.acceptance import accept_rates
 from specforge.training.callbacks.checkpoints import BestCheckpoint, checkpoint_folder
@@ -17,7 +17,7 @@ from specforge.training.module import DraftModule
 from specforge.training.saying import say
 
 
-class ProgressBar(RichProgressBar):
+class ProgressBar(EpochBar):
     """The progress bar of every run."""
 
     def __init__(self) -> None:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from specforge.bounds import Interval, VerifierType
 from specforge.errors import SpecforgeError, UsageError, describe_os_error
 from specforge.hookspecs import Algorithm
+from specforge.private.lightning import name_run
 from specforge.registry import installed
 from specforge.training.callbacks.checkpoints import BestCheckpoint
 from specforge.training.callbacks.configuration import RunConfig
@@ -205,6 +206,8 @@ class TrainingCLI(LightningCLI):
         run = claim(self._claims, Path(config.output_dir), config.run_name, config.ckpt_path, self.checkpoint)
         if settings["logger"] in (None, True):
             kwargs["logger"] = TensorBoardLogger(run.parent, name="", version=run.name)
+        for logger in _as_list(settings["logger"]):
+            name_run(logger, config.run_name or f"{run.parent.resolve().name}/{run.name}")
         best.dirpath = str(run / CHECKPOINTS)
         self.save_config_kwargs = {"arguments": self.arguments, "folder": run}
 

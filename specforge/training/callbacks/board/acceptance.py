@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from specforge.drawing import COLORS, plot_style
+from specforge.drawing import plot_style
 from specforge.training.attached import is_fitting
 from specforge.training.callbacks.board.writers import show_image
 from specforge.training.module import DraftModule
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_CURVES = 8
+MOST_LISTED = 16
 
 # Steps trained, and the rates by position: joint and conditional.
 Curve = tuple[int, list[float], list[float]]
@@ -77,18 +78,17 @@ def draw_acceptance(curves: list[Curve]) -> npt.NDArray[np.uint8]:
         from matplotlib.figure import Figure
 
         # One above the other: TensorBoard's cards are narrow.
-        figure = Figure(figsize=(4.6, 8.6), dpi=110, facecolor="white")
+        figure = Figure(figsize=(5.2, 8.8), dpi=110, facecolor="white")
         # Fixed margins: computing them takes as long as the drawing.
-        margins = {"left": 0.13, "right": 0.97, "top": 0.965, "bottom": 0.06, "hspace": 0.3}
+        margins = {"left": 0.12, "right": 0.76, "top": 0.965, "bottom": 0.06, "hspace": 0.38}
         joint, conditional, over_run = figure.subplots(3, 1, gridspec_kw=margins)
         for number, (steps, *rates) in enumerate(shown, start=1):
             color = colormaps["viridis_r"](number / len(shown))
             for axes, values in zip((joint, conditional), rates, strict=True):
                 axes.plot(range(1, len(values) + 1), values, color=color, marker="o", markersize=4, label=f"{steps:,}")
-        _describe(joint, "Accepted in all rounds")
-        _describe(conditional, "Accepted if all before it were")
-        conditional.set_xlabel("Position in the draft")
-        joint.legend(title="after steps", loc="upper right", ncols=2, frameon=False)
+        _describe(joint, "Accepted in all rounds", "Position in the draft")
+        _describe(conditional, "Accepted if all before it were", "Position in the draft")
+        _add_legend(joint, "after steps")
         _draw_over_run(over_run, shown)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -96,19 +96,33 @@ def draw_acceptance(curves: list[Curve]) -> npt.NDArray[np.uint8]:
 
 
 def _draw_over_run(axes: Axes, curves: list[Curve]) -> None:
-    for position in range(max(len(joint) for _, joint, _ in curves)):
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+
+    positions = max(len(joint) for _, joint, _ in curves)
+    for position in range(positions):
         steps, rates = zip(*((at, joint[position]) for at, joint, _ in curves if position < len(joint)), strict=True)
-        color = COLORS[position % len(COLORS)]
+        color = colormaps["plasma"](0.9 * position / positions)  # a palette of few colors would repeat them
         axes.plot(steps, rates, color=color, marker="o", markersize=3, label=f"{position + 1}")
-    _describe(axes, "Accepted in all rounds, over the run")
-    axes.set_xlabel("Optimizer steps")
-    axes.legend(title="position", loc="upper right", ncols=8, frameon=False, handlelength=1, columnspacing=1)
+    _describe(axes, "Accepted in all rounds, over the run", "Optimizer steps")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    _add_legend(axes, "position")
 
 
-def _describe(axes: Axes, title: str) -> None:
+def _add_legend(axes: Axes, title: str) -> None:
+    """Place the legend beside the curves, which may be anywhere in the chart; of many, it lists some."""
+    listed = axes.lines[:: math.ceil(len(axes.lines) / MOST_LISTED)]
+    style: dict[str, Any] = {"frameon": False, "fontsize": 8, "handlelength": 1, "labelspacing": 0.2}
+    axes.legend(handles=listed, title=title, loc="upper left", bbox_to_anchor=(1.0, 1.06), **style)
+
+
+def _describe(axes: Axes, title: str, x_label: str) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     axes.set_title(title, fontsize=9, loc="left")
+    axes.set_xlabel(x_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     axes.set_ylim(0, 1.03)
