@@ -286,7 +286,7 @@ def row(step: Step, counts: StepCounts) -> str:
 
 
 def details(counts: StepCounts) -> Iterator[str]:
-    """Yield each part, the waits, and the operations that move most bytes."""
+    """Yield each part, the waits, and the operations that move and hold most bytes."""
     busy = counts.simulated().by_part
     yield "\n| part | kernels | views | GB | TFLOP | ms busy |\n|---|---|---|---|---|---|"
     for part in sorted(counts.kernels | counts.views):
@@ -297,7 +297,11 @@ def details(counts: StepCounts) -> Iterator[str]:
         )
     yield ""
     yield from (f"  {times} x {kind} in {part}: {line}" for (part, kind, line), times in counts.waits.most_common())
-    for name, found, unit in (("GB", counts.bytes_by_operation, 1e9), ("kernels", counts.kernels_by_operation, 1)):
+    for name, found, unit in (
+        ("GB", counts.bytes_by_operation, 1e9),
+        ("kernels", counts.kernels_by_operation, 1),
+        ("GB at the peak", counts.held, 1e9),
+    ):
         yield ""
         yield from (f"  {value / unit:9,.2f} {name}  {part}: {what}" for (part, what), value in found.most_common(25))
     yield ""

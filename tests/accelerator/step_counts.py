@@ -99,6 +99,7 @@ class StepCounts:
         kernels_by_operation: ``kernels`` by part and operation.
         events: Everything in the host's order.
         peak: Peak of the device's memory in bytes, of all tensors that exist.
+        held: What exists at the peak, in bytes by the part and operation that made it.
     """
 
     kernels: Counter[str] = field(default_factory=Counter)
@@ -111,6 +112,7 @@ class StepCounts:
     kernels_by_operation: Counter[tuple[str, str]] = field(default_factory=Counter)
     events: list[Event] = field(default_factory=list)
     peak: int = 0
+    held: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
     def all_flops(self) -> int:
@@ -167,14 +169,15 @@ class Counting:
         self._parts = [OTHER]
         self._counts_now = False
         self._forward: dict[int, str] = {}
-        self._live = 0
+        self._live: Counter[tuple[str, str]] = Counter()
         self._storages: dict[int, weakref.ref[Any]] = {}
         simulated_device.LISTENERS.append(self._listen)
 
     def start(self) -> None:
         """Start to count."""
         self._counts_now = True
-        self.counts.peak = self._live
+        self.counts.peak = 0
+        self._measure()
 
     def stop(self) -> None:
         """Stop counting."""
@@ -207,7 +210,7 @@ class Counting:
         outputs = [one for one in tree_leaves(output) if isinstance(one, Tensor)]
         for one in outputs:
             if isinstance(one, DeviceTensor):
-                self._hold(one.content)
+                self._hold(one.content, _name(function))
         if not self._counts_now:
             return
         if function is simulated_device.Event.record:
@@ -226,7 +229,7 @@ class Counting:
 
     def _add(self, function: Any, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         counts, part = self.counts, self._part()
-        name = "tolist" if function is DeviceTensor.tolist else function._schema.name.partition("::")[2]
+        name = _name(function)
         if name in _VIEWS:
             counts.views[part] += 1
             counts.events.append(Event(part, "view"))
@@ -269,19 +272,28 @@ class Counting:
         found = next((self._forward[one] for one in range(number + 1, number - 60, -1) if one in self._forward), None)
         return BACKWARD if found is None else f"{BACKWARD} of {found}"
 
-    def _hold(self, content: Tensor) -> None:
+    def _hold(self, content: Tensor, operation: str) -> None:
         storage = content.untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key in self._storages:
             return
+        made_by = self._part(), operation
 
         def end(_: Any) -> None:
-            self._live -= size
+            self._live[made_by] -= size
             del self._storages[key]
 
         self._storages[key] = weakref.ref(storage, end)
-        self._live += size
-        self.counts.peak = max(self.counts.peak, self._live)
+        self._live[made_by] += size
+        self._measure()
+
+    def _measure(self) -> None:
+        if (total := self._live.total()) > self.counts.peak:
+            self.counts.peak, self.counts.held = total, self._live.copy()
+
+
+def _name(function: Any) -> str:
+    return function._schema.name.partition("::")[2] if hasattr(function, "_schema") else function.__name__
 
 
 def _size(tensor: Tensor) -> int:
