@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from specforge.precision import computed
+
 
 def use_memory_saving_blocks(network: nn.Module) -> None:
     """Replace norms and gated feed-forward blocks that compute the same as Llama's, in any family, in place.
@@ -36,7 +38,7 @@ class LeanRMSNorm(LlamaRMSNorm):
     """RMSNorm that keeps only its input (https://arxiv.org/abs/1910.07467, equation 4)."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise states [..., H]."""
+        """Normalise states [..., H]; with autocast, to its dtype, so that the products that read them share one copy."""
         return cast(Tensor, _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon))
 
 
@@ -54,11 +56,12 @@ class _RMSNorm(torch.autograd.Function):
         ctx.epsilon = epsilon
         if _has_fused_norm(states.device):
             ctx.save_for_backward(states, weight)
-            return _fused_norm(_widened(states), weight, epsilon).to(torch.promote_types(weight.dtype, states.dtype))
+            output = _fused_norm(_widened(states), weight, epsilon)
+            return computed(output.to(torch.promote_types(weight.dtype, states.dtype)))
         wide = _widened(states)
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
         ctx.save_for_backward(states, weight, scale)
-        return weight * (wide * scale).to(states.dtype)
+        return computed(weight * (wide * scale).to(states.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -73,7 +76,7 @@ class _RMSNorm(torch.autograd.Function):
             along = (of_normalised * normalised).mean(-1, keepdim=True)
             of_states = ((of_normalised - normalised * along) * scale).to(states.dtype)
         if ctx.needs_input_grad[1]:
-            of_weight = (gradient * normalised.to(states.dtype)).sum_to_size(weight.shape).to(weight.dtype)
+            of_weight = (gradient.to(weight.dtype) * normalised.to(states.dtype)).sum_to_size(weight.shape).to(weight.dtype)
         return of_states, of_weight, None
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specforge.precision import computed
 from specforge.private.torch import ATTENTION, ATTENTION_BACKWARD
 
 
@@ -29,9 +30,7 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Callabl
     """
     if query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible(), scale=scale, enable_gqa=True)
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (one.to(torch.get_autocast_dtype("cpu")) for one in (query, key, value))
-    return cast(Tensor, _OnCPU.apply(query, key, value, visible, scale))
+    return cast(Tensor, _OnCPU.apply(*map(computed, (query, key, value)), visible, scale))
 
 
 class _OnCPU(torch.autograd.Function):

@@ -30,6 +30,7 @@ from specforge.models.draft_attention import DraftAttention, cache_argument
 from specforge.models.draft_rows import DraftRows
 from specforge.models.lean_blocks import use_memory_saving_blocks
 from specforge.models.speculator import AttachmentMode, SpeculatorModel
+from specforge.precision import compute_type
 from specforge.private.transformers import set_attention
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features
@@ -205,7 +206,7 @@ class EagleSpeculator(SpeculatorModel):
         """Embed tokens [...] as [..., H] with the verifier's embeddings."""
         with torch.no_grad():
             embedded = self.verifier_parts.embed_tokens(tokens)
-        return cast(Tensor, embedded.to(self.fusion_fc.weight.dtype))
+        return cast(Tensor, embedded.to(compute_type(self.fusion_fc.weight)))
 
     def fuse(self, tokens: Tensor, feature: Tensor) -> Tensor:
         """Fuse the embeddings of tokens [B, T] with features [B, T, H] into the decoder layer's input, [B, T, H]."""

@@ -26,6 +26,7 @@ from specforge.models.drafter import Drafter
 from specforge.models.lean_blocks import use_memory_saving_blocks
 from specforge.models.speculator import SpeculatorModel
 from specforge.models.vocabulary import DraftVocabulary, map_faults
+from specforge.precision import compute_type
 from specforge.private.transformers import set_attention
 from specforge.proposals import GreedyTokenProposalConfig
 from specforge.verifier.features import Features
@@ -236,11 +237,11 @@ class Eagle3DraftModel(SpeculatorModel):
         """Embed the verifier's tokens [...] as [..., H] with the draft's own embeddings or the verifier's."""
         own = self.embed_tokens
         table = self.verifier_parts.embed_tokens.weight.detach() if own is None else own.weight
-        return nn.functional.embedding(tokens, table).to(self.fc.weight.dtype)
+        return nn.functional.embedding(tokens, table).to(compute_type(self.fc.weight))
 
     def fuse(self, aux: Tensor) -> Tensor:
         """Fuse features of the aux layers [B, T, n, H] into one [B, T, H]."""
-        aux = aux.to(self.fc.weight.dtype)
+        aux = aux.to(compute_type(self.fc.weight))
         if self.fc_norm is not None:
             aux = torch.stack([norm(aux[..., index, :]) for index, norm in enumerate(self.fc_norm)], dim=-2)
         joined = aux.flatten(-2)

@@ -23,6 +23,7 @@ from specforge.models.chain.kernels import kernels_for
 from specforge.models.chain.merging import Kernel, merged_attention
 from specforge.models.draft_attention import DraftAttention
 from specforge.models.draft_rows import DraftRows
+from specforge.precision import computed
 
 KeysAndValues = tuple[Tensor, Tensor]
 
@@ -119,7 +120,7 @@ class TrainingTimeStep:
         Arguments and result are those of ``DraftAttention.attend``; the window counts positions, as in decoding: at
         step k, row t is k positions after its token.
         """
-        query, key, value = (_computed(one[0].transpose(0, 1)) for one in (query, key, value))
+        query, key, value = (computed(one[0].transpose(0, 1)) for one in (query, key, value))
         (keys, values), later = self.test.record_step(self.step, layer, key, value)
         hidden = None if window is None else max(window - self.step, 0)
         own = later[-window:] if window is not None else later
@@ -156,9 +157,3 @@ def record_keys(module: nn.Module, states: Tensor, attention: DraftAttention, **
     """
     assert isinstance(attention, TrainingTimeStep) and attention.step == 0
     module(states, attention_mask=None, draft_attention=_RecordKeysOnly(attention.test), **options)
-
-
-def _computed(tensor: Tensor) -> Tensor:
-    """Cast to autocast's dtype if it is on, as torch's own attention does."""
-    device = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor

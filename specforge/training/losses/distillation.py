@@ -22,6 +22,7 @@ from specforge.decoding.recorded import acceptance_of_drawn, draft_indices, labe
 from specforge.errors import SpecforgeError
 from specforge.models.speculator import unchanged
 from specforge.moving import moved
+from specforge.precision import compute_type
 from specforge.sampling import Sampling
 from specforge.training.losses.chunks import Chunk, blocks, chunks
 from specforge.training.losses.comparison import (
@@ -147,7 +148,7 @@ def distill(
             f"the draft's heads read a width of {width}, but its states have {hidden.shape[-1]}: `states`, then "
             "`before_head`, must return the input of `head_weights`"
         )
-    fused = why_not_fused(hidden.device, _compute_type(hidden), terms, weighting) is None
+    fused = why_not_fused(hidden.device, compute_type(hidden), terms, weighting) is None
     # Sampling's filters copy and sort logits.
     copies = not fused or (labels is not None and not labels.sampling.is_greedy)
     verifier_size = teacher.parts.lm_head.weight.shape[0]
@@ -207,20 +208,21 @@ class _Distill(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, work: _Inputs, further_head: Tensor | None, *heads: Tensor
     ) -> tuple[Tensor, ...]:
-        compute_type = _compute_type(hidden)
+        dtype = compute_type(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             of_hidden, _, of_further, *of_heads = ctx.needs_input_grad
-            run = _ChunkPass(hidden, heads, further_head, work, compute_type, of_hidden, of_heads[0], of_further)
+            run = _ChunkPass(hidden, heads, further_head, work, dtype, of_hidden, of_heads[0], of_further)
             for chunk, target in work.compared():
                 run.add(chunk, target)
-        ctx.gradients = run.hidden_gradient, run.further_gradient, run.head_gradients
+        # Saved, so that they are freed as soon as they are used.
+        ctx.save_for_backward(run.hidden_gradient, run.further_gradient, *run.head_gradients)
         others = run.sums, run.acceptance, run.agreement, run.matches, run.drawn, run.candidates, run.verifier_tops
         ctx.mark_non_differentiable(*others)
         return run.loss, *others
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        of_hidden, of_further, of_heads = ctx.gradients
+        of_hidden, of_further, *of_heads = ctx.saved_tensors
         return (
             None if of_hidden is None else of_hidden * scale.to(of_hidden.dtype),
             None,
@@ -238,15 +240,15 @@ class _ChunkPass:
         heads: Sequence[Tensor],
         further_head: Tensor | None,
         work: _Inputs,
-        compute_type: torch.dtype,
+        dtype: torch.dtype,
         train_hidden: bool,
         train_heads: bool,
         train_further: bool,
     ) -> None:
         self.work = work
         self.hidden = hidden.detach()
-        self.heads = [head.detach().to(compute_type) for head in heads]
-        self.further_head = None if further_head is None else further_head.detach().to(compute_type)
+        self.heads = [head.detach().to(dtype) for head in heads]
+        self.further_head = None if further_head is None else further_head.detach().to(dtype)
         shape = work.supervised.shape
         zeros = partial(torch.zeros, device=hidden.device, dtype=wide_type(hidden.dtype))
         self.loss = zeros(())
@@ -428,9 +430,3 @@ def _add_product(gradient: Tensor | None, of_logits: Tensor, states: Tensor) -> 
         gradient.addmm_(of_logits.T, states)
     else:
         gradient += of_logits.T @ states
-
-
-def _compute_type(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of the matrix products: autocast's if it is on."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
