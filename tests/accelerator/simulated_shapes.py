@@ -38,7 +38,8 @@ def run(function: Any, kernel: Callable[..., Any], args: Any, kwargs: dict[str, 
     if function is _aten._local_scalar_dense.default:
         return torch.ones((), dtype=given[0].dtype).item()
     if function is _aten._to_copy.default and not to_device and kwargs.get("device") is not None:
-        return torch.ones(given[0].shape, dtype=kwargs.get("dtype") or given[0].dtype)
+        # At the end, Lightning copies weights and the optimizer's states of any size to the CPU.
+        return torch.ones((), dtype=kwargs.get("dtype") or given[0].dtype).expand(given[0].shape)
     if function is _aten.copy_.default and not args[0].is_meta:
         return args[0].fill_(1)
     if function in _INDEXING:
