@@ -11,7 +11,7 @@ L context rows a sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from specforge import flash
 from specforge.models.block.documents import document_starts
+from specforge.models.block.slots_as_heads import SlotsAsHeads
 from specforge.models.masked_attention import masked_attention
 from specforge.moving import moved
+from specforge.precision import computed
 
 # On a CPU: small enough that few keys are looked at in vain, large enough that each product is a large one.
 QUERIES_PER_MASK = 256
@@ -66,7 +69,10 @@ class _Part:
 
 
 class PackedBlocks:
-    """Attention of blocks of a packed batch, some slots at a time: no mask of all slots and rows is ever made.
+    """Attention of blocks of a packed batch: no mask of all slots and rows is ever made.
+
+    FlashAttention runs blocks without a mask, except for windows that are causal within a block. Other devices and
+    dtypes run some slots at a time with a mask.
 
     Args:
         document_ids: Which document a row belongs to, -1 for padding, [B, T], on the CPU.
@@ -87,6 +93,7 @@ class PackedBlocks:
         device: torch.device,
     ) -> None:
         starts = document_starts(document_ids)[rows]
+        self._given = rows, starts, size, slots, device
         slots = torch.arange(len(rows) * size) if slots is None else slots
         number = QUERIES_PER_MASK if device.type == "cpu" else QUERIES_PER_MASK_OF_ACCELERATORS
         self._parts = self._split(rows, starts, slots, size, number)
@@ -111,7 +118,15 @@ class PackedBlocks:
         self, query: Tensor, context: KeysAndValues, own: KeysAndValues, scale: float, window: int | None
     ) -> Tensor:
         """Attend in one layer; the context is of the flattened batch, [N, key-value heads, D] each."""
+        asked = computed(query)
+        if flash.takes(asked) and (window is None or not self.causal_windows):
+            context, own = ((computed(key), computed(value)) for key, value in (context, own))
+            return self._as_heads.attend(asked, context, own, scale, window)
         return torch.cat([self._attend(part, query, context, own, scale, window) for part in self._parts])
+
+    @cached_property
+    def _as_heads(self) -> SlotsAsHeads:
+        return SlotsAsHeads(*self._given)
 
     def _attend(
         self, part: _Part, query: Tensor, context: KeysAndValues, own: KeysAndValues, scale: float, window: int | None

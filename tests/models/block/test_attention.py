@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flash_reference import flash_attention, flash_attention_backward
 from torch import Tensor
 
+from specforge import flash
 from specforge.documents import DocumentLayout
 from specforge.models.block import attention
 from specforge.models.block.attention import CachedContext, PackedBlocks
@@ -43,12 +45,24 @@ def slow_reference(
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("at_once", [1, 5, 256])
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch, masks: bool) -> None:
+    """Attend by FlashAttention; refuse masks unless they are needed."""
+    monkeypatch.setattr(flash, "takes", lambda _: True)
+    monkeypatch.setattr(flash, "FLASH_ATTENTION", flash_attention)
+    monkeypatch.setattr(flash, "FLASH_ATTENTION_BACKWARD", flash_attention_backward)
+    if not masks:
+        monkeypatch.delattr(attention, "masked_attention")
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 256, None])
 @pytest.mark.parametrize(("window", "causal"), [(None, True), (2, True), (2, False), (9, True)])
 def test_outputs_and_gradients_are_those_of_the_slow_reference(
-    window: int | None, causal: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+    window: int | None, causal: bool, at_once: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "QUERIES_PER_MASK", at_once)
+    """With masks for some slots at once, or as on a CUDA device, without any."""
+    monkeypatch.setattr(attention, "QUERIES_PER_MASK", at_once or 256)
+    if at_once is None:
+        as_on_cuda(monkeypatch, masks=window is not None and causal)
     query = random(len(ROWS) * SIZE, HEADS, WIDTH)
     context = random(32, GROUPS, WIDTH, seed=1), random(32, GROUPS, WIDTH, seed=2)
     own = random(len(query), GROUPS, WIDTH, seed=3), random(len(query), GROUPS, WIDTH, seed=4)
