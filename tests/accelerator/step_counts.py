@@ -17,7 +17,7 @@ import simulated_device
 import torch
 import waits
 from simulated_device import DeviceTensor
-from simulated_kernels import ATTENTION_PAIRS
+from simulated_kernels import ATTENTION_PAIRS, FLASH_BACKWARD
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -244,6 +244,10 @@ class Counting:
             # Backward: the products of gradients and outputs, the main kernel, and the conversion of a gradient.
             kernels, seconds = 3 if backward else 1, flops / rate
             moved = sum(map(_size, inputs)) + sum(map(_size, outputs))
+            if function is FLASH_BACKWARD and (by_head := _gradients_by_head(*args[1:3])):
+                # Two more kernels sum over the heads that share a key.
+                kernels, seconds, moved = kernels + 2, seconds + by_head / RATES.bandwidth, moved + 2 * by_head
+                self._measure(by_head)
         elif (packet := getattr(function, "_overloadpacket", None)) in _PRODUCTS:
             flops = _PRODUCTS[packet](*args)
             counts.flops[part] += flops
@@ -287,8 +291,8 @@ class Counting:
         self._live[made_by] += size
         self._measure()
 
-    def _measure(self) -> None:
-        if (total := self._live.total()) > self.counts.peak:
+    def _measure(self, scratch: int = 0) -> None:
+        if (total := self._live.total() + scratch) > self.counts.peak:
             self.counts.peak, self.counts.held = total, self._live.copy()
 
 
@@ -321,6 +325,12 @@ def _moved(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
         written = 2 * _size(inputs[-1]) + sum(_size(one) for one in inputs[1:-1])
         return written if name.endswith("_") else written + 2 * _size(inputs[0])
     return sum(map(_size, inputs)) + sum(map(_size, outputs))
+
+
+def _gradients_by_head(query: Tensor, key: Tensor) -> int:
+    """Return the bytes of the gradients of keys and values for each query head, if several share a key."""
+    shares = query.shape[1] // key.shape[1]
+    return 2 * shares * key.numel() * key.element_size() if shares > 1 else 0
 
 
 def _attention_flops(args: Any, pairs: Callable[..., int], backward: bool) -> int:
