@@ -76,7 +76,9 @@ class _RMSNorm(torch.autograd.Function):
             along = (of_normalised * normalised).mean(-1, keepdim=True)
             of_states = ((of_normalised - normalised * along) * scale).to(states.dtype)
         if ctx.needs_input_grad[1]:
-            of_weight = (gradient.to(weight.dtype) * normalised.to(states.dtype)).sum_to_size(weight.shape).to(weight.dtype)
+            of_weight = (
+                (gradient.to(weight.dtype) * normalised.to(states.dtype)).sum_to_size(weight.shape).to(weight.dtype)
+            )
         return of_states, of_weight, None
 
 

@@ -30,6 +30,7 @@ def specforge_objectives() -> Iterable[Objective]:
             "top_k",
             "cross-entropy over the verifier's ten most probable tokens",
             "specforge_eagle.objectives:top_k_distillation",
+            closed_form=True,
         )
     ]
 

@@ -6,7 +6,7 @@ numbers themselves contribute to the logits' gradient is in the kernel, so that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -52,7 +52,7 @@ def _has_triton() -> bool:
 
 @dataclass(frozen=True)
 class FusedSums:
-    """``PairSums`` of M pairs by a kernel; the first seven are leaves of the loss's graph."""
+    """``PairSums`` of M pairs by a kernel; the first seven, and log q of the most probable tokens, are leaves."""
 
     forward_kl: Tensor
     cross_entropy: Tensor
@@ -61,6 +61,7 @@ class FusedSums:
     log_acceptance: Tensor
     log_q_text: Tensor
     log_q_best: Tensor
+    most_probable: Callable[[int], tuple[Tensor, Tensor]]
     top: Tensor
     mean_acceptance: Tensor | None
     text: Tensor | None
@@ -101,20 +102,35 @@ class FusedPairs:
         mean_acceptance: Tensor | None = None,
     ) -> None:
         self._given = logits, target.logits, target.normaliser, target.of_draft, target_of
+        self._target = target
+        # Tokens and leaves of each call of ``most_probable``, [number, M].
+        self._chosen: list[tuple[Tensor, Tensor]] = []
         self._found, top = pair_sums(*self._given)
         best = target.best[target_of]
         self._tokens = torch.stack([torch.full_like(best, -1) if text is None else text, best])
         log_q = logits.gather(1, self._tokens.clamp(min=0).T).T - self._found[0]
         leaves = [one.detach().requires_grad_(torch.is_grad_enabled()) for one in (*self._found[1:6], *log_q)]
-        others = top, mean_acceptance, text, target.top[target_of]
+        others = self._most_probable, top, mean_acceptance, text, target.top[target_of]
         self.sums = FusedSums(*leaves, *others)  # type: ignore[call-arg]
 
     def differentiate(self, loss: Tensor) -> None:
         """Replace the logits by the gradient of a loss of the sums."""
-        found = torch.autograd.grad(loss, self.sums.leaves, allow_unused=True)
-        none = torch.zeros_like(self._found[0])
-        forward, cross, *others = (none if one is None else one for one in found)
-        used = [found[0] is not None or found[1] is not None, *(one is not None for one in found[2:])]
+        leaves = [*self.sums.leaves, *(leaf for _, leaf in self._chosen)]
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        used = [one is not None for one in found[:7]]
+        forward, cross, *others = (
+            torch.zeros_like(leaf) if one is None else one for one, leaf in zip(found, leaves, strict=True)
+        )
         # KL(p || q) and the cross-entropy differ by the entropy of p.
-        factors = torch.stack([forward + cross, *others])
-        pair_gradient_(*self._given, self._found, self._tokens, factors, used)
+        factors = torch.cat([torch.stack([forward + cross, *others[:5]]), *others[5:]])
+        tokens = torch.cat([self._tokens, *(tokens for tokens, _ in self._chosen)])
+        pair_gradient_(*self._given, self._found, tokens, factors, [used[0] or used[1], *used[2:]])
+
+    def _most_probable(self, number: int) -> tuple[Tensor, Tensor]:
+        """See ``PairSums.most_probable``."""
+        logits, *_, target_of = self._given
+        tokens, probabilities = (one[target_of] for one in self._target.most_probable(number))
+        log_q = logits.gather(1, tokens).T - self._found[0]
+        leaf = log_q.detach().requires_grad_(torch.is_grad_enabled())
+        self._chosen.append((tokens.T, leaf))
+        return probabilities, leaf.T

@@ -82,10 +82,11 @@ def pair_gradient_(
         of_draft: As for ``pair_sums``.
         target_of: As for ``pair_sums``.
         sums: Its result.
-        tokens: The text's token and the verifier's most probable draft token, int64 [2, M]; -1 for none.
+        tokens: The text's token, the verifier's most probable draft token, and k further ones, int64 [2 + k, M]; -1 for
+            none.
         factors: Derivatives of the loss by KL(p || q), KL(q || p), the Jensen-Shannon divergence, log a and
-            the log-probabilities of the two tokens, float32 [6, M].
-        used: Which of the six rows are read.
+            the log-probabilities of the tokens, float32 [6 + k, M].
+        used: Which of the first six rows are read.
     """
     from specforge.training.losses import triton_rows
 

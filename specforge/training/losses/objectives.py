@@ -56,6 +56,9 @@ class PairSums(Protocol):
     def log_q_best(self) -> Tensor:
         """Log-probability of the verifier's most probable draft token."""
 
+    def most_probable(self, number: int) -> tuple[Tensor, Tensor]:
+        """Probabilities p of the verifier's most probable draft tokens, and log q of these tokens, [n, number] each."""
+
     @property
     def top(self) -> Tensor:
         """The draft's most probable token."""
@@ -143,6 +146,18 @@ class Distributions:
     def log_q_best(self) -> Tensor:
         """Log-probability of the verifier's most probable draft token, log q(argmax p), [n]."""
         return self.log_q.gather(1, self.log_p.argmax(-1, keepdim=True)).squeeze(1)
+
+    def most_probable(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return p of the verifier's most probable draft tokens, and log q of these tokens.
+
+        Args:
+            number: Number of tokens; all if there are fewer.
+
+        Returns:
+            [n, number] each, by falling p.
+        """
+        top = self.log_p.topk(min(number, self.log_p.shape[-1]), dim=-1)
+        return top.values.exp(), self.log_q.gather(-1, top.indices)
 
     @property
     def top(self) -> Tensor:

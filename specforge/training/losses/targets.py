@@ -83,6 +83,11 @@ class FusedTarget(Target):
         own = logits.index_select(1, draft_ids)
         return cls(draft_indices(top, draft_ids), log_p_text, own, normaliser, *row_statistics(own))
 
+    def most_probable(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the most probable draft tokens, int64 [R, number], and their probabilities, float32 [R, number]."""
+        found = self.logits.topk(min(number, self.logits.shape[1]), dim=1)
+        return found.indices, (found.values.float() - self.of_draft[:, None]).exp()
+
 
 AnyTarget = TypeVar("AnyTarget", bound=Target)
 

@@ -63,7 +63,7 @@ def pair_gradient_(
     if pairs:
         strides = logits.stride(0), verifier.stride(0)
         given = logits, verifier, normaliser, of_draft, target_of, sums, tokens, factors
-        _pair_gradient[(pairs,)](*given, *strides, size, pairs, *used, BLOCK, num_warps=WARPS)
+        _pair_gradient[(pairs,)](*given, *strides, size, pairs, *used, len(tokens) - 2, BLOCK, num_warps=WARPS)
 
 
 @triton.jit
@@ -182,6 +182,7 @@ def _pair_gradient(
     ACCEPTANCE: tl.constexpr,
     TEXT: tl.constexpr,
     BEST: tl.constexpr,
+    FURTHER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Replace each logit by the gradient of the loss.
@@ -225,4 +226,7 @@ def _pair_gradient(
         if BEST:
             is_best = tl.where(index == tl.load(tokens + pairs + pair), 1.0, 0.0)
             gradient += tl.load(factors + 5 * pairs + pair) * (is_best - q)
+        for number in range(FURTHER):
+            is_token = tl.where(index == tl.load(tokens + (2 + number) * pairs + pair), 1.0, 0.0)
+            gradient += tl.load(factors + (6 + number) * pairs + pair) * (is_token - q)
         tl.store(draft + index, gradient.to(logits.dtype.element_ty), mask=known)

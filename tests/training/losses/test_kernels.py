@@ -16,6 +16,7 @@ import torch
 from specforge.estimation.shapes import ShapeMode
 from specforge.training.losses import fused
 from specforge.training.losses.chunks import for_accelerator
+from specforge.training.losses.comparison import Term
 from specforge.training.losses.fused import why_not_fused
 from specforge.training.losses.kernel import pair_gradient_, pair_sums, row_statistics
 from specforge.training.losses.named import chain_weighting, objective_terms
@@ -44,7 +45,7 @@ def test_results_in_the_interpreter() -> None:
 MATRIX, NUMBERS, INDICES = "*bf16", "*fp32", "*i64"
 PAIRS = {"logits": MATRIX, "verifier": MATRIX, "normaliser": NUMBERS, "of_draft": NUMBERS, "target_of": INDICES}
 SIZES = {"stride": "i32", "verifier_stride": "i32", "size": 32000, "pairs": "i32"}
-FLAGS = dict.fromkeys(("FORWARD", "REVERSE", "MIDDLE", "ACCEPTANCE", "TEXT", "BEST"), True)
+FLAGS = dict.fromkeys(("FORWARD", "REVERSE", "MIDDLE", "ACCEPTANCE", "TEXT", "BEST"), True) | {"FURTHER": 10}
 KERNELS: dict[str, dict[str, Any]] = {
     "_row_statistics": {
         **{"logits": MATRIX, "normaliser": NUMBERS, "top": INDICES, "stride": "i32", "size": 128256},
@@ -121,7 +122,9 @@ def test_what_kernels_compute_and_what_they_leave_to_torch(monkeypatch: pytest.M
     assert why_not_fused(CUDA, half, every, chain_weighting("dpace")) is None
     assert "cpu" in str(why_not_fused(CPU, half, every, None))
     assert "float64" in str(why_not_fused(CUDA, torch.float64, every, None))
-    assert "top_k" in str(why_not_fused(CUDA, half, objective_terms({"kl": 1.0, "top_k": 1.0}), None))
+    assert why_not_fused(CUDA, half, objective_terms({"kl": 1.0, "top_k": 1.0}), None) is None
+    own = Term("own", 1.0, lambda rows: rows.log_q[:, 0])
+    assert "own" in str(why_not_fused(CUDA, half, [*every, own], None))
     monkeypatch.setattr(fused, "_has_triton", lambda: False)
     assert "Triton" in str(why_not_fused(CUDA, half, every, None))
     # An estimate is for a GPU that has it.
