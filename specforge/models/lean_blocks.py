@@ -38,7 +38,7 @@ class LeanRMSNorm(LlamaRMSNorm):
     """RMSNorm that keeps only its input (https://arxiv.org/abs/1910.07467, equation 4)."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise states [..., H]; with autocast, to its dtype, so that the products that read them share one copy."""
+        """Normalise states [..., H]; with autocast, to its dtype, so that products that read them share one copy."""
         return cast(Tensor, _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon))
 
 
@@ -76,9 +76,8 @@ class _RMSNorm(torch.autograd.Function):
             along = (of_normalised * normalised).mean(-1, keepdim=True)
             of_states = ((of_normalised - normalised * along) * scale).to(states.dtype)
         if ctx.needs_input_grad[1]:
-            of_weight = (
-                (gradient.to(weight.dtype) * normalised.to(states.dtype)).sum_to_size(weight.shape).to(weight.dtype)
-            )
+            of_each = gradient.to(weight.dtype) * normalised.to(states.dtype)
+            of_weight = of_each.sum_to_size(weight.shape).to(weight.dtype)
         return of_states, of_weight, None
 
 

@@ -164,31 +164,35 @@ SMALL = {
     **{"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "vocab_size": 2048, "max_position_embeddings": 2048},
 }
-# Kernels, and megabytes that they read and write besides products, of a step in bf16-mixed at small sizes, as counted.
-BUDGETS: dict[tuple[str, str], tuple[dict[str, Any], int, int]] = {
-    ("eagle3", "stored"): ({"ttt_steps": 3, "draft": {"draft_vocab_size": 512}}, 792, 147),
-    ("eagle3", "live"): ({"ttt_steps": 3, "draft": {"draft_vocab_size": 512}}, 1122, 225),
-    ("eagle", "stored"): ({}, 396, 85),
-    ("mlp", "stored"): ({}, 227, 135),
+# A step in bf16-mixed at small sizes, as counted: kernels, megabytes that they read and write besides products, and
+# megabytes of memory.
+BUDGETS: dict[tuple[str, str], tuple[dict[str, Any], int, int, int]] = {
+    ("eagle3", "stored"): ({"ttt_steps": 3, "draft": {"draft_vocab_size": 512}}, 788, 123, 25),
+    ("eagle3", "live"): ({"ttt_steps": 3, "draft": {"draft_vocab_size": 512}}, 1118, 201, 35),
+    ("eagle", "stored"): ({}, 392, 66, 17),
+    ("hass", "stored"): ({}, 771, 100, 20),
+    ("mlp", "stored"): ({}, 228, 98, 29),
     ("peagle", "stored"): (
         {"depths": 3, "draft": {"num_layers": 1, "draft_vocab_size": 512, "mask_token_id": MASK}},
-        809,
-        178,
+        814,
+        158,
+        33,
     ),
-    ("dflash", "stored"): ({"draft": {"num_layers": 1, "mask_token_id": MASK}}, 388, 271),
-    ("dflash2", "stored"): ({"draft": {"num_layers": 1, "mask_token_id": MASK}}, 697, 591),
-    ("dspark", "stored"): ({"draft": {"num_layers": 1, "mask_token_id": MASK}}, 465, 347),
-    ("mtp", "stored"): ({}, 822, 167),
-    ("draft_model", "stored"): ({"draft": {"init_layers": [0, 7]}}, 492, 223),
+    ("dflash", "stored"): ({"draft": {"num_layers": 1, "mask_token_id": MASK}}, 437, 157, 23),
+    ("dflash2", "stored"): ({"draft": {"num_layers": 1, "mask_token_id": MASK}}, 756, 461, 58),
+    ("dspark", "stored"): ({"draft": {"num_layers": 1, "mask_token_id": MASK}}, 513, 220, 45),
+    ("mtp", "stored"): ({}, 821, 109, 20),
+    ("draft_model", "stored"): ({"draft": {"init_layers": [0, 7]}}, 480, 196, 50),
 }
 
 
 @pytest.mark.parametrize(("name", "features"), BUDGETS)
 def test_a_step_stays_within_its_budget(name: str, features: str) -> None:
-    settings, kernels, megabytes = BUDGETS[name, features]
+    settings, kernels, moved, held = BUDGETS[name, features]
     counts = count(Step(name, features == "stored", 0.3, 256, 64, SMALL, settings))
     assert 0 < counts.kernels.total() <= 1.05 * kernels
-    assert 0 < counts.bytes.total() / 1e6 <= 1.05 * megabytes
+    assert 0 < counts.bytes.total() / 1e6 <= 1.05 * moved
+    assert 0 < counts.peak / 1e6 <= 1.05 * held
     # The loss, the figures of the progress bar, and transformers' search for packed rows.
     assert counts.waits.total() <= 3, counts.waits
 

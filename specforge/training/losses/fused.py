@@ -122,8 +122,10 @@ class FusedPairs:
             torch.zeros_like(leaf) if one is None else one for one, leaf in zip(found, leaves, strict=True)
         )
         # KL(p || q) and the cross-entropy differ by the entropy of p.
-        factors = torch.cat([torch.stack([forward + cross, *others[:5]]), *others[5:]])
-        tokens = torch.cat([self._tokens, *(tokens for tokens, _ in self._chosen)])
+        tokens, factors = self._tokens, torch.stack([forward + cross, *others[:5]])
+        if self._chosen:
+            tokens = torch.cat([tokens, *(further for further, _ in self._chosen)])
+            factors = torch.cat([factors, *others[5:]])
         pair_gradient_(*self._given, self._found, tokens, factors, [used[0] or used[1], *used[2:]])
 
     def _most_probable(self, number: int) -> tuple[Tensor, Tensor]:
