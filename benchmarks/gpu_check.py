@@ -53,7 +53,10 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "draft_model": ("draft_model", {"draft": {"init_layers": [0, 7]}}),
 }
-OBJECTIVES = ("kl", "reverse_kl", "cross_entropy", "total_variation", "jsd", "lk_alpha", "lk_lambda", "text", "argmax")
+OBJECTIVES = (
+    *("kl", "reverse_kl", "cross_entropy", "total_variation", "jsd", "lk_alpha", "lk_lambda", "text", "argmax"),
+    "top_k",
+)
 LLAMA = {
     **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     **{"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 500000.0},

@@ -54,7 +54,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         ctx.epsilon = epsilon
-        if _has_fused_norm(states.device):
+        # Compiled, the formula is fused with what surrounds it; the kernel's gradient cannot be traced.
+        if _has_fused_norm(states.device) and not torch.compiler.is_compiling():
             ctx.save_for_backward(states, weight)
             output = _fused_norm(_widened(states), weight, epsilon)
             return computed(output.to(torch.promote_types(weight.dtype, states.dtype)))

@@ -67,6 +67,15 @@ def test_outputs_and_gradients_are_those_of_transformers(
         torch.testing.assert_close(found, exact_value, **({"rtol": 2e-2, "atol": 1e-1} if autocast else {}))
 
 
+def test_a_compiled_norm_is_one_graph_even_if_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, lean = pair(BLOCKS[0], torch.float32)
+    monkeypatch.setattr(lean_blocks, "_has_fused_norm", lambda _: True)
+    compiled: Any = torch.compile(lean, backend="aot_eager", fullgraph=True)
+    states, upstream = torch.randn(3, 7, 16), torch.randn(3, 7, 16)
+    for found, expected in zip(run(compiled, states, upstream), run(plain, states, upstream), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("build", BLOCKS)
 def test_errors_in_bfloat16_are_those_of_transformers(build: Callable[[], nn.Module]) -> None:
     plain, lean = pair(build, torch.bfloat16)

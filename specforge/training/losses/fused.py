@@ -102,37 +102,57 @@ class FusedPairs:
         mean_acceptance: Tensor | None = None,
     ) -> None:
         self._given = logits, target.logits, target.normaliser, target.of_draft, target_of
-        self._target = target
-        # Tokens and leaves of each call of ``most_probable``, [number, M].
-        self._chosen: list[tuple[Tensor, Tensor]] = []
         self._found, top = pair_sums(*self._given)
         best = target.best[target_of]
         self._tokens = torch.stack([torch.full_like(best, -1) if text is None else text, best])
         log_q = logits.gather(1, self._tokens.clamp(min=0).T).T - self._found[0]
         leaves = [one.detach().requires_grad_(torch.is_grad_enabled()) for one in (*self._found[1:6], *log_q)]
-        others = self._most_probable, top, mean_acceptance, text, target.top[target_of]
+        self._further = _FurtherTokens(logits, self._found[0], target, target_of)
+        others = self._further.most_probable, top, mean_acceptance, text, target.top[target_of]
         self.sums = FusedSums(*leaves, *others)  # type: ignore[call-arg]
 
     def differentiate(self, loss: Tensor) -> None:
         """Replace the logits by the gradient of a loss of the sums."""
-        leaves = [*self.sums.leaves, *(leaf for _, leaf in self._chosen)]
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
-        used = [one is not None for one in found[:7]]
-        forward, cross, *others = (
-            torch.zeros_like(leaf) if one is None else one for one, leaf in zip(found, leaves, strict=True)
-        )
+        leaves, further = self.sums.leaves, self._further
+        found = torch.autograd.grad(loss, [*leaves, *further.leaves], allow_unused=True)
+        used = [one is not None for one in found[: len(leaves)]]
+        none = torch.zeros_like(self._found[0])
+        forward, cross, *others = (none if one is None else one for one in found[: len(leaves)])
         # KL(p || q) and the cross-entropy differ by the entropy of p.
-        tokens, factors = self._tokens, torch.stack([forward + cross, *others[:5]])
-        if self._chosen:
-            tokens = torch.cat([tokens, *(further for further, _ in self._chosen)])
-            factors = torch.cat([factors, *others[5:]])
+        tokens, factors = self._tokens, torch.stack([forward + cross, *others])
+        if further.leaves:
+            tokens = torch.cat([tokens, *further.tokens])
+            both = zip(found[len(leaves) :], further.leaves, strict=True)
+            of_further = [torch.zeros_like(leaf) if one is None else one for one, leaf in both]
+            factors = torch.cat([factors, *of_further])
         pair_gradient_(*self._given, self._found, tokens, factors, [used[0] or used[1], *used[2:]])
 
-    def _most_probable(self, number: int) -> tuple[Tensor, Tensor]:
+
+class _FurtherTokens:
+    """Tokens whose log-probabilities are further leaves of the loss's graph.
+
+    It is not part of ``FusedPairs``: a cycle of references would keep the logits beyond their chunk.
+
+    Args:
+        logits: The draft's, [M, D].
+        log_sums: Their log-sum-exps, [M].
+        target: The verifier's distributions, R of them.
+        target_of: Index of each pair's target, int64 [M].
+
+    Attributes:
+        tokens: Those of each call, int64 [number, M].
+        leaves: Their log-probabilities, [number, M].
+    """
+
+    def __init__(self, logits: Tensor, log_sums: Tensor, target: FusedTarget, target_of: Tensor) -> None:
+        self._logits, self._log_sums, self._target, self._target_of = logits, log_sums, target, target_of
+        self.tokens: list[Tensor] = []
+        self.leaves: list[Tensor] = []
+
+    def most_probable(self, number: int) -> tuple[Tensor, Tensor]:
         """See ``PairSums.most_probable``."""
-        logits, *_, target_of = self._given
-        tokens, probabilities = (one[target_of] for one in self._target.most_probable(number))
-        log_q = logits.gather(1, tokens).T - self._found[0]
-        leaf = log_q.detach().requires_grad_(torch.is_grad_enabled())
-        self._chosen.append((tokens.T, leaf))
-        return probabilities, leaf.T
+        tokens, probabilities = (one[self._target_of] for one in self._target.most_probable(number))
+        log_q = self._logits.gather(1, tokens).T - self._log_sums
+        self.tokens.append(tokens.T)
+        self.leaves.append(log_q.detach().requires_grad_(torch.is_grad_enabled()))
+        return probabilities, self.leaves[-1].T

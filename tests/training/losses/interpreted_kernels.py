@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -179,6 +181,20 @@ def test_logits_may_be_finished_and_steps_have_their_own_heads() -> None:
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6, msg=name)
     for name in ("candidates", "verifier_tops", "supervised"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_nothing_keeps_the_logits_of_a_chunk() -> None:
+    """Not even a cycle of references, which would wait for the garbage collector."""
+    some = Pairs(seed=0, pairs=2, draft=9, outside=3, dtype=torch.float32)
+    target, logits = FusedTarget.of(some.verifier, some.ids, None), some.logits.clone()
+    pairs, kept = FusedPairs(logits, target, some.target_of, some.text, some.mean), weakref.ref(logits)
+    loss, _ = weighted(objective_terms({"top_k": 1.0}), pairs.sums, some.weights)
+    pairs.differentiate(loss)
+    gc.disable()
+    del logits, pairs, loss
+    gone = kept() is None
+    gc.enable()
+    assert gone
 
 
 def test_without_gradients_nothing_is_overwritten() -> None:
