@@ -15,7 +15,7 @@ from specforge.__main__ import main
 from specforge.models import SpeculatorModel
 from specforge.models.scaled_linear import folded
 
-STEPS = 10
+STEPS = 16
 # Split sums are rounded differently, and AdamW takes a full step for any size of gradient.
 SAME_FIGURES = {"rel": 2e-5, "abs": 1e-6}
 SAME_WEIGHTS = {"rtol": 1e-4, "atol": 5e-5}
@@ -39,7 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
     trainer |= {"gradient_clip_val": 1.0, "enable_progress_bar": False, "check_val_every_n_epoch": 1}
     values = {"trainer": trainer, "data": {"max_length": 48, "batch_size": 2}}
     made = SmallRuns(tmp_path_factory.mktemp("equality"), tiny_verifiers["llama"].folder, values)
-    for split, number in (("train", 16), ("validation", 5)):
+    for split, number in (("train", 24), ("validation", 5)):
         lengths = [draw.randint(8, 40) for _ in range(number)]
         made.write(
             split,
@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_verifiers: Mapping[str, 
     few, half = "--trainer.max_steps=4", f"--trainer.max_steps={STEPS // 2}"
     muon, by_value = "--model.optimizer.name=muon", "--trainer.gradient_clip_algorithm=value"
     bf16 = "--trainer.precision=bf16-mixed"
-    # 16 rows: optimizer steps of 10 and 6 of them.
+    # 24 rows: optimizer steps of 10, 10 and 4 of them.
     # Scaled features leave some gradients so small that AdamW turns their rounding into steps.
     raw = [*KL, "--model.draft.feature_scale=none"]
     by_ten, by_five = ["--data.batch_size=10", *raw], ["--trainer.accumulate_grad_batches=5", *raw]

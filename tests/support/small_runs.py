@@ -35,7 +35,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "algorithm": "mlp",
         "model": {
             "draft": {"num_layers": 3},
-            "stage_two": {"begin": 8, "prompt_length": 12, "new_tokens": 6, "temperature": 0.0},
+            "stage_two": {"begin": 14, "prompt_length": 12, "new_tokens": 6, "temperature": 0.0},
         },
     },
     "draft_model": {"algorithm": "draft_model", "model": {"measured_steps": 3, "draft": {"init_layers": [0, 7]}}},
