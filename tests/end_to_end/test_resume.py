@@ -33,6 +33,7 @@ VARIANTS = {
     "accumulated": ["--trainer.accumulate_grad_batches=2", "--trainer.max_steps=7"],
     "muon": ["--model.optimizer.name=muon"],
     "mid-epoch validation": ["--trainer.val_check_interval=4"],
+    "constant rate": ["--model.schedule.name=constant", "--model.schedule.warmup=0"],
     "chosen by the running mean": ['--model.objective={"lk_lambda": 1.0}'],
 }
 
@@ -284,13 +285,12 @@ class TestCrash:
         assert_same_run(run, expected)
 
     @pytest.mark.parametrize("steps", [5, 8, 11])
-    def test_a_finished_run_can_be_made_longer(self, workshop, steps):
-        words = ["--model.schedule.name=constant", "--model.schedule.warmup=0"]
-        assert main(["fit", *workshop.words("whole", *words)]) == 0
+    def test_a_finished_run_can_be_made_longer(self, workshop, straight, steps):
+        expected, words = straight("constant rate"), VARIANTS["constant rate"]
         assert main(["fit", *workshop.words("runs", *words, f"--trainer.max_steps={steps}")]) == 0
         assert main(["fit", *workshop.words("runs", *words, "--ckpt_path", "last")]) == 0
-        resumed, expected = (workshop.run_folder(name) / "checkpoints" / "last.ckpt" for name in ("runs", "whole"))
-        assert_same_weights(weights(resumed), weights(expected))
+        resumed, whole = (run / "checkpoints" / "last.ckpt" for run in (workshop.run_folder("runs"), expected))
+        assert_same_weights(weights(resumed), weights(whole))
 
     def test_in_the_middle_of_an_accumulation(self, workshop, straight, crash_at):
         expected = straight("accumulated")
@@ -379,7 +379,7 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 
 class TestRealProcess:
     def test_ctrl_c_and_the_printed_command(self, workshop):
-        process = start(["fit", *workshop.words("runs", "--trainer.max_steps=40", "--trainer.val_check_interval=4")])
+        process = start(["fit", *workshop.words("runs", "--trainer.max_steps=24", "--trainer.val_check_interval=4")])
         read_until(process, "val/loss")  # after four of the eight steps of the first epoch
         process.send_signal(signal.SIGINT)
         shown, _ = process.communicate(timeout=60)
@@ -388,7 +388,7 @@ class TestRealProcess:
         run = workshop.run_folder("runs")
         last = run / "checkpoints" / "last.ckpt"
         step = torch.load(last, weights_only=True)["global_step"]
-        assert 4 <= step < 40
+        assert 4 <= step < 24
         assert f"Interrupted at step {step}" in shown and str(last) in shown
         command = re.search(r"To resume: +(specforge fit .*)", shown)
         assert command is not None
@@ -396,10 +396,10 @@ class TestRealProcess:
         goes_on = start(words[1:])
         shown, _ = goes_on.communicate(timeout=120)
         assert goes_on.returncode == 0, shown
-        assert torch.load(last, weights_only=True)["global_step"] == 40
+        assert torch.load(last, weights_only=True)["global_step"] == 24
         assert [path.name for path in run.parent.iterdir()] == ["version_0"]
         logged = [step for step, _ in scalars(run, "train/loss")]
-        assert logged == sorted(set(logged)) and (logged[0], logged[-1]) == (0, 39)
+        assert logged == sorted(set(logged)) and (logged[0], logged[-1]) == (0, 23)
 
     def test_second_ctrl_c_stops_at_once(self, workshop):
         # One optimizer step of about 350 batches, which the first Ctrl-C waits for.
