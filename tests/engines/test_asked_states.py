@@ -20,7 +20,6 @@ import pytest
 import torch
 from child_processes import in_child, status_of
 from extracting_server import ExtractingServer
-from transformers import PreTrainedModel
 
 from specforge.__main__ import main
 from specforge.data.features.asking import AskedStates
@@ -37,17 +36,11 @@ from specforge.data.rows.summary import RowSettings
 from specforge.engines.pool import EndpointSettings
 from specforge.errors import SpecforgeError, UsageError
 from specforge.verifier.features import capture
-from specforge.verifier.loading import load_verifier
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
 VERIFIER = QUICKSTART / "verifier"
 ROWS = 40
 NEEDS = FeatureNeeds(str(VERIFIER), "0123456789abcdef", (0, 1, 4, 7), 8, 64, whole_rows=False)
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return load_verifier(str(VERIFIER))
 
 
 @pytest.fixture(scope="module")

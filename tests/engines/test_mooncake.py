@@ -27,23 +27,17 @@ import torch
 from extracting_server import ExtractingServer
 from hs_connectors.fp8_utils import SCALES_KEY, quantize_tensor_to_fp8
 from mooncake_server import MooncakeServer, mooncake_master
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from specforge.__main__ import main
 from specforge.data.features.mooncake import MooncakeTransport
 from specforge.data.features.store import FeatureStore
 from specforge.errors import SpecforgeError
-from specforge.verifier.loading import load_verifier
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 VERIFIER = CONFIG.parent / "quickstart" / "verifier"
 LAYERS = [2, 4, 5, 8]
 ROWS = 24
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return load_verifier(str(VERIFIER))
 
 
 @pytest.fixture(scope="module")

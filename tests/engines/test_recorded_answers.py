@@ -18,17 +18,11 @@ from specforge.__main__ import main
 from specforge.data.features.store import FeatureStore
 from specforge.data.rows.reading import row_digest
 from specforge.verifier.features import capture
-from specforge.verifier.loading import load_verifier
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 VERIFIER = CONFIG.parent / "quickstart" / "verifier"
 LAYERS = [2, 4, 5, 8]
 PROMPTS = 8
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return load_verifier(str(VERIFIER))
 
 
 @pytest.fixture

@@ -13,19 +13,12 @@ from typing import Any
 import pytest
 import torch
 from extracting_server import ExtractingServer
-from transformers import PreTrainedModel
 
 from specforge.__main__ import main
-from specforge.verifier.loading import load_verifier
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VERIFIER = CONFIGS / "quickstart" / "verifier"
 CONFIG = ["--config", str(CONFIGS / "quickstart.yaml"), f"--verifier={VERIFIER}"]
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return load_verifier(str(VERIFIER))
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def _draw_over_run(axes: Axes, curves: list[Curve]) -> None:
 
 
 def _add_legend(axes: Axes, title: str) -> None:
-    """Place the legend beside the curves, which may be anywhere in the chart; of many, it lists some."""
+    """Draw the legend beside the curves, which may be anywhere in the chart; of many, it lists some."""
     listed = axes.lines[:: math.ceil(len(axes.lines) / MOST_LISTED)]
     style: dict[str, Any] = {"frameon": False, "fontsize": 8, "handlelength": 1, "labelspacing": 0.2}
     axes.legend(handles=listed, title=title, loc="upper left", bbox_to_anchor=(1.0, 1.06), **style)
