@@ -261,6 +261,8 @@ def find_file(name_or_path: str | os.PathLike[str], file_name: str, **options: A
             return folder / file_name
     except PermissionError as error:
         raise UsageError(f"{folder / file_name} cannot be read: {error.strerror}") from None
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file; give the folder or hub id that holds {file_name}")
     if folder.is_absolute() or not _looks_like_hub_id(str(name_or_path)):
         raise UsageError(
             f"{name_or_path} is not a folder (working directory {Path.cwd()}), nor a hub id like 'owner/name'."

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+# Letters of a name that suggest the rest of it.
+SHORTEST_BEGINNING = 3
+
 
 class SpecforgeError(Exception):
     """Something failed at run time; ``specforge`` prints the message and exits with status 1.
@@ -33,18 +36,21 @@ class UsageError(SpecforgeError):
 
 
 def nearest_name(name: str, allowed: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the closest allowed name in any case, or an empty string if none is close."""
-    names = {one.lower(): one for one in allowed}
-    matches = difflib.get_close_matches(name.lower(), list(names), n=1)
-    return f" Did you mean {names[matches[0]]!r}?" if matches else ""
+    """Return ``" Did you mean 'x'?"`` for the closest allowed name in any case, or an empty string if none is close.
+
+    A name that begins with the given one, such as ``temperature`` for ``temp``, is close too.
+    """
+    closest = _closest(name, allowed)
+    return f" Did you mean {closest!r}?" if closest else ""
 
 
 def nearest_path(path: Path) -> str:
     """Return ``" Did you mean 'x'?"`` for a file or folder beside it with a similar name, or an empty string."""
     try:
-        return nearest_name(str(path), map(str, path.parent.iterdir()))
+        closest = _closest(path.name, (one.name for one in path.parent.iterdir() if one.name != path.name))
     except OSError:
         return ""
+    return f" Did you mean {str(path.with_name(closest))!r}?" if closest else ""
 
 
 def describe_os_error(error: OSError) -> str:
@@ -61,3 +67,11 @@ def describe_invalid(error: ValidationError) -> str:
         value = "" if fault["type"] == "missing" else f" (got {fault['input']!r:.80})"
         lines.append(f"{key}: {fault['msg'].removeprefix('Value error, ')}{value}")
     return "; ".join(lines)
+
+
+def _closest(name: str, allowed: Iterable[str]) -> str | None:
+    names = {one.lower(): one for one in allowed}
+    wanted = name.lower()
+    begun = [one for one in names if len(wanted) >= SHORTEST_BEGINNING and one.startswith(wanted)]
+    matches = difflib.get_close_matches(wanted, list(names), n=1) or begun
+    return names[matches[0]] if matches else None

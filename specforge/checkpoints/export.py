@@ -38,7 +38,7 @@ class ExportRequest:
 
     Attributes:
         source: Run folder, draft folder or hub id.
-        format: Name of the format.
+        format: Name of the format; None is refused with the list of those of the draft's algorithm.
         output: Folder to write; None for one next to the draft, with the format in its name.
         verifier: Folder or hub id of the verifier; None for the one stored with the draft.
         loading: How to load the verifier.
@@ -49,7 +49,7 @@ class ExportRequest:
     """
 
     source: str
-    format: str
+    format: str | None
     output: Path | None = None
     verifier: str | None = None
     loading: VerifierLoading = field(default_factory=VerifierLoading)
@@ -96,8 +96,8 @@ def export(request: ExportRequest) -> Export:
     layout.prepare(model)
     stored = layout.write(model)
     if faults := [*file_faults(stored), *layout.faults(stored, facts)]:
-        raise UsageError(f"this draft cannot be exported as {request.format}: " + "; ".join(faults))
-    output = request.output or default_output(request.source, path, request.format)
+        raise UsageError(f"this draft cannot be exported as {layout.format.name}: " + "; ".join(faults))
+    output = request.output or default_output(request.source, path, layout.format.name)
     with replacing_folder(output, PROBE) as folder:
         layout.save(stored, folder, facts.name_or_path, request.loading)
         layout.write_others(folder, facts.name_or_path, request.loading)
@@ -110,7 +110,7 @@ def export(request: ExportRequest) -> Export:
         (folder / CARD).write_text(text, encoding="utf-8")
         if wrong := export_faults(folder):
             raise SpecforgeError(
-                f"the {request.format} export of {path} differs from the draft and was deleted: "
+                f"the {layout.format.name} export of {path} differs from the draft and was deleted: "
                 + "; ".join(one.what for one in wrong)
             )
     return Export(output, probe, layout.serving(served_from, facts.name_or_path, tokens), tokens, agreement)

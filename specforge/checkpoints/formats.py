@@ -10,17 +10,19 @@ from specforge.models.speculator import SpeculatorModel
 from specforge.registry import installed
 
 
-def layout_of(algorithm: str, name: str) -> Layout:
+def layout_of(algorithm: str, name: str | None) -> Layout:
     """Return a format of an algorithm's drafts.
 
     Raises:
-        UsageError: The algorithm has no such format; the message lists the existing ones.
+        UsageError: No name is given, or the algorithm has no such format; the message lists the existing ones.
     """
     own = [one for one in installed().all(CheckpointFormat).values() if one.algorithm == algorithm]
     for one in own:
         if one.name == name:
             return _load(one)
     listed = "".join(f"\n  {one.name:<16} {one.summary}" for one in own) or " none"
+    if name is None:
+        raise UsageError(f"--format: is required; drafts of {algorithm} can be written as:{listed}")
     raise UsageError(
         f"--format: drafts of {algorithm} have no format {name!r}.{nearest_name(name, [one.name for one in own])} "
         f"They can be written as:{listed}"

@@ -66,7 +66,7 @@ def find_draft(source: str) -> tuple[str, RunRecord]:
         source: A run folder, a draft folder, or a hub id.
 
     Raises:
-        UsageError: It is the folder of a run that has not written its draft yet, or of several runs.
+        UsageError: It is the folder of a run that has not written its draft yet, of several runs, or a part of a run.
     """
     folder = Path(source)
     if (folder / DRAFT).is_dir():
@@ -76,10 +76,14 @@ def find_draft(source: str) -> tuple[str, RunRecord]:
             f"{folder} is a run without a {DRAFT}/, which training writes at its end; resume it with: "
             f"specforge fit --config {folder / CONFIG} --ckpt_path last"
         )
-    if runs := sorted(str(found.parent) for found in folder.glob(f"*/{DRAFT}/")):
+    below = (found.parent for depth in ("*", "*/*") for found in folder.glob(f"{depth}/{DRAFT}/"))
+    if runs := sorted(map(str, below)):
         raise UsageError(f"{folder} is a folder of runs; give one of: {', '.join(runs)}")
     if folder.name == DRAFT and (folder.parent / CONFIG).is_file():
         return source, RunRecord.read(folder.parent)
+    run = next((one for one in folder.parents if (one / DRAFT).is_dir() and (one / CONFIG).is_file()), None)
+    if run is not None and folder.exists() and not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} is a part of a run; give the run's folder: {run}")
     return source, RunRecord()
 
 

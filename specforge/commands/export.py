@@ -72,7 +72,7 @@ def command_line() -> ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = command_parser("export", "DRAFT --format NAME", DESCRIPTION.format(formats="\n".join(_formats())))
     parser.add_argument("source", type=str, metavar="DRAFT", help="A run folder, a draft folder or a hub id.")
-    parser.add_argument("--format", type=str, required=True, metavar="NAME", help="Format to write.")
+    parser.add_argument("--format", type=str | None, default=None, metavar="NAME", help="Format to write; required.")
     parser.add_argument(
         "--output",
         type=str | None,

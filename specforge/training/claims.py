@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from specforge.errors import UsageError
+from specforge.errors import UsageError, describe_os_error
 from specforge.training.runs import CHECKPOINTS, NAMES, next_number, run_of, runs
 
 _log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def claimed(folder: Path, *, new: bool) -> Iterator[bool]:
         if folder.is_dir():
             lock = None
         else:
-            raise UsageError(f"output_dir: {folder} cannot be created: {error.strerror}") from error
+            raise UsageError(f"output_dir: {folder} cannot be created: {describe_os_error(error)}") from error
     except OSError as error:
         raise UsageError(f"output_dir: {folder} cannot be written: {error.strerror}") from error
     if lock is None:

@@ -112,6 +112,8 @@ def test_rotary_embeddings_other_than_the_verifiers_are_kept_with_a_warning(
 def test_a_format_of_another_algorithm_is_rejected_with_the_own_ones(
     draft_of: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert main(["export", str(draft_of("mlp"))]) == 2
+    assert "--format: is required; drafts of mlp can be written as:\n" in capsys.readouterr().err
     assert main(["export", str(draft_of("mlp")), "--format", "vllm"]) == 2
     message = capsys.readouterr().err
     assert (

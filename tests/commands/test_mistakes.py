@@ -36,6 +36,25 @@ SEE = "see: specforge {} --help"
             ["configs/quickstart/verifer is not a folder", "Did you mean 'configs/quickstart/verifier'?"],
         ),
         (["fit", "--config", "configs/quikstart.yaml"], "fit", ["Did you mean 'configs/quickstart.yaml'?"]),
+        (["fit", "--config", "configs/quickstart"], "fit", ["is a folder", "Did you mean 'configs/quickstart.yaml'?"]),
+        (
+            ["fit", "--config", CONFIG, "--verifier", "configs/quickstart/verifier/config.json"],
+            "fit",
+            ["config.json is a file; give the folder or hub id that holds config.json"],
+        ),
+        (
+            ["fit", "--config", CONFIG, "--data.train", "configs/quickstart/trian.jsonl"],
+            "fit",
+            ["does not exist", "Did you mean 'configs/quickstart/train.jsonl'?"],
+        ),
+        (["fit", "--config", CONFIG, "--resume", "last"], "fit", ["Did you mean 'ckpt_path'?"]),
+        (["fit", "--config", CONFIG, "--resume_from_checkpoint", "x.ckpt"], "fit", ["Did you mean 'ckpt_path'?"]),
+        (["fit", "--config", CONFIG, "--device", "cuda"], "fit", ["Did you mean 'trainer.accelerator'?"]),
+        (["fit", "--config", CONFIG, "--wandb"], "fit", ["Did you mean 'trainer.logger'?"]),
+        (["fit", "--config", CONFIG, "--trainer.logger", "wandb"], "fit", ["Did you mean 'WandbLogger'?"]),
+        (["fit", "--config", CONFIG, "--trainer.devices", "0"], "fit", ["expected an integer of at least 1, -1 for"]),
+        (["generate", "draft", "--temp", "1"], "generate", ["unknown key 'temp'. Did you mean 'temperature'?"]),
+        (["evaluate", "--prompts", "a.jsonl", "--limit", "0"], "evaluate", ["limit: must be >0, got 0"]),
         (["fit", "--algorithm", "eagle-3"], "fit", ["eagle3"]),
         (["fit", "--config", CONFIG, "--model.objective.KL", "1"], "fit", ["'KL'", "Did you mean 'kl'?"]),
         (["generate", "configs/quickstart/verifier"], "generate", ["verifier"]),
@@ -57,6 +76,11 @@ SEE = "see: specforge {} --help"
         (["prepare", "rows"], "prepare rows", ["sources: none are given"]),
         (["prepare", "rows", "a.jsonl", "--verifier"], "prepare rows", ["--verifier needs a value"]),
         (["prepare", "rows", "a.jsonl", "--max_length", "x"], "prepare rows", ["max_length: expected an integer"]),
+        (
+            ["prepare", "rows", "configs/quickstart/train.jsonl", "--verifier", "MODEL", "--output", "rows.jsonl"],
+            "prepare rows",
+            ["--output: rows.jsonl is not a folder name"],
+        ),
         (["prepare", "check"], "prepare check", ["rows: none are given"]),
         (["prepare", "check", "a.jsonl"], "prepare check", ["verifier: is required", "--verifier"]),
         (["prepare", "responses"], "prepare responses", ["sources: none are given"]),
@@ -64,7 +88,7 @@ SEE = "see: specforge {} --help"
         (["generate"], "generate", ["draft: none is given", "--proposal prompt_lookup"]),
         (["generate", "draft", "other"], "generate", ["unexpected argument 'other'", SEE.format("generate")]),
         (["evaluate"], "evaluate", ["required: --prompts", SEE.format("evaluate")]),
-        (["export"], "export", ["required: DRAFT, --format", SEE.format("export")]),
+        (["export"], "export", ["required: DRAFT; ", SEE.format("export")]),
         (["convert", "draft"], "convert", ["required: --verifier"]),
         (["verify"], "verify", ["required: EXPORT"]),
     ],
@@ -91,12 +115,28 @@ def test_a_folder_of_runs_is_not_a_draft(tmp_path, capsys):
     assert f"{tmp_path} is a folder of runs; give one of: {tmp_path / 'version_0'}, " in message
 
 
-def test_a_gpu_without_its_build(capsys, monkeypatch):
+def test_a_part_of_a_run_is_not_a_draft(tmp_path, capsys):
+    run = tmp_path / "quickstart" / "version_0"
+    for folder in ("draft", "checkpoints"):
+        (run / folder).mkdir(parents=True)
+    for file in ("config.yaml", "checkpoints/last.ckpt"):
+        (run / file).touch()
+    for part in ("checkpoints", "checkpoints/last.ckpt"):
+        assert main(["export", str(run / part), "--format", "vllm"]) == 2
+        assert f"{run / part} is a part of a run; give the run's folder: {run}\n" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), "--format", "vllm"]) == 2
+    assert f"{tmp_path} is a folder of runs; give one of: {run}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
+def test_a_gpu_without_its_build(capsys, monkeypatch, accelerator):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.cuda.is_built", lambda: False)
-    assert main(["fit", "--config", CONFIG, "--trainer.accelerator", "gpu"]) == 2
-    assert "is built without GPUs. Set auto" in capsys.readouterr().err
+    assert main(["fit", "--config", CONFIG, "--trainer.accelerator", accelerator]) == 2
+    message = capsys.readouterr().err
+    assert f"accelerator: {accelerator} is not available: torch " in message
+    assert "is built without GPUs. Set auto" in message
 
 
 @pytest.mark.parametrize(("flag", "given", "stored"), [("tokens", "1e9", 10**9), ("trainer.max_steps", "1e3", 1000)])

@@ -98,6 +98,19 @@ def test_a_logger_that_cannot_be_created_is_one_message(workshop, capfd, logger,
     assert reason in message and "Traceback" not in message and "Namespace" not in message
 
 
+def test_a_service_without_its_key_ends_the_run_before_it_starts(workshop, capfd, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(workshop.folder / "nobody"))
+    init = {"save_dir": str(workshop.folder)}
+    workshop.values["trainer"]["logger"] = {"class_path": "WandbLogger", "init_args": init}
+    assert main(["fit", *workshop.words("runs"), *WORDS]) == 2
+    message = capfd.readouterr().err
+    assert "trainer.logger: WandbLogger cannot start: No API key configured" in message and "Traceback" not in message
+    assert not (workshop.folder / "runs" / "version_0").exists()
+
+
 def test_two_at_once(workshop, fit, capfd):
     folder = str(workshop.folder / "logs")
     workshop.values["trainer"]["logger"] = [

@@ -108,7 +108,7 @@ def check_output(output: Path) -> Prepared | None:
     Raises:
         UsageError: The folder holds something else or cannot be made.
     """
-    if not output.name:
+    if not output.name or output.suffix in (".jsonl", ".json"):
         raise UsageError(f"--output: {output} is not a folder name; give a new folder")
     if file := next((parent for parent in output.parents if parent.is_file()), None):
         raise UsageError(f"--output: {output} cannot be created because {file} is a file; choose another folder")

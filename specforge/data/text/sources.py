@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from specforge.data.rows.stored import ROWS_FILE, StoredRows
 from specforge.data.text.files import JSON, LINES, PARQUET, count_rows, kind_of, read_file
 from specforge.data.text.records import RawRecord, Record
-from specforge.errors import UsageError
+from specforge.errors import UsageError, nearest_path
 from specforge.private.datasets import fingerprint_of
 
 if TYPE_CHECKING:
@@ -153,11 +153,13 @@ def _open_rows(source: str) -> StoredRows | Dataset:
 
 
 def _remedy(path: Path) -> str:
-    """Return the command that writes a missing source if its name tells, else the sources that are allowed."""
+    """Return what to do about a missing source: the command that writes it, if its name tells, or what to give."""
     words = _WRITERS.get(path.name)
-    if words is None or path.parent == Path():
-        return ALLOWED_SOURCES
-    return f"to write it: specforge prepare {words} --verifier MODEL --output {path.parent}"
+    if words is not None and path.parent != Path():
+        return f"to write it: specforge prepare {words} --verifier MODEL --output {path.parent}"
+    if kind_of(path) is not None:
+        return f"the working directory is {Path.cwd()}.{nearest_path(path)}"
+    return ALLOWED_SOURCES
 
 
 def _first_line(error: Exception) -> str:

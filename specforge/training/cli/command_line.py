@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from pydantic import ValidationError
@@ -233,6 +233,7 @@ class TrainingCLI(LightningCLI):
         # Lightning's own table of results has them in the order in which they were computed.
         options = {"verbose": False} if measures else {}
         try:
+            _start_loggers(self.trainer.loggers)
             method(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint, weights_only=True, **options)
             if measures:
                 say(results_text(self.trainer.callback_metrics))
@@ -255,6 +256,22 @@ class TrainingCLI(LightningCLI):
                 f"rank {self.trainer.global_rank} stopped at step {self.trainer.global_step}: {reason}. Then resume "
                 "with --ckpt_path last"
             ) from error
+
+
+def _start_loggers(loggers: list[Logger]) -> None:
+    """Start the loggers, as Lightning would do next; services that record runs want a key or a server.
+
+    Raises:
+        UsageError: One of them cannot be started.
+    """
+    for logger in loggers:
+        try:
+            _ = logger.experiment if hasattr(type(logger), "experiment") else None
+        except OSError:
+            raise
+        except Exception as error:  # every service has its own
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UsageError(f"trainer.logger: {type(logger).__name__} cannot start: {reason}") from error
 
 
 def _as_list(given: Any) -> list[Any]:

@@ -23,12 +23,21 @@ EVERY = "callbacks.last_checkpoint.init_args.every_n_steps"
 EVERY_FLAGS = (f"--{EVERY}", f"--{EVERY.replace('.init_args', '')}")
 # Names that other trainers give to settings, with ours.
 OTHER_NAMES = {
+    "bf16": "precision",
+    "device": "accelerator",
+    "fp16": "precision",
     "gpus": "devices",
     "gradient_accumulation_steps": "accumulate_grad_batches",
     "learning_rate": "lr",
     "max_seq_length": "max_length",
     "model_name_or_path": "verifier",
+    "per_device_train_batch_size": "batch_size",
+    "report_to": "logger",
+    "resume": "ckpt_path",
+    "resume_from_checkpoint": "ckpt_path",
     "seed": "seed_everything",
+    "tensorboard": "logger",
+    "wandb": "logger",
     "warmup_ratio": "warmup",
     "warmup_steps": "warmup",
 }
@@ -103,7 +112,7 @@ def explain_class(message: str) -> str | None:
             return f"{problem[1]}: {reason}; install the package that it is part of"
         return f"{problem[1].rpartition('.')[2]}: {reason}"
     if unknown := re.search(r"Expected a dot import path string: (\S+)", message):
-        return f"{unknown[1]}: there is no such class here; give its full path, such as package.module.{unknown[1]}"
+        return f"there is no class {unknown[1]!r} here{_nearest_class(unknown[1])}"
     if other := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", message):
         return f"{other[1]} is not a subclass of {other[2]}"
     name = re.search(r"class_path='(?:[\w.]*\.)?(\w+)'", message)
@@ -113,6 +122,14 @@ def explain_class(message: str) -> str | None:
         re.DOTALL,
     )
     return f"{name[1]}: {' '.join(fault[1].split())}" if name and fault else None
+
+
+def _nearest_class(name: str) -> str:
+    """Suggest a class of Lightning for a logger or callback, else its full path."""
+    from lightning.pytorch import callbacks, loggers
+
+    hint = nearest_name(name, (*loggers.__all__, *callbacks.__all__))
+    return f".{hint}" if hint else f"; give its full path, such as package.module.{name}"
 
 
 def check_files(parser: ArgumentParser, arguments: list[str]) -> None:
@@ -280,6 +297,9 @@ def _reason(text: str) -> str:
     value = f", got {got[1].strip()!r}" if got else ""
     if number := re.search(r"(?:invalid literal for (int)\(\).*|could not convert string to float): '(.*?)'", text):
         return f"expected {'an integer' if number[1] else 'a number'}, got {number[2]!r}"
+    if restricted := re.search(r"Not of type \w+: (.*)does not conform to restriction v(.*)", text):
+        given = got[1] if got else restricted[1]
+        return f"must be {restricted[2].replace('and v', 'and ')}, got {given.strip()}"
     if fault := re.search(r"^\s*(?:Value error, )?(.+) \[type=\w+, input_value", text, re.MULTILINE):
         return f"{fault[1]}{value}"
     if "Unable to load config" in text:
@@ -291,9 +311,6 @@ def _reason(text: str) -> str:
         return f"{' '.join(others[-1].split())}{value}" if others else f"is not accepted{value}"
     if expected:
         return f"expected {' or '.join(expected)}{value}"
-    restricted = re.search(r"Not of type \w+: (.*) does not conform to restriction v(.*)", text, re.DOTALL)
-    if restricted:
-        return f"must be {restricted[2].strip().replace('and v', 'and ')}, got {restricted[1]}"
     for noise in NOISE:
         text = re.sub(noise, "", text.partition("Got value")[0])
     return " ".join(text.split()).rstrip(". ") + value

@@ -57,7 +57,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"--config {path}: there is no such file (working directory {Path.cwd()}).{nearest_path(path)}"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except IsADirectoryError:
+        raise UsageError(f"--config {path} is a folder; give a YAML file.{nearest_path(path)}") from None
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
         raise UsageError(f"--config {path} cannot be read: {error}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"

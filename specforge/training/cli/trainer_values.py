@@ -64,8 +64,9 @@ def check_trainer(trainer: Namespace) -> None:
         _check_limit(key, trainer[key])
     if not 1 <= trainer.num_nodes <= MOST_PROCESSES:
         _refuse("num_nodes", trainer.num_nodes, "an integer of at least 1")
-    if _is_integer(trainer.devices) and not (trainer.devices == -1 or 1 <= trainer.devices <= MOST_PROCESSES):
-        _refuse("devices", trainer.devices, "an integer of at least 1, -1 for all, a list of device numbers, or auto")
+    devices = str(trainer.devices)  # of a flag, a number is a text
+    if re.fullmatch(r"-?\d+", devices) and devices != "-1" and not 1 <= int(devices) <= MOST_PROCESSES:
+        _refuse("devices", devices, "an integer of at least 1, -1 for all, a list of device numbers, or auto")
     clip = trainer.gradient_clip_val
     if clip is not None and not (clip >= 0 and math.isfinite(clip)):
         _refuse("gradient_clip_val", clip, "a finite number of at least 0, or null")
@@ -88,12 +89,13 @@ def explain_trainer(error: Exception) -> str:
             "#SBATCH --ntasks-per-node=N, srun specforge fit ... --trainer.devices N --trainer.num_nodes NODES; "
             f"or, without srun and on this node only, set SLURM_JOB_NAME=bash. Lightning says: {reason}"
         )
-    if "gpu backend" in reason:
+    if chosen := re.search(r"(gpu) backend|`(CUDA)Accelerator` can not run", reason):
         import torch
 
         build = f"torch {torch.__version__}"
         why = f"no GPU is visible to {build}" if torch.backends.cuda.is_built() else f"{build} is built without GPUs"
-        return f"accelerator: gpu is not available: {why}. Set auto, which uses what there is; see: specforge doctor"
+        name = (chosen[1] or chosen[2]).lower()
+        return f"accelerator: {name} is not available: {why}. Set auto, which uses what there is; see: specforge doctor"
     return reason or type(error).__name__
 
 
