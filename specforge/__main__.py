@@ -15,7 +15,14 @@ from specforge.registry import Registry, installed
 
 PROGRAM = "specforge"
 OPTIONS = ("--help", "--version", quiet.FLAG)
-WORDS_OF_OTHERS = {"train": "fit", "eval": "evaluate", "benchmark": "evaluate", "chat": "generate"}
+WORDS_OF_OTHERS = {
+    "train": "fit",
+    "finetune": "fit",
+    "eval": "evaluate",
+    "benchmark": "evaluate",
+    "chat": "generate",
+    "help": "--help",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

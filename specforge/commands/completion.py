@@ -6,6 +6,7 @@ import argparse
 
 import shtab
 
+from specforge.commands.plain_parser import PlainParser
 from specforge.commands.wrapping import HelpFormatter
 from specforge.hookspecs import Algorithm, CheckpointFormat, Command, ProposalMethod
 from specforge.private.argparse import action_of, actions, subcommands
@@ -33,9 +34,7 @@ def run(arguments: list[str]) -> int:
 
 def command_line() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="specforge completion", description=DESCRIPTION, formatter_class=HelpFormatter
-    )
+    parser = PlainParser(prog="specforge completion", description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     return parser
 

@@ -110,8 +110,9 @@ def _formats() -> Iterator[str]:
     by_algorithm: dict[str, list[str]] = {}
     for one in installed().all(CheckpointFormat).values():
         by_algorithm.setdefault(one.algorithm, []).append(one.name)
+    width = max(map(len, by_algorithm), default=0)
     for algorithm, names in by_algorithm.items():
-        yield f"  {algorithm:<8} {', '.join(names)}"
+        yield f"  {algorithm:<{width}}  {', '.join(names)}"
 
 
 def _closing(done: Export, where: str) -> str:

@@ -6,6 +6,7 @@ import argparse
 import textwrap
 from pathlib import Path
 
+from specforge.commands.plain_parser import PlainParser
 from specforge.commands.plugin_start import PREFIX, write_package
 from specforge.commands.wrapping import wrap_hanging
 from specforge.errors import SpecforgeError
@@ -28,19 +29,22 @@ def run(arguments: list[str]) -> int:
 
 def command_line() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
-    parser = argparse.ArgumentParser(prog="specforge plugins", description=run.__doc__)
+    parser = PlainParser(prog="specforge plugins", description=run.__doc__)
     subcommands = parser.add_subparsers(dest="subcommand", metavar="{new,check}")
     summary = "create a plugin package that trains, drafts and passes its own tests"
     new = subcommands.add_parser("new", help=summary, description=summary)
-    new.add_argument("name", help="name of the algorithm: lower-case letters, digits and _")
+    new.add_argument("name", metavar="NAME", help="name of the algorithm: lower-case letters, digits and _")
     new.add_argument("--output", type=Path, help=f"folder of the package (default: {PREFIX}NAME)")
     new.add_argument(
         "--minimal", action="store_true", help="an algorithm only, without data, proposal method, loss and subcommand"
     )
     summary = "check an algorithm on a tiny verifier: training, its checkpoint, its drafter, each proposal method"
     check = subcommands.add_parser("check", help=summary, description=summary)
-    check.add_argument("name", help="an installed algorithm")
-    check.add_argument("settings", nargs="*", metavar="-- SETTINGS", help="flags of specforge fit: --model.heads 2")
+    check.add_argument("name", metavar="NAME", help="an installed algorithm")
+    # Without a default, argparse calls it required.
+    check.add_argument(
+        "settings", nargs="*", default=[], metavar="-- SETTINGS", help="flags of specforge fit: --model.heads 2"
+    )
     return parser
 
 

@@ -91,6 +91,12 @@ SEE = "see: specforge {} --help"
         (["export"], "export", ["required: DRAFT; ", SEE.format("export")]),
         (["convert", "draft"], "convert", ["required: --verifier"]),
         (["verify"], "verify", ["required: EXPORT"]),
+        (["plugins", "chek"], "plugins", ["there is no 'chek'; known: new, check. Did you mean 'check'?"]),
+        (["plugins", "check"], "plugins", ["required: NAME; see: specforge plugins check --help"]),
+        (["plugins", "new"], "plugins", ["required: NAME; see: specforge plugins new --help"]),
+        (["plugins", "--minimal"], "plugins", ["unexpected argument '--minimal'", SEE.format("plugins")]),
+        (["completion"], "completion", ["required: shell", SEE.format("completion")]),
+        (["completion", "csh"], "completion", ["there is no 'csh'; known: bash, ", "Did you mean 'tcsh'?"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -102,9 +108,10 @@ def test_one_line_says_what_to_do(words, command, expected, capsys):
     assert all(part in line for part in expected), line
 
 
-def test_words_of_other_programs(capsys):
-    assert main(["train"]) == 2
-    assert capsys.readouterr().err == "specforge: error: there is no command 'train'. Did you mean 'fit'?\n"
+@pytest.mark.parametrize(("word", "meant"), [("train", "fit"), ("help", "--help")])
+def test_words_of_other_programs(word, meant, capsys):
+    assert main([word]) == 2
+    assert capsys.readouterr().err == f"specforge: error: there is no command '{word}'. Did you mean '{meant}'?\n"
 
 
 def test_a_folder_of_runs_is_not_a_draft(tmp_path, capsys):

@@ -79,6 +79,9 @@ def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
     if match := re.match(r"the following arguments are required: (?P<names>.*)", message):
         names = (_as_typed(name, parser) for name in match["names"].split(", "))
         return f"required: {', '.join(names)}{_see(parser)}"
+    if match := re.match(r"argument \S+: invalid choice: '(?P<given>.*)' \(choose from (?P<allowed>.*)\)", message):
+        allowed = match["allowed"].replace("'", "").split(", ")
+        return f"there is no {match['given']!r}; known: {', '.join(allowed)}.{nearest_name(match['given'], allowed)}"
     if match := re.match(r"unrecognized arguments: (?P<words>[^-].*)", message, re.IGNORECASE):
         return f"unexpected argument {match['words']!r}; use --KEY VALUE{_see(parser)}"
     return " ".join(message.split())
