@@ -139,7 +139,7 @@ def test_wrong_flags_are_named(words, tmp_path, capsys, changed, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "broken.jsonl does not exist; the working directory is "),
+        (None, "broken.jsonl does not exist; give an existing file (working directory "),
         ("", "broken.jsonl is empty; it needs at least one row"),
         ("\n\n", "broken.jsonl: holds no rows"),
         (json.dumps(CHATS[0]) + "\n{", "broken.jsonl:2: invalid JSON"),

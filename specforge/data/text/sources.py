@@ -158,7 +158,7 @@ def _remedy(path: Path) -> str:
     if words is not None and path.parent != Path():
         return f"to write it: specforge prepare {words} --verifier MODEL --output {path.parent}"
     if kind_of(path) is not None:
-        return f"the working directory is {Path.cwd()}.{nearest_path(path)}"
+        return f"give an existing file (working directory {Path.cwd()}).{nearest_path(path)}"
     return ALLOWED_SOURCES
 
 
