@@ -266,7 +266,7 @@ def _start_loggers(loggers: list[Logger]) -> None:
     """
     for logger in loggers:
         try:
-            _ = logger.experiment if hasattr(type(logger), "experiment") else None
+            getattr(logger, "experiment", None)  # reading it is what starts it
         except OSError:
             raise
         except Exception as error:  # every service has its own
