@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from specforge.__main__ import main
@@ -107,8 +108,24 @@ def test_a_service_without_its_key_ends_the_run_before_it_starts(workshop, capfd
     workshop.values["trainer"]["logger"] = {"class_path": "WandbLogger", "init_args": init}
     assert main(["fit", *workshop.words("runs"), *WORDS]) == 2
     message = capfd.readouterr().err
-    assert "trainer.logger: WandbLogger cannot start: No API key configured" in message and "Traceback" not in message
+    assert "trainer.logger: WandbLogger: No API key configured" in message and "Traceback" not in message
     assert not (workshop.folder / "runs" / "version_0").exists()
+
+
+class FailingLogger(CSVLogger):
+    """A service whose server goes away after the first step."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Fail from the second step on."""
+        if step:
+            raise LookupError("the server is gone")
+
+
+def test_a_service_that_goes_away_is_one_message(workshop, capfd):
+    init = {"save_dir": str(workshop.folder)}
+    workshop.values["trainer"]["logger"] = {"class_path": f"{__name__}.FailingLogger", "init_args": init}
+    assert main(["fit", *workshop.words("runs"), *WORDS, "--trainer.log_every_n_steps=1"]) == 1
+    assert "step 2: FailingLogger: the server is gone. Then resume with --ckpt_path last" in capfd.readouterr().err
 
 
 def test_two_at_once(workshop, fit, capfd):

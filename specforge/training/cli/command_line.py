@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import signal
-from contextlib import ExitStack
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -233,8 +235,8 @@ class TrainingCLI(LightningCLI):
         # Lightning's own table of results has them in the order in which they were computed.
         options = {"verbose": False} if measures else {}
         try:
-            _start_loggers(self.trainer.loggers)
-            method(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint, weights_only=True, **options)
+            with _explaining_loggers(self.trainer):
+                method(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint, weights_only=True, **options)
             if measures:
                 say(results_text(self.trainer.callback_metrics))
         except BrokenPipeError:
@@ -258,20 +260,27 @@ class TrainingCLI(LightningCLI):
             ) from error
 
 
-def _start_loggers(loggers: list[Logger]) -> None:
-    """Start the loggers, as Lightning would do next; services that record runs want a key or a server.
+@contextmanager
+def _explaining_loggers(trainer: Trainer) -> Iterator[None]:
+    """Report an error of a logger, such as one of a service that wants a key, in one message.
 
     Raises:
-        UsageError: One of them cannot be started.
+        UsageError: It arose before the first step.
+        SpecforgeError: It arose later.
     """
-    for logger in loggers:
-        try:
-            getattr(logger, "experiment", None)  # reading it is what starts it
-        except OSError:
+    try:
+        yield
+    except Exception as error:  # every service has its own
+        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+        failed = next((one for frame in frames if isinstance(one := frame.f_locals.get("self"), Logger)), None)
+        if failed is None or isinstance(error, OSError | SpecforgeError):
             raise
-        except Exception as error:  # every service has its own
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UsageError(f"trainer.logger: {type(logger).__name__} cannot start: {reason}") from error
+        what = f"{type(failed).__name__}: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        if trainer.global_step == 0:
+            raise UsageError(f"trainer.logger: {what}") from error
+        raise SpecforgeError(
+            f"trainer.logger stopped the run at step {trainer.global_step}: {what}. Then resume with --ckpt_path last"
+        ) from error
 
 
 def _as_list(given: Any) -> list[Any]:
