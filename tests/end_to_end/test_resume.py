@@ -152,7 +152,7 @@ class TestInterruptAndResume:
         interrupt_at(6, number=number)
         interrupt(workshop, *VARIANTS["accumulated"], number=number)
         shown = capfd.readouterr().out
-        assert f"{number.name}: stopping after this step and saving" in shown
+        assert f"{number.name}: stopping at the end of a step and saving" in shown
         assert f"Stopped by {number.name} at step 3" in shown and "--ckpt_path last" in shown
         interrupt_at(-1)
         assert main(["fit", *workshop.words("runs", *VARIANTS["accumulated"], "--ckpt_path", "auto")]) == 0

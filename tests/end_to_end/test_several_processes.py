@@ -8,6 +8,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from run_processes import QUIET, begin, begin_torchrun
 from training_runs import weights
 
 from specforge.__main__ import main
+from specforge.training.callbacks import stopping
 from specforge.training.module import DraftModule
 
 # With each layout, an optimizer step reads the same four of sixteen packed rows.
@@ -104,7 +106,8 @@ def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
         ("2 processes, batches of 2", "1 process, batches of 4", False),
     ],
 )
-def test_resuming_with_others(workshop, straight, rows_seen, first, then, same_means):
+def test_resuming_with_others(workshop, straight, rows_seen, monkeypatch, first, then, same_means):
+    monkeypatch.setattr(stopping, "SECONDS_BETWEEN", 0)  # so that each step asks
     rank = LAYOUTS[first][0] - 1
     status = run(workshop, "runs", first, before=at_step(3, own_signal(signal.SIGTERM), rank))
     assert status != 0
@@ -118,6 +121,34 @@ def test_resuming_with_others(workshop, straight, rows_seen, first, then, same_m
     assert Counter(epoch for epoch, _ in seen) == {"0": 16, "1": 12}
     if same_means:  # a mean of the halves' means differs from the mean of the batch
         assert_close(straight, weights(last))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "stop"),
+    [(2.0, 2), (0.4, 3), (0.001, 4)],
+    ids=["asked at each step", "asked at steps 1 and 3", "asked at step 1 and the end of the epoch"],
+)
+def test_a_stop_is_asked_for_by_the_time_of_the_slowest_process(workshop, seconds, stop):
+    """On a clock that advances only with the steps, in the process that gets no signal."""
+    terminate = at_step(2, own_signal(signal.SIGTERM), rank=0)
+
+    def before(rank: int) -> None:
+        terminate(rank)
+        own, now, step = (seconds if rank else 1e-6), 0.0, DraftModule.training_step
+
+        def training_step(self: DraftModule, batch: Any, batch_idx: int) -> Any:
+            nonlocal now
+            now += own
+            return step(self, batch, batch_idx)
+
+        DraftModule.training_step = training_step
+        stopping.time = SimpleNamespace(perf_counter=lambda: now)
+
+    assert run(workshop, "runs", "2 processes, batches of 2", before=before) != 0
+    last = workshop.run_folder("runs") / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == stop
+    shown = [(workshop.folder / f"rank{rank}.log").read_text(encoding="utf-8") for rank in range(2)]
+    assert f"Stopped by SIGTERM at step {stop}" in shown[0] and "error" not in "".join(shown)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Start to collect signals from all processes; the result is ready when the step ends."""
-        self._stop.ask()
+        if not is_accumulating(trainer):
+            self._stop.ask()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

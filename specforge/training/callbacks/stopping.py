@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
+import time
 from contextlib import suppress
 from types import FrameType
 
@@ -16,6 +18,10 @@ from torch import Tensor
 
 from specforge.private.lightning import cluster_environment
 
+# Processes ask each other after this many steps, or about after this time, whichever is sooner.
+STEPS_BETWEEN = 10
+SECONDS_BETWEEN = 1.0
+
 
 class StopRequest:
     """Whether a signal has asked to stop; all processes of a run learn it at the same step."""
@@ -25,6 +31,9 @@ class StopRequest:
         self._process = 0
         self._group: torch.distributed.ProcessGroup | None = None
         self._asked: tuple[Tensor, torch.distributed.Work] | None = None
+        self._interval = 1
+        self._steps = 0
+        self._since = 0.0
 
     def listen(self, trainer: Trainer) -> None:
         """Install the signal handlers; Lightning restores the previous ones when the run ends for any reason.
@@ -34,6 +43,7 @@ class StopRequest:
         installed outside the main thread, where Python has no signals.
         """
         self._received, self._process = 0, os.getpid()
+        self._interval, self._steps, self._since = 1, 0, time.perf_counter()
         if trainer.world_size > 1:
             # Processes agree over this group without their devices.
             self._group = torch.distributed.new_group(backend="gloo")
@@ -45,24 +55,38 @@ class StopRequest:
             signal.signal(number, self._on_signal)
 
     def ask(self) -> None:
-        """Start to ask all processes; each must call this at the same step, and none waits here."""
-        if self._group is not None:
-            own = torch.tensor(self._received)
-            work = torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
-            self._asked = own, work
+        """Start to ask all processes, if it is time to; each must call this once a step, and none waits here."""
+        self._steps += 1
+        if self._steps < self._interval:
+            return
+        now = time.perf_counter()
+        self._send((now - self._since) / self._steps)
+        self._since, self._steps = now, 0
 
     def answer(self) -> int:
-        """Return a signal that any process had received when last asked, 0 for none."""
-        if self._asked is None:
+        """Return a signal that any process had received if they were asked in this step, 0 for none."""
+        if self._group is None:
             return self._received
-        found, work = self._asked
+        if self._asked is None:
+            return 0
+        (found, work), self._asked = self._asked, None
         work.wait()
-        return int(found)
+        number, seconds = found.tolist()
+        self._interval = min(max(int(SECONDS_BETWEEN / seconds), 1), STEPS_BETWEEN)
+        return int(number)
 
     def agreed(self) -> int:
-        """Ask, and wait for the answer."""
-        self.ask()
+        """Ask now, and wait for the answer; the next step asks again."""
+        self._send(math.inf)
         return self.answer()
+
+    def _send(self, seconds: float) -> None:
+        """Start to find the greatest signal, and the seconds a step of the slowest process, which set when to ask."""
+        if self._group is None:
+            return
+        own = torch.tensor([self._received, seconds], dtype=torch.float64)
+        work = torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        self._asked = own, work
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -74,7 +98,7 @@ class StopRequest:
             return
         self._received = number
         again = "; press Ctrl-C again to stop at once without saving" if number == signal.SIGINT else ""
-        _write(f"\n{signal.Signals(number).name}: stopping after this step and saving{again}.\n")
+        _write(f"\n{signal.Signals(number).name}: stopping at the end of a step and saving{again}.\n")
 
 
 def is_of_a_lost_process(error: RuntimeError) -> bool:
