@@ -1,4 +1,4 @@
-r"""How long commands take to answer ``--help``, and how much of it is libraries.
+r"""How long commands take to answer ``--help``, and ``fit`` to train its first step; and which libraries they import.
 
     python benchmarks/startup.py
 
@@ -21,6 +21,17 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
 slow = [name for name in ("torch", "transformers", "lightning", "datasets", "jsonargparse") if name in sys.modules]
 print(f"| {' '.join(sys.argv[1:-1])} | {time.process_time():.2f} s | {', '.join(slow)} |")
 """
+FIRST_STEP = """
+import contextlib, os, sys, tempfile, time
+from specforge.__main__ import main
+from specforge.training.module import DraftModule
+def end(*_):
+    print(f"| fit, its first step | {time.process_time():.2f} s | |", file=sys.__stdout__, flush=True)
+    os._exit(0)
+DraftModule.on_train_batch_end = end
+with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+    main(["fit", "--config", "configs/quickstart.yaml", "--output_dir", folder])
+"""
 PREPARE = ("rows", "features", "responses", "check")
 
 
@@ -29,6 +40,7 @@ def main() -> None:
     print("| command | time | libraries that it imports |\n|---|---|---|", flush=True)
     for words in [*([name] for name in installed().all(Command)), *(["prepare", name] for name in PREPARE)]:
         subprocess.run([sys.executable, "-c", CODE, *words, "--help"], check=True)
+    subprocess.run([sys.executable, "-c", FIRST_STEP], check=True)
 
 
 if __name__ == "__main__":

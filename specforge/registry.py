@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import re
 import traceback
 from collections import Counter
 from collections.abc import Iterable
@@ -241,10 +242,12 @@ def _fault_of(module_name: str, name: str) -> str | None:
         return None
     try:
         with open(spec.origin, encoding="utf-8") as file:
-            names = _names_in(ast.parse(file.read()))
+            text = file.read()
+        # Nearly all are found so; to parse all modules takes a quarter of a second, at the start of every command.
+        is_defined = re.search(rf"^(?:class|def) {re.escape(name)}\b", text, re.MULTILINE)
+        return None if is_defined or name in _names_in(ast.parse(text)) else "which does not exist"
     except (SyntaxError, ValueError, OSError) as error:
         return f"which cannot be read: {_last_line(error)}"
-    return None if name in names else "which does not exist"
 
 
 def _names_in(tree: ast.Module) -> set[str]:

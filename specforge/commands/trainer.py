@@ -49,7 +49,6 @@ def choose(arguments: list[str], help_text: str) -> Algorithm | None:
     Raises:
         UsageError: None is chosen, or it cannot be trained.
     """
-    from specforge.config import config_class
     from specforge.training.cli.config_files import choose_algorithm
 
     name = choose_algorithm(arguments)
@@ -65,6 +64,8 @@ def choose(arguments: list[str], help_text: str) -> Algorithm | None:
     algorithm = installed().find(Algorithm, name)
     if algorithm.module is None or algorithm.data is None:
         raise UsageError(f"the algorithm {name!r} can be loaded, but its plugin does not train it yet")
+    from specforge.config import config_class
+
     config_class(name)  # whose name has to be the same
     return algorithm
 

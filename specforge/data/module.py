@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from transformers import PreTrainedTokenizerBase
 
-    from specforge.data.features.servers import StateServers
-
 _log = logging.getLogger(__name__)
 LIVE, RECORD, SERVER = "live", "record", "server"
 # Processes that load states by default; for an accelerator they read and check some gigabytes a second together.
@@ -166,6 +164,9 @@ class DraftDataModule(LightningDataModule):
         self._feature_lines: list[str] = []
         self.recorder: FeatureRecorder | None = None
         """Records states of training, with ``data.features: record`` or ``data.record``; otherwise None."""
+        if TYPE_CHECKING:
+            # Not above: jsonargparse runs these imports of a module, and the client takes a second to import.
+            from specforge.data.features.servers import StateServers
         self._servers: StateServers | None = None
 
     @property

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from datasets import Dataset
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def fingerprint_of(rows: Dataset) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 from specforge.hookspecs import Command
 from specforge.registry import installed
 
+ROOT = Path(__file__).parents[2]
 SLOW = ("torch", "transformers", "lightning", "datasets", "pyarrow", "matplotlib", "openai")
 PREPARE = [["prepare", name] for name in ("rows", "features", "responses", "check")]
 MISTAKES = [
@@ -37,12 +39,22 @@ print(json.dumps(found))
 """
 
 
+def imported(commands: list[list[str]], names: tuple[str, ...]) -> list[tuple[list[str], int, list[str]]]:
+    """Run commands in one process; return their status and which libraries were imported by the end of each."""
+    arguments = [json.dumps(commands), json.dumps(names)]
+    done = subprocess.run([sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, check=True)
+    return [tuple(entry) for entry in json.loads(done.stdout)]
+
+
 def test_help_and_mistakes_import_nothing_slow() -> None:
     helps = [[name, "--help"] for name in sorted(installed().all(Command))]
     helps += [[*words, "--help"] for words in PREPARE]
-    # All in one process: the first command that imports something shows.
-    arguments = [json.dumps([*helps, *MISTAKES]), json.dumps(SLOW)]
-    done = subprocess.run([sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+    # The first command that imports something shows.
+    found = imported([*helps, *MISTAKES], SLOW)
     assert [entry for entry in found if entry[2]][:1] == []
     assert [entry for entry in found if entry[1] != (0 if entry[0] in helps else 2)] == []
+
+
+def test_settings_without_servers_import_no_client() -> None:
+    words = ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--print_config"]
+    assert imported([words], ("torch", "openai", "datasets")) == [(words, 0, ["torch"])]
