@@ -240,13 +240,16 @@ def _name_parts(counting: Counting, module: Any, stack: contextlib.ExitStack) ->
 
     import specforge.training.module as training
     from specforge.models.block.attention import PackedBlocks
-    from specforge.models.chain.ttt_attention import TrainingTimeStep, TrainingTimeTest
+    from specforge.models.chain.ttt_attention import TrainingTimeStep, TrainingTimeSteps, TrainingTimeTest
     from specforge.training.callbacks.speed import Throughput
 
     parts = {
         "verifier": [(module.teacher, "states")],
         "draft": [(type(module), "states")],
-        "attention": [(TrainingTimeStep, "attend"), (TrainingTimeTest, "__init__"), (PackedBlocks, "attend")],
+        "attention": [
+            *((TrainingTimeTest, "__init__"), (TrainingTimeStep, "attend"), (TrainingTimeSteps, "attend")),
+            (PackedBlocks, "attend"),
+        ],
         "loss": [(training, "distill")],
         "logging": [
             *((Base, "log"), (Base, "log_dict"), (Throughput, "on_train_batch_end")),

@@ -1,4 +1,4 @@
-"""Attention and norms as one operation on the simulated device, as on a GPU, by kernels of the CPU."""
+"""Attention, norms and gates as one operation on the simulated device, as on a GPU, by kernels of the CPU."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ _keep: list[torch.library.Library] = []
 
 
 def install() -> None:
-    """Register attention for the device; torch would compute it by its formula."""
+    """Register operations that torch would compute by their formulas on this device."""
     flash.has_flash = lambda device: device.type != "cpu"
     for key in ("PrivateUse1", "AutogradPrivateUse1"):
         aten = torch.library.Library("aten", "IMPL", key)
         aten.impl("scaled_dot_product_attention", _attention)
         aten.impl("rms_norm", _rms_norm)
+        aten.impl("silu_backward", _silu_backward)
         _keep.append(aten)
 
 
@@ -107,6 +108,12 @@ def _norm_backward(gradient: Tensor, states: Tensor, weight: Tensor, epsilon: fl
     return (of_normalised - normalised * along) * scale, (gradient * normalised).flatten(0, -2).sum(0)
 
 
+@torch.library.custom_op("simulated::silu_backward", mutates_args=())
+def _silu_backward(gradient: Tensor, states: Tensor) -> Tensor:
+    return _aten.silu_backward(gradient, states)
+
+
+_silu_backward.register_fake(lambda _, states: torch.empty_like(states))
 _norm.register_fake(lambda states, *_: torch.empty_like(states))
 _norm_backward.register_fake(lambda _, states, weight, *__: (torch.empty_like(states), torch.empty_like(weight)))
 

@@ -120,11 +120,11 @@ def test_drafting_computes_the_same(case: DepthsCase) -> None:
 
 
 def later_position(patch: pytest.MonkeyPatch, case: DepthsCase) -> None:
-    right = case.draft.advance
+    right = case.draft.run
     shifted = lambda tokens, feature, positions, *others: right(  # noqa: E731
         tokens, feature, positions + (tokens == case.draft.config.mask_token_id), *others
     )
-    patch.setattr(case.draft, "advance", shifted)
+    patch.setattr(case.draft, "run", shifted)
 
 
 def other_mask(patch: pytest.MonkeyPatch, case: DepthsCase) -> None:

@@ -20,12 +20,16 @@ from specforge_dflash.settings import DFlash2DraftSettings
 from specforge_eagle.module import EagleModule
 from specforge_eagle3.module import Eagle3DraftSettings, Eagle3Module
 from specforge_mlp.module import MLPModule
+from specforge_peagle.module import PEagleDraftSettings, PEagleModule
 
 STEPS = 3
 MODULES = {
     "eagle3": partial(Eagle3Module, draft=Eagle3DraftSettings(num_layers=2, draft_vocab_size=40), ttt_steps=STEPS),
     "hass": partial(EagleModule, noise=0.0, alignment_steps=STEPS),
     "mlp": MLPModule,
+    "peagle": partial(
+        PEagleModule, draft=PEagleDraftSettings(num_layers=2, draft_vocab_size=40, mask_token_id=2), depths=2
+    ),
     "dflash2": partial(
         DFlash2Module,
         draft=DFlash2DraftSettings(

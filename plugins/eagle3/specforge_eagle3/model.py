@@ -6,7 +6,7 @@ V verifier and D draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -305,15 +305,8 @@ class Eagle3DraftModel(SpeculatorModel):
         states = [self.embed(tokens), feature]
         *others, last = self.layers
         for layer in others:
-            states = [layer(*states, position_embeddings=rotary, draft_attention=attention)]
-        if wanted is not None and wanted < feature.shape[1]:
-            # The other rows only provide keys and values.
-            rest = slice(wanted, None)
-            attention_module, read = _attention_of(last, *_rows(states, rest))
-            record_keys(attention_module, read, attention, position_embeddings=_rows(rotary, rest))
-        first = slice(wanted)
-        rotary = _rows(rotary, first)
-        return cast(Tensor, last(*_rows(states, first), position_embeddings=rotary, draft_attention=attention))
+            states = [run_layer(layer, states, rotary, attention)]
+        return run_layer(last, states, rotary, attention, wanted)
 
     def fed_back(self, states: Tensor) -> Tensor:
         """Return the next step's input from states before the final norm, [..., H]."""
@@ -349,6 +342,35 @@ class Eagle3DraftModel(SpeculatorModel):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=deviation)
+
+
+def run_layer(
+    layer: nn.Module,
+    states: Sequence[Tensor],
+    rotary: Sequence[Tensor],
+    attention: DraftAttention,
+    wanted: int | None = None,
+) -> Tensor:
+    """Run a decoder layer of a draft.
+
+    Args:
+        layer: The layer.
+        states: Token embeddings and features for the first layer, the states of the layer before for others,
+            [B, T, H] each.
+        rotary: Cosines and sines of the positions, [B, T, D of a head] each.
+        attention: The attention of the rows.
+        wanted: Number of first rows to run, while the others only provide keys and values; None for all.
+
+    Returns:
+        States [B, wanted, H].
+    """
+    if wanted is not None and wanted < states[0].shape[1]:
+        rest = slice(wanted, None)
+        attention_module, read = _attention_of(layer, *_rows(states, rest))
+        record_keys(attention_module, read, attention, position_embeddings=_rows(rotary, rest))
+    first = slice(wanted)
+    rotary = _rows(rotary, first)
+    return cast(Tensor, layer(*_rows(states, first), position_embeddings=rotary, draft_attention=attention))
 
 
 def _rows(tensors: Iterable[Tensor], rows: slice) -> list[Tensor]:

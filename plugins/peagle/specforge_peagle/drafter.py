@@ -79,4 +79,4 @@ class ParallelDrafter(Drafter):
         self._cache.select(rows)
 
     def _run(self, tokens: Tensor, feature: Tensor, index: Tensor) -> Tensor:
-        return self._network.advance(tokens, feature, index + FIRST_POSITION, self._cache)
+        return self._network.run(tokens, feature, index + FIRST_POSITION, self._cache)

@@ -6,14 +6,15 @@ In the rows of ``specforge.models.chain.alignment``, row t at depth k reads
 * at k >= 1 the mask token and ``mask_hidden``, a learned vector in place of the features.
 
 It is at the position of row t plus k, attends to depth 0 of rows up to t of its document and to its own earlier depths,
-and predicts x_{t+2+k}: the attention of training-time test, of which no depth reads another's output. So decoding runs
-all depths in one forward pass.
+and predicts x_{t+2+k}: the attention of training-time test, of which no depth reads another's output. So training and
+decoding run all depths in one forward pass.
 
 Letters in shapes: B batch rows, T tokens, H width, D draft vocabulary, n aux layers, K depths.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -23,10 +24,11 @@ from transformers import PreTrainedConfig
 from specforge.config import SpeculatorModelConfig
 from specforge.models.chain.alignment import step_tokens
 from specforge.models.chain.ttt_attention import TrainingTimeTest
+from specforge.models.draft_attention import DraftAttention
 from specforge.models.draft_rows import DraftRows
 from specforge.models.drafter import Drafter
 from specforge_eagle3.config import Eagle3SpeculatorConfig
-from specforge_eagle3.model import FIRST_POSITION, Eagle3DraftModel
+from specforge_eagle3.model import FIRST_POSITION, Eagle3DraftModel, run_layer
 from specforge_peagle.config import PEagleSpeculatorConfig
 from specforge_peagle.drafter import ParallelDrafter
 
@@ -57,19 +59,51 @@ class PEagleDraftModel(Eagle3DraftModel):
         return self.fuse(self.mask_hidden.view(1, 1, self.config.num_aux_layers, -1))
 
     def chain(self, input_ids: Tensor, aux: Tensor, position_ids: Tensor, rows: DraftRows) -> Tensor:
-        """Run all depths at the rows that are needed; arguments and result are EAGLE-3's."""
-        attention = TrainingTimeTest(rows)
-        positions = position_ids.flatten()[None, rows.order] + FIRST_POSITION
-        tokens = step_tokens(input_ids, 1).flatten(1)[:, rows.order]
-        feature, mask = self.fuse(aux).flatten(0, 1)[None, rows.order], self.mask_feature()
-        states = []
-        for depth, count in enumerate(rows.counts):
-            if depth:
-                tokens = torch.full_like(tokens[:, :count], self.config.mask_token_id)
-                feature = mask.expand(1, count, -1)
-            own = positions[:, : tokens.shape[1]] + depth
-            states.append(self.advance(tokens, feature, own, attention.at(depth), count))
-        return cast(Tensor, self.norm(torch.cat(states, dim=1)[0]))
+        """Run all depths at the rows that are needed in one pass; arguments and result are EAGLE-3's."""
+        needed, pairs = rows.counts[0], sum(rows.counts)
+
+        def joined(of_first: Tensor, *of_later: Tensor) -> Tensor:
+            """Join the needed rows depth by depth, and then those that depth 0 only attends to."""
+            return torch.cat([of_first[:needed], *of_later, of_first[needed:]])[None]
+
+        tokens = step_tokens(input_ids, 1).flatten()[rows.order]
+        feature = self.fuse(aux).flatten(0, 1)[rows.order]
+        positions = position_ids.flatten()[rows.order] + FIRST_POSITION
+        states = self.run(
+            joined(tokens, tokens.new_full((pairs - needed,), self.config.mask_token_id)),
+            joined(feature, self.mask_feature()[0].expand(pairs - needed, -1)),
+            joined(positions, *(positions[:count] + depth for depth, count in enumerate(rows.counts) if depth)),
+            TrainingTimeTest(rows).at_once(),
+            pairs,
+        )
+        return cast(Tensor, self.norm(states[0]))
+
+    def run(
+        self,
+        tokens: Tensor,
+        feature: Tensor,
+        position_ids: Tensor,
+        attention: DraftAttention,
+        wanted: int | None = None,
+    ) -> Tensor:
+        """Run all layers; arguments and result are those of EAGLE-3's ``advance``."""
+        rotary = self.rotary_emb(feature, position_ids)
+        states = [self.embed(tokens), feature]
+        *others, last = self.layers
+        for layer in others:
+            states = [self.advance(layer, states, rotary, attention)]
+        return self.advance(last, states, rotary, attention, wanted)
+
+    def advance(  # type: ignore[override]
+        self,
+        layer: nn.Module,
+        states: Sequence[Tensor],
+        rotary: Sequence[Tensor],
+        attention: DraftAttention,
+        wanted: int | None = None,
+    ) -> Tensor:
+        """Run one layer, since one step of training runs all depths; see ``run_layer``."""
+        return run_layer(layer, states, rotary, attention, wanted)
 
     def borrow_embeddings(self) -> None:
         """Keep the draft's own embeddings: the mask token's has been trained."""

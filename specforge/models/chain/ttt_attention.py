@@ -46,6 +46,34 @@ class TrainingTimeTest:
         """Return the attention of a step, counted from 0; use it after all earlier steps have run."""
         return TrainingTimeStep(self, step)
 
+    def at_once(self) -> TrainingTimeSteps:
+        """Return the attention of all steps in one pass through the layers."""
+        return TrainingTimeSteps(self, self._rows.counts)
+
+    def attend(
+        self, step: int, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Attend with the n rows of a step in one layer, after all earlier steps.
+
+        Args:
+            step: The step.
+            layer: Index of the layer.
+            query: [n, heads, D].
+            key: [n, key-value heads, D].
+            value: The same.
+            scale: Factor of the logits.
+            window: Number of last positions that a row sees, as in decoding: at step k, row t is k positions after its
+                token; None for all.
+
+        Returns:
+            [n, heads, D].
+        """
+        (keys, values), later = self.record_step(step, layer, key, value)
+        hidden = None if window is None else max(window - step, 0)
+        own = later[-window:] if window is not None else later
+        own_keys, own_values = [k for k, _ in own], [v for _, v in own]
+        return merged_attention(self.kernel(query), query, keys, values, own_keys, own_values, scale, hidden)
+
     def kernel(self, query: Tensor) -> Kernel:
         """Return the kernel for queries of the first n rows, [n, heads, D]."""
         kernel: Kernel = self._plan(query)[1][len(query)]
@@ -115,19 +143,38 @@ class TrainingTimeStep:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
-        """Attend in one layer.
-
-        Arguments and result are those of ``DraftAttention.attend``; the window counts positions, as in decoding: at
-        step k, row t is k positions after its token.
-        """
+        """Attend in one layer; arguments and result are those of ``DraftAttention.attend``."""
         query, key, value = (computed(one[0].transpose(0, 1)) for one in (query, key, value))
-        (keys, values), later = self.test.record_step(self.step, layer, key, value)
-        hidden = None if window is None else max(window - self.step, 0)
-        own = later[-window:] if window is not None else later
-        attended = merged_attention(
-            self.test.kernel(query), query, keys, values, [k for k, _ in own], [v for _, v in own], scale, hidden
-        )
-        return attended.transpose(0, 1)[None]
+        return self.test.attend(self.step, layer, query, key, value, scale, window).transpose(0, 1)[None]
+
+
+@dataclass(frozen=True)
+class TrainingTimeSteps:
+    """Attention of all steps in one pass through the layers, for networks whose steps read no state of another.
+
+    The rows are those that each step runs, step by step; then those that only step 0 runs, except where a layer records
+    their keys.
+
+    Attributes:
+        test: Keys and values by layer.
+        counts: Number of rows of each step.
+    """
+
+    test: TrainingTimeTest
+    counts: tuple[int, ...]
+
+    @torch.compiler.disable
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
+        """Attend in one layer; arguments and result are those of ``DraftAttention.attend``."""
+        rows = [computed(one[0].transpose(0, 1)) for one in (query, key, value)]
+        parts = (one.split([*self.counts, len(one) - sum(self.counts)]) for one in rows)
+        *steps, others = zip(*parts, strict=True)
+        steps[0] = tuple(torch.cat(both) for both in zip(steps[0], others, strict=True))
+        found = [self.test.attend(step, layer, q, k, v, scale, window) for step, (q, k, v) in enumerate(steps)]
+        needed = self.counts[0]
+        return torch.cat([found[0][:needed], *found[1:], found[0][needed:]]).transpose(0, 1)[None]
 
 
 @dataclass(frozen=True)
@@ -152,8 +199,8 @@ def record_keys(module: nn.Module, states: Tensor, attention: DraftAttention, **
     Args:
         module: The layer's attention module.
         states: The module's input for these rows, [1, N - n, H].
-        attention: Attention of the rows before them; must be step 0.
+        attention: Attention of the rows before them; must run step 0.
         **options: Further arguments that the layer passes to the module, for these rows.
     """
-    assert isinstance(attention, TrainingTimeStep) and attention.step == 0
+    assert isinstance(attention, TrainingTimeStep | TrainingTimeSteps)
     module(states, attention_mask=None, draft_attention=_RecordKeysOnly(attention.test), **options)
