@@ -90,8 +90,8 @@ def test_the_two_devices_do_not_mix() -> None:
                 mixing()
 
 
-# P-EAGLE is trained as EAGLE-3 is, and EAGLE-3's defaults by the tests of prepared features and of other commands.
-@pytest.mark.parametrize("name", [name for name in FIT if name not in ("eagle3", "peagle")])
+# EAGLE-3's defaults are trained by the tests of prepared features and of other commands.
+@pytest.mark.parametrize("name", [name for name in FIT if name != "eagle3"])
 def test_fit_validate_and_resume(name: str, workshop: Workshop) -> None:
     values, options = FIT[name]
     workshop.values |= values
