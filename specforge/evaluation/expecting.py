@@ -57,9 +57,9 @@ def _expectation(
     plain: ServedMeasurement | None,
     replayed: Sequence[float],
 ) -> Expectation | None:
-    times = [(drafted, _round_milliseconds(one)) for drafted, one in speeds]
+    times = [(drafted, one.round_milliseconds) for drafted, one in speeds]
     if len({drafted for drafted, _ in times}) == 1 and plain is not None:
-        times.append((0, _round_milliseconds(plain)))
+        times.append((0, plain.round_milliseconds))
     if len({drafted for drafted, _ in times}) < 2:
         return None
     fixed, per_token = _line(times)
@@ -73,7 +73,7 @@ def _expectation(
                 draft_tokens=drafted,
                 acceptance_length=tau,
                 round_milliseconds=milliseconds,
-                speedup=None if plain is None else tau * _round_milliseconds(plain) / milliseconds,
+                speedup=None if plain is None else tau * plain.round_milliseconds / milliseconds,
                 measured_speedup=measured.get(drafted),
             )
         )
@@ -93,10 +93,6 @@ def _speedup(measured: ServedMeasurement, plain: ServedMeasurement | None) -> fl
     return None if plain is None else measured.request_tokens_per_second / plain.request_tokens_per_second
 
 
-def _round_milliseconds(measured: ServedMeasurement) -> float:
-    return 1000 * (measured.acceptance_length or 1.0) / measured.request_tokens_per_second
-
-
 def _line(times: Sequence[tuple[int, float]]) -> tuple[float, float]:
     """Fit a + b K by least squares, with neither a nor b below 0, which no time is."""
     drafted, milliseconds = np.array(times).T
@@ -111,5 +107,7 @@ def _line(times: Sequence[tuple[int, float]]) -> tuple[float, float]:
 def _by_rates(speeds: Sequence[tuple[int, ServedMeasurement]]) -> tuple[list[float], str]:
     """Return the acceptance lengths of shorter chains by the rates of the longest one, whose rounds begin elsewhere."""
     drafted, longest = max(speeds, key=lambda one: one[0])
-    lengths = (1 + np.cumsum(longest.accept_rate_pos)).tolist()
+    counted = 1 + np.cumsum(longest.accept_rate_pos)
+    # As many of the counted tokens are sent as in the rounds of the longest chain.
+    lengths = (counted * (longest.tokens_per_round / (longest.acceptance_length or 1.0))).tolist()
     return lengths, f"rates by position of the server that drafts {drafted}"

@@ -58,6 +58,22 @@ class ServedMeasurement(Result):
     other_tokens: int = 0
     speedup: float | None = None
 
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens per round that were sent; 1 without speculation.
+
+        Counters, and with them ``acceptance_length``, also count what the last round accepts after the end of a response.
+        """
+        if self.num_drafts is None:
+            return self.acceptance_length or 1.0
+        # The first token of a response comes from the prefill.
+        return (self.tokens - self.responses + self.other_tokens) / self.num_drafts
+
+    @property
+    def round_milliseconds(self) -> float:
+        """Mean time of a round; of a token without speculation."""
+        return 1000 * self.tokens_per_round / self.request_tokens_per_second
+
 
 class ServerResult(Result):
     """One server.

@@ -67,6 +67,19 @@ def test_one_server_is_interpolated_to_the_one_without_speculation() -> None:
     assert found.fitted_to == [0, 3] and "server that drafts 3" in found.acceptance
 
 
+@pytest.mark.parametrize("replayed", [[], [1.7, 2.0, 2.25]])
+def test_tokens_that_are_accepted_after_the_end_of_a_response_are_not_sent(replayed: list[float]) -> None:
+    """At a measured K, the measured speedup is expected, whether the acceptance is replayed or counted."""
+    (counted,) = server(3, 12.5, [0.8, 0.5, 0.2]).measurements
+    # 40 rounds are counted to yield 100 tokens and send 90.
+    cut = {"tokens": 100, "responses": 10, "num_drafts": 40, "request_tokens_per_second": 180.0}
+    drafting = server(3, 12.5, []).model_copy(update={"measurements": [counted.model_copy(update=cut)]})
+    (found,) = expectations([drafting, server(0, 8.0, [])], [8], replayed)
+    last = found.lengths[-1]
+    assert (last.acceptance_length, last.round_milliseconds) == pytest.approx((2.25, 12.5))
+    assert last.speedup == pytest.approx(last.measured_speedup) == pytest.approx(180 / 125)
+
+
 @pytest.mark.parametrize(
     "servers",
     [
