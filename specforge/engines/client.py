@@ -319,4 +319,6 @@ def _reason(error: Exception) -> str:
     """Return the engine's own error message as one short line."""
     body = getattr(error, "body", None)
     message = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
+    if isinstance(message, str) and message.lstrip().startswith("<"):
+        return "the answer is a web page"
     return on_one_line(message or error)

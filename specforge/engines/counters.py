@@ -105,7 +105,10 @@ async def read_counters(server: Address) -> Counters:
         return _from_server_info(info, server.url)
     page = await _get(server, "/metrics")
     if page is None or "vllm:" not in page:
-        raise SpecforgeError(f"{server.url} has neither vLLM's /metrics nor SGLang's /get_server_info")
+        raise SpecforgeError(
+            f"{server.url} has neither vLLM's /metrics nor SGLang's /get_server_info; vLLM counts nothing with "
+            "--disable-log-stats"
+        )
     return _from_metrics(page, server.url)
 
 

@@ -148,7 +148,7 @@ def breaking(**changes: object):
         (None, ["--model", "x", "--verifier", "y"], 2, "--model is for servers"),
         (None, ["--endpoint", "{two}", "--concurrency", "0"], 2, "concurrency"),
         (breaking(models=["a", "b"]), ["--endpoint", "{two}"], 2, "--model: choose one"),
-        (breaking(metrics="process_cpu_seconds_total 1\n"), ["--endpoint", "{two}"], 1, "has neither vLLM's /metrics"),
+        (breaking(metrics="process_cpu_seconds_total 1\n"), ["--endpoint", "{two}"], 1, "vLLM counts nothing with"),
         (breaking(has_usage=False), ["--endpoint", "{two}"], 1, "does not count the tokens"),
         (breaking(broken=['{"choices": [{"delta": {"content": "a"}}]}']), ["--endpoint", "{two}"], 1, "ended a stream"),
         (breaking(broken=['{"choices": 7}']), ["--endpoint", "{two}"], 1, "is malformed: choices"),

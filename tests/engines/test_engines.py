@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loopback import QuietHandler, listening
 from stand_in import MODEL, StandIn, prompt_ids, reply_ids, serving
 
 from specforge.engines.answering import EndpointAnswerer
@@ -182,6 +183,14 @@ class TestFaults:
             url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
         with pytest.raises(SpecforgeError, match=r"no connection .*is the engine running\?"):
             write(prompts, tmp_path / "out", url, model=model)
+
+    def test_a_web_server_is_reported_without_its_page(self, prompts, tmp_path):
+        class WebServer(QuietHandler):
+            def do_GET(self) -> None:
+                self.send_error(404)
+
+        with listening(WebServer) as url, pytest.raises(SpecforgeError, match=r"not found .the answer is a web page.;"):
+            write(prompts, tmp_path / "out", url)
 
     def test_a_temporary_fault_is_retried(self, engine, prompts, tmp_path):
         faults = {4: 500, 5: 429, 6: 0}
