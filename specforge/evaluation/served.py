@@ -62,7 +62,7 @@ class ServedMeasurement(Result):
     def tokens_per_round(self) -> float:
         """Tokens per round that were sent; 1 without speculation.
 
-        Counters, and with them ``acceptance_length``, also count what the last round accepts after the end of a response.
+        Counters, and so ``acceptance_length``, also count what the last round accepts after the end of a response.
         """
         if self.num_drafts is None:
             return self.acceptance_length or 1.0

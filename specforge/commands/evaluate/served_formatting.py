@@ -52,8 +52,8 @@ def advice(expected: Expectation) -> str:
         return f"{at}: draft {_tokens(best)}, and expect {speed}"
     if best.speedup <= 1:
         return f"{at}: do not speculate; the best is {_tokens(best)} with {speedup(best.speedup)} of the speed without"
-    seen = "" if best.measured_speedup is None else f" (measured: {speedup(best.measured_speedup)})"
-    return f"{at}: draft {_tokens(best)}, and expect {speedup(best.speedup)} the speed without{seen}, {speed}"
+    seen = "not measured" if best.measured_speedup is None else f"measured: {speedup(best.measured_speedup)}"
+    return f"{at}: draft {_tokens(best)}, and expect {speedup(best.speedup)} the speed without ({seen}), {speed}"
 
 
 def basis(expected: Expectation) -> str:
