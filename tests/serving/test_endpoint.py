@@ -19,11 +19,12 @@ from specforge.evaluation.results import Results
 
 
 @contextmanager
-def server(verifier: Path, draft: Path, log: Path) -> Iterator[str]:
-    """Serve a draft; yield the server's address."""
-    speculative = json.dumps(engine_options("eagle3", draft)["speculative_config"])
+def server(verifier: Path, draft: Path | None, log: Path, drafted: int = DRAFTED) -> Iterator[str]:
+    """Serve a verifier, with a draft if there is one; yield the server's address."""
     words = ["--model", str(verifier), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
-    words += ["--speculative-config", speculative]
+    if draft is not None:
+        speculative = {**engine_options("eagle3", draft)["speculative_config"], "num_speculative_tokens": drafted}
+        words += ["--speculative-config", json.dumps(speculative)]
     with local_server("vllm.entrypoints.openai.api_server", words, log, ENGINE_ENVIRONMENT) as url:
         yield url
 
@@ -47,18 +48,31 @@ def test_a_missing_vocabulary_map(served: Served, tmp_path: Path, capsys: pytest
     assert "likely cause: nothing is accepted: d2t is missing or absolute" in capsys.readouterr().out
 
 
-def test_speed_and_acceptance_of_a_server(served: Served, tmp_path: Path) -> None:
-    """A server accepts what the draft accepts in process, on the same prompts, at one request at a time and at four."""
+def test_acceptance_and_expected_speed(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Servers send as many tokens per round as replay says, at each width and load; each width gets a prediction."""
+    verifier, export, widths = served.verifier, served.exports["eagle3"], [1, DRAFTED]
     words = ["--prompts", str(QUICKSTART / "validation.jsonl"), "--limit", "8", "--max_new_tokens", "32"]
     words += ["--proposal", f"greedy:speculative_tokens={DRAFTED}", "--baselines", "--concurrency", "1", "4"]
-    with server(served.verifier, served.exports["eagle3"], tmp_path / "log") as url:
-        words += ["--endpoint", url, "--output", str(tmp_path / "out")]
+    with (
+        server(verifier, export, tmp_path / "short", 1) as short,
+        server(verifier, export, tmp_path / "long") as long,
+        server(verifier, None, tmp_path / "plain") as plain,
+    ):
+        words += ["--endpoint", short, long, "--baseline", plain, "--output", str(tmp_path / "out")]
         assert main(["evaluate", str(served.runs["eagle3"]), *words]) == 0
     results = Results.read(tmp_path / "out" / "results.json")
-    assert results.served is not None
-    (measured,) = results.served.servers
-    assert measured.engine == "vLLM" and measured.draft_tokens == DRAFTED
-    for one in measured.measurements:
-        assert one.responses == 8 and one.other_tokens == 0 and len(one.accept_rate_pos) == DRAFTED
-        assert one.acceptance_length == pytest.approx(1 + sum(one.accept_rate_pos))
-        assert one.acceptance_length == pytest.approx(results.contenders[0].all_sets.acceptance_length, rel=0.1)
+    replayed, measured = results.contenders[0].all_sets.by_chain_length, results.served
+    assert measured is not None and [one.draft_tokens for one in measured.servers] == [*widths, None]
+    for drafted, one in zip(widths, measured.servers[:2], strict=True):
+        assert one.engine == "vLLM"
+        for load in one.measurements:
+            assert load.responses == 8 and load.other_tokens == 0 and len(load.accept_rate_pos) == drafted
+            assert load.acceptance_length == pytest.approx(1 + sum(load.accept_rate_pos))
+            # Batches of other sizes change single tokens of a text.
+            assert load.tokens_per_round == pytest.approx(replayed[drafted - 1], rel=0.05)
+    assert [one.concurrency for one in measured.expectations] == [1, 4]
+    for expected in measured.expectations:
+        assert expected.fitted_to == widths and "replay" in expected.acceptance
+        assert [one.acceptance_length for one in expected.lengths] == pytest.approx(replayed)
+        assert [one.draft_tokens for one in expected.lengths if one.measured_speedup is not None] == widths
+    assert "At 4 requests at a time: " in " ".join(capsys.readouterr().out.split())
