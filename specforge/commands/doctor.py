@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 from packaging.requirements import Requirement
 
-from specforge.commands.endpoints import add_endpoint_flags, chosen_transport, endpoint_settings
+from specforge.commands.endpoints import add_endpoint_flags, check_endpoint_flags, chosen_transport, endpoint_settings
 from specforge.commands.trainer import quieten
 from specforge.commands.units import in_units
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
@@ -63,6 +63,7 @@ def run(arguments: list[str]) -> int:
         found, words = command_line().parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise UsageError(f"{error.argument_name}: {error.message}") from None
+    check_endpoint_flags(found)
     if found.endpoint:
         return _check_endpoints(found, words)
     if words or found.compare:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from specforge.errors import UsageError
+
 if TYPE_CHECKING:
     from specforge.data.features.transports import Transport
     from specforge.data.module import DraftDataModule
@@ -25,6 +27,17 @@ def add_endpoint_flags(parser: argparse.ArgumentParser) -> None:
         help="Maximum time for an answer, and for the engines to come back when none is running.",
     )
     add_transport_flag(parser)
+
+
+def check_endpoint_flags(found: argparse.Namespace) -> None:
+    """Check that nothing is said of engines when none is named.
+
+    Raises:
+        UsageError: Something is.
+    """
+    for flag in ("model", "transport"):
+        if not found.endpoint and getattr(found, flag) is not None:
+            raise UsageError(f"--{flag}: needs --endpoint URL")
 
 
 def add_transport_flag(parser: argparse.ArgumentParser) -> None:

@@ -141,6 +141,8 @@ class DraftDataModule(LightningDataModule):
                 f"data.record: only states of data.features: {SERVER} are stored in a folder of choice; set "
                 f"data.features: {RECORD} to store those of a verifier in this process, or omit data.record"
             )
+        if self.feature_servers and features in (LIVE, RECORD):
+            _log.warning("data.feature_servers are not asked, since data.features is %s, not %s", features, SERVER)
         if features == SERVER:
             # The client takes a second to import.
             from specforge.data.features.servers import check_urls

@@ -147,6 +147,7 @@ def breaking(**changes: object):
         (None, ["--baseline", "{none}"], 2, "methods without a draft are --baselines"),
         (None, ["--model", "x", "--verifier", "y"], 2, "--model is for servers"),
         (None, ["--endpoint", "{two}", "--concurrency", "0"], 2, "concurrency"),
+        (None, ["--endpoint", "{two}", "--output", "{prompts}/out"], 2, "is not a folder that can be written to"),
         (breaking(models=["a", "b"]), ["--endpoint", "{two}"], 2, "--model: choose one"),
         (breaking(metrics="process_cpu_seconds_total 1\n"), ["--endpoint", "{two}"], 1, "vLLM counts nothing with"),
         (breaking(has_usage=False), ["--endpoint", "{two}"], 1, "does not count the tokens"),
@@ -164,10 +165,10 @@ def test_errors_are_one_line_and_nothing_is_written(
     with speculating(2) as closed:
         pass
     urls = {"two": servers[0].url, "four": servers[1].url, "none": servers[2].url, "closed": closed.url}
-    words = [word.format(**urls) for word in words]
+    words = [word.format(**urls, prompts=prompts) for word in words]
     words += [] if "--concurrency" in words or "--endpoint" not in words else ["--concurrency", "2"]
-    more = ["--prompts", prompts, "--limit", 1, "--max_new_tokens", 4, "--output", tmp_path / "out"]
-    assert evaluate(*words, *more) == status
+    more = ["--output", tmp_path / "out", "--prompts", prompts, "--limit", 1, "--max_new_tokens", 4]
+    assert evaluate(*more, *words) == status
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1, shown
     assert not (tmp_path / "out").exists()

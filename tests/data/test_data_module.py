@@ -146,6 +146,12 @@ def test_sources_are_checked_before_anything_is_loaded(train: str) -> None:
             DraftDataModule("no-verifier", **({"train": train} | {key: "nowhere.jsonl"}))
 
 
+@pytest.mark.parametrize("features", ["live", "record"])
+def test_servers_that_are_not_asked_are_named(train: str, caplog: pytest.LogCaptureFixture, features: str) -> None:
+    DraftDataModule("no-verifier", train, features=features, feature_servers=["http://localhost:8000/v1"])
+    assert f"data.feature_servers are not asked, since data.features is {features}, not server" in caplog.text
+
+
 @pytest.mark.parametrize(
     "wrong",
     ["--data.batch_size=0", "--data.max_length=1", "--data.validation_share=1", "--data.num_workers=-1"],

@@ -161,6 +161,12 @@ class TestStates:
             for layer in (2, 4, 5, 8):
                 torch.testing.assert_close(found.read(index, layer)[0], own.read(index, layer)[0], rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("words", [["--model", "served"], ["--transport", "file"]])
+    def test_what_is_said_of_servers_needs_one(self, words, tmp_path, capsys):
+        """Without it, the verifier would run here."""
+        assert main(["prepare", "features", "--config", "x", "--output", str(tmp_path / "out"), *words]) == 2
+        assert f"{words[0]}: needs --endpoint URL" in capsys.readouterr().err
+
 
 def cut(tensors: Any) -> Any:
     return {**tensors, "hidden_states": tensors["hidden_states"][2:].contiguous()}

@@ -132,7 +132,9 @@ class TestDoctor:
         server.kill()
         assert "no connection" in faults(server, capsys)
 
-    @pytest.mark.parametrize("words", [["--compare"], ["--config", "x"], ["--endpoint"], ["--endpoint", "x"]])
+    @pytest.mark.parametrize(
+        "words", [["--compare"], ["--config", "x"], ["--endpoint"], ["--endpoint", "x"], ["--model", "x"]]
+    )
     def test_wrong_usage_is_refused(self, words, capsys):
         assert main(["doctor", *words]) == 2
         assert "error:" in capsys.readouterr().err

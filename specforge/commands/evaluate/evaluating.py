@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from specforge.checkpoints.run_record import find_draft
 from specforge.commands.arguments import find_verifier, load, load_draft, sampling_of
-from specforge.commands.evaluate.report import write_report
+from specforge.commands.evaluate.report import check_folder, write_report
 from specforge.commands.evaluate.servers import measure_servers, replayed_lengths
 from specforge.commands.evaluate.table import print_table
 from specforge.config import SpeculatorModelConfig
@@ -42,6 +42,7 @@ def evaluate(found: Namespace) -> None:
     Args:
         found: The command's arguments.
     """
+    check_folder(Path(found.output))
     found.drafts = [find_draft(name)[0] for name in found.drafts]
     sampling, verification = sampling_of(found), Verification(method=found.verification)
     prompt_sets = _prompt_sets(found)

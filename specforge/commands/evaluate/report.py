@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from specforge.commands.evaluate import formatting, served_formatting
 from specforge.commands.evaluate.plots import plots
 from specforge.commands.evaluate.served_plots import served_plots
-from specforge.errors import SpecforgeError
+from specforge.errors import SpecforgeError, UsageError
 from specforge.evaluation.results import ContenderResult, Measurement, Results
 from specforge.evaluation.served import Served
 from specforge.files import whole_file
@@ -21,6 +22,17 @@ RESULTS = "results.json"
 REPORT = "report.html"
 TEMPLATE = "page.html.jinja"
 MODELLED = "Modelled speedup with chains of K = 1, 2, …"
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a report can be written into a folder, before there is one.
+
+    Raises:
+        UsageError: It is a file, inside one, or not writable.
+    """
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UsageError(f"--output: {there} is not a folder that can be written to; give another one")
 
 
 def write_report(results: Results, folder: Path) -> None:

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from specforge.bounds import FeatureType
-from specforge.commands.endpoints import add_endpoint_flags, chosen_transport, endpoint_settings, positive
+from specforge.commands.endpoints import (
+    add_endpoint_flags,
+    check_endpoint_flags,
+    chosen_transport,
+    endpoint_settings,
+    positive,
+)
 from specforge.commands.trainer import quieten
 from specforge.commands.units import in_units
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
@@ -70,6 +76,7 @@ def run(arguments: list[str]) -> int:
         return 0
     for source in sources:
         check_source(source, "sources")
+    check_endpoint_flags(found)
     if found.endpoint and found.from_vllm is not None:
         raise UsageError("--endpoint and --from_vllm exclude each other: give one source of states")
     module, data = module_and_data(words, sources)
