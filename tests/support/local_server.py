@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def local_server(module: str, words: list[str], log: Path, environment: Mapping[
             env={**os.environ, **environment},
             stdout=file,
             stderr=file,
+            process_group=0,
         )
     try:
         while not _is_up(port):
@@ -39,7 +41,8 @@ def local_server(module: str, words: list[str], log: Path, environment: Mapping[
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.kill()
+        # With the processes that it has started: vLLM's engines outlive a killed server.
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
