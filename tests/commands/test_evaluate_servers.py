@@ -89,13 +89,17 @@ def test_speed_and_acceptance_by_category_and_load(
     assert [(one.concurrency, len(one.lengths)) for one in served.expectations] == [(1, 4), (3, 4)]
     assert all(one.fitted_to == [2, 4] for one in served.expectations)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "At 3 requests at a time: draft" in shown and "bench coding" in shown
+    assert "At 3 requests at a time: draft" in shown and "bench coding" in shown and "Only one number" not in shown
     page = (tmp_path / "out" / "report.html").read_text()
     assert "bench music" in page and "How many tokens to draft" in page and "No contender" not in page
 
 
 def test_a_draft_in_process_gives_the_expected_acceptance(
-    servers: list[SpeculatingServer], draft_folder: Path, write_rows, tmp_path: Path
+    servers: list[SpeculatingServer],
+    draft_folder: Path,
+    write_rows,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     two, _, none = servers
     sets = write_rows("sums.jsonl", [{"turns": [f"What is {number} and 7?"]} for number in range(2)])
@@ -105,6 +109,7 @@ def test_a_draft_in_process_gives_the_expected_acceptance(
     assert results.served is not None
     (expected,) = results.served.expectations
     assert expected.fitted_to == [0, 2]
+    assert "Only one number of drafted tokens was measured" in " ".join(capsys.readouterr().out.split())
     replayed = results.contenders[0].all_sets.by_chain_length
     assert [one.acceptance_length for one in expected.lengths] == pytest.approx(replayed)
     measured = results.served.servers[0].measurements[-1]

@@ -100,6 +100,12 @@ def warnings(served: Served | None) -> list[str]:
                 f"{name} is {MEANS_ONLY}, which reports the mean acceptance length since its start and no rates: "
                 "restart it before a measurement"
             )
+    if any(0 in one.fitted_to for one in served.expectations):
+        lines.append(
+            "Only one number of drafted tokens was measured. What a round with speculation costs besides its drafted "
+            "tokens is not known from it, so fewer tokens are expected to be faster than they are: measure a second "
+            "--endpoint that drafts fewer"
+        )
     return lines
 
 
