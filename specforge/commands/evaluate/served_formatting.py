@@ -103,8 +103,8 @@ def warnings(served: Served | None) -> list[str]:
     if any(0 in one.fitted_to for one in served.expectations):
         lines.append(
             "Only one number of drafted tokens was measured. What a round with speculation costs besides its drafted "
-            "tokens is not known from it, so fewer tokens are expected to be faster than they are: measure a second "
-            "--endpoint that drafts fewer"
+            "tokens is not known from it, so fewer tokens are expected to be faster than they are, and more to be "
+            "slower: measure a second --endpoint"
         )
     return lines
 
