@@ -35,6 +35,7 @@ from specforge.data.rows.building import build_rows
 from specforge.data.rows.summary import RowSettings
 from specforge.engines.pool import EndpointSettings
 from specforge.errors import SpecforgeError, UsageError
+from specforge.files import locked
 from specforge.verifier.features import capture
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
@@ -166,6 +167,19 @@ class TestStates:
         """Without it, the verifier would run here."""
         assert main(["prepare", "features", "--config", "x", "--output", str(tmp_path / "out"), *words]) == 2
         assert f"{words[0]}: needs --endpoint URL" in capsys.readouterr().err
+
+    def test_the_shards_of_another_process_are_left_to_it(self, serve, lines, tmp_path, capsys):
+        (tmp_path / "rows.jsonl").write_text("".join(lines[:12]))
+        words = [str(tmp_path / "rows.jsonl"), "--config", str(QUICKSTART.parent / "quickstart.yaml")]
+        words += [f"--data.cache_dir={tmp_path / 'cache'}", f"--verifier={VERIFIER}", "--output", str(tmp_path / "out")]
+        words += ["--endpoint", serve([2, 4, 5, 8]).url]
+        (tmp_path / "out").mkdir()
+        with locked(tmp_path / "out" / "shard-00000.safetensors"):
+            assert main(["prepare", "features", *words]) == 0
+        assert "If none is running any longer, run the same command again" in capsys.readouterr().out
+        assert not list((tmp_path / "out").glob("*.json"))
+        assert main(["prepare", "features", *words]) == 0
+        assert len(FeatureStore(tmp_path / "out").kept) == 12
 
 
 def cut(tensors: Any) -> Any:

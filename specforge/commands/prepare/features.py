@@ -94,7 +94,10 @@ def run(arguments: list[str]) -> int:
         if whole is not None:
             (output / INDEX).unlink(missing_ok=True)
     if whole is None:
-        print(f"Done here: other processes still write shards of {output}; the last to finish writes the manifest.")
+        print(
+            f"Done here: other processes still write shards of {output}; the last to finish writes the manifest. If "
+            "none is running any longer, run the same command again."
+        )
         return 0
     _print_savings(plan, whole)
     print(f"\n{_closing_line(words, sources, output)}")
