@@ -151,7 +151,7 @@ def breaking(**changes: object):
         (None, ["--endpoint", "{two}", "--model", "other"], 2, "does not serve 'other'; it serves served"),
         (None, ["--baseline", "{none}"], 2, "methods without a draft are --baselines"),
         (None, ["--model", "x", "--verifier", "y"], 2, "--model is for servers"),
-        (None, ["--endpoint", "{two}", "--concurrency", "0"], 2, "concurrency"),
+        (None, ["--endpoint", "{two}", "--concurrency", "0"], 2, "concurrency: must be >0, got 0"),
         (None, ["--endpoint", "{two}", "--output", "{prompts}/out"], 2, "is not a folder that can be written to"),
         (breaking(models=["a", "b"]), ["--endpoint", "{two}"], 2, "--model: choose one"),
         (breaking(metrics="process_cpu_seconds_total 1\n"), ["--endpoint", "{two}"], 1, "vLLM counts nothing with"),

@@ -65,7 +65,7 @@ def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
     unknown = _unknown_key(message)
     if unknown is not None:
         return f"unknown key {unknown!r}{_where_set(unknown, arguments)}.{_nearest(unknown, known_keys(parser))}"
-    match = re.match(r'Parser key "(?P<key>[^"]+)":\s*(?P<reason>.*)', message, re.DOTALL)
+    match = re.match(r'Parser key "(?P<key>[^"]+)"(?: element \d+)?:\s*(?P<reason>.*)', message, re.DOTALL)
     if match:
         reason = _with_example(_reason(match["reason"]), _default_of(match["key"], parser))
         if reason.endswith("got 'None'"):
