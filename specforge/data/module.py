@@ -72,6 +72,8 @@ class DraftDataModule(LightningDataModule):
         bad_rows: How to treat rows that cannot be trained on: drop leaves them out and counts them, refuse fails at
             the first.
         max_bad_share: Share of bad rows allowed in a source, below 1. More bad rows end the run.
+        supervise_prompts: Whether training learns what the verifier predicts in prompts, too, not only in replies.
+            Improves drafts if prompts are natural text and steps are few; takes more time per step.
         template_arguments: Extra arguments of the chat template, such as enable_thinking: false.
         template_date: Date that the chat template prints as today, such as 2026-11-29. Default: the day of the build.
         packing: Whether to join several documents in one row. Neither attention nor training steps cross documents.
@@ -104,6 +106,7 @@ class DraftDataModule(LightningDataModule):
         long_rows: Literal["truncate", "drop"] = "truncate",
         bad_rows: Literal["drop", "refuse"] = "drop",
         max_bad_share: Share = MAX_BAD_SHARE,
+        supervise_prompts: bool = False,
         template_arguments: dict[str, Any] | None = None,
         template_date: str | None = None,
         packing: bool = True,
@@ -128,6 +131,7 @@ class DraftDataModule(LightningDataModule):
         self.verifier = verifier
         self.validation_share = validation_share
         self.row_settings = RowSettings(max_length, long_rows, bad_rows, max_bad_share)
+        self.supervise_prompts = supervise_prompts
         self.packing = packing
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -230,6 +234,8 @@ class DraftDataModule(LightningDataModule):
         rows = {split: built for split in self._sources if (built := self._build(split)) is not None}
         if "validation" not in rows and self.validation_share > 0:
             rows["train"], rows["validation"] = self._hold_out(rows["train"])
+        if self.supervise_prompts:
+            rows["train"] = rows["train"].supervising_prompts()
         self._packed = {split: PackedRows(documents, self._bins(documents)) for split, documents in rows.items()}
 
     def use_features(self, needs: FeatureNeeds, stage: str) -> bool:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
@@ -60,6 +61,24 @@ def test_batches_hold_every_document_once(verifier: Path, train: str) -> None:
     batch = next(iter(module.train_dataloader()))
     assert batch["input_ids"].shape[0] == 2
     assert batch["input_ids"].shape[1] <= 128
+
+
+def test_prompts_are_supervised_in_training_only(verifier: Path, train: str) -> None:
+    plain, whole = (ready(verifier, train, validation_share=0.25, supervise_prompts=one) for one in (False, True))
+    for one, other in zip(plain.train_dataloader(), whole.train_dataloader(), strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"]) and torch.equal(
+            one["document_ids"], other["document_ids"]
+        )
+        # Nothing precedes a document's first token.
+        follows = other["document_ids"][:, 1:] == other["document_ids"][:, :-1]
+        assert torch.equal(other["loss_mask"][:, 1:], follows & (other["document_ids"][:, 1:] >= 0))
+        assert not other["loss_mask"][:, 0].any() and one["loss_mask"].sum() < other["loss_mask"].sum()
+    for one, other in zip(plain.val_dataloader(), whole.val_dataloader(), strict=True):
+        assert torch.equal(one["loss_mask"], other["loss_mask"])
+    rows = whole.train_rows
+    assert whole.vocabulary_counts().sum() == rows.lengths.sum() - len(rows) == rows.summary.supervised_tokens
+    assert (rows.last_supervised == rows.lengths - 1).all() and rows.longest_response == rows.lengths.max() - 1
+    assert torch.equal(rows.select(np.array([3]))[0]["loss_mask"], rows[3]["loss_mask"])
 
 
 def test_the_held_out_rows_depend_on_the_seed(verifier: Path, train: str) -> None:

@@ -29,6 +29,7 @@ class TokenRows:
         summary: Summary of the source.
         vocabulary_size: Vocabulary size V of the verifier.
         chosen: Indices of the rows to use; None for all.
+        with_prompts: Whether all tokens but the first of each row are supervised, whatever is stored.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class TokenRows:
         summary: RowsSummary,
         vocabulary_size: int,
         chosen: npt.NDArray[np.int64] | None = None,
+        with_prompts: bool = False,
     ) -> None:
         self.summary = summary
         self.vocabulary_size = vocabulary_size
         self._stored = stored
         self._chosen = chosen
+        self._with_prompts = with_prompts
 
     def __len__(self) -> int:
         return len(self._stored if self._chosen is None else self._chosen)
@@ -60,7 +63,7 @@ class TokenRows:
             SpecforgeError: The rows are damaged.
         """
         chosen = np.asarray(indices, dtype=np.int64)
-        rows = self._stored.take(chosen if self._chosen is None else self._chosen[chosen])
+        rows = self._masked(self._stored.take(chosen if self._chosen is None else self._chosen[chosen]))
         ids, mask = rows["input_ids"].combine_chunks(), rows["loss_mask"].combine_chunks()
         joined = {
             "input_ids": torch.from_numpy(ids.flatten().to_numpy().astype(np.int64)),
@@ -128,15 +131,33 @@ class TokenRows:
     def select(self, indices: npt.NDArray[np.int64]) -> TokenRows:
         """Return some of the rows; the summary's ``truncated`` and ``dropped`` still cover the whole source."""
         rows = indices if self._chosen is None else self._chosen[indices]
-        chosen = TokenRows(self._stored, self.summary, self.vocabulary_size, rows)
-        tokens, supervised_tokens = int(chosen.lengths.sum()), int(chosen.supervised_counts.sum())
-        chosen.summary = replace(self.summary, rows=len(chosen), tokens=tokens, supervised_tokens=supervised_tokens)
-        return chosen
+        return TokenRows(self._stored, self.summary, self.vocabulary_size, rows, self._with_prompts)._counted()
+
+    def supervising_prompts(self) -> TokenRows:
+        """Return the same rows with all tokens supervised but the first of each, which nothing precedes."""
+        return TokenRows(self._stored, self.summary, self.vocabulary_size, self._chosen, with_prompts=True)._counted()
+
+    def _counted(self) -> TokenRows:
+        """Adapt the summary's counts to the rows and tokens that are used."""
+        tokens, supervised_tokens = int(self.lengths.sum()), int(self.supervised_counts.sum())
+        self.summary = replace(self.summary, rows=len(self), tokens=tokens, supervised_tokens=supervised_tokens)
+        return self
 
     def _batches(self) -> Iterator[pa.Table]:
         if self._chosen is None:
-            return self._stored.tables()
-        return map(self._stored.take, np.split(self._chosen, range(1024, len(self), 1024)))
+            return map(self._masked, self._stored.tables())
+        chunks = np.split(self._chosen, range(1024, len(self), 1024))
+        return (self._masked(self._stored.take(chunk)) for chunk in chunks)
+
+    def _masked(self, rows: pa.Table) -> pa.Table:
+        if not self._with_prompts:
+            return rows
+        lengths = pc.list_value_length(rows["input_ids"]).to_numpy()
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        mask = np.ones(offsets[-1], dtype=np.bool_)
+        mask[offsets[:-1]] = False
+        masks = pa.ListArray.from_arrays(offsets.astype(np.int32), pa.array(mask))
+        return rows.set_column(rows.schema.get_field_index("loss_mask"), "loss_mask", masks)
 
 
 def row_digest(input_ids: npt.NDArray[Any]) -> bytes:
