@@ -6,7 +6,6 @@ import argparse
 from typing import NoReturn
 
 from specforge.errors import UsageError
-from specforge.training.cli.config_errors import explain
 
 
 class PlainParser(argparse.ArgumentParser):
@@ -18,6 +17,9 @@ class PlainParser(argparse.ArgumentParser):
         Raises:
             UsageError: Always.
         """
+        # Its parser takes longer to import than these commands to answer.
+        from specforge.training.cli.config_errors import explain
+
         words = message.removeprefix("unrecognized arguments: ")
         if words != message:
             raise UsageError(f"unexpected argument {words!r}; see: {self.prog} --help")

@@ -180,10 +180,10 @@ def test_nothing_to_measure_is_rejected(capsys):
     assert "nothing to measure" in capsys.readouterr().err
 
 
-def test_an_output_that_cannot_be_written_fails_with_status_one(draft_folder, prompts, tmp_path, capsys):
+def test_an_output_that_cannot_be_written_is_refused(draft_folder, prompts, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     words = ["--prompts", prompts[0], "--limit", 1, "--max_new_tokens", 4, "--output", tmp_path / "file"]
-    assert evaluate(draft_folder, *words) == 1
+    assert evaluate(draft_folder, *words) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 

@@ -15,7 +15,7 @@ SLOW = ("torch", "transformers", "lightning", "datasets", "pyarrow", "matplotlib
 PREPARE = [["prepare", name] for name in ("rows", "features", "responses", "check")]
 MISTAKES = [
     *(["generate", "draft", "--temprature", "1"], ["generate"], ["generate", "draft", "--top_k", "many"], ["evaluate"]),
-    *(["convert", "draft"], ["export", "draft"], ["verify"], ["estimate"], ["fit"], ["doctor", "--endpoint"]),
+    *(["convert", "draft"], ["export"], ["verify"], ["estimate"], ["fit"], ["doctor", "--endpoint"]),
     *(
         ["prepare", "rows", "a.jsonl"],
         ["prepare", "responses"],

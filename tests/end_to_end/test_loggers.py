@@ -100,8 +100,10 @@ def test_a_logger_that_cannot_be_created_is_one_message(workshop, capfd, logger,
 
 
 def test_a_service_without_its_key_ends_the_run_before_it_starts(workshop, capfd, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it keeps the mode of an earlier run without a network, and so does the variable
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
     for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(workshop.folder / "nobody"))
     init = {"save_dir": str(workshop.folder)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,15 @@ class Conversation:
         location: File and line to name in errors, such as ``prompts.jsonl:12``.
         tools: Tool descriptions for the chat template; None if there are none.
         category: Kind of the conversation; None if the row does not state it.
+        messages: The messages of a tokenised prompt, in case that its ids are of another tokenizer; None if the row
+            has none.
     """
 
     turns: tuple[list[Message] | list[int], ...]
     location: str
     tools: list[dict[str, Any]] | None = None
     category: str | None = None
+    messages: list[Message] | None = None
 
     def prompt(self, turn: int, replies: list[str], template: ChatTemplate) -> list[int]:
         """Return the prompt tokens of a reply.
@@ -49,7 +52,10 @@ class Conversation:
         """
         current = self.turns[turn]
         if current and isinstance(current[0], int):
-            return [token for token in current if isinstance(token, int)]
+            tokens = [token for token in current if isinstance(token, int)]
+            if self.messages is None or _holds(tokens, self.messages, template):
+                return tokens
+            return replace(self, turns=(self.messages,), messages=None).prompt(0, [], template)
         if not template.exists:
             raise UsageError(
                 f"{self.location}: the verifier's tokenizer has no chat template; give rows with 'input_ids'"
@@ -73,7 +79,8 @@ def read_prompts(source: str, key: str = "--prompts", limit: int | None = None) 
     """Read a prompt set.
 
     A row holds ``turns`` (a list of texts, one per user turn), ``input_ids`` and ``loss_mask`` (the prompt ends before
-    the first supervised token), ``messages`` or ``conversations`` (their replies are left out), or ``prompt``; and
+    the first supervised token; if the row also has messages whose text they do not hold, they are of another tokenizer,
+    and the messages count), ``messages`` or ``conversations`` (their replies are left out), or ``prompt``; and
     ``category``, if it is to be measured by category.
 
     Args:
@@ -106,10 +113,15 @@ def read_conversation(record: Record) -> Conversation:
         BadRow: The row is malformed.
     """
     turns = _turns(record)
-    tools = None if isinstance(turns[0][0], int) else read_tools(record.value.get("tools"), record.location)
+    is_tokenised = isinstance(turns[0][0], int)
+    has_messages = isinstance(record.value.get("messages"), list)
+    tools = None
+    if has_messages or not is_tokenised:
+        tools = read_tools(record.value.get("tools"), record.location)
+    messages = _split_at_replies(record)[0] if is_tokenised and has_messages else None
     category = record.value.get("category")
     is_named = isinstance(category, str) and category.strip()
-    return Conversation(tuple(turns), record.location, tools, str(category).strip() if is_named else None)
+    return Conversation(tuple(turns), record.location, tools, str(category).strip() if is_named else None, messages)
 
 
 def by_category(name: str, conversations: Sequence[Conversation]) -> dict[str, list[Conversation]]:
@@ -148,6 +160,12 @@ def prompt_set_name(source: str) -> str:
     return path.stem if path.suffix else source
 
 
+def _holds(tokens: list[int], messages: list[Message], template: ChatTemplate) -> bool:
+    """Return whether token ids hold the text of the last message: ids of another tokenizer are another text."""
+    content = messages[-1].get("content")
+    return not isinstance(content, str) or content.strip() in str(template.tokenizer.decode(tokens))
+
+
 def _turns(record: Record) -> list[list[Message] | list[int]]:
     value = record.value
     if (turns := value.get("turns")) is not None:
@@ -167,7 +185,7 @@ def _turns(record: Record) -> list[list[Message] | list[int]]:
         first = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
         return [[*first, {"role": "user", "content": value["prompt"]}]]
     if isinstance(value.get("prompt"), list) or any(value.get(key) is not None for key in (*CHAT_KEYS, "instruction")):
-        return _split_at_replies(record)
+        return [*_split_at_replies(record)]
     raise BadRow(
         record.location,
         "unknown form",
@@ -176,11 +194,11 @@ def _turns(record: Record) -> list[list[Message] | list[int]]:
     )
 
 
-def _split_at_replies(record: Record) -> list[list[Message] | list[int]]:
+def _split_at_replies(record: Record) -> list[list[Message]]:
     """Split a chat at its replies, which are left out; messages after the last one need a user or tool message."""
     chat = read_chat(record, needs_reply=False)
     assert isinstance(chat, Chat)  # not a text row
-    turns: list[list[Message] | list[int]] = []
+    turns: list[list[Message]] = []
     pending: list[Message] = []
     for message in chat.messages:
         if message["role"] != "assistant":

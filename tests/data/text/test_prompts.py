@@ -80,6 +80,15 @@ def test_the_prompt_of_a_tokenised_row_ends_before_its_response(read, tokenizer)
     assert conversation.prompt(0, [], ChatTemplate(tokenizer)) == [5, 6]
 
 
+def test_ids_of_another_tokenizer_give_way_to_the_messages(read, tokenizer):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    own = rendered(tokenizer, "Hi")
+    for prompt in ([5, 6, 7], [7, *own]):  # the second is a prompt of another template of this tokenizer
+        [conversation] = read({"input_ids": [*prompt, 8], "loss_mask": [0] * len(prompt) + [1], "messages": chat})
+        expected = prompt if prompt[1:] == own else own
+        assert conversation.prompt(0, [], ChatTemplate(tokenizer)) == expected
+
+
 def test_a_prompt_is_one_turn(read, tokenizer):
     [conversation] = read({"prompt": "Hi", "response": "not read"})
     assert conversation.prompt(0, [], ChatTemplate(tokenizer)) == rendered(tokenizer, "Hi")
