@@ -30,10 +30,10 @@ def add_endpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_endpoint_flags(found: argparse.Namespace) -> None:
-    """Check that nothing is said of engines when none is named.
+    """Refuse options of servers when no server is named.
 
     Raises:
-        UsageError: Something is.
+        UsageError: One is given.
     """
     for flag in ("model", "transport"):
         if not found.endpoint and getattr(found, flag) is not None:

@@ -349,8 +349,10 @@ class TestPage:
         for expected in what.served.expectations:
             best = expected.best
             assert best.draft_tokens not in (3, 5) and best.measured_speedup is None
-            said = f"draft {best.draft_tokens} tokens, and expect {best.speedup:.2f}× the speed without (not measured)"
-            assert said in read.text
+            advice = (
+                f"draft {best.draft_tokens} tokens, and expect {best.speedup:.2f}× the speed without (not measured)"
+            )
+            assert advice in read.text
         assert "No contender" not in read.text and "token verification" not in read.text
 
     def test_settings_are_there(self):

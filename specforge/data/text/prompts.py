@@ -163,7 +163,9 @@ def prompt_set_name(source: str) -> str:
 def _holds(tokens: list[int], messages: list[Message], template: ChatTemplate) -> bool:
     """Return whether token ids hold the text of the last message: ids of another tokenizer are another text."""
     content = messages[-1].get("content")
-    return not isinstance(content, str) or content.strip() in str(template.tokenizer.decode(tokens))
+    return not isinstance(content, str) or content.strip() in str(
+        template.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    )
 
 
 def _turns(record: Record) -> list[list[Message] | list[int]]:
