@@ -8,6 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from specforge.commands.arguments import command_parser, parse
+from specforge.imports import without_collection
 
 DESCRIPTION = """\
 Read a published draft, in safetensors or .bin files, whole or in shards, and store it in specforge's layout. The format
@@ -23,7 +24,8 @@ Then measure it (specforge evaluate), train it further (specforge fit --model.in
 def run(arguments: list[str]) -> int:
     """Convert, and print what can be done with the draft."""
     found = parse(command_line(), arguments)
-    from specforge.checkpoints.convert import convert
+    with without_collection():
+        from specforge.checkpoints.convert import convert
 
     done = convert(found.source, found.verifier, None if found.output is None else Path(found.output), found.format)
     parameters = sum(one.numel() for one in done.model.parameters())

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 
 from specforge.commands.arguments import add_verifier_flags, command_parser, loading_of, parse
 from specforge.hookspecs import CheckpointFormat
+from specforge.imports import without_collection
 from specforge.registry import installed
 
 if TYPE_CHECKING:
@@ -36,11 +37,12 @@ TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 def run(arguments: list[str]) -> int:
     """Export, upload if asked, and print how to serve the draft."""
     found = parse(command_line(), arguments)
-    import torch
+    with without_collection():
+        import torch
 
-    from specforge.checkpoints.export import ExportRequest, export
-    from specforge.checkpoints.hub import push
-    from specforge.data.text.prompts import read_prompts
+        from specforge.checkpoints.export import ExportRequest, export
+        from specforge.checkpoints.hub import push
+        from specforge.data.text.prompts import read_prompts
 
     done = export(
         ExportRequest(

@@ -6,6 +6,7 @@ from jsonargparse import ArgumentParser
 
 from specforge.commands.arguments import PROPOSAL, decoding_parser, parse
 from specforge.errors import UsageError
+from specforge.imports import without_collection
 
 DESCRIPTION = """\
 Answer prompts by speculative decoding with a draft. The text is the verifier's own: token for token at temperature 0,
@@ -30,7 +31,8 @@ def run(arguments: list[str]) -> int:
             "draft: none is given; name a folder or hub id, or use a method without a draft: --verifier MODEL "
             "--proposal prompt_lookup"
         )
-    from specforge.commands.chat import answer_prompts
+    with without_collection():
+        from specforge.commands.chat import answer_prompts
 
     answer_prompts(found)
     return 0

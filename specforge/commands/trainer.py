@@ -11,6 +11,7 @@ from pathlib import Path
 from specforge.commands.wrapping import wrap_hanging, wrap_paragraphs
 from specforge.errors import UsageError, describe_os_error
 from specforge.hookspecs import Algorithm
+from specforge.imports import without_collection
 from specforge.quiet import is_verbose
 from specforge.registry import installed
 
@@ -71,12 +72,13 @@ def choose(arguments: list[str], help_text: str) -> Algorithm | None:
 
 
 def _run(subcommand: str, arguments: list[str]) -> int:
-    algorithm = choose(arguments, _help(subcommand, installed().all(Algorithm)))
-    if algorithm is None:
-        return 0
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    with without_collection():
+        algorithm = choose(arguments, _help(subcommand, installed().all(Algorithm)))
+        if algorithm is None:
+            return 0
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from specforge.training.cli.command_line import TrainingCLI
+        from specforge.training.cli.command_line import TrainingCLI
 
     quieten()
     try:

@@ -6,6 +6,7 @@ from jsonargparse import ArgumentParser
 
 from specforge.commands.arguments import add_verifier_flags, command_parser, loading_of, parse
 from specforge.errors import UsageError
+from specforge.imports import without_collection
 
 DESCRIPTION = """\
 Check an export. It is read back, checked against the rules of the program that will load it, and compared with the
@@ -22,8 +23,9 @@ Every fault is printed with its likeliest cause; the exit status is 1 if there a
 def run(arguments: list[str]) -> int:
     """Check, print the faults, and return 1 if there are any."""
     found = parse(command_line(), arguments)
-    from specforge.checkpoints.verification.checking import export_faults
-    from specforge.checkpoints.verification.probe import Probe
+    with without_collection():
+        from specforge.checkpoints.verification.checking import export_faults
+        from specforge.checkpoints.verification.probe import Probe
 
     probe = Probe.load(found.export)
     print(f"{found.export}: {probe.format} format, {probe.algorithm}, for {probe.verifier.name_or_path}")

@@ -1,13 +1,18 @@
-"""Help and mistakes are answered before torch is imported, which takes seconds."""
+"""Commands start fast: they import no more than they need, and without collections of garbage."""
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from specforge.hookspecs import Command
+from specforge.imports import without_collection
 from specforge.registry import installed
 
 ROOT = Path(__file__).parents[2]
@@ -58,3 +63,41 @@ def test_help_and_mistakes_import_nothing_slow() -> None:
 def test_settings_without_servers_import_no_client() -> None:
     words = ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--print_config"]
     assert imported([words], ("torch", "openai", "datasets")) == [(words, 0, ["torch"])]
+
+
+class TestWithoutCollection:
+    @pytest.fixture
+    def torch_unimported(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        gc.unfreeze()
+        monkeypatch.delitem(sys.modules, "torch")
+        yield
+        gc.unfreeze()
+
+    @pytest.mark.usefixtures("torch_unimported")
+    def test_objects_of_imports_are_left_out_of_later_collections(self):
+        with without_collection():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+
+    @pytest.mark.usefixtures("torch_unimported")
+    def test_collects_again_after_an_error(self):
+        with pytest.raises(ImportError), without_collection():
+            raise ImportError
+        assert gc.isenabled()
+
+    def test_leaves_a_process_as_it_is_that_has_imported_torch(self):
+        before = gc.get_freeze_count()
+        with without_collection():
+            assert gc.isenabled()
+        assert gc.get_freeze_count() == before
+
+    @pytest.mark.usefixtures("torch_unimported")
+    def test_does_not_start_a_collector_that_is_off(self):
+        gc.disable()
+        try:
+            with without_collection():
+                pass
+            assert not gc.isenabled()
+        finally:
+            gc.enable()

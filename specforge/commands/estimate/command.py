@@ -6,6 +6,7 @@ import argparse
 
 from specforge.commands.trainer import choose
 from specforge.commands.trainer import command_line as settings_of_all
+from specforge.imports import without_collection
 
 FLAGS = ("--tokens", "--supervised_share", "--device_flops", "--device_memory")
 HELP = """\
@@ -41,11 +42,13 @@ All settings of an algorithm: specforge estimate --algorithm NAME --help"""
 
 def run(arguments: list[str]) -> int:
     """Estimate, and print."""
-    algorithm = choose(arguments, HELP)
-    if algorithm is not None:
+    with without_collection():
+        algorithm = choose(arguments, HELP)
+        if algorithm is None:
+            return 0
         from specforge.commands.estimate.estimating import print_estimate_of
 
-        print_estimate_of(algorithm, arguments)
+    print_estimate_of(algorithm, arguments)
     return 0
 
 

@@ -8,6 +8,7 @@ from jsonargparse.typing import PositiveInt
 from specforge.commands.arguments import PROPOSAL, decoding_parser, parse
 from specforge.commands.evaluate.server_flags import add_server_flags, check_server_flags
 from specforge.errors import UsageError
+from specforge.imports import without_collection
 
 DESCRIPTION = """\
 Measure drafts on prompt sets: acceptance length, rates by position, time, and speedup over decoding without
@@ -37,8 +38,8 @@ def run(arguments: list[str]) -> int:
     check_server_flags(found)
     if not found.drafts and not found.baselines and not found.endpoint:
         raise UsageError("nothing to measure: give drafts, --baselines or --endpoint")
-    # torch takes seconds to import.
-    from specforge.commands.evaluate.evaluating import evaluate
+    with without_collection():
+        from specforge.commands.evaluate.evaluating import evaluate
 
     evaluate(found)
     return 0

@@ -22,6 +22,7 @@ from specforge.commands.trainer import quieten
 from specforge.commands.units import in_units
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
 from specforge.errors import UsageError
+from specforge.imports import without_collection
 
 if TYPE_CHECKING:
     from specforge.data.features.manifest import Manifest
@@ -58,13 +59,14 @@ def run(arguments: list[str]) -> int:
         found, words = command_line().parse_known_args(arguments[len(sources) :])
     except argparse.ArgumentError as error:
         raise UsageError(f"{error.argument_name}: {error.message}") from None
-    from specforge.commands.configured import module_and_data, verifier_states
-    from specforge.data.features.capturing import LiveStates
-    from specforge.data.features.importing import VllmStates
-    from specforge.data.features.plan import ShardPlan
-    from specforge.data.features.preparing import States, prepare_features
-    from specforge.data.features.store import FeatureStore
-    from specforge.data.text.sources import check_source
+    with without_collection():
+        from specforge.commands.configured import module_and_data, verifier_states
+        from specforge.data.features.capturing import LiveStates
+        from specforge.data.features.importing import VllmStates
+        from specforge.data.features.plan import ShardPlan
+        from specforge.data.features.preparing import States, prepare_features
+        from specforge.data.features.store import FeatureStore
+        from specforge.data.text.sources import check_source
 
     quieten()
     if found.output is None:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from specforge.data.rows.stored import ROWS_FILE, StoredRows
+from specforge.data.rows.stored import ROWS_FILE, StoredRows, to_numpy
 from specforge.data.rows.summary import RowsSummary
 from specforge.errors import SpecforgeError
 
@@ -66,10 +66,10 @@ class TokenRows:
         rows = self._masked(self._stored.take(chosen if self._chosen is None else self._chosen[chosen]))
         ids, mask = rows["input_ids"].combine_chunks(), rows["loss_mask"].combine_chunks()
         joined = {
-            "input_ids": torch.from_numpy(ids.flatten().to_numpy().astype(np.int64)),
-            "loss_mask": torch.from_numpy(mask.flatten().to_numpy(zero_copy_only=False)),
+            "input_ids": torch.from_numpy(to_numpy(ids.flatten()).astype(np.int64)),
+            "loss_mask": torch.from_numpy(to_numpy(mask.flatten())),
         }
-        return joined, torch.from_numpy(ids.value_lengths().to_numpy().astype(np.int64))
+        return joined, torch.from_numpy(to_numpy(ids.value_lengths()).astype(np.int64))
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -79,7 +79,7 @@ class TokenRows:
     @cached_property
     def chats(self) -> npt.NDArray[np.int64]:
         """Chat id of each row, int64 [rows]; equal for rows of the same chat."""
-        return np.concatenate([batch["chat"].to_numpy() for batch in self._batches()])
+        return np.concatenate([to_numpy(batch["chat"]) for batch in self._batches()])
 
     @cached_property
     def supervised_counts(self) -> Tensor:
@@ -91,7 +91,7 @@ class TokenRows:
         """How often each id occurs, supervised or not, int64 [V]."""
         counts = np.zeros(self.vocabulary_size, dtype=np.int64)
         for batch in self._batches():
-            counts += np.bincount(pc.list_flatten(batch["input_ids"]).to_numpy(), minlength=self.vocabulary_size)
+            counts += np.bincount(to_numpy(pc.list_flatten(batch["input_ids"])), minlength=self.vocabulary_size)
         return torch.from_numpy(counts)
 
     @cached_property
@@ -99,8 +99,8 @@ class TokenRows:
         """Most supervised tokens that follow each other in a row."""
         longest = 0
         for batch in self._batches():
-            mask = pc.list_flatten(batch["loss_mask"]).to_numpy()
-            ends = np.cumsum(pc.list_value_length(batch["loss_mask"]).to_numpy())
+            mask = to_numpy(pc.list_flatten(batch["loss_mask"]))
+            ends = np.cumsum(to_numpy(pc.list_value_length(batch["loss_mask"])))
             # An unsupervised token after each row, so that no span crosses from one to the next.
             gaps = np.flatnonzero(~np.insert(mask, ends, False))
             longest = max(longest, int(np.diff(gaps, prepend=-1).max()) - 1)
@@ -111,8 +111,8 @@ class TokenRows:
         """Digest of the tokens of each row, uint64 [rows, 2]."""
         digests = []
         for batch in self._batches():
-            ids = pc.list_flatten(batch["input_ids"]).to_numpy()
-            ends = np.cumsum(pc.list_value_length(batch["input_ids"]).to_numpy())
+            ids = to_numpy(pc.list_flatten(batch["input_ids"]))
+            ends = np.cumsum(to_numpy(pc.list_value_length(batch["input_ids"])))
             digests += [row_digest(one) for one in np.split(ids, ends[:-1])]
         return np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2)
 
@@ -121,9 +121,9 @@ class TokenRows:
         """Index of the last supervised token of each row, int64 [rows]; -1 if none is supervised."""
         indices = []
         for batch in self._batches():
-            lengths = pc.list_value_length(batch["loss_mask"]).to_numpy()
+            lengths = to_numpy(pc.list_value_length(batch["loss_mask"]))
             starts = np.cumsum(lengths) - lengths
-            mask = pc.list_flatten(batch["loss_mask"]).to_numpy()
+            mask = to_numpy(pc.list_flatten(batch["loss_mask"]))
             within = np.arange(len(mask)) - np.repeat(starts, lengths)
             indices.append(np.maximum.reduceat(np.where(mask, within, -1), starts))
         return np.concatenate(indices).astype(np.int64)
@@ -152,7 +152,7 @@ class TokenRows:
     def _masked(self, rows: pa.Table) -> pa.Table:
         if not self._with_prompts:
             return rows
-        lengths = pc.list_value_length(rows["input_ids"]).to_numpy()
+        lengths = to_numpy(pc.list_value_length(rows["input_ids"]))
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         mask = np.ones(offsets[-1], dtype=np.bool_)
         mask[offsets[:-1]] = False
@@ -201,5 +201,5 @@ def _count_supervised(batches: Iterable[pa.Table | pa.RecordBatch], vocabulary_s
     counts = np.zeros(vocabulary_size, dtype=np.int64)
     for batch in batches:
         supervised = pc.list_flatten(batch["input_ids"]).filter(pc.list_flatten(batch["loss_mask"]))
-        counts += np.bincount(supervised.to_numpy(), minlength=vocabulary_size)
+        counts += np.bincount(to_numpy(supervised), minlength=vocabulary_size)
     return torch.from_numpy(counts)

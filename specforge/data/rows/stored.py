@@ -46,6 +46,17 @@ class Part(NamedTuple):
     rest_checksum: int
 
 
+def to_numpy(array: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
+    """Return numbers or booleans without nulls as a NumPy array, numbers as a read-only view.
+
+    Arrow's own conversion imports pandas first.
+    """
+    whole = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+    if pa.types.is_boolean(whole.type):  # a bit each
+        return np.from_dlpack(whole.cast(pa.uint8())).astype(np.bool_)
+    return np.from_dlpack(whole)
+
+
 def schema_part(message: bytes | memoryview) -> Part:
     """Return the part of a schema message."""
     return Part(len(message), len(message), zlib.crc32(message), 0)
@@ -133,7 +144,7 @@ class StoredRows:
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Number of tokens of each row, int64 [rows]."""
-        parts = [pc.list_value_length(batch.column(0)).to_numpy() for batch in self._batches]
+        parts = [to_numpy(pc.list_value_length(batch.column(0))) for batch in self._batches]
         return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
 
     @property

@@ -5,6 +5,8 @@ import logging
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,20 @@ def build(tmp_path: Path) -> Build:
 @pytest.fixture
 def folders(tmp_path: Path) -> Callable[[], list[Path]]:
     return lambda: sorted((tmp_path / "cache" / "rows").iterdir())
+
+
+def test_rows_are_read_without_pandas(write_lines: Write, build: Build, folders: Callable[[], list[Path]]) -> None:
+    build(write_lines(token_rows(600)))
+    code = f"""
+import sys
+from pathlib import Path
+from specforge.data.rows.reading import open_rows
+rows = open_rows(Path({str(folders()[0])!r}), {VOCABULARY_SIZE})
+rows.join([0, 599]), rows.lengths, rows.supervised_counts, rows.token_counts, rows.longest_response, rows.digests
+rows.select(rows.last_supervised[:3]).lengths
+sys.exit("pandas" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_rows_are_read_back_as_written(write_lines: Write, build: Build) -> None:
