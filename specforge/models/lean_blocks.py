@@ -75,7 +75,7 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_normalised = _widened(gradient * weight)
             along = (of_normalised * normalised).mean(-1, keepdim=True)
-            of_states = ((of_normalised - normalised * along) * scale).to(states.dtype)
+            of_states = of_normalised.addcmul_(normalised, along, value=-1).mul_(scale).to(states.dtype)
         if ctx.needs_input_grad[1]:
             of_each = gradient.to(weight.dtype) * normalised.to(states.dtype)
             of_weight = of_each.sum_to_size(weight.shape).to(weight.dtype)

@@ -24,7 +24,7 @@ from specforge.moving import moved
 from specforge.private.torch import ATTENTION, ATTENTION_BACKWARD
 
 # Small enough that few masked keys are computed, large enough for efficient matrix products.
-QUERIES_PER_MASK = 256
+QUERIES_PER_MASK = 128
 
 
 @dataclass(frozen=True)

@@ -109,8 +109,8 @@ def compiled_compare() -> Callable[..., PairResults]:
 
 def gathered(log_p: Tensor, log_p_full: Tensor, target_of: Tensor) -> tuple[Tensor, Tensor]:
     """Gather two tensors of R targets, [R, D], for m pairs, [m, D]; only once if they are the same tensor."""
-    of_pairs = log_p[target_of]
-    return of_pairs, of_pairs if log_p_full is log_p else log_p_full[target_of]
+    of_pairs = log_p.index_select(0, target_of)  # rows are copied whole; indexing takes several times as long
+    return of_pairs, of_pairs if log_p_full is log_p else log_p_full.index_select(0, target_of)
 
 
 def log_softmax(logits: Tensor) -> Tensor:

@@ -196,7 +196,7 @@ class _Inputs:
 
     def _target(self, rows: Tensor) -> PlainTarget | FusedTarget:
         """Compute the verifier's distributions at some rows of its states."""
-        logits = self.teacher.parts.logits(self.teacher.last[rows])
+        logits = self.teacher.parts.logits(self.teacher.last.index_select(0, rows))
         of_text = None
         if self.labels is not None and not self.labels.sampling.is_greedy:
             of_text = label_log_probs(logits, self.labels.tokens[rows], self.labels.sampling)
@@ -269,7 +269,7 @@ class _ChunkPass:
 
     def add(self, chunk: Chunk, target: PlainTarget | FusedTarget) -> None:
         """Add a chunk to the loss, the sums, the per-row results and the gradients."""
-        states = self.hidden[chunk.state_of].to(self.heads[0].dtype)
+        states = self.hidden.index_select(0, chunk.state_of).to(self.heads[0].dtype)
         logits = self._logits(states, chunk)
         if isinstance(target, FusedTarget):
             self._add_fused(logits, target, chunk)
@@ -411,7 +411,7 @@ class _ChunkPass:
         """Return the mean acceptance of each step over all processes, [S], computed without gradients."""
         sums = torch.zeros_like(self.sums[0])
         for chunk, target in self.work.compared():
-            logits = self._logits(self.hidden[chunk.state_of].to(self.heads[0].dtype), chunk)
+            logits = self._logits(self.hidden.index_select(0, chunk.state_of).to(self.heads[0].dtype), chunk)
             for pairs, found in self._pair_sums(logits, target, chunk):
                 sums.index_add_(0, pairs.steps, found.acceptance.to(sums.dtype))
         sums, counts = total(torch.stack([sums, self.work.supervised.sum(1).to(sums)]))

@@ -54,7 +54,7 @@ class PlainTarget(Target):
             return cls(top, log_p_text, log_p, log_p)
         wide = wide_type(logits.dtype)
         normaliser = torch.cat([logits[block].to(wide).logsumexp(-1) for block in blocks(logits)])
-        log_p_full = logits[:, draft_ids].to(wide) - normaliser[:, None]
+        log_p_full = logits.index_select(1, draft_ids).to(wide) - normaliser[:, None]
         return cls(draft_indices(top, draft_ids), log_p_text, log_p_full.log_softmax(-1), log_p_full)
 
 
