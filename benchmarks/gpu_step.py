@@ -73,6 +73,8 @@ class Step:
         document: About the number of tokens of a document.
         verifier: Sizes of the verifier, of Llama's family.
         model: Further settings of the algorithm's module.
+        compiled: Whether the draft's operations are counted as ``model.compile`` might fuse them: an estimate, since
+            nothing is compiled (see tests/accelerator/fusion.py).
     """
 
     algorithm: str = "eagle3"
@@ -82,6 +84,7 @@ class Step:
     document: int = 700
     verifier: dict[str, Any] | None = None
     model: dict[str, Any] | None = None
+    compiled: bool = False
 
 
 def document_lengths(step: Step) -> list[int]:
@@ -105,7 +108,7 @@ def count(step: Step) -> StepCounts:
     with tempfile.TemporaryDirectory() as name, simulated(shapes_only=True), contextlib.ExitStack() as stack:
         folder = Path(name)
         config.save_pretrained(folder / "verifier")
-        counting = Counting()
+        counting = Counting(("draft", f"{BACKWARD} of draft") if step.compiled else ())
         module = _module(step, folder / "verifier")
         data = _data(step, folder, module, config.vocab_size)
         _name_parts(counting, module, stack)
@@ -136,7 +139,7 @@ class _Counted(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == COUNTED - 1:
-            self.counting.start()
+            self.counting.start(trainer.lightning_module.parameters())
         else:
             self.counting.stop()
 
@@ -317,6 +320,7 @@ def main() -> None:
     parser.add_argument("--features", nargs="+", choices=("stored", "live"), default=["stored", "live"])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.3, 1.0], help="Supervised share of a document.")
     parser.add_argument("--tokens", type=int, default=8192, help="Tokens of a step.")
+    parser.add_argument("--compiled", action="store_true", help="As model.compile might fuse the draft's operations.")
     parser.add_argument("--details", action="store_true", help="Also print parts, waits and operations.")
     arguments = parser.parse_args()
     install()
@@ -325,7 +329,7 @@ def main() -> None:
         "peak GB |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
     )
     for name, features, share in itertools.product(arguments.algorithms, arguments.features, arguments.shares):
-        step = Step(name, features == "stored", share, arguments.tokens)
+        step = Step(name, features == "stored", share, arguments.tokens, compiled=arguments.compiled)
         counts = count(step)
         print(row(step, counts), flush=True)
         if arguments.details:

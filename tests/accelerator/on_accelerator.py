@@ -15,6 +15,7 @@ from gpu_step import MASK, Step, count
 from quickstart_runs import VERIFIER, Workshop
 from simulated_device import DEVICE, install, simulated
 from small_models import CONFIGS, random_draft, random_model
+from step_counts import Counting
 from training_runs import scalars, weights
 
 from specforge.__main__ import main
@@ -245,3 +246,26 @@ def test_other_commands(workshop: Workshop, capfd: pytest.CaptureFixture[str]) -
 
     on_cpu, there = on_both(run)
     assert there == on_cpu
+
+
+def test_compiled_operations_between_products_read_and_write_once() -> None:
+    counting = Counting(compiled=("layer",))
+    with simulated(shapes_only=True):
+        state, weight = torch.empty(64, 32, device=DEVICE), torch.empty(32, 32, device=DEVICE)
+        gradients = torch.empty(32, 32, device=DEVICE)
+        counting.start(weights=[weight])
+        counting.enter("layer")
+        kept = state * 2 + 1  # its product is not kept
+        product = (kept * state) @ weight
+        gradients += weight
+        counting.leave()
+        counting.stop()
+    assert product.shape == (64, 32)
+    size = 64 * 32 * 4
+    # Read: the state. Written: what is kept, and what the product reads. The weights are added outside.
+    assert counting.counts.bytes_by_operation == {
+        ("layer", "fused"): 3 * size,
+        ("layer", "mm"): 0,
+        ("layer", "add_"): 3 * 32 * 32 * 4,
+    }
+    assert counting.counts.kernels_by_operation["layer", "fused"] == 1

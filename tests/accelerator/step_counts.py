@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import simulated_device
 import torch
 import waits
+from fusion import FUSIBLE, Fusion
 from simulated_device import DeviceTensor
 from simulated_kernels import ATTENTION_PAIRS, FLASH_BACKWARD
 from torch import Tensor
@@ -160,12 +161,18 @@ class Timeline:
 class Counting:
     """Counts the operations between ``start`` and ``stop``; memory from its creation on.
 
+    Args:
+        compiled: Parts whose elementwise operations are counted as torch.compile would fuse them.
+
     Attributes:
         counts: The counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: Collection[str] = ()) -> None:
         self.counts = StepCounts()
+        self._compiled = compiled
+        self._weights: set[torch.Size] = set()
+        self._fusion: Fusion | None = None
         self._parts = [OTHER]
         self._counts_now = False
         self._forward: dict[int, str] = {}
@@ -173,14 +180,20 @@ class Counting:
         self._storages: dict[int, weakref.ref[Any]] = {}
         simulated_device.LISTENERS.append(self._listen)
 
-    def start(self) -> None:
-        """Start to count."""
+    def start(self, weights: Iterable[Tensor] = ()) -> None:
+        """Start to count.
+
+        Args:
+            weights: Weights of compiled parts; the addition of their gradients is not fused.
+        """
+        self._weights = {one.shape for one in weights}
         self._counts_now = True
         self.counts.peak = 0
         self._measure()
 
     def stop(self) -> None:
         """Stop counting."""
+        self._end_fusion()
         self._counts_now = False
         simulated_device.LISTENERS.remove(self._listen)
 
@@ -231,9 +244,15 @@ class Counting:
         counts, part = self.counts, self._part()
         name = _name(function)
         if name in _VIEWS:
-            counts.views[part] += 1
-            counts.events.append(Event(part, "view"))
+            # Compiled code makes views at no cost.
+            if part not in self._compiled:
+                counts.views[part] += 1
+                counts.events.append(Event(part, "view"))
             return
+        if self._fuses(part, name, inputs, outputs):
+            return
+        if name == "_to_copy" and part in self._compiled and self._is_weight(outputs[0]):
+            return  # counted with the products
         masked = name in _GATHERS | _SCATTERS and any(one.dtype == torch.bool for one in inputs[1:])
         kernels = _SEVERAL.get(f"{name.rstrip('_')}_bool" if masked else name, 1)
         if function in ATTENTION_PAIRS:
@@ -253,15 +272,52 @@ class Counting:
             counts.flops[part] += flops
             # A product of many small matrices is as slow as reading and writing them.
             read = sum(map(_size, inputs)) + sum(map(_size, outputs))
-            seconds, moved = max(flops / RATES.products, read / RATES.bandwidth), 0
+            moved = self._converted(part, outputs if part.startswith(BACKWARD) else inputs)
+            seconds = max(flops / RATES.products, read / RATES.bandwidth) + moved / RATES.bandwidth
         else:
             moved = _moved(name, inputs, outputs or _written(name, function, args))
+            if part in self._compiled and any(map(self._is_half_weight, outputs)):
+                moved *= 2  # gradients of several calls are added in float32
             seconds = moved / RATES.bandwidth
+        self._add_kernels(part, name, kernels, moved, seconds)
+
+    def _add_kernels(self, part: str, name: str, kernels: int, moved: int, seconds: float) -> None:
+        counts = self.counts
         counts.kernels[part] += kernels
         counts.kernels_by_operation[part, name] += kernels
         counts.bytes[part] += moved
         counts.bytes_by_operation[part, name] += moved
         counts.events.append(Event(part, "kernel", kernels, seconds))
+
+    def _fuses(self, part: str, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+        """Add an operation to the fused kernel, or end that kernel; return whether it was added."""
+        fits = part in self._compiled and name.rstrip("_") in FUSIBLE and bool(outputs)
+        fits = fits and all(isinstance(one, DeviceTensor) for one in (*inputs, *outputs) if one.dim())
+        fits = fits and not any(map(self._is_weight, outputs))
+        if self._fusion is not None and (not fits or self._fusion.part != part):
+            self._end_fusion()
+        if fits:
+            self._fusion = self._fusion or Fusion(part)
+            self._fusion.add(name.rstrip("_"), inputs, outputs, _size)
+        return fits
+
+    def _converted(self, part: str, tensors: list[Tensor]) -> int:
+        """Return the bytes that convert weights and their gradients around a product.
+
+        Compiled code converts in each call; autocast converts a weight once, and its gradient after all calls' sum.
+        """
+        return sum(3 * _size(one) for one in tensors if part in self._compiled and self._is_half_weight(one))
+
+    def _is_half_weight(self, tensor: Tensor) -> bool:
+        return tensor.itemsize == 2 and self._is_weight(tensor)
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return bool({tensor.shape, tensor.shape[::-1]} & self._weights)
+
+    def _end_fusion(self) -> None:
+        if self._fusion is not None:
+            fusion, self._fusion = self._fusion, None
+            self._add_kernels(fusion.part, "fused", fusion.kernels, fusion.bytes, fusion.bytes / RATES.bandwidth)
 
     def _part(self) -> str:
         part = self._parts[-1]
