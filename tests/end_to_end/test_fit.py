@@ -283,6 +283,14 @@ def test_each_setting_trains(workshop, fit, words):
     assert all(tensor.dtype in (torch.float32, torch.int64, torch.bool) for tensor in changed.values())
 
 
+def test_steps_after_the_last_validation_are_mentioned_also_after_resuming(fit, capsys):
+    words = ["--trainer.limit_val_batches=1", "--trainer.val_check_interval=2"]
+    run = fit("runs", *words, "--trainer.max_steps=4")
+    assert "not validated" not in capsys.readouterr().out
+    fit("runs", *words, "--trainer.max_steps=5", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}")
+    assert "The last 1 of 5 steps were not validated" in capsys.readouterr().out
+
+
 def test_a_head_that_is_not_trained_stays_the_verifiers(workshop, fit):
     run = fit("runs", "--trainer.max_steps=2", "--model.draft.train_head=false")
     saved = weights(run / "checkpoints" / "last.ckpt")

@@ -16,7 +16,7 @@ from specforge.data.rows.stored import ROWS_FILE, StoredRows
 from specforge.data.rows.summary import RowSettings, RowsSummary
 from specforge.data.rows.writing import RowsWriter, write_rows
 from specforge.data.text.bad_rows import BadRow
-from specforge.data.text.encoding import RowEncoder, holds_tokens
+from specforge.data.text.encoding import RowEncoder, holds_tokens, is_foreign
 from specforge.data.text.records import Record
 from specforge.data.text.sources import read_raw_records, source_fingerprint
 from specforge.data.text.template import arguments_advice
@@ -86,9 +86,12 @@ def make_encoder(sources: Sequence[str], load_template: Callable[[], ChatTemplat
         vocabulary_size: Vocabulary size V of the verifier.
 
     Raises:
-        UsageError: A source holds no rows that can be parsed.
+        UsageError: A source holds no rows that can be parsed, or token ids of another tokenizer.
     """
-    holds_texts = not all(holds_tokens(_first_record(source)) for source in sources)
+    first = [_first_record(source) for source in sources]
+    for record in filter(holds_tokens, first):
+        _require_own_ids(record, load_template, vocabulary_size)
+    holds_texts = not all(map(holds_tokens, first))
     return RowEncoder(load_template() if holds_texts else None, vocabulary_size)
 
 
@@ -101,6 +104,27 @@ def _first_record(source: str) -> Record:
         except BadRow as error:
             bad = bad or error
     raise bad or UsageError(f"{source}: holds no rows")
+
+
+def _require_own_ids(record: Record, load_template: Callable[[], ChatTemplate], vocabulary_size: int) -> None:
+    """Refuse token ids that do not hold the text of the row's messages, if it has any."""
+    messages, tokens = record.value.get("messages"), record.value["input_ids"]
+    if not isinstance(messages, list) or not isinstance(tokens, list):
+        return
+    asked = (one.get("content") for one in messages if isinstance(one, dict) and one.get("role") == "user")
+    text = next((content for content in asked if isinstance(content, str)), None)
+    if text is None or not all(type(one) is int and 0 <= one < vocabulary_size for one in tokens):
+        return  # which are refused later
+    try:
+        tokenizer = load_template().tokenizer
+    except UsageError:
+        return  # token ids need no tokenizer
+    if is_foreign(tokens, text, tokenizer):
+        raise UsageError(
+            f"{record.location}: 'input_ids' do not hold the text of 'messages': they are of another verifier's "
+            "tokenizer; give rows with this verifier's responses (specforge prepare responses), or drop 'input_ids' "
+            "and 'loss_mask', and the messages are tokenised"
+        )
 
 
 def identity_of(encoder: RowEncoder) -> dict[str, Any]:

@@ -51,6 +51,18 @@ def holds_tokens(record: Record) -> bool:
     return record.value.get("input_ids") is not None and record.value.get("loss_mask") is not None
 
 
+def is_foreign(tokens: Sequence[int], text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether token ids that should hold a text decode to another one, since they are of another tokenizer.
+
+    Tokenizers may change spaces and single characters: more than half of the runs of three characters, of the text's
+    first 500, have to be missing.
+    """
+    decoded = "".join(str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False)).split())
+    letters = "".join(text.split())[:500]
+    runs = {letters[start : start + 3] for start in range(max(1, len(letters) - 2))}
+    return sum(run in decoded for run in runs) < len(runs) / 2
+
+
 class RowEncoder:
     """Encodes records as token rows.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from specforge.data.text.bad_rows import BadRow
 from specforge.data.text.chat import CHAT_KEYS, Chat, Message, read_chat
+from specforge.data.text.encoding import is_foreign
 from specforge.data.text.records import Record
 from specforge.data.text.sources import check_source, read_records
 from specforge.data.text.template import ChatTemplate, TemplateRefusal, TooSlow, time_limit
@@ -53,7 +54,7 @@ class Conversation:
         current = self.turns[turn]
         if current and isinstance(current[0], int):
             tokens = [token for token in current if isinstance(token, int)]
-            if self.messages is None or _holds(tokens, self.messages, template):
+            if self.messages is None or not _are_foreign(tokens, self.messages, template):
                 return tokens
             return replace(self, turns=(self.messages,), messages=None).prompt(0, [], template)
         if not template.exists:
@@ -160,12 +161,10 @@ def prompt_set_name(source: str) -> str:
     return path.stem if path.suffix else source
 
 
-def _holds(tokens: list[int], messages: list[Message], template: ChatTemplate) -> bool:
-    """Return whether token ids hold the text of the last message: ids of another tokenizer are another text."""
+def _are_foreign(tokens: list[int], messages: list[Message], template: ChatTemplate) -> bool:
+    """Return whether token ids do not hold the text of the last message."""
     content = messages[-1].get("content")
-    return not isinstance(content, str) or content.strip() in str(
-        template.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-    )
+    return isinstance(content, str) and is_foreign(tokens, content, template.tokenizer)
 
 
 def _turns(record: Record) -> list[list[Message] | list[int]]:

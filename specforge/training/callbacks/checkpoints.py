@@ -31,9 +31,13 @@ class BestCheckpoint(ModelCheckpoint):
     Args:
         monitor: Metric to choose by; null for the acceptance length, exact if the data allow it, else its proxy.
         mode: Whether a higher (max) or a lower (min) value is better.
+
+    Attributes:
+        validated_step: Step of the latest validation; 0 before the first.
     """
 
     def __init__(self, monitor: str | None = None, mode: Literal["max", "min"] = "max") -> None:
+        self.validated_step = 0
         super().__init__(
             filename=Path(BEST).stem,
             monitor=monitor,
@@ -50,9 +54,20 @@ class BestCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if this validation is the best so far, and log the results by which runs are compared."""
         before = self.best_model_score
+        if is_fitting(trainer):
+            self.validated_step = trainer.global_step
         super().on_validation_end(trainer, pl_module)
         if self.best_model_score is not before:
             log_results("best", trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        return {**super().state_dict(), "validated_step": self.validated_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume."""
+        self.validated_step = state_dict.get("validated_step", 0)
+        super().load_state_dict(state_dict)
 
 
 class LastCheckpoint(Checkpoint):

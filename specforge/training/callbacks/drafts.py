@@ -23,6 +23,9 @@ from specforge.training.module import DraftModule
 from specforge.training.runs import check_checkpoint
 from specforge.training.saying import say
 
+# Share of a run's steps after its last validation from which on they are mentioned.
+NOTABLE_SHARE = 0.02
+
 
 class DraftWriter(Callback):
     """Writes the best draft to ``draft/`` when training ends, and prints its folder and the next commands."""
@@ -59,6 +62,12 @@ class DraftWriter(Callback):
         if trainer.global_step < module.length.steps:
             why = "trainer.max_time is over, or a callback asked to stop"
             say(f"\nEnded at step {trainer.global_step:,} of {module.length.steps:,}: {why}.")
+        unseen = trainer.global_step - best.validated_step
+        if best.validated_step and unseen > trainer.global_step * NOTABLE_SHARE:
+            say(
+                f"\nThe last {unseen:,} of {trainer.global_step:,} steps were not validated, so the best draft is an "
+                "earlier one. Set trainer.val_check_interval so that a validation ends the run."
+            )
         say("\n  ".join([f"\nDone: {run / 'draft'} holds {which}.", *next_steps]))
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -342,3 +342,35 @@ class TestStoredRows:
         assert source_fingerprint(str(folder)) == before
         with pytest.raises(SpecforgeError, match="the rows are damaged: rows 512 to 599"):
             list(read_records(str(folder)))
+
+
+class TestIdsBesideMessages:
+    CHAT: ClassVar = [{"role": "user", "content": "one two three"}, {"role": "assistant", "content": "four five six"}]
+
+    def row(self, ids: list[int]) -> dict[str, Any]:
+        return {"messages": self.CHAT, "input_ids": ids, "loss_mask": [0] + [1] * (len(ids) - 1)}
+
+    def test_those_of_the_verifier_are_used(self, write_lines, build, tokenizer):
+        ids = tokenizer.apply_chat_template(self.CHAT)["input_ids"]
+        assert (
+            build(write_lines([self.row(ids)]), RowSettings(99, "truncate"), tokenizer)[0]["input_ids"].tolist() == ids
+        )
+
+    def test_those_of_another_tokenizer_are_refused(self, write_lines, build, tokenizer):
+        ids = [one + 1 for one in tokenizer.apply_chat_template(self.CHAT)["input_ids"]]
+        for _ in range(2):  # also from the cache
+            with pytest.raises(UsageError, match=r"train.jsonl:1: .* of another verifier's tokenizer; give rows"):
+                build(write_lines([self.row(ids)]), RowSettings(99, "truncate"), tokenizer)
+
+    def test_without_a_tokenizer_nothing_is_compared(self, write_lines, tmp_path):
+        def no_tokenizer() -> ChatTemplate:
+            raise UsageError("there is no tokenizer")
+
+        source = write_lines([self.row([7, 8, 9])])
+        rows = build_rows(source, no_tokenizer, VOCABULARY_SIZE, RowSettings(99, "truncate"), tmp_path / "cache")
+        assert rows[0]["input_ids"].tolist() == [7, 8, 9]
+
+    @pytest.mark.parametrize("ids", [[7, -1], [7, VOCABULARY_SIZE], [7, "8"]])
+    def test_what_is_no_id_is_reported_as_such(self, write_lines, build, tokenizer, ids):
+        with pytest.raises(UsageError, match=r"train.jsonl:1: .*(outside|integers)"):
+            build(write_lines([self.row(ids)]), RowSettings(99, "truncate"), tokenizer)

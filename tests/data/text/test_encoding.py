@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from specforge.data.text.bad_rows import BadRow
-from specforge.data.text.encoding import RowEncoder, tokens_inside
+from specforge.data.text.encoding import RowEncoder, is_foreign, tokens_inside
 from specforge.data.text.records import Record
 from specforge.data.text.template import ChatTemplate, time_limit
 from specforge.errors import UsageError
@@ -210,3 +210,14 @@ def test_an_endless_template_is_reported_at_its_third_row(
 def test_text_among_token_rows_is_refused() -> None:
     with pytest.raises(UsageError, match=r"train.jsonl:2: a text row in a source whose first row"):
         RowEncoder(None, VOCABULARY_SIZE).encode([Record({"text": "one"}, "train.jsonl:2")])
+
+
+@given(TEXT, st.text(max_size=20))
+def test_own_ids_are_never_foreign(tokenizer, text, other):
+    ids = tokenizer(other + text, add_special_tokens=False)["input_ids"]
+    assert not is_foreign(ids, text, tokenizer)
+
+
+@given(st.text(st.sampled_from("abcdefghij "), min_size=3).filter(lambda text: len(set(text.split())) > 1))
+def test_ids_of_another_text_are_foreign(tokenizer, text):
+    assert is_foreign(tokenizer(text.translate({ord(one): "z" for one in "abcdefghij"}))["input_ids"], text, tokenizer)
