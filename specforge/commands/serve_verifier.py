@@ -6,7 +6,7 @@ import argparse
 import os
 import shlex
 
-from specforge.commands.endpoints import add_transport_flag, chosen_transport, positive
+from specforge.commands.endpoints import add_transport_flag, chosen_transport, port, positive
 from specforge.commands.trainer import quieten
 from specforge.commands.wrapping import HelpFormatter, wrap_hanging
 from specforge.errors import UsageError
@@ -82,7 +82,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--folder", metavar="FOLDER", help="Folder for the states of answered requests; /dev/shm/specforge by default."
     )
-    parser.add_argument("--port", type=positive, default=8000, metavar="N", help="Port of the server.")
+    parser.add_argument("--port", type=port, default=8000, metavar="N", help="Port of the server.")
     parser.add_argument(
         "--tensor_parallel",
         "--tensor-parallel",

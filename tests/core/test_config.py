@@ -271,7 +271,8 @@ class TestErrors:
             SpeculatorModelConfig.from_pretrained(tmp_path)
 
     @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "a/b/c", "../x"])
-    def test_neither_folder_nor_hub_id(self, name):
+    def test_neither_folder_nor_hub_id(self, name, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)  # beside which there may be a folder x
         with pytest.raises(UsageError, match="is not a folder"):
             SpeculatorModelConfig.from_pretrained(name)
 

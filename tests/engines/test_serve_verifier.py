@@ -74,6 +74,11 @@ class TestServeVerifier:
     def test_rows_as_long_as_the_context_are_allowed(self, printed):
         assert printed()[0] == "VLLM_ALLOW_LONG_MAX_MODEL_LEN=1", "512 tokens, and one that is asked for"
 
+    @pytest.mark.parametrize("port", ["0", "65536", "-1", "http"])
+    def test_a_port_that_cannot_be_is_refused(self, port, capsys):
+        assert main(["serve-verifier", *CONFIG, f"--port={port}", "--print"]) == 2
+        assert f"--port: must be a number from 1 to 65535, got '{port}'" in capsys.readouterr().err
+
     def test_without_vllm_it_says_what_to_do(self, capsys, monkeypatch):
         monkeypatch.setenv("PATH", "")
         assert main(["serve-verifier", *CONFIG]) == 2
