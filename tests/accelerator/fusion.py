@@ -15,21 +15,24 @@ from simulated_device import DeviceTensor
 from torch import Tensor
 
 FUSIBLE = {
-    *("add", "sub", "rsub", "mul", "div", "neg", "pow", "rsqrt", "reciprocal", "exp", "sigmoid", "silu", "sum", "mean"),
     *(
-        "silu_backward",
-        "cat",
-        "copy",
-        "_to_copy",
-        "clone",
-        "fill",
-        "zero",
-        "zeros_like",
-        "ones_like",
-        "where",
+        "add",
+        "sub",
+        "rsub",
+        "mul",
+        "div",
+        "neg",
+        "pow",
         "square",
+        "rsqrt",
+        "reciprocal",
+        "exp",
+        "cos",
+        "sin",
+        "sigmoid",
     ),
-    *("slice_backward", "norm", "norm_backward", "cos", "sin", "masked_fill", "zeros", "stack"),
+    *("silu", "silu_backward", "norm", "norm_backward", "sum", "mean", "where", "masked_fill", "cat", "stack"),
+    *("copy", "_to_copy", "clone", "fill", "zero", "zeros", "zeros_like", "ones_like", "slice_backward"),
 }
 
 

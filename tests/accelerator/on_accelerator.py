@@ -269,3 +269,19 @@ def test_compiled_operations_between_products_read_and_write_once() -> None:
         ("layer", "add_"): 3 * 32 * 32 * 4,
     }
     assert counting.counts.kernels_by_operation["layer", "fused"] == 1
+
+
+def test_compiled_calls_convert_the_weights_themselves() -> None:
+    counting = Counting(compiled=("layer",))
+    with simulated(shapes_only=True):
+        state, weight = torch.empty(64, 32, device=DEVICE), torch.empty(16, 32, device=DEVICE)
+        counting.start(weights=[weight])
+        counting.enter("layer")
+        converted, read = weight.bfloat16(), state.bfloat16()
+        for _ in range(3):
+            read @ converted.T
+        counting.leave()
+        counting.stop()
+    # float32 is read, and bfloat16 written.
+    assert counting.counts.bytes_by_operation["layer", "mm"] == 3 * 16 * 32 * (4 + 2)
+    assert counting.counts.bytes_by_operation["layer", "_to_copy"] == 0
