@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specforge.training.losses.maximum import first_maximum
+
 # Fading of lk_lambda's KL part, as recommended by the authors of LK losses (arXiv 2602.23881).
 LK_DECAY = 3.0
 
@@ -145,7 +147,7 @@ class Distributions:
     @property
     def log_q_best(self) -> Tensor:
         """Log-probability of the verifier's most probable draft token, log q(argmax p), [n]."""
-        return self.log_q.gather(1, self.log_p.argmax(-1, keepdim=True)).squeeze(1)
+        return self.log_q.gather(1, first_maximum(self.log_p)[:, None]).squeeze(1)
 
     def most_probable(self, number: int) -> tuple[Tensor, Tensor]:
         """Return p of the verifier's most probable draft tokens, and log q of these tokens.
@@ -162,7 +164,7 @@ class Distributions:
     @property
     def top(self) -> Tensor:
         """The draft's most probable token, int64 [n]."""
-        return self.log_q.argmax(-1)
+        return first_maximum(self.log_q)
 
 
 def forward_kl(rows: PairSums) -> Tensor:

@@ -16,6 +16,7 @@ from specforge.decoding.recorded import draft_indices
 from specforge.training.losses.chunks import blocks
 from specforge.training.losses.comparison import log_softmax, wide_type
 from specforge.training.losses.kernel import row_statistics
+from specforge.training.losses.maximum import first_maximum
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class PlainTarget(Target):
     @classmethod
     def of(cls, logits: Tensor, draft_ids: Tensor | None, log_p_text: Tensor | None) -> PlainTarget:
         """Normalise the verifier's logits [R, V]; the draft tokens are those of ``draft_ids``, or all."""
-        top = logits.argmax(-1)
+        top = first_maximum(logits)
         if draft_ids is None:
             log_p = log_softmax(logits)
             return cls(top, log_p_text, log_p, log_p)
