@@ -8,7 +8,7 @@ is recomputed when needed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from specforge.precision import computed
+from specforge.private.torch import LAYER_NORM_BACKWARD
 
 
 def use_memory_saving_blocks(network: nn.Module) -> None:
@@ -69,17 +70,28 @@ class _RMSNorm(torch.autograd.Function):
         states, weight, *rest = ctx.saved_tensors
         if not rest:
             return *_gradients_of_fused_norm(gradient, states, weight, ctx.epsilon), None
-        (scale,) = rest
-        normalised = _widened(states) * scale
-        of_states = of_weight = None
-        if ctx.needs_input_grad[0]:
-            of_normalised = _widened(gradient * weight)
-            along = (of_normalised * normalised).mean(-1, keepdim=True)
-            of_states = of_normalised.addcmul_(normalised, along, value=-1).mul_(scale).to(states.dtype)
-        if ctx.needs_input_grad[1]:
-            of_each = gradient.to(weight.dtype) * normalised.to(states.dtype)
-            of_weight = of_each.sum_to_size(weight.shape).to(weight.dtype)
-        return of_states, of_weight, None
+        of_states, of_weight = _gradients(
+            _widened(gradient), _widened(states), _widened(weight), rest[0], ctx.needs_input_grad[:2]
+        )
+        return (
+            None if of_states is None else of_states.to(states.dtype),
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None,
+        )
+
+
+def _gradients(
+    gradient: Tensor, states: Tensor, weight: Tensor, scale: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of states [..., H] and weight [H], those that are needed, by the kernel of layer norms."""
+    mean = torch.zeros_like(scale)
+    of_states, of_weight, _ = LAYER_NORM_BACKWARD(
+        gradient, states, weight.shape, mean, scale, weight, None, [*needed, False]
+    )
+    if of_states is not None:
+        # The kernel has subtracted the mean of gradient * weight, since a layer norm subtracts the states' mean.
+        of_states.add_((gradient * weight).mean(-1, keepdim=True).mul_(scale))
+    return of_states, of_weight
 
 
 def _has_fused_norm(device: torch.device) -> bool:

@@ -25,6 +25,8 @@ ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 # FlashAttention over sequences of different lengths; the public function takes no log-sum-exp for its backward pass.
 FLASH_ATTENTION = _aten._flash_attention_forward
 FLASH_ATTENTION_BACKWARD = _aten._flash_attention_backward
+# The gradient of a layer norm, which takes its mean and scale.
+LAYER_NORM_BACKWARD = _aten.native_layer_norm_backward
 # Products of rows with the matrix of each row's expert.
 GROUPED_PRODUCT = _aten._grouped_mm
 # Operators in which a mask may choose entries.

@@ -92,6 +92,21 @@ def test_attention_over_sequences_takes_and_gives_a_log_sum_exp():
     assert [one.shape for one in found] == [query.shape, key.shape, key.shape]
 
 
+def test_the_gradient_of_a_layer_norm_takes_a_mean_and_a_scale():
+    states, weight, gradient = (
+        torch.randn(5, 8, requires_grad=True),
+        torch.randn(8, requires_grad=True),
+        torch.randn(5, 8),
+    )
+    mean = states.detach().mean(-1, keepdim=True)
+    scale = (states.detach().var(-1, keepdim=True, correction=0) + 1e-5).rsqrt()
+    expected = torch.autograd.grad(torch.nn.functional.layer_norm(states, (8,), weight), (states, weight), gradient)
+    given = gradient, states.detach(), [8], mean, scale, weight.detach(), None
+    of_states, of_weight, of_bias = private.LAYER_NORM_BACKWARD(*given, [True, True, False])
+    torch.testing.assert_close((of_states, of_weight), expected)
+    assert of_bias is None and private.LAYER_NORM_BACKWARD(*given, [False, True, False])[0] is None
+
+
 def test_the_product_of_experts_has_that_name():
     assert private.packet(private.GROUPED_PRODUCT.default) is private.GROUPED_PRODUCT
 
