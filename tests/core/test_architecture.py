@@ -19,7 +19,7 @@ PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 
 GROUND = {
     *("registry", "hookspecs", "config", "errors", "files", "bounds"),
-    *("sampling", "drawing", "documents", "flash", "moving", "precision", "quiet", "interrupts", "private"),
+    *("sampling", "drawing", "documents", "flash", "moving", "precision", "quiet", "interrupts", "imports", "private"),
 }
 FEATURES = GROUND | {"verifier"}
 DRAFTS = FEATURES | {"models", "models/chain", "models/block", "proposals", "decoding"}
