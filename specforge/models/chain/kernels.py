@@ -99,13 +99,13 @@ class Blocks:
     def _blocks(self, index: int, query: Tensor, hidden: int | None) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield slots of a group's queries, the keys up to the last one, and a summand of the logits."""
         positions, reach = self.placed.positions[index], self.placed.reach[index]
+        hides, shows = query.new_full((), float("-inf")), query.new_zeros(())
         for begin in range(0, query.shape[1], QUERIES_PER_MASK):
             slots = slice(begin, begin + QUERIES_PER_MASK)
             length = reach[slots][-1]
             rows, keys = positions[:, None, slots, None], torch.arange(length, device=query.device)
             unseen = keys > rows if hidden is None else (keys > rows) | (keys <= rows - hidden)
-            bias = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device)
-            yield slots, slice(length), bias.masked_fill_(unseen, float("-inf"))
+            yield slots, slice(length), torch.where(unseen, hides, shows)
 
 
 @dataclass(frozen=True)
