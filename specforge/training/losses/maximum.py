@@ -12,7 +12,7 @@ def first_maximum(rows: Tensor) -> Tensor:
     """Return the index of the first maximum of each row, int64 [n], as ``argmax`` does.
 
     On a CPU ``argmax`` looks at one value at a time, but ``amax`` at many: there the block with the maximum is found
-    first, in a quarter of the time.
+    first, which takes a quarter to a half of the time.
 
     Args:
         rows: [n, width].
